@@ -1,0 +1,51 @@
+# One folder (.venv) holds everything; `make` alone lists the targets.
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin/
+DATASET ?= openmoji
+METHOD ?= seda
+ARGS ?=
+
+.PHONY: help setup demo test check bench extract train-head report clean
+
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
+
+setup: $(VENV)/.done ## make .venv with every pinned package (the first time takes minutes)
+
+# The stamp is written last: an interrupted set-up starts again.
+$(VENV)/.done: requirements.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "diffalign needs Python 3.11 or newer: make PYTHON=/path/to/python3.11")'
+	$(PYTHON) -m venv $(VENV)
+	$(RUN)python -m pip install --quiet --disable-pip-version-check uv
+	$(RUN)uv pip install --quiet --python $(RUN)python -r requirements.lock
+	$(RUN)uv pip install --quiet --python $(RUN)python --no-deps --editable .
+	@touch $@
+
+demo: setup ## the whole idea on real images and text, about 5 minutes; then at once
+	$(RUN)diffalign demo $(ARGS)
+
+test: setup ## the test suite
+	$(RUN)python -m pytest $(ARGS)
+
+check: setup ## ruff, formatting, types, import contracts
+	$(RUN)ruff check .
+	$(RUN)ruff format --check .
+	$(RUN)pyright
+	$(RUN)lint-imports
+
+extract: setup ## stage 1: make extract DATASET=nuswide
+	$(RUN)diffalign prepare $(DATASET)
+	$(RUN)diffalign extract $(DATASET) $(ARGS)
+
+train-head: setup ## stage 2: make train-head DATASET=openmoji METHOD=seda
+	$(RUN)diffalign train-head --dataset $(DATASET) --method $(METHOD) $(ARGS)
+
+report: setup ## tables and pictures of all runs of DATASET
+	$(RUN)diffalign report $(DATASET) $(ARGS)
+
+lock: ## renew requirements.lock from pyproject.toml
+	$(RUN)uv pip compile pyproject.toml --all-extras --universal --python-version 3.11 --no-emit-index-url --no-header --no-annotate --quiet --upgrade -o requirements.lock
+
+clean: ## remove .venv and caches of the tools; artifacts stay
+	rm -rf $(VENV) .pytest_cache .ruff_cache .import_linter_cache

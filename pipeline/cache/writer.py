@@ -1,0 +1,194 @@
+"""Write a cache shard by shard so that a kill at any moment loses at most the shard in work."""
+
+from __future__ import annotations
+
+import fcntl
+import io
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import zarr
+from zarr.abc.buffer import Buffer
+from zarr.abc.codec import BytesBytesCodec
+from zarr.buffer import cpu
+from zarr.codecs import Crc32cCodec
+from zarr.storage import MemoryStore
+
+from pipeline.cache import layout
+from pipeline.cache.layout import Commit, Failure
+from pipeline.runs import write_atomic
+
+FAILURE_COLUMNS = pa.schema([("id", pa.string()), ("stage", pa.string()), ("error", pa.string())])
+
+
+@contextmanager
+def lock(path: Path) -> Iterator[None]:
+    """Hold a cache folder for writing; `ValueError` when another process holds it. The kernel frees it if we are killed."""
+    path.mkdir(parents=True, exist_ok=True)
+    with (path / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ValueError(f"another process is extracting to {path}; wait until it has ended") from error
+        yield
+
+
+@dataclass(frozen=True)
+class Writer:
+    """Writes the shards of one cache; use it under `lock`."""
+
+    path: Path
+    num_rows: int
+    shard_rows: int
+    feature_shape: tuple[int, ...]
+    store_dtype: str
+    arrays: Mapping[str, bytes]  # metadata, ids and offsets as Zarr writes them
+
+    @staticmethod
+    def open(
+        path: Path,
+        ids: Sequence[str],
+        offsets: np.ndarray,
+        feature_shape: tuple[int, ...],
+        identity: Mapping[str, Any],
+        provenance: Mapping[str, Any],
+    ) -> Writer:
+        """Start a cache, or take up one that was started.
+
+        `offsets` [N+1] int64 says which rows of features belong to which sample; empty [0] when every sample has one row.
+        """
+        for stale in path.rglob(".*.tmp"):
+            stale.unlink()
+        num_rows = int(offsets[-1]) if len(offsets) else len(ids)
+        attributes = {
+            "kind": "ragged" if len(offsets) else "dense",
+            "identity": identity,
+            "ids_sha256": layout.ids_sha256(ids),
+            "provenance": provenance,
+        }
+        if layout.file_problems(path, "arrays"):
+            _write_arrays(path, _encode_arrays(ids, offsets, (num_rows, *feature_shape), attributes))
+        arrays = {name: (path / name).read_bytes() for name in layout.read_record(path / "commits" / "arrays.json")}
+        rows_per_shard = layout.shard_rows(num_rows)
+        return Writer(path, num_rows, rows_per_shard, feature_shape, str(identity["store_dtype"]), arrays)
+
+    @property
+    def num_shards(self) -> int:
+        """Shards of the whole cache."""
+        return -(-self.num_rows // self.shard_rows)
+
+    def rows(self, shard: int) -> range:
+        """The rows of a shard."""
+        return range(shard * self.shard_rows, min((shard + 1) * self.shard_rows, self.num_rows))
+
+    def committed(self) -> dict[int, Commit]:
+        """The shards that are real and undamaged; every byte is read."""
+        commits = {}
+        for shard in range(self.num_shards):
+            try:
+                commit = layout.read_commit(self.path, shard)
+                intact = layout.file_sha256(self._file(shard)) == commit.sha256
+            except (ValueError, FileNotFoundError):
+                continue
+            if intact:
+                commits[shard] = commit
+        return commits
+
+    def commit(
+        self,
+        shard: int,
+        features: np.ndarray,
+        failures: Sequence[Failure],
+        *,
+        seconds: float,
+        batch_size: int,
+        device: str,
+    ) -> Commit:
+        """Write a whole shard, features float32 [rows, *shape] with NaN where an item failed, then its record."""
+        stored = layout.to_stored(features, self.store_dtype)
+        flat = layout.from_stored(stored, self.store_dtype).reshape(len(stored), -1).astype(np.float64)
+        finite = np.isfinite(flat).all(axis=1)
+        norms = np.linalg.norm(flat[finite], axis=1) if finite.any() else np.zeros(1)
+        data = self._encode(shard, stored)
+        write_atomic(self._file(shard), data)
+        commit = Commit(
+            shard=shard,
+            rows=len(stored),
+            num_bytes=len(data),
+            sha256=layout.file_sha256(self._file(shard)),
+            finite=int(finite.sum()),
+            norm_min=float(norms.min()),
+            norm_mean=float(norms.mean()),
+            norm_max=float(norms.max()),
+            seconds=round(seconds, 3),
+            batch_size=batch_size,
+            device=device,
+            failures=tuple(failures),
+        )
+        layout.write_commit(self.path, commit)
+        return commit
+
+    def finish(self, commits: Mapping[int, Commit]) -> None:
+        """Gather the failures of all shards into failures.parquet."""
+        write_atomic(self.path / "failures.parquet", _encode_failures([commits[shard] for shard in sorted(commits)]))
+        layout.write_digests(self.path, "failures", ["failures.parquet"])
+
+    def _file(self, shard: int) -> Path:
+        return layout.shard_path(self.path, shard, 1 + len(self.feature_shape))
+
+    def _encode(self, shard: int, stored: np.ndarray) -> bytes:
+        """The bytes Zarr writes for a shard."""
+        start = self.rows(shard).start
+        store = _memory_store({"features/zarr.json": self.arrays["features/zarr.json"]})
+        with zarr.config.set({"array.write_empty_chunks": True}):  # a shard of nothing but failures has a file too
+            zarr.open_array(MemoryStore(store), path="features", mode="r+")[start : start + len(stored)] = stored
+        return store[self._file(shard).relative_to(self.path).as_posix()].to_bytes()
+
+
+def _encode_failures(commits: Sequence[Commit]) -> bytes:
+    """failures.parquet: id, stage, error of every failure in row order."""
+    failures = [failure for commit in commits for failure in commit.failures]
+    columns = {name: [getattr(failure, name) for failure in failures] for name in FAILURE_COLUMNS.names}
+    file = io.BytesIO()
+    pq.write_table(pa.table(columns, schema=FAILURE_COLUMNS), file)
+    return file.getvalue()
+
+
+def _write_arrays(path: Path, files: Mapping[str, bytes]) -> None:
+    for name in sorted(files, key=lambda name: name == "zarr.json"):  # the group last: a folder is a cache once it is there
+        write_atomic(path / name, files[name])
+    layout.write_digests(path, "arrays", list(files))
+
+
+def _encode_arrays(
+    ids: Sequence[str], offsets: np.ndarray, shape: tuple[int, ...], attributes: Mapping[str, Any]
+) -> dict[str, bytes]:
+    """Every file of the group but the shards of features."""
+    store: dict[str, Buffer] = {}
+    group = zarr.create_group(MemoryStore(store), zarr_format=3, attributes=dict(attributes))
+    checksum: list[BytesBytesCodec] = [Crc32cCodec()]
+    store_dtype = str(attributes["identity"]["store_dtype"])
+    group.create_array(
+        "features",
+        shape=shape,
+        dtype="uint16" if store_dtype == "bfloat16" else store_dtype,
+        chunks=(layout.CHUNK_ROWS, *shape[1:]),
+        shards=(layout.shard_rows(shape[0]), *shape[1:]),
+        compressors=checksum,
+        fill_value=layout.BFLOAT16_NAN if store_dtype == "bfloat16" else float("nan"),
+        attributes={"store_dtype": store_dtype},
+    )
+    group.create_array("ids", data=np.array(ids, dtype=np.dtypes.StringDType()), chunks="auto", compressors=checksum)
+    if len(offsets):
+        group.create_array("offsets", data=offsets, chunks=(len(offsets),), compressors=checksum)
+    return {name: buffer.to_bytes() for name, buffer in store.items()}
+
+
+def _memory_store(files: Mapping[str, bytes]) -> dict[str, Buffer]:
+    return {name: cpu.Buffer.from_bytes(data) for name, data in files.items()}

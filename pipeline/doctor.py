@@ -1,0 +1,105 @@
+"""Is everything here that a run needs? One finding per line, each with its remedy."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from pipeline import manifest as manifests
+from pipeline import plugins
+from pipeline.cache import find_caches, info
+
+PACKAGES = (
+    "torch",
+    "torchvision",
+    "timm",
+    "transformers",
+    "open_clip_torch",
+    "zarr",
+    "h5py",
+    "pandas",
+    "pyarrow",
+    "matplotlib",
+)
+MIN_FREE_BYTES = 2 * 1024**3
+
+
+class Finding(NamedTuple):
+    """One thing that was looked at."""
+
+    good: bool
+    what: str
+    remedy: str = ""
+
+    def __str__(self) -> str:
+        return f"{'ok  ' if self.good else 'BAD '} {self.what}" + ("" if self.good else f": {self.remedy}")
+
+
+def findings(home: Path, dataset: str) -> Iterator[Finding]:
+    """The machine, the packages, the home folder, the dataset's files and its caches, in this order."""
+    yield Finding(sys.version_info >= (3, 11), f"Python {platform.python_version()}", "install Python 3.11 or newer")
+    for package in PACKAGES:
+        yield _package(package)
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} processors, no GPU"
+    yield Finding(True, f"device: {device}")
+    yield _writable(home)
+    yield _free_space(home)
+    yield _source_files(dataset)
+    yield from _prepared(home, dataset)
+
+
+def _package(name: str) -> Finding:
+    try:
+        return Finding(True, f"{name} {importlib.metadata.version(name)}")
+    except importlib.metadata.PackageNotFoundError:
+        return Finding(False, f"{name} is not installed", "run: make setup")
+
+
+def _existing(folder: Path) -> Path:
+    """The folder, or the nearest one above it that exists."""
+    folder = folder.absolute()
+    return folder if folder.is_dir() else _existing(folder.parent)
+
+
+def _writable(home: Path) -> Finding:
+    try:
+        with tempfile.TemporaryFile(dir=_existing(home)):
+            return Finding(True, f"{home} can be written")
+    except OSError as error:
+        return Finding(False, f"{home} cannot be written ({error.strerror})", "choose another folder with --home")
+
+
+def _free_space(home: Path) -> Finding:
+    free = shutil.disk_usage(_existing(home)).free
+    return Finding(
+        free >= MIN_FREE_BYTES, f"{free / 1024**3:.1f} GiB free for {home}", "free 2 GiB, or choose another disk with --home"
+    )
+
+
+def _source_files(dataset: str) -> Finding:
+    """Whether the dataset's official files are where it looks without --root."""
+    try:
+        manifest = plugins.get("datasets", dataset).build(manifests.load_spec(dataset), None)
+    except (ValueError, OSError) as error:
+        return Finding(False, f"the files of {dataset} are not complete", str(error))
+    return Finding(True, f"the files of {dataset}: {len(manifest.samples)} samples")
+
+
+def _prepared(home: Path, dataset: str) -> Iterator[Finding]:
+    try:
+        manifests.read(home, dataset)
+        yield Finding(True, f"{dataset} is prepared")
+    except ValueError as error:
+        yield Finding(False, f"{dataset} is not prepared", str(error))
+    for path in find_caches(home, dataset):
+        facts = info(path)
+        yield Finding(facts["complete"], f"cache {path.name}: {facts['rows']} rows", f"run: {facts['provenance']['command']}")

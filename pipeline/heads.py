@@ -1,0 +1,113 @@
+"""Stage 2 as a command: caches and a method's settings -> a finished run."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pipeline import losses, metrics, plugins
+from pipeline import manifest as manifests
+from pipeline.cache import Cache
+from pipeline.devices import default_device
+from pipeline.evaluate import predict
+from pipeline.manifest import Manifest
+from pipeline.runs import Run, RunConfig
+from pipeline.sources import find_cache, load, ordered, shuffled
+from pipeline.train import PRESETS, TrainConfig, train
+from pipeline.types import Method
+
+
+def resolve(
+    dataset: str, method: str, preset: str, settings: Mapping[str, Any], training: Mapping[str, Any]
+) -> tuple[Any, TrainConfig]:
+    """The method's config and the training config: defaults, then the preset, then what was given.
+
+    "paper" and "head" are learning rates; "tuned" is what the dataset's yaml holds for the method, chosen on validation.
+    """
+    module = plugins.get("methods", method)
+    chosen: Mapping[str, Any] = {}
+    base: Mapping[str, Any] = PRESETS.get(preset, {})
+    if preset == "tuned":
+        tuned = manifests.load_spec(dataset).get("tuned", {})
+        if method not in tuned:
+            raise ValueError(f"data_manifests/{dataset}.yaml has no tuned settings for {method!r}; use --preset head or paper")
+        chosen, base = tuned[method].get("settings", {}), tuned[method].get("training", {})
+    elif preset not in PRESETS:
+        raise ValueError(f"unknown preset {preset!r}; choose one of: {', '.join([*PRESETS, 'tuned'])}")
+    fields = {module.SYMBOLS.get(key, key): value for key, value in settings.items()}
+    plugins.configure(module.Config, settings, module.SYMBOLS)
+    return plugins.configure(module.Config, {**chosen, **fields}), plugins.configure(TrainConfig, {**base, **training})
+
+
+def train_head(
+    home: Path,
+    dataset: str,
+    method: str,
+    settings: Any,
+    training: TrainConfig,
+    seed: int,
+    encoders: Mapping[str, str],
+    progress: bool,
+) -> Run:
+    """Train one head on cached features; a finished run is returned as it is, an interrupted one goes on.
+
+    `encoders` names the caches by batch key ("image", "text"); only the keys the method needs are opened.
+    """
+    manifest = manifests.read(home, dataset)
+    module = plugins.get("methods", method)
+    caches = {key: find_cache(home, manifest, name) for key, name in encoders.items() if key in module.NEEDS}
+    config = RunConfig(
+        dataset=dataset,
+        method=method,
+        settings=asdict(settings),
+        training=asdict(training),
+        caches={key: cache.fingerprint for key, cache in caches.items()},
+        shapes=_shapes(manifest, caches),
+        text_aggregate=manifest.meta["text"]["aggregate"],
+        manifest=manifest.fingerprint(),
+    )
+    run = Run.of(home, config, seed)
+    if not run.is_done:
+        run.create(config)
+        _train(run, config, manifest, caches, module.build, settings, training, progress)
+    return run
+
+
+def _shapes(manifest: Manifest, caches: Mapping[str, Cache]) -> dict[str, list[int]]:
+    classes = [len(manifest.class_names)]
+    label = [] if manifest.label_kind == "single" else classes
+    return {**{key: list(cache.feature_shape) for key, cache in caches.items()}, "label": label, "classes": classes}
+
+
+def _train(
+    run: Run,
+    config: RunConfig,
+    manifest: Manifest,
+    caches: Mapping[str, Cache],
+    build: Any,
+    settings: Any,
+    training: TrainConfig,
+    progress: bool,
+) -> None:
+    device = default_device()
+    table = load(manifest, caches, "train", device, config.text_aggregate)
+    val = load(manifest, {"image": caches["image"]}, "val", device, config.text_aggregate)
+    for split, excluded in (("train", table.excluded), ("val", val.excluded)):
+        if excluded:
+            print(
+                f"{split}: {len(excluded)} samples without an image feature are left out, e.g. {excluded[0]}", file=sys.stderr
+            )
+    torch.manual_seed(run.seed)
+    method: Method = build(settings, {key: tuple(shape) for key, shape in config.shapes.items()}).to(device)
+
+    def validate() -> tuple[float, float]:
+        logits, label = predict(method, val, run.seed), val.columns["label"].cpu()
+        summary = metrics.summary(logits, label)
+        return summary["acc1" if label.ndim == 1 else "map"], -float(losses.classification(logits, label, "softmax_kl"))
+
+    train(method, shuffled(table, training.batch_size, run.seed), ordered(table), validate, training, run, progress)

@@ -1,0 +1,209 @@
+"""SeDA: from image to text features through a semantic space, in two stages of one diffusion (Li et al., IJCAI 2025)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pipeline.denoisers import PFIN, Denoiser, Interaction
+from pipeline.diffusion import Schedule, alphas_cumprod, q_sample
+from pipeline.losses import classification, membership, mse, structural_consistency
+from pipeline.nets import hyper
+from pipeline.sampling import Sampler
+from pipeline.spaces import ADAPT, AdapterKind, LabelLoss, Scale, Space, label_count, require
+from pipeline.streams import Streams
+from pipeline.types import Batch, Phase, Shapes
+from pipeline.unet import UNet
+
+NEEDS = ("image", "text", "paired", "label")
+SYMBOLS = {
+    "T": "num_steps",
+    "t": "stage_step",
+    "gamma": "w_ce_dst",
+    "beta": "w_ce_dsl",
+    "alpha1": "w_sc",
+    "alpha2": "w_mse",
+}
+GRID = {
+    "num_steps": (900, 1200, 1500, 1800),
+    "stage_step": (0, 300, 500),
+    "w_ce_dsl": (0.5, 1.0, 1.5, 2.0),
+    "w_ce_dst": (0.5, 1.0, 1.5, 2.0),
+    "w_sc": (0.1, 0.5, 1.0, 2.0),
+    "w_mse": (0.1, 0.5, 1.0, 2.0),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Settings of SeDA eq. 1-15; defaults lie in the ranges of section 5.1 and at the optimum of section 5.4."""
+
+    stages: Literal["both", "dsl", "dst"] = "both"  # bi-stage, semantic learner only, semantic translator only (Table 2)
+    stage_order: Literal["literal", "reverse"] = "literal"  # learner at n <= t (eq. 12), or at n >= T - t (section 4.2)
+    per_sample_stage: bool = False  # draw the stage for each sample instead of each batch
+    num_steps: int = 1500  # T
+    stage_step: int = 300  # t, 0..T-1
+    schedule: Schedule = "linear"  # of the noise; the paper names none
+    train_min_step: float = 0.0  # share of T, 0..1, below which no step is trained, in either stage; 0 is the paper
+    w_sc: float = 1.0  # alpha_1, weight of the structural consistency
+    w_ce_dsl: float = 1.0  # beta, weight of the cross-entropy in the learner
+    w_mse: float = 1.0  # alpha_2, weight of the reconstruction
+    w_ce_dst: float = 1.5  # gamma, weight of the cross-entropy in the translator
+    sc_reduction: Literal["mean", "literal"] = "mean"  # of eq. 6: free of scale, or its sums
+    centres: Literal["batch", "train"] = "batch"  # visual class centres of eq. 5: of the batch, or of the training split
+    denoiser: Literal["pfin", "unet"] = "pfin"
+    interaction: Interaction = "cross_attention"  # of PFIN (Table 3)
+    num_tokens: int = 8  # chunks a vector is cut into; a divisor of the width
+    token_width: int = 128  # of a token
+    num_heads: int = 4  # of the attention
+    residual: bool = True  # add the noisy text to the attention's output
+    dropout: float = 0.0  # probability, in the denoiser, 0..0.99
+    sampler: Literal["ddim", "ancestral"] = "ddim"  # prediction: few steps, or all T
+    sample_steps: int = 20  # S of ddim, 1..T; from 20 on several fall into the learner's steps
+    eta: float = 0.0  # noise of ddim, 0..1
+    draws: int = 1  # K, chains per image; 1 is the paper
+    zero_start: bool = False  # start the chain from 0 instead of noise
+    adapter: Literal["auto", "none", "classifier", "pca"] = "auto"  # frozen adapters; auto: classifier where widths differ
+    width: int = 512  # of the adapters
+    scale: Scale = "per_dim"  # standardisation of both features
+    label_loss: LabelLoss = "softmax_kl"  # for multi-label data
+
+    def __post_init__(self) -> None:
+        require(self, 0, math.inf, "w_sc", "w_ce_dsl", "w_mse", "w_ce_dst")
+        require(self, 1, math.inf, "num_steps", "width", "num_tokens", "token_width", "num_heads", "draws")
+        require(self, 0, self.num_steps - 1, "stage_step")
+        require(self, 0, 1, "train_min_step", "eta")
+        require(self, 0, 0.99, "dropout")
+        require(self, 1, self.num_steps if self.sampler == "ddim" else math.inf, "sample_steps")
+
+
+class SeDA(nn.Module):
+    """One denoiser and one classifier; the step decides whether the visual or the text feature is the target."""
+
+    abar: Tensor
+    centres: Tensor
+    first_step: Tensor
+    p_dropout: Tensor
+    stage_step: Tensor
+    steps: Tensor
+    w_ce_dsl: Tensor
+    w_ce_dst: Tensor
+    w_mse: Tensor
+    w_sc: Tensor
+
+    def __init__(self, config: Config, shapes: Shapes) -> None:
+        super().__init__()
+        self.config = config
+        self.space = Space(shapes, _adapter(config, shapes), config.width, config.scale)
+        width = self.space.text_width
+        if width != self.space.image_width:
+            raise ValueError(
+                f"seda needs equal widths, not {self.space.image_width} and {width}: set adapter=classifier or pca"
+            )
+        self.needs = NEEDS
+        self.phases = (*self.space.phases, Phase("head", ("denoiser.", "classifier.")))
+        self.num_classes = label_count(shapes)
+        self.denoiser: Denoiser = (
+            UNet(width)
+            if config.denoiser == "unet"
+            else PFIN(width, config.interaction, config.num_tokens, config.token_width, config.num_heads, config.residual)
+        )
+        self.classifier = nn.Linear(width, self.num_classes)
+        self.sampler = Sampler(
+            kind=config.sampler, num_steps=config.sample_steps, eta=config.eta, draws=config.draws, zero_start=config.zero_start
+        )
+        self.register_buffer("abar", alphas_cumprod(config.schedule, config.num_steps), persistent=False)
+        self.register_buffer("centres", torch.zeros(self.num_classes, width))
+        first_step = min(round(config.train_min_step * config.num_steps), config.num_steps - 1)
+        hyper(self, steps=config.num_steps, stage_step=config.stage_step, first_step=first_step)
+        hyper(self, w_sc=config.w_sc, w_ce_dsl=config.w_ce_dsl, w_mse=config.w_mse, w_ce_dst=config.w_ce_dst)
+        hyper(self, p_dropout=config.dropout)
+
+    def begin(self, phase: str, train: Callable[[], Iterator[Batch]]) -> None:
+        """Statistics of both features and, where `centres` asks for them, the visual class centres of the training split."""
+        self.space.begin(phase, train)
+        if phase == ADAPT.name or self.config.centres == "batch":
+            return
+        total = torch.zeros_like(self.centres)
+        count = total.new_zeros(self.num_classes)
+        for batch in train():
+            member = membership(batch["label"], self.num_classes)
+            total += member.T @ self.space.image(batch["image"])
+            count += member.sum(dim=0)
+        self.centres.copy_(total / count.clamp(min=1.0).unsqueeze(1))
+
+    def draw_steps(self, rng: Streams) -> tuple[Tensor, Tensor]:
+        """Steps n [B] int64 and whether the semantic learner trains there, 0 or 1 [B].
+
+        Uniform over the trained steps, as in eq. 12 divided by T. By default the stage is drawn once per batch, with the share
+        of its steps, because class centres need many samples of one stage, and the step uniformly within the stage.
+        """
+        literal = self.config.stage_order == "literal"
+        first, steps = self.first_step, self.steps
+        border = self.stage_step + 1 if literal else steps - self.stage_step  # first step of the upper stage
+        border = torch.maximum(border, first)
+        if self.config.stages != "both" or self.config.per_sample_stage:
+            low, high = first, steps
+        else:
+            is_lower = rng.at("stage").shared_uniform() * (steps - first) < border - first
+            low, high = torch.where(is_lower, first, border), torch.where(is_lower, border, steps)
+        n = low + torch.floor(rng.at("n").uniform() * (high - low))
+        learner = (n < border) if literal else (n >= border)
+        if self.config.stages != "both":
+            learner = torch.full_like(learner, self.config.stages == "dsl")
+        return n.long(), learner.float()
+
+    def loss(self, batch: Batch, rng: Streams, phase: str) -> Batch:
+        """L = L_SCC where the learner trains, L_CT where the translator does (eq. 8, 11, 12).
+
+        A sample without a text of its own has no part in L_MSE; L_SC asks for the image alone.
+        """
+        if phase == ADAPT.name:
+            return self.space.adapter_loss(batch, self.config.label_loss)
+        x_v, x_s = self.space.image(batch["image"]), self.space.text(batch["text"])
+        n, learner = self.draw_steps(rng)
+        x_n = q_sample(x_s, n, rng.at("noise").normal(x_s.shape[1]), self.abar)
+        x_r = self.denoiser(x_n, self.denoiser.time(n), self.denoiser.condition(x_v), rng.at("dropout"), self.p_dropout)
+        centres = self.centres if self.config.centres == "train" else None
+        sc = structural_consistency(x_r, x_v, batch["label"], self.num_classes, centres, self.config.sc_reduction, learner)
+        error = mse(x_r, x_s, "mean", (1.0 - learner) * batch["paired"])
+        logits = self.classifier(x_r)
+        ce_dsl = classification(logits, batch["label"], self.config.label_loss, learner)
+        ce_dst = classification(logits, batch["label"], self.config.label_loss, 1.0 - learner)
+        share = learner.mean()
+        scc = self.w_sc * sc + self.w_ce_dsl * ce_dsl  # eq. 8
+        ct = self.w_mse * error + self.w_ce_dst * ce_dst  # eq. 11
+        return {
+            "loss": share * scc + (1.0 - share) * ct,
+            "sc": share * sc,
+            "mse": (1.0 - share) * error,
+            "ce": share * ce_dsl + (1.0 - share) * ce_dst,
+            "cos_image": F.cosine_similarity(x_r, x_v).mean(),
+            "cos_text": F.cosine_similarity(x_r, x_s).mean(),
+        }
+
+    def feature(self, image: Tensor, rng: Streams, draw: int = 0) -> Tensor:
+        """The aligned feature x̂_r^0 [B,D] of image features [B,Dv]: one draw of the reverse chain (eq. 13-15)."""
+        x_v, rng = self.space.image(image), rng.at("draw", draw)
+        return self.sampler.generate(self.denoiser, x_v, self.space.text_width, self.abar, rng)
+
+    def predict(self, image: Tensor, rng: Streams) -> Tensor:
+        """Logits [B,C] of image features [B,Dv]."""
+        return self.sampler.mean_logits(lambda draw: self.classifier(self.feature(image, rng, draw)))
+
+
+def _adapter(config: Config, shapes: Shapes) -> AdapterKind:
+    if config.adapter != "auto":
+        return config.adapter
+    return "none" if shapes["image"] == shapes["text"] else "classifier"
+
+
+def build(config: Config, shapes: Shapes) -> SeDA:
+    """A SeDA head for features of these shapes."""
+    return SeDA(config, shapes)

@@ -1,0 +1,109 @@
+"""A run is a folder named by the hash of its config: canonical JSON, fingerprints, whole-file writes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+
+def canonical_json(value: Any) -> str:
+    """The one spelling of a JSON value: sorted keys, no spaces, no NaN."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+
+
+def fingerprint(value: Any) -> str:
+    """SHA-256 of the canonical JSON, as 64 hexadecimal digits."""
+    return hashlib.sha256(canonical_json(value).encode()).hexdigest()
+
+
+def home_path(home: Path | None) -> Path:
+    """Where artifacts live: the argument, else $DIFFALIGN_HOME, else ./artifacts."""
+    return home or Path(os.environ.get("DIFFALIGN_HOME") or "artifacts")
+
+
+def write_atomic(path: Path, data: bytes | str) -> None:
+    """Write a file so that a reader sees the old bytes or the new ones, whatever is killed: aside, fsync, rename, fsync."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with aside.open("wb") as file:
+            file.write(data.encode() if isinstance(data, str) else data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames inside a folder durable."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """Everything that can change a run's numbers but its seed; the hash of it names the run."""
+
+    dataset: str
+    method: str
+    settings: Mapping[str, Any]  # the method's Config
+    training: Mapping[str, Any]  # train.TrainConfig
+    caches: Mapping[str, str]  # batch key -> full fingerprint of the feature cache it is read from
+    shapes: Mapping[str, list[int]]  # types.Shapes
+    text_aggregate: str  # how several texts of a sample become one vector
+    manifest: str  # fingerprint of the manifest
+
+    def fingerprint(self) -> str:
+        """SHA-256 of the config's canonical JSON."""
+        return fingerprint(asdict(self))
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """The folder of one config and one seed: `<home>/runs/<dataset>/<method>-<fingerprint12>/seed<k>/`."""
+
+    path: Path
+    seed: int
+
+    @staticmethod
+    def of(home: Path, config: RunConfig, seed: int) -> Run:
+        """The run's folder; nothing is created."""
+        name = f"{config.method}-{config.fingerprint()[:12]}"
+        return Run(home / "runs" / config.dataset / name / f"seed{seed}", seed)
+
+    @staticmethod
+    def at(path: Path) -> Run:
+        """The run in an existing folder; `ValueError` when it is none."""
+        if not (path / "config.json").is_file() or not path.name.removeprefix("seed").isdigit():
+            raise ValueError(f"{path} is not a run: give a folder …/runs/<dataset>/<method>-<fingerprint>/seed<k>")
+        return Run(path, int(path.name.removeprefix("seed")))
+
+    @property
+    def is_done(self) -> bool:
+        """Whether training has ended and everything is on disk."""
+        return (self.path / "done").is_file()
+
+    def create(self, config: RunConfig) -> None:
+        """Make the folder and its config.json."""
+        write_atomic(self.path / "config.json", json.dumps(asdict(config), indent=1, sort_keys=True, allow_nan=False))
+
+    def config(self) -> RunConfig:
+        """The config the run was started with."""
+        return RunConfig(**json.loads((self.path / "config.json").read_text()))
+
+
+def find_runs(home: Path, dataset: str) -> list[Run]:
+    """All runs of a dataset, finished or not, sorted by name and seed."""
+    configs = sorted((home / "runs" / dataset).glob("*-*/seed*/config.json"))
+    runs = [Run.at(config.parent) for config in configs]
+    return sorted(runs, key=lambda run: (run.path.parent.name, run.seed))

@@ -1,0 +1,115 @@
+"""Cached features as batches: one table per split on the device, joined by sample id, shuffled by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pipeline.cache import Cache, find_caches, open_cache
+from pipeline.cache.reader import read_attributes
+from pipeline.manifest import Manifest
+from pipeline.streams import Streams, sample_keys
+from pipeline.types import Batch, Source, Split
+
+
+def find_cache(home: Path, manifest: Manifest, name: str) -> Cache:
+    """The manifest's cache of that encoder, folder name or fingerprint; `ValueError` names the choices, or what has changed."""
+    folders = find_caches(home, manifest.dataset)
+    named = [
+        path for path in folders if name in (path.name, path.name.rsplit("-", 1)[0]) or path.name.endswith(f"-{name[:12]}")
+    ]
+    wanted = manifest.fingerprint()
+    fitting = [path for path in named if read_attributes(path)["identity"]["manifest"] == wanted]
+    if len(fitting) == 1 or (named and not fitting):
+        return open_cache((fitting or named)[0], {"manifest": wanted})
+    problem = "several caches" if fitting else "no cache"
+    choices = ", ".join(path.name for path in fitting or folders) or "none yet"
+    command = f"diffalign extract {manifest.dataset}"
+    raise ValueError(f"{problem} of {manifest.dataset} named {name!r} (there are: {choices}); make one with: {command}")
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """The usable samples of one split: their ids, their columns [N, ...] and the ids that had to be left out."""
+
+    ids: tuple[str, ...]
+    columns: Batch
+    excluded: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+def load(manifest: Manifest, caches: Mapping[str, Cache], split: Split, device: torch.device, aggregate: str) -> Table:
+    """A split's features by batch key, labels and stream keys; samples without an image feature are left out, by id.
+
+    A sample without text keeps its image: its text is the mean text of the split, and `paired` [N] is 0 for it.
+    """
+    samples = manifest.split(split)
+    ids = [sample.id for sample in samples]
+    arrays = {key: cache.read(ids, aggregate="first" if aggregate == "first" else "mean") for key, cache in caches.items()}
+    usable = np.isfinite(arrays["image"]).reshape(len(ids), -1).all(axis=1)
+    if not usable.any():
+        raise ValueError(f"the {split} split of {manifest.dataset} has no sample with an image feature")
+    kept = np.flatnonzero(usable)
+    columns = {key: torch.from_numpy(array[kept]) for key, array in arrays.items()}
+    if "text" in columns:
+        columns["text"], columns["paired"] = _fill_missing_text(columns["text"], split)
+    columns["label"] = labels([samples[row].labels for row in kept], manifest)
+    columns["key"] = sample_keys(ids[row] for row in kept)
+    return Table(
+        ids=tuple(ids[row] for row in kept),
+        columns={key: column.to(device) for key, column in columns.items()},
+        excluded=tuple(ids[row] for row in np.flatnonzero(~usable)),
+    )
+
+
+def labels(sample_labels: list[tuple[int, ...]], manifest: Manifest) -> Tensor:
+    """Class indices [N] int64 of single-label data, or 0/1 indicators [N,C] float32 of multi-label data."""
+    if manifest.label_kind == "single":
+        return torch.tensor([label for (label,) in sample_labels], dtype=torch.int64)
+    indicators = torch.zeros(len(sample_labels), len(manifest.class_names))
+    for row, present in enumerate(sample_labels):
+        indicators[row, list(present)] = 1.0
+    return indicators
+
+
+def _fill_missing_text(text: Tensor, split: str) -> tuple[Tensor, Tensor]:
+    paired = torch.isfinite(text).flatten(1).all(dim=1)
+    if not paired.any():
+        raise ValueError(f"no sample of the {split} split has a text feature; extract the texts, or use a method without text")
+    return torch.where(paired[:, None], text, text[paired].mean(dim=0)), paired.float()
+
+
+def shuffled(table: Table, batch_size: int, seed: int) -> Source:
+    """Training batches: a permutation named by (seed, epoch, sample id); an incomplete last batch is dropped."""
+    size = min(batch_size, len(table))
+
+    def batches(epoch: int) -> Iterator[Batch]:
+        rng = Streams.seeded(seed, table.columns["key"]).at("shuffle", epoch)
+        order = torch.argsort(rng.bits())
+        for start in range(0, len(table) - size + 1, size):
+            rows = order[start : start + size]
+            yield {key: column[rows] for key, column in table.columns.items()}
+
+    return batches
+
+
+def ordered(table: Table, batch_size: int = 1024) -> Callable[[], Iterator[Batch]]:
+    """Passes over the whole table in the manifest's order."""
+
+    def batches() -> Iterator[Batch]:
+        for start in range(0, len(table), batch_size):
+            yield {key: column[start : start + batch_size] for key, column in table.columns.items()}
+
+    return batches
+
+
+def num_batches(table: Table, batch_size: int) -> int:
+    """Batches in one epoch of `shuffled`."""
+    return len(table) // min(batch_size, len(table))

@@ -1,0 +1,172 @@
+"""Stage 2: the only optimisation loop in the repository. It knows sources of batches and methods, nothing of caches."""
+
+from __future__ import annotations
+
+import io
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import pandas as pd
+import torch
+from safetensors.torch import save as safetensors_bytes
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from pipeline.runs import Run, write_atomic
+from pipeline.streams import Streams
+from pipeline.types import Batch, Method, Phase, Source
+
+PRESETS: dict[str, dict[str, float]] = {"paper": {"lr": 1e-4}, "head": {"lr": 1e-3}}
+STATE_SECONDS = 20.0  # between two saves of the resumable state
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Adam as in SeDA section 5.1: L2 weight decay, the learning rate halved every few epochs."""
+
+    lr: float = 1e-3  # learning rate; the papers' band is 5e-5..1e-4, heads on frozen features train better at 1e-3
+    weight_decay: float = 1e-4  # L2 in the gradient, not decoupled
+    lr_step: int = 4  # epochs between two decays
+    lr_gamma: float = 0.5  # factor of a decay
+    epochs: int = 20  # passes over the training split per phase (times the phase's share)
+    batch_size: int = 64  # samples
+    grad_clip: float = 1.0  # largest gradient norm
+    select: Literal["metric", "loss", "last"] = "metric"  # which epoch's weights are kept, judged on validation
+
+    def __post_init__(self) -> None:
+        positive = ("lr", "lr_step", "lr_gamma", "epochs", "batch_size", "grad_clip")
+        for name in positive:
+            if getattr(self, name) <= 0:
+                raise ValueError(f"training setting {name!r} must be positive, not {getattr(self, name)}")
+        if self.weight_decay < 0:
+            raise ValueError(f"training setting 'weight_decay' must not be negative, not {self.weight_decay}")
+
+
+@dataclass(slots=True)
+class State:
+    """What a run needs to go on after any interruption; everything else is a function of its config and seed."""
+
+    phase: int  # index into the method's phases
+    epoch: int  # epochs of this phase that are finished
+    history: list[dict[str, Any]]
+    best_score: tuple[float, float]
+    best: dict[str, Tensor]  # the state dict kept for prediction
+    seconds: float  # spent in finished epochs
+
+
+def train(
+    method: Method,
+    source: Source,
+    train_pass: Callable[[], Iterator[Batch]],
+    validate: Callable[[], tuple[float, float]],
+    config: TrainConfig,
+    run: Run,
+    progress: bool,
+) -> State:
+    """Train through the method's phases, keep the epoch that is best on validation, write the run's checkpoint.
+
+    `validate` returns (metric, negative loss), the larger the better. Interrupted at any moment, the same call goes on from the
+    last saved epoch and ends in the same weights, bit for bit. `ValueError` names the step when the loss is not finite.
+    """
+    state_path = run.path / "state.pt"
+    saved = torch.load(state_path, weights_only=True) if state_path.is_file() else None
+    state = State(**saved["state"]) if saved else State(0, 0, [], (-math.inf, -math.inf), {}, 0.0)
+    epochs = [max(1, round(config.epochs * phase.share)) for phase in method.phases]
+    bar = tqdm(total=sum(epochs), initial=sum(epochs[: state.phase]) + state.epoch, unit="epoch", disable=not progress)
+    bar.set_description(f"{run.path.parent.name.rsplit('-', 1)[0]} seed {run.seed}")
+    while state.phase < len(method.phases):
+        phase = method.phases[state.phase]
+        optimizer, scheduler = _start_phase(method, phase, train_pass, config, saved)
+        saved, saved_at = None, time.monotonic()
+        while state.epoch < epochs[state.phase]:
+            started = time.monotonic()
+            row = _epoch(method, source, phase, state, optimizer, config, run.seed)
+            scheduler.step()
+            state.epoch += 1
+            if state.phase == len(method.phases) - 1:
+                _select(method, validate(), config, state, row)
+            state.seconds += time.monotonic() - started
+            state.history.append(row)
+            bar.update()
+            bar.set_postfix(loss=f"{row['loss']:.3f}", refresh=False)
+            if time.monotonic() - saved_at > STATE_SECONDS:
+                _save(state_path, method, optimizer, scheduler, state)
+                saved_at = time.monotonic()
+        state.phase, state.epoch = state.phase + 1, 0
+    bar.close()
+    _write_results(run, state)
+    return state
+
+
+def _start_phase(
+    method: Method, phase: Phase, train_pass: Callable[[], Iterator[Batch]], config: TrainConfig, saved: dict[str, Any] | None
+) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
+    """Freeze what the phase does not train; take its statistics, or everything from a saved state."""
+    for name, parameter in method.named_parameters():
+        parameter.requires_grad_(name.startswith(phase.trains))
+    trained = [parameter for _, parameter in method.named_parameters() if parameter.requires_grad]
+    optimizer = torch.optim.Adam(trained, lr=config.lr, weight_decay=config.weight_decay, fused=True)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, config.lr_step, config.lr_gamma)
+    if saved:
+        method.load_state_dict(saved["method"])
+        optimizer.load_state_dict(saved["optimizer"])
+        scheduler.load_state_dict(saved["scheduler"])
+    else:
+        method.train(False)
+        with torch.no_grad():
+            method.begin(phase.name, train_pass)
+    return optimizer, scheduler
+
+
+def _epoch(
+    method: Method, source: Source, phase: Phase, state: State, optimizer: torch.optim.Optimizer, config: TrainConfig, seed: int
+) -> dict[str, Any]:
+    """One pass over the source; returns the mean of every loss part. One host synchronisation, at the end."""
+    method.train()
+    totals: dict[str, Tensor] = {}
+    steps = 0
+    # Every phase has epochs of its own, so that no two of them see the same permutation or the same noise.
+    for batch in source(state.phase * 100_000 + state.epoch):
+        rng = Streams.seeded(seed, batch["key"]).at("train", phase.name, state.epoch, steps)
+        parts = method.loss(batch, rng, phase.name)
+        optimizer.zero_grad(set_to_none=True)
+        parts["loss"].backward()
+        nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], config.grad_clip)
+        optimizer.step()
+        for name, value in parts.items():
+            totals[name] = totals.get(name, 0.0) + value.detach()
+        steps += 1
+    row = {"phase": phase.name, "epoch": state.epoch, "lr": optimizer.param_groups[0]["lr"]}
+    row |= {name: total.item() / steps for name, total in totals.items()}
+    if not math.isfinite(row["loss"]):
+        raise ValueError(f"the loss is not finite in epoch {state.epoch} of phase {phase.name!r}; lower lr, or raise tau")
+    return row
+
+
+def _select(method: Method, score: tuple[float, float], config: TrainConfig, state: State, row: dict[str, Any]) -> None:
+    """Keep the weights when validation prefers them; equal metrics are decided by the loss, full ties by the later epoch."""
+    metric, negative_loss = score
+    row |= {"val_metric": metric, "val_loss": -negative_loss}
+    rank = {"metric": score, "loss": (negative_loss, metric), "last": (float(state.epoch), 0.0)}[config.select]
+    if rank >= state.best_score:
+        state.best_score = rank
+        state.best = {name: tensor.detach().cpu().clone() for name, tensor in method.state_dict().items()}
+
+
+def _save(path: Any, method: Method, optimizer: Any, scheduler: Any, state: State) -> None:
+    buffer = io.BytesIO()
+    parts = {name: getattr(state, name) for name in State.__slots__}
+    content = {"state": parts, "method": method.state_dict(), "optimizer": optimizer.state_dict()}
+    torch.save(content | {"scheduler": scheduler.state_dict()}, buffer)
+    write_atomic(path, buffer.getvalue())
+
+
+def _write_results(run: Run, state: State) -> None:
+    """The selected weights, the history, then `done`, which makes them real; the resumable state is no longer needed."""
+    write_atomic(run.path / "checkpoint.safetensors", safetensors_bytes(state.best))
+    write_atomic(run.path / "history.csv", pd.DataFrame(state.history).to_csv(index=False))
+    write_atomic(run.path / "done", f"{state.seconds:.3f}\n")
+    (run.path / "state.pt").unlink(missing_ok=True)

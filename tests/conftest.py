@@ -1,0 +1,47 @@
+"""A tiny image-and-text dataset, and a home in which it is prepared and extracted."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from pipeline import manifest as manifests
+from pipeline.extract import extract
+from pipeline.manifest import Manifest
+from pipeline.types import Sample
+
+torch.set_num_threads(1)  # the tensors of tests are tiny: threads would only wait for each other
+
+COLOURS = {"red": (200, 30, 30), "green": (30, 180, 40), "blue": (40, 50, 210), "grey": (128, 128, 128)}
+SPLIT_OF = ("train",) * 6 + ("val",) * 1 + ("test",) * 3  # of the ten images of a class
+
+
+@pytest.fixture(scope="session")
+def tiny_manifest(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
+    """Forty 24 x 24 PNG images in four classes, with one text each; 24 train, 4 val, 12 test."""
+    root = tmp_path_factory.mktemp("tiny_media")
+    rng = np.random.default_rng(0)
+    samples = []
+    for label, (name, colour) in enumerate(COLOURS.items()):
+        for number in range(10):
+            pixels = np.clip(np.array(colour) + rng.normal(0, 40, (24, 24, 3)), 0, 255).astype(np.uint8)
+            sample_id = f"{name}-{number}"
+            Image.fromarray(pixels).save(root / f"{sample_id}.png")
+            text = f"a {name} square number {number}"
+            samples.append(Sample(sample_id, SPLIT_OF[number], Path(f"{sample_id}.png"), (text,), (label,), ""))
+    meta = {"media_type": "image", "text": {"kind": "caption", "aggregate": "mean", "sep": " "}, "licence": "generated"}
+    return Manifest("tiny", "single", tuple(COLOURS), tuple(samples), meta, root)
+
+
+@pytest.fixture(scope="session")
+def tiny_home(tiny_manifest: Manifest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A home with `tiny` prepared and extracted by random_projection, image [32] and text [24]; read it, never write to it."""
+    home = tmp_path_factory.mktemp("tiny_home")
+    manifests.write(tiny_manifest, home)
+    extract(tiny_manifest, "random_projection", {"modality": "image", "width": 32}, home, progress=False)
+    extract(tiny_manifest, "random_projection", {"modality": "text", "width": 24}, home, progress=False)
+    return home

@@ -1,0 +1,168 @@
+"""The command line: results on stdout, one line with the remedy on stderr, exit codes 0 and 2."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from test_train import FAST, SMALL, caches_by_key
+
+import cli
+from pipeline import plugins
+
+
+def run(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> int:
+    """Exit code of `diffalign` with these arguments, in this process."""
+    monkeypatch.setattr(sys, "argv", ["diffalign", *arguments])
+    with pytest.raises(SystemExit) as exit_info:
+        cli.main()
+    assert isinstance(exit_info.value.code, int)
+    return exit_info.value.code
+
+
+@pytest.fixture
+def home(tiny_home: Path, tmp_path: Path) -> Path:
+    """A copy of the tiny home that may be written to."""
+    return Path(shutil.copytree(tiny_home, tmp_path / "home"))
+
+
+def train_arguments(home: Path, method: str) -> list[str]:
+    """A small train-head command on the tiny dataset."""
+    keys = caches_by_key(home)
+    settings = [f"--set={key}={value}" for key, value in SMALL[method].items()]
+    training = [f"--train={key}={value}" for key, value in FAST.items()]
+    caches = ["--image", keys["image"], "--text", keys["text"]]
+    return ["train-head", "--dataset", "tiny", "--method", method, "--home", str(home), *caches, *settings, *training]
+
+
+def test_the_stages_follow_each_other(home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run([*train_arguments(home, "ema"), "--seeds", "0,1", "--json"], monkeypatch) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert [Path(row["run"]).name for row in rows] == ["seed0", "seed1"]
+    assert all(0 <= row["acc1"] <= 100 for row in rows)
+    assert (
+        run(["evaluate", str(Path(rows[0]["run"]).parent), "--split", "test", "--home", str(home), "--json"], monkeypatch) == 0
+    )
+    assert [row["n"] for row in json.loads(capsys.readouterr().out)] == [12, 12]
+    assert run([*train_arguments(home, "baseline")], monkeypatch) == 0
+    assert run(["report", "tiny", "--home", str(home), "--json"], monkeypatch) == 0
+    printed = capsys.readouterr().out
+    paths = json.loads(printed[printed.index("{") :])
+    assert all(Path(path).is_file() for path in paths.values())
+    cache = next((home / "caches" / "tiny").iterdir())
+    assert run(["cache", "info", str(cache), "--json"], monkeypatch) == 0
+    assert json.loads(capsys.readouterr().out)["complete"] is True
+    assert run(["cache", "verify", str(cache)], monkeypatch) == 0
+
+
+@pytest.mark.parametrize("kind", plugins.KINDS)
+def test_every_plugin_is_listed(kind: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run([kind, "--json"], monkeypatch) == 0
+    described = json.loads(capsys.readouterr().out)
+    assert list(described) == plugins.names(kind)
+    assert all(len(line) > 20 for line in described.values())
+
+
+@pytest.mark.parametrize("method", plugins.names("methods"))
+def test_a_method_shows_its_settings(method: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["methods", method, "--json"], monkeypatch) == 0
+    described = json.loads(capsys.readouterr().out)
+    module = plugins.get("methods", method)
+    assert set(described["letters"].values()) <= described.keys()
+    assert set(described["grid"]) <= described.keys()
+    for field, values in described["grid"].items():
+        for value in values:
+            plugins.configure(module.Config, {field: value})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["prepare", "imagenet"], "unknown dataset 'imagenet'; choose one of: "),
+        (["train-head", "--dataset", "tiny", "--method", "gan"], "unknown method 'gan'; choose one of: baseline, cdr"),
+        (["extract", "openmoji", "--encoder", "vgg"], "diffalign prepare openmoji"),
+        (["train-head", "--method", "ema", "--set", "x=1"], "unknown setting 'x'; choose one of: width, "),
+        (["train-head", "--method", "ema", "--set", "tau"], "--set takes KEY=VALUE, not 'tau'"),
+        (["train-head", "--method", "ema", "--set", "tau=warm"], "setting 'tau' is 'warm'; it takes a finite float"),
+        (["train-head", "--method", "seda", "--set", "T=10", "--set", "t=10"], "stage_step (t) must be in 0..9"),
+        (["train-head", "--method", "seda", "--set", "T=10", "--set", "num_steps=12"], "'num_steps' is given twice"),
+        (["train-head", "--method", "ema", "--train", "epochs=0"], "'epochs' must be positive"),
+        (["train-head", "--method", "ema", "--seeds", "one"], "--seeds takes numbers such as 0,1,2"),
+        (["train-head", "--method", "ema", "--preset", "best"], "unknown preset 'best'"),
+        (["train-head", "--method", "ema"], "run: diffalign prepare openmoji"),
+        (["train-head"], "Missing option '--method'"),
+        (["evaluate", "nowhere"], "nowhere is not a run"),
+        (["report", "openmoji"], "openmoji"),
+        (["cache", "info", "nowhere"], "nowhere is not a feature cache"),
+        (["cache", "verify", "nowhere"], "nowhere is not a feature cache"),
+        (["conjure"], "No such command 'conjure'"),
+    ],
+)
+def test_a_mistake_is_one_line_with_the_remedy(
+    arguments: list[str],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("DIFFALIGN_HOME", str(tmp_path))
+    assert run(arguments, monkeypatch) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err.count("\n") == 1
+    assert message in printed.err
+
+
+def test_caches_are_found_by_name_or_refused(
+    home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = train_arguments(home, "ema")
+    arguments[arguments.index("--image") + 1] = "random_projection"
+    assert run(arguments, monkeypatch) == 2
+    assert "several caches of tiny named 'random_projection'" in capsys.readouterr().err
+    arguments[arguments.index("--image") + 1] = "clip"
+    assert run(arguments, monkeypatch) == 2
+    assert "no cache of tiny named 'clip' (there are: random_projection-" in capsys.readouterr().err
+
+
+def test_an_incomplete_cache_is_refused_with_the_command_that_completes_it(
+    home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = train_arguments(home, "ema")
+    commit = next((home / "caches" / "tiny" / caches_by_key(home)["image"] / "commits").iterdir())
+    commit.unlink()
+    assert run(arguments, monkeypatch) == 2
+    printed = capsys.readouterr().err
+    assert "is incomplete" in printed
+    assert "diffalign extract tiny --encoder random_projection" in printed
+
+
+def test_an_unwritable_home_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["prepare", "openmoji", "--home", "/proc/home"], monkeypatch) == 2
+    printed = capsys.readouterr().err
+    assert "/proc/home" in printed
+    assert "--home" in printed
+    assert printed.count("\n") == 1
+
+
+def test_doctor_names_the_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["doctor", "--home", str(tmp_path)], monkeypatch) == 2
+    lines = capsys.readouterr().out.splitlines()
+    assert any(line.startswith("BAD  openmoji is not prepared") and "diffalign prepare openmoji" in line for line in lines)
+    assert any(line.startswith("ok   torch ") for line in lines)
+
+
+def test_help_is_quick_and_imports_no_stage() -> None:
+    program = (
+        "import sys, cli; sys.argv = ['diffalign', '--help']\n"
+        "try: cli.main()\n"
+        "finally: print(sorted(sys.modules), file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert "train-head" in done.stdout
+    for module in ("torch", "pandas", "zarr", "pipeline"):
+        assert f"'{module}'" not in done.stderr
