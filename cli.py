@@ -155,6 +155,10 @@ def train_head(
     seeds: Annotated[str, typer.Option(help="Comma-separated seeds.")] = "0",
     image: Annotated[str, typer.Option(help="Cache of the image features; default: the dataset's image encoder.")] = "",
     text: Annotated[str, typer.Option(help="Cache of the text features; default: the dataset's text encoder.")] = "",
+    aggregate: Annotated[
+        Literal["", "mean", "first", "random"],
+        typer.Option(help="How several texts of a sample become one vector; random: another one each epoch."),
+    ] = "",
     home: Home = HOME,
     as_json: AsJson = False,
 ) -> None:
@@ -171,7 +175,7 @@ def train_head(
         named = {key: name or defaults[key] for key, name in named.items()}
     results = []
     for seed in _seeds(seeds):
-        run = run_train_head(home, dataset, method, config, train_config, seed, named, progress=True)
+        run = run_train_head(home, dataset, method, config, train_config, seed, named, progress=True, aggregate=aggregate)
         results.append({"run": str(run.path), "split": "val", **run_evaluate(home, run, "val", {})["metrics"]})
     _show_table(_frame(results), as_json)
 

@@ -155,7 +155,9 @@ def run_fold(
 
     with tempfile.TemporaryDirectory() as folder:
         run = Run(Path(folder) / "select-0" / "seed0", fold)
-        state = train(method, shuffled(inside, config.batch_size, fold), ordered(inside), validate, config, run, progress=False)
+        state = train(
+            method, shuffled(inside, config.batch_size, fold), ordered(inside, fold), validate, config, run, progress=False
+        )
     for fusion in FUSIONS if name == "marnet" else ("",):
         variant = {"fusion": fusion} if fusion else {}
         scored = module.build(module.Config(**settings, **variant), shapes)

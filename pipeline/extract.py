@@ -115,8 +115,17 @@ def plan(manifest: Manifest, encoder: Encoder) -> tuple[Items, np.ndarray]:
 
 
 def texts_of(sample: Sample, rule: Mapping[str, str]) -> tuple[str, ...]:
-    """The texts that are encoded for a sample: all units joined by `sep`, or each of them; a blank one is no text."""
+    """The texts that are encoded for a sample: all units joined by `sep`, or each of them; a blank one is no text.
+
+    Without any text, `empty` decides: "skip" leaves the sample without text features, "error" is a `ValueError` that names it,
+    and anything else is the text that stands in.
+    """
     units = tuple(text for text in sample.texts if text.strip())
+    empty = rule.get("empty", "skip")
+    if not units and empty != "skip":
+        if empty == "error":
+            raise ValueError(f"sample {sample.id!r} has no text, and the dataset's yaml says text.empty: error")
+        return (empty,)
     return (rule["sep"].join(units),) if rule["aggregate"] == "join" and units else units
 
 

@@ -53,10 +53,12 @@ def train_head(
     seed: int,
     encoders: Mapping[str, str],
     progress: bool,
+    aggregate: str = "",
 ) -> Run:
     """Train one head on cached features; a finished run is returned as it is, an interrupted one goes on.
 
-    `encoders` names the caches by batch key ("image", "text"); only the keys the method needs are opened.
+    `encoders` names the caches by batch key ("image", "text"); only the keys the method needs are opened. `aggregate` says how
+    several texts of a sample become one vector: mean, first or random (another one each epoch); "" is the dataset's way.
     """
     manifest = manifests.read(home, dataset)
     module = plugins.get("methods", method)
@@ -68,7 +70,7 @@ def train_head(
         training=asdict(training),
         caches={key: cache.fingerprint for key, cache in caches.items()},
         shapes=_shapes(manifest, caches),
-        text_aggregate=manifest.meta["text"]["aggregate"],
+        text_aggregate=aggregate or manifest.meta["text"]["aggregate"],
         manifest=manifest.fingerprint(),
     )
     run = Run.of(home, config, seed)
@@ -110,4 +112,4 @@ def _train(
         summary = metrics.summary(logits, label)
         return summary["acc1" if label.ndim == 1 else "map"], -float(losses.classification(logits, label, "softmax_kl"))
 
-    train(method, shuffled(table, training.batch_size, run.seed), ordered(table), validate, training, run, progress)
+    train(method, shuffled(table, training.batch_size, run.seed), ordered(table, run.seed), validate, training, run, progress)

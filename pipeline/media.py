@@ -1,15 +1,28 @@
-"""Open the picture of a file, whatever it is: RGB pixels on white, or one reason why not."""
+"""Open the picture or the frames of a file, whatever it is: RGB pixels on white, or one reason why not."""
 
 from __future__ import annotations
 
 import io
+import math
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 from xml.etree import ElementTree
 
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+if TYPE_CHECKING:
+    from av.container import InputContainer
+    from av.video.stream import VideoStream
+
 SVG_LIMIT = 16 * 2**20  # bytes; a drawing larger than this is not an icon
+FRAME_LIMIT = 50_000  # frames; half an hour at 25 per second
+SAMPLING = "midpoints"  # the name of the rule of `sampled`, for identities
+END_SLACK = 0.05  # share of its declared time that a video's last frames may be missing
+ANIMATIONS = ("GIF", "PNG", "WEBP")
+CONTAINERS = "mov,mp4,matroska,webm,avi"  # never playlists, which name other files
 WHITE = (255, 255, 255)
 
 
@@ -20,10 +33,37 @@ def open_image(path: Path, size: int) -> Image.Image:
     pixels, without fonts and external files, and centred when they are not square.
     Raises `ValueError` with the file's name and the reason when there is no whole picture in it.
     """
+    with _reasons(path):
+        return _render(_read_drawing(path), size) if path.suffix.lower() == ".svg" else _decode(path)
+
+
+def open_frames(path: Path, num_frames: int) -> list[Image.Image]:
+    """The frames `sampled` from a clip (mp4, mov, webm, mkv, avi, or animated GIF, WebP, PNG), as RGB, transparent parts white.
+
+    What the file is decides, not what it is called. Frames keep their own size and are turned upright. Only the frames that
+    are returned are kept in memory. Raises `ValueError` with the file's name and the reason when there is no whole clip in it:
+    damaged, cut short, without a picture, or more than `FRAME_LIMIT` frames.
+    """
+    assert num_frames >= 1, num_frames
+    with _reasons(path):
+        return _frames(path, num_frames)
+
+
+def sampled(num_frames: int, length: int) -> list[int]:
+    """The frames in the middle of `num_frames` equal stretches of a clip of `length` frames, counted from 0 in order of display.
+
+    Frame i of n is floor((2i + 1) * length / (2n)); a clip with fewer frames than n repeats them.
+    """
+    return [(2 * i + 1) * length // (2 * num_frames) for i in range(num_frames)]
+
+
+@contextmanager
+def _reasons(path: Path) -> Iterator[None]:
+    """Every way in which reading a file fails becomes a `ValueError` that starts with the file's name."""
     try:
-        if path.suffix.lower() == ".svg":
-            return _render(_read_drawing(path), size)
-        return _decode(path)
+        if path.exists() and not path.is_file():
+            raise ValueError("not a regular file")  # a pipe or a device may never end
+        yield
     except FileNotFoundError as error:
         raise ValueError(f"{path.name}: no such file") from error
     except OSError as error:
@@ -39,6 +79,118 @@ def _decode(path: Path) -> Image.Image:
         with Image.open(path) as file:
             file.load()
             return _on_white(ImageOps.exif_transpose(file))
+
+
+def _frames(path: Path, num_frames: int) -> list[Image.Image]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        try:
+            animation = Image.open(path, formats=ANIMATIONS)
+        except UnidentifiedImageError:
+            return _video_frames(path, num_frames)
+        with animation:
+            return _animation_frames(animation, num_frames)
+
+
+def _animation_frames(file: Image.Image, num_frames: int) -> list[Image.Image]:
+    first = 1 if file.info.get("default_image") else 0  # an animated PNG may start with a picture for old programs
+    length = getattr(file, "n_frames", 1) - first
+    _check_length(length)
+    shown: dict[int, Image.Image] = {}
+    for wanted in sampled(num_frames, length):
+        if wanted not in shown:
+            file.seek(first + wanted)
+            file.load()
+            shown[wanted] = _on_white(ImageOps.exif_transpose(file))
+    return [shown[wanted] for wanted in sampled(num_frames, length)]
+
+
+def _check_length(length: int) -> None:
+    if length > FRAME_LIMIT:
+        raise ValueError(f"more than {FRAME_LIMIT} frames; cut it into clips first")
+
+
+def _video_frames(path: Path, num_frames: int) -> list[Image.Image]:
+    import av  # only videos need it
+
+    try:
+        with path.open("rb") as file:  # a file object, so that no name is taken for an address
+            with av.open(file, options={"format_whitelist": CONTAINERS}) as container:
+                times = _display_times(container, _video_stream(container))
+            file.seek(0)
+            with av.open(file, options={"format_whitelist": CONTAINERS}) as container:
+                wanted = [times[i] for i in sampled(num_frames, len(times))]
+                return _at_times(container, _video_stream(container), wanted)
+    except av.FFmpegError as error:
+        raise ValueError(f"not a whole video: {error.strerror}") from error
+
+
+def _video_stream(container: InputContainer) -> VideoStream:
+    """The first moving picture; a cover on a piece of music is none."""
+    from av.stream import Disposition
+
+    streams = [stream for stream in container.streams.video if not stream.disposition & Disposition.attached_pic]
+    if not streams:
+        raise ValueError(
+            "there is no video in it, only " + (", ".join(s.type for s in container.streams) or "an empty container")
+        )
+    stream = streams[0]
+    if stream.width * stream.height > (Image.MAX_IMAGE_PIXELS or math.inf):
+        raise ValueError(
+            f"frames of {stream.width} x {stream.height} pixels are over Pillow's limit against decompression bombs"
+        )
+    stream.codec_context.thread_count = 1  # extraction has its own processes
+    return stream
+
+
+def _display_times(container: InputContainer, stream: VideoStream) -> list[int]:
+    """When each frame is shown, ascending, in units of the stream's time base, read without decoding."""
+    times: list[int] = []
+    end = 0
+    for packet in container.demux(stream):
+        if not packet.size:
+            continue  # the end of the stream
+        if packet.is_corrupt:
+            raise ValueError(f"damaged or cut short at frame {len(times) + 1}")
+        time = packet.pts if packet.pts is not None else packet.dts
+        if time is None:
+            raise ValueError(f"frame {len(times) + 1} does not say when it is shown")
+        times.append(time)
+        end = max(end, time + (packet.duration or 0))
+        _check_length(len(times))
+    if not times:
+        raise ValueError("there is no frame in it")
+    seconds, declared = float((end - min(times)) * stream.time_base), _declared_seconds(container, stream)
+    if seconds < (1 - END_SLACK) * declared:
+        raise ValueError(f"cut short: {seconds:.2f} of {declared:.2f} seconds are there")
+    return sorted(times)
+
+
+def _declared_seconds(container: InputContainer, stream: VideoStream) -> float:
+    """How long the file says that its video is; 0 when it does not say, or says it of sound and video together."""
+    if "DURATION" in stream.metadata:  # Matroska and WebM: 00:00:06.000000000
+        hours, minutes, seconds = stream.metadata["DURATION"].split(":")
+        return 3600 * int(hours) + 60 * int(minutes) + float(seconds)
+    if stream.duration:
+        return float(stream.duration * stream.time_base)
+    return (container.duration or 0) / 1e6 if len(container.streams) == 1 else 0.0  # microseconds
+
+
+def _at_times(container: InputContainer, stream: VideoStream, wanted: list[int]) -> list[Image.Image]:
+    """The first frame at or after each of the ascending times; decoding stops at the last of them."""
+    images: list[Image.Image] = []
+    for frame in container.decode(stream):
+        time = frame.pts if frame.pts is not None else frame.dts
+        if time is None or time < wanted[len(images)]:
+            continue
+        if frame.is_corrupt:
+            raise ValueError(f"damaged: a frame at {float(time * stream.time_base):.2f} seconds cannot be decoded whole")
+        image = frame.to_image().rotate(frame.rotation, expand=True)
+        while len(images) < len(wanted) and wanted[len(images)] <= time:
+            images.append(image)
+        if len(images) == len(wanted):
+            return images
+    raise ValueError(f"ends before frame {len(images) + 1} of the {len(wanted)} that were asked for")
 
 
 def _on_white(image: Image.Image) -> Image.Image:

@@ -34,12 +34,30 @@ def find_cache(home: Path, manifest: Manifest, name: str) -> Cache:
 
 
 @dataclass(frozen=True, slots=True)
+class Captions:
+    """All texts of the samples of a split: `features` [M,D], those of sample i from offsets[i] to offsets[i+1]."""
+
+    features: Tensor
+    offsets: Tensor
+
+    def draw(self, rows: Tensor, keys: Tensor, seed: int, epoch: int, mean: Tensor) -> Tensor:
+        """One text of each of these rows [B,D], named by (seed, epoch, sample id); `mean` [B,D] where there is none."""
+        counts = (self.offsets[1:] - self.offsets[:-1])[rows]
+        uniform = Streams.seeded(seed, keys).at("caption", epoch).uniform()
+        chosen = self.offsets[rows] + torch.floor(uniform * counts).long()
+        drawn = self.features[chosen.clamp(max=len(self.features) - 1)]
+        usable = (counts > 0) & torch.isfinite(drawn).all(dim=1)
+        return torch.where(usable[:, None], drawn, mean)
+
+
+@dataclass(frozen=True, slots=True)
 class Table:
     """The usable samples of one split: their ids, their columns [N, ...] and the ids that had to be left out."""
 
     ids: tuple[str, ...]
     columns: Batch
     excluded: tuple[str, ...]
+    captions: Captions | None = None  # when every epoch draws one text of each sample
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -48,24 +66,36 @@ class Table:
 def load(manifest: Manifest, caches: Mapping[str, Cache], split: Split, device: torch.device, aggregate: str) -> Table:
     """A split's features by batch key, labels and stream keys; samples without an image feature are left out, by id.
 
-    A sample without text keeps its image: its text is the mean text of the split, and `paired` [N] is 0 for it.
+    Several texts of a sample become their mean, the first, or with "random" another one each epoch. A sample without text
+    keeps its image: its text is the mean text of the split, and `paired` [N] is 0 for it.
     """
     samples = manifest.split(split)
     ids = [sample.id for sample in samples]
     arrays = {key: cache.read(ids, aggregate="first" if aggregate == "first" else "mean") for key, cache in caches.items()}
+    if not ids:
+        raise ValueError(
+            f"the {split} split of {manifest.dataset} is empty; diffalign prepare {manifest.dataset} says how to fill it"
+        )
     usable = np.isfinite(arrays["image"]).reshape(len(ids), -1).all(axis=1)
     if not usable.any():
         raise ValueError(f"the {split} split of {manifest.dataset} has no sample with an image feature")
     kept = np.flatnonzero(usable)
+    kept_ids = [ids[row] for row in kept]
     columns = {key: torch.from_numpy(array[kept]) for key, array in arrays.items()}
+    captions = None
     if "text" in columns:
         columns["text"], columns["paired"] = _fill_missing_text(columns["text"], split)
+    if "text" in columns and aggregate == "random":
+        features, counts = caches["text"].read_each(kept_ids)
+        offsets = torch.from_numpy(np.concatenate([[0], np.cumsum(counts)]))
+        captions = Captions(torch.from_numpy(features).to(device), offsets.to(device))
     columns["label"] = labels([samples[row].labels for row in kept], manifest)
-    columns["key"] = sample_keys(ids[row] for row in kept)
+    columns["key"] = sample_keys(kept_ids)
     return Table(
-        ids=tuple(ids[row] for row in kept),
+        ids=tuple(kept_ids),
         columns={key: column.to(device) for key, column in columns.items()},
         excluded=tuple(ids[row] for row in np.flatnonzero(~usable)),
+        captions=captions,
     )
 
 
@@ -94,22 +124,24 @@ def shuffled(table: Table, batch_size: int, seed: int) -> Source:
         rng = Streams.seeded(seed, table.columns["key"]).at("shuffle", epoch)
         order = torch.argsort(rng.bits())
         for start in range(0, len(table) - size + 1, size):
-            rows = order[start : start + size]
-            yield {key: column[rows] for key, column in table.columns.items()}
+            yield _batch(table, order[start : start + size], seed, epoch)
 
     return batches
 
 
-def ordered(table: Table, batch_size: int = 1024) -> Callable[[], Iterator[Batch]]:
-    """Passes over the whole table in the manifest's order."""
+def ordered(table: Table, seed: int, batch_size: int = 1024) -> Callable[[], Iterator[Batch]]:
+    """Passes over the whole table in the manifest's order; texts that are drawn by epoch are those of epoch -1."""
 
     def batches() -> Iterator[Batch]:
         for start in range(0, len(table), batch_size):
-            yield {key: column[start : start + batch_size] for key, column in table.columns.items()}
+            rows = torch.arange(start, min(start + batch_size, len(table)), device=table.columns["key"].device)
+            yield _batch(table, rows, seed, -1)
 
     return batches
 
 
-def num_batches(table: Table, batch_size: int) -> int:
-    """Batches in one epoch of `shuffled`."""
-    return len(table) // min(batch_size, len(table))
+def _batch(table: Table, rows: Tensor, seed: int, epoch: int) -> Batch:
+    batch = {key: column[rows] for key, column in table.columns.items()}
+    if table.captions:
+        batch["text"] = table.captions.draw(rows, batch["key"], seed, epoch, batch["text"])
+    return batch

@@ -21,7 +21,7 @@ from pipeline.cache import find_caches, open_cache
 from pipeline.evaluate import evaluate, predict
 from pipeline.heads import resolve, train_head
 from pipeline.runs import Run
-from pipeline.sources import load, shuffled
+from pipeline.sources import Captions, load, shuffled
 from pipeline.train import TrainConfig
 
 SMALL: dict[str, dict[str, object]] = {
@@ -209,3 +209,17 @@ def test_settings_out_of_range_are_refused() -> None:
         resolve("tiny", "ema", "fast", {}, {})
     with pytest.raises(ValueError, match=r"unknown setting 'depth'; choose one of: denoiser, .*T \(= num_steps\)"):
         resolve("tiny", "cdr", "head", {"depth": 3}, {})
+
+
+def test_random_captions_are_drawn_by_epoch_and_sample() -> None:
+    features = torch.arange(12.0).reshape(6, 2)
+    captions = Captions(features, torch.tensor([0, 3, 3, 6]))  # three texts, none, three texts
+    rows, keys, mean = torch.tensor([2, 1, 0]), torch.tensor([30, 20, 10]), torch.full((3, 2), -1.0)
+    draws = torch.stack([captions.draw(rows, keys, 0, epoch, mean) for epoch in range(300)])
+    assert (draws[:, 1] == -1.0).all()  # no text: the mean stands in
+    for position, own in ((0, features[3:]), (2, features[:3])):
+        counts = [(draws[:, position] == text).all(dim=1).sum().item() for text in own]
+        assert sum(counts) == 300
+        assert all(70 <= count <= 130 for count in counts)  # 100 expected, standard deviation 8
+    alone = captions.draw(rows[2:], keys[2:], 0, 7, mean[2:])
+    assert torch.equal(alone[0], draws[7, 2])

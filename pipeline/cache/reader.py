@@ -38,24 +38,27 @@ class Cache:
         NaN where a sample has no features: it failed, or has no text. `aggregate` joins the rows of a sample that has
         several. `ValueError` when ids are unknown or a shard is damaged.
         """
-        unknown = [sample_id for sample_id in ids if sample_id not in self._row_of]
-        if unknown:
-            raise ValueError(f"{len(unknown)} ids are not in {self.path}, the first: {', '.join(map(repr, unknown[:3]))}")
-        samples = np.fromiter((self._row_of[sample_id] for sample_id in ids), dtype=np.int64, count=len(ids))
-        starts, counts = self.offsets[samples], np.diff(self.offsets)[samples]
-        if aggregate == "first":
-            counts = np.minimum(counts, 1)
-        ends = np.cumsum(counts)
-        rows = np.arange(counts.sum()) + np.repeat(starts - (ends - counts), counts)
-        features = self._read_rows(rows)
+        features, counts = self.read_each(ids, first_only=aggregate == "first")
         if (counts == 1).all():
             return features
         result = np.full((len(ids), *self.feature_shape), np.nan, dtype=np.float32)
         filled = counts > 0
         if filled.any():
-            sums = np.add.reduceat(features, (ends - counts)[filled], axis=0)
+            sums = np.add.reduceat(features, (np.cumsum(counts) - counts)[filled], axis=0)
             result[filled] = sums / counts[filled].reshape(-1, *(1 for _ in self.feature_shape))
         return result
+
+    def read_each(self, ids: Sequence[str], first_only: bool = False) -> tuple[np.ndarray, np.ndarray]:
+        """Every row of these samples, float32 [M, *shape], and how many each sample has [len(ids)]; errors as in `read`."""
+        unknown = [sample_id for sample_id in ids if sample_id not in self._row_of]
+        if unknown:
+            raise ValueError(f"{len(unknown)} ids are not in {self.path}, the first: {', '.join(map(repr, unknown[:3]))}")
+        samples = np.fromiter((self._row_of[sample_id] for sample_id in ids), dtype=np.int64, count=len(ids))
+        starts, counts = self.offsets[samples], np.diff(self.offsets)[samples]
+        if first_only:
+            counts = np.minimum(counts, 1)
+        rows = np.arange(counts.sum()) + np.repeat(starts - (np.cumsum(counts) - counts), counts)
+        return self._read_rows(rows), counts
 
     @cached_property
     def _row_of(self) -> dict[str, int]:

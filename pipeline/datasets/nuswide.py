@@ -2,6 +2,7 @@
 
 Labels are the AllLabels rows of the photos in the split lists; TrainTestLabels, which hold a corrupt value, are never read.
 Sample ids are the paths without suffix, because six photo ids stand in two folders each, some with different labels.
+Tags are streamed; a photo takes about 1 KB of memory: 8.1 million, 30 times NUS-WIDE, took 7.6 GiB.
 """
 
 from __future__ import annotations
