@@ -6,7 +6,7 @@ DATASET ?= openmoji
 METHOD ?= seda
 ARGS ?=
 
-.PHONY: help setup demo test check bench extract train-head report clean
+.PHONY: help setup demo test check extract train-head report lock clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14

@@ -181,10 +181,10 @@ def train_head(
 
 
 def _seeds(text: str) -> list[int]:
-    parts = text.split(",")
-    if not all(part.strip().isdigit() for part in parts):
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isascii() and part.isdecimal() and int(part) < 2**63 for part in parts):
         raise ValueError(f"--seeds takes numbers such as 0,1,2, not {text!r}")
-    return [int(part) for part in parts]
+    return list(dict.fromkeys(int(part) for part in parts))
 
 
 def _frame(rows: list[dict[str, Any]]) -> pd.DataFrame:
@@ -306,10 +306,8 @@ def main() -> None:
     try:
         sys.exit(app(standalone_mode=False) or 0)
     except OSError as error:
-        print(
-            f"diffalign: {error.filename}: {error.strerror}; give a readable file, or a writable folder with --home",
-            file=sys.stderr,
-        )
+        place = f"{error.filename}: " if error.filename else ""
+        print(f"diffalign: {place}{error.strerror}; give a readable file, or a writable folder with --home", file=sys.stderr)
         sys.exit(2)
     except (ValueError, typer.TyperException) as error:
         message = error.format_message() if isinstance(error, typer.TyperException) else str(error)

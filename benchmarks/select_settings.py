@@ -49,14 +49,15 @@ SPACES: dict[str, dict[str, tuple[Any, ...]]] = {
     "baseline": {"dropout": (0.0, 0.2, 0.5)},
     "ema": {"dropout": (0.0, 0.2, 0.5), "w_ita": (0.1, 0.3, 1.0), "tau": (0.03, 0.07, 0.2), "width": (384, 768)},
     "cdr": {**DIFFUSION, "hidden": (512, 1024), "w_ce": (1.0,)},
+    # its branches take what was chosen for EMA and CDR; the operator is chosen on the same folds
     "marnet": {
-        "dropout_ema": (0.0, 0.2, 0.5),
-        "w_ita": (0.1, 0.3, 1.0),
-        "tau": (0.07, 0.2),
-        "dropout_cdr": (0.1, 0.3, 0.5),
-        "train_min_step": (0.0, 0.5, 0.8),
-        "w_mse": (0.1, 0.3, 1.0),
-        "hidden": (512, 1024),
+        "width": (384,),
+        "tau": (0.2,),
+        "w_ita": (0.1,),
+        "hidden": (1024,),
+        "dropout_cdr": (0.3,),
+        "train_min_step": (0.8,),
+        "w_mse": (0.3,),
         "draws": (8,),
         "sample_steps": (10,),
     },
@@ -67,10 +68,12 @@ SPACES: dict[str, dict[str, tuple[Any, ...]]] = {
         "width": (384,),
         "scale": ("per_dim", "global"),
         "stage_order": ("literal", "reverse"),
+        "train_min_step": (0.0, 0.5, 0.7),
         "w_ce_dst": (0.5, 1.0, 1.5, 2.0),
         "w_sc": (0.1, 0.5, 1.0),
     },
 }
+BRANCH_TRAINING = {**TRAINING, "lr": (3e-3,), "lr_step": (8,), "epochs": (40,), "weight_decay": (1e-4, 1e-3)}
 FUSIONS = ("concat", "add", "mul", "sum", "hm")
 
 
@@ -129,7 +132,8 @@ def draw_points(method: str, count: int) -> list[tuple[dict[str, Any], dict[str,
     def draw(space: dict[str, tuple[Any, ...]]) -> dict[str, Any]:
         return {key: generator.choice(values) for key, values in space.items()}
 
-    return [(draw(SPACES[method]), draw(TRAINING)) for _ in range(count)]
+    training = BRANCH_TRAINING if method == "marnet" else TRAINING
+    return [(draw(SPACES[method]), draw(training)) for _ in range(count)]
 
 
 def run_fold(

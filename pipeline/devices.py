@@ -36,3 +36,15 @@ def computing(dtype: Literal["float32", "bfloat16"], device: torch.device) -> It
     exact = torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False)
     with exact, torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16"):
         yield
+
+
+@contextmanager
+def reproducible(device: torch.device) -> Iterator[None]:
+    """Compute in float32 and on one thread, because the bits of a sum depend on how many threads share it."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with computing("float32", device):
+            yield
+    finally:
+        torch.set_num_threads(threads)

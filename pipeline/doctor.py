@@ -46,6 +46,7 @@ class Finding(NamedTuple):
 
 def findings(home: Path, dataset: str) -> Iterator[Finding]:
     """The machine, the packages, the home folder, the dataset's files and its caches, in this order."""
+    manifests.load_spec(dataset)  # an unknown name is a mistake of the command, not of the machine
     yield Finding(sys.version_info >= (3, 11), f"Python {platform.python_version()}", "install Python 3.11 or newer")
     for package in PACKAGES:
         yield _package(package)

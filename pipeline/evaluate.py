@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
+import importlib.metadata
 import io
 import json
+import os
 import time
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -13,13 +16,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load as safetensors_load
 from torch import Tensor
 
 from pipeline import manifest as manifests
 from pipeline import metrics, plugins
-from pipeline.devices import default_device
-from pipeline.runs import Run, RunConfig, canonical_json, write_atomic
+from pipeline.devices import default_device, reproducible
+from pipeline.runs import Run, RunConfig, canonical_json, lock, write_atomic
 from pipeline.sources import Table, find_cache, load
 from pipeline.streams import Streams
 from pipeline.types import Method, Split
@@ -33,56 +36,84 @@ def predict(method: Method, table: Table, seed: int, batch_size: int = 1024) -> 
     method.train(False)
     image, keys = table.columns["image"], table.columns["key"]
     parts = []
-    for start in range(0, len(table), batch_size):
-        rows = slice(start, start + batch_size)
-        parts.append(method.predict(image[rows], Streams.seeded(seed, keys[rows]).at("predict")).cpu())
+    with reproducible(image.device):
+        for start in range(0, len(table), batch_size):
+            rows = slice(start, start + batch_size)
+            parts.append(method.predict(image[rows], Streams.seeded(seed, keys[rows]).at("predict")).cpu())
     return torch.cat(parts)
 
 
-def evaluation_name(split: str, overrides: Mapping[str, Any]) -> str:
-    """The key of an evaluation in metrics.json: the split, then what differs from the run's own settings."""
-    changes = ",".join(f"{key}={value}" for key, value in sorted(overrides.items()))
-    return f"{split}@{changes}" if changes else split
+def overridden(config: RunConfig, overrides: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """The method's config with settings of prediction changed, and the changes by field name.
 
-
-def load_method(run: Run, config: RunConfig, overrides: Mapping[str, Any]) -> tuple[Method, Any]:
-    """The trained method and its config, with settings of prediction overridden; `ValueError` if one changes the weights."""
+    `ValueError` for a setting that the weights depend on: only a run of its own can answer for it.
+    """
     module = plugins.get("methods", config.method)
-    settings = plugins.configure(module.Config, {**config.settings, **_fields(module, overrides)})
-    method = module.build(settings, {key: tuple(shape) for key, shape in config.shapes.items()})
+    changes = {module.SYMBOLS.get(key, key): value for key, value in overrides.items()}
+    for field in changes:
+        if field in config.settings and field not in module.PREDICTION:
+            choices = ", ".join(module.PREDICTION) or f"nothing of {config.method}"
+            raise ValueError(f"{field!r} is a setting of training: train a run with it; prediction can change {choices}")
+    plugins.configure(module.Config, overrides, module.SYMBOLS)  # names an unknown or repeated key
+    settings = plugins.configure(module.Config, {**config.settings, **changes})
+    values = asdict(settings)
+    return settings, {field: values[field] for field in sorted(changes) if values[field] != config.settings[field]}
+
+
+def evaluation_name(split: str, changes: Mapping[str, Any]) -> str:
+    """The key of an evaluation in metrics.json: the split, then what differs from the run's own settings."""
+    return "@".join([split, *([",".join(f"{field}={value}" for field, value in changes.items())] if changes else [])])
+
+
+def load_method(run: Run, config: RunConfig, settings: Any) -> Method:
+    """The trained method; `ValueError` when its weights are not those that training wrote."""
+    path = run.path / "checkpoint.safetensors"
+    weights = path.read_bytes()
+    if hashlib.sha256(weights).hexdigest() != run.done()["checkpoint_sha256"]:
+        raise ValueError(f"{path} is damaged (its sha256 does not fit); {run.remedy}")
+    build = plugins.get("methods", config.method).build
+    method: Method = build(settings, {key: tuple(shape) for key, shape in config.shapes.items()})
     try:
-        method.load_state_dict(load_file(run.path / "checkpoint.safetensors"))
+        method.load_state_dict(safetensors_load(weights))
     except RuntimeError as error:
-        raise ValueError(f"{dict(overrides)} changes the weights of {run.path}: train a run of its own with it") from error
-    return method.to(default_device()), settings
-
-
-def _fields(module: Any, overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """Overrides by field name; letters of the papers are resolved and values read by the config's types."""
-    plugins.configure(module.Config, overrides, module.SYMBOLS)
-    return {module.SYMBOLS.get(key, key): value for key, value in overrides.items()}
+        raise ValueError(
+            f"{run.path} was trained without what these settings need: train a run of its own with them"
+        ) from error
+    return method.to(default_device())
 
 
 def evaluate(home: Path, run: Run, split: Split, overrides: Mapping[str, Any]) -> dict[str, Any]:
     """Metrics of a run on a split, as in its metrics.json; a finished evaluation is read, not computed again."""
     if not run.is_done:
         raise ValueError(f"{run.path} has not finished training; run the same train-head command again to complete it")
-    name = evaluation_name(split, overrides)
-    records = read_metrics(run)
-    if name in records:
-        return records[name]
     config = run.config()
+    settings, changes = overridden(config, overrides)
+    name = evaluation_name(split, changes)
+    with lock(run.path):
+        records = read_metrics(run)
+        if name not in records:
+            records[name] = _evaluate(home, run, config, settings, split, name)
+            write_atomic(run.path / "metrics.json", json.dumps(records, indent=1, sort_keys=True))
+    return records[name]
+
+
+def _evaluate(home: Path, run: Run, config: RunConfig, settings: Any, split: Split, name: str) -> dict[str, Any]:
+    """Predict, write the predictions, and return the record of an evaluation; the test split is logged before it is read."""
     manifest = manifests.read(home, config.dataset)
     cache = find_cache(home, manifest, config.caches["image"])
-    table = load(manifest, {"image": cache}, split, default_device(), config.text_aggregate)
-    method, settings = load_method(run, config, overrides)
+    method = load_method(run, config, settings)
     if split == "test":
         _log_test_read(run, name)
+    table = load(manifest, {"image": cache}, split, default_device(), config.text_aggregate)
     started = time.perf_counter()
     logits = predict(method, table, run.seed)
     seconds = time.perf_counter() - started
     label = table.columns["label"].cpu()
-    record = {
+    if not logits.isfinite().all():
+        raise ValueError(f"{run.path} predicts numbers that are not finite: it diverged in training; train with a lower lr")
+    _write_predictions(run, name, table, logits, label, method)
+    done = run.done()
+    return {
         "dataset": config.dataset,
         "split": split,
         "method": config.method,
@@ -91,29 +122,31 @@ def evaluate(home: Path, run: Run, split: Split, overrides: Mapping[str, Any]) -
         "n": len(table),
         "excluded": len(table.excluded),
         "seconds": seconds,
-        "train_seconds": float((run.path / "done").read_text()),
+        "train_seconds": done["seconds"],
         "settings": asdict(settings),
         "caches": dict(config.caches),
         "config": config.fingerprint(),
-        "versions": {"torch": torch.__version__},
+        "device": str(default_device()),
+        "versions": {"torch": torch.__version__, "diffalign": importlib.metadata.version("diffalign")},
     }
-    _write_predictions(run, name, table, logits, label, method)
-    write_atomic(run.path / "metrics.json", json.dumps(records | {name: record}, indent=1, sort_keys=True))
-    return record
 
 
 def read_metrics(run: Run) -> dict[str, Any]:
-    """All evaluations of a run by name; empty when there is none."""
+    """All evaluations of a run by name; empty when there is none; `ValueError` when the file is damaged."""
     path = run.path / "metrics.json"
-    return json.loads(path.read_text()) if path.is_file() else {}
+    try:
+        return dict(json.loads(path.read_text())) if path.is_file() else {}
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path} is damaged ({error}); delete it and evaluate again") from error
 
 
 def _log_test_read(run: Run, name: str) -> None:
     """Every read of the test split leaves a line in the run."""
-    path = run.path / "test_reads.jsonl"
-    lines = path.read_text() if path.is_file() else ""
     line = canonical_json({"evaluation": name, "time": datetime.now(UTC).isoformat(timespec="seconds")})
-    write_atomic(path, f"{lines}{line}\n")
+    with (run.path / "test_reads.jsonl").open("a") as file:
+        file.write(f"{line}\n")
+        file.flush()
+        os.fsync(file.fileno())
 
 
 @torch.no_grad()

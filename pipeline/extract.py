@@ -17,14 +17,27 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from pipeline import plugins
 from pipeline.cache.layout import STORE_DTYPES, Commit, Failure, StoreDtype, cache_path, from_stored, to_stored
-from pipeline.cache.writer import Writer, lock
+from pipeline.cache.writer import Writer
 from pipeline.devices import default_device
+from pipeline.encoding import build_encoder
 from pipeline.manifest import Manifest
+from pipeline.runs import lock
 from pipeline.types import Encoder, Sample
 
-LIBRARIES = ("torch", "torchvision", "timm", "transformers", "tokenizers", "numpy", "pillow", "resvg-py", "zarr")
+LIBRARIES = (
+    "torch",
+    "torchvision",
+    "timm",
+    "open_clip_torch",
+    "transformers",
+    "tokenizers",
+    "numpy",
+    "pillow",
+    "resvg-py",
+    "av",
+    "zarr",
+)
 
 
 @dataclass(frozen=True)
@@ -78,9 +91,7 @@ def extract(
         raise ValueError("batch size must be >= 1, workers >= 0 and max failures a share of the items, from 0 to 1")
     if store_dtype not in STORE_DTYPES:
         raise ValueError(f"unknown store dtype {store_dtype!r}; choose one of: {', '.join(STORE_DTYPES)}")
-    module = plugins.get("encoders", encoder_name)
-    config = plugins.configure(module.Config, settings)
-    encoder: Encoder = module.build(config)
+    config, encoder = build_encoder(encoder_name, settings)
     items, offsets = plan(manifest, encoder)
     identity = _identity(manifest, encoder_name, encoder, store_dtype)
     path = cache_path(home, manifest.dataset, encoder_name, identity)

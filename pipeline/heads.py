@@ -13,10 +13,10 @@ import torch
 from pipeline import losses, metrics, plugins
 from pipeline import manifest as manifests
 from pipeline.cache import Cache
-from pipeline.devices import default_device
+from pipeline.devices import default_device, reproducible
 from pipeline.evaluate import predict
 from pipeline.manifest import Manifest
-from pipeline.runs import Run, RunConfig
+from pipeline.runs import Run, RunConfig, lock
 from pipeline.sources import find_cache, load, ordered, shuffled
 from pipeline.train import PRESETS, TrainConfig, train
 from pipeline.types import Method
@@ -74,9 +74,15 @@ def train_head(
         manifest=manifest.fingerprint(),
     )
     run = Run.of(home, config, seed)
+    device = default_device()
     if not run.is_done:
-        run.create(config)
-        _train(run, config, manifest, caches, module.build, settings, training, progress)
+        with reproducible(device):
+            torch.manual_seed(seed)
+            built: Method = module.build(settings, {key: tuple(shape) for key, shape in config.shapes.items()})
+            with lock(run.path):
+                if not run.is_done:  # another process may have finished it while we waited
+                    run.create(config)
+                    _train(run, config, manifest, caches, built.to(device), training, progress)
     return run
 
 
@@ -91,8 +97,7 @@ def _train(
     config: RunConfig,
     manifest: Manifest,
     caches: Mapping[str, Cache],
-    build: Any,
-    settings: Any,
+    method: Method,
     training: TrainConfig,
     progress: bool,
 ) -> None:
@@ -104,11 +109,11 @@ def _train(
             print(
                 f"{split}: {len(excluded)} samples without an image feature are left out, e.g. {excluded[0]}", file=sys.stderr
             )
-    torch.manual_seed(run.seed)
-    method: Method = build(settings, {key: tuple(shape) for key, shape in config.shapes.items()}).to(device)
 
     def validate() -> tuple[float, float]:
         logits, label = predict(method, val, run.seed), val.columns["label"].cpu()
+        if not logits.isfinite().all():
+            raise ValueError(f"{run.path} predicts numbers that are not finite: it diverges; train with a lower lr")
         summary = metrics.summary(logits, label)
         return summary["acc1" if label.ndim == 1 else "map"], -float(losses.classification(logits, label, "softmax_kl"))
 

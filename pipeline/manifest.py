@@ -27,6 +27,7 @@ from pipeline.specs import parse_spec
 from pipeline.types import SPLITS, Sample
 
 SCHEMA_VERSION = 1
+DATASET_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 BATCH = 2**16  # rows written at a time
 READ_ORDER = ("source_row", "sample_id", "split", "media_path", "texts", "label_ids", "group_id", "extra", "media_ok")
 NO_COUNTS: Mapping[str, int] = MappingProxyType({})
@@ -132,7 +133,7 @@ def check(manifest: Manifest, counts: Mapping[str, int] = NO_COUNTS) -> None:
 
 
 def _check_schema(manifest: Manifest) -> None:
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", manifest.dataset):
+    if not DATASET_NAME.fullmatch(manifest.dataset):
         raise ValueError(f"dataset name {manifest.dataset!r} may hold only letters, digits, '_', '-' and '.'")
     if not manifest.samples:
         raise ValueError(f"dataset {manifest.dataset!r} has no samples")
@@ -323,6 +324,8 @@ def _source_rows(rows: list[int]) -> tuple[int, ...]:
 
 
 def _path(home: Path, dataset: str, suffix: str) -> Path:
+    if not DATASET_NAME.fullmatch(dataset):
+        raise ValueError(f"dataset name {dataset!r} may hold only letters, digits, '_', '-' and '.'")
     return home / "manifests" / f"{dataset}.{suffix}"
 
 

@@ -50,7 +50,7 @@ def open_frames(path: Path, num_frames: int) -> list[Image.Image]:
 
 
 def sampled(num_frames: int, length: int) -> list[int]:
-    """The frames in the middle of `num_frames` equal stretches of a clip of `length` frames, counted from 0 in order of display.
+    """The frames in the middle of `num_frames` equal stretches of a clip of `length` frames, counted from 0 as displayed.
 
     Frame i of n is floor((2i + 1) * length / (2n)); a clip with fewer frames than n repeats them.
     """
@@ -60,9 +60,9 @@ def sampled(num_frames: int, length: int) -> list[int]:
 @contextmanager
 def _reasons(path: Path) -> Iterator[None]:
     """Every way in which reading a file fails becomes a `ValueError` that starts with the file's name."""
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{path.name}: not a regular file")  # a pipe or a device may never end
     try:
-        if path.exists() and not path.is_file():
-            raise ValueError("not a regular file")  # a pipe or a device may never end
         yield
     except FileNotFoundError as error:
         raise ValueError(f"{path.name}: no such file") from error
@@ -112,16 +112,18 @@ def _check_length(length: int) -> None:
 
 def _video_frames(path: Path, num_frames: int) -> list[Image.Image]:
     import av  # only videos need it
+    from av.error import FFmpegError
 
+    options = {"format_whitelist": CONTAINERS}
     try:
         with path.open("rb") as file:  # a file object, so that no name is taken for an address
-            with av.open(file, options={"format_whitelist": CONTAINERS}) as container:
+            with av.open(file, mode="r", options=options) as container:
                 times = _display_times(container, _video_stream(container))
             file.seek(0)
-            with av.open(file, options={"format_whitelist": CONTAINERS}) as container:
+            with av.open(file, mode="r", options=options) as container:
                 wanted = [times[i] for i in sampled(num_frames, len(times))]
                 return _at_times(container, _video_stream(container), wanted)
-    except av.FFmpegError as error:
+    except FFmpegError as error:
         raise ValueError(f"not a whole video: {error.strerror}") from error
 
 
@@ -131,14 +133,11 @@ def _video_stream(container: InputContainer) -> VideoStream:
 
     streams = [stream for stream in container.streams.video if not stream.disposition & Disposition.attached_pic]
     if not streams:
-        raise ValueError(
-            "there is no video in it, only " + (", ".join(s.type for s in container.streams) or "an empty container")
-        )
+        found = ", ".join(stream.type for stream in container.streams) or "nothing"
+        raise ValueError(f"there is no video in it, but {found}")
     stream = streams[0]
     if stream.width * stream.height > (Image.MAX_IMAGE_PIXELS or math.inf):
-        raise ValueError(
-            f"frames of {stream.width} x {stream.height} pixels are over Pillow's limit against decompression bombs"
-        )
+        raise ValueError(f"frames of {stream.width} x {stream.height} pixels exceed Pillow's limit, could be a bomb")
     stream.codec_context.thread_count = 1  # extraction has its own processes
     return stream
 
@@ -160,10 +159,15 @@ def _display_times(container: InputContainer, stream: VideoStream) -> list[int]:
         _check_length(len(times))
     if not times:
         raise ValueError("there is no frame in it")
-    seconds, declared = float((end - min(times)) * stream.time_base), _declared_seconds(container, stream)
+    seconds, declared = _seconds(stream, end - min(times)), _declared_seconds(container, stream)
     if seconds < (1 - END_SLACK) * declared:
         raise ValueError(f"cut short: {seconds:.2f} of {declared:.2f} seconds are there")
     return sorted(times)
+
+
+def _seconds(stream: VideoStream, ticks: int) -> float:
+    assert stream.time_base is not None, stream
+    return float(ticks * stream.time_base)
 
 
 def _declared_seconds(container: InputContainer, stream: VideoStream) -> float:
@@ -172,7 +176,7 @@ def _declared_seconds(container: InputContainer, stream: VideoStream) -> float:
         hours, minutes, seconds = stream.metadata["DURATION"].split(":")
         return 3600 * int(hours) + 60 * int(minutes) + float(seconds)
     if stream.duration:
-        return float(stream.duration * stream.time_base)
+        return _seconds(stream, stream.duration)
     return (container.duration or 0) / 1e6 if len(container.streams) == 1 else 0.0  # microseconds
 
 
@@ -181,10 +185,10 @@ def _at_times(container: InputContainer, stream: VideoStream, wanted: list[int])
     images: list[Image.Image] = []
     for frame in container.decode(stream):
         time = frame.pts if frame.pts is not None else frame.dts
-        if time is None or time < wanted[len(images)]:
+        if frame.is_corrupt or time is None:  # later frames build on it
+            raise ValueError(f"damaged: of the {len(wanted)} frames asked for, only {len(images)} come before the fault")
+        if time < wanted[len(images)]:
             continue
-        if frame.is_corrupt:
-            raise ValueError(f"damaged: a frame at {float(time * stream.time_base):.2f} seconds cannot be decoded whole")
         image = frame.to_image().rotate(frame.rotation, expand=True)
         while len(images) < len(wanted) and wanted[len(images)] <= time:
             images.append(image)

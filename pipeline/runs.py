@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -48,6 +50,20 @@ def sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+@contextmanager
+def lock(folder: Path) -> Iterator[None]:
+    """Hold a folder for writing; `ValueError` when another process holds it. The kernel frees it if we are killed."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ValueError(f"another process is writing to {folder}; wait until it has ended") from error
+        for stale in folder.glob(".*.tmp"):  # of writers that were killed
+            stale.unlink()
+        yield
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,13 +109,34 @@ class Run:
         """Whether training has ended and everything is on disk."""
         return (self.path / "done").is_file()
 
+    def done(self) -> dict[str, Any]:
+        """What training wrote when it ended: seconds, and the checkpoint's sha256."""
+        path = self.path / "done"
+        try:
+            facts = json.loads(path.read_text())
+            return {"seconds": float(facts["seconds"]), "checkpoint_sha256": str(facts["checkpoint_sha256"])}
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path} is damaged; {self.remedy}") from error
+
     def create(self, config: RunConfig) -> None:
         """Make the folder and its config.json."""
         write_atomic(self.path / "config.json", json.dumps(asdict(config), indent=1, sort_keys=True, allow_nan=False))
 
     def config(self) -> RunConfig:
-        """The config the run was started with."""
-        return RunConfig(**json.loads((self.path / "config.json").read_text()))
+        """The config the run was started with; `ValueError` when it is damaged or not the one that named the folder."""
+        path = self.path / "config.json"
+        try:
+            config = RunConfig(**json.loads(path.read_text()))
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{path} is damaged ({error}); {self.remedy}") from error
+        if not self.path.parent.name.endswith(f"-{config.fingerprint()[:12]}"):
+            raise ValueError(f"{path} was changed: it does not hash to the name of its folder; {self.remedy}")
+        return config
+
+    @property
+    def remedy(self) -> str:
+        """What helps when a file of the run is damaged."""
+        return f"delete {self.path} and run the same train-head command again"
 
 
 def find_runs(home: Path, dataset: str) -> list[Run]:

@@ -33,6 +33,12 @@ def find_cache(home: Path, manifest: Manifest, name: str) -> Cache:
     raise ValueError(f"{problem} of {manifest.dataset} named {name!r} (there are: {choices}); make one with: {command}")
 
 
+def _is_named(folder: str, name: str) -> bool:
+    """Whether a cache's folder is meant by an encoder, by its own name, or by a fingerprint of 12 or 64 digits."""
+    encoder, _, digits = folder.rpartition("-")
+    return name in (folder, encoder, digits) or (len(name) == 64 and name.startswith(digits))
+
+
 @dataclass(frozen=True, slots=True)
 class Captions:
     """All texts of the samples of a split: `features` [M,D], those of sample i from offsets[i] to offsets[i+1]."""

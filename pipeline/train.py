@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
+import json
 import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pickle import UnpicklingError
 from typing import Any, Literal
 
 import pandas as pd
@@ -37,11 +40,12 @@ class TrainConfig:
     select: Literal["metric", "loss", "last"] = "metric"  # which epoch's weights are kept, judged on validation
 
     def __post_init__(self) -> None:
-        positive = ("lr", "lr_step", "lr_gamma", "epochs", "batch_size", "grad_clip")
-        for name in positive:
-            if getattr(self, name) <= 0:
+        for name in ("lr", "lr_step", "lr_gamma", "epochs", "batch_size", "grad_clip"):
+            if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"training setting {name!r} must be positive, not {getattr(self, name)}")
-        if self.weight_decay < 0:
+        if self.batch_size < 2:
+            raise ValueError("training setting 'batch_size' must be at least 2: contrasts and batch statistics need company")
+        if not 0 <= self.weight_decay < math.inf:
             raise ValueError(f"training setting 'weight_decay' must not be negative, not {self.weight_decay}")
 
 
@@ -71,34 +75,42 @@ def train(
     `validate` returns (metric, negative loss), the larger the better. Interrupted at any moment, the same call goes on from the
     last saved epoch and ends in the same weights, bit for bit. `ValueError` names the step when the loss is not finite.
     """
-    state_path = run.path / "state.pt"
-    saved = torch.load(state_path, weights_only=True) if state_path.is_file() else None
+    saved = _load_state(run)
     state = State(**saved["state"]) if saved else State(0, 0, [], (-math.inf, -math.inf), {}, 0.0)
     epochs = [max(1, round(config.epochs * phase.share)) for phase in method.phases]
-    bar = tqdm(total=sum(epochs), initial=sum(epochs[: state.phase]) + state.epoch, unit="epoch", disable=not progress)
-    bar.set_description(f"{run.path.parent.name.rsplit('-', 1)[0]} seed {run.seed}")
-    while state.phase < len(method.phases):
-        phase = method.phases[state.phase]
-        optimizer, scheduler = _start_phase(method, phase, train_pass, config, saved)
-        saved, saved_at = None, time.monotonic()
-        while state.epoch < epochs[state.phase]:
-            started = time.monotonic()
-            row = _epoch(method, source, phase, state, optimizer, config, run.seed)
-            scheduler.step()
-            state.epoch += 1
-            if state.phase == len(method.phases) - 1:
-                _select(method, validate(), config, state, row)
-            state.seconds += time.monotonic() - started
-            state.history.append(row)
-            bar.update()
-            bar.set_postfix(loss=f"{row['loss']:.3f}", refresh=False)
-            if time.monotonic() - saved_at > STATE_SECONDS:
-                _save(state_path, method, optimizer, scheduler, state)
-                saved_at = time.monotonic()
-        state.phase, state.epoch = state.phase + 1, 0
-    bar.close()
+    with tqdm(total=sum(epochs), initial=sum(epochs[: state.phase]) + state.epoch, unit="epoch", disable=not progress) as bar:
+        bar.set_description(f"{run.path.parent.name.rsplit('-', 1)[0]} seed {run.seed}")
+        while state.phase < len(method.phases):
+            optimizer, scheduler = _start_phase(method, method.phases[state.phase], train_pass, config, saved)
+            saved, saved_at = None, time.monotonic()
+            while state.epoch < epochs[state.phase]:
+                started = time.monotonic()
+                row = _epoch(method, source, state, optimizer, config, run.seed)
+                scheduler.step()
+                state.epoch += 1
+                if state.phase == len(method.phases) - 1:
+                    _select(method, validate(), config, state, row)
+                state.seconds += time.monotonic() - started
+                state.history.append(row)
+                bar.set_postfix(loss=f"{row['loss']:.3f}", refresh=False)
+                bar.update()
+                if time.monotonic() - saved_at > STATE_SECONDS:
+                    _save(run, method, optimizer, scheduler, state)
+                    saved_at = time.monotonic()
+            state.phase, state.epoch = state.phase + 1, 0
     _write_results(run, state)
     return state
+
+
+def _load_state(run: Run) -> dict[str, Any] | None:
+    """The resumable state, on the CPU; `ValueError` when it is damaged."""
+    path = run.path / "state.pt"
+    if not path.is_file():
+        return None
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, IndexError, KeyError, UnpicklingError) as error:
+        raise ValueError(f"{path} is damaged; {run.remedy}") from error
 
 
 def _start_phase(
@@ -122,14 +134,15 @@ def _start_phase(
 
 
 def _epoch(
-    method: Method, source: Source, phase: Phase, state: State, optimizer: torch.optim.Optimizer, config: TrainConfig, seed: int
+    method: Method, source: Source, state: State, optimizer: torch.optim.Optimizer, config: TrainConfig, seed: int
 ) -> dict[str, Any]:
     """One pass over the source; returns the mean of every loss part. One host synchronisation, at the end."""
     method.train()
+    phase = method.phases[state.phase]
     totals: dict[str, Tensor] = {}
     steps = 0
-    # Every phase has epochs of its own, so that no two of them see the same permutation or the same noise.
-    for batch in source(state.phase * 100_000 + state.epoch):
+    # Epochs of all phases are counted through, so that no two phases see the same permutation or the same caption.
+    for batch in source(len(state.history)):
         rng = Streams.seeded(seed, batch["key"]).at("train", phase.name, state.epoch, steps)
         parts = method.loss(batch, rng, phase.name)
         optimizer.zero_grad(set_to_none=True)
@@ -156,17 +169,19 @@ def _select(method: Method, score: tuple[float, float], config: TrainConfig, sta
         state.best = {name: tensor.detach().cpu().clone() for name, tensor in method.state_dict().items()}
 
 
-def _save(path: Any, method: Method, optimizer: Any, scheduler: Any, state: State) -> None:
+def _save(run: Run, method: Method, optimizer: Any, scheduler: Any, state: State) -> None:
     buffer = io.BytesIO()
     parts = {name: getattr(state, name) for name in State.__slots__}
     content = {"state": parts, "method": method.state_dict(), "optimizer": optimizer.state_dict()}
     torch.save(content | {"scheduler": scheduler.state_dict()}, buffer)
-    write_atomic(path, buffer.getvalue())
+    write_atomic(run.path / "state.pt", buffer.getvalue())
 
 
 def _write_results(run: Run, state: State) -> None:
     """The selected weights, the history, then `done`, which makes them real; the resumable state is no longer needed."""
-    write_atomic(run.path / "checkpoint.safetensors", safetensors_bytes(state.best))
+    weights = safetensors_bytes(state.best)
+    write_atomic(run.path / "checkpoint.safetensors", weights)
     write_atomic(run.path / "history.csv", pd.DataFrame(state.history).to_csv(index=False))
-    write_atomic(run.path / "done", f"{state.seconds:.3f}\n")
+    facts = {"seconds": round(state.seconds, 3), "checkpoint_sha256": hashlib.sha256(weights).hexdigest()}
+    write_atomic(run.path / "done", json.dumps(facts))
     (run.path / "state.pt").unlink(missing_ok=True)

@@ -13,10 +13,10 @@ import pandas as pd
 from PIL import Image
 
 from pipeline import manifest as manifests
-from pipeline.cache import Writer, lock
+from pipeline.cache import Writer
 from pipeline.cache.layout import cache_path
 from pipeline.manifest import Manifest
-from pipeline.runs import Run, RunConfig, fingerprint
+from pipeline.runs import Run, RunConfig, fingerprint, lock
 from pipeline.types import Sample
 
 WIDTH = 12  # of the image features
@@ -111,7 +111,7 @@ def make_home(folder: Path, class_names: Sequence[str], num_test: int = 60, id_p
             if changes.get("label_kind", "single") == "single"
             else tuple(sorted({label, (label + k // 8) % len(class_names)}))
         )
-        samples.append(Sample(f"{id_prefix} {k:03d}", split, Path(f"{k}.png"), ("a text",), labels, ""))
+        samples.append(Sample(f"{id_prefix} {k:03d}", split, Path(f"{k}.png"), (f"text {k:03d}",), labels, ""))
         hue = int(255 * label / len(class_names))
         Image.new("HSV", (48, 32), (hue, 140, 220)).convert("RGB").save(media / f"{k}.png")
     meta = {"media_type": "image", "licence": "CC BY 4.0", "attribution": "somebody", "sources": {"pictures": "1.0"}}

@@ -15,8 +15,9 @@ import pytest
 import torch
 import zarr
 
-from pipeline.cache import Writer, find_caches, info, layout, lock, open_cache, verify
+from pipeline.cache import Writer, find_caches, info, layout, open_cache, verify
 from pipeline.cache.layout import Failure
+from pipeline.runs import lock
 
 COMMAND = "diffalign extract toy --encoder toy"
 
@@ -224,7 +225,7 @@ def test_damage_is_repaired_by_writing_again(path: Path, tmp_path: Path, feature
 def test_second_writer_is_refused_until_the_first_is_gone(tmp_path: Path) -> None:
     script = f"""
 from pathlib import Path
-from pipeline.cache import lock
+from pipeline.runs import lock
 with lock(Path({str(tmp_path)!r})):
     print(1, flush=True)
     input()
@@ -232,7 +233,7 @@ with lock(Path({str(tmp_path)!r})):
     holder = subprocess.Popen([sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     assert holder.stdout is not None
     assert holder.stdout.readline() == b"1\n"
-    with pytest.raises(ValueError, match="another process is extracting"), lock(tmp_path):
+    with pytest.raises(ValueError, match="another process is writing"), lock(tmp_path):
         pass
     holder.kill()
     holder.communicate()

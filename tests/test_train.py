@@ -6,6 +6,7 @@ import json
 import shutil
 import signal
 import time
+from collections.abc import Iterator
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -15,14 +16,17 @@ import pandas as pd
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import Tensor, nn
 
-from pipeline import plugins, train
+from pipeline import plugins, runs, train
 from pipeline.cache import find_caches, open_cache
-from pipeline.evaluate import evaluate, predict
+from pipeline.evaluate import evaluate, predict, read_metrics
 from pipeline.heads import resolve, train_head
 from pipeline.runs import Run
 from pipeline.sources import Captions, load, shuffled
+from pipeline.streams import Streams
 from pipeline.train import TrainConfig
+from pipeline.types import Batch, Phase
 
 SMALL: dict[str, dict[str, object]] = {
     "baseline": {},
@@ -39,7 +43,7 @@ SMALL: dict[str, dict[str, object]] = {
         "sample_steps": 5,
     },
 }
-FAST: dict[str, object] = {"epochs": 4, "batch_size": 8}
+FAST: dict[str, object] = {"epochs": 4, "batch_size": 8, "lr_step": 1}
 
 
 def caches_by_key(home: Path) -> dict[str, str]:
@@ -138,16 +142,161 @@ def test_text_cannot_reach_a_prediction(method: str, home: Path) -> None:
     assert np.array_equal(np.load(run.path / "predictions-test.npz")["logits"], logits)
 
 
-def test_the_epoch_is_chosen_on_validation(home: Path) -> None:
-    for select, best in (("metric", "max"), ("loss", "min")):
-        run = train_tiny(home, "baseline", training={"select": select, "epochs": 6, "lr": 0.05})
-        history = pd.read_csv(run.path / "history.csv")
-        record = evaluate(home, run, "val", {})
-        if best == "max":
-            assert record["metrics"]["acc1"] == pytest.approx(history["val_metric"].max())
-        else:
-            best_epoch = int(history["val_loss"].to_numpy().argmin())
-            assert record["metrics"]["acc1"] == pytest.approx(history["val_metric"].to_numpy()[best_epoch])
+class TwoPhases(nn.Module):
+    """Two linear maps, trained one after the other: the second on what the first gives."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.needs, self.phases = ("image", "label"), (Phase("a", ("a.",)), Phase("b", ("b.",), share=0.5))
+        self.a, self.b = nn.Linear(3, 4), nn.Linear(4, 2)
+
+    def begin(self, phase: str, train: object) -> None: ...
+
+    def loss(self, batch: Batch, rng: Streams, phase: str) -> Batch:
+        hidden = torch.tanh(self.a(batch["image"]))
+        error = (hidden.sum(dim=1) - batch["label"]).square().mean() if phase == "a" else self.b(hidden).square().mean() * 100
+        return {"loss": error}
+
+    def predict(self, image: Tensor, rng: Streams) -> Tensor:
+        return self.b(torch.tanh(self.a(image)))
+
+    def feature(self, image: Tensor, rng: Streams) -> Tensor:
+        return torch.tanh(self.a(image))
+
+
+def two_phase_source(epoch: int) -> Iterator[Batch]:
+    """Three batches of five, another order in each epoch."""
+    generator = torch.Generator().manual_seed(0)
+    images, labels = torch.randn(15, 3, generator=generator), torch.randn(15, generator=generator)
+    order = torch.randperm(15, generator=torch.Generator().manual_seed(epoch))
+    for rows in order.split(5):
+        yield {"image": images[rows], "label": labels[rows], "key": rows}
+
+
+def test_the_loop_is_adam_with_steps_clipping_and_frozen_phases(tmp_path: Path) -> None:
+    config = TrainConfig(lr=0.05, weight_decay=0.1, lr_step=2, epochs=6, grad_clip=0.5, select="last")
+    torch.manual_seed(0)
+    ours = TwoPhases()
+    oracle = TwoPhases()
+    oracle.load_state_dict(ours.state_dict())
+    run = Run(tmp_path / "two-0" / "seed0", 0)
+    train.train(ours, two_phase_source, lambda: iter(()), lambda: (0.0, 0.0), config, run, progress=False)
+    epoch = 0
+    for module, phase, epochs in ((oracle.a, "a", 6), (oracle.b, "b", 3)):
+        optimizer = torch.optim.Adam(module.parameters(), lr=0.05, weight_decay=0.1)
+        for number in range(epochs):
+            optimizer.param_groups[0]["lr"] = 0.05 * 0.5 ** (number // 2)
+            for batch in two_phase_source(epoch):
+                oracle.zero_grad()
+                oracle.loss(batch, Streams.seeded(0, batch["key"]), phase)["loss"].backward()
+                norm = torch.sqrt(
+                    sum((p.grad.square().sum() for p in module.parameters() if p.grad is not None), torch.zeros(()))
+                )
+                for parameter in module.parameters():
+                    assert parameter.grad is not None
+                    parameter.grad *= min(1.0, 0.5 / (norm.item() + 1e-6))
+                optimizer.step()
+            epoch += 1
+    kept = load_file(run.path / "checkpoint.safetensors")
+    for name, tensor in oracle.state_dict().items():
+        torch.testing.assert_close(kept[name], tensor, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("select", "best"),
+    [("metric", 4), ("loss", 1), ("last", 5)],  # 50.0 three times: the lower loss, and of equals the later epoch
+)
+def test_the_epoch_is_chosen_on_validation(select: str, best: int, tmp_path: Path) -> None:
+    scores = iter([(50.0, -2.0), (40.0, -0.5), (50.0, -1.0), (30.0, -3.0), (50.0, -1.0), (20.0, -4.0)])
+    method, seen = TwoPhases(), []
+
+    def validate() -> tuple[float, float]:
+        seen.append({name: tensor.clone() for name, tensor in method.state_dict().items()})
+        return next(scores)
+
+    config = plugins.configure(TrainConfig, {"lr": 0.05, "epochs": 12, "select": select})
+    run = Run(tmp_path / "two-0" / "seed0", 0)
+    train.train(method, two_phase_source, lambda: iter(()), validate, config, run, progress=False)
+    kept = load_file(run.path / "checkpoint.safetensors")
+    assert len(seen) == 6  # the last phase only
+    assert [all(torch.equal(kept[name], state[name]) for name in kept) for state in seen].index(True) == best
+
+
+def test_killed_at_any_write_it_ends_in_the_same_metrics(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def finish(place: Path) -> dict[str, Any]:
+        return evaluate(place, train_tiny(place, "ema"), "test", {})["metrics"]
+
+    expected = finish(Path(shutil.copytree(home, tmp_path / "undisturbed")))
+    write, calls = runs.write_atomic, 0
+
+    def deadly(path: Path, data: bytes | str) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == deadly_call and before:
+            raise KeyboardInterrupt
+        write(path, data)
+        if calls == deadly_call:
+            raise KeyboardInterrupt
+
+    for module in ("pipeline.runs", "pipeline.train", "pipeline.evaluate"):
+        monkeypatch.setattr(f"{module}.write_atomic", deadly)
+    interrupted = 0
+    for deadly_call in range(1, 20):
+        for before in (True, False):
+            place, calls = Path(shutil.copytree(home, tmp_path / f"home{deadly_call}{before}")), 0
+            try:
+                finish(place)
+            except KeyboardInterrupt:
+                interrupted += 1
+                calls = 100
+            assert finish(place) == expected
+    assert interrupted >= 12  # config, checkpoint, history, done, predictions, metrics
+
+
+@pytest.mark.parametrize(
+    ("name", "damage", "message"),
+    [
+        ("config.json", "{", "config.json is damaged"),
+        ("config.json", '{"dataset": "tiny"}', "config.json is damaged"),
+        ("config.json", None, "does not hash to the name of its folder"),
+        ("checkpoint.safetensors", "", "checkpoint.safetensors is damaged"),
+        ("done", "", "done is damaged"),
+        ("metrics.json", "[1]", "metrics.json is damaged"),
+    ],
+)
+def test_damaged_runs_are_named_with_the_remedy(name: str, damage: str | None, message: str, home: Path) -> None:
+    run = train_tiny(home, "ema")
+    evaluate(home, run, "val", {})
+    path = run.path / name
+    path.write_text(path.read_text().replace("per_dim", "l2sqrtd") if damage is None else damage)
+    with pytest.raises(ValueError, match=message):
+        evaluate(home, run, "test", {})
+
+
+def test_a_damaged_state_is_named_with_the_remedy(home: Path) -> None:
+    run = train_tiny(home, "ema")
+    (run.path / "done").unlink()
+    (run.path / "state.pt").write_bytes(b"nonsense")
+    with pytest.raises(ValueError, match=r"state\.pt is damaged; delete "):
+        train_tiny(home, "ema")
+
+
+def test_one_run_has_one_writer(home: Path) -> None:
+    run = train_tiny(home, "ema")
+    with runs.lock(run.path), pytest.raises(ValueError, match="another process is writing"):
+        evaluate(home, run, "val", {})
+
+
+def test_bits_do_not_depend_on_the_number_of_threads(home: Path, tmp_path: Path) -> None:
+    other = Path(shutil.copytree(home, tmp_path / "other"))
+    first = train_tiny(home, "seda")
+    torch.set_num_threads(2)
+    try:
+        second = train_tiny(other, "seda")
+    finally:
+        torch.set_num_threads(1)
+    names = ("checkpoint.safetensors", "history.csv")
+    assert all((first.path / name).read_bytes() == (second.path / name).read_bytes() for name in names)
 
 
 def test_every_read_of_the_test_split_is_logged(home: Path) -> None:
@@ -161,14 +310,20 @@ def test_every_read_of_the_test_split_is_logged(home: Path) -> None:
     assert [line["evaluation"] for line in lines] == ["test", "test@draws=2"]
 
 
-def test_an_override_that_changes_weights_is_refused(home: Path) -> None:
-    run = train_tiny(home, "ema")
-    with pytest.raises(ValueError, match="changes the weights"):
-        evaluate(home, run, "val", {"width": "8"})
+def test_only_settings_of_prediction_can_be_overridden(home: Path) -> None:
+    run = train_tiny(home, "cdr")
+    for key in ("hidden", "scale", "dropout", "T", "w_ce"):
+        with pytest.raises(ValueError, match="is a setting of training"):
+            evaluate(home, run, "val", {key: "global" if key == "scale" else "8"})
+    with pytest.raises(ValueError, match="prediction can change nothing of ema"):
+        evaluate(home, train_tiny(home, "ema"), "val", {"width": "8"})
+    evaluate(home, run, "val", {"draws": "1", "sample_steps": "5"})  # the run's own settings: no evaluation of their own
+    evaluate(home, run, "val", {"draws": "2", "eta": "0.0"})
+    assert list(read_metrics(run)) == ["val", "val@draws=2"]
 
 
 def test_a_diverging_loss_stops_with_its_place(home: Path) -> None:
-    with pytest.raises(ValueError, match="not finite in epoch 0 of phase 'head'"):
+    with pytest.raises(ValueError, match=r"not finite in epoch 0 of phase 'head'|that are not finite"):
         train_tiny(home, "baseline", training={"lr": 1e38, "grad_clip": 1e38, "epochs": 2})
 
 
@@ -191,12 +346,14 @@ def test_shuffling_is_named_by_seed_epoch_and_sample(tiny_home: Path) -> None:
 
 def test_predictions_do_not_depend_on_batches(home: Path) -> None:
     from pipeline import manifest as manifests
-    from pipeline.evaluate import load_method
+    from pipeline.evaluate import load_method, overridden
 
     run = train_tiny(home, "seda")
     image = open_cache(home / "caches" / "tiny" / caches_by_key(home)["image"])
     table = load(manifests.read(home, "tiny"), {"image": image}, "test", torch.device("cpu"), "mean")
-    method, _ = load_method(run, run.config(), {"draws": "2"})
+    settings, changes = overridden(run.config(), {"draws": "2"})
+    assert changes == {"draws": 2}
+    method = load_method(run, run.config(), settings)
     one, seven, all_rows = (predict(method, table, 0, batch_size=size) for size in (1, 7, 64))
     assert torch.allclose(one, all_rows, atol=1e-5)
     assert torch.allclose(seven, all_rows, atol=1e-5)

@@ -2,6 +2,6 @@
 
 from pipeline.cache.reader import Cache, find_caches, info, open_cache
 from pipeline.cache.verify import verify
-from pipeline.cache.writer import Writer, lock
+from pipeline.cache.writer import Writer
 
-__all__ = ["Cache", "Writer", "find_caches", "info", "lock", "open_cache", "verify"]
+__all__ = ["Cache", "Writer", "find_caches", "info", "open_cache", "verify"]

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import fcntl
 import io
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,18 +23,6 @@ from pipeline.cache.layout import Commit, Failure
 from pipeline.runs import write_atomic
 
 FAILURE_COLUMNS = pa.schema([("id", pa.string()), ("stage", pa.string()), ("error", pa.string())])
-
-
-@contextmanager
-def lock(path: Path) -> Iterator[None]:
-    """Hold a cache folder for writing; `ValueError` when another process holds it. The kernel frees it if we are killed."""
-    path.mkdir(parents=True, exist_ok=True)
-    with (path / ".lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ValueError(f"another process is extracting to {path}; wait until it has ended") from error
-        yield
 
 
 @dataclass(frozen=True)

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.resources
-import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
-import safetensors.torch
 import timm
 import torch
 from PIL import Image
@@ -20,6 +16,7 @@ from torchvision.transforms import v2
 
 from pipeline.devices import ComputeDtype, computing, default_device, resolve_dtype
 from pipeline.media import open_image
+from pipeline.pretrained import digest, fit, pixels, read_state, seeded
 
 ARCHITECTURE = "tf_efficientnet_lite0"  # convolutions padded as the weights were trained: unevenly at even strides
 SIDE = 224  # pixels
@@ -30,7 +27,7 @@ MEAN, DEVIATION = 127.0, 128.0  # of the 8-bit channels in training
 class Config:
     """Which weights to use and how to look at a picture."""
 
-    weights: str = "package"  # package, random, or a local .pth or .safetensors file
+    weights: str = "package"  # package, random, or a local .pth or .safetensors file or folder
     crop: float = 1.0  # share of the shorter side that is seen, 0 < crop <= 1; ImageNet photographs were scored with 0.875
     compute_dtype: ComputeDtype = "auto"  # auto: bfloat16 where the processor has it
 
@@ -45,16 +42,16 @@ class EfficientNetLite(nn.Module):
     modality: Literal["image", "video", "text"] = "image"
     feature_shape: tuple[int, ...] = (1280,)
 
-    def __init__(self, config: Config, state: Mapping[str, Tensor], weights_sha256: str) -> None:
+    def __init__(self, config: Config, state: Mapping[str, Tensor]) -> None:
         super().__init__()
         self.config = config
         self.device = default_device()
         self.compute_dtype: Literal["float32", "bfloat16"] = resolve_dtype(config.compute_dtype, self.device)
-        self.weights_sha256 = weights_sha256
         self.resized = round(SIDE / config.crop)
         self.transform = v2.Compose([v2.Resize(self.resized, v2.InterpolationMode.BICUBIC), v2.CenterCrop(SIDE)])
         self.network = timm.create_model(ARCHITECTURE, pretrained=False, num_classes=0)
-        self.network.load_state_dict({name: state[name] for name in self.network.state_dict()})
+        fit(self.network, state, config.weights)
+        self.weights_sha256 = digest(self.network)
         self.to(self.device).eval()
         self.network.to(memory_format=torch.channels_last)
 
@@ -71,49 +68,42 @@ class EfficientNetLite(nn.Module):
 
     def prepare(self, raw: Path | str) -> Tensor:
         """Pixels uint8 [3,224,224]; a drawing is rendered at the size it is resized to, so it is never resampled."""
-        image: Image.Image = self.transform(open_image(Path(raw), self.resized))
-        return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+        return self.prepare_image(open_image(Path(raw), self.resized))
+
+    def prepare_image(self, image: Image.Image) -> Tensor:
+        """Pixels uint8 [3,224,224] of an opened image."""
+        return pixels(self.transform(image))
 
     def forward(self, prepared: Tensor) -> Tensor:
         """Features float32 [B,1280] of pixels uint8 [B,3,224,224]."""
-        pixels = (prepared.to(self.device, torch.float32) - MEAN) / DEVIATION
+        images = (prepared.to(self.device, torch.float32) - MEAN) / DEVIATION
         with computing(self.compute_dtype, self.device):
-            return self.network(pixels.contiguous(memory_format=torch.channels_last)).float()
+            return self.network(images.contiguous(memory_format=torch.channels_last)).float()
 
 
 def build(config: Config) -> EfficientNetLite:
     """The encoder of a config; `ValueError` when the weights are missing or do not fit."""
-    return EfficientNetLite(config, *load_weights(config.weights))
+    return EfficientNetLite(config, load_weights(config.weights))
 
 
-def load_weights(weights: str) -> tuple[dict[str, Tensor], str]:
-    """The state of the whole network with its classifier, in timm's names, and the SHA-256 of its source."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+def load_weights(weights: str) -> dict[str, Tensor]:
+    """The state of the network, with its classifier if the source has one, in timm's names."""
+    with seeded():
         reference = timm.create_model(ARCHITECTURE, pretrained=False, num_classes=1000).state_dict()
     if weights == "random":
-        return reference, hashlib.sha256(b"random, seed 0").hexdigest()
+        return reference
     path = _packaged() if weights == "package" else Path(weights)
-    if not path.is_file():
-        raise ValueError(f"weights {weights!r} are no file; give package, random, or a .pth or .safetensors file")
-    try:
-        if path.suffix == ".safetensors":
-            state = safetensors.torch.load_file(path)
-        else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, safetensors.SafetensorError, RuntimeError, EOFError) as error:
-        raise ValueError(f"{path.name} does not hold weights that can be loaded without running code") from error
-    with path.open("rb") as file:
-        return rename(state, reference, path.name), hashlib.file_digest(file, "sha256").hexdigest()
+    return rename(read_state(path), reference, path.name)
 
 
 def rename(state: Mapping[str, Tensor], reference: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
     """The state under the reference's names.
 
-    Other implementations list the same layers in the same order under other names; each tensor must agree with its
-    counterpart in kind (weight, bias, running_mean, …) and shape, or it is a `ValueError` that names it.
+    The classifier may be absent. Other implementations list the same layers in the same order under other names; each
+    tensor must agree with its counterpart in kind (weight, bias, running_mean, …) and shape, or it is a `ValueError` that
+    names it.
     """
-    if set(reference) <= set(state):
+    if {name for name in reference if not name.startswith("classifier.")} <= set(state):
         return dict(state)
     if len(state) != len(reference):
         raise ValueError(f"{source} holds {len(state)} tensors, {ARCHITECTURE} has {len(reference)}")

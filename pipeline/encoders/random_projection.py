@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from pipeline.media import open_image
@@ -51,11 +52,15 @@ class RandomProjection(nn.Module):
     def prepare(self, raw: Path | str) -> Tensor:
         """Pixels [3 * 16 * 16] in -1..1, or log counts of character trigrams [512]; float32."""
         if isinstance(raw, Path):
-            thumbnail = open_image(raw, PIXELS).resize((PIXELS, PIXELS))
-            return torch.from_numpy(np.asarray(thumbnail, dtype=np.float32).ravel() / 127.5 - 1.0)
+            return self.prepare_image(open_image(raw, PIXELS))
         text = f"  {raw.lower()}  "
         buckets = [zlib.crc32(text[i : i + 3].encode()) % BUCKETS for i in range(len(text) - 2)]
         return torch.from_numpy(np.log1p(np.bincount(buckets, minlength=BUCKETS)).astype(np.float32))
+
+    def prepare_image(self, image: Image.Image) -> Tensor:
+        """Pixels [3 * 16 * 16] of an opened image, in -1..1, float32."""
+        thumbnail = image.resize((PIXELS, PIXELS))
+        return torch.from_numpy(np.asarray(thumbnail, dtype=np.float32).ravel() / 127.5 - 1.0)
 
     def forward(self, prepared: Tensor) -> Tensor:
         """Features [B, width] of stacked items."""

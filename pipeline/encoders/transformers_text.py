@@ -9,22 +9,23 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from huggingface_hub import snapshot_download
 from torch import Tensor, nn
-from transformers import AutoModel, AutoTokenizer
-from transformers.utils import logging
+from transformers import AutoTokenizer
 
 from pipeline.devices import ComputeDtype, computing, default_device, resolve_dtype
+from pipeline.pretrained import CONFIGURATION_FILES, architecture, states_of, transformers_folder, transformers_network
 
-FILES = ("*.json", "*.txt", "*.model", "*.safetensors")  # configuration, vocabulary, weights; never code
+NOT_TOKENIZERS = ("config.json", "model.safetensors.index.json", "README.txt")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
     """Which model to read a text with, and how its tokens become one vector."""
 
-    model: str = "package"  # package, a local folder, or an id of the Hugging Face hub
-    pooling: Literal["mean", "cls"] = "mean"  # over the tokens of the last layer
+    model: str = "package"  # package, a local folder, or an id of the Hugging Face hub; it decides the tokenizer
+    weights: str = "pretrained"  # pretrained (the model's own), random, or a local .pth or .safetensors file or folder
+    pooling: Literal["mean", "cls"] = "mean"  # over the tokens of the layer
+    layer: int = -1  # hidden state: 0 the embeddings, 1, 2, … the blocks, -1 the final one after its norm
     max_tokens: int = 64  # longer texts are cut, >= 2
     normalize: bool = False  # scale features to length 1
     compute_dtype: ComputeDtype = "float32"  # texts are cheap, and float32 makes a feature independent of its batch
@@ -35,7 +36,7 @@ class Config:
 
 
 class TransformersText(nn.Module):
-    """A transformer and its tokenizer; padding is masked, so it does not change a feature."""
+    """A transformer, or the text tower of a model of two, and its tokenizer; padding is masked and changes no feature."""
 
     modality: Literal["image", "video", "text"] = "text"
 
@@ -44,21 +45,24 @@ class TransformersText(nn.Module):
         self.config = config
         self.device = default_device()
         self.compute_dtype: Literal["float32", "bfloat16"] = resolve_dtype(config.compute_dtype, self.device)
-        self.files = file_digests(folder)
-        logging.disable_progress_bar()  # loading takes a second; standard error belongs to extraction
         self.tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        network = AutoModel.from_pretrained(
-            folder, local_files_only=True, trust_remote_code=False, use_safetensors=True, dtype=torch.float32
-        )
-        self.network: nn.Module = network
-        self.feature_shape: tuple[int, ...] = (int(network.config.hidden_size),)
+        network = transformers_network(folder, config.weights, pooler=False)
+        self.network: Any = getattr(network, "text_model", network)
+        self.architecture = architecture(self.network)
+        self.tokenizer_files = file_digests(folder)
         self.to(self.device).eval()
+        depth: int = self.network.config.num_hidden_layers
+        if not -1 <= config.layer <= depth:
+            raise ValueError(f"model {config.model!r} has layers 0 to {depth}, or -1 for the final one; found {config.layer}")
+        self.feature_shape: tuple[int, ...] = (int(self.network.config.hidden_size),)
 
     def identity(self) -> dict[str, Any]:
-        """SHA-256 of every file that is loaded, pooling, length, scale and compute dtype."""
+        """Configuration, weights, SHA-256 of the vocabulary files, pooling, layer, length, scale and compute dtype."""
         return {
-            "files": self.files,
+            **self.architecture,
+            "tokenizer": self.tokenizer_files,
             "pooling": self.config.pooling,
+            "layer": self.config.layer,
             "max_tokens": self.config.max_tokens,
             "normalize": self.config.normalize,
             "compute_dtype": self.compute_dtype,
@@ -77,8 +81,10 @@ class TransformersText(nn.Module):
         """Features float32 [B, D] of tokens [B, 2, max_tokens]."""
         longest = int(prepared[:, 1].sum(dim=1).max())
         ids_BT, mask_BT = prepared[:, :, :longest].to(self.device, torch.long).unbind(dim=1)
+        layer = self.config.layer
         with computing(self.compute_dtype, self.device):
-            hidden_BTD = self.network(input_ids=ids_BT, attention_mask=mask_BT).last_hidden_state.float()
+            output = self.network(input_ids=ids_BT, attention_mask=mask_BT, output_hidden_states=layer != -1)
+        hidden_BTD = states_of(output, layer)
         if self.config.pooling == "cls":
             features_BD = hidden_BTD[:, 0]
         else:
@@ -88,29 +94,14 @@ class TransformersText(nn.Module):
 
 
 def build(config: Config) -> TransformersText:
-    """The encoder of a config; `ValueError` when the model cannot be found or has no safetensors weights."""
-    return TransformersText(config, model_folder(config.model))
-
-
-def model_folder(model: str) -> Path:
-    """The folder of a model: packaged, local, or fetched from the hub."""
-    folder = _packaged() if model == "package" else Path(model)
-    if not folder.is_dir():
-        try:
-            folder = Path(snapshot_download(model, allow_patterns=list(FILES)))
-        except (OSError, ValueError) as error:
-            raise ValueError(
-                f"model {model!r} is neither a local folder nor available from the hub ({type(error).__name__}); download it "
-                f"where there is a network (hf download {model} --local-dir FOLDER) and give --set model=FOLDER"
-            ) from error
-    if not list(folder.glob("*.safetensors")):
-        raise ValueError(f"{folder} holds no .safetensors weights; other formats can carry code and are not loaded")
-    return folder
+    """The encoder of a config; `ValueError` when the model or its weights cannot be had, or do not fit each other."""
+    folder = _packaged() if config.model == "package" else transformers_folder(config.model, config.weights)
+    return TransformersText(config, folder)
 
 
 def file_digests(folder: Path) -> dict[str, str]:
-    """SHA-256 of every configuration, vocabulary and weights file of a model."""
-    files = sorted(path for pattern in FILES for path in folder.glob(pattern))
+    """SHA-256 of every vocabulary and tokenizer file of a model; the network's own configuration is told apart elsewhere."""
+    files = sorted(path for pattern in CONFIGURATION_FILES for path in folder.glob(pattern) if path.name not in NOT_TOKENIZERS)
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 

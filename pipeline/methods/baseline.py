@@ -14,6 +14,7 @@ from pipeline.streams import Streams
 from pipeline.types import WHOLE, Batch, Shapes
 
 NEEDS = ("image", "label")
+PREDICTION: tuple[str, ...] = ()
 SYMBOLS: dict[str, str] = {}
 GRID: dict[str, tuple[float, ...]] = {"dropout": (0.0, 0.2, 0.5)}
 

@@ -21,6 +21,7 @@ from pipeline.types import Batch, Phase, Shapes
 from pipeline.unet import UNet
 
 NEEDS = ("image", "text", "paired", "label")
+PREDICTION = ("sampler", "sample_steps", "eta", "draws", "zero_start")
 SYMBOLS = {"T": "num_steps", "alpha2": "w_ce", "gamma": "w_mse"}
 GRID = {"w_mse": (0.1, 0.3, 1.0, 3.0), "num_steps": (900, 1000, 1200, 1500)}
 

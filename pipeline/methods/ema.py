@@ -17,6 +17,7 @@ from pipeline.streams import Streams
 from pipeline.types import WHOLE, Batch, Shapes
 
 NEEDS = ("image", "text", "paired", "label")
+PREDICTION: tuple[str, ...] = ()
 SYMBOLS = {"alpha1": "w_ce", "beta": "w_ita", "tau": "tau", "d": "width"}
 GRID = {"w_ita": (0.1, 0.3, 1.0, 3.0), "tau": (0.03, 0.07, 0.2)}
 MAX_SCALE = 100.0  # of 1/tau, when it is learned

@@ -18,6 +18,7 @@ from pipeline.streams import Streams
 from pipeline.types import Batch, Phase, Shapes
 
 NEEDS = ("image", "text", "paired", "label")
+PREDICTION = ("fusion", "sampler", "sample_steps", "eta", "draws", "zero_start")
 SYMBOLS = {"T": "num_steps", "alpha1": "w_ce_ema", "beta": "w_ita", "alpha2": "w_ce_cdr", "gamma": "w_mse", "tau": "tau"}
 GRID = {"w_ita": (0.1, 0.3, 1.0, 3.0), "w_mse": (0.1, 0.3, 1.0, 3.0), "num_steps": (900, 1000, 1200, 1500)}
 BY_FEATURE = ("concat", "add", "mul")

@@ -22,6 +22,7 @@ from pipeline.types import Batch, Phase, Shapes
 from pipeline.unet import UNet
 
 NEEDS = ("image", "text", "paired", "label")
+PREDICTION = ("sampler", "sample_steps", "eta", "draws", "zero_start")
 SYMBOLS = {
     "T": "num_steps",
     "t": "stage_step",
@@ -50,7 +51,7 @@ class Config:
     num_steps: int = 1500  # T
     stage_step: int = 300  # t, 0..T-1
     schedule: Schedule = "linear"  # of the noise; the paper names none
-    train_min_step: float = 0.0  # share of T, 0..1, below which no step is trained, in either stage; 0 is the paper
+    train_min_step: float = 0.0  # share of T, 0..1, below which the translator trains no step; 0 is the paper
     w_sc: float = 1.0  # alpha_1, weight of the structural consistency
     w_ce_dsl: float = 1.0  # beta, weight of the cross-entropy in the learner
     w_mse: float = 1.0  # alpha_2, weight of the reconstruction
@@ -78,9 +79,19 @@ class Config:
         require(self, 0, math.inf, "w_sc", "w_ce_dsl", "w_mse", "w_ce_dst")
         require(self, 1, math.inf, "num_steps", "width", "num_tokens", "token_width", "num_heads", "draws")
         require(self, 0, self.num_steps - 1, "stage_step")
+        if self.stages == "both" and self.stage_order == "reverse" and self.first_step >= self.num_steps - self.stage_step:
+            raise ValueError(
+                f"train_min_step {self.train_min_step} leaves the translator no step below T - t = "
+                f"{self.num_steps - self.stage_step}: lower it, or say stages=dsl"
+            )
         require(self, 0, 1, "train_min_step", "eta")
         require(self, 0, 0.99, "dropout")
         require(self, 1, self.num_steps if self.sampler == "ddim" else math.inf, "sample_steps")
+
+    @property
+    def first_step(self) -> int:
+        """The lowest step the translator trains."""
+        return min(round(self.train_min_step * self.num_steps), self.num_steps - 1)
 
 
 class SeDA(nn.Module):
@@ -120,8 +131,7 @@ class SeDA(nn.Module):
         )
         self.register_buffer("abar", alphas_cumprod(config.schedule, config.num_steps), persistent=False)
         self.register_buffer("centres", torch.zeros(self.num_classes, width))
-        first_step = min(round(config.train_min_step * config.num_steps), config.num_steps - 1)
-        hyper(self, steps=config.num_steps, stage_step=config.stage_step, first_step=first_step)
+        hyper(self, steps=config.num_steps, stage_step=config.stage_step, first_step=config.first_step)
         hyper(self, w_sc=config.w_sc, w_ce_dsl=config.w_ce_dsl, w_mse=config.w_mse, w_ce_dst=config.w_ce_dst)
         hyper(self, p_dropout=config.dropout)
 
@@ -144,20 +154,27 @@ class SeDA(nn.Module):
         Uniform over the trained steps, as in eq. 12 divided by T. By default the stage is drawn once per batch, with the share
         of its steps, because class centres need many samples of one stage, and the step uniformly within the stage.
         """
-        literal = self.config.stage_order == "literal"
-        first, steps = self.first_step, self.steps
-        border = self.stage_step + 1 if literal else steps - self.stage_step  # first step of the upper stage
-        border = torch.maximum(border, first)
-        if self.config.stages != "both" or self.config.per_sample_stage:
-            low, high = first, steps
-        else:
-            is_lower = rng.at("stage").shared_uniform() * (steps - first) < border - first
-            low, high = torch.where(is_lower, first, border), torch.where(is_lower, border, steps)
-        n = low + torch.floor(rng.at("n").uniform() * (high - low))
-        learner = (n < border) if literal else (n >= border)
-        if self.config.stages != "both":
-            learner = torch.full_like(learner, self.config.stages == "dsl")
-        return n.long(), learner.float()
+        low_dsl, high_dsl, low_dst, high_dst = self.stage_ranges()
+        num_dsl, num_dst = high_dsl - low_dsl, high_dst - low_dst
+        stage = rng.at("stage")
+        share = stage.uniform() if self.config.per_sample_stage else stage.shared_uniform()
+        learner = share * (num_dsl + num_dst) < num_dsl
+        low, count = torch.where(learner, low_dsl, low_dst), torch.where(learner, num_dsl, num_dst)
+        n = low + torch.floor(rng.at("n").uniform() * count)
+        return n.long(), learner.float().expand(n.shape)
+
+    def stage_ranges(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """First step and the one past the last, of the learner and of the translator, all []."""
+        zero, steps, first = torch.zeros_like(self.steps), self.steps, self.first_step
+        if self.config.stages == "dsl":
+            return zero, steps, steps, steps
+        if self.config.stages == "dst":
+            return zero, zero, first, steps
+        if self.config.stage_order == "literal":
+            border = self.stage_step + 1  # i <= t
+            return zero, border, torch.maximum(border, first), steps
+        border = steps - self.stage_step
+        return border, steps, first, border
 
     def loss(self, batch: Batch, rng: Streams, phase: str) -> Batch:
         """L = L_SCC where the learner trains, L_CT where the translator does (eq. 8, 11, 12).

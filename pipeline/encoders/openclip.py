@@ -1,0 +1,176 @@
+"""The image or the text tower of any model of OpenCLIP: vectors in the space that both share."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import open_clip
+import torch
+from open_clip.factory import load_checkpoint
+from open_clip.transform import PreprocessCfg, image_transform_v2, merge_preprocess_dict
+from PIL import Image
+from torch import Tensor, nn
+
+from pipeline.devices import ComputeDtype, computing, default_device, resolve_dtype
+from pipeline.media import open_image
+from pipeline.pretrained import digest, fit, hub_folder, pixels, read_state, seeded, split_transform
+from pipeline.runs import fingerprint
+
+STORED = "open_clip_model.safetensors"  # in OpenCLIP's folders
+SETTINGS = "open_clip_config.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Which model, with which weights, which of its towers, and what of it is the feature."""
+
+    model: str = "ViT-B-32/laion2b_s34b_b79k"  # NAME/TAG, NAME, or a folder saved by OpenCLIP; it decides the preprocessing
+    weights: str = "pretrained"  # pretrained, a tag of the model, random, or a local .pth or .safetensors file or folder
+    modality: Literal["image", "text"] = "image"  # the tower
+    pooling: Literal["native", "mean"] = "native"  # native: the shared space; mean: of an image's positions
+    layer: int = -1  # block of the image tower whose output is taken, counted from 0, or from the end
+    tokens: bool = False  # all positions [T, D] of an image instead of one vector
+    compute_dtype: ComputeDtype = "auto"  # auto: bfloat16 where the processor has it
+
+    def __post_init__(self) -> None:
+        native = self.pooling == "native" and not self.tokens
+        if self.layer != -1 and native:
+            raise ValueError(f"layer {self.layer} has no native pooling; set pooling=mean or tokens=true")
+        if self.modality == "text" and not native:
+            raise ValueError("modality=text has native pooling only; for layers of a text model take transformers_text")
+
+
+class OpenClip(nn.Module):
+    """A model of two towers; parameters float32, products in the compute dtype; features are not scaled to length 1."""
+
+    def __init__(self, config: Config, settings: Mapping[str, Any], network: Any, tokenizer: Any) -> None:
+        super().__init__()
+        self.config = config
+        self.modality: Literal["image", "video", "text"] = config.modality
+        self.device = default_device()
+        self.compute_dtype: Literal["float32", "bfloat16"] = resolve_dtype(config.compute_dtype, self.device)
+        self.architecture = fingerprint(dict(settings))
+        self.weights_sha256 = digest(network)
+        self.preprocessing = dict(network.visual.preprocess_cfg)
+        self.tokenizer = tokenizer
+        preprocessing = PreprocessCfg(**self.preprocessing)
+        self.input_size = preprocessing.input_size
+        self.shape, self.normalize = split_transform(image_transform_v2(preprocessing, is_train=False))
+        self.network = network
+        self.to(self.device).eval()
+        self.feature_shape: tuple[int, ...] = self._feature_shape()
+
+    def identity(self) -> dict[str, Any]:
+        """Architecture, weights, OpenCLIP's preprocessing or tokenizer, pooling, layer, tokens, resolved compute dtype."""
+        text = {"tokenizer": type(self.tokenizer).__name__, "context_length": self.tokenizer.context_length}
+        image = {key: list(value) if isinstance(value, tuple) else value for key, value in self.preprocessing.items()}
+        return {
+            "architecture": self.architecture,
+            "weights_sha256": self.weights_sha256,
+            "preprocessing": image if self.modality == "image" else text,
+            "pooling": "none" if self.config.tokens else self.config.pooling,
+            "layer": self.config.layer,
+            "compute_dtype": self.compute_dtype,
+        }
+
+    def prepare(self, raw: Path | str) -> Tensor:
+        """Pixels uint8 [3,H,W] of a file, or token ids int64 [L] of a text."""
+        if self.modality == "image":
+            return self.prepare_image(open_image(Path(raw), max(self.input_size)))
+        if not str(raw).strip():
+            raise ValueError("the text is blank")
+        return self.tokenizer([str(raw)])[0]
+
+    def prepare_image(self, image: Image.Image) -> Tensor:
+        """Pixels uint8 [3,H,W] of an opened image."""
+        return pixels(self.shape(image))
+
+    def forward(self, prepared: Tensor) -> Tensor:
+        """Features float32 [B,D] or [B,T,D] of pixels uint8 [B,3,H,W], or [B,D] of token ids [B,L]."""
+        config, prepared = self.config, prepared.to(self.device)
+        with computing(self.compute_dtype, self.device):
+            if self.modality == "text":
+                return self.network.encode_text(prepared).float()
+            images = self.normalize(prepared.to(torch.float32) / 255)
+            if config.pooling == "native" and not config.tokens:
+                return self.network.encode_image(images).float()
+            (map_BDHW,) = self.network.visual.forward_intermediates(
+                images,
+                indices=[config.layer],
+                normalize_intermediates=config.layer == -1,
+                stop_early=True,
+                intermediates_only=True,
+            )["image_intermediates"]
+        tokens_BTD = map_BDHW.float().flatten(2).transpose(1, 2)
+        return tokens_BTD if config.tokens else tokens_BTD.mean(dim=1)
+
+    def _feature_shape(self) -> tuple[int, ...]:
+        image = self.modality == "image"
+        blank = torch.zeros(1, *self.input_size, dtype=torch.uint8) if image else self.prepare("a")[None]
+        try:
+            with torch.inference_mode():
+                return tuple(self(blank).shape[1:])
+        except AssertionError as error:  # how an index is refused
+            raise ValueError(f"model {self.config.model!r} does not give layer {self.config.layer}: {error}") from error
+
+
+def build(config: Config) -> OpenClip:
+    """The encoder of a config; `ValueError` when the model or its weights cannot be had, or do not fit each other."""
+    if Path(config.model).is_dir():
+        if not (Path(config.model) / SETTINGS).is_file():
+            raise ValueError(f"{config.model} holds no {SETTINGS}; give a folder that OpenCLIP saved")
+        name, tag = f"local-dir:{config.model}", ""
+        weights = config.model if config.weights == "pretrained" else config.weights
+    else:
+        name, tag, weights = _named(config.model, config.weights)
+    described: Mapping[str, Any] = open_clip.get_pretrained_cfg(name, tag) if tag else {}
+    network, tokenizer = _create(name, described)
+    if weights == "pretrained":
+        hub_id, _, file = described["hf_hub"].rpartition("/")
+        file = file or STORED
+        load_checkpoint(network, str(hub_folder(hub_id, file) / file))
+    elif weights != "random":
+        path = Path(weights)
+        fit(network, read_state(path / STORED if (path / STORED).is_file() else path), path.name)
+    settings = {"model": open_clip.get_model_config(name), "quick_gelu": described.get("quick_gelu", False)}
+    return OpenClip(config, settings, network, tokenizer)
+
+
+def _named(model: str, weights: str) -> tuple[str, str, str]:
+    """OpenCLIP's name of the model, the tag that describes its preprocessing ("": the model's own), and the weights."""
+    name, _, tag = model.partition("/")
+    if name not in open_clip.list_models():
+        raise ValueError(f"OpenCLIP has no model {name!r}; choose one of: {', '.join(open_clip.list_models())}")
+    tags = open_clip.list_pretrained_tags_by_model(name)
+    if weights in tags:
+        tag, weights = weights, "pretrained"
+    if tag not in ("", *tags) or (weights == "pretrained" and not tag):
+        known = ", ".join(f"{name}/{each}" for each in tags)
+        raise ValueError(f"model {model!r} names no weights that OpenCLIP has; choose one of: {known}")
+    return name, tag, weights
+
+
+def _create(name: str, described: Mapping[str, Any]) -> tuple[Any, Any]:
+    """A model with random weights and its tokenizer; its preprocessing and activation are those of a tag."""
+    logging.disable(logging.WARNING)  # OpenCLIP warns that the weights are random
+    try:
+        with seeded():
+            network = open_clip.create_model(
+                name,
+                load_weights=False,
+                pretrained_text=False,
+                force_quick_gelu=bool(described.get("quick_gelu", False)),
+                force_preprocess_cfg=merge_preprocess_dict({}, dict(described)),
+            )
+        return network, open_clip.get_tokenizer(name)
+    except OSError as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(
+            f"model {name!r} is configured by another one on the hub, which is not stored here: {reason}"
+        ) from error
+    finally:
+        logging.disable(logging.NOTSET)

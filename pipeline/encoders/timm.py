@@ -1,0 +1,133 @@
+"""Any image network of timm, with the preprocessing that timm records for its weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import timm
+import torch
+from PIL import Image
+from timm.data.config import resolve_data_config
+from timm.data.transforms_factory import create_transform
+from torch import Tensor, nn
+
+from pipeline.devices import ComputeDtype, computing, default_device, resolve_dtype
+from pipeline.media import open_image
+from pipeline.pretrained import digest, fit, hub_folder, pixels, read_state, seeded, split_transform
+
+PRESETS = {"repvgg": "repvgg_b0", "swin_tiny": "swin_tiny_patch4_window7_224"}  # resnet50, vgg19, … are timm's own names
+STORED = "model.safetensors"  # in timm's folders on the hub
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Which network, with which weights, and what of it is the feature."""
+
+    model: str = "vit_base_patch16_224"  # timm's name, NAME.TAG, or a folder saved by timm; it decides the preprocessing
+    weights: str = "pretrained"  # pretrained, a tag of the model, random, or a local .pth or .safetensors file or folder
+    pooling: Literal["native", "mean"] = "native"  # native: what the network's own classifier reads; mean: of the positions
+    layer: int = -1  # block (or stage) whose output is taken, counted from 0, or from the end
+    tokens: bool = False  # all positions [T, D] instead of one vector
+    compute_dtype: ComputeDtype = "auto"  # auto: bfloat16 where the processor has it
+
+    def __post_init__(self) -> None:
+        if self.layer != -1 and self.pooling == "native" and not self.tokens:
+            raise ValueError(f"layer {self.layer} has no native pooling; set pooling=mean or tokens=true")
+
+
+class Timm(nn.Module):
+    """The network without its classifier; parameters float32, products in the compute dtype, channels last."""
+
+    modality: Literal["image", "video", "text"] = "image"
+
+    def __init__(self, config: Config, network: nn.Module) -> None:
+        super().__init__()
+        self.config = config
+        self.device = default_device()
+        self.compute_dtype: Literal["float32", "bfloat16"] = resolve_dtype(config.compute_dtype, self.device)
+        self.weights_sha256 = digest(network)
+        self.preprocessing: dict[str, Any] = resolve_data_config({}, model=network)
+        self.side: int = self.preprocessing["input_size"][-1]
+        self.shape, self.normalize = split_transform(create_transform(**self.preprocessing))
+        self.network: Any = network
+        self.to(self.device).eval()
+        self.network.to(memory_format=torch.channels_last)
+        self.feature_shape: tuple[int, ...] = self._feature_shape()
+
+    def identity(self) -> dict[str, Any]:
+        """Architecture, weights, timm's preprocessing, pooling, layer, tokens and the resolved compute dtype."""
+        plain = {key: list(value) if isinstance(value, tuple) else value for key, value in self.preprocessing.items()}
+        return {
+            "architecture": self.network.pretrained_cfg["architecture"],
+            "weights_sha256": self.weights_sha256,
+            "preprocessing": plain,
+            "pooling": "none" if self.config.tokens else self.config.pooling,
+            "layer": self.config.layer,
+            "compute_dtype": self.compute_dtype,
+        }
+
+    def prepare(self, raw: Path | str) -> Tensor:
+        """Pixels uint8 [3,H,W]; a drawing is rendered at the size it is resized to."""
+        return self.prepare_image(open_image(Path(raw), round(self.side / self.preprocessing["crop_pct"])))
+
+    def prepare_image(self, image: Image.Image) -> Tensor:
+        """Pixels uint8 [3,H,W] of an opened image."""
+        return pixels(self.shape(image))
+
+    def forward(self, prepared: Tensor) -> Tensor:
+        """Features float32 [B,D] or [B,T,D] of pixels uint8 [B,3,H,W]."""
+        images = self.normalize(prepared.to(self.device, torch.float32) / 255).contiguous(memory_format=torch.channels_last)
+        config = self.config
+        with computing(self.compute_dtype, self.device):
+            if config.pooling == "native" and not config.tokens:
+                return self.network(images).float()
+            (map_BDHW,) = self.network.forward_intermediates(
+                images, indices=[config.layer], norm=config.layer == -1, stop_early=True, intermediates_only=True
+            )
+        tokens_BTD = map_BDHW.float().flatten(2).transpose(1, 2)
+        return tokens_BTD if config.tokens else tokens_BTD.mean(dim=1)
+
+    def _feature_shape(self) -> tuple[int, ...]:
+        blank = torch.zeros(1, *self.preprocessing["input_size"], dtype=torch.uint8)
+        try:
+            with torch.inference_mode():
+                return tuple(self(blank).shape[1:])
+        except (AssertionError, AttributeError) as error:  # how timm refuses an index, and a network without intermediates
+            raise ValueError(f"model {self.config.model!r} does not give layer {self.config.layer}: {error}") from error
+
+
+def build(config: Config) -> Timm:
+    """The encoder of a config; `ValueError` when the model or its weights cannot be had, or do not fit each other."""
+    folder = Path(PRESETS.get(config.model, config.model))
+    if folder.is_dir():
+        name, weights = f"local-dir:{folder}", str(folder) if config.weights == "pretrained" else config.weights
+    else:
+        name, weights = _named(str(folder), config.weights)
+    options: dict[str, Any] = {}
+    if weights == "pretrained":
+        recorded = timm.get_pretrained_cfg(name)
+        if not (recorded and recorded.hf_hub_id):
+            raise ValueError(f"the weights of {name} are not on the hub; download them and give --set weights=FILE")
+        path = hub_folder(recorded.hf_hub_id, STORED) / STORED
+        options = {"pretrained": True, "pretrained_cfg_overlay": {"file": str(path)}}
+    with seeded():
+        network = timm.create_model(name, num_classes=0, **options)
+    if weights not in ("pretrained", "random"):
+        fit(network, read_state(Path(weights)), Path(weights).name)
+    return Timm(config, network)
+
+
+def _named(model: str, weights: str) -> tuple[str, str]:
+    """timm's name of the model with its tag, and the weights; a tag given as weights goes into the name."""
+    architecture, _, tag = model.partition(".")
+    if not timm.is_model(architecture):
+        raise ValueError(f"timm has no model {model!r}; for its names: python -c 'import timm; print(timm.list_models())'")
+    tags = [name.partition(".")[2] for name in timm.list_pretrained(f"{architecture}.*")]
+    if weights in tags:
+        return f"{architecture}.{weights}", "pretrained"
+    if (tag and tag not in tags) or (weights == "pretrained" and not tags):
+        known = ", ".join(tags) or "random"
+        raise ValueError(f"timm has no weights {tag or weights!r} of {architecture}; choose one of: {known}")
+    return model, weights

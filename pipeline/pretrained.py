@@ -1,0 +1,192 @@
+"""Where the numbers of a pretrained network come from (a file, a folder, the hub, a seed), read without ever running code."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import pickle
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors.torch
+import torch
+from huggingface_hub import snapshot_download
+from PIL import Image
+from torch import Tensor, nn
+from torchvision.transforms import Compose, Normalize
+
+from pipeline.runs import fingerprint
+
+CONFIGURATION_FILES = ("*.json", "*.txt", "*.model")  # vocabularies too
+WEIGHT_FILES = "*.safetensors"
+NO_CODE = " weights; other formats can carry code and are not loaded"
+NOT_MEANT = ("_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version")  # says nothing of features
+OWN_PREFIX = "network."  # how the state of this package's encoders names their network's tensors
+
+
+def read_state(path: Path) -> dict[str, Tensor]:
+    """The tensors of a .safetensors, .pth, .pt or .bin file, or of all .safetensors files of a folder, by name, on the CPU.
+
+    A file that holds the state of one of this package's encoders gives the names of the network inside it.
+    `ValueError` when there is no such file, or it cannot be read without running code.
+    """
+    files = sorted(path.glob(WEIGHT_FILES)) if path.is_dir() else [path]
+    if not files:
+        raise ValueError(f"{path} holds no .safetensors{NO_CODE}")
+    state: dict[str, Any] = {}
+    for file in files:
+        state |= _read(file)
+    state = state.get("state_dict", state)  # how training programs wrap it
+    if not all(isinstance(tensor, Tensor) for tensor in state.values()):
+        raise ValueError(f"{path.name} holds other things than tensors; save the network's state_dict alone")
+    return {name.removeprefix(OWN_PREFIX): tensor for name, tensor in state.items()}
+
+
+def _read(file: Path) -> dict[str, Any]:
+    if not file.is_file():
+        raise ValueError(f"weights {str(file)!r} are no file; give a .pth or .safetensors file, or what else `weights` takes")
+    try:
+        if file.suffix == ".safetensors":
+            return safetensors.torch.load_file(file)
+        return dict(torch.load(file, map_location="cpu", weights_only=True))
+    except (pickle.UnpicklingError, safetensors.SafetensorError, RuntimeError, EOFError, TypeError) as error:
+        raise ValueError(f"{file.name} does not hold weights that can be loaded without running code") from error
+
+
+def fit(network: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
+    """Load a state into a network; tensors that the network lacks (a classifier) are left out.
+
+    `ValueError` names the first tensor that is missing or has another shape.
+    """
+    wanted = network.state_dict()
+    for name, tensor in wanted.items():
+        if name not in state or state[name].shape != tensor.shape:
+            found = f"has shape {tuple(state[name].shape)}" if name in state else "is missing"
+            raise ValueError(f"{source} does not fit: {name} {tuple(tensor.shape)} {found}")
+    network.load_state_dict({name: state[name] for name in wanted})
+
+
+@contextlib.contextmanager
+def seeded() -> Iterator[None]:
+    """Draw new weights from one seed, whoever asks, and leave the caller's random numbers alone."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        yield
+
+
+def digest(network: nn.Module) -> str:
+    """SHA-256 of names, formats, shapes and bytes of a network's state: the same for a file, a folder and the hub."""
+    total = hashlib.sha256()
+    for name, tensor in sorted(network.state_dict().items()):
+        total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        total.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return total.hexdigest()
+
+
+def hub_folder(model: str, needed: str = WEIGHT_FILES) -> Path:
+    """The folder of a model with the files that match `needed` and its configuration: local, else stored, else downloaded.
+
+    The hub's local store is asked first, so a stored model does not change under its caches. `ValueError` when the files cannot
+    be had; without a network, or with HF_HUB_OFFLINE=1, at once.
+    """
+    if Path(model).is_dir():
+        folder = Path(model)
+    else:
+        try:
+            folder = _stored_or_downloaded(model, needed)
+        except (OSError, ValueError) as error:
+            raise ValueError(
+                f"model {model!r} is neither a local folder nor available from the hub ({type(error).__name__}); download it "
+                f"where there is a network (hf download {model} --local-dir FOLDER) and give --set model=FOLDER"
+            ) from error
+    if not list(folder.glob(needed)):
+        raise ValueError(f"{folder} holds no {needed.removeprefix('*')}{NO_CODE if needed.endswith(WEIGHT_FILES[1:]) else ''}")
+    return folder
+
+
+def _stored_or_downloaded(model: str, needed: str) -> Path:
+    patterns = [*CONFIGURATION_FILES, needed]
+    with contextlib.suppress(FileNotFoundError):  # nothing is stored yet
+        folder = Path(snapshot_download(model, allow_patterns=patterns, local_files_only=True))
+        if list(folder.glob(needed)):
+            return folder
+    return Path(snapshot_download(model, allow_patterns=patterns))
+
+
+def transformers_folder(model: str, weights: str) -> Path:
+    """The folder of a transformers model; without its weights when others, or random ones, are wanted."""
+    return hub_folder(model, WEIGHT_FILES if weights == "pretrained" else "config.json")
+
+
+def transformers_network(folder: Path, weights: str, pooler: bool) -> nn.Module:
+    """The float32 network that a transformers folder configures, with weights that are pretrained, random, or a file's.
+
+    `pooler` says that the pooler's weights are needed; many checkpoints lack them. `ValueError` names what is missing.
+    """
+    from transformers import AutoConfig, AutoModel  # seconds, which other encoders need not wait
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()  # standard error belongs to extraction
+    logging.set_verbosity_error()
+    config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    with seeded():
+        if weights == "random":
+            return AutoModel.from_config(config, trust_remote_code=False, dtype=torch.float32)
+        options: dict[str, Any] = {"dtype": torch.float32, "output_loading_info": True, "ignore_mismatched_sizes": True}
+        if weights == "pretrained":
+            network, info = AutoModel.from_pretrained(folder, local_files_only=True, use_safetensors=True, **options)
+        else:
+            with torch.device("meta"):
+                kind = type(AutoModel.from_config(config, trust_remote_code=False))
+            network, info = kind.from_pretrained(None, config=config, state_dict=read_state(Path(weights)), **options)
+    lacking = sorted(name for name in info["missing_keys"] if pooler or "pooler" not in name)
+    if lacking or info["mismatched_keys"]:
+        fault = f"{lacking[0]} is missing" if lacking else f"{min(info['mismatched_keys'])[0]} has another shape"
+        raise ValueError(f"weights {weights!r} do not fit {type(network).__name__}: {fault}")
+    return network
+
+
+def states_of(output: Any, layer: int) -> Tensor:
+    """Hidden states float32 [B,T,D] of a transformers output: layer 0 the embeddings, 1, 2, … the blocks, -1 the final ones.
+
+    The final ones are those after the closing norm, if the network has one. A map [B,D,H,W] becomes H*W tokens.
+    """
+    states = output.last_hidden_state if layer == -1 else output.hidden_states[layer]
+    return (states.flatten(2).transpose(1, 2) if states.ndim == 4 else states).float()
+
+
+def check_class_token(network: nn.Module) -> None:
+    """`ValueError` when the first token of a transformer is not one that was learned to stand for all."""
+    if not any(name.endswith(("cls_token", "class_embedding")) for name in network.state_dict()):
+        raise ValueError(f"{type(network).__name__} has no class token; set pooling=mean or pooling=pooler")
+
+
+def architecture(network: Any) -> dict[str, Any]:
+    """The identity of a transformers network: its configuration, without what does not change features, and its weights."""
+    settings = {key: value for key, value in plain(network.config).items() if key not in NOT_MEANT}
+    return {"configuration": fingerprint(settings), "weights_sha256": digest(network)}
+
+
+def plain(settings: Any) -> dict[str, Any]:
+    """The settings of a transformers configuration or image processor, as JSON values."""
+    return json.loads(json.dumps(settings.to_dict(), default=str))
+
+
+def split_transform(transform: object) -> tuple[Compose, Normalize]:
+    """A library's preprocessing as two steps: PIL image -> PIL image, and the normalisation of [0, 1] channels.
+
+    Between them lies the scaling of 8-bit channels by 1/255, so items travel as bytes and are scaled where they are encoded.
+    """
+    assert isinstance(transform, Compose), transform
+    *shape, to_tensor, normalize = transform.transforms
+    assert "ToTensor" in type(to_tensor).__name__, transform
+    assert isinstance(normalize, Normalize), transform
+    return Compose(shape), normalize
+
+
+def pixels(image: Image.Image) -> Tensor:
+    """uint8 [3,H,W] of an RGB image."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()

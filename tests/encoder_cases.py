@@ -1,0 +1,92 @@
+"""A small case of every encoder family that runs without a network, and clips for those that watch."""
+
+from __future__ import annotations
+
+import json
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+from PIL import Image
+from transformers import AutoConfig, AutoModel, VideoMAEImageProcessor, ViTImageProcessor
+
+BODY: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+SEEING = {**BODY, "image_size": 32, "patch_size": 8}
+READING = {**BODY, "vocab_size": 99, "max_position_embeddings": 8, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+MEETING = {f"mit_{key}": value for key, value in BODY.items()}  # X-CLIP: where frames meet
+MODELS: dict[str, dict[str, Any]] = {  # small configurations by transformers' name of the model
+    "vit": SEEING,
+    "siglip": {"vision_config": SEEING, "text_config": READING},
+    "videomae": {**SEEING, "num_frames": 4},
+    "timesformer": {**SEEING, "num_frames": 4},
+    "xclip": {
+        "vision_config": {**SEEING, **MEETING, "num_frames": 4},
+        "text_config": READING,
+        **MEETING,
+        "projection_dim": 32,
+        "prompt_layers": 1,
+        "prompt_num_attention_heads": 2,
+    },
+}
+
+
+def settings(name: str, folder: Path) -> dict[str, str]:
+    """Settings of a small encoder of this name, whose files, if it needs any, are written to `folder`; {}: its defaults."""
+    folder.mkdir(exist_ok=True)
+    if name == "timm":
+        return {"model": "test_vit", "weights": "random"}
+    if name == "openclip":
+        return {"model": str(openclip_folder(folder)), "weights": "random"}
+    if name == "transformers_image":
+        return {"model": str(image_folder(folder, "vit"))}
+    if name == "transformers_video":
+        return {"model": str(video_folder(folder, "videomae"))}
+    if name == "frames":
+        return {"encoder": "timm", "settings": "model=test_vit,weights=random,compute_dtype=float32", "num_frames": "3"}
+    return {}
+
+
+def openclip_folder(folder: Path) -> Path:
+    """The configuration of a small model as OpenCLIP saves it, without weights."""
+    vision = {"image_size": 32, "layers": 2, "width": 32, "head_width": 16, "patch_size": 8}
+    text = {"context_length": 16, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2}
+    model = {"embed_dim": 16, "vision_cfg": vision, "text_cfg": text}
+    preprocessing = {"mean": [0.5, 0.4, 0.3], "std": [0.5, 0.6, 0.7]}
+    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": model, "preprocess_cfg": preprocessing}))
+    return folder
+
+
+def image_folder(folder: Path, model: str) -> Path:
+    """A small random image model with its processor, as transformers saves them."""
+    AutoModel.from_config(AutoConfig.for_model(model, **MODELS[model])).save_pretrained(folder)
+    ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(folder)
+    return folder
+
+
+def video_folder(folder: Path, model: str) -> Path:
+    """A small random video model with its processor, as transformers saves them."""
+    AutoModel.from_config(AutoConfig.for_model(model, **MODELS[model])).save_pretrained(folder)
+    VideoMAEImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}).save_pretrained(folder)
+    return folder
+
+
+def write_video(path: Path, codec: str, greys: list[int], size: tuple[int, int] = (48, 32), pixels: str = "yuv420p") -> Path:
+    """A video of ten frames a second, each of one grey."""
+    with av.open(str(path), mode="w") as container:
+        stream = container.add_stream(codec, rate=Fraction(10))
+        assert isinstance(stream, av.VideoStream)
+        stream.width, stream.height, stream.pix_fmt = *size, pixels
+        for grey in greys:
+            picture = np.full((size[1], size[0], 3), grey, np.uint8)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        container.mux(stream.encode())
+    return path
+
+
+def write_animation(path: Path, greys: list[int], **options: Any) -> Path:
+    """An animated GIF, WebP or PNG, each frame of one grey; lossless."""
+    frames = [Image.new("RGB", (48, 32), (grey,) * 3) for grey in greys]
+    frames[0].save(path, save_all=True, append_images=frames[1:], **({"lossless": True} | options))
+    return path
