@@ -165,7 +165,7 @@ def train_head(
     """Stage 2: train a head on cached features and score it on validation; finished runs are not repeated."""
     from pipeline import manifest as manifests
     from pipeline.evaluate import evaluate as run_evaluate
-    from pipeline.heads import resolve
+    from pipeline.heads import plan, resolve
     from pipeline.heads import train_head as run_train_head
 
     config, train_config = resolve(dataset, method, preset, _assignments(settings), _assignments(training))
@@ -175,7 +175,8 @@ def train_head(
         named = {key: name or defaults[key] for key, name in named.items()}
     results = []
     for seed in _seeds(seeds):
-        run = run_train_head(home, dataset, method, config, train_config, seed, named, progress=True, aggregate=aggregate)
+        head = plan(home, dataset, method, config, train_config, seed, named, aggregate)
+        run = run_train_head(head, progress=True)
         results.append({"run": str(run.path), "split": "val", **run_evaluate(home, run, "val", {})["metrics"]})
     _show_table(_frame(results), as_json)
 

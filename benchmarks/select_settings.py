@@ -37,6 +37,7 @@ TRAINING = {
     "epochs": (20, 40),
     "weight_decay": (1e-5, 1e-4, 1e-3),
     "select": ("last",),
+    "validate_every": (10,),
 }
 DIFFUSION = {
     "dropout": (0.1, 0.3, 0.5),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +44,19 @@ def resolve(
     return plugins.configure(module.Config, {**chosen, **fields}), plugins.configure(TrainConfig, {**base, **training})
 
 
-def train_head(
+@dataclass(frozen=True, kw_only=True)
+class Head:
+    """What it takes to train one head: names resolved, nothing read yet but the manifest and the caches' identities."""
+
+    run: Run
+    config: RunConfig
+    settings: Any  # the method's Config
+    training: TrainConfig
+    manifest: Manifest
+    caches: Mapping[str, Cache]  # by batch key
+
+
+def plan(
     home: Path,
     dataset: str,
     method: str,
@@ -52,17 +64,16 @@ def train_head(
     training: TrainConfig,
     seed: int,
     encoders: Mapping[str, str],
-    progress: bool,
     aggregate: str = "",
-) -> Run:
-    """Train one head on cached features; a finished run is returned as it is, an interrupted one goes on.
+) -> Head:
+    """The run of a head on cached features, finished or not.
 
     `encoders` names the caches by batch key ("image", "text"); only the keys the method needs are opened. `aggregate` says how
     several texts of a sample become one vector: mean, first or random (another one each epoch); "" is the dataset's way.
     """
     manifest = manifests.read(home, dataset)
-    module = plugins.get("methods", method)
-    caches = {key: find_cache(home, manifest, name) for key, name in encoders.items() if key in module.NEEDS}
+    needs = plugins.get("methods", method).NEEDS
+    caches = {key: find_cache(home, manifest, name) for key, name in encoders.items() if key in needs}
     config = RunConfig(
         dataset=dataset,
         method=method,
@@ -74,15 +85,21 @@ def train_head(
         manifest=manifest.fingerprint(),
     )
     run = Run.of(home, config, seed)
-    device = default_device()
+    return Head(run=run, config=config, settings=settings, training=training, manifest=manifest, caches=caches)
+
+
+def train_head(head: Head, progress: bool) -> Run:
+    """Train a head; a finished run is returned as it is, an interrupted one goes on."""
+    run, device = head.run, default_device()
     if not run.is_done:
         with reproducible(device):
-            torch.manual_seed(seed)
-            built: Method = module.build(settings, {key: tuple(shape) for key, shape in config.shapes.items()})
+            torch.manual_seed(run.seed)
+            shapes = {key: tuple(shape) for key, shape in head.config.shapes.items()}
+            method: Method = plugins.get("methods", head.config.method).build(head.settings, shapes)
             with lock(run.path):
                 if not run.is_done:  # another process may have finished it while we waited
-                    run.create(config)
-                    _train(run, config, manifest, caches, built.to(device), training, progress)
+                    run.create(head.config)
+                    _train(head, method.to(device), progress)
     return run
 
 
@@ -92,23 +109,13 @@ def _shapes(manifest: Manifest, caches: Mapping[str, Cache]) -> dict[str, list[i
     return {**{key: list(cache.feature_shape) for key, cache in caches.items()}, "label": label, "classes": classes}
 
 
-def _train(
-    run: Run,
-    config: RunConfig,
-    manifest: Manifest,
-    caches: Mapping[str, Cache],
-    method: Method,
-    training: TrainConfig,
-    progress: bool,
-) -> None:
-    device = default_device()
-    table = load(manifest, caches, "train", device, config.text_aggregate)
-    val = load(manifest, {"image": caches["image"]}, "val", device, config.text_aggregate)
+def _train(head: Head, method: Method, progress: bool) -> None:
+    run, training, device = head.run, head.training, default_device()
+    table = load(head.manifest, head.caches, "train", device, head.config.text_aggregate)
+    val = load(head.manifest, {"image": head.caches["image"]}, "val", device, head.config.text_aggregate)
     for split, excluded in (("train", table.excluded), ("val", val.excluded)):
         if excluded:
-            print(
-                f"{split}: {len(excluded)} samples without an image feature are left out, e.g. {excluded[0]}", file=sys.stderr
-            )
+            print(f"{split}: {len(excluded)} samples without an image feature are left out: {excluded[0]} …", file=sys.stderr)
 
     def validate() -> tuple[float, float]:
         logits, label = predict(method, val, run.seed), val.columns["label"].cpu()

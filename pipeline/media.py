@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import math
+import os
+import struct
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,6 +25,15 @@ SAMPLING = "midpoints"  # the name of the rule of `sampled`, for identities
 END_SLACK = 0.05  # share of its declared time that a video's last frames may be missing
 ANIMATIONS = ("GIF", "PNG", "WEBP")
 CONTAINERS = "mov,mp4,matroska,webm,avi"  # never playlists, which name other files
+DAMAGED = (  # how Pillow and the readers of this module say so
+    ValueError,
+    SyntaxError,
+    EOFError,
+    LookupError,
+    struct.error,
+    Image.DecompressionBombError,
+    Image.DecompressionBombWarning,
+)
 WHITE = (255, 255, 255)
 
 
@@ -69,7 +80,7 @@ def _reasons(path: Path) -> Iterator[None]:
     except OSError as error:
         reason = "not a picture that Pillow can read" if isinstance(error, UnidentifiedImageError) else error.strerror or error
         raise ValueError(f"{path.name}: {reason}") from error
-    except (ValueError, SyntaxError, EOFError, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+    except DAMAGED as error:
         raise ValueError(f"{path.name}: {error}") from error
 
 
@@ -89,13 +100,15 @@ def _frames(path: Path, num_frames: int) -> list[Image.Image]:
         except UnidentifiedImageError:
             return _video_frames(path, num_frames)
         with animation:
-            return _animation_frames(animation, num_frames)
+            return _animation_frames(path, animation, num_frames)
 
 
-def _animation_frames(file: Image.Image, num_frames: int) -> list[Image.Image]:
+def _animation_frames(path: Path, file: Image.Image, num_frames: int) -> list[Image.Image]:
     first = 1 if file.info.get("default_image") else 0  # an animated PNG may start with a picture for old programs
     length = getattr(file, "n_frames", 1) - first
     _check_length(length)
+    if file.format == "GIF":
+        _check_trailer(path)
     shown: dict[int, Image.Image] = {}
     for wanted in sampled(num_frames, length):
         if wanted not in shown:
@@ -103,6 +116,14 @@ def _animation_frames(file: Image.Image, num_frames: int) -> list[Image.Image]:
             file.load()
             shown[wanted] = _on_white(ImageOps.exif_transpose(file))
     return [shown[wanted] for wanted in sampled(num_frames, length)]
+
+
+def _check_trailer(path: Path) -> None:
+    """`ValueError` when a GIF lacks its last byte: Pillow takes the frames before a cut for all of them."""
+    with path.open("rb") as file:
+        file.seek(-min(path.stat().st_size, 64), os.SEEK_END)  # some programs write a little after it
+        if b"\x00;" not in file.read():
+            raise ValueError("cut short: the end of the animation is missing")
 
 
 def _check_length(length: int) -> None:
@@ -136,6 +157,8 @@ def _video_stream(container: InputContainer) -> VideoStream:
         found = ", ".join(stream.type for stream in container.streams) or "nothing"
         raise ValueError(f"there is no video in it, but {found}")
     stream = streams[0]
+    if stream.codec_context is None:
+        raise ValueError("its video is in a format that cannot be decoded")
     if stream.width * stream.height > (Image.MAX_IMAGE_PIXELS or math.inf):
         raise ValueError(f"frames of {stream.width} x {stream.height} pixels exceed Pillow's limit, could be a bomb")
     stream.codec_context.thread_count = 1  # extraction has its own processes

@@ -37,10 +37,11 @@ class TrainConfig:
     epochs: int = 20  # passes over the training split per phase (times the phase's share)
     batch_size: int = 64  # samples
     grad_clip: float = 1.0  # largest gradient norm
+    validate_every: int = 1  # epochs between two validations; the last epoch always has one
     select: Literal["metric", "loss", "last"] = "metric"  # which epoch's weights are kept, judged on validation
 
     def __post_init__(self) -> None:
-        for name in ("lr", "lr_step", "lr_gamma", "epochs", "batch_size", "grad_clip"):
+        for name in ("lr", "lr_step", "lr_gamma", "epochs", "batch_size", "grad_clip", "validate_every"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"training setting {name!r} must be positive, not {getattr(self, name)}")
         if self.batch_size < 2:
@@ -88,7 +89,8 @@ def train(
                 row = _epoch(method, source, state, optimizer, config, run.seed)
                 scheduler.step()
                 state.epoch += 1
-                if state.phase == len(method.phases) - 1:
+                due = state.epoch % config.validate_every == 0 or state.epoch == epochs[state.phase]
+                if due and state.phase == len(method.phases) - 1:
                     _select(method, validate(), config, state, row)
                 state.seconds += time.monotonic() - started
                 state.history.append(row)

@@ -88,5 +88,6 @@ def write_video(path: Path, codec: str, greys: list[int], size: tuple[int, int] 
 def write_animation(path: Path, greys: list[int], **options: Any) -> Path:
     """An animated GIF, WebP or PNG, each frame of one grey; lossless."""
     frames = [Image.new("RGB", (48, 32), (grey,) * 3) for grey in greys]
-    frames[0].save(path, save_all=True, append_images=frames[1:], **({"lossless": True} | options))
+    settings: dict[str, Any] = {"lossless": True, **options}
+    frames[0].save(path, save_all=True, append_images=frames[1:], **settings)
     return path

@@ -13,6 +13,7 @@ import pytest
 import safetensors.torch
 import timm
 import torch
+from open_clip.constants import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
 from PIL import Image
 from timm.data.config import resolve_data_config
 from timm.data.transforms_factory import create_transform
@@ -26,6 +27,7 @@ from pipeline.media import open_frames
 from pipeline.pretrained import read_state
 from pipeline.types import Encoder
 
+MEAN, DEVIATION = (torch.tensor(numbers)[:, None, None] for numbers in (OPENAI_DATASET_MEAN, OPENAI_DATASET_STD))
 TEXTS = ("a cat", "the quick brown fox jumps over the lazy dog")
 
 
@@ -212,6 +214,36 @@ def test_models_come_from_folders(picture: Path, tmp_path: Path) -> None:
     same = build("transformers_image", model=folder, weights=folder / "model.safetensors")
     assert whole.identity() == same.identity()
     assert torch.equal(encode(whole, picture), encode(same, picture))
+
+
+def store(hub: Path, model: str) -> Path:
+    """The folder in which the hub's client would have stored a model."""
+    folder = hub / f"models--{model.replace('/', '--')}"
+    (folder / "refs").mkdir(parents=True)
+    (folder / "refs" / "main").write_text("0" * 40)
+    (folder / "snapshots" / ("0" * 40)).mkdir(parents=True)
+    return folder / "snapshots" / ("0" * 40)
+
+
+def test_models_come_from_the_local_store_of_the_hub(monkeypatch: pytest.MonkeyPatch, picture: Path, tmp_path: Path) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    stored = {
+        "timm": store(tmp_path, "timm/test_vit.r160_in1k"),
+        "transformers_image": store(tmp_path, "some/vit"),
+        "openclip": store(tmp_path, "timm/vit_base_patch32_clip_224.openai"),
+    }
+    save_for_hf(timm.create_model("test_vit"), str(stored["timm"]), safe_serialization=True)
+    encoder_cases.image_folder(stored["transformers_image"], "vit")
+    for name, by_hub in (("timm", {"model": "test_vit"}), ("transformers_image", {"model": "some/vit"})):
+        hub, folder = build(name, **by_hub), build(name, model=stored[name])
+        assert hub.identity() == folder.identity()
+        assert torch.equal(encode(hub, picture), encode(folder, picture))
+    created: Any = open_clip.create_model("ViT-B-32-quickgelu", load_weights=False)
+    safetensors.torch.save_file(created.state_dict(), stored["openclip"] / "open_clip_model.safetensors")
+    image = build("openclip", model="ViT-B-32/openai").prepare(picture)
+    expected = created.eval().encode_image(((image / 255 - MEAN) / DEVIATION)[None]).detach()  # as that tag was trained
+    torch.testing.assert_close(encode(build("openclip", model="ViT-B-32", weights="openai"), picture), expected)
+    (stored["openclip"] / "open_clip_model.safetensors").unlink()  # 600 MB, which pytest would keep
 
 
 def test_random_weights_are_seeded_and_leave_no_trace() -> None:

@@ -8,6 +8,7 @@ import pickle
 from collections.abc import Callable, Mapping
 from dataclasses import fields, replace
 from pathlib import Path
+from typing import Any
 
 import encoder_cases
 import numpy as np
@@ -25,6 +26,7 @@ from pipeline.encoders import efficientnet_lite, random_projection
 from pipeline.encoding import build_encoder
 from pipeline.extract import extract
 from pipeline.manifest import Manifest
+from pipeline.media import open_image
 from pipeline.types import Encoder, Sample
 
 TEXTS = ("a cat", "the quick brown fox jumps over the lazy dog", "x")
@@ -107,6 +109,14 @@ def test_prepared_items_are_deterministic_in_any_process(encoder: Encoder, raw: 
         prepared = encoder.prepare(item)
         assert torch.equal(prepared, copy.prepare(item))
         assert torch.equal(prepared, torch.from_numpy(prepared.numpy()))
+
+
+def test_images_may_be_open_already(encoder: Encoder, raw: Raw) -> None:
+    """`frames` asks every image encoder so."""
+    if encoder.modality == "image":
+        opened: Any = encoder
+        for path in raw:
+            assert torch.equal(opened.prepare_image(open_image(Path(path), 24)), encoder.prepare(path))
 
 
 def test_bad_items_are_value_errors(encoder: Encoder, tmp_path: Path) -> None:

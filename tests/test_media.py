@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import base64
 import io
+import os
+import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -37,6 +40,35 @@ def test_every_mode_becomes_rgb_on_white(tmp_path: Path, mode: str, colour: int,
     Image.new(mode, (5, 3), colour).save(tmp_path / "x.png")
     image = open_image(tmp_path / "x.png", 99)
     assert (image.mode, image.size, image.getpixel((2, 1))) == ("RGB", (5, 3), expected)
+
+
+@pytest.mark.parametrize(
+    ("mode", "colour", "expected"),
+    [
+        ("I;16", 65535, (255, 255, 255)),
+        ("I;16", 0x8080, (0x80, 0x80, 0x80)),
+        ("CMYK", (0, 255, 255, 0), (255, 0, 0)),
+        ("P", 0, (0, 0, 0)),
+        ("LA", (9, 255), (9, 9, 9)),
+    ],
+)
+def test_every_mode_of_tiff_becomes_rgb(tmp_path: Path, mode: str, colour: int, expected: tuple[int, ...]) -> None:
+    Image.new(mode, (5, 3), colour).save(tmp_path / "x.tiff")
+    image = open_image(tmp_path / "x.tiff", 99)
+    assert (image.mode, image.size, image.getpixel((2, 1))) == ("RGB", (5, 3), expected)
+
+
+@pytest.mark.parametrize(
+    ("kind", "sample"), [(2, (0xFFFF, 0x8080, 0)), (6, (0xFFFF, 0x8080, 0, 0xFFFF)), (4, (0x8080, 0xFFFF))]
+)
+def test_sixteen_bit_png_with_channels(tmp_path: Path, kind: int, sample: tuple[int, ...]) -> None:
+    """Pillow reads 16-bit RGB, RGBA and LA but does not write them."""
+    row = b"\0" + struct.pack(f">{len(sample)}H", *sample) * 2
+    chunks = [(b"IHDR", struct.pack(">IIBBBBB", 2, 1, 16, kind, 0, 0, 0)), (b"IDAT", zlib.compress(row)), (b"IEND", b"")]
+    body = [struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data)) for name, data in chunks]
+    (tmp_path / "x.png").write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(body))
+    expected = (255, 128, 0) if len(sample) > 2 else (128, 128, 128)
+    assert open_image(tmp_path / "x.png", 9).getpixel((1, 0)) == expected
 
 
 def test_half_transparent_is_mixed_with_white(tmp_path: Path) -> None:
@@ -80,6 +112,15 @@ def test_broken_files_are_named(tmp_path: Path) -> None:
         (tmp_path / name).write_bytes(content)
     for name in (*broken, "missing.png"):
         with pytest.raises(ValueError, match=f"^{name}: "):
+            open_image(tmp_path / name, 8)
+
+
+def test_pipes_and_folders_are_no_pictures(tmp_path: Path) -> None:
+    """A pipe would be waited for without end."""
+    os.mkfifo(tmp_path / "pipe.png")
+    (tmp_path / "folder.png").mkdir()
+    for name in ("pipe.png", "folder.png"):
+        with pytest.raises(ValueError, match=f"^{name}: not a regular file"):
             open_image(tmp_path / name, 8)
 
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from pipeline import plugins, runs, train
 from pipeline.cache import find_caches, open_cache
 from pipeline.evaluate import evaluate, predict, read_metrics
-from pipeline.heads import resolve, train_head
+from pipeline.heads import plan, resolve, train_head
 from pipeline.runs import Run
 from pipeline.sources import Captions, load, shuffled
 from pipeline.streams import Streams
@@ -54,7 +54,7 @@ def caches_by_key(home: Path) -> dict[str, str]:
 def train_tiny(home: Path, method: str, seed: int = 0, training: dict[str, object] | None = None) -> Run:
     """A small run of a method on the tiny dataset."""
     settings, config = resolve("tiny", method, "head", SMALL.get(method, {}), {**FAST, **(training or {})})
-    return train_head(home, "tiny", method, settings, config, seed, caches_by_key(home), progress=False)
+    return train_head(plan(home, "tiny", method, settings, config, seed, caches_by_key(home)), progress=False)
 
 
 @pytest.fixture
