@@ -17,7 +17,7 @@ from sklearn.metrics import confusion_matrix
 
 from pipeline.cache import find_caches, open_cache
 from pipeline.evaluate import evaluate
-from pipeline.heads import resolve, train_head
+from pipeline.heads import plan, resolve, train_head
 from pipeline.report import evidence, numbers, write_report
 from pipeline.report.figures import confusions
 from pipeline.report.markdown import escape
@@ -254,7 +254,7 @@ def test_report_reads_what_the_stages_write(tiny_home: Path, tmp_path: Path) -> 
     for method, changes, image in (("baseline", {}, "dense"), ("ema", {"width": 16}, "dense"), ("baseline", {}, "ragged")):
         settings, training = resolve("tiny", method, "head", changes, {"epochs": 2, "batch_size": 8})
         encoders = {"image": caches[image], "text": caches["ragged"]}
-        run = train_head(home, "tiny", method, settings, training, 0, encoders, progress=False)
+        run = train_head(plan(home, "tiny", method, settings, training, 0, encoders), progress=False)
         label = method if image == "dense" else TEXT_ONLY
         expected[label] = evaluate(home, run, "test", {})["metrics"]
     frame = numbers(home, "tiny")
