@@ -1,6 +1,6 @@
 """Choose the settings of methods by cross-validation over the train and validation splits; the test split is never opened.
 
-Random search with halving, the same budget for every method: `--points` random settings on two folds, the best third of them on
+Random search with halving: `--points` random settings on two folds, the best third of them on
 all folds. Prints the `tuned:` entry of `data_manifests/<dataset>.yaml`.
 
     python benchmarks/select_settings.py --home artifacts --dataset openmoji --method ema
