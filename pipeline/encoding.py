@@ -16,7 +16,8 @@ def build_encoder(name: str, settings: Mapping[str, Any]) -> tuple[Any, Encoder]
     config = plugins.configure(module.Config, settings)
     if not isinstance(config, frames.Config):
         return config, module.build(config)
-    _, image = build_encoder(config.encoder, _assignments(config.settings))
+    weights = {"weights": config.weights} if config.weights else {}
+    _, image = build_encoder(config.encoder, _assignments(config.settings) | weights)
     return config, module.build(config, image)
 
 

@@ -4,27 +4,32 @@ from __future__ import annotations
 
 import contextlib
 import importlib.metadata
+import json
 import shlex
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from pipeline.cache.layout import STORE_DTYPES, Commit, Failure, StoreDtype, cache_path, from_stored, to_stored
+from pipeline.cache.layout import CHUNK_ROWS, STORE_DTYPES, Commit, Failure, StoreDtype, cache_path
 from pipeline.cache.writer import Writer
 from pipeline.devices import default_device
 from pipeline.encoding import build_encoder
+from pipeline.items import Encoded, Forward, Items, make_items
+from pipeline.loading import encoded_batches
 from pipeline.manifest import Manifest
-from pipeline.runs import lock
-from pipeline.types import Encoder, Sample
+from pipeline.pace import Pace, visible_gpus
+from pipeline.runs import canonical_json, lock
+from pipeline.types import Encoder
 
+BATCH_SIZE = {"cpu": 16, "cuda": 256}  # on a GPU halved until it fits
 LIBRARIES = (
     "torch",
     "torchvision",
@@ -40,32 +45,39 @@ LIBRARIES = (
 )
 
 
+@dataclass(frozen=True, kw_only=True)
+class Effort:
+    """How an extraction is carried out; no field changes a feature beyond the rounding of its last bits."""
+
+    batch_size: int = 0  # items per forward pass; 0: as the device likes it, halved when memory runs out
+    workers: int = -1  # processes; -1: one per core, 0: this process does everything
+    shard_rows: int = 0  # rows per shard of a new cache, a multiple of 512; 0: 8,192, of clips 512
+    max_failures: float = 0.05  # share of the items that may fail
+    retry_failed: bool = False  # do the shards again in which items failed
+    progress: bool = True
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 0 or self.workers < -1 or not 0 <= self.max_failures <= 1:
+            raise ValueError("batch size must be >= 0, workers >= -1 and max failures a share of the items, from 0 to 1")
+        if self.shard_rows < 0 or self.shard_rows % CHUNK_ROWS:
+            raise ValueError(f"shard rows must be a multiple of {CHUNK_ROWS}, found {self.shard_rows}")
+
+
 @dataclass(frozen=True)
-class Items:
-    """What an encoder is asked, one item per row of features; items are prepared in worker processes."""
+class Task:
+    """A cache to fill: what to ask the encoder, where the answers go, and who asks."""
 
-    manifest: Manifest
-    encoder: Encoder
-    rows: tuple[tuple[Sample, str], ...]  # (sample, text), or (sample, "") for its media
+    path: Path
+    items: Items
+    offsets: np.ndarray
+    identity: Mapping[str, Any]
+    provenance: Mapping[str, Any]
+    effort: Effort
+    forward: Forward
 
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, row: int) -> np.ndarray | str:
-        """The prepared item, or the reason why there is none."""
-        sample, text = self.rows[row]
-        try:
-            raw = text if self.encoder.modality == "text" else self.manifest.media_path(sample)
-            return self.encoder.prepare(raw).numpy()
-        except ValueError as error:
-            return str(error)
-
-
-class Loaded(NamedTuple):
-    """A batch of prepared items: arrays, because workers would send tensors through /dev/shm, which is small in containers."""
-
-    good: np.ndarray  # the items that could be prepared, stacked
-    errors: list[str]  # for every item of the batch: why it could not be prepared, or ""
+    def batches(self, rows: range) -> list[np.ndarray]:
+        """The rows of a shard as the batches they are encoded in, however far the cache is."""
+        return self.items.batches(rows, self.forward.limit)
 
 
 def extract(
@@ -74,177 +86,181 @@ def extract(
     settings: Mapping[str, Any],
     home: Path,
     *,
-    batch_size: int = 16,
-    workers: int = 0,
-    max_failures: float = 0.05,
-    progress: bool = True,
     store_dtype: StoreDtype = "float16",
-    retry_failed: bool = False,
+    compiled: bool = False,
+    effort: Effort = Effort(),
 ) -> Path:
     """Fill the cache of a manifest and an encoder, from where it stands, and return its folder.
 
-    What is committed and undamaged stays and the rest is done, so one command starts, resumes and repairs. `workers`
-    processes decode media (0: this process does). More than the share `max_failures` (0..1) of failed items is an error.
-    `retry_failed` redoes the shards in which items failed. `ValueError` for settings, media or files that do not fit.
+    What is committed and undamaged stays and the rest is done, so one command starts, resumes and repairs. `compiled` runs the
+    encoder through torch.compile, which rounds otherwise and so makes another cache. `ValueError` for settings, media or files
+    that do not fit, and for more failures than the effort allows.
     """
-    if batch_size < 1 or workers < 0 or not 0 <= max_failures <= 1:
-        raise ValueError("batch size must be >= 1, workers >= 0 and max failures a share of the items, from 0 to 1")
+    return carry_out(plan(manifest, encoder_name, settings, home, store_dtype, compiled, effort))
+
+
+def carry_out(task: Task) -> Path:
+    """Do what is left of a task, and return its folder."""
+    with open_writer(task) as (writer, commits):
+        fill(task, writer, commits)
+        writer.finish(commits)
+    return task.path
+
+
+def plan(
+    manifest: Manifest,
+    encoder_name: str,
+    settings: Mapping[str, Any],
+    home: Path,
+    store_dtype: StoreDtype,
+    compiled: bool,
+    effort: Effort,
+) -> Task:
+    """What `extract` will do; nothing is written."""
     if store_dtype not in STORE_DTYPES:
         raise ValueError(f"unknown store dtype {store_dtype!r}; choose one of: {', '.join(STORE_DTYPES)}")
     config, encoder = build_encoder(encoder_name, settings)
-    items, offsets = plan(manifest, encoder)
-    identity = _identity(manifest, encoder_name, encoder, store_dtype)
-    path = cache_path(home, manifest.dataset, encoder_name, identity)
-    provenance = {"command": _command(manifest.dataset, encoder_name, config, store_dtype), "versions": _versions()}
-    ids = [sample.id for sample in manifest.samples]
-    with lock(path):
-        writer = Writer.open(path, ids, offsets, encoder.feature_shape, identity, provenance)
+    items, offsets = make_items(manifest, encoder, store_dtype)
+    identity = _identity(manifest, encoder_name, encoder, store_dtype, compiled)
+    forward: Any = torch.compile(encoder) if compiled else encoder
+    shard_rows = effort.shard_rows or (CHUNK_ROWS if encoder.modality == "video" else 0)
+    return Task(
+        path=cache_path(home, manifest.dataset, encoder_name, identity),
+        items=items,
+        offsets=offsets,
+        identity=identity,
+        provenance=_provenance(manifest.dataset, encoder_name, config, store_dtype, compiled, shard_rows),
+        effort=effort,
+        forward=Forward(forward, effort.batch_size or BATCH_SIZE[default_device().type]),
+    )
+
+
+@contextlib.contextmanager
+def open_writer(task: Task) -> Iterator[tuple[Writer, dict[int, Commit]]]:
+    """The task's cache, held for writing, and the shards that need not be done again."""
+    ids = [sample.id for sample in task.items.manifest.samples]
+    shape, shard_rows = task.items.encoder.feature_shape, task.provenance["shard_rows"]
+    with lock(task.path):
+        writer = Writer.open(task.path, ids, task.offsets, shape, task.identity, task.provenance, shard_rows)
         commits = writer.committed()
-        if retry_failed:
+        if task.effort.retry_failed:
             commits = {shard: commit for shard, commit in commits.items() if not commit.failures}
-        if len(commits) < writer.num_shards:
-            fill(writer, commits, items, batch_size, workers, max_failures, progress)
-        writer.finish(commits)
-    return path
+        yield writer, commits
 
 
-def plan(manifest: Manifest, encoder: Encoder) -> tuple[Items, np.ndarray]:
-    """The items in row order, and for texts the offsets [N+1] of each sample's rows (for media: empty)."""
-    media_type = manifest.meta["media_type"]
-    if encoder.modality not in ("text", media_type):
-        raise ValueError(f"dataset {manifest.dataset!r} has {media_type} media, the encoder reads {encoder.modality}")
-    if encoder.modality != "text":
-        if not manifest.media_root.is_dir():
-            raise ValueError(f"the media folder {manifest.media_root} is gone; run: diffalign prepare {manifest.dataset}")
-        return Items(manifest, encoder, tuple((sample, "") for sample in manifest.samples)), np.zeros(0, np.int64)
-    texts = [texts_of(sample, manifest.meta["text"]) for sample in manifest.samples]
-    offsets = np.cumsum([0, *map(len, texts)], dtype=np.int64)
-    if not offsets[-1]:
-        raise ValueError(f"dataset {manifest.dataset!r} has no texts to encode")
-    rows = tuple((sample, text) for sample, own in zip(manifest.samples, texts, strict=True) for text in own)
-    return Items(manifest, encoder, rows), offsets
-
-
-def texts_of(sample: Sample, rule: Mapping[str, str]) -> tuple[str, ...]:
-    """The texts that are encoded for a sample: all units joined by `sep`, or each of them; a blank one is no text.
-
-    Without any text, `empty` decides: "skip" leaves the sample without text features, "error" is a `ValueError` that names it,
-    and anything else is the text that stands in.
-    """
-    units = tuple(text for text in sample.texts if text.strip())
-    empty = rule.get("empty", "skip")
-    if not units and empty != "skip":
-        if empty == "error":
-            raise ValueError(f"sample {sample.id!r} has no text, and the dataset's yaml says text.empty: error")
-        return (empty,)
-    return (rule["sep"].join(units),) if rule["aggregate"] == "join" and units else units
-
-
-def fill(
-    writer: Writer,
-    commits: dict[int, Commit],
-    items: Items,
-    batch_size: int,
-    workers: int,
-    max_failures: float,
-    progress: bool,
-) -> None:
-    """Encode and commit every shard that is not in `commits`; batches start anew with each shard, so a resume changes none."""
+def fill(task: Task, writer: Writer, commits: dict[int, Commit]) -> None:
+    """Encode and commit every shard that is not in `commits`; the last one is written while the next is encoded."""
     shards = [shard for shard in range(writer.num_shards) if shard not in commits]
-    num_done = sum(commit.rows for commit in commits.values())
-    num_failed = sum(len(commit.failures) for commit in commits.values())
-    loaded = _load(items, [rows for shard in shards for rows in _batches(writer.rows(shard), batch_size)], workers)
-    with tqdm(total=len(items), initial=num_done, unit=" items", disable=not progress, file=sys.stderr) as bar:
-        for shard in shards:
-            started = time.monotonic()
-            features: list[np.ndarray] = []
-            failures: list[Failure] = []
-            for rows in _batches(writer.rows(shard), batch_size):
-                encoded, failed = _encode(items, rows, next(loaded), writer)
-                features.append(encoded)
-                failures += failed
-                bar.update(len(rows))
-                if num_failed + len(failures) > max_failures * len(items):
-                    raise _hopeless(num_failed + len(failures), len(items), failures[-1], max_failures)
-            num_failed += len(failures)
-            commits[shard] = writer.commit(
-                shard,
-                np.concatenate(features),
-                failures,
-                seconds=time.monotonic() - started,
-                batch_size=batch_size,
-                device=default_device().type,
-            )
+    if not shards:
+        return
+    pace = Pace(_workers(task), default_device().type)
+    ledger = Ledger(task, sum(len(commit.failures) for commit in commits.values()))
+    done = sum(commit.rows for commit in commits.values())
+    writing: Future[Commit] | None = None
+    bar = tqdm(total=len(task.items), initial=done, unit=" items", disable=not task.effort.progress, file=sys.stderr)
+
+    def watch(batch: Encoded) -> None:
+        pace.add(batch)
+        ledger.add(batch.failures)
+        bar.update(len(batch.rows))
+
+    with bar, ThreadPoolExecutor(1) as thread:
+        for shard, features, failures, seconds in encoded_shards(task, writer, shards, pace, watch):
+            if writing:
+                with pace.waiting("disk"):
+                    commit = writing.result()
+                commits[commit.shard] = commit
+            writing = thread.submit(commit_shard, task, writer, shard, features, failures, seconds)
+            del features  # of the shard before, while the next is computed
+        if writing:
+            commits[shards[-1]] = writing.result()
+    if task.effort.progress:
+        for line in [pace.verdict(), *(f"warning: {warning}" for warning in pace.warnings(visible_gpus()))]:
+            print(line, file=sys.stderr)
 
 
-def _batches(rows: range, batch_size: int) -> Iterator[range]:
-    for start in range(rows.start, rows.stop, batch_size):
-        yield range(start, min(start + batch_size, rows.stop))
+def encoded_shards(
+    task: Task, writer: Writer, shards: Sequence[int], pace: Pace, watch: Callable[[Encoded], None]
+) -> Iterator[tuple[int, np.ndarray, list[Failure], float]]:
+    """(shard, features float32 [rows, *shape], failures in row order, seconds) of every shard, in order."""
+    batches = [task.batches(writer.rows(shard)) for shard in shards]
+    encoded = encoded_batches(task.items, [rows for own in batches for rows in own], task.forward, pace)
+    for shard, own in zip(shards, batches, strict=True):
+        started = time.monotonic()
+        first = writer.rows(shard).start
+        features = np.empty((len(writer.rows(shard)), *writer.feature_shape), dtype=np.float32)
+        failures: list[Failure] = []
+        for _ in own:
+            batch = next(encoded)
+            features[batch.rows - first] = batch.features
+            failures += batch.failures
+            watch(batch)
+        yield shard, features, sorted(failures, key=lambda failure: failure.row), time.monotonic() - started
 
 
-def _load(items: Items, batches: list[range], workers: int) -> Iterator[Loaded]:
-    """The prepared batches in order, decoded ahead by `workers` processes."""
-    return iter(
-        DataLoader(
-            cast("Dataset[Any]", items),
-            batch_sampler=[list(rows) for rows in batches],
-            num_workers=0 if items.encoder.modality == "text" else workers,
-            collate_fn=_collate,
-            generator=torch.Generator(),  # its own, so that nobody's random numbers move
-        )
+@dataclass
+class Ledger:
+    """Counts failures; `ValueError` when there are more than the effort allows."""
+
+    task: Task
+    failed: int
+
+    def add(self, failures: Iterable[Failure]) -> None:
+        """Count these, too."""
+        for failure in failures:
+            self.failed += 1
+            total, share = len(self.task.items), self.task.effort.max_failures
+            if self.failed > share * total:
+                raise ValueError(
+                    f"{self.failed} of {total} items failed, more than --max-failures {share:g} allows; "
+                    f"the last one: sample {failure.id!r}: {failure.error}"
+                )
+
+
+def commit_shard(
+    task: Task, writer: Writer, shard: int, features: np.ndarray, failures: Sequence[Failure], seconds: float
+) -> Commit:
+    """Write a shard and its record."""
+    return writer.commit(
+        shard, features, failures, seconds=seconds, batch_size=task.forward.limit, device=default_device().type
     )
 
 
-def _collate(batch: list[np.ndarray | str]) -> Loaded:
-    good = [item for item in batch if not isinstance(item, str)]
-    return Loaded(np.stack(good) if good else np.zeros(0), [item if isinstance(item, str) else "" for item in batch])
+def _workers(task: Task) -> int:
+    """Processes beside this one."""
+    if task.effort.workers >= 0:
+        return task.effort.workers
+    cores = Pace(0, "cpu").cores
+    few = len(task.items) < 64 * cores  # done before the workers have started
+    return 0 if few or cores == 1 else cores
 
 
-def _encode(items: Items, rows: range, loaded: Loaded, writer: Writer) -> tuple[np.ndarray, list[Failure]]:
-    """Features float32 [B, *shape] of a batch, NaN where an item failed, and the failures."""
-    features = np.full((len(rows), *writer.feature_shape), np.nan, dtype=np.float32)
-    reasons = [("prepare", error) for error in loaded.errors]
-    good = [position for position, error in enumerate(loaded.errors) if not error]
-    if good:
-        with torch.inference_mode():
-            encoded = items.encoder(torch.from_numpy(loaded.good)).float().cpu().numpy()
-        kept = from_stored(to_stored(encoded, writer.store_dtype), writer.store_dtype)
-        finite = np.isfinite(kept).reshape(len(good), -1).all(axis=1)
-        features[np.array(good)[finite]] = encoded[finite]
-        for position in np.array(good)[~finite]:
-            reasons[position] = ("encode", f"a feature is not finite as {writer.store_dtype}")
-    return features, [
-        Failure(row, items.rows[row][0].id, stage, error) for row, (stage, error) in zip(rows, reasons, strict=True) if error
-    ]
-
-
-def _hopeless(num_failed: int, num_items: int, last: Failure, max_failures: float) -> ValueError:
-    return ValueError(
-        f"{num_failed} of {num_items} items failed, more than --max-failures {max_failures:g} allows; "
-        f"the last one: sample {last.id!r}: {last.error}"
-    )
-
-
-def _identity(manifest: Manifest, encoder_name: str, encoder: Encoder, store_dtype: str) -> dict[str, Any]:
+def _identity(manifest: Manifest, encoder_name: str, encoder: Encoder, store_dtype: str, compiled: bool) -> dict[str, Any]:
     """Everything that can change the features, as far as it is known: a manifest need not know its media's digest."""
     source = {"text": manifest.meta["text"]} if encoder.modality == "text" else {}
     digest = {"media_sha256": manifest.meta["media_sha256"]} if "media_sha256" in manifest.meta else {}
-    return {
+    identity = {
         "dataset": manifest.dataset,
         "manifest": manifest.fingerprint(),
         "encoder": {"name": encoder_name, "modality": encoder.modality, **encoder.identity()},
         "store_dtype": store_dtype,
+        **({"compiled": True} if compiled else {}),
         **(source or digest),
     }
+    return json.loads(canonical_json(identity))  # one spelling, so that equal caches have equal bytes
 
 
-def _command(dataset: str, encoder_name: str, config: Any, store_dtype: str) -> str:
-    """The command that completes the cache."""
+def _provenance(
+    dataset: str, encoder_name: str, config: Any, store_dtype: str, compiled: bool, shard_rows: int
+) -> dict[str, Any]:
+    """Where the cache comes from: the command that completes it, the same as values, the libraries."""
     values = asdict(config)
-    settings = [f"{field.name}={values[field.name]}" for field in fields(config) if values[field.name] != field.default]
-    options = [part for setting in settings for part in ("--set", setting)]
+    settings = {field.name: str(values[field.name]) for field in fields(config) if values[field.name] != field.default}
+    options = [part for key, value in settings.items() for part in ("--set", f"{key}={value}")]
     options += ["--store-dtype", store_dtype] if store_dtype != "float16" else []
-    return shlex.join(["diffalign", "extract", dataset, "--encoder", encoder_name, *options])
+    options += ["--compile"] if compiled else []
+    command = shlex.join(["diffalign", "extract", dataset, "--encoder", encoder_name, *options])
+    return {"command": command, "settings": settings, "shard_rows": shard_rows, "versions": _versions()}
 
 
 def _versions() -> dict[str, str]:

@@ -6,6 +6,7 @@ import fcntl
 import hashlib
 import json
 import os
+import secrets
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -31,7 +32,7 @@ def home_path(home: Path | None) -> Path:
 def write_atomic(path: Path, data: bytes | str) -> None:
     """Write a file so that a reader sees the old bytes or the new ones, whatever is killed: aside, fsync, rename, fsync."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    aside = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")  # machines that share a disk share process ids
     try:
         with aside.open("wb") as file:
             file.write(data.encode() if isinstance(data, str) else data)

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from pipeline import manifest as manifests
-from pipeline.extract import extract
+from pipeline.extract import Effort, extract
 from pipeline.manifest import Manifest
 from pipeline.types import Sample
 
@@ -42,6 +42,6 @@ def tiny_home(tiny_manifest: Manifest, tmp_path_factory: pytest.TempPathFactory)
     """A home with `tiny` prepared and extracted by random_projection, image [32] and text [24]; read it, never write to it."""
     home = tmp_path_factory.mktemp("tiny_home")
     manifests.write(tiny_manifest, home)
-    extract(tiny_manifest, "random_projection", {"modality": "image", "width": 32}, home, progress=False)
-    extract(tiny_manifest, "random_projection", {"modality": "text", "width": 24}, home, progress=False)
+    extract(tiny_manifest, "random_projection", {"modality": "image", "width": 32}, home, effort=Effort(progress=False))
+    extract(tiny_manifest, "random_projection", {"modality": "text", "width": 24}, home, effort=Effort(progress=False))
     return home

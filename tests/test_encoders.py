@@ -24,7 +24,7 @@ from pipeline import plugins
 from pipeline.cache import open_cache
 from pipeline.encoders import efficientnet_lite, random_projection
 from pipeline.encoding import build_encoder
-from pipeline.extract import extract
+from pipeline.extract import Effort, extract
 from pipeline.manifest import Manifest
 from pipeline.media import open_image
 from pipeline.types import Encoder, Sample
@@ -138,9 +138,20 @@ def test_cached_vectors_equal_live_ones(
     name, settings = case
     manifest = clips if encoder.modality == "video" else tiny_manifest
     few = replace(manifest, samples=manifest.samples[:3])
-    cache = open_cache(extract(few, name, settings, tmp_path, batch_size=2, progress=False))
+    cache = open_cache(extract(few, name, settings, tmp_path, effort=Effort(batch_size=2, progress=False)))
     raw = tuple(sample.texts[0] if encoder.modality == "text" else few.media_path(sample) for sample in few.samples)
     torch.testing.assert_close(torch.from_numpy(cache.read(cache.ids)), encode(encoder, raw), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("lower", ["mixed", "bfloat16"])
+def test_lower_formats_are_close_and_have_their_own_identity(
+    case: tuple[str, dict[str, object]], encoder: Encoder, raw: Raw, lower: str
+) -> None:
+    name, settings = case
+    if "compute_dtype" in settings:
+        low = build_encoder(name, {**settings, "compute_dtype": lower})[1]
+        assert torch.cosine_similarity(encode(encoder, raw).flatten(1), encode(low, raw).flatten(1)).min() > 0.998
+        assert low.identity() == {**encoder.identity(), "compute_dtype": lower}
 
 
 @pytest.fixture(scope="module")
@@ -159,13 +170,6 @@ def test_efficientnet_knows_photographs(photographs: tuple[Path, ...]) -> None:
     chances = (features @ state["classifier.weight"].T + state["classifier.bias"]).softmax(dim=1)
     assert chances.argmax(dim=1).tolist() == [985, 698]  # daisy; palace
     assert chances.max(dim=1).values.min() > 0.25
-
-
-def test_bfloat16_is_close_and_has_its_own_identity(photographs: tuple[Path, ...]) -> None:
-    exact, fast = build("efficientnet_lite"), build("efficientnet_lite", compute_dtype="bfloat16")
-    similarity = torch.cosine_similarity(encode(exact, photographs), encode(fast, photographs))
-    assert similarity.min() > 0.99
-    assert exact.identity() | {"compute_dtype": "bfloat16"} == fast.identity()
 
 
 def test_efficientnet_reads_local_weights(tmp_path: Path, photographs: tuple[Path, ...]) -> None:

@@ -22,11 +22,13 @@ from PIL import Image
 from pipeline import manifest as manifests
 from pipeline.cache import info, layout, open_cache, verify
 from pipeline.encoders import random_projection
-from pipeline.extract import extract, texts_of
+from pipeline.extract import Effort, extract
+from pipeline.items import texts_of
 from pipeline.manifest import Manifest
 from pipeline.runs import lock
 from pipeline.types import Sample
 
+QUIET = Effort(progress=False)
 TEXT = {"modality": "text", "width": 8}
 
 
@@ -75,7 +77,11 @@ def test_identity_names_everything_and_no_place(tiny_manifest: Manifest, tiny_ho
 def test_bytes_depend_on_nothing_but_the_command(tiny_manifest: Manifest, tmp_path: Path, settings: dict[str, Any]) -> None:
     runs = [
         extract(
-            tiny_manifest, "random_projection", settings, tmp_path / str(workers), batch_size=7, workers=workers, progress=False
+            tiny_manifest,
+            "random_projection",
+            settings,
+            tmp_path / str(workers),
+            effort=Effort(batch_size=7, workers=workers, progress=False),
         )
         for workers in (0, 2)
     ]
@@ -84,10 +90,10 @@ def test_bytes_depend_on_nothing_but_the_command(tiny_manifest: Manifest, tmp_pa
 
 
 def test_finished_extraction_does_nothing(texts: Manifest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = extract(texts, "random_projection", TEXT, tmp_path, progress=False)
+    path = extract(texts, "random_projection", TEXT, tmp_path, effort=QUIET)
     before = {file: file.stat().st_mtime_ns for file in path.rglob("*/c/*/*")}
     monkeypatch.setattr(random_projection.RandomProjection, "forward", None)
-    assert extract(texts, "random_projection", TEXT, tmp_path, progress=False) == path
+    assert extract(texts, "random_projection", TEXT, tmp_path, effort=QUIET) == path
     assert {file: file.stat().st_mtime_ns for file in path.rglob("*/c/*/*")} == before
 
 
@@ -103,7 +109,7 @@ def kill_at(step: int, manifest: Manifest, home: Path) -> None:
                 os.kill(os.getpid(), signal.SIGKILL)
 
     os.replace = deadly
-    extract(manifest, "random_projection", TEXT, home, progress=False)
+    extract(manifest, "random_projection", TEXT, home, effort=QUIET)
     os._exit(0)
 
 
@@ -112,7 +118,7 @@ def test_killed_at_every_rename_it_resumes_to_the_same_bytes(
 ) -> None:
     """Files appear by renames only, so these are all the states a kill can leave; two shards of 512 rows."""
     monkeypatch.setattr(layout, "SHARD_ROWS", 512)
-    path = extract(texts, "random_projection", TEXT, tmp_path / "whole", progress=False)
+    path = extract(texts, "random_projection", TEXT, tmp_path / "whole", effort=QUIET)
     expected = content(path)
     assert info(path)["shards"] == {"committed": 2, "total": 2}
     step, exit_code = 0, -signal.SIGKILL
@@ -126,7 +132,7 @@ def test_killed_at_every_rename_it_resumes_to_the_same_bytes(
         if info_or_none(killed) != {"committed": 2, "total": 2}:
             with pytest.raises(ValueError, match="diffalign extract"):
                 open_cache(killed)
-        assert content(extract(texts, "random_projection", TEXT, home, progress=False)) == expected
+        assert content(extract(texts, "random_projection", TEXT, home, effort=QUIET)) == expected
         step += 1
     assert exit_code == 0
     assert step >= 2 * len(expected)
@@ -141,14 +147,14 @@ def info_or_none(path: Path) -> Any:
 
 def test_damaged_shards_are_redone(texts: Manifest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(layout, "SHARD_ROWS", 512)
-    path = extract(texts, "random_projection", TEXT, tmp_path, progress=False)
+    path = extract(texts, "random_projection", TEXT, tmp_path, effort=QUIET)
     expected = content(path)
     shard = path / "features" / "c" / "1" / "0"
     data = bytearray(shard.read_bytes())
     data[100] ^= 4
     shard.write_bytes(data)
     (path / "features" / "c" / "0" / "0").unlink()
-    extract(texts, "random_projection", TEXT, tmp_path, progress=False)
+    extract(texts, "random_projection", TEXT, tmp_path, effort=QUIET)
     assert content(path) == expected
 
 
@@ -168,7 +174,7 @@ def flawed(tiny_manifest: Manifest, tmp_path: Path) -> Manifest:
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_undecodable_images_are_recorded_never_zeros(flawed: Manifest, tmp_path: Path, workers: int) -> None:
-    path = extract(flawed, "random_projection", {}, tmp_path, max_failures=0.1, workers=workers, progress=False)
+    path = extract(flawed, "random_projection", {}, tmp_path, effort=Effort(max_failures=0.1, workers=workers, progress=False))
     cache = open_cache(path)
     failed = {"red-1", "blue-2", "grey-3"}
     assert cache.failed_ids == failed
@@ -184,20 +190,20 @@ def test_undecodable_images_are_recorded_never_zeros(flawed: Manifest, tmp_path:
 
 def test_too_many_failures_stop(flawed: Manifest, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"3 of 40 items failed, more than --max-failures 0\.05 allows; .*'grey-3'"):
-        extract(flawed, "random_projection", {}, tmp_path, progress=False)
-    extract(flawed, "random_projection", {}, tmp_path, max_failures=3 / 40, progress=False)
+        extract(flawed, "random_projection", {}, tmp_path, effort=QUIET)
+    extract(flawed, "random_projection", {}, tmp_path, effort=Effort(max_failures=3 / 40, progress=False))
 
 
 def test_failed_items_can_be_tried_again(flawed: Manifest, tiny_manifest: Manifest, tmp_path: Path) -> None:
-    path = extract(flawed, "random_projection", {}, tmp_path, max_failures=1, progress=False)
+    path = extract(flawed, "random_projection", {}, tmp_path, effort=Effort(max_failures=1, progress=False))
     (flawed.media_root / "grey-3.png").unlink()
     for name in ("red-1.png", "blue-2.png", "grey-3.png"):
         (flawed.media_root / name).write_bytes((tiny_manifest.media_root / name).read_bytes())
-    extract(flawed, "random_projection", {}, tmp_path, progress=False)
+    extract(flawed, "random_projection", {}, tmp_path, effort=QUIET)
     assert len(open_cache(path).failed_ids) == 3
-    extract(flawed, "random_projection", {}, tmp_path, progress=False, retry_failed=True)
+    extract(flawed, "random_projection", {}, tmp_path, effort=Effort(retry_failed=True, progress=False))
     assert open_cache(path).failed_ids == frozenset()
-    assert content(path) == content(extract(tiny_manifest, "random_projection", {}, tmp_path / "good", progress=False))
+    assert content(path) == content(extract(tiny_manifest, "random_projection", {}, tmp_path / "good", effort=QUIET))
 
 
 def test_features_beyond_float16_are_failures(texts: Manifest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -209,11 +215,13 @@ def test_features_beyond_float16_are_failures(texts: Manifest, tmp_path: Path, m
         return features
 
     monkeypatch.setattr(random_projection.RandomProjection, "forward", overflowing)
-    path = extract(texts, "random_projection", TEXT, tmp_path, batch_size=100, progress=False)
+    path = extract(texts, "random_projection", TEXT, tmp_path, effort=Effort(batch_size=100, progress=False))
     table = pd.read_parquet(path / "failures.parquet")
     assert len(table) == 7
     assert set(table["error"]) == {"a feature is not finite as float16"}
-    wide = extract(texts, "random_projection", TEXT, tmp_path, batch_size=100, store_dtype="float32", progress=False)
+    wide = extract(
+        texts, "random_projection", TEXT, tmp_path, store_dtype="float32", effort=Effort(batch_size=100, progress=False)
+    )
     assert open_cache(wide).failed_ids == frozenset()
 
 
@@ -239,7 +247,7 @@ def test_texts_are_joined_or_kept(aggregate: str, units: tuple[str, ...], expect
 
 
 def test_samples_without_text_are_nan_but_no_failures(texts: Manifest, tmp_path: Path) -> None:
-    cache = open_cache(extract(texts, "random_projection", TEXT, tmp_path, progress=False))
+    cache = open_cache(extract(texts, "random_projection", TEXT, tmp_path, effort=QUIET))
     vectors = cache.read(["s0", "s1", "s2"])
     assert np.isnan(vectors).all(axis=1).tolist() == [True, False, False]
     assert cache.failed_ids == frozenset()
@@ -255,8 +263,11 @@ def test_user_errors_are_one_line(tiny_manifest: Manifest, tmp_path: Path) -> No
         (lambda: extract(silent, "random_projection", TEXT, tmp_path), "has no texts to encode"),
         (lambda: extract(tiny_manifest, "nonsense", {}, tmp_path), "unknown encoder 'nonsense'; choose one of: efficientnet"),
         (lambda: extract(tiny_manifest, "random_projection", {"size": 1}, tmp_path), "unknown setting 'size'; choose one of"),
-        (lambda: extract(tiny_manifest, "random_projection", {}, tmp_path, max_failures=2), "share of the items"),
-        (lambda: extract(tiny_manifest, "random_projection", {}, tmp_path, batch_size=0), "batch size"),
+        (
+            lambda: extract(tiny_manifest, "random_projection", {}, tmp_path, effort=Effort(max_failures=2)),
+            "share of the items",
+        ),
+        (lambda: extract(tiny_manifest, "random_projection", {}, tmp_path, effort=Effort(batch_size=-1)), "batch size"),
     ]
     for attempt, message in attempts:
         with pytest.raises(ValueError, match=message) as raised:
@@ -274,10 +285,10 @@ def test_interrupt_leaves_nothing_behind(tmp_path: Path) -> None:
     manifests.write(Manifest("many", "single", ("only",), samples, meta, root), tmp_path)
     script = f"""
 from pathlib import Path
-from pipeline.extract import extract
+from pipeline.extract import Effort, extract
 from pipeline.manifest import read
 home = Path({str(tmp_path)!r})
-extract(read(home, "many"), "random_projection", {{}}, home, workers=2)
+extract(read(home, "many"), "random_projection", {{}}, home, effort=Effort(workers=2))
 """
     process = subprocess.Popen([sys.executable, "-c", script], stderr=subprocess.PIPE, start_new_session=True)
     assert process.stderr is not None

@@ -25,6 +25,7 @@ from pipeline.runs import canonical_json, fingerprint, write_atomic
 StoreDtype = Literal["float16", "float32", "bfloat16"]
 STORE_DTYPES: tuple[str, ...] = get_args(StoreDtype)
 SHARD_ROWS = 8192
+SHARD_BYTES = 2**28  # a shard is encoded, converted and written in memory
 CHUNK_ROWS = 512
 BFLOAT16_NAN = 0x7FC0
 
@@ -67,10 +68,11 @@ def shard_path(path: Path, shard: int, num_dims: int) -> Path:
     return path / "features" / "c" / str(shard) / "/".join(["0"] * (num_dims - 1))
 
 
-def shard_rows(num_rows: int) -> int:
-    """Rows per shard: 8,192, or fewer in a cache that is smaller than one shard; whole chunks."""
+def shard_rows(num_rows: int, row_bytes: int, wanted: int) -> int:
+    """Rows per shard, whole chunks: `wanted` (0: 8,192), fewer where a shard would pass 256 MiB or the cache is smaller."""
     chunks = max(1, -(-num_rows // CHUNK_ROWS))
-    return min(SHARD_ROWS, chunks * CHUNK_ROWS)
+    affordable = max(1, SHARD_BYTES // (row_bytes * CHUNK_ROWS))
+    return min((wanted or SHARD_ROWS), affordable * CHUNK_ROWS, chunks * CHUNK_ROWS)
 
 
 def ids_sha256(ids: Sequence[str]) -> str:

@@ -96,7 +96,7 @@ def open_cache(path: Path, expect: Mapping[str, Any] | None = None) -> Cache:
     """
     attributes = read_attributes(path)
     identity, command = attributes["identity"], attributes["provenance"]["command"]
-    for field, wanted, found in _differences(expect or {}, identity, ""):
+    for field, wanted, found in differences(expect or {}, identity):
         raise ValueError(f"{path} was made with {field} = {found!r}, but {wanted!r} is needed; extract a cache with it")
     array = zarr.open_array(path / "features", mode="r")
     commits, problems = read_commits(path)
@@ -152,6 +152,14 @@ def info(path: Path) -> dict[str, Any]:
 
 def read_attributes(path: Path) -> dict[str, Any]:
     """The group's attributes; `ValueError` when there is no cache, or anything but the features is not as it was written."""
+    attributes = read_group(path)
+    for problem in layout.file_problems(path, "arrays"):
+        raise ValueError(f"{path}: {problem}; to redo it, run: {attributes['provenance']['command']}")
+    return attributes
+
+
+def read_group(path: Path) -> dict[str, Any]:
+    """The group's attributes, if they are those that named the folder; nothing else is looked at."""
     try:
         attributes = json.loads((path / "zarr.json").read_bytes())["attributes"]
         name, command = fingerprint(attributes["identity"])[:12], attributes["provenance"]["command"]
@@ -161,8 +169,6 @@ def read_attributes(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path / 'zarr.json'} is damaged ({error}); to redo it, run diffalign extract again") from error
     if not path.name.endswith(f"-{name}"):
         raise ValueError(f"{path} does not fit its identity, which hashes to {name}; to make a right one, run: {command}")
-    for problem in layout.file_problems(path, "arrays"):
-        raise ValueError(f"{path}: {problem}; to redo it, run: {command}")
     return attributes
 
 
@@ -188,13 +194,13 @@ def read_commits(path: Path) -> tuple[list[Commit], list[str]]:
     return commits, problems
 
 
-def _differences(expected: Mapping[str, Any], found: Mapping[str, Any], prefix: str) -> list[tuple[str, Any, Any]]:
-    """(field, expected, found) of every expected field that the identity has otherwise."""
-    differences = []
+def differences(expected: Mapping[str, Any], found: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any, Any]]:
+    """(field, expected, found) of every expected field that an identity has otherwise."""
+    result: list[tuple[str, Any, Any]] = []
     for key, wanted in expected.items():
         have = found.get(key, "nothing")
         if isinstance(wanted, Mapping) and isinstance(have, Mapping):
-            differences += _differences(wanted, have, f"{prefix}{key}.")
+            result += differences(wanted, have, f"{prefix}{key}.")
         elif wanted != have:
-            differences.append((f"{prefix}{key}", wanted, have))
-    return differences
+            result.append((f"{prefix}{key}", wanted, have))
+    return result

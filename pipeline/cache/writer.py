@@ -44,10 +44,12 @@ class Writer:
         feature_shape: tuple[int, ...],
         identity: Mapping[str, Any],
         provenance: Mapping[str, Any],
+        shard_rows: int = 0,
     ) -> Writer:
         """Start a cache, or take up one that was started.
 
         `offsets` [N+1] int64 says which rows of features belong to which sample; empty [0] when every sample has one row.
+        `shard_rows` is for a new cache (0: 8,192); one that was started keeps its own.
         """
         for stale in path.rglob(".*.tmp"):
             stale.unlink()
@@ -59,10 +61,16 @@ class Writer:
             "provenance": provenance,
         }
         if layout.file_problems(path, "arrays"):
-            _write_arrays(path, _encode_arrays(ids, offsets, (num_rows, *feature_shape), attributes))
+            _write_arrays(path, _encode_arrays(ids, offsets, (num_rows, *feature_shape), attributes, shard_rows))
+        return Writer.join(path)
+
+    @staticmethod
+    def join(path: Path) -> Writer:
+        """Write to a cache that another process has opened and holds: whole shards, each by one process."""
         arrays = {name: (path / name).read_bytes() for name in layout.read_record(path / "commits" / "arrays.json")}
-        rows_per_shard = layout.shard_rows(num_rows)
-        return Writer(path, num_rows, rows_per_shard, feature_shape, str(identity["store_dtype"]), arrays)
+        array = zarr.open_array(path / "features", mode="r")
+        assert array.shards is not None
+        return Writer(path, array.shape[0], array.shards[0], array.shape[1:], str(array.attrs["store_dtype"]), arrays)
 
     @property
     def num_shards(self) -> int:
@@ -79,7 +87,8 @@ class Writer:
         for shard in range(self.num_shards):
             try:
                 commit = layout.read_commit(self.path, shard)
-                intact = layout.file_sha256(self._file(shard)) == commit.sha256
+                whole = commit.rows == len(self.rows(shard))
+                intact = whole and layout.file_sha256(self._file(shard)) == commit.sha256
             except (ValueError, FileNotFoundError):
                 continue
             if intact:
@@ -153,19 +162,21 @@ def _write_arrays(path: Path, files: Mapping[str, bytes]) -> None:
 
 
 def _encode_arrays(
-    ids: Sequence[str], offsets: np.ndarray, shape: tuple[int, ...], attributes: Mapping[str, Any]
+    ids: Sequence[str], offsets: np.ndarray, shape: tuple[int, ...], attributes: Mapping[str, Any], wanted_shard_rows: int
 ) -> dict[str, bytes]:
     """Every file of the group but the shards of features."""
     store: dict[str, Buffer] = {}
     group = zarr.create_group(MemoryStore(store), zarr_format=3, attributes=dict(attributes))
     checksum: list[BytesBytesCodec] = [Crc32cCodec()]
     store_dtype = str(attributes["identity"]["store_dtype"])
+    dtype = np.dtype("uint16" if store_dtype == "bfloat16" else store_dtype)
+    row_bytes = dtype.itemsize * int(np.prod(shape[1:]))
     group.create_array(
         "features",
         shape=shape,
-        dtype="uint16" if store_dtype == "bfloat16" else store_dtype,
+        dtype=dtype,
         chunks=(layout.CHUNK_ROWS, *shape[1:]),
-        shards=(layout.shard_rows(shape[0]), *shape[1:]),
+        shards=(layout.shard_rows(shape[0], row_bytes, wanted_shard_rows), *shape[1:]),
         compressors=checksum,
         fill_value=layout.BFLOAT16_NAN if store_dtype == "bfloat16" else float("nan"),
         attributes={"store_dtype": store_dtype},

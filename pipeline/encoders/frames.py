@@ -28,6 +28,7 @@ class Config:
 
     encoder: str = "efficientnet_lite"  # the name of an image encoder
     settings: str = ""  # of that encoder: KEY=VALUE,KEY=VALUE
+    weights: str = ""  # of that encoder; empty: its own default
     num_frames: int = 8  # 1..256
 
     def __post_init__(self) -> None:

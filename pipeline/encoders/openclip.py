@@ -15,7 +15,7 @@ from open_clip.transform import PreprocessCfg, image_transform_v2, merge_preproc
 from PIL import Image
 from torch import Tensor, nn
 
-from pipeline.devices import ComputeDtype, computing, default_device, resolve_dtype
+from pipeline.devices import ComputeDtype, Precision, computing, default_device, place, resolve_dtype
 from pipeline.media import open_image
 from pipeline.pretrained import digest, fit, hub_folder, pixels, read_state, seeded, split_transform
 from pipeline.runs import fingerprint
@@ -34,7 +34,7 @@ class Config:
     pooling: Literal["native", "mean"] = "native"  # native: the shared space; mean: of an image's positions
     layer: int = -1  # block of the image tower whose output is taken, counted from 0, or from the end
     tokens: bool = False  # all positions [T, D] of an image instead of one vector
-    compute_dtype: ComputeDtype = "auto"  # auto: bfloat16 where the processor has it
+    compute_dtype: ComputeDtype = "auto"  # auto: bfloat16 where the processor has it; mixed keeps float32 parameters
 
     def __post_init__(self) -> None:
         native = self.pooling == "native" and not self.tokens
@@ -45,14 +45,14 @@ class Config:
 
 
 class OpenClip(nn.Module):
-    """A model of two towers; parameters float32, products in the compute dtype; features are not scaled to length 1."""
+    """A model of two towers; in the compute dtype; features are not scaled to length 1."""
 
     def __init__(self, config: Config, settings: Mapping[str, Any], network: Any, tokenizer: Any) -> None:
         super().__init__()
         self.config = config
         self.modality: Literal["image", "video", "text"] = config.modality
         self.device = default_device()
-        self.compute_dtype: Literal["float32", "bfloat16"] = resolve_dtype(config.compute_dtype, self.device)
+        self.compute_dtype: Precision = resolve_dtype(config.compute_dtype, self.device)
         self.architecture = fingerprint(dict(settings))
         self.weights_sha256 = digest(network)
         self.preprocessing = dict(network.visual.preprocess_cfg)
@@ -61,7 +61,7 @@ class OpenClip(nn.Module):
         self.input_size = preprocessing.input_size
         self.shape, self.normalize = split_transform(image_transform_v2(preprocessing, is_train=False))
         self.network = network
-        self.to(self.device).eval()
+        self.input_dtype = place(self, self.compute_dtype, self.device)
         self.feature_shape: tuple[int, ...] = self._feature_shape()
 
     def identity(self) -> dict[str, Any]:
@@ -95,7 +95,7 @@ class OpenClip(nn.Module):
         with computing(self.compute_dtype, self.device):
             if self.modality == "text":
                 return self.network.encode_text(prepared).float()
-            images = self.normalize(prepared.to(torch.float32) / 255)
+            images = self.normalize(prepared.to(torch.float32) / 255).to(self.input_dtype)
             if config.pooling == "native" and not config.tokens:
                 return self.network.encode_image(images).float()
             (map_BDHW,) = self.network.visual.forward_intermediates(

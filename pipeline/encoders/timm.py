@@ -13,7 +13,7 @@ from timm.data.config import resolve_data_config
 from timm.data.transforms_factory import create_transform
 from torch import Tensor, nn
 
-from pipeline.devices import ComputeDtype, computing, default_device, resolve_dtype
+from pipeline.devices import ComputeDtype, Precision, computing, default_device, place, resolve_dtype
 from pipeline.media import open_image
 from pipeline.pretrained import digest, fit, hub_folder, pixels, read_state, seeded, split_transform
 
@@ -30,7 +30,7 @@ class Config:
     pooling: Literal["native", "mean"] = "native"  # native: what the network's own classifier reads; mean: of the positions
     layer: int = -1  # block (or stage) whose output is taken, counted from 0, or from the end
     tokens: bool = False  # all positions [T, D] instead of one vector
-    compute_dtype: ComputeDtype = "auto"  # auto: bfloat16 where the processor has it
+    compute_dtype: ComputeDtype = "auto"  # auto: bfloat16 where the processor has it; mixed keeps float32 parameters
 
     def __post_init__(self) -> None:
         if self.layer != -1 and self.pooling == "native" and not self.tokens:
@@ -38,7 +38,7 @@ class Config:
 
 
 class Timm(nn.Module):
-    """The network without its classifier; parameters float32, products in the compute dtype, channels last."""
+    """The network without its classifier; in the compute dtype, channels last."""
 
     modality: Literal["image", "video", "text"] = "image"
 
@@ -46,13 +46,13 @@ class Timm(nn.Module):
         super().__init__()
         self.config = config
         self.device = default_device()
-        self.compute_dtype: Literal["float32", "bfloat16"] = resolve_dtype(config.compute_dtype, self.device)
+        self.compute_dtype: Precision = resolve_dtype(config.compute_dtype, self.device)
         self.weights_sha256 = digest(network)
         self.preprocessing: dict[str, Any] = resolve_data_config({}, model=network)
         self.side: int = self.preprocessing["input_size"][-1]
         self.shape, self.normalize = split_transform(create_transform(**self.preprocessing))
         self.network: Any = network
-        self.to(self.device).eval()
+        self.input_dtype = place(self, self.compute_dtype, self.device)
         self.network.to(memory_format=torch.channels_last)
         self.feature_shape: tuple[int, ...] = self._feature_shape()
 
@@ -78,7 +78,8 @@ class Timm(nn.Module):
 
     def forward(self, prepared: Tensor) -> Tensor:
         """Features float32 [B,D] or [B,T,D] of pixels uint8 [B,3,H,W]."""
-        images = self.normalize(prepared.to(self.device, torch.float32) / 255).contiguous(memory_format=torch.channels_last)
+        images = self.normalize(prepared.to(self.device, torch.float32) / 255)
+        images = images.to(self.input_dtype, memory_format=torch.channels_last)
         config = self.config
         with computing(self.compute_dtype, self.device):
             if config.pooling == "native" and not config.tokens:

@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import AutoImageProcessor
 
-from pipeline.devices import ComputeDtype, computing, default_device, resolve_dtype
+from pipeline.devices import ComputeDtype, Precision, computing, default_device, place, resolve_dtype
 from pipeline.media import open_image
 from pipeline.pretrained import architecture, check_class_token, plain, states_of, transformers_folder, transformers_network
 
@@ -26,7 +26,7 @@ class Config:
     pooling: Literal["cls", "mean", "pooler"] = "cls"  # first token, mean of all tokens, or the model's own pooling
     layer: int = -1  # hidden state: 0 the embeddings, 1, 2, … the blocks, -1 the final one after its norm
     tokens: bool = False  # all tokens [T, D] instead of one vector
-    compute_dtype: ComputeDtype = "auto"  # auto: bfloat16 where the processor has it
+    compute_dtype: ComputeDtype = "auto"  # auto: bfloat16 where the processor has it; mixed keeps float32 parameters
 
     def __post_init__(self) -> None:
         if self.pooling == "pooler" and (self.layer != -1 or self.tokens):
@@ -34,7 +34,7 @@ class Config:
 
 
 class TransformersImage(nn.Module):
-    """A vision transformer, or the vision tower of a model of two; parameters float32, products in the compute dtype."""
+    """A vision transformer, or the vision tower of a model of two; in the compute dtype."""
 
     modality: Literal["image", "video", "text"] = "image"
 
@@ -42,14 +42,14 @@ class TransformersImage(nn.Module):
         super().__init__()
         self.config = config
         self.device = default_device()
-        self.compute_dtype: Literal["float32", "bfloat16"] = resolve_dtype(config.compute_dtype, self.device)
+        self.compute_dtype: Precision = resolve_dtype(config.compute_dtype, self.device)
         self.processor: Any = AutoImageProcessor.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         network = transformers_network(folder, config.weights, pooler=config.pooling == "pooler")
         self.network: nn.Module = getattr(network, "vision_model", network)
         if config.pooling == "cls" and not config.tokens:
             check_class_token(self.network)
         self.architecture = architecture(self.network)
-        self.to(self.device).eval()
+        self.input_dtype = place(self, self.compute_dtype, self.device)
         blank = self.prepare_image(Image.new("RGB", (64, 64)))
         self.side = max(blank.shape[1:])
         self.feature_shape: tuple[int, ...] = self._feature_shape(blank)
@@ -79,7 +79,9 @@ class TransformersImage(nn.Module):
         """Features float32 [B,D] or [B,T,D] of pixels [B,3,H,W]."""
         config = self.config
         with computing(self.compute_dtype, self.device):
-            output = self.network(pixel_values=prepared.to(self.device), output_hidden_states=config.layer != -1)
+            output = self.network(
+                pixel_values=prepared.to(self.device, self.input_dtype), output_hidden_states=config.layer != -1
+            )
         if config.pooling == "pooler":
             if output.get("pooler_output") is None:
                 raise ValueError(f"model {config.model!r} has no pooler; set pooling=mean or pooling=cls")

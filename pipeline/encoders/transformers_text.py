@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoTokenizer
 
-from pipeline.devices import ComputeDtype, computing, default_device, resolve_dtype
+from pipeline.devices import ComputeDtype, Precision, computing, default_device, place, resolve_dtype
 from pipeline.pretrained import CONFIGURATION_FILES, architecture, states_of, transformers_folder, transformers_network
 
 NOT_TOKENIZERS = ("config.json", "model.safetensors.index.json", "README.txt")
@@ -44,13 +44,13 @@ class TransformersText(nn.Module):
         super().__init__()
         self.config = config
         self.device = default_device()
-        self.compute_dtype: Literal["float32", "bfloat16"] = resolve_dtype(config.compute_dtype, self.device)
+        self.compute_dtype: Precision = resolve_dtype(config.compute_dtype, self.device)
         self.tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         network = transformers_network(folder, config.weights, pooler=False)
         self.network: Any = getattr(network, "text_model", network)
         self.architecture = architecture(self.network)
         self.tokenizer_files = file_digests(folder)
-        self.to(self.device).eval()
+        self.input_dtype = place(self, self.compute_dtype, self.device)
         depth: int = self.network.config.num_hidden_layers
         if not -1 <= config.layer <= depth:
             raise ValueError(f"model {config.model!r} has layers 0 to {depth}, or -1 for the final one; found {config.layer}")

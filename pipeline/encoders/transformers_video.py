@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import AutoImageProcessor
 
-from pipeline.devices import ComputeDtype, computing, default_device, resolve_dtype
+from pipeline.devices import ComputeDtype, Precision, computing, default_device, place, resolve_dtype
 from pipeline.media import SAMPLING, open_frames
 from pipeline.pretrained import architecture, check_class_token, plain, states_of, transformers_folder, transformers_network
 
@@ -26,7 +26,7 @@ class Config:
     pooling: Literal["mean", "cls", "pooler"] = "mean"  # mean of all tokens, first token, or the model's own (X-CLIP)
     layer: int = -1  # hidden state: 0 the embeddings, 1, 2, … the blocks, -1 the final one after its norm
     tokens: bool = False  # all tokens [T, D] instead of one vector
-    compute_dtype: ComputeDtype = "auto"  # auto: bfloat16 where the processor has it
+    compute_dtype: ComputeDtype = "auto"  # auto: bfloat16 where the processor has it; mixed keeps float32 parameters
 
     def __post_init__(self) -> None:
         if self.pooling == "pooler" and (self.layer != -1 or self.tokens):
@@ -34,7 +34,7 @@ class Config:
 
 
 class TransformersVideo(nn.Module):
-    """A video transformer over uniformly sampled frames; parameters float32, products in the compute dtype."""
+    """A video transformer over uniformly sampled frames; in the compute dtype."""
 
     modality: Literal["image", "video", "text"] = "video"
 
@@ -42,7 +42,7 @@ class TransformersVideo(nn.Module):
         super().__init__()
         self.config = config
         self.device = default_device()
-        self.compute_dtype: Literal["float32", "bfloat16"] = resolve_dtype(config.compute_dtype, self.device)
+        self.compute_dtype: Precision = resolve_dtype(config.compute_dtype, self.device)
         self.processor: Any = AutoImageProcessor.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         network: Any = transformers_network(folder, config.weights, pooler=config.pooling == "pooler")
         self.num_frames: int = getattr(getattr(network.config, "vision_config", network.config), "num_frames", 0)
@@ -52,7 +52,7 @@ class TransformersVideo(nn.Module):
             check_class_token(network)
         self.network = network
         self.architecture = architecture(network)
-        self.to(self.device).eval()
+        self.input_dtype = place(self, self.compute_dtype, self.device)
         blank = self._process([Image.new("RGB", (64, 64))] * self.num_frames)
         self.feature_shape: tuple[int, ...] = self._feature_shape(blank)
 
@@ -78,7 +78,7 @@ class TransformersVideo(nn.Module):
 
     def forward(self, prepared: Tensor) -> Tensor:
         """Features float32 [B,D] or [B,T,D] of pixels [B,F,3,H,W]."""
-        config, pixels = self.config, prepared.to(self.device)
+        config, pixels = self.config, prepared.to(self.device, self.input_dtype)
         joint = getattr(self.network, "get_video_features", None)  # X-CLIP: frames meet only on the way to the shared space
         if (joint is not None) != (config.pooling == "pooler"):
             raise ValueError(f"model {config.model!r} takes pooling={'pooler' if joint else 'mean or pooling=cls'}")

@@ -1,0 +1,147 @@
+"""What an encoder is asked: an item per row of features, in batches that depend on nothing but the shard."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pipeline.cache.layout import Failure, from_stored, to_stored
+from pipeline.manifest import Manifest
+from pipeline.types import Encoder, Sample
+
+
+class Prepared(NamedTuple):
+    """A batch on its way to the encoder: an array, because workers would send tensors through /dev/shm, small in containers."""
+
+    rows: np.ndarray  # of features
+    good: np.ndarray  # the items that could be prepared, stacked
+    errors: list[str]  # for every item: why it could not be prepared, or ""
+    seconds: float
+
+
+class Encoded(NamedTuple):
+    """A batch of features float32 [B, *shape], NaN where an item failed, and where the time went."""
+
+    rows: np.ndarray
+    features: np.ndarray
+    failures: list[Failure]
+    prepare_seconds: float
+    encode_seconds: float
+
+
+@dataclass(frozen=True)
+class Items:
+    """The rows of a cache and the encoder that fills them."""
+
+    manifest: Manifest
+    encoder: Encoder
+    rows: tuple[tuple[Sample, str], ...]  # (sample, text), or (sample, "") for its media
+    store_dtype: str
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def batches(self, rows: range, batch_size: int) -> list[np.ndarray]:
+        """The rows of a shard as batches: media in order, texts by length, so that a batch is padded little."""
+        order = np.arange(rows.start, rows.stop)
+        if self.encoder.modality == "text":
+            lengths = [len(self.rows[row][1]) for row in rows]
+            order = order[np.argsort(lengths, kind="stable")]
+        return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+
+    def prepare(self, rows: np.ndarray) -> Prepared:
+        """Decode or tokenize the items of a batch."""
+        started = time.perf_counter()
+        items = [self._prepare(row) for row in rows]
+        good = [item for item in items if not isinstance(item, str)]
+        errors = [item if isinstance(item, str) else "" for item in items]
+        return Prepared(rows, np.stack(good) if good else np.zeros(0), errors, time.perf_counter() - started)
+
+    def _prepare(self, row: int) -> np.ndarray | str:
+        """The prepared item, or the reason why there is none."""
+        sample, text = self.rows[row]
+        try:
+            raw = text if self.encoder.modality == "text" else self.manifest.media_path(sample)
+            return self.encoder.prepare(raw).numpy()
+        except ValueError as error:
+            return str(error)
+
+    def settle(self, prepared: Prepared, encoded: np.ndarray, seconds: float) -> Encoded:
+        """Put the encoder's features in their places; what could not be prepared, or is not finite as stored, is a failure."""
+        features = np.full((len(prepared.rows), *self.encoder.feature_shape), np.nan, dtype=np.float32)
+        reasons = [("prepare", error) for error in prepared.errors]
+        good = np.array([position for position, error in enumerate(prepared.errors) if not error], dtype=np.int64)
+        if len(good):
+            kept = from_stored(to_stored(encoded, self.store_dtype), self.store_dtype)
+            finite = np.isfinite(kept).reshape(len(good), -1).all(axis=1)
+            features[good[finite]] = encoded[finite]
+            for position in good[~finite]:
+                reasons[position] = ("encode", f"a feature is not finite as {self.store_dtype}")
+        failures = [
+            Failure(int(row), self.rows[row][0].id, stage, error)
+            for row, (stage, error) in zip(prepared.rows, reasons, strict=True)
+            if error
+        ]
+        return Encoded(prepared.rows, features, failures, prepared.seconds, seconds)
+
+
+@dataclass
+class Forward:
+    """An encoder within the memory there is: a batch that does not fit is halved, and so are all that follow."""
+
+    encoder: Callable[[Tensor], Tensor]
+    limit: int  # items at once
+
+    def __call__(self, batch: Tensor) -> Tensor:
+        """Features float32 [B, *shape] of stacked items; `ValueError` when not even one item fits."""
+        parts: list[Tensor] = []
+        start = 0
+        while start < len(batch):
+            try:
+                parts.append(self.encoder(batch[start : start + self.limit]).float())
+                start += self.limit
+            except torch.OutOfMemoryError as error:
+                if self.limit == 1:
+                    raise ValueError("one item alone does not fit into memory; take --set compute_dtype=bfloat16") from error
+                self.limit = max(1, min(self.limit, len(batch)) // 2)
+                torch.cuda.empty_cache()
+        return torch.cat(parts)
+
+
+def make_items(manifest: Manifest, encoder: Encoder, store_dtype: str) -> tuple[Items, np.ndarray]:
+    """The items in row order, and for texts the offsets [N+1] of each sample's rows (for media: empty)."""
+    media_type = manifest.meta["media_type"]
+    if encoder.modality not in ("text", media_type):
+        raise ValueError(f"dataset {manifest.dataset!r} has {media_type} media, the encoder reads {encoder.modality}")
+    if encoder.modality != "text":
+        if not manifest.media_root.is_dir():
+            raise ValueError(f"the media folder {manifest.media_root} is gone; run: diffalign prepare {manifest.dataset}")
+        rows = tuple((sample, "") for sample in manifest.samples)
+        return Items(manifest, encoder, rows, store_dtype), np.zeros(0, np.int64)
+    texts = [texts_of(sample, manifest.meta["text"]) for sample in manifest.samples]
+    offsets = np.cumsum([0, *map(len, texts)], dtype=np.int64)
+    if not offsets[-1]:
+        raise ValueError(f"dataset {manifest.dataset!r} has no texts to encode")
+    rows = tuple((sample, text) for sample, own in zip(manifest.samples, texts, strict=True) for text in own)
+    return Items(manifest, encoder, rows, store_dtype), offsets
+
+
+def texts_of(sample: Sample, rule: Mapping[str, str]) -> tuple[str, ...]:
+    """The texts that are encoded for a sample: all units joined by `sep`, or each of them; a blank one is no text.
+
+    Without any text, `empty` decides: "skip" leaves the sample without text features, "error" is a `ValueError` that names it,
+    and anything else is the text that stands in.
+    """
+    units = tuple(text for text in sample.texts if text.strip())
+    empty = rule.get("empty", "skip")
+    if not units and empty != "skip":
+        if empty == "error":
+            raise ValueError(f"sample {sample.id!r} has no text, and the dataset's yaml says text.empty: error")
+        return (empty,)
+    return (rule["sep"].join(units),) if rule["aggregate"] == "join" and units else units
