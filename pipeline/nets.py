@@ -49,17 +49,20 @@ class MLP(nn.Module):
 
 
 class ConcatLinear(nn.Module):
-    """One linear layer on a concatenation [x_0; x_1; ...], applied part by part: the sum of all parts is the layer's output."""
+    """One linear layer on a concatenation [x_0; x_1; ...], applied part by part: the sum of all parts is the layer's output.
+
+    Every part has a parameter of its own: the gradients of slices of one matrix would be put together anew in each step.
+    """
 
     def __init__(self, in_widths: Sequence[int], out_width: int) -> None:
         super().__init__()
-        self.in_widths = list(in_widths)
-        self.layer = nn.Linear(sum(in_widths), out_width)
+        whole = nn.Linear(sum(in_widths), out_width)
+        self.weights = nn.ParameterList(part.clone() for part in whole.weight.detach().split(list(in_widths), dim=1))
+        self.bias = whole.bias
 
     def forward(self, part: int, x: Tensor) -> Tensor:
         """W_part x, [..., in_widths[part]] to [..., out_width]; part 0 brings the bias."""
-        weight = self.layer.weight.split(self.in_widths, dim=1)[part]
-        return F.linear(x, weight, self.layer.bias if part == 0 else None)
+        return F.linear(x, self.weights[part], self.bias if part == 0 else None)
 
 
 def moments(batches: Iterable[Tensor], full: bool = False) -> tuple[Tensor, Tensor]:

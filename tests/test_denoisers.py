@@ -140,17 +140,19 @@ def test_concat_mlp_is_four_linear_layers_on_the_concatenation() -> None:
     model, (x_n, n, _) = ConcatMLP(WIDTH, 20, hidden=48, time_width=16), data()
     x_v = torch.randn(ROWS, 20)
     linear = [layer for layer in model.modules() if isinstance(layer, nn.Linear) and layer not in list(model.embed.modules())]
-    assert len(linear) == 4
-    a, b, c, d = linear
-    plain = nn.Sequential(a, nn.GELU(), b, nn.GELU(), c, nn.GELU(), d)
-    expected = plain(torch.cat([x_n, x_v, model.embed(n)], dim=1))
+    assert len(linear) == 3  # behind the first, which is applied part by part
+    b, c, d = linear
+    first = torch.cat(list(model.first.weights), dim=1)
+    hidden = nn.functional.linear(torch.cat([x_n, x_v, model.embed(n)], dim=1), first, model.first.bias)
+    expected = nn.Sequential(nn.GELU(), b, nn.GELU(), c, nn.GELU(), d)(hidden)
     torch.testing.assert_close(model(x_n, model.time(n), model.condition(x_v), None, NO_DROPOUT), expected)
 
 
 def test_pfin_concat_is_a_two_layer_decoder_on_the_concatenation() -> None:
     model, (x_n, n, x_v) = PFIN(WIDTH, "concat", time_width=16), data()
     h_0 = torch.cat([x_n, model.embed(n), x_v], dim=1)
-    expected = model.out(nn.functional.gelu(model.first.layer(h_0)))
+    hidden = nn.functional.linear(h_0, torch.cat(list(model.first.weights), dim=1), model.first.bias)
+    expected = model.out(nn.functional.gelu(hidden))
     torch.testing.assert_close(model(x_n, model.time(n), model.condition(x_v), None, NO_DROPOUT), expected)
 
 
@@ -175,7 +177,7 @@ def test_the_residual_adds_the_noisy_text_to_the_attended_values() -> None:
 
 def test_self_attention_sees_the_step_as_a_token() -> None:
     model, (x_n, n, x_v) = PFIN(WIDTH, "self_attention", time_width=16), data()
-    nn.init.zeros_(model.first.layer.weight[:, WIDTH:])  # leaves the token as the step's only way in
+    nn.init.zeros_(model.first.weights[1])  # leaves the token as the step's only way in
     assert not torch.allclose(Whole(model)(x_n, n, x_v), Whole(model)(x_n, n.roll(1), x_v))
 
 

@@ -101,7 +101,9 @@ class TestMLP:
 def test_parts_of_a_concat_linear_sum_to_the_layer() -> None:
     layer = nets.ConcatLinear([2, 5, 3], 7)
     parts = torch.randn(4, 2), torch.randn(4, 5), torch.randn(4, 3)
-    torch.testing.assert_close(sum(layer(i, x) for i, x in enumerate(parts)), layer.layer(torch.cat(parts, dim=1)))
+    whole = nn.functional.linear(torch.cat(parts, dim=1), torch.cat(list(layer.weights), dim=1), layer.bias)
+    torch.testing.assert_close(sum(layer(i, x) for i, x in enumerate(parts)), whole)
+    assert all(weight.is_contiguous() and weight.requires_grad for weight in layer.weights)
 
 
 class TestStandardise:
