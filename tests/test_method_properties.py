@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from pipeline import plugins
 from pipeline.methods import cdr, ema, marnet
+from pipeline.nets import ConcatLinear
 
 over_kinds = pytest.mark.parametrize("kind", KINDS)
 
@@ -149,7 +150,8 @@ class TestCDR:
     @pytest.mark.parametrize("denoiser", ["mlp", "regression"])
     def test_the_network_has_four_linear_layers(self, denoiser: str) -> None:
         modules = build("cdr", denoiser=denoiser).denoiser.named_modules()
-        layers = [name for name, layer in modules if isinstance(layer, nn.Linear) and not name.startswith("embed.")]
+        linear = (nn.Linear, ConcatLinear)
+        layers = [name for name, layer in modules if isinstance(layer, linear) and not name.startswith("embed.")]
         assert len(layers) == 4
 
     def test_the_regression_sees_no_text_no_noise_and_no_step(self) -> None:
