@@ -127,7 +127,7 @@ def split_folds(table: Table) -> list[torch.Tensor]:
 
 
 def draw_points(dataset: str, method: str, count: int) -> list[tuple[dict[str, Any], dict[str, Any]]]:
-    """Random (settings, training) pairs, the same for the same method and count."""
+    """Distinct random (settings, training) pairs, the same for the same method; fewer where there are not so many."""
     tuned = manifests.load_spec(dataset).get("tuned", {})
     space = SPACES[method]
     if method == "marnet":
@@ -139,7 +139,8 @@ def draw_points(dataset: str, method: str, count: int) -> list[tuple[dict[str, A
         return {key: generator.choice(values) for key, values in space.items()}
 
     training = BRANCH_TRAINING if method == "marnet" else TRAINING
-    return [(draw(space), draw(training)) for _ in range(count)]
+    distinct = {repr(point): point for point in ((draw(space), draw(training)) for _ in range(100 * count))}
+    return list(distinct.values())[:count]
 
 
 def run_trial(

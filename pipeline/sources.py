@@ -20,9 +20,7 @@ from pipeline.types import Batch, Source, Split
 def find_cache(home: Path, manifest: Manifest, name: str) -> Cache:
     """The manifest's cache of that encoder, folder name or fingerprint; `ValueError` names the choices, or what has changed."""
     folders = find_caches(home, manifest.dataset)
-    named = [
-        path for path in folders if name in (path.name, path.name.rsplit("-", 1)[0]) or path.name.endswith(f"-{name[:12]}")
-    ]
+    named = [path for path in folders if _is_named(path.name, name)]
     wanted = manifest.fingerprint()
     fitting = [path for path in named if read_attributes(path)["identity"]["manifest"] == wanted]
     if len(fitting) == 1 or (named and not fitting):

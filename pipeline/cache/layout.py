@@ -103,18 +103,31 @@ def from_stored(stored: np.ndarray, dtype: str) -> np.ndarray:
     return stored.astype(np.float32)
 
 
+def norms(stored: np.ndarray, dtype: str) -> np.ndarray:
+    """Euclidean length of every row of stored features, float64 [rows]; not finite where a feature is not."""
+    rows = from_stored(stored, dtype).reshape(len(stored), -1)
+    return np.sqrt(np.einsum("nd,nd->n", rows, rows, dtype=np.float64))
+
+
 def write_record(path: Path, record: Mapping[str, Any]) -> None:
     """Write a JSON record with a checksum of itself."""
-    body = dict(record)
-    write_atomic(path, json.dumps({**body, "check": fingerprint(body)}, indent=1, sort_keys=True, ensure_ascii=False) + "\n")
+    write_atomic(path, _spelled(record))
+
+
+def _spelled(record: Mapping[str, Any]) -> bytes:
+    """The one spelling of a record: no byte of it can change unnoticed."""
+    checked = {**record, "check": fingerprint(record)}
+    return (json.dumps(checked, indent=1, sort_keys=True, ensure_ascii=False) + "\n").encode()
 
 
 def read_record(path: Path) -> dict[str, Any]:
     """A record of `write_record`; `ValueError` when it is damaged, `FileNotFoundError` when there is none."""
+    data = path.read_bytes()
     try:
-        record = json.loads(path.read_bytes())
-        intact = record.pop("check") == fingerprint(record)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        record = json.loads(data)
+        del record["check"]
+        intact = _spelled(record) == data
+    except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is damaged ({error})") from error
     if not intact:
         raise ValueError(f"{path} is damaged (its checksum does not fit)")
@@ -152,5 +165,7 @@ def write_commit(path: Path, commit: Commit) -> None:
 def read_commit(path: Path, shard: int) -> Commit:
     """The commit of a shard; `ValueError` when it is damaged, `FileNotFoundError` when the shard is not committed."""
     record = read_record(commit_path(path, shard))
+    if record["shard"] != shard:
+        raise ValueError(f"{commit_path(path, shard)} is the record of shard {record['shard']}")
     failures = tuple(Failure(**failure) for failure in record.pop("failures"))
     return Commit(**record, failures=failures)

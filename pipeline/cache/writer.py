@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -51,8 +52,7 @@ class Writer:
         `offsets` [N+1] int64 says which rows of features belong to which sample; empty [0] when every sample has one row.
         `shard_rows` is for a new cache (0: 8,192); one that was started keeps its own.
         """
-        for stale in path.rglob(".*.tmp"):
-            stale.unlink()
+        _remove_leftovers(path)
         num_rows = int(offsets[-1]) if len(offsets) else len(ids)
         attributes = {
             "kind": "ragged" if len(offsets) else "dense",
@@ -107,16 +107,16 @@ class Writer:
     ) -> Commit:
         """Write a whole shard, features float32 [rows, *shape] with NaN where an item failed, then its record."""
         stored = layout.to_stored(features, self.store_dtype)
-        flat = layout.from_stored(stored, self.store_dtype).reshape(len(stored), -1).astype(np.float64)
-        finite = np.isfinite(flat).all(axis=1)
-        norms = np.linalg.norm(flat[finite], axis=1) if finite.any() else np.zeros(1)
+        lengths = layout.norms(stored, self.store_dtype)
+        finite = np.isfinite(lengths)
+        norms = lengths[finite] if finite.any() else np.zeros(1)
         data = self._encode(shard, stored)
         write_atomic(self._file(shard), data)
         commit = Commit(
             shard=shard,
             rows=len(stored),
             num_bytes=len(data),
-            sha256=layout.file_sha256(self._file(shard)),
+            sha256=hashlib.sha256(data).hexdigest(),
             finite=int(finite.sum()),
             norm_min=float(norms.min()),
             norm_mean=float(norms.mean()),
@@ -131,19 +131,26 @@ class Writer:
 
     def finish(self, commits: Mapping[int, Commit]) -> None:
         """Gather the failures of all shards into failures.parquet."""
+        _remove_leftovers(self.path)
         write_atomic(self.path / "failures.parquet", _encode_failures([commits[shard] for shard in sorted(commits)]))
         layout.write_digests(self.path, "failures", ["failures.parquet"])
 
     def _file(self, shard: int) -> Path:
         return layout.shard_path(self.path, shard, 1 + len(self.feature_shape))
 
-    def _encode(self, shard: int, stored: np.ndarray) -> bytes:
+    def _encode(self, shard: int, stored: np.ndarray) -> memoryview:
         """The bytes Zarr writes for a shard."""
         start = self.rows(shard).start
         store = _memory_store({"features/zarr.json": self.arrays["features/zarr.json"]})
         with zarr.config.set({"array.write_empty_chunks": True}):  # a shard of nothing but failures has a file too
             zarr.open_array(MemoryStore(store), path="features", mode="r+")[start : start + len(stored)] = stored
-        return store[self._file(shard).relative_to(self.path).as_posix()].to_bytes()
+        return store[self._file(shard).relative_to(self.path).as_posix()].as_numpy_array().data
+
+
+def _remove_leftovers(path: Path) -> None:
+    """Remove what writers left that were killed; one that only seemed to be dead fails then, and its shard has been redone."""
+    for leftover in path.rglob(".*.tmp"):
+        leftover.unlink(missing_ok=True)
 
 
 def _encode_failures(commits: Sequence[Commit]) -> bytes:

@@ -1,0 +1,283 @@
+"""How close extraction comes to what the machine can do, as ratios of one run: see RESULTS.md.
+
+    python benchmarks/extract.py [--parts bound,loop,store,overhead,memory] [--images 384]
+    python benchmarks/extract.py --parts peer --peer PYTHON     # PYTHON of an environment with clip-retrieval and setuptools<70
+
+bound     wall time over the lower bound max(decode alone, forward alone, core-seconds / cores)
+loop      against the loop of timm's documentation: float32, one image after another, DataLoader with workers=0
+store     MB/s of writing a cache, and of reading all of it over numpy.fromfile on the same bytes
+overhead  share of an extraction's time that sha256 and fsync take
+memory    peak memory with ten times the rows over that with one time
+peer      images per second over those of `clip-retrieval inference`, same pictures, same weights
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import timm
+import torch
+import torch.utils.data
+import zarr
+from dask.system import CPU_COUNT
+from PIL import Image
+from timm.data.config import resolve_data_config
+from timm.data.transforms_factory import create_transform
+from torch import nn
+
+from pipeline.cache import Writer, layout, open_cache
+from pipeline.devices import default_device
+from pipeline.encoders.efficientnet_lite import load_weights
+from pipeline.extract import Effort, extract, plan
+from pipeline.loading import encoded_batches
+from pipeline.manifest import Manifest
+from pipeline.pace import Pace
+from pipeline.types import Sample
+
+SIDE = 500  # pixels of the shorter side
+ENCODERS: dict[str, tuple[str, dict[str, str]]] = {
+    "efficientnet_lite": ("efficientnet_lite", {}),
+    "ViT-B/16": ("timm", {"model": "vit_base_patch16_224", "weights": "random"}),
+}
+PEER_MODEL = "ViT-B-32"
+QUIET = Effort(progress=False)
+
+
+def pictures(folder: Path, count: int) -> None:
+    """JPEGs of 500 x 667 pixels with the spectrum of photographs: noise whose amplitude falls with its frequency."""
+    folder.mkdir()
+    shape = (SIDE, SIDE * 4 // 3)
+    frequency = np.hypot(*np.meshgrid(np.fft.fftfreq(shape[0]), np.fft.rfftfreq(shape[1]), indexing="ij")) + 1e-3
+    for number in range(count):
+        rng = np.random.default_rng(number)
+        channels = [np.fft.irfft2(np.fft.rfft2(rng.standard_normal(shape)) / frequency, s=shape) for _ in range(3)]
+        image = np.stack(channels, axis=-1)
+        scaled = 128 + 50 * (image - image.mean()) / image.std()
+        Image.fromarray(scaled.clip(0, 255).astype(np.uint8)).save(folder / f"{number:05d}.jpg", quality=90)
+
+
+def manifest_of(folder: Path, count: int) -> Manifest:
+    """That many samples, from the pictures of a folder in turn."""
+    files = sorted(path.name for path in folder.iterdir())
+    samples = (Sample(f"{row:07d}", "train", Path(files[row % len(files)]), (), (0,), "") for row in range(count))
+    meta = {"media_type": "image", "text": {"kind": "", "aggregate": "mean", "sep": ""}}
+    return Manifest("bench", "single", ("only",), tuple(samples), meta, folder)
+
+
+def seconds(work: Callable[[], Any]) -> float:
+    """Wall time of some work."""
+    started = time.perf_counter()
+    work()
+    return time.perf_counter() - started
+
+
+def bound(folder: Path, home: Path, count: int) -> None:
+    """Wall time of an extraction over its lower bound."""
+    manifest = manifest_of(folder, count)
+    for label, (name, settings) in ENCODERS.items():
+        task = plan(manifest, name, settings, home, "float16", False, QUIET)
+        batches = task.batches(range(count))
+        ready = [task.items.prepare(rows) for rows in batches]
+        device = default_device().type
+
+        def forward_all(task: Any = task, ready: Any = ready) -> None:
+            with torch.inference_mode():
+                for prepared in ready:
+                    task.forward(torch.from_numpy(prepared.good)).cpu()
+
+        forward_all()  # warm
+        decode_seconds = seconds(lambda task=task, batches=batches: decode_alone(task, batches))
+        forward_seconds = seconds(forward_all)
+        pace = Pace(CPU_COUNT, device)
+
+        def run(task: Any = task, batches: Any = batches, pace: Any = pace) -> None:
+            for batch in encoded_batches(task.items, batches, task.forward, pace):
+                pace.add(batch)
+
+        wall = seconds(run)
+        core_seconds = alone_on_one_core(name, settings, folder, home, count)
+        lower = max(decode_seconds, forward_seconds, core_seconds / CPU_COUNT)
+        print(
+            f"bound {label}: wall {wall:.1f} s, decode alone {decode_seconds:.1f}, forward alone {forward_seconds:.1f}, "
+            f"core-seconds / cores {core_seconds / CPU_COUNT:.1f}: ratio {wall / lower:.2f} (wanted <= 1.15); {pace.verdict()}",
+            flush=True,
+        )
+
+
+def decode_alone(task: Any, batches: list[np.ndarray]) -> None:
+    """Prepare every batch with one process per core, and encode none."""
+    with get_context("fork").Pool(CPU_COUNT, torch.set_num_threads, (1,)) as pool:
+        for _ in pool.imap(task.items.prepare, batches):
+            pass
+
+
+def alone_on_one_core(name: str, settings: dict[str, str], folder: Path, home: Path, count: int) -> float:
+    """Core-seconds of the whole work: a quarter of it in one process on one thread, times four."""
+    manifest = manifest_of(folder, count // 4)
+    task = plan(manifest, name, settings, home, "float16", False, QUIET)
+    pace = Pace(0, "cpu")
+    return 4 * seconds(lambda: list(encoded_batches(task.items, task.batches(range(count // 4)), task.forward, pace)))
+
+
+def loop(folder: Path, home: Path, count: int) -> None:
+    """Against one image after another, as timm's documentation shows it."""
+    network = timm.create_model("tf_efficientnet_lite0", pretrained=False, num_classes=1000).eval()
+    network.load_state_dict(load_weights("package"))
+    transform: Any = create_transform(**resolve_data_config({}, model=network))
+    files = sorted(folder.iterdir())[: count // 4]
+
+    class Pictures(torch.utils.data.Dataset[torch.Tensor]):
+        def __len__(self) -> int:
+            return len(files)
+
+        def __getitem__(self, number: int) -> torch.Tensor:
+            return transform(Image.open(files[number]).convert("RGB"))
+
+    def plain() -> None:
+        with torch.no_grad():
+            for batch in torch.utils.data.DataLoader(Pictures(), batch_size=1, num_workers=0):
+                nn.Module.__call__(network, batch)
+
+    plain_rate = len(files) / seconds(plain)
+    ours = count / seconds(lambda: extract(manifest_of(folder, count), "efficientnet_lite", {}, home / "loop", effort=QUIET))
+    print(f"loop: {ours:.0f} images/s over {plain_rate:.0f}: ratio {ours / plain_rate:.2f} (wanted >= 3)", flush=True)
+
+
+def store(folder: Path, home: Path, count: int) -> None:
+    """Write and read 65,536 rows of 2,048 float16 numbers; the page cache is warm for both readers."""
+    rows, width = 8 * layout.SHARD_ROWS, 2048
+    ids = [str(row) for row in range(rows)]
+    identity = {"store_dtype": "float16"}
+    path = layout.cache_path(home, "bench", "store", identity)
+    writer = Writer.open(path, ids, np.zeros(0, np.int64), (width,), identity, {"command": "none"})
+    block = np.random.default_rng(0).standard_normal((layout.SHARD_ROWS, width)).astype(np.float32)
+    commits = {}
+
+    def write() -> None:
+        for shard in range(writer.num_shards):
+            commits[shard] = writer.commit(shard, block, [], seconds=0, batch_size=0, device="cpu")
+
+    write_seconds = seconds(write)
+    writer.finish(commits)
+    num_bytes = sum(commit.num_bytes for commit in commits.values())
+    (home / "plain.bin").write_bytes(block.astype(np.float16).tobytes() * 8)
+    cache = open_cache(path)
+
+    def read_plain() -> None:
+        np.fromfile(home / "plain.bin", np.float16).reshape(rows, width)
+
+    def read_stored() -> None:
+        np.asarray(zarr.open_array(path / "features", mode="r")[:])
+
+    plain_seconds, raw_seconds, read_seconds = (
+        min(seconds(work) for _ in range(3)) for work in (read_plain, read_stored, lambda: cache.read(ids))
+    )
+    print(
+        f"store: write {num_bytes / write_seconds / 1e6:.0f} MB/s (wanted >= 500); "
+        f"read {num_bytes / raw_seconds / 1e6:.0f} MB/s as stored, ratio to numpy.fromfile {plain_seconds / raw_seconds:.2f} "
+        f"(wanted >= 0.6); by id as float32 {num_bytes / read_seconds / 1e6:.0f} MB/s",
+        flush=True,
+    )
+
+
+def overhead(folder: Path, home: Path, count: int) -> None:
+    """The checksum and the fsync of a full shard, over the time it takes to encode a shard's rows."""
+    encode_seconds = seconds(lambda: extract(manifest_of(folder, count), "efficientnet_lite", {}, home / "o", effort=QUIET))
+    data = os.urandom(layout.SHARD_ROWS * 1280 * 2)
+    file = home / "shard.bin"
+    plain = seconds(lambda: file.write_bytes(data))
+
+    def careful() -> None:
+        with (home / "careful.bin").open("wb") as handle:
+            handle.write(data)
+            handle.flush()
+            os.fsync(handle.fileno())
+        layout.file_sha256(home / "careful.bin")
+
+    extra = seconds(careful) - plain
+    whole = encode_seconds / count * layout.SHARD_ROWS
+    print(f"overhead: {extra:.2f} s of {whole:.0f} s a shard: {extra / whole:.2%} (wanted < 3 %)", flush=True)
+
+
+def memory(folder: Path, home: Path, count: int) -> None:
+    """Peak memory of extractions of 2,000 and 20,000 rows, each in a process of its own."""
+    peaks = []
+    for rows in (2_000, 20_000):
+        script = (
+            "import sys; from pathlib import Path; sys.path.insert(0, sys.argv[1]); import extract as bench\n"
+            "bench.extract(bench.manifest_of(Path(sys.argv[2]), int(sys.argv[4])), 'random_projection', {'width': '768'},"
+            " Path(sys.argv[3]), effort=bench.Effort(progress=False, workers=0, shard_rows=512))\n"
+            "print(next(line.split()[1] for line in open('/proc/self/status') if line.startswith('VmHWM')))"
+        )
+        arguments = [str(Path(__file__).parent), str(folder), str(home / f"m{rows}"), str(rows)]
+        done = subprocess.run([sys.executable, "-c", script, *arguments], capture_output=True, text=True, check=True)
+        peaks.append(int(done.stdout))
+    print(
+        f"memory: {peaks[0] / 1024:.0f} MiB, {peaks[1] / 1024:.0f} MiB: ratio {peaks[1] / peaks[0]:.2f} (wanted <= 1.10)",
+        flush=True,
+    )
+
+
+def peer(folder: Path, home: Path, count: int, python: Path) -> None:
+    """Against `clip-retrieval inference` with a random OpenCLIP model; both start at their first batch."""
+    import open_clip
+
+    torch.manual_seed(0)
+    weights = home / "weights.pt"
+    torch.save(open_clip.create_model(PEER_MODEL).state_dict(), weights)
+    command = [
+        *(str(python.parent / "clip-retrieval"), "inference"),
+        *("--input_dataset", str(folder), "--output_folder", str(home / "peer"), "--enable_text", "False"),
+        *("--clip_model", f"open_clip:{PEER_MODEL}/{weights}", "--use_jit", "False", "--batch_size", "64"),
+        *("--num_prepro_workers", str(CPU_COUNT), "--enable_wandb", "False"),
+    ]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=home)
+    if done.returncode:
+        raise SystemExit(done.stderr[-2000:])
+    stats = [json.loads(file.read_text()) for file in sorted((home / "peer" / "stats").glob("*.json"))]
+    span = max(each["end_time"] for each in stats) - min(each["start_time"] for each in stats)
+    theirs = sum(each["sample_count"] for each in stats) / span
+    settings = {"model": PEER_MODEL, "weights": str(weights)}
+    task = plan(manifest_of(folder, count), "openclip", settings, home, "float16", False, QUIET)
+    pace = Pace(CPU_COUNT, default_device().type)
+    ours = count / seconds(lambda: list(encoded_batches(task.items, task.batches(range(count)), task.forward, pace)))
+    print(f"peer: {ours:.1f} images/s over {theirs:.1f}: ratio {ours / theirs:.2f} (wanted >= 2.5)", flush=True)
+    print(f"peer's own account: {stats}", file=sys.stderr)
+
+
+def main() -> None:
+    """Run the parts that are asked for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--parts", default="bound,loop,store,overhead,memory")
+    parser.add_argument("--images", type=int, default=384)
+    parser.add_argument("--peer", type=Path, help="python of an environment with clip-retrieval")
+    arguments = parser.parse_args()
+    parts: dict[str, Callable[[Path, Path, int], None]] = {
+        "bound": bound, "loop": loop, "store": store, "overhead": overhead, "memory": memory,
+        "peer": lambda folder, home, count: peer(folder, home, count, arguments.peer),
+    }  # fmt: skip
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{CPU_COUNT} cores, {platform.machine()}"
+    print(f"torch {torch.__version__}, {device}", flush=True)
+    with tempfile.TemporaryDirectory() as scratch:
+        folder, home = Path(scratch) / "pictures", Path(scratch) / "home"
+        pictures(folder, arguments.images)
+        home.mkdir()
+        for part in arguments.parts.split(","):
+            parts[part](folder, home, arguments.images)
+
+
+if __name__ == "__main__":
+    main()

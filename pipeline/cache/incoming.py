@@ -1,0 +1,196 @@
+"""Features on their way into a cache: those of a cache that was exported, or those that were computed elsewhere."""
+
+from __future__ import annotations
+
+import hashlib
+import shlex
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryFile
+from typing import Any
+
+import numpy as np
+
+from pipeline import plugins
+from pipeline.cache import layout
+from pipeline.cache.exchange import NO_OFFSETS, Features, as_float32, spans
+from pipeline.cache.layout import Failure
+from pipeline.manifest import DATASET_NAME, Manifest
+from pipeline.runs import fingerprint
+
+Shard = tuple[np.ndarray, list[Failure]]  # features float32, NaN where there are none, and why
+
+
+@dataclass(frozen=True)
+class Incoming:
+    """What a cache is made of."""
+
+    identity: Mapping[str, Any]
+    provenance: Mapping[str, Any]
+    ids: list[str]
+    offsets: np.ndarray
+    num_rows: int
+    feature_shape: tuple[int, ...]
+    shard_rows: int  # of a new cache; 0: as many as usual
+    unknown: list[str]  # ids of the file that belong to no sample
+    shards: Callable[[Path, Sequence[int]], Iterator[Shard]]  # (folder for temporary files, where shards end)
+
+
+def digests(features: Features) -> dict[str, Any]:
+    """SHA-256 of ids, of offsets, and of every chunk of features as stored; all features are read once."""
+    blocks = features.blocks(features.block_ends)
+    return {
+        "ids": layout.ids_sha256(features.ids),
+        "offsets": hashlib.sha256(features.offsets.astype("<i8").data).hexdigest(),
+        "chunks": [sha256 for block in blocks for sha256 in _chunk_sha256(features, block)],
+    }
+
+
+def _chunk_sha256(features: Features, block: np.ndarray) -> list[str]:
+    """SHA-256 of every chunk of rows: shards and blocks are whole chunks, whatever their size."""
+    stored = np.ascontiguousarray(block, features.array_dtype)
+    chunks = (stored[start : start + layout.CHUNK_ROWS] for start in range(0, len(stored), layout.CHUNK_ROWS))
+    return [hashlib.sha256(chunk.data).hexdigest() for chunk in chunks]
+
+
+def exported(features: Features, source: Path) -> Incoming:
+    """The cache that `source` was exported from; `ValueError` when its record is damaged or does not fit its features."""
+    if not features.about:
+        raise ValueError(
+            f"{source} does not say which cache it was exported from; "
+            "features computed elsewhere need a dataset and a name: give --dataset and --name"
+        )
+    try:
+        identity, provenance, expected, shard_rows, failures = _record(features)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"the record in {source} is damaged or does not fit ({error}); export the cache again") from error
+
+    def shards(_: Path, block_ends: Sequence[int]) -> Iterator[Shard]:
+        for (start, stop), block in zip(spans(block_ends), features.blocks(block_ends), strict=True):
+            rows = as_float32(block, features.dtype)
+            own = [failure for failure in failures if start <= failure.row < stop]
+            empty = start + np.flatnonzero(~np.isfinite(rows).reshape(len(rows), -1).all(axis=1))
+            chunks = slice(start // layout.CHUNK_ROWS, -(-stop // layout.CHUNK_ROWS))
+            is_same = _chunk_sha256(features, block) == expected[chunks]
+            if not is_same or empty.tolist() != sorted(failure.row for failure in own):
+                raise ValueError(f"{source} is damaged: rows {start} to {stop - 1} are not those that were exported")
+            yield rows, own
+
+    shape = features.shape
+    return Incoming(identity, provenance, features.ids, features.offsets, shape[0], shape[1:], shard_rows, [], shards)
+
+
+def _record(features: Features) -> tuple[dict[str, Any], dict[str, Any], list[str], int, list[Failure]]:
+    """(identity, provenance, SHA-256 of chunks, rows per shard, failures) as they were exported; errors when they are not."""
+    identity, provenance, sha256, shard_rows = (
+        features.about[key] for key in ("identity", "provenance", "sha256", "shard_rows")
+    )
+    fingerprint([identity, provenance, provenance["command"]])
+    failures = [Failure(**failure) for failure in features.about["failures"]]
+    offsets_sha256 = hashlib.sha256(features.offsets.astype("<i8").data).hexdigest()
+    fits = {
+        "dataset": DATASET_NAME.fullmatch(identity["dataset"]),
+        "encoder": DATASET_NAME.fullmatch(identity["encoder"]["name"]),
+        "store dtype": identity["store_dtype"] == features.dtype in layout.STORE_DTYPES,
+        "rows per shard": shard_rows > 0 and shard_rows % layout.CHUNK_ROWS == 0,
+        "failures": all(type(failure.row) is int and type(failure.id) is str for failure in failures),
+        "ids": sha256["ids"] == layout.ids_sha256(features.ids),
+        "offsets": sha256["offsets"] == offsets_sha256,
+    }
+    wrong = [name for name, fit in fits.items() if not fit]
+    if wrong:
+        raise ValueError(", ".join(wrong))
+    return identity, provenance, list(sha256["chunks"]), shard_rows, failures
+
+
+def elsewhere(
+    features: Features, source: Path, manifest: Manifest, name: str, modality: str, store_dtype: str, max_failures: float
+) -> Incoming:
+    """Features computed elsewhere, joined by id to the samples of a manifest, as those of an encoder called `name`.
+
+    A sample that the file does not know, or whose features are not finite, is a failure; more than the share `max_failures`
+    of them is a `ValueError`, and so is a file without a single known id.
+    """
+    _check_foreign(features, source, name)
+    ids = [sample.id for sample in manifest.samples]
+    row_of = {sample_id: row for row, sample_id in enumerate(ids)}
+    targets = np.array([row_of.get(sample_id, -1) for sample_id in features.ids])
+    present = np.zeros(len(ids), dtype=bool)
+    present[targets[targets >= 0]] = True
+    if not present.any():
+        raise ValueError(f"no id of {source} is in {manifest.dataset}: it has {features.ids[0]!r}, the dataset {ids[0]!r}")
+    kept = {"same": features.dtype if features.dtype in layout.STORE_DTYPES else "float32"}.get(store_dtype, store_dtype)
+
+    def shards(folder: Path, block_ends: Sequence[int]) -> Iterator[Shard]:
+        num_failed, num_missing = 0, int((~present).sum())
+        for (start, stop), rows in zip(spans(block_ends), _in_order(features, targets, block_ends, folder), strict=True):
+            failures = _failures(rows, ids[start:stop], present[start:stop], start, kept, source.name)
+            num_failed += len(failures)
+            if failures and max(num_failed, num_missing) > max_failures * len(ids):
+                raise ValueError(
+                    f"{max(num_failed, num_missing)} of {len(ids)} samples have no features in {source}, more than "
+                    f"--max-failures {max_failures:g} allows; one of them: {failures[-1].id!r}: {failures[-1].error}"
+                )
+            yield rows, failures
+
+    encoder = {
+        "name": name,
+        "modality": "text" if modality == "text" else manifest.meta["media_type"],
+        "source_sha256": layout.file_sha256(source),
+        "ids_sha256": layout.ids_sha256(features.ids),  # they may lie in a file of their own
+    }
+    identity = {"dataset": manifest.dataset, "manifest": manifest.fingerprint(), "encoder": encoder, "store_dtype": kept}
+    unknown = [sample_id for sample_id in features.ids if sample_id not in row_of]
+    provenance = {"command": _command(source, manifest.dataset, name, modality, store_dtype, max_failures), "versions": {}}
+    return Incoming(identity, provenance, ids, NO_OFFSETS, len(ids), features.shape[1:], 0, unknown, shards)
+
+
+def _check_foreign(features: Features, source: Path, name: str) -> None:
+    if not DATASET_NAME.fullmatch(name) or name in plugins.names("encoders"):
+        raise ValueError(f"{name!r} cannot name imported features: letters, digits, '_', '-', '.', and no encoder of diffalign")
+    if len(features.offsets):
+        raise ValueError(f"{source} has several rows per sample: they can only come back as the cache that they were")
+
+
+def _command(source: Path, *values: str | float) -> str:
+    """The command that makes the cache again, where the file lies."""
+    options = ("--dataset", "--name", "--modality", "--store-dtype", "--max-failures")
+    words = [str(word) for pair in zip(options, values, strict=True) for word in pair]
+    return shlex.join(["diffalign", "cache", "import", source.name, *words])
+
+
+def _failures(
+    rows: np.ndarray, ids: Sequence[str], present: np.ndarray, start: int, store_dtype: str, source: str
+) -> list[Failure]:
+    """Why samples of a shard have no features; their rows become NaN."""
+    stored = layout.from_stored(layout.to_stored(rows, store_dtype), store_dtype)
+    bad = np.flatnonzero(~(np.isfinite(stored).reshape(len(rows), -1).all(axis=1) & present))
+    rows[bad] = np.nan
+    reasons = {True: f"a feature is not finite as {store_dtype}", False: f"{source} has no row of it"}
+    return [Failure(start + row, ids[row], "import", reasons[bool(present[row])]) for row in bad.tolist()]
+
+
+def _in_order(features: Features, targets: np.ndarray, block_ends: Sequence[int], folder: Path) -> Iterator[np.ndarray]:
+    """The rows of a file as float32 blocks in the order of the samples; rows that the file does not have hold anything.
+
+    Rows that come in another order go through a temporary file: memory holds one block, whatever the order.
+    """
+    num_rows = block_ends[-1]
+    if np.array_equal(targets, np.arange(num_rows)):
+        yield from (as_float32(block, features.dtype) for block in features.blocks(block_ends))
+        return
+    row_shape = features.shape[1:]
+    row_bytes = 4 * int(np.prod(row_shape))
+    with TemporaryFile(dir=folder) as file:
+        file.truncate(num_rows * row_bytes)
+        own_blocks = zip(spans(features.block_ends), features.blocks(features.block_ends), strict=True)
+        for (start, stop), block in own_blocks:
+            for target, row in zip(targets[start:stop].tolist(), as_float32(block, features.dtype), strict=True):
+                if target >= 0:
+                    file.seek(target * row_bytes)
+                    file.write(np.ascontiguousarray(row).data)
+        file.seek(0)
+        for start, stop in spans(block_ends):
+            data = bytearray(file.read((stop - start) * row_bytes))
+            yield np.frombuffer(data, np.float32).reshape(-1, *row_shape)

@@ -1,0 +1,50 @@
+"""What commands share: the options of folders and of JSON, and how results are printed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+Home = Annotated[Path, typer.Option("--home", envvar="DIFFALIGN_HOME", help="Folder of manifests, caches, runs and reports.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+HOME = Path("artifacts")
+NONE: list[str] = []
+
+
+def show(value: Any, as_json: bool) -> None:
+    """The result on stdout: one JSON value, or `key: value` lines."""
+    if as_json:
+        print(json.dumps(value, indent=1))
+    else:
+        print("\n".join(f"{key}: {item}" for key, item in value.items()))
+
+
+def show_table(table: pd.DataFrame, as_json: bool) -> None:
+    """A table on stdout, or its rows as JSON."""
+    print(table.to_json(orient="records", indent=1) if as_json else table.to_string(index=False))
+
+
+def assignments(pairs: Iterable[str]) -> dict[str, str]:
+    """{"lr": "1e-3"} from ["lr=1e-3"]."""
+    result: dict[str, str] = {}
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        if not (key and equals):
+            raise ValueError(f"--set takes KEY=VALUE, not {pair!r}")
+        result[key] = value
+    return result
+
+
+def numbers(text: str, option: str) -> list[int]:
+    """[0, 1, 2] from "0,1,2", each once; `ValueError` names the option."""
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isascii() and part.isdecimal() and int(part) < 2**63 for part in parts):
+        raise ValueError(f"{option} takes numbers such as 0,1,2, not {text!r}")
+    return list(dict.fromkeys(int(part) for part in parts))
