@@ -8,7 +8,6 @@ import io
 import json
 import lzma
 import os
-import re
 import shutil
 import subprocess
 import tarfile
@@ -20,7 +19,7 @@ from typing import IO, Any, cast
 
 import pyarrow as pa
 
-from pipeline.lists import sha256
+from pipeline.lists import UNPRINTABLE, sha256
 from pipeline.manifest import SPEC_FOLDER, load_spec
 from pipeline.runs import sync_folder, write_atomic
 
@@ -30,7 +29,6 @@ CLIENTS = {
     "npm": ("npm", "pack", "--silent", "--ignore-scripts"),
 }
 _AR_MAGIC = b"!<arch>\n"
-_CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 
 
 def folder(dataset: str, home: Path) -> Path:
@@ -201,7 +199,7 @@ def _first(tar: tarfile.TarFile, limit: int) -> Iterator[tarfile.TarInfo]:
 def _write(tar: tarfile.TarFile, member: tarfile.TarInfo, into: Path) -> str:
     """Write one entry; "files", "links" (not made) or "" (a folder)."""
     path = PurePosixPath(member.name)
-    if path.is_absolute() or ".." in path.parts or "\\" in member.name or _CONTROL.search(member.name):
+    if path.is_absolute() or ".." in path.parts or "\\" in member.name or UNPRINTABLE.search(member.name):
         raise ValueError(f"the path {member.name[:200]!r} is absolute, leaves the folder or holds odd characters")
     if member.isdir():
         return ""

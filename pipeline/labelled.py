@@ -1,13 +1,17 @@
-"""Label lists with path and labels on one line: indicators, class numbers, or a CSV of names; and words by id."""
+"""Lists that label things: pictures by indicators, class numbers or a CSV of names; photo ids by words; emoji by subgroups."""
 
 from __future__ import annotations
 
 import ast
+import importlib.resources
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from pipeline.lists import csv_rows, fault, rows, whole_number
+from pipeline.lists import csv_rows, fault, rows, text_lines, whole_number
+
+_EMOJI = re.compile(r"([0-9A-F]+(?: [0-9A-F]+)*) *; *([a-z-]+) *# (\S+) E[0-9.]+ (\S.*)")
 
 
 class Labelled(NamedTuple):
@@ -18,6 +22,17 @@ class Labelled(NamedTuple):
     media: str  # as it stands in the file
     split: str
     labels: tuple[int, ...]  # ascending
+
+
+class Emoji(NamedTuple):
+    """A line of Unicode's emoji-test.txt under its headings."""
+
+    points: tuple[str, ...]  # code points, upper-case hexadecimal
+    status: str
+    text: str  # the characters
+    name: str  # English
+    group: str
+    subgroup: str
 
 
 def indicators(files: Mapping[str, Path], class_names: list[str]) -> tuple[list[str], list[Labelled]]:
@@ -106,5 +121,31 @@ def words_by_id(path: Path, vocabulary: list[str]) -> dict[int, list[int]]:
     found: dict[int, set[int]] = {}
     for line, text in rows(path):
         number, *words = text.replace("\t", " ").split(" ")
+        if {number, *words} <= {"0", "1"}:
+            raise fault(path, line, "zeros and ones where an id and its words are due; a matrix of tags cannot be joined by id")
         found.setdefault(whole_number(number, path, line), set()).update(position[word] for word in words if word in position)
     return {number: sorted(words) for number, words in found.items()}
+
+
+def packaged(package: str, file: str) -> Path:
+    """A file or folder of an installed package; `ValueError` with the remedy when the package is not there."""
+    try:
+        return Path(str(importlib.resources.files(package))) / file
+    except ModuleNotFoundError as error:
+        raise ValueError(f'the package {error.name} is missing; run: pip install "diffalign[demo]"') from error
+
+
+def emoji_list(path: Path) -> Iterator[Emoji]:
+    """The emoji of an emoji-test.txt, in its order; `ValueError` with file and line where the grammar is broken."""
+    group = subgroup = ""
+    for number, line in enumerate(text_lines(path), start=1):
+        text = line.strip()
+        if text.startswith("# group: "):
+            group, subgroup = text.removeprefix("# group: "), ""
+        elif text.startswith("# subgroup: "):
+            subgroup = text.removeprefix("# subgroup: ")
+        elif text and not text.startswith("#"):
+            match = _EMOJI.fullmatch(text)
+            if not match or not subgroup:
+                raise fault(path, number, f"{text[:80]!r} is not 'points ; status # characters E1.0 name' below a subgroup")
+            yield Emoji(tuple(match[1].split()), match[2], match[3], match[4], group, subgroup)

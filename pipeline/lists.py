@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import errno
 import hashlib
 import json
 import os
@@ -20,7 +21,7 @@ JSON_LIMIT = 2**30  # bytes of one JSON file; MSR-VTT's have about 30 million
 BLANK = " \t\r\n"  # the only white space of the official grammars: tags may hold U+0085 or U+00A0
 _FORMULA = re.compile(r"[=+\-@\t\r]")
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
-UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f]")  # control characters
+UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff]")  # control characters, and halves of characters: no UTF-8 spells them
 _DRIVE = re.compile(r"[A-Za-z]:")
 _PATH_LIMIT = 1024  # characters
 _SPACE = re.compile(r"[ \t\r\n]*")
@@ -47,11 +48,34 @@ def source_name(path: Path, root: Path) -> str:
     return path.relative_to(root).as_posix() if path.is_relative_to(root) else "/".join(path.parts[-2:])
 
 
+def listing(path: Path, root: Path, num_rows: int, first: int = 1, unit: str = "line") -> dict[str, Any]:
+    """An entry of meta["lists"] of a manifest: a file of `num_rows` samples, one on every line (or unit) from `first` on."""
+    return {"file": source_name(path, root), "rows": num_rows, "first": first, "unit": unit}
+
+
 def locate(root: Path, candidates: Sequence[str], what: str) -> Path:
     """The first candidate under `root` that exists, in any case of letters; `ValueError` names all places when none does.
 
     A candidate may be absolute, or start with "../" (a sibling of `root`); a symbolic link that leads elsewhere is refused.
     """
+    found = _existing(root, candidates)
+    if not found:
+        places = ", ".join(str(root / candidate) for candidate in candidates)
+        raise ValueError(f"{what} is missing: looked for {places}")
+    return found
+
+
+def locate_all(folder: Path, wanted: Sequence[Sequence[str]], what: str) -> list[Path]:
+    """`locate` for several files of a folder; one `ValueError` names all that are missing."""
+    found = [_existing(folder, candidates) for candidates in wanted]
+    missing = [" or ".join(candidates) for candidates, path in zip(wanted, found, strict=True) if not path]
+    if missing:
+        raise ValueError(f"{len(missing)} of {len(wanted)} {what} are missing in {folder}: {', '.join(missing)}")
+    return [path for path in found if path]
+
+
+def _existing(root: Path, candidates: Iterable[str]) -> Path | None:
+    """The first candidate of `locate` that exists; `ValueError` when it is a symbolic link that leads elsewhere."""
     for candidate in candidates:
         base = root.parent if candidate.startswith("../") else root
         path = _any_case(base, PurePosixPath(candidate.removeprefix("../")))
@@ -60,8 +84,7 @@ def locate(root: Path, candidates: Sequence[str], what: str) -> Path:
             if not path.resolve().is_relative_to(anchor.resolve()):
                 raise ValueError(f"{path} is a symbolic link that leads out of {anchor}; give its real place instead")
             return path
-    places = ", ".join(str(root / candidate) for candidate in candidates)
-    raise ValueError(f"{what} is missing: looked for {places}")
+    return None
 
 
 def _any_case(base: Path, relative: PurePosixPath) -> Path:
@@ -90,11 +113,8 @@ def raw_lines(path: Path) -> Iterator[tuple[int, bytes]]:
 def rows(path: Path) -> Iterator[tuple[int, str]]:
     """(line number, text without white space around it) of a list; blank lines may only stand at its end."""
     blank = 0
-    for number, line in raw_lines(path):
-        try:
-            text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip(BLANK)
-        except UnicodeDecodeError as error:
-            raise fault(path, number, f"not UTF-8 text ({error.reason} at byte {error.start})") from error
+    for number, line in enumerate(text_lines(path), start=1):
+        text = line.strip(BLANK)
         if text and blank:
             raise fault(path, blank, "a blank line inside the list would shift every row after it; remove it")
         if text:
@@ -116,7 +136,7 @@ def whole_number(text: str, path: Path, line: int) -> int:
 
 
 def media_path(text: str, path: Path, line: int) -> str:
-    """A media path of a list as relative POSIX path; '..', absolute paths, control characters and formulas are refused."""
+    """A media path of a list as relative POSIX path; '..', absolute paths, unprintable characters and formulas are refused."""
     posix = text.replace("\\", "/")
     parts = [part for part in posix.split("/") if part not in ("", ".")]
     shown = repr(text if len(text) <= 80 else f"{text[:80]}…")
@@ -125,7 +145,7 @@ def media_path(text: str, path: Path, line: int) -> str:
     if posix.startswith("/") or _DRIVE.match(posix):
         raise fault(path, line, f"the path {shown} is absolute; paths are relative to the media folder")
     if ".." in parts or not parts or UNPRINTABLE.search(posix) or formula_like(posix):
-        raise fault(path, line, f"the path {shown} holds '..' or control characters, is empty, or looks like a formula")
+        raise fault(path, line, f"the path {shown} holds '..' or unprintable characters, is empty, or looks like a formula")
     return "/".join(parts)
 
 
@@ -135,7 +155,7 @@ def formula_like(cell: str) -> bool:
 
 
 def missing_media(root: Path, media: Iterable[str], where: Callable[[int], str]) -> list[int]:
-    """Positions of the paths that are no file under `root`; `ValueError` when a symbolic link leads out of it.
+    """Positions of the paths that are no file under `root`; `ValueError` when a symbolic link leads out, or none may look.
 
     `where(position)` names the list and line of a path.
     """
@@ -149,7 +169,9 @@ def missing_media(root: Path, media: Iterable[str], where: Callable[[int], str])
         full = os.path.join(real_root, name)
         try:
             mode = os.lstat(full).st_mode
-        except (FileNotFoundError, NotADirectoryError):
+        except OSError as error:
+            if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG):
+                raise ValueError(f"{where(position)}: {name} cannot be looked at: {error.strerror}") from error
             missing.append(position)
             continue
         is_link = stat.S_ISLNK(mode)
@@ -200,7 +222,7 @@ def _digits(values: list[bytes], path: Path, line: int, width: int) -> bytes:
 def csv_rows(path: Path) -> Iterator[tuple[int, list[str]]]:
     """(line number, cells) of a UTF-8 CSV file; `ValueError` for formulas, huge fields and broken quoting."""
     csv.field_size_limit(LINE_LIMIT)
-    reader = csv.reader(_text_lines(path), strict=True)
+    reader = csv.reader(text_lines(path), strict=True)
     while True:
         try:
             cells = next(reader)
@@ -215,7 +237,8 @@ def csv_rows(path: Path) -> Iterator[tuple[int, list[str]]]:
             yield reader.line_num, cells
 
 
-def _text_lines(path: Path) -> Iterator[str]:
+def text_lines(path: Path) -> Iterator[str]:
+    """The lines of a UTF-8 file with their ends, without a byte order mark; `ValueError` with file and line for other bytes."""
     for number, line in raw_lines(path):
         try:
             yield line.decode("utf-8-sig" if number == 1 else "utf-8")
@@ -226,7 +249,7 @@ def _text_lines(path: Path) -> Iterator[str]:
 def json_records(path: Path, key: str) -> Iterator[tuple[int, dict[str, Any]]]:
     """(line number, record) of the array of objects under a top-level key; a file without the key has none.
 
-    `ValueError` with file and line for broken JSON, an entry that is no object, or a text above `LINE_LIMIT` characters.
+    `ValueError` with file and line for broken JSON, an entry that is no object, or one above `LINE_LIMIT` characters.
     """
     if path.stat().st_size > JSON_LIMIT:
         raise ValueError(f"{path} is larger than {JSON_LIMIT} bytes")
@@ -238,19 +261,27 @@ def json_records(path: Path, key: str) -> Iterator[tuple[int, dict[str, Any]]]:
     for name in scanner.members("{", "}"):
         if name == key and scanner.peek() == "[":
             for _ in scanner.members("[", "]"):
+                scanner.peek()
+                start = scanner.at
                 record = scanner.value()
-                yield scanner.line, _checked(record, path, scanner.line)
+                yield scanner.line, _checked(record, scanner.at - start, path, scanner.line)
         else:
             scanner.value()
 
 
-def _checked(record: Any, path: Path, line: int) -> dict[str, Any]:
+def _checked(record: Any, size: int, path: Path, line: int) -> dict[str, Any]:
     if not isinstance(record, dict):
         raise fault(path, line, f"{str(record)[:40]!r} is no object with keys")
-    huge = next((name for name, value in record.items() if isinstance(value, str) and len(value) > LINE_LIMIT), "")
-    if huge:
-        raise fault(path, line, f"the field {huge!r} has more than {LINE_LIMIT} characters")
+    if size > LINE_LIMIT:
+        huge = [
+            f"the field {name[:40]!r}" for name, value in record.items() if isinstance(value, str) and len(value) > LINE_LIMIT
+        ]
+        raise fault(path, line, f"{(huge or ['the entry'])[0]} has more than {LINE_LIMIT} characters")
     return record
+
+
+def _no_number(name: str) -> float:
+    raise ValueError(f"{name} is no number of JSON")
 
 
 class _Scanner:
@@ -259,7 +290,7 @@ class _Scanner:
     def __init__(self, path: Path, text: str) -> None:
         self.path, self.text, self.at = path, text, 0
         self.line, self._counted = 1, 0
-        self._decode = json.JSONDecoder().raw_decode
+        self._decode = json.JSONDecoder(parse_constant=_no_number).raw_decode
 
     def peek(self) -> str:
         """The next character that is no white space, or ""."""
@@ -278,6 +309,8 @@ class _Scanner:
             raise fault(self.path, error.lineno, f"broken JSON: {error.msg}") from error
         except RecursionError as error:
             raise fault(self.path, self.line, "the JSON is nested too deeply") from error
+        except ValueError as error:  # a number of thousands of digits, or NaN
+            raise fault(self.path, self.line, f"broken JSON: {str(error)[:80]}") from error
         return value
 
     def members(self, opening: str, closing: str) -> Iterator[str]:

@@ -7,8 +7,11 @@ import hashlib
 import json
 import os
 import re
+import sys
+import unicodedata
+from array import array
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -20,15 +23,18 @@ from typing import Any, Literal
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 
-from pipeline.lists import LINE_LIMIT, UNPRINTABLE, formula_like, source_name
+from pipeline.lists import LINE_LIMIT, UNPRINTABLE, formula_like
 from pipeline.runs import canonical_json, sync_folder, write_atomic
 from pipeline.specs import parse_spec
 from pipeline.types import SPLITS, Sample
 
 SCHEMA_VERSION = 1
+BUILDER_VERSION = 1  # raised whenever the same official files give other rows
 DATASET_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 BATCH = 2**16  # rows written at a time
+HALF_CHARACTER = re.compile(r"[\ud800-\udfff]")
 READ_ORDER = ("source_row", "sample_id", "split", "media_path", "texts", "label_ids", "group_id", "extra", "media_ok")
 NO_COUNTS: Mapping[str, int] = MappingProxyType({})
 SPEC_FOLDER = Path(__file__).parents[1] / "data_manifests"
@@ -102,11 +108,6 @@ class Manifest:
         return f"row {row}"
 
 
-def listing(path: Path, root: Path, num_rows: int, first: int = 1, unit: str = "line") -> dict[str, Any]:
-    """An entry of meta["lists"]: a file of `num_rows` samples, one on every line (or other unit) from `first` on."""
-    return {"file": source_name(path, root), "rows": num_rows, "first": first, "unit": unit}
-
-
 def _file_order(manifest: Manifest) -> Iterator[tuple[int, Sample]]:
     """(source row, sample), sorted by split, then by source row."""
     source = np.array(manifest.rows) if manifest.rows else np.arange(len(manifest.samples))
@@ -129,7 +130,8 @@ def check(manifest: Manifest, counts: Mapping[str, int] = NO_COUNTS) -> None:
     check_counts(manifest, counts)
     _check_leaks(manifest, lambda sample: sample.group, "group")
     _check_leaks(manifest, lambda sample: sample.media.as_posix(), "media file")
-    _check_texts(manifest)
+    if not manifest.meta.get("texts_recur", False):
+        _check_texts(manifest)
 
 
 def _check_schema(manifest: Manifest) -> None:
@@ -137,9 +139,10 @@ def _check_schema(manifest: Manifest) -> None:
         raise ValueError(f"dataset name {manifest.dataset!r} may hold only letters, digits, '_', '-' and '.'")
     if not manifest.samples:
         raise ValueError(f"dataset {manifest.dataset!r} has no samples")
-    if len(set(manifest.class_names)) != len(manifest.class_names):
-        repeated = [name for name, count in Counter(manifest.class_names).items() if count > 1]
-        raise ValueError(f"dataset {manifest.dataset!r} names the class {repeated[0]!r} more than once")
+    for name, count in Counter(manifest.class_names).items():
+        if count > 1 or not name or UNPRINTABLE.search(name):
+            what = "more than once" if count > 1 else "which is empty or unprintable"
+            raise ValueError(f"dataset {manifest.dataset!r} names the class {name[:80]!r} {what}")
     for position, sample in enumerate(manifest.samples):
         if fault_found := _fault(sample, manifest):
             raise _row_error(manifest, position, fault_found)
@@ -160,8 +163,11 @@ def _fault(sample: Sample, manifest: Manifest) -> str:
     cells = (sample.id, media, sample.group)
     if any(map(UNPRINTABLE.search, cells)) or any(map(formula_like, cells)):
         return "id, media path or group hold control characters, or would be run as a formula by a spreadsheet"
-    if max(map(len, (*cells, *sample.texts))) > LINE_LIMIT:
+    written = (*sample.texts, manifest.extra.get(sample.id, ""))
+    if max(*map(len, cells), sum(map(len, written)) + 4 * len(written)) > LINE_LIMIT:  # texts are one cell of CSV
         return f"a field has more than {LINE_LIMIT} characters"
+    if any(map(HALF_CHARACTER.search, written)):
+        return "a text holds a lone surrogate, half of a character that UTF-8 cannot spell"
     if sample.split not in SPLITS:
         return f"unknown split {sample.split!r}; choose one of: {', '.join(SPLITS)}"
     if media.startswith("/") or ".." in media.split("/") or media in ("", ".") or "\\" in media:
@@ -181,26 +187,34 @@ def _check_leaks(manifest: Manifest, key_of: Callable[[Sample], str], what: str)
     for key, first, second in _repeats(manifest.samples, key_of):
         sample, other = manifest.samples[second], manifest.samples[first]
         if other.split != sample.split:
-            there = f"sample {other.id!r} of it is in {other.split} ({manifest.where(first)})"
-            raise _row_error(manifest, second, f"{what} {key!r} is in {sample.split}, but {there}")
+            there = f"sample {other.id[:80]!r} of it is in {other.split} ({manifest.where(first)})"
+            raise _row_error(manifest, second, f"{what} {key[:80]!r} is in {sample.split}, but {there}")
 
 
 def _check_texts(manifest: Manifest) -> None:
-    """The texts of a test sample, all together, are those of no training sample, unless the dataset says that texts recur."""
-    if manifest.meta.get("texts_recur", False):
-        return
-    for _, first, second in _repeats(manifest.samples, lambda sample: "" if sample.split == "val" else _all_texts(sample)):
-        if manifest.samples[first].split != manifest.samples[second].split:
-            raise _row_error(
-                manifest,
-                second,
-                f"has the texts of {manifest.where(first)}: test texts leak into training; "
-                "where they recur by their nature, say texts_recur: true in the dataset's yaml",
-            )
+    """No test sample has the texts of a training sample: a head would have been trained on what it must not know of it."""
+    for test in recurring_texts(manifest)[:1].tolist():
+        key = _text_key(manifest.samples[test])
+        train = next(i for i, sample in enumerate(manifest.samples) if sample.split == "train" and _text_key(sample) == key)
+        leak = f"has the texts of {manifest.where(train)}: test texts leak into training"
+        raise _row_error(manifest, test, f"{leak}; where they recur by nature, prepare with --set texts_recur=true")
 
 
-def _all_texts(sample: Sample) -> str:
-    return "\n".join(" ".join(text.casefold().split()) for text in sample.texts).strip()
+def recurring_texts(manifest: Manifest) -> NDArray[np.int64]:
+    """Ascending positions of the test samples whose texts, as a whole and in any order, are those of a training sample.
+
+    Case, blanks and Unicode's compatibility forms do not tell texts apart; a sample without text shares none. Texts are
+    compared by 64-bit hashes, so that millions of them need not be held.
+    """
+    hashes = np.fromiter((hash(_text_key(sample)) for sample in manifest.samples), np.int64, len(manifest.samples))
+    split = np.array([SPLITS.index(sample.split) for sample in manifest.samples], np.int8)
+    train, test = (np.flatnonzero((split == SPLITS.index(name)) & (hashes != hash(""))) for name in ("train", "test"))
+    return test[np.isin(hashes[test], hashes[train])]
+
+
+def _text_key(sample: Sample) -> str:
+    units = {" ".join(unicodedata.normalize("NFKC", text).casefold().split()) for text in sample.texts}
+    return "\n".join(sorted(units - {""}))
 
 
 def _repeats(samples: Sequence[Sample], key_of: Callable[[Sample], str]) -> Iterator[tuple[str, int, int]]:
@@ -237,10 +251,14 @@ def split_counts(manifest: Manifest) -> dict[str, int]:
 
 
 def write(manifest: Manifest, home: Path) -> Path:
-    """Check and write `<home>/manifests/<dataset>.parquet`, its lossless .csv twin, .meta.json and .location.json."""
+    """Check and write `<home>/manifests/<dataset>.parquet`, its lossless .csv twin, .meta.json and .location.json.
+
+    The same samples give the same bytes, but for the location; those of the Parquet file with the same version of pyarrow.
+    """
     check(manifest)
     sidecar = {
         "schema_version": SCHEMA_VERSION,
+        "builder_version": BUILDER_VERSION,
         "dataset": manifest.dataset,
         "label_kind": manifest.label_kind,
         "class_names": manifest.class_names,
@@ -261,17 +279,12 @@ def write(manifest: Manifest, home: Path) -> Path:
         )
         table = files.enter_context(pq.ParquetWriter(table_file, COLUMNS, compression="zstd"))
         text.writeheader()
-        for rows in _batches(_row(manifest, source_row, sample) for source_row, sample in _file_order(manifest)):
+        remaining = (_row(manifest, source_row, sample) for source_row, sample in _file_order(manifest))
+        for rows in iter(lambda: list(islice(remaining, BATCH)), []):
             text.writerows(map(_cells, rows))
             table.write_table(pa.Table.from_pylist(rows, schema=COLUMNS))
     write_atomic(_path(home, manifest.dataset, "meta.json"), _json(sidecar))
     return path
-
-
-def _batches(rows: Iterable[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
-    remaining = iter(rows)
-    while batch := list(islice(remaining, BATCH)):
-        yield batch
 
 
 @contextmanager
@@ -289,38 +302,59 @@ def _aside(path: Path) -> Iterator[Path]:
 
 
 def read(home: Path, dataset: str) -> Manifest:
-    """The manifest written by `write`; `ValueError` with the remedy when a file is missing or does not fit the others."""
+    """The manifest written by `write`, checked again.
+
+    `ValueError` with the remedy when a file is missing or does not fit the others, or with the faulty row.
+    """
     remedy = f"run: diffalign prepare {dataset}"
     paths = [_path(home, dataset, suffix) for suffix in ("parquet", "meta.json", "location.json")]
     for path in paths:
         if not path.is_file():
             raise ValueError(f"{path} is missing; {remedy}")
     try:
-        columns = pq.read_table(paths[0], schema=COLUMNS).to_pydict()
         sidecar, location = (json.loads(path.read_text(encoding="utf-8")) for path in paths[1:])
-        rows = sorted(zip(*(columns[name] for name in READ_ORDER), strict=True))
         manifest = Manifest(
             dataset=dataset,
             label_kind=sidecar["label_kind"],
             class_names=tuple(sidecar["class_names"]),
-            samples=tuple(Sample(row[1], row[2], Path(row[3]), tuple(row[4]), tuple(row[5]), row[6] or "") for row in rows),
             meta=sidecar["meta"],
             media_root=Path(location["media_root"]),
-            rows=_source_rows([row[0] for row in rows]),
-            extra={row[1]: row[7] for row in rows if row[7] != "{}"},
-            media_ok={row[1]: row[8] for row in rows if row[8] is not None},
+            **_read_rows(paths[0]),
         )
         intact = manifest.fingerprint() == sidecar["fingerprint"]
     except (pa.ArrowException, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{paths[0]} or its sidecar cannot be read ({error}); {remedy}") from error
     if not intact:
         raise ValueError(f"{paths[0]} does not fit {paths[1].name}: one of them was changed or half written; {remedy}")
+    check(manifest)
     return manifest
 
 
-def _source_rows(rows: list[int]) -> tuple[int, ...]:
-    """`Manifest.rows`: () stands for all of them in order."""
-    return () if rows == list(range(len(rows))) else tuple(rows)
+def _read_rows(path: Path) -> dict[str, Any]:
+    """The fields of a manifest that stand in its Parquet file, read in batches; samples in the order of their source rows."""
+    samples: list[Sample] = []
+    source_rows = array("q")
+    extra: dict[str, str] = {}
+    media_ok: dict[str, bool] = {}
+    with pq.ParquetFile(path) as file:
+        if not file.schema_arrow.equals(COLUMNS):
+            raise ValueError("it has other columns than a manifest")
+        for batch in file.iter_batches(BATCH, columns=list(READ_ORDER)):
+            for row in zip(*(batch[name].to_pylist() for name in READ_ORDER), strict=True):
+                source_row, sample_id, split, media, texts, labels, group, facts, is_ok = row
+                words = tuple(map(sys.intern, texts))  # tags recur: one object for all of them
+                samples.append(Sample(sample_id, sys.intern(split), Path(media), words, tuple(labels), group or ""))
+                source_rows.append(source_row)
+                extra |= {sample_id: facts} if facts != "{}" else {}
+                media_ok |= {sample_id: is_ok} if is_ok is not None else {}
+    order = np.argsort(np.frombuffer(source_rows, np.int64), kind="stable").tolist()
+    rows = tuple(source_rows[position] for position in order)
+    return {
+        "samples": tuple(samples[position] for position in order),
+        "rows": () if rows == tuple(range(len(rows))) else rows,
+        "extra": extra,
+        "media_ok": media_ok,
+    }
 
 
 def _path(home: Path, dataset: str, suffix: str) -> Path:

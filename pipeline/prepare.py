@@ -14,13 +14,12 @@ from tqdm import tqdm
 
 from pipeline import plugins
 from pipeline.lists import missing_media
-from pipeline.manifest import Manifest, found_counts, load_spec, split_counts, write
-from pipeline.media import open_image
+from pipeline.manifest import Manifest, found_counts, load_spec, recurring_texts, split_counts, write
+from pipeline.media import open_frames, open_image
 from pipeline.runs import write_atomic
 
+TEXT_OPTIONS = ("aggregate", "sep", "empty")  # of a spec's text
 FIXED = ("name", "media_type", "label_kind", "licence", "attribution")  # not open to settings
-ANIMATED = (".gif", ".webp", ".png", ".apng")  # videos that are images with frames
-DEFAULTS: Mapping[str, Any] = {"allow_missing": False, "counts_profile": "official"}  # of specs that do not have them
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +32,7 @@ class Report:
     warnings: tuple[str, ...]
     missing: int  # media files that were left out because they are not there
     missing_list: str  # the file that names them; "" when there are none
-    undecodable: tuple[str, ...]  # "id: reason" of media that cannot be decoded; () when not verified
+    undecodable: tuple[str, ...]  # "file, line: reason" of media that cannot be decoded; () when not verified
 
 
 def prepare(
@@ -48,48 +47,55 @@ def prepare(
 ) -> Report:
     """Build, check and write the manifest of a dataset from the official files in `root`.
 
-    `settings` change options or places of its yaml, such as {"filter": "label", "tags_dir": "/data/tags"};
+    `settings` change what `open_settings` lists, such as {"filter": "label", "tags_dir": "/data/tags"};
     `image_root` is the folder of media when it is not below `root`; `verify_media` decodes every file once.
     The order of checks: parse, schema, counts, leaks between splits, missing media, decoding.
     `ValueError` names file and line, or what is missing and the remedy.
     """
-    spec = load_spec(dataset)
-    spec = configured({**spec, **{key: spec.get(key, value) for key, value in DEFAULTS.items()}}, settings)
+    spec = configured(load_spec(dataset), settings)
     if image_root is not None:
         spec = _with_image_root(spec, image_root)
     manifest = plugins.get("datasets", dataset).build(spec, root)
     counts, differences = _compare(manifest, spec)
     missing_list = home / "manifests" / f"{dataset}.missing.txt"
     manifest, num_missing = _without_missing(manifest, missing_list, spec["allow_missing"])
-    undecodable: dict[str, str] = {}
+    if num_missing:
+        counts += [_count(f"{split} with media", found) for split, found in split_counts(manifest).items()]
+    shared = len(recurring_texts(manifest))
+    counts.append(_count("test texts in train", shared))
+    undecodable = _undecodable(manifest, progress) if verify_media else {}
     if verify_media:
-        undecodable = _undecodable(manifest, progress)
-        manifest = replace(manifest, media_ok={sample.id: sample.id not in undecodable for sample in manifest.samples})
+        manifest = replace(manifest, media_ok={sample.id: i not in undecodable for i, sample in enumerate(manifest.samples)})
     return Report(
         path=write(manifest, home),
         fingerprint=manifest.fingerprint(),
         counts=tuple(counts),
-        warnings=(*manifest.meta.get("warnings", ()), *differences, *_advice(manifest, spec)),
+        warnings=(*manifest.meta.get("warnings", ()), *differences, *_advice(manifest, shared)),
         missing=num_missing,
         missing_list=str(missing_list) if num_missing else "",
-        undecodable=tuple(f"{sample_id}: {reason}" for sample_id, reason in undecodable.items()),
+        undecodable=tuple(f"{manifest.where(position)}: {reason}" for position, reason in undecodable.items()),
     )
 
 
-def configured(spec: Mapping[str, Any], settings: Mapping[str, str]) -> dict[str, Any]:
-    """The spec with options, or places of its layout, changed; `ValueError` names the key and the choices.
+def open_settings(spec: Mapping[str, Any]) -> dict[str, Any]:
+    """Everything that can be set, with its value: options, places of the layout, and how texts become one vector."""
+    options = {key: value for key, value in spec.items() if key == "splits" or (key not in FIXED and _is_plain(value))}
+    places = {key: value for key, value in spec["layout"].items() if _is_plain(value)}
+    return {**options, **places, "empty": "skip", **{key: spec["text"][key] for key in TEXT_OPTIONS if key in spec["text"]}}
 
-    A list is given with commas: {"train_splits": "train,val"}.
+
+def configured(spec: Mapping[str, Any], settings: Mapping[str, str]) -> dict[str, Any]:
+    """The spec with settings changed; `ValueError` names the key and the choices.
+
+    Lists and percents are given with commas: {"train_splits": "train,val", "splits": "80,10,10"}.
     """
-    layout = dict(spec.get("layout", {}))
-    changed = {**spec, "layout": layout}
-    options = [key for key, value in spec.items() if key not in FIXED and _is_plain(value)]
-    places = [key for key, value in layout.items() if _is_plain(value)]
+    changed = {**spec, "layout": dict(spec["layout"]), "text": dict(spec["text"])}
+    current = open_settings(spec)
     for key, text in settings.items():
-        if key not in options and key not in places:
-            raise ValueError(f"unknown setting {key!r} of {spec['name']}; choose one of: {', '.join([*options, *places])}")
-        target = changed if key in options else layout
-        target[key] = _coerced(key, text, target[key])
+        if key not in current:
+            raise ValueError(f"unknown setting {key!r} of {spec['name']}; choose one of: {', '.join(current)}")
+        part = changed if key in spec else changed["text"] if key in TEXT_OPTIONS else changed["layout"]
+        part[key] = _coerced(key, text, current[key])
     return changed
 
 
@@ -103,11 +109,16 @@ def _coerced(key: str, text: str, example: Any) -> Any:
         if text.lower() not in ("true", "false"):
             raise ValueError(f"setting {key!r} is {text!r}; it takes true or false")
         return text.lower() == "true"
+    parts = [part.strip() for part in text.split(",")]
+    numbers = 1 if isinstance(example, int) else len(example) if isinstance(example, dict) else 0
+    if numbers and (len(parts) != numbers or not all(part.isdecimal() for part in parts)):
+        names = f"for {', '.join(example)}, parted by commas" if isinstance(example, dict) else ""
+        raise ValueError(f"setting {key!r} is {text!r}; it takes a whole number {names}".rstrip())
+    if isinstance(example, dict):
+        return dict(zip(example, map(int, parts), strict=True))
     if isinstance(example, int):
-        if not text.isdecimal():
-            raise ValueError(f"setting {key!r} is {text!r}; it takes a whole number")
         return int(text)
-    return [part.strip() for part in text.split(",")] if isinstance(example, list) else text
+    return parts if isinstance(example, list) else text
 
 
 def _with_image_root(spec: Mapping[str, Any], image_root: Path) -> dict[str, Any]:
@@ -125,17 +136,21 @@ def _compare(manifest: Manifest, spec: Mapping[str, Any]) -> tuple[list[dict[str
     rows: list[dict[str, Any]] = []
     for name, found in found_counts(manifest).items():
         verdict = ("same" if found == expected[name] else "differs") if name in expected else ""
-        rows.append({"count": name, "found": found, "expected": expected.get(name, ""), "verdict": verdict})
+        rows.append(_count(name, found, expected.get(name, ""), verdict))
     warnings = [f"{row['count']}: {row['found']}, published {row['expected']}" for row in rows if row["verdict"] == "differs"]
     for split, published in (spec.get("class_counts", {}) if official else {}).items():
         found = manifest.meta["class_counts"][split]
         wanted = [published] * len(found) if isinstance(published, int) else published
         different = _different_classes(manifest.class_names, found, wanted)
-        rows.append({"count": f"classes of {split}", "found": len(found) - len(different), "expected": len(wanted)})
-        rows[-1]["verdict"] = "differs" if different else "same"
+        verdict = "differs" if different else "same"
+        rows.append(_count(f"classes of {split}", len(found) - len(different), len(wanted), verdict))
         if different:
             warnings.append(f"{split}: {len(different)} classes differ from the published counts: {', '.join(different[:10])}")
     return rows, warnings
+
+
+def _count(name: str, found: int, expected: int | str = "", verdict: str = "") -> dict[str, Any]:
+    return {"count": name, "found": found, "expected": expected, "verdict": verdict}
 
 
 def _different_classes(names: Sequence[str], found: Sequence[int], published: Sequence[int]) -> list[str]:
@@ -176,12 +191,16 @@ def _without_missing(manifest: Manifest, missing_list: Path, allow: bool) -> tup
     return rest, len(missing)
 
 
-def _undecodable(manifest: Manifest, progress: bool) -> dict[str, str]:
-    """The reason for every sample whose media file cannot be decoded, by id."""
+def _undecodable(manifest: Manifest, progress: bool) -> dict[int, str]:
+    """The reason for every sample whose media file cannot be decoded as extraction would, by position."""
 
     def reason(position: int) -> str:
         try:
-            _decode(manifest.media_path(manifest.samples[position]), manifest.meta["media_type"])
+            path = manifest.media_path(manifest.samples[position])
+            if manifest.meta["media_type"] == "video":
+                open_frames(path, 1)
+            else:
+                open_image(path, 64)
         except ValueError as error:
             return str(error)
         return ""
@@ -194,34 +213,24 @@ def _undecodable(manifest: Manifest, progress: bool) -> dict[str, str]:
             disable=not progress,
             file=sys.stderr,
         )
-        return {manifest.samples[position].id: text for position, text in enumerate(reasons) if text}
+        return {position: text for position, text in enumerate(reasons) if text}
 
 
-def _decode(path: Path, media_type: str) -> None:
-    """Decode an image, or the first frame of a video; `ValueError` with the reason when there is none."""
-    if media_type == "image" or path.suffix.lower() in ANIMATED:
-        open_image(path, 64)
-        return
-    import av  # only videos need it
-    from av.error import FFmpegError
-
-    try:
-        with av.open(str(path)) as container:
-            if not container.streams.video or next(container.decode(video=0), None) is None:
-                raise ValueError(f"{path.name}: no frame can be decoded")
-    except FFmpegError as error:
-        raise ValueError(f"{path.name}: no video that can be decoded ({error.strerror})") from error
-
-
-def _advice(manifest: Manifest, spec: Mapping[str, Any]) -> list[str]:
-    """A warning for every split that is empty, and for validation what to do about it."""
+def _advice(manifest: Manifest, shared: int) -> list[str]:
+    """Warnings about splits that are empty, samples without label, and texts that stand in test and train, with the remedy."""
     sizes = split_counts(manifest)
     warnings = [f"the {split} split is empty" for split in ("train", "test") if not sizes[split]]
     if not sizes["val"]:
-        remedy = ""
-        if "val_percent" in spec:
-            remedy = "; --set val_percent=10 takes it from the training samples"
-        elif len(spec.get("train_splits", ())) > 1:
-            remedy = f"; --set train_splits={spec['train_splits'][0]} keeps the official one"
-        warnings.append(f"the val split is empty, and heads are selected on it{remedy}")
+        remedy = manifest.meta["val_remedy"]
+        again = f"; prepare with {remedy}" if remedy else ""
+        warnings.append(f"the val split is empty, and heads are selected on it{again}")
+    unlabelled = sum(not sample.labels for sample in manifest.samples)
+    if unlabelled:
+        remedy = " with --set filter=label" if "filter" in manifest.meta["options"] else ""
+        warnings.append(f"{unlabelled} samples have no label, and heads cannot be scored on them; leave them out{remedy}")
+    if shared:
+        warnings.append(
+            f"{shared} of {sizes['test']} test samples have the texts of a training sample, as texts_recur: true allows; "
+            "a score that reads test texts is flattered by them, one that reads images alone is not"
+        )
     return warnings

@@ -77,9 +77,9 @@ def load(manifest: Manifest, caches: Mapping[str, Cache], split: Split, device: 
     ids = [sample.id for sample in samples]
     arrays = {key: cache.read(ids, aggregate="first" if aggregate == "first" else "mean") for key, cache in caches.items()}
     if not ids:
-        raise ValueError(
-            f"the {split} split of {manifest.dataset} is empty; diffalign prepare {manifest.dataset} says how to fill it"
-        )
+        remedy = manifest.meta.get("val_remedy", "") if split == "val" else ""
+        again = f"run: diffalign prepare {manifest.dataset} {remedy}" if remedy else "prepare it with samples in every split"
+        raise ValueError(f"the {split} split of {manifest.dataset} is empty; {again}")
     usable = np.isfinite(arrays["image"]).reshape(len(ids), -1).all(axis=1)
     if not usable.any():
         raise ValueError(f"the {split} split of {manifest.dataset} has no sample with an image feature")

@@ -119,14 +119,15 @@ def test_mistakes_are_named(tmp_path: Path) -> None:
         animoji.build(spec(), tmp_path)
 
 
-def test_lists_of_names_are_read_strictly(tmp_path: Path) -> None:
-    path = tmp_path / "emoji-test.txt"
-    good = "# subgroup: eyes\n\n1F441 FE0F   ; fully-qualified # 👁️ E0.7 eye\n1F441 ; unqualified # 👁 E0.7 eye\n"
-    path.write_text(good, encoding="utf-8")
-    assert animoji.parse(path) == {("1F441",): animoji.Name("👁️", "eye", "eyes")}
-    path.write_text(good + "1F442 fully-qualified\n", encoding="utf-8")
-    with pytest.raises(ValueError, match=r"emoji-test\.txt, line 5: '1F442 fully-qualified' is not"):
-        animoji.parse(path)
+def test_unknown_languages_are_named(package: Path) -> None:
+    with pytest.raises(ValueError, match=r"unknown language 'xx'; choose among: .*de"):
+        animoji.build({**spec(), "languages": ["de", "xx"]}, package)
+
+
+def test_no_test_clip_has_the_names_of_a_training_clip(mini: Manifest) -> None:
+    trained, tested = ({frozenset(sample.texts) for sample in mini.split(split)} for split in ("train", "test"))
+    assert not trained & tested
+    assert not mini.meta["texts_recur"]  # so that the real ones are checked, too
 
 
 @pytest.mark.parametrize(
@@ -142,7 +143,11 @@ def test_splits_by_hash_have_their_shares() -> None:
     found = Counter(splits.by_hash(f"group {i}", percent) for i in range(20_000))
     for split, part in percent.items():
         assert abs(found[split] / 200 - part) < 1.5  # four standard deviations
-    with pytest.raises(ValueError, match="do not add up to 100 percent"):
-        [splits.by_hash(f"group {i}", {"train": 1}) for i in range(100)]
+    for wrong in ({"train": 1}, {"train": 60, "test": 60}):
+        with pytest.raises(ValueError, match="do not add up to 100 percent"):
+            splits.by_hash("a group", wrong)
+    held = [i for i in range(20_000) if splits.is_held_out(f"group {i}", 10)]
+    assert abs(len(held) / 200 - 10) < 1
+    assert set(held) < {i for i in range(20_000) if splits.is_held_out(f"group {i}", 20)}
     with pytest.raises(ValueError, match="do not add up to 100 percent"):
         splits.by_rank(["a"], {"train": 60})

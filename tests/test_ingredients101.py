@@ -116,3 +116,13 @@ def test_faults_have_file_and_line(tmp_path: Path, file: str, lines: list[str], 
 def test_official_counts_are_enforced(official: Path) -> None:
     with pytest.raises(ValueError, match=r"images 7 \(expected 101000\)"):
         build(official, counts_profile="official")
+
+
+def test_all_lists_that_are_missing_are_named_at_once(tmp_path: Path) -> None:
+    root = make_ingredients101(tmp_path)
+    for name in ("classes.txt", "val_labels.txt"):
+        (root / LISTS / name).unlink()
+    with pytest.raises(
+        ValueError, match=r"2 of 8 official lists are missing .*: classes\.txt, val_labels\.txt or label_val\.txt"
+    ):
+        build(root)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from pipeline.lists import (
     binary_rows,
     csv_rows,
     formula_like,
+    json_records,
     locate,
     media_path,
     missing_media,
@@ -62,6 +65,10 @@ GOOD = Sample("one", "train", Path("one.jpg"), ("a red cat", "sleeping"), (0,), 
         (Sample("two\n", "test", Path("2.jpg"), (), (0,), ""), "control characters"),
         (Sample("two", "test", Path("2.jpg"), (HUGE,), (0,), ""), f"a field has more than {LINE_LIMIT} characters"),
         (Sample(HUGE, "test", Path("2.jpg"), (), (0,), ""), f"a field has more than {LINE_LIMIT} characters"),
+        (Sample("two", "test", Path("2.jpg"), ("\ud800",), (0,), ""), "a lone surrogate"),
+        (Sample("two\udfff", "test", Path("2.jpg"), (), (0,), ""), "control characters"),
+        (Sample("two", "test", Path("2.jpg"), ("sleeping", "a red cat"), (0,), ""), "test texts leak into training"),
+        (Sample("two", "test", Path("2.jpg"), ("a\u00a0ｒｅｄ cat", "", "SLEEPING", "sleeping"), (0,), ""), "test texts leak"),
     ],
 )
 def test_refused_rows_have_file_and_line(tmp_path: Path, second: Sample, fault: str) -> None:
@@ -70,6 +77,47 @@ def test_refused_rows_have_file_and_line(tmp_path: Path, second: Sample, fault: 
     assert fault in str(raised.value)
     assert len(str(raised.value)) < 500
     assert not (tmp_path / "manifests").exists()
+
+
+def test_facts_and_class_names_are_checked_too(tmp_path: Path) -> None:
+    for facts, fault in ((HUGE, "a field has more than"), ("\ud800", "a text holds a lone surrogate")):
+        with pytest.raises(ValueError, match=rf"list\.txt, line 1, sample 'one': {fault}"):
+            manifests.check(dataclasses.replace(of(tmp_path, GOOD), extra={"one": facts}))
+    for name in ("", "a\nb", "\ud800"):
+        with pytest.raises(ValueError, match="which is empty or unprintable"):
+            manifests.check(dataclasses.replace(of(tmp_path, GOOD), class_names=("a", name)))
+
+
+@pytest.mark.parametrize("line", [0, 1, 2])
+def test_a_leak_is_named_wherever_the_test_sample_stands(tmp_path: Path, line: int) -> None:
+    samples = [Sample(f"t{i}", "train", Path(f"t{i}"), GOOD.texts, (0,), "") for i in range(2)]
+    samples.insert(line, Sample("x", "test", Path("x"), GOOD.texts, (0,), ""))
+    with pytest.raises(
+        ValueError, match=rf"list\.txt, line {line + 1}, sample 'x': has the texts of list\.txt, line {1 + (line == 0)}:"
+    ):
+        manifests.check(of(tmp_path, *samples))
+
+
+def test_texts_that_recur_are_counted_as_by_hand(tmp_path: Path) -> None:
+    texts = {"train": ["a b", "c", "", "d"], "val": ["e"], "test": ["A  B", "a b", "e", "", "f", "C"]}
+    samples = [
+        Sample(f"{split}{i}", split, Path(f"{split}{i}"), (text,), (0,), "")
+        for split, own in texts.items()
+        for i, text in enumerate(own)
+    ]
+    found = [samples[position].id for position in manifests.recurring_texts(of(tmp_path, *samples))]
+    assert found == ["test0", "test1", "test5"]
+
+
+def test_a_faulty_manifest_is_refused_when_it_is_read_even_if_its_fingerprint_fits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    leak = Sample("two", "test", Path("2.jpg"), GOOD.texts, (0,), "")
+    with monkeypatch.context() as patch:
+        patch.setattr(manifests, "check", lambda manifest: None)
+        manifests.write(of(tmp_path, GOOD, leak), tmp_path)
+    with pytest.raises(ValueError, match=r"list\.txt, line 2, sample 'two': has the texts of list\.txt, line 1"):
+        manifests.read(tmp_path, "mine")
 
 
 def test_counts_are_checked_after_the_schema_and_before_leaks(tmp_path: Path) -> None:
@@ -128,14 +176,27 @@ def test_refused_media_paths(tmp_path: Path, text: str) -> None:
         ("%YAML 1.1\n---\na: 1\n", "line 1"),
         ("a: 1\nb: [1, 2\n", "line 3: not YAML"),
         ("- a\n", "line 1: not a mapping"),
+        ("a: 1\nb: " + "{a: " * 30 + "1" + "}" * 30, "line 2: YAML tags, anchors, aliases, directives and deep nesting"),
+        ("a: 1\nb: \x07\n", "line 2: not YAML: special characters are not allowed"),
+        ("a: 1\n" + "x" * 2**20, "line 2: the line is longer|is larger than 1048576 bytes"),
     ],
 )
 def test_refused_yaml(tmp_path: Path, text: str, fault: str) -> None:
     path = tmp_path / "mine.yaml"
     path.write_text(text)
-    with pytest.raises(ValueError, match="line") as raised:
+    with pytest.raises(ValueError, match=r"mine\.yaml") as raised:
         parse_spec(path)
-    assert f"mine.yaml, {fault}" in str(raised.value)
+    assert re.search(f"mine.yaml,? ({fault})", str(raised.value))
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, "- " * 100_000, "a: " + "1" * 5000, "a: 2001-02-30"])
+def test_yaml_that_breaks_readers_is_refused(tmp_path: Path, text: str) -> None:
+    (tmp_path / "mine.yaml").write_text(text)
+    with pytest.raises(ValueError, match=r"mine\.yaml.*YAML"):
+        parse_spec(tmp_path / "mine.yaml")
+    (tmp_path / "mine.yaml").write_bytes(b"a: 1\nb: \xff\n")
+    with pytest.raises(ValueError, match=r"mine\.yaml, line 2: not UTF-8"):
+        parse_spec(tmp_path / "mine.yaml")
 
 
 def test_huge_lines_and_fields_are_refused_with_the_line(tmp_path: Path) -> None:
@@ -170,6 +231,26 @@ def test_text_that_is_not_utf8_is_refused_with_the_line(tmp_path: Path) -> None:
 def test_only_line_feeds_end_lines_and_marks_at_the_start_are_skipped(tmp_path: Path) -> None:
     (tmp_path / "list.txt").write_bytes("\ufeffa\u0085b\u2028c\r\nnext\n\n\n".encode())
     assert list(rows(tmp_path / "list.txt")) == [(1, "a\u0085b\u2028c"), (2, "next")]
+
+
+@pytest.mark.parametrize(
+    ("entry", "fault"),
+    [
+        ('{"x": 1' + "0" * 5000 + "}", "broken JSON: Exceeds the limit"),
+        ('{"x": NaN}', "broken JSON: NaN is no number"),
+        ('{"x": -Infinity}', "broken JSON: -Infinity is no number"),
+        ('{"x": ["' + HUGE + '"]}', f"the entry has more than {LINE_LIMIT} characters"),
+        ('{"x": "' + HUGE + '"}', f"the field 'x' has more than {LINE_LIMIT} characters"),
+        ('{"' + HUGE + '": 1}', f"the entry has more than {LINE_LIMIT} characters"),
+        ("[" * 100_000, "the JSON is nested too deeply"),
+    ],
+)
+def test_hostile_json_is_refused_with_the_line(tmp_path: Path, entry: str, fault: str) -> None:
+    (tmp_path / "a.json").write_text('{"info": {"y": 1},\n"rows": [\n{"x": 1},\n' + entry + "]}")
+    with pytest.raises(ValueError, match=r"a\.json, line 4: ") as raised:
+        list(json_records(tmp_path / "a.json", "rows"))
+    assert fault in str(raised.value)
+    assert len(str(raised.value)) < 500
 
 
 def test_binary_files_against_numpy(tmp_path: Path) -> None:
@@ -219,3 +300,10 @@ def test_pipes_are_neither_lists_nor_media(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="the list is missing: looked for"):
         locate(tmp_path, ["list.txt"], "the list")
     assert missing_media(tmp_path, ["list.txt"], str) == [0]
+
+
+def test_media_that_cannot_be_there_are_missing_and_loops_are_named(tmp_path: Path) -> None:
+    assert missing_media(tmp_path, ["x" * 300, "none/x.jpg"], str) == [0, 1]
+    (tmp_path / "loop").symlink_to("loop")
+    with pytest.raises(ValueError, match=r"line 1: loop/x\.jpg (cannot be looked at|is a symbolic link that leads out)"):
+        missing_media(tmp_path, ["loop/x.jpg"], lambda position: f"line {position + 1}")

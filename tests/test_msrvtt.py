@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -128,6 +129,10 @@ FAULTS: list[tuple[str, Callable[[Records], Any], str]] = [
     (TRAIN_VAL, change("videos", 1, video_id="../video1"), "line 12: video_id '../video1' is not video<number>"),
     (TRAIN_VAL, change("videos", 1, split="test"), "line 12: video1 is in test, which has 7010..9999"),
     (TRAIN_VAL, change("videos", 1, url="x" * 10_000_000), "line 12: the field 'url' has more than 1048576 characters"),
+    (TRAIN_VAL, change("videos", 1, url=["x" * 10_000_000]), "line 12: the entry has more than 1048576 characters"),
+    (TRAIN_VAL, change("videos", 1, url=["x"]), "line 12: video1: 'url' is neither a text nor a number"),
+    (TRAIN_VAL, change("videos", 1, **{"end time": None}), "line 12: video1: 'end time' is neither a text nor a number"),
+    (TRAIN_VAL, change("videos", 1, **{"end time": math.nan}), "line 12: broken JSON: NaN is no number"),
     (TEST, change("videos", 0, video_id="video0", split="train"), "line 3: video0 is listed twice"),
     (
         TRAIN_VAL,
@@ -182,6 +187,18 @@ def test_a_youtube_video_on_both_sides_is_refused(tmp_path: Path) -> None:
     records["videos"][0]["url"] = "https://www.youtube.com/watch?v=-00000000xY"
     (root / TEST).write_text(json.dumps(records))
     with pytest.raises(ValueError, match=r"test_videodatainfo.json, video 1, sample 'video7010': group 'youtube:-00000000xY'"):
+        build(root)
+
+
+def test_captions_of_a_training_clip_in_another_order_are_a_leak(tmp_path: Path) -> None:
+    root = make_msrvtt(tmp_path)
+    text = (
+        (root / TEST).read_text().replace("kids in a garden", "A car is  shown").replace("children play", "a man drives a car")
+    )
+    (root / TEST).write_text(text)
+    with pytest.raises(
+        ValueError, match=r"test_videodatainfo\.json, video 1, sample 'video7010': has the texts of .*, video 1"
+    ):
         build(root)
 
 

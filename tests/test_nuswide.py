@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -115,6 +116,10 @@ def test_held_out_photos_come_from_training_by_their_id(official: Path) -> None:
     assert held
     assert held == {sample.id for sample in again.split("val")} <= {row[0] for row in KEPT if row[1] == "train"}
     assert {sample.id for sample in manifest.split("test")} == {row[0] for row in KEPT if row[1] == "test"}
+    for sample in manifest.samples:
+        photo_id = sample.id.rpartition("_")[2]
+        share = int(hashlib.sha256(photo_id.encode()).hexdigest()[:16], 16) / 2**64 * 100
+        assert (sample.split == "val") == (share < 40 and sample.id in {row[0] for row in KEPT if row[1] == "train"})
 
 
 def test_tags_of_all_images_serve_when_the_split_files_are_not_there(official: Path, tmp_path: Path) -> None:
@@ -161,6 +166,13 @@ def test_an_import_without_tags_says_so(imports: Path) -> None:
     manifest = build(imports / "mmcv", {"image_root": ["../images"]}, variant="mmcv", filter="label")
     assert len(manifest.samples) == 10
     assert not any(sample.texts for sample in manifest.samples)
+
+
+def test_a_matrix_of_all_tags_is_refused(tmp_path: Path) -> None:
+    folder = make_nuswide_imports(tmp_path)
+    write_text(tmp_path / TAGS / "All_Tags.txt", ["0 1 0 0 1"] * 12)
+    with pytest.raises(ValueError, match=r"All_Tags\.txt, line 1: zeros and ones where an id and its words are due"):
+        build(folder, {"image_root": ["."]}, variant="csv", filter="label")
 
 
 def test_twenty_one_classes_of_hashnet_have_numbers_for_names(tmp_path: Path) -> None:
@@ -276,6 +288,10 @@ def test_faults_of_label_lists(tmp_path: Path, variant: str, line: str, fault: s
         (lambda root: shutil.rmtree(root / "Flickr"), "the folder of images is missing: looked for"),
         (lambda root: shutil.rmtree(root / "ImageList"), "TestImagelist|Imagelist.txt"),
         (lambda root: (root / "ConceptsList" / "Concepts81.txt").unlink(), "the list of concepts is missing"),
+        (
+            lambda root: [(root.parent / LABELS / f"Labels_{name}.txt").unlink() for name in ("sky", "zebra")],
+            r"2 of 81 label files are missing in .*AllLabels: Labels_sky\.txt, Labels_zebra\.txt",
+        ),
     ],
 )
 def test_missing_parts_are_named_with_the_places(tmp_path: Path, change: Callable[[Path], Any], fault: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import tarfile
 from pathlib import Path
 from typing import Any
@@ -174,6 +175,19 @@ def test_texts_lose_concept_words_however_they_are_written() -> None:
     banned = frozenset({"ice", "cream", "icecream", "arrow", "house"})
     text = "IceCream ice-creams ICE 3 arrows, greenArrow; houses & warehouse d'or"
     assert openclipart.without(text, banned) == "green warehouse d'or"
+
+
+@pytest.mark.parametrize("encoding", ["nonsense", "rot13", "utf-7"])
+def test_encodings_that_do_not_exist_are_named(tmp_path: Path, encoding: str) -> None:
+    (tmp_path / "a.svg").write_text(f'<?xml version="1.0" encoding="{encoding}"?><svg/>')
+    with pytest.raises(ValueError, match=r"broken XML|encoding"):
+        openclipart.read_drawing(tmp_path / "a.svg", "a.svg")
+
+
+def test_pipes_are_no_drawings(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "a.svg")
+    with pytest.raises(ValueError, match="not a regular file"):
+        openclipart.read_drawing(tmp_path / "a.svg", "a.svg")
 
 
 def test_mistakes_name_the_remedy(tmp_path: Path) -> None:

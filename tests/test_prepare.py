@@ -17,7 +17,7 @@ from make_fixtures import make_ingredients101, make_msrvtt, make_nuswide, make_v
 
 from pipeline import manifest as manifests
 from pipeline.manifest import load_spec
-from pipeline.prepare import configured, prepare
+from pipeline.prepare import configured, open_settings, prepare
 
 MAKERS: dict[str, Callable[[Path], Path]] = {
     "nuswide": make_nuswide,
@@ -104,6 +104,7 @@ def test_missing_files_are_listed_and_refused_unless_allowed(official: dict[str,
     assert manifest.meta["missing_media"] == ["sun/0001_300000007"]
     found = {row["count"]: row["found"] for row in report.counts}
     assert (found["all"], found["both"]) == (9, 9)  # of the lists, before anything is left out
+    assert [found[f"{split} with media"] for split in ("train", "val", "test")] == [5, 0, 3]
 
 
 def test_a_partial_collection_elsewhere_is_counted(official: dict[str, Path], tmp_path: Path) -> None:
@@ -129,7 +130,7 @@ def test_a_list_of_missing_files_goes_when_nothing_is_missing(official: dict[str
 @pytest.mark.parametrize(("name", "bad"), [("vireo172", []), ("ingredients101", []), ("msrvtt", ["video1"])])
 def test_decoding_marks_what_cannot_be_decoded(official: dict[str, Path], tmp_path: Path, name: str, bad: list[str]) -> None:
     report = prepare(name, official[name], tmp_path, FIXTURE, verify_media=True)
-    assert [line.split(":")[0] for line in report.undecodable] == bad
+    assert [line.split(": ")[1] for line in report.undecodable] == [f"{name}.mp4" for name in bad]
     table = pd.read_parquet(report.path)
     assert table.loc[~table["media_ok"].astype(bool), "sample_id"].tolist() == bad
     assert prepare(name, official[name], tmp_path, FIXTURE).fingerprint == report.fingerprint
@@ -140,7 +141,20 @@ def test_a_truncated_image_is_told_and_a_png_named_jpg_is_not(tmp_path: Path) ->
     path = root / "Flickr" / "actor" / "0001_2124494179.jpg"
     path.write_bytes(path.read_bytes()[:-40])
     (told,) = prepare("nuswide", root, tmp_path, settings_of("nuswide"), verify_media=True).undecodable
-    assert told.startswith("actor/0001_2124494179: 0001_2124494179.jpg: ")
+    assert told.startswith("ImageList/Imagelist.txt, line 1: 0001_2124494179.jpg: ")
+
+
+def test_a_playlist_named_like_a_video_opens_no_other_file(official: dict[str, Path], tmp_path: Path) -> None:
+    root = shutil.copytree(official["msrvtt"], tmp_path / "root")
+    secret = shutil.copy(root / "TestVideo" / "video7010.mp4", tmp_path / "secret.mp4")
+    lists = {
+        "video0": f"#EXTM3U\n#EXTINF:1,\n{secret}\n#EXT-X-ENDLIST\n",
+        "video6513": f"ffconcat version 1.0\nfile '{secret}'\n",
+    }
+    for name, text in lists.items():
+        (root / "TrainValVideo" / f"{name}.mp4").write_text(text)
+    told = prepare("msrvtt", root, tmp_path, FIXTURE, verify_media=True).undecodable
+    assert [line.split(": ")[0] for line in told] == [f"train_val_videodatainfo.json, video {number}" for number in (1, 2, 3)]
 
 
 def edited(folder: Path, name: str, **changes: object) -> Path:
@@ -197,15 +211,81 @@ def test_published_class_counts_add_up(split: str, key: str, total: int) -> None
     assert len(spec["class_counts"][split]) == spec["counts"]["classes"]
 
 
-def test_a_missing_validation_split_is_told_with_the_remedy(official: dict[str, Path], tmp_path: Path) -> None:
-    for name, remedy in (("nuswide", "--set val_percent=10"), ("msrvtt", "--set train_splits=train")):
-        (warning,) = [w for w in prepare(name, official[name], tmp_path, settings_of(name)).warnings if "val split" in w]
-        assert remedy in warning
+REMEDIES = [
+    ("nuswide", {}, "--set val_percent=10", {"val_percent": "40"}),
+    ("msrvtt", {}, "--set train_splits=train", {"train_splits": "train"}),
+    ("vireo172", {"train_splits": "train,val"}, "--set train_splits=train", {"train_splits": "train"}),
+    ("ingredients101", {"train_splits": "train,val"}, "--set train_splits=train", {"train_splits": "train"}),
+]
+
+
+@pytest.mark.parametrize(("name", "settings", "remedy", "filled"), REMEDIES)
+def test_a_missing_validation_split_is_told_with_a_remedy_that_helps(
+    official: dict[str, Path], tmp_path: Path, name: str, settings: dict[str, str], remedy: str, filled: dict[str, str]
+) -> None:
+    report = prepare(name, official[name], tmp_path, {**settings_of(name), **settings})
+    assert f"the val split is empty, and heads are selected on it; prepare with {remedy}" in report.warnings
+    assert manifests.read(tmp_path, name).meta["val_remedy"] == remedy
+    report = prepare(name, official[name], tmp_path, {**settings_of(name), **filled})
+    assert not any("val split" in warning for warning in report.warnings)
+    assert manifests.read(tmp_path, name).split("val")
+
+
+# By hand: NUS-WIDE's row 11 has the tags of row 10; both test dishes of Ingredients-101 are dishes of training.
+@pytest.mark.parametrize(("name", "shared"), [("nuswide", 1), ("vireo172", 0), ("ingredients101", 2), ("msrvtt", 0)])
+def test_texts_that_recur_are_counted_and_told(official: dict[str, Path], tmp_path: Path, name: str, shared: int) -> None:
+    report = prepare(name, official[name], tmp_path, settings_of(name))
+    assert {row["count"]: row["found"] for row in report.counts}["test texts in train"] == shared
+    assert any(f"{shared} of " in warning and "texts_recur: true" in warning for warning in report.warnings) == bool(shared)
+
+
+@pytest.mark.parametrize(("name", "shared"), [("nuswide", True), ("ingredients101", True), ("vireo172", False)])
+def test_texts_that_recur_may_be_refused(official: dict[str, Path], tmp_path: Path, name: str, shared: bool) -> None:
+    settings = {**settings_of(name), "texts_recur": "false"}
+    if not shared:
+        assert prepare(name, official[name], tmp_path, settings).missing == 0
+        return
+    with pytest.raises(ValueError, match=r"line \d+, sample .*: has the texts of .*, line \d+: test texts leak into training"):
+        prepare(name, official[name], tmp_path, settings)
+
+
+def test_texts_recur_only_where_it_is_said_why() -> None:
+    recurring = {name for name in ("openmoji", "openclipart", "animoji", "table", *MAKERS) if load_spec(name)["texts_recur"]}
+    assert recurring == {"nuswide", "vireo172", "ingredients101", "openclipart"}
+
+
+def test_samples_without_label_are_told(official: dict[str, Path], tmp_path: Path) -> None:
+    report = prepare("nuswide", official["nuswide"], tmp_path, {**settings_of("nuswide"), "filter": "none"})
+    assert any(
+        w == "2 samples have no label, and heads cannot be scored on them; leave them out with --set filter=label"
+        for w in report.warnings
+    )
+
+
+def test_how_texts_become_one_vector_can_be_set(official: dict[str, Path], tmp_path: Path) -> None:
+    asked = {**FIXTURE, "aggregate": "mean", "sep": "; ", "empty": "no ingredients"}
+    prepare("vireo172", official["vireo172"], tmp_path, asked)
+    text = manifests.read(tmp_path, "vireo172").meta["text"]
+    assert text == {"kind": "ingredients", "aggregate": "mean", "sep": "; ", "empty": "no ingredients"}
+    with pytest.raises(ValueError, match="aggregate is 'median'; choose one of: join, mean, first, random"):
+        prepare("vireo172", official["vireo172"], tmp_path, {**FIXTURE, "aggregate": "median"})
+
+
+def test_every_plain_key_is_an_open_setting() -> None:
+    for name in (*MAKERS, "table", "openclipart", "animoji", "openmoji"):
+        spec = load_spec(name)
+        settings = open_settings(spec)
+        assert {"allow_missing", "counts_profile", "texts_recur", "aggregate", "sep", "empty"} <= set(settings)
+        for key, value in settings.items():
+            text = ",".join(
+                map(str, value.values() if isinstance(value, dict) else value if isinstance(value, list) else [value])
+            )
+            assert open_settings(configured(spec, {key: text}))[key] == value
 
 
 def test_settings_take_the_type_of_what_they_change() -> None:
     spec = configured(
-        {**load_spec("nuswide"), "allow_missing": False},
+        load_spec("nuswide"),
         {"val_percent": "10", "allow_missing": "True", "filter": "label", "tags_dir": "/a, b"},
     )
     assert (spec["val_percent"], spec["allow_missing"], spec["filter"]) == (10, True, "label")
@@ -221,6 +301,7 @@ def test_settings_take_the_type_of_what_they_change() -> None:
         ({"counts": "x"}, "unknown setting 'counts'"),
         ({"allow_missing": "1"}, "it takes true or false"),
         ({"val_percent": "ten"}, "it takes a whole number"),
+        ({"val_percent": "10,20"}, "it takes a whole number"),
         ({"counts_profile": "mini"}, "choose one of: official, fixture"),
     ],
 )
@@ -228,6 +309,13 @@ def test_faulty_settings(official: dict[str, Path], tmp_path: Path, settings: di
     with pytest.raises(ValueError, match="'") as raised:
         prepare("nuswide", official["nuswide"], tmp_path, settings)
     assert fault in str(raised.value)
+
+
+def test_percents_of_splits_are_checked() -> None:
+    assert configured(load_spec("table"), {"splits": "80, 20,0"})["splits"] == {"train": 80, "val": 20, "test": 0}
+    for wrong in ("80", "80,10,ten", "80,10,5,5", "80;10;10"):
+        with pytest.raises(ValueError, match="it takes a whole number for train, val, test, parted by commas"):
+            configured(load_spec("table"), {"splits": wrong})
 
 
 def test_the_root_may_be_the_working_folder(official: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,21 +1,19 @@
-"""Your own data: tables, imagefolders and folder trees give the rows that a person reads in them; hostile ones are refused."""
+"""Your own data: tables, imagefolders and folder trees give the rows that a person reads in them."""
 
 from __future__ import annotations
 
-import csv
 import hashlib
-import json
+import shutil
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
+from tables import WRITERS, Writer, build, media, write_csv, write_jsonl
 
-from pipeline.datasets import table
+from pipeline import manifest as manifests
 from pipeline.manifest import Manifest, load_spec
+from pipeline.prepare import prepare
 
 RECORDS = [
     {"path": "a/1.jpg", "kind": "cat", "caption": "a cat, sleeping", "part": "train"},
@@ -30,38 +28,9 @@ ROWS = [
 ]
 
 
-def build(root: Path, **options: Any) -> Manifest:
-    return table.build({**load_spec("table"), "texts_recur": True, **options}, root)
-
-
 def rows(manifest: Manifest) -> list[tuple[Any, ...]]:
     names = manifest.class_names
     return [(s.id, s.split, s.media.as_posix(), s.texts, tuple(names[label] for label in s.labels)) for s in manifest.samples]
-
-
-def write_csv(path: Path, records: list[dict[str, Any]]) -> None:
-    with path.open("w", newline="", encoding="utf-8-sig") as file:
-        writer = csv.DictWriter(file, list(records[0]))
-        writer.writeheader()
-        writer.writerows(records)
-
-
-def write_jsonl(path: Path, records: list[dict[str, Any]]) -> None:
-    path.write_text("".join(json.dumps(record) + "\n" for record in records) + "\n", encoding="utf-8")
-
-
-def write_parquet(path: Path, records: list[dict[str, Any]]) -> None:
-    pq.write_table(pa.Table.from_pylist(records), path)
-
-
-WRITERS = {"data.csv": write_csv, "data.jsonl": write_jsonl, "data.parquet": write_parquet}
-Writer = Callable[[Path, list[dict[str, Any]]], None]
-
-
-def media(root: Path, *names: str) -> None:
-    for name in names:
-        (root / name).parent.mkdir(parents=True, exist_ok=True)
-        (root / name).write_bytes(b"")
 
 
 @pytest.mark.parametrize(("name", "writer"), WRITERS.items())
@@ -71,7 +40,7 @@ def test_the_same_table_in_every_format(tmp_path: Path, name: str, writer: Write
     assert rows(built) == ROWS
     assert (built.class_names, built.label_kind, built.meta["media_type"]) == (("cat", "dog"), "single", "image")
     assert built.meta["sources"] == {name: hashlib.sha256((tmp_path / name).read_bytes()).hexdigest()}
-    assert built.meta["splits"] == "as given"
+    assert built.meta["split_rule"] == "as given"
 
 
 def test_default_columns_are_those_of_a_manifest(tmp_path: Path) -> None:
@@ -126,11 +95,96 @@ def test_splits_that_nobody_gives_are_by_hash_of_the_group(tmp_path: Path) -> No
     sizes = Counter(sample.split for sample in built.samples)
     assert abs(sizes["train"] - 2400) < 250
     assert abs(sizes["val"] - 400) < 150
-    assert "SHA-256" in built.meta["splits"]
+    assert "SHA-256" in built.meta["split_rule"]
+
+
+def test_the_percents_of_splits_can_be_set(tmp_path: Path) -> None:
+    write_csv(tmp_path / "m.csv", [{"file_name": f"{i}.jpg", "label": "x"} for i in range(2000)])
+    built = build(tmp_path, file="m.csv", splits={"train": 80, "val": 20, "test": 0})
+    sizes = Counter(sample.split for sample in built.samples)
+    assert sizes["test"] == 0
+    assert abs(sizes["val"] - 400) < 100
+    with pytest.raises(ValueError, match="do not add up to 100 percent"):
+        build(tmp_path, file="m.csv", splits={"train": 80, "val": 20, "test": 10})
+
+
+def test_validation_rows_may_be_taken_from_given_training_rows_group_by_group(tmp_path: Path) -> None:
+    records = [
+        {"file_name": f"{i}.jpg", "label": "x", "group_id": f"g{i // 3}", "split": "test" if i // 3 % 4 == 0 else "train"}
+        for i in range(3000)
+    ]
+    write_csv(tmp_path / "m.csv", records)
+    given, built = build(tmp_path, file="m.csv"), build(tmp_path, file="m.csv", val_percent=20)
+    assert given.meta["val_remedy"] == "--set val_percent=10"
+    assert Counter(sample.split for sample in given.samples) == {"train": 2250, "test": 750}
+    for before, after in zip(given.samples, built.samples, strict=True):
+        share = int(hashlib.sha256(after.group.encode()).hexdigest()[:16], 16) / 2**64 * 100
+        assert after.split == ("val" if before.split == "train" and share < 20 else before.split)
+    with pytest.raises(ValueError, match="val_percent is 100; it takes a whole number from 0 to 99"):
+        build(tmp_path, file="m.csv", val_percent=100)
+
+
+def test_every_column_can_be_named(tmp_path: Path) -> None:
+    record = {"p": "x.jpg", "l": "a", "t": "words", "s": "valid", "i": "007", "g": "trip"}
+    write_csv(tmp_path / "m.csv", [record, {**record, "p": "y.jpg", "i": "008", "g": ""}])
+    roles = {"media": "p", "label": "l", "text": "t", "split": "s", "id": "i", "group": "g"}
+    assert set(roles) == set(load_spec("table")["defaults"])
+    built = build(tmp_path, file="m.csv", **{f"{role}_column": name for role, name in roles.items()})
+    assert rows(built) == [
+        ("007", "val", "x.jpg", ("words",), ("a",)),
+        ("008", "val", "y.jpg", ("words",), ("a",)),
+    ]
+    assert [sample.group for sample in built.samples] == ["trip", ""]
+
+
+def test_the_only_table_is_found_when_columns_are_named(tmp_path: Path) -> None:
+    write_csv(tmp_path / "photos.csv", RECORDS)
+    assert [row[2:] for row in rows(build(tmp_path, **OPTIONS))] == [row[2:] for row in ROWS]
+    write_csv(tmp_path / "more.CSV", RECORDS)
+    with pytest.raises(ValueError, match=r"holds 2 tables \(more\.CSV, photos\.csv\); say where it is, --set file=NAME"):
+        build(tmp_path, **OPTIONS)
+    media(tmp_path / "tree", "cat/1.jpg")
+    with pytest.raises(ValueError, match=r"holds 0 tables \(no \.csv, \.jsonl or \.parquet\); say where"):
+        build(tmp_path / "tree", label_column="kind")
+
+
+def test_the_csv_twin_and_the_parquet_of_a_manifest_are_tables(tmp_path: Path) -> None:
+    media(tmp_path, "a/1.jpg", "a/2.jpg", "b/1.jpg")
+    write_csv(tmp_path / "m.csv", [{**record, "split": record["part"]} for record in RECORDS])
+    path = manifests.write(build(tmp_path, file="m.csv", **OPTIONS), tmp_path)
+    for twin in (path, path.with_suffix(".csv")):
+        shutil.copy(twin, tmp_path / f"twin{twin.suffix}")
+        built = build(tmp_path, file=f"twin{twin.suffix}")
+        assert [row[:4] for row in rows(built)] == [row[:4] for row in ROWS]
+        assert [sample.labels for sample in built.samples] == [(0,), (1,), (0,)]
+
+
+def test_media_may_lie_in_another_folder(tmp_path: Path) -> None:
+    media(tmp_path / "photos", "a/1.jpg", "a/2.jpg", "b/1.jpg")
+    (tmp_path / "tables").mkdir()
+    write_csv(tmp_path / "tables" / "m.csv", RECORDS)
+    settings = {**OPTIONS, "file": "m.csv", "split_column": "part"}
+    report = prepare("table", tmp_path / "tables", tmp_path, settings, image_root=tmp_path / "photos")
+    assert report.missing == 0
+    manifest = manifests.read(tmp_path, "table")
+    assert rows(manifest) == ROWS
+    assert manifest.media_root == tmp_path / "photos"
+    assert rows(build(tmp_path / "tables", layout={"image_root": ["../photos"]}))[0][0] == "a/1"  # a folder of classes
+
+
+def test_the_order_in_which_files_are_made_does_not_matter(tmp_path: Path) -> None:
+    names = [f"{kind}/{i:02d}.jpg" for kind in ("b", "a", "é") for i in range(20)]
+    for folder, order in (("one", names), ("two", names[::-1])):
+        media(tmp_path / folder, *order)
+        prepare("table", tmp_path / folder, tmp_path / f"home {folder}", {})
+    for kind in ("csv", "parquet", "meta.json"):
+        one, two = ((tmp_path / f"home {folder}" / "manifests" / f"table.{kind}").read_bytes() for folder in ("one", "two"))
+        assert one == two
 
 
 def test_folders_are_classes(tmp_path: Path) -> None:
     media(tmp_path, "cat/b.PNG", "cat/more/a.jpg", "dog/1.webp", "dog/.hidden.jpg", "dog/notes.txt", "empty/readme.md")
+    media(tmp_path, ".thumbnails/1.jpg", "cat/.cache/1.jpg")
     built = build(tmp_path)
     assert [row[0] for row in rows(built)] == ["cat/b", "cat/more/a", "dog/1"]
     assert [row[-1] for row in rows(built)] == [("cat",), ("cat",), ("dog",)]
@@ -146,6 +200,14 @@ def test_folders_are_splits_and_classes(tmp_path: Path) -> None:
         ("val", "cat"),
     ]
     assert built.meta["media_type"] == "video"
+
+
+def test_one_folder_may_be_called_train_but_a_mixture_is_refused(tmp_path: Path) -> None:
+    media(tmp_path, "car/1.jpg", "train/1.jpg")
+    assert build(tmp_path).class_names == ("car", "train")
+    media(tmp_path, "test/1.jpg")
+    with pytest.raises(ValueError, match=r"holds split folders \(test, train\) and others \(car\)"):
+        build(tmp_path)
 
 
 @pytest.mark.parametrize(("name", "writer"), [("metadata.csv", write_csv), ("metadata.jsonl", write_jsonl)])
@@ -168,94 +230,3 @@ def test_an_imagefolder_with_a_table_in_every_split(tmp_path: Path) -> None:
     assert [built.where(i) for i in range(3)] == [
         f"{split}/metadata.jsonl, line 1" for split in ("test", "train", "validation")
     ]
-
-
-GOOD = {"file_name": "x.jpg", "label": "a", "text": "t"}
-HOSTILE = {
-    "a path upwards": ({"file_name": "../x.jpg"}, "holds '..'"),
-    "an absolute path": ({"file_name": "/etc/passwd"}, "absolute"),
-    "a drive": ({"file_name": "C:\\x.jpg"}, "absolute"),
-    "an empty path": ({"file_name": ""}, "is empty"),
-    "a formula as path": ({"file_name": "=cmd|' /C calc'!A0"}, "formula"),
-    "a formula as label": ({"label": "@SUM(1)"}, "formula"),
-    "a control character": ({"label": "a\u0007"}, "control characters"),
-    "no label": ({"label": ""}, "0 labels where one is due"),
-    "an unknown split": ({"split": "holdout"}, "unknown split 'holdout'; choose one of: train"),
-    "a broken list": ({"label": "[1, 2"}, "no JSON list"),
-    "a huge path": ({"file_name": "x" * 2000}, "longer than 1024"),
-    "a huge text": ({"text": "x" * 10_000_000}, "longer than|more than"),
-}
-
-
-@pytest.mark.parametrize("name", HOSTILE)
-@pytest.mark.parametrize(("file", "writer"), WRITERS.items())
-def test_hostile_rows_are_refused_with_file_and_line(tmp_path: Path, name: str, file: str, writer: Writer) -> None:
-    change, reason = HOSTILE[name]
-    good = {**GOOD, "split": "train"}
-    writer(tmp_path / file, [good, {**good, "file_name": "y.jpg", **change}])
-    line = {"data.csv": 3, "data.jsonl": 2, "data.parquet": 2}[file]
-    with pytest.raises(ValueError, match=rf"{file}, line {line}: .*({reason})"):
-        build(tmp_path, file=file, labels="single")
-
-
-@pytest.mark.parametrize(
-    ("file", "content", "reason"),
-    [
-        ("m.csv", "file_name,label\nx.jpg,a\ny.jpg\n", r"line 3: 1 cells where the header has 2"),
-        ("m.csv", "file_name,file_name\nx.jpg,a\n", r"line 1: two columns have the same name"),
-        ("m.csv", 'file_name,label\n"x.jpg,a\n', r"line 2: unexpected end of data"),
-        ("m.csv", "file_name,label\nx.jpg,=1+1\n", r"line 2: .*formula"),
-        ("m.csv", "name,label\nx.jpg,a\n", r"no column media_path or file_name; choose one of: name, label"),
-        ("m.csv", "file_name\nx.jpg\n", r"line 2: there is neither a label column nor a class folder"),
-        ("m.csv", "file_name,label\n", r"has no rows"),
-        ("m.csv", 'file_name,label,text\nx.jpg,a,"t\nt"\n\nx.jpg,a,\n', r"m\.csv, line 5.*repeats the id of m\.csv, line 3"),
-        ("m.csv", "file_name,label\nx.jpg,99999999\n", r"above 99999"),
-        ("m.jsonl", '{"file_name": "x.jpg", "label": true}\n', r"line 1: True is no text"),
-        ("m.jsonl", '{"file_name": "x.jpg", "label": 1.5}\n', r"line 1: 1\.5 is no text"),
-        ("m.jsonl", '{"file_name": "x.jpg", "label": -1}\n', r"line 1: '-1' is negative"),
-        ("m.jsonl", '{"file_name": "x.jpg", "label": "a", "text": 7}\n', r"line 1: a text is no text"),
-        ("m.jsonl", '\n["x.jpg"]\n', r"line 2: it is no JSON object"),
-        ("m.jsonl", "[" * 100_000, r"line 1: broken JSON"),
-        ("m.parquet", "PAR1", r"damaged or no Parquet file"),
-        ("m.xlsx", "", r"none of: \.csv, \.jsonl, \.parquet"),
-    ],
-)
-def test_broken_tables_are_refused(tmp_path: Path, file: str, content: str, reason: str) -> None:
-    (tmp_path / file).write_text(content)
-    with pytest.raises(ValueError, match=reason):
-        build(tmp_path, file=file)
-
-
-def test_latin_1_is_refused_with_its_line(tmp_path: Path) -> None:
-    (tmp_path / "m.csv").write_bytes("file_name,label\nx.jpg,café\n".encode("latin-1"))
-    with pytest.raises(ValueError, match=r"m\.csv, line 2: not UTF-8"):
-        build(tmp_path, file="m.csv")
-
-
-def test_options_are_checked(tmp_path: Path) -> None:
-    write_csv(tmp_path / "m.csv", [GOOD])
-    (tmp_path / "names.txt").write_text("b\n")
-    cases = {
-        ("labels", "both"): "choose one of: auto, single, multi",
-        ("media", "audio"): "choose one of: auto, image, video",
-        ("label_column", "kind"): "no column kind; choose one of: file_name, label, text",
-        ("class_names", "names.txt"): "line 2: the label 'a' is none of the 1 class names",
-        ("class_names", "absent.txt"): "the list of class names is missing",
-    }
-    for (key, value), reason in cases.items():
-        with pytest.raises(ValueError, match=reason):
-            build(tmp_path, file="m.csv", **{key: value})
-    with pytest.raises(ValueError, match="is no folder; --root"):
-        build(tmp_path / "nothing")
-
-
-def test_links_to_folders_and_stray_files_are_refused(tmp_path: Path) -> None:
-    media(tmp_path / "outside", "1.jpg")
-    media(tmp_path / "root", "cat/1.jpg")
-    (tmp_path / "root" / "dog").symlink_to(tmp_path / "outside")
-    with pytest.raises(ValueError, match=r"dog is a symbolic link to a folder"):
-        build(tmp_path / "root")
-    (tmp_path / "root" / "dog").unlink()
-    media(tmp_path / "root", "stray.jpg")
-    with pytest.raises(ValueError, match=r"stray\.jpg is in no class folder"):
-        build(tmp_path / "root")

@@ -117,3 +117,11 @@ def test_faults_have_file_and_line(tmp_path: Path, file: str, lines: list[str], 
 def test_official_counts_are_enforced(official: Path) -> None:
     with pytest.raises(ValueError, match=r"images 7 \(expected 110241\), images.train 4 \(expected 66071\)"):
         build(official, counts_profile="official")
+
+
+def test_all_lists_that_are_missing_are_named_at_once(tmp_path: Path) -> None:
+    root = make_vireo172(tmp_path)
+    for name in ("VAL.txt", "FoodList.txt"):
+        (root / LISTS / name).unlink()
+    with pytest.raises(ValueError, match=r"2 of 6 official lists are missing in .*SplitAndIngreLabel: VAL\.txt, FoodList\.txt"):
+        build(root)

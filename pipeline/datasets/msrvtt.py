@@ -9,8 +9,8 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pipeline.lists import fault, json_records, locate, rows, sources, whole_number
-from pipeline.manifest import Manifest, check, listing
+from pipeline.lists import fault, json_records, listing, locate, rows, sources, whole_number
+from pipeline.manifest import Manifest, check
 from pipeline.specs import describe, enforced_counts, official_root, target_splits
 from pipeline.types import Sample
 
@@ -106,6 +106,9 @@ def _clips(path: Path, known: Mapping[str, Clip], num_classes: int) -> dict[str,
         if int(match[1]) not in RANGES[split]:
             raise fault(path, line, f"{name} is in {source_split}, which has {RANGES[split].start}..{RANGES[split].stop - 1}")
         extra = {key: record[key] for key in ("url", "start time", "end time") if key in record}
+        odd = next((key for key, value in extra.items() if type(value) not in (str, int, float)), "")
+        if odd:
+            raise fault(path, line, f"{name}: {odd!r} is neither a text nor a number")
         clips[match[0]] = Clip(match[0], split, category, {**extra, "source_split": source_split})
     return clips
 

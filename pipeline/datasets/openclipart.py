@@ -136,7 +136,9 @@ def _read_all(folder: Path) -> tuple[list[Drawing], dict[str, Any]]:
 
 
 def read_drawing(path: Path, relative: str) -> Drawing:
-    """The RDF description inside an SVG file; `ValueError` for entity declarations, broken XML and oversized parts."""
+    """The RDF description inside an SVG file; `ValueError` for entity declarations, broken XML, oversized parts and pipes."""
+    if not path.is_file():
+        raise ValueError("not a regular file")  # a pipe may never end
     with path.open("rb") as file:
         data = file.read(SVG_LIMIT + 1)
     if len(data) > SVG_LIMIT:
@@ -150,7 +152,7 @@ def read_drawing(path: Path, relative: str) -> Drawing:
     parser.EntityDeclHandler = _refuse_entity
     try:
         parser.Parse(data, True)
-    except expat.ExpatError as error:
+    except (expat.ExpatError, LookupError) as error:  # LookupError: an encoding that does not exist
         raise ValueError(f"broken XML: {error}") from error
     return Drawing(relative, reader.title, reader.description, tuple(reader.keywords))
 

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pipeline.lists import BLANK, fault, locate, media_path, names, rows, sources
-from pipeline.manifest import Manifest, check, listing
+from pipeline.lists import BLANK, fault, listing, locate, locate_all, media_path, names, rows, sources
+from pipeline.manifest import Manifest, check
 from pipeline.specs import describe, enforced_counts, official_root, target_splits
 from pipeline.types import Sample
 
@@ -26,10 +26,9 @@ def build(spec: Mapping[str, Any], root: Path | None) -> Manifest:
     layout, root = spec["layout"], official_root(spec, root)
     target = target_splits(spec, list(spec["lists"]))
     folder = locate(root, layout["lists_dir"], "the folder of lists")
-    lists = {split: locate(folder, [name], "a split list") for split, name in spec["lists"].items()}
-    dishes, vocabulary, marks = (
-        locate(folder, [name], "an official list") for name in ("FoodList.txt", "IngredientList.txt", "IngreLabel.txt")
-    )
+    wanted = [*spec["lists"].values(), "FoodList.txt", "IngredientList.txt", "IngreLabel.txt"]
+    *split_lists, dishes, vocabulary, marks = locate_all(folder, [[name] for name in wanted], "official lists")
+    lists = dict(zip(spec["lists"], split_lists, strict=True))
     class_names, words = _distinct(names(dishes, strip=f"{BLANK};")), names(vocabulary)
     pictures = [picture for split, path in lists.items() for picture in _pictures(split, path, len(class_names))]
     ingredients = _ingredients(marks, len(words))
