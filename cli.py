@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import sys
-from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from pipeline import cache_commands
-from pipeline.console import HOME, AsJson, Home, show, show_table
+from pipeline import cache_commands, grid_command
+from pipeline.console import HOME, NONE, AsJson, Home, assignments, numbers, show, show_table
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -26,18 +26,6 @@ app.add_typer(cache_commands.app, name="cache")
 
 Dataset = Annotated[str, typer.Argument(help="Name of a dataset; `diffalign datasets` lists them.")]
 Settings = Annotated[list[str], typer.Option("--set", help="A setting, KEY=VALUE; may be given often.")]
-NONE: list[str] = []
-
-
-def _assignments(pairs: Iterable[str]) -> dict[str, str]:
-    """{"lr": "1e-3"} from ["lr=1e-3"]."""
-    result: dict[str, str] = {}
-    for pair in pairs:
-        key, equals, value = pair.partition("=")
-        if not (key and equals):
-            raise ValueError(f"--set takes KEY=VALUE, not {pair!r}")
-        result[key] = value
-    return result
 
 
 @app.command()
@@ -60,6 +48,9 @@ def prepare(
         Path | None, typer.Option(help="Folder of the official files; packaged and fetched data need none.")
     ] = None,
     image_root: Annotated[Path | None, typer.Option(help="Folder of the media, when it is not below --root.")] = None,
+    media_column: Annotated[str, typer.Option(help="Of `table`: the column of media paths.")] = "",
+    label_column: Annotated[str, typer.Option(help="Of `table`: the column of labels.")] = "",
+    text_column: Annotated[str, typer.Option(help="Of `table`: the column of texts.")] = "",
     settings: Settings = NONE,
     allow_missing: Annotated[
         bool, typer.Option("--allow-missing", help="Leave out samples whose media file is not there.")
@@ -74,7 +65,9 @@ def prepare(
     from pipeline.fetch import folder
     from pipeline.prepare import prepare as run_prepare
 
-    given = _assignments(settings) | ({"allow_missing": "true"} if allow_missing else {})
+    columns = {"media_column": media_column, "label_column": label_column, "text_column": text_column}
+    given = assignments(settings) | {key: name for key, name in columns.items() if name}
+    given |= {"allow_missing": "true"} if allow_missing else {}
     fetched = folder(dataset, home)
     source = root or (fetched if fetched.is_dir() else None)
     done = run_prepare(dataset, source, home, given, image_root=image_root, verify_media=verify_media, progress=True)
@@ -120,7 +113,7 @@ def extract(
     from pipeline.extract import Effort
 
     chosen = encoder or list(manifests.load_spec(dataset)["encoders"].values())
-    given = _assignments(settings) | ({"weights": weights} if weights else {})
+    given = assignments(settings) | ({"weights": weights} if weights else {})
     if given and len(chosen) > 1:
         raise ValueError("--set and --weights belong to one encoder: name it with --encoder")
     effort = Effort(
@@ -130,7 +123,7 @@ def extract(
         max_failures=max_failures,
         retry_failed=retry_failed,
     )
-    gpus = _numbers(workers_gpu, "--workers-gpu") if workers_gpu else []
+    gpus = numbers(workers_gpu, "--workers-gpu") if workers_gpu else []
     paths = {
         name: str(extract_with(scheduler, gpus, home, dataset, name, given, store_dtype, compiled, effort)) for name in chosen
     }
@@ -159,29 +152,21 @@ def train_head(
     as_json: AsJson = False,
 ) -> None:
     """Stage 2: train a head on cached features and score it on validation; finished runs are not repeated."""
-    from pipeline import manifest as manifests
     from pipeline.evaluate import evaluate as run_evaluate
-    from pipeline.heads import plan, resolve
+    from pipeline.heads import cache_names, open_features, plan_head, resolve
     from pipeline.heads import train_head as run_train_head
 
-    config, train_config = resolve(dataset, method, preset, _assignments(settings), _assignments(training))
-    named = {"image": image, "text": text}
-    if not (image and text):
-        defaults = manifests.load_spec(dataset)["encoders"]
-        named = {key: name or defaults[key] for key, name in named.items()}
+    config, train_config = resolve(dataset, method, preset, assignments(settings), assignments(training))
+    chosen = numbers(seeds, "--seeds")
+    features = open_features(home, dataset, method, cache_names(dataset, image, text), aggregate)
     results = []
-    for seed in _numbers(seeds, "--seeds"):
-        head = plan(home, dataset, method, config, train_config, seed, named, aggregate)
-        run = run_train_head(head, progress=True)
+    for seed in chosen:
+        run = run_train_head(plan_head(features, method, config, train_config, seed), progress=True)
         results.append({"run": str(run.path), "split": "val", **run_evaluate(home, run, "val", {})["metrics"]})
     show_table(_frame(results), as_json)
 
 
-def _numbers(text: str, option: str) -> list[int]:
-    parts = [part.strip() for part in text.split(",")]
-    if not all(part.isascii() and part.isdecimal() and int(part) < 2**63 for part in parts):
-        raise ValueError(f"{option} takes numbers such as 0,1,2, not {text!r}")
-    return list(dict.fromkeys(int(part) for part in parts))
+app.command()(grid_command.grid)
 
 
 def _frame(rows: list[dict[str, Any]]) -> pd.DataFrame:
@@ -208,7 +193,7 @@ def evaluate(
     folders = [run] if (run / "config.json").is_file() else sorted(run.glob("seed*")) or [run]
     results = []
     for folder in folders:
-        record = run_evaluate(home, Run.at(folder), split, _assignments(settings))
+        record = run_evaluate(home, Run.at(folder), split, assignments(settings))
         results.append({"run": str(folder), "split": split, "n": record["n"], **record["metrics"]})
     show_table(_frame(results), as_json)
 
@@ -245,9 +230,18 @@ def encoders(
 
 
 @app.command()
-def datasets(as_json: AsJson = False) -> None:
-    """The datasets."""
-    show(_describe("datasets", ""), as_json)
+def datasets(
+    name: Annotated[str, typer.Argument(help="A dataset, to see its rules and settings.")] = "", as_json: AsJson = False
+) -> None:
+    """The datasets, or one dataset's rules and what `prepare --set` can change."""
+    from pipeline.manifest import load_spec
+    from pipeline.plugins import get
+    from pipeline.prepare import open_settings
+
+    if name:
+        show({"about": " ".join((get("datasets", name).__doc__ or "").split()), **open_settings(load_spec(name))}, as_json)
+    else:
+        show(_describe("datasets", ""), as_json)
 
 
 def _describe(kind: str, name: str) -> dict[str, Any]:
@@ -278,14 +272,32 @@ def doctor(
         raise typer.Exit(2)
 
 
+REMEDIES = {
+    errno.ENOSPC: "free some space, or take another disk with --home; the same command goes on from here",
+    errno.EDQUOT: "free some of your quota, or take another disk with --home; the same command goes on from here",
+    errno.EFBIG: "raise the limit of file sizes (ulimit -f), or take smaller --shard-rows",
+    errno.EROFS: "make the disk writable, or take another one with --home",
+    errno.EACCES: "get permission, or take a folder of yours with --home",
+}
+
+
+def _call() -> int:
+    """The exit code of the command; typer returns one for a Ctrl-C, too."""
+    code = app(standalone_mode=False) or 0
+    if code == 130:
+        raise KeyboardInterrupt
+    return code
+
+
 def main() -> None:
     """Exit code 0 done, 2 bad input with one line on stderr, 130 interrupted, 1 anything else."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
-        sys.exit(app(standalone_mode=False) or 0)
+        sys.exit(_call())
     except OSError as error:
         place = f"{error.filename}: " if error.filename else ""
-        print(f"diffalign: {place}{error.strerror}; give a readable file, or a writable folder with --home", file=sys.stderr)
+        remedy = REMEDIES.get(error.errno or 0, "give a readable file, or a writable folder with --home")
+        print(f"diffalign: {place}{error.strerror or error}; {remedy}", file=sys.stderr)
         sys.exit(2)
     except (ValueError, typer.TyperException) as error:
         message = error.format_message() if isinstance(error, typer.TyperException) else str(error)

@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import signal
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-import torch
 from tqdm import tqdm
 
 from pipeline import manifest as manifests
@@ -64,7 +59,7 @@ def _pending(home: Path, encoders: Mapping[str, str]) -> list[Job]:
     """The heads whose evaluations are not all there; all of them while there are no features."""
     # The last one is the same classifier on the texts: what they would tell if a test image had one. A diagnostic.
     plans = [(method, encoders) for method in METHODS] + [("baseline", {"image": encoders["text"]})]
-    jobs = [(home, method, seed, caches) for method, caches in plans for seed in SEEDS]
+    jobs = [(home.absolute(), method, seed, caches) for method, caches in plans for seed in SEEDS]
     try:
         return [job for job in jobs if not set(_wanted(job)) <= set(read_metrics(_head(*job).run))]
     except ValueError:  # no cache yet, or one that extract has to complete
@@ -72,12 +67,12 @@ def _pending(home: Path, encoders: Mapping[str, str]) -> list[Job]:
 
 
 def _train_all(jobs: Sequence[Job]) -> None:
-    """Train and evaluate, one single-threaded process per core; a GPU takes one at a time."""
-    num_workers = 1 if torch.cuda.is_available() else min(os.cpu_count() or 1, len(jobs))
-    with ProcessPoolExecutor(num_workers, get_context("spawn"), _die_quietly) as pool:
-        done = as_completed([pool.submit(_train, *job) for job in jobs])
-        for future in tqdm(done, total=len(jobs), unit="run", file=sys.stderr):
-            future.result()
+    """Train and evaluate, on every core."""
+    from pipeline.pool import hands, num_processes  # they take seconds to import
+
+    with hands("local", num_processes(-1, len(jobs))) as spread:
+        for _, finish in tqdm(spread(_train, jobs), total=len(jobs), unit="run", file=sys.stderr):
+            finish()
 
 
 def _head(home: Path, method: str, seed: int, encoders: Mapping[str, str]) -> Head:
@@ -95,16 +90,12 @@ def _wanted(job: Job) -> list[str]:
     return [evaluation_name(split, overrides) for split in ("val", "test") for overrides in _overrides(method, encoders)]
 
 
-def _train(home: Path, method: str, seed: int, encoders: Mapping[str, str]) -> None:
-    run = train_head(_head(home, method, seed, encoders), progress=False)
+def _train(job: Job) -> None:
+    home, method, _, encoders = job
+    run = train_head(_head(*job), progress=False)
     for overrides in _overrides(method, encoders):
         evaluate(home, run, "val", overrides)
         evaluate(home, run, "test", overrides)
-
-
-def _die_quietly() -> None:
-    """Ctrl-C ends a worker without a traceback; its run goes on at the next start."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def _say(line: str) -> None:

@@ -43,17 +43,18 @@ def place(network: nn.Module, precision: Precision, device: torch.device) -> tor
 def computing(precision: Precision, device: torch.device) -> Iterator[None]:
     """Run matrix products and convolutions in exactly this format, and let cuDNN repeat its results."""
     exact = torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False)
-    with exact, torch.autocast(device.type, torch.bfloat16, enabled=precision == "mixed"):
+    # a cached bfloat16 copy of a weight would outlive the optimiser's step
+    with exact, torch.autocast(device.type, torch.bfloat16, enabled=precision == "mixed", cache_enabled=False):
         yield
 
 
 @contextmanager
-def reproducible(device: torch.device) -> Iterator[None]:
-    """Compute in float32 and on one thread, because the bits of a sum depend on how many threads share it."""
+def reproducible(device: torch.device, precision: Precision = "float32") -> Iterator[None]:
+    """Compute in exactly this format and on one thread: the bits of a sum depend on how many threads share it."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        with computing("float32", device):
+        with computing(precision, device):
             yield
     finally:
         torch.set_num_threads(threads)

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from pipeline import manifest as manifests
 from pipeline import metrics, plugins
-from pipeline.devices import default_device, reproducible
+from pipeline.devices import Precision, default_device, reproducible
 from pipeline.runs import Run, RunConfig, canonical_json, lock, write_atomic
 from pipeline.sources import Table, find_cache, load
 from pipeline.streams import Streams
@@ -31,15 +31,15 @@ NUM_FEATURES = 2000  # rows of the method's feature that are kept for pictures
 
 
 @torch.no_grad()
-def predict(method: Method, table: Table, seed: int, batch_size: int = 1024) -> Tensor:
-    """Logits [N,C] on the CPU; every random number is named by (seed, sample id), so batches do not matter."""
+def predict(method: Method, table: Table, seed: int, batch_size: int = 1024, precision: Precision = "float32") -> Tensor:
+    """Logits float32 [N,C] on the CPU; every random number is named by (seed, sample id), so batches do not matter."""
     method.train(False)
     image, keys = table.columns["image"], table.columns["key"]
     parts = []
-    with reproducible(image.device):
+    with reproducible(image.device, precision):
         for start in range(0, len(table), batch_size):
             rows = slice(start, start + batch_size)
-            parts.append(method.predict(image[rows], Streams.seeded(seed, keys[rows]).at("predict")).cpu())
+            parts.append(method.predict(image[rows], Streams.seeded(seed, keys[rows]).at("predict")).float().cpu())
     return torch.cat(parts)
 
 
@@ -106,12 +106,13 @@ def _evaluate(home: Path, run: Run, config: RunConfig, settings: Any, split: Spl
         _log_test_read(run, name)
     table = load(manifest, {"image": cache}, split, default_device(), config.text_aggregate)
     started = time.perf_counter()
-    logits = predict(method, table, run.seed)
+    precision = config.training.get("precision", "float32")  # the only one before it was a setting
+    logits = predict(method, table, run.seed, precision=precision)
     seconds = time.perf_counter() - started
     label = table.columns["label"].cpu()
     if not logits.isfinite().all():
         raise ValueError(f"{run.path} predicts numbers that are not finite: it diverged in training; train with a lower lr")
-    _write_predictions(run, name, table, logits, label, method)
+    _write_predictions(run, name, table, logits, label, method, precision)
     done = run.done()
     return {
         "dataset": config.dataset,
@@ -150,9 +151,12 @@ def _log_test_read(run: Run, name: str) -> None:
 
 
 @torch.no_grad()
-def _write_predictions(run: Run, name: str, table: Table, logits: Tensor, label: Tensor, method: Method) -> None:
+def _write_predictions(
+    run: Run, name: str, table: Table, logits: Tensor, label: Tensor, method: Method, precision: Precision
+) -> None:
     image, keys = table.columns["image"][:NUM_FEATURES], table.columns["key"][:NUM_FEATURES]
-    feature = method.feature(image, Streams.seeded(run.seed, keys).at("predict"))
+    with reproducible(image.device, precision):
+        feature = method.feature(image, Streams.seeded(run.seed, keys).at("predict"))
     arrays = {
         "ids": np.array(table.ids),
         "logits": logits.numpy(),

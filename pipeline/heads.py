@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,9 @@ from pipeline.devices import default_device, reproducible
 from pipeline.evaluate import predict
 from pipeline.manifest import Manifest
 from pipeline.runs import Run, RunConfig, lock
-from pipeline.sources import find_cache, load, ordered, shuffled
-from pipeline.train import PRESETS, TrainConfig, train
-from pipeline.types import Method
+from pipeline.sources import Table, find_cache, load, ordered, shuffled
+from pipeline.train import PRESETS, TrainConfig, Watch, never, train
+from pipeline.types import Method, Split
 
 
 def resolve(
@@ -45,15 +46,88 @@ def resolve(
 
 
 @dataclass(frozen=True, kw_only=True)
+class Features:
+    """What heads are trained on: a manifest and caches, opened once for any number of heads.
+
+    Nothing is read but the manifest and the caches' identities; a split is loaded when it is first asked for, and kept.
+    """
+
+    home: Path
+    manifest: Manifest
+    caches: Mapping[str, Cache]  # by batch key
+    aggregate: str
+
+    @cached_property
+    def train(self) -> Table:
+        """The training split with everything that methods may read."""
+        return self._load("train", self.caches)
+
+    @cached_property
+    def val(self) -> Table:
+        """The validation split, without texts."""
+        return self._load("val", {"image": self.caches["image"]})
+
+    def _load(self, split: Split, caches: Mapping[str, Cache]) -> Table:
+        table = load(self.manifest, caches, split, default_device(), self.aggregate)
+        if table.excluded:
+            count, first = len(table.excluded), table.excluded[0]
+            print(f"{split}: {count} samples without an image feature are left out: {first} …", file=sys.stderr)
+        return table
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of a batch's columns, `types.Shapes`."""
+        classes = (len(self.manifest.class_names),)
+        label = () if self.manifest.label_kind == "single" else classes
+        return {**{key: cache.feature_shape for key, cache in self.caches.items()}, "label": label, "classes": classes}
+
+
+def open_features(home: Path, dataset: str, method: str, encoders: Mapping[str, str], aggregate: str = "") -> Features:
+    """The features that a method needs; `ValueError` when they are not there.
+
+    `encoders` names the caches by batch key ("image", "text"); only the keys the method needs are opened. `aggregate` says how
+    several texts of a sample become one vector: mean, first or random (another one each epoch); "" is the dataset's way.
+    """
+    manifest = manifests.read(home, dataset)
+    needs = plugins.get("methods", method).NEEDS
+    caches = {key: find_cache(home, manifest, name) for key, name in encoders.items() if key in needs}
+    return Features(home=home, manifest=manifest, caches=caches, aggregate=aggregate or manifest.meta["text"]["aggregate"])
+
+
+def cache_names(dataset: str, image: str, text: str) -> dict[str, str]:
+    """Caches by batch key: those given, else those of the dataset's encoders."""
+    given = {"image": image, "text": text}
+    if image and text:
+        return given
+    defaults = manifests.load_spec(dataset)["encoders"]
+    return {key: name or defaults[key] for key, name in given.items()}
+
+
+@dataclass(frozen=True, kw_only=True)
 class Head:
-    """What it takes to train one head: names resolved, nothing read yet but the manifest and the caches' identities."""
+    """What it takes to train one head."""
 
     run: Run
     config: RunConfig
     settings: Any  # the method's Config
     training: TrainConfig
-    manifest: Manifest
-    caches: Mapping[str, Cache]  # by batch key
+    features: Features
+
+
+def plan_head(features: Features, method: str, settings: Any, training: TrainConfig, seed: int) -> Head:
+    """The run of a head on opened features, finished or not."""
+    config = RunConfig(
+        dataset=features.manifest.dataset,
+        method=method,
+        settings=asdict(settings),
+        training=asdict(training),
+        caches={key: cache.fingerprint for key, cache in features.caches.items()},
+        shapes={key: list(shape) for key, shape in features.shapes.items()},
+        text_aggregate=features.aggregate,
+        manifest=features.manifest.fingerprint(),
+    )
+    run = Run.of(features.home, config, seed)
+    return Head(run=run, config=config, settings=settings, training=training, features=features)
 
 
 def plan(
@@ -66,62 +140,33 @@ def plan(
     encoders: Mapping[str, str],
     aggregate: str = "",
 ) -> Head:
-    """The run of a head on cached features, finished or not.
-
-    `encoders` names the caches by batch key ("image", "text"); only the keys the method needs are opened. `aggregate` says how
-    several texts of a sample become one vector: mean, first or random (another one each epoch); "" is the dataset's way.
-    """
-    manifest = manifests.read(home, dataset)
-    needs = plugins.get("methods", method).NEEDS
-    caches = {key: find_cache(home, manifest, name) for key, name in encoders.items() if key in needs}
-    config = RunConfig(
-        dataset=dataset,
-        method=method,
-        settings=asdict(settings),
-        training=asdict(training),
-        caches={key: cache.fingerprint for key, cache in caches.items()},
-        shapes=_shapes(manifest, caches),
-        text_aggregate=aggregate or manifest.meta["text"]["aggregate"],
-        manifest=manifest.fingerprint(),
-    )
-    run = Run.of(home, config, seed)
-    return Head(run=run, config=config, settings=settings, training=training, manifest=manifest, caches=caches)
+    """The run of a head, finished or not; see `open_features`."""
+    return plan_head(open_features(home, dataset, method, encoders, aggregate), method, settings, training, seed)
 
 
-def train_head(head: Head, progress: bool) -> Run:
-    """Train a head; a finished run is returned as it is, an interrupted one goes on."""
+def train_head(head: Head, progress: bool, watch: Watch = never) -> Run:
+    """Train a head; a finished run is returned as it is, an interrupted one goes on, until `watch` wants no more of it."""
     run, device = head.run, default_device()
     if not run.is_done:
         with reproducible(device):
             torch.manual_seed(run.seed)
-            shapes = {key: tuple(shape) for key, shape in head.config.shapes.items()}
-            method: Method = plugins.get("methods", head.config.method).build(head.settings, shapes)
-            with lock(run.path):
+            method: Method = plugins.get("methods", head.config.method).build(head.settings, head.features.shapes)
+            with lock(run.path, wait=True):
                 if not run.is_done:  # another process may have finished it while we waited
                     run.create(head.config)
-                    _train(head, method.to(device), progress)
+                    _train(head, method.to(device), progress, watch)
     return run
 
 
-def _shapes(manifest: Manifest, caches: Mapping[str, Cache]) -> dict[str, list[int]]:
-    classes = [len(manifest.class_names)]
-    label = [] if manifest.label_kind == "single" else classes
-    return {**{key: list(cache.feature_shape) for key, cache in caches.items()}, "label": label, "classes": classes}
-
-
-def _train(head: Head, method: Method, progress: bool) -> None:
-    run, training, device = head.run, head.training, default_device()
-    table = load(head.manifest, head.caches, "train", device, head.config.text_aggregate)
-    val = load(head.manifest, {"image": head.caches["image"]}, "val", device, head.config.text_aggregate)
-    for split, excluded in (("train", table.excluded), ("val", val.excluded)):
-        if excluded:
-            print(f"{split}: {len(excluded)} samples without an image feature are left out: {excluded[0]} …", file=sys.stderr)
+def _train(head: Head, method: Method, progress: bool, watch: Watch) -> None:
+    run, training, table, val = head.run, head.training, head.features.train, head.features.val
 
     def validate() -> tuple[float, float]:
-        logits, label = predict(method, val, run.seed), val.columns["label"].cpu()
+        logits, label = predict(method, val, run.seed, precision=training.precision), val.columns["label"].cpu()
         if not logits.isfinite().all():
             raise ValueError(f"{run.path} predicts numbers that are not finite: it diverges; train with a lower lr")
         summary = metrics.summary(logits, label)
         return summary["acc1" if label.ndim == 1 else "map"], -float(losses.classification(logits, label, "softmax_kl"))
 
-    train(method, shuffled(table, training.batch_size, run.seed), ordered(table, run.seed), validate, training, run, progress)
+    source = shuffled(table, training.batch_size, run.seed)
+    train(method, source, ordered(table, run.seed), validate, training, run, progress, watch)

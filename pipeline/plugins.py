@@ -51,11 +51,12 @@ def configure(config_type: type[Any], settings: Mapping[str, Any], symbols: Mapp
             raise ValueError(f"unknown setting {key!r}; choose one of: {', '.join([*hints, *letters])}")
         if field in values:
             raise ValueError(f"setting {field!r} is given twice")
-        values[field] = _coerce(field, value, hints[field])
+        values[field] = coerce(field, value, hints[field])
     return config_type(**values)
 
 
-def _coerce(field: str, value: Any, hint: Any) -> Any:
+def coerce(field: str, value: Any, hint: Any) -> Any:
+    """A setting's value as its annotated type, also from a string; `ValueError` names what it takes."""
     if get_origin(hint) is Literal:
         choices = get_args(hint)
         if value not in choices:

@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import secrets
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -29,7 +30,7 @@ def home_path(home: Path | None) -> Path:
     return home or Path(os.environ.get("DIFFALIGN_HOME") or "artifacts")
 
 
-def write_atomic(path: Path, data: bytes | str) -> None:
+def write_atomic(path: Path, data: bytes | memoryview | str) -> None:
     """Write a file so that a reader sees the old bytes or the new ones, whatever is killed: aside, fsync, rename, fsync."""
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")  # machines that share a disk share process ids
@@ -54,14 +55,17 @@ def sync_folder(folder: Path) -> None:
 
 
 @contextmanager
-def lock(folder: Path) -> Iterator[None]:
-    """Hold a folder for writing; `ValueError` when another process holds it. The kernel frees it if we are killed."""
+def lock(folder: Path, wait: bool = False) -> Iterator[None]:
+    """Hold a folder for writing; while another process does, `wait`, or `ValueError`. The kernel frees it if we are killed."""
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / ".lock").open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise ValueError(f"another process is writing to {folder}; wait until it has ended") from error
+            if not wait:
+                raise ValueError(f"another process is writing to {folder}; wait until it has ended") from error
+            print(f"waiting for the process that writes to {folder}", file=sys.stderr)
+            fcntl.flock(file, fcntl.LOCK_EX)
         for stale in folder.glob(".*.tmp"):  # of writers that were killed
             stale.unlink()
         yield

@@ -18,12 +18,15 @@ from safetensors.torch import save as safetensors_bytes
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from pipeline.devices import computing
+from pipeline.history import Validation
 from pipeline.runs import Run, write_atomic
 from pipeline.streams import Streams
 from pipeline.types import Batch, Method, Phase, Source
 
 PRESETS: dict[str, dict[str, float]] = {"paper": {"lr": 1e-4}, "head": {"lr": 1e-3}}
 STATE_SECONDS = 20.0  # between two saves of the resumable state
+Watch = Callable[[int, float], bool]  # (epochs of the last phase that are done, validation metric) -> stop here?
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +42,7 @@ class TrainConfig:
     grad_clip: float = 1.0  # largest gradient norm
     validate_every: int = 1  # epochs between two validations; the last epoch always has one
     select: Literal["metric", "loss", "last"] = "metric"  # which epoch's weights are kept, judged on validation
+    precision: Literal["float32", "mixed"] = "float32"  # of training and prediction; mixed: bfloat16 products, float32 weights
 
     def __post_init__(self) -> None:
         for name in ("lr", "lr_step", "lr_gamma", "epochs", "batch_size", "grad_clip", "validate_every"):
@@ -48,6 +52,11 @@ class TrainConfig:
             raise ValueError("training setting 'batch_size' must be at least 2: contrasts and batch statistics need company")
         if not 0 <= self.weight_decay < math.inf:
             raise ValueError(f"training setting 'weight_decay' must not be negative, not {self.weight_decay}")
+
+
+def never(epoch: int, metric: float) -> bool:
+    """Watches nothing: training goes on to its end."""
+    return False
 
 
 @dataclass(slots=True)
@@ -70,38 +79,38 @@ def train(
     config: TrainConfig,
     run: Run,
     progress: bool,
+    watch: Watch = never,
 ) -> State:
     """Train through the method's phases, keep the epoch that is best on validation, write the run's checkpoint.
 
-    `validate` returns (metric, negative loss), the larger the better. Interrupted at any moment, the same call goes on from the
-    last saved epoch and ends in the same weights, bit for bit. `ValueError` names the step when the loss is not finite.
+    `validate` returns (metric, negative loss), the larger the better. `ValueError` says where the loss is not finite. After any
+    interruption, and after a stop by `watch`, the same call goes on and ends in the same weights, bit for bit.
     """
     saved = _load_state(run)
     state = State(**saved["state"]) if saved else State(0, 0, [], (-math.inf, -math.inf), {}, 0.0)
     epochs = [max(1, round(config.epochs * phase.share)) for phase in method.phases]
-    with tqdm(total=sum(epochs), initial=sum(epochs[: state.phase]) + state.epoch, unit="epoch", disable=not progress) as bar:
-        bar.set_description(f"{run.path.parent.name.rsplit('-', 1)[0]} seed {run.seed}")
+    title, done = f"{run.path.parent.name.rsplit('-', 1)[0]} seed {run.seed}", sum(epochs[: state.phase]) + state.epoch
+    with tqdm(desc=title, total=sum(epochs), initial=done, unit="epoch", disable=not progress) as bar:
         while state.phase < len(method.phases):
             optimizer, scheduler = _start_phase(method, method.phases[state.phase], train_pass, config, saved)
             saved, saved_at = None, time.monotonic()
             while state.epoch < epochs[state.phase]:
+                if _enough(state, watch):
+                    _save(run, method, optimizer, scheduler, state)
+                    return state
                 started = time.monotonic()
-                row = _epoch(method, source, state, optimizer, config, run.seed)
-                scheduler.step()
-                state.epoch += 1
+                row = _epoch(method, source, state, optimizer, scheduler, config, run.seed)
                 due = state.epoch % config.validate_every == 0 or state.epoch == epochs[state.phase]
                 if due and state.phase == len(method.phases) - 1:
                     _select(method, validate(), config, state, row)
                 state.seconds += time.monotonic() - started
-                state.history.append(row)
                 bar.set_postfix(loss=f"{row['loss']:.3f}", refresh=False)
                 bar.update()
                 if time.monotonic() - saved_at > STATE_SECONDS:
                     _save(run, method, optimizer, scheduler, state)
                     saved_at = time.monotonic()
             state.phase, state.epoch = state.phase + 1, 0
-    _write_results(run, state)
-    return state
+    return _write_results(run, state)
 
 
 def _load_state(run: Run) -> dict[str, Any] | None:
@@ -136,9 +145,15 @@ def _start_phase(
 
 
 def _epoch(
-    method: Method, source: Source, state: State, optimizer: torch.optim.Optimizer, config: TrainConfig, seed: int
+    method: Method,
+    source: Source,
+    state: State,
+    optimizer: torch.optim.Optimizer,
+    scheduler: torch.optim.lr_scheduler.LRScheduler,
+    config: TrainConfig,
+    seed: int,
 ) -> dict[str, Any]:
-    """One pass over the source; returns the mean of every loss part. One host synchronisation, at the end."""
+    """One pass over the source, counted in the state; returns its row of the history. One host synchronisation, at the end."""
     method.train()
     phase = method.phases[state.phase]
     totals: dict[str, Tensor] = {}
@@ -146,29 +161,39 @@ def _epoch(
     # Epochs of all phases are counted through, so that no two phases see the same permutation or the same caption.
     for batch in source(len(state.history)):
         rng = Streams.seeded(seed, batch["key"]).at("train", phase.name, state.epoch, steps)
-        parts = method.loss(batch, rng, phase.name)
+        with computing(config.precision, batch["key"].device):
+            parts = method.loss(batch, rng, phase.name)
         optimizer.zero_grad(set_to_none=True)
         parts["loss"].backward()
         nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], config.grad_clip)
         optimizer.step()
         for name, value in parts.items():
-            totals[name] = totals.get(name, 0.0) + value.detach()
+            totals[name] = totals.get(name, 0.0) + value.detach().float()
         steps += 1
     row = {"phase": phase.name, "epoch": state.epoch, "lr": optimizer.param_groups[0]["lr"]}
     row |= {name: total.item() / steps for name, total in totals.items()}
     if not math.isfinite(row["loss"]):
         raise ValueError(f"the loss is not finite in epoch {state.epoch} of phase {phase.name!r}; lower lr, or raise tau")
+    scheduler.step()
+    state.epoch += 1
+    state.history.append(row)
     return row
 
 
 def _select(method: Method, score: tuple[float, float], config: TrainConfig, state: State, row: dict[str, Any]) -> None:
-    """Keep the weights when validation prefers them; equal metrics are decided by the loss, full ties by the later epoch."""
+    """Keep the weights when validation prefers them."""
     metric, negative_loss = score
     row |= {"val_metric": metric, "val_loss": -negative_loss}
-    rank = {"metric": score, "loss": (negative_loss, metric), "last": (float(state.epoch), 0.0)}[config.select]
+    rank = Validation(state.epoch, metric, -negative_loss).rank(config.select)
     if rank >= state.best_score:
         state.best_score = rank
         state.best = {name: tensor.detach().cpu().clone() for name, tensor in method.state_dict().items()}
+
+
+def _enough(state: State, watch: Watch) -> bool:
+    """Whether the last epoch was validated and is the last one that `watch` wants."""
+    row = state.history[-1] if state.history else {}
+    return "val_metric" in row and watch(row["epoch"] + 1, row["val_metric"])
 
 
 def _save(run: Run, method: Method, optimizer: Any, scheduler: Any, state: State) -> None:
@@ -177,13 +202,19 @@ def _save(run: Run, method: Method, optimizer: Any, scheduler: Any, state: State
     content = {"state": parts, "method": method.state_dict(), "optimizer": optimizer.state_dict()}
     torch.save(content | {"scheduler": scheduler.state_dict()}, buffer)
     write_atomic(run.path / "state.pt", buffer.getvalue())
+    _write_history(run, state)
 
 
-def _write_results(run: Run, state: State) -> None:
+def _write_results(run: Run, state: State) -> State:
     """The selected weights, the history, then `done`, which makes them real; the resumable state is no longer needed."""
     weights = safetensors_bytes(state.best)
     write_atomic(run.path / "checkpoint.safetensors", weights)
-    write_atomic(run.path / "history.csv", pd.DataFrame(state.history).to_csv(index=False))
+    _write_history(run, state)
     facts = {"seconds": round(state.seconds, 3), "checkpoint_sha256": hashlib.sha256(weights).hexdigest()}
     write_atomic(run.path / "done", json.dumps(facts))
     (run.path / "state.pt").unlink(missing_ok=True)
+    return state
+
+
+def _write_history(run: Run, state: State) -> None:
+    write_atomic(run.path / "history.csv", pd.DataFrame(state.history).to_csv(index=False))

@@ -1,0 +1,93 @@
+"""Jobs over processes: by this one, by one per core of this machine, or by the workers of a dask scheduler.
+
+Which of them does a job cannot change its result. A job whose worker is lost is done by another; the processes of this machine
+end with the one that started them, however it ends.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, NoReturn, Protocol, TypeVar
+
+import dask.config as dask_config
+from dask.distributed import CancelledError, Client, Future, KilledWorker, as_completed
+from dask.system import CPU_COUNT
+from distributed.comm.core import CommClosedError
+
+from pipeline.devices import default_device
+from pipeline.distribute import connect, processes
+
+Job = TypeVar("Job")
+Result = TypeVar("Result")
+
+
+class Spread(Protocol):
+    """Does jobs; see `here`."""
+
+    def __call__(self, task: Callable[[Job], Result], jobs: Sequence[Job]) -> Iterator[tuple[int, Callable[[], Result]]]: ...
+
+
+def here(task: Callable[[Job], Result], jobs: Sequence[Job]) -> Iterator[tuple[int, Callable[[], Result]]]:
+    """The number of every job, as they end, and its result, which when asked for raises what the task raised."""
+    for number, job in enumerate(jobs):
+        yield number, partial(task, job)
+
+
+def num_processes(workers: int, num_jobs: int) -> int:
+    """How many processes to start beside this one for `workers`, where -1 is one per core; a GPU is left to this one."""
+    if workers >= 0:
+        return min(workers, num_jobs)
+    cores = 1 if default_device().type == "cuda" else CPU_COUNT
+    number = min(cores, num_jobs)
+    return number if number > 1 else 0
+
+
+@contextmanager
+def hands(scheduler: str, number: int) -> Iterator[Spread]:
+    """Who does the jobs: this process ("local" and 0), `number` processes of one thread, or a scheduler's, tcp://host:port."""
+    if scheduler == "local" and number == 0:
+        yield here
+        return
+    for name in ("distributed", "distributed.client"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)  # what must be known comes as an exception
+    with (
+        dask_config.set({"logging.distributed": "critical"}),  # of the processes
+        processes([{}] * number) if scheduler == "local" else connect(scheduler) as client,
+    ):
+        yield partial(_by_workers, client)
+
+
+def _by_workers(
+    client: Client, task: Callable[[Job], Result], jobs: Sequence[Job]
+) -> Iterator[tuple[int, Callable[[], Result]]]:
+    """`here`, by the workers of a cluster; `ValueError` when its scheduler is lost."""
+    key = f"job-{time.time_ns()}"
+    futures = {client.submit(task, job, key=f"{key}-{number}", pure=False): number for number, job in enumerate(jobs)}
+    for future in as_completed(list(futures), loop=client.loop):
+        try:
+            finish = _finish(future)
+        except (CancelledError, CommClosedError) as error:
+            raise ValueError("the scheduler was lost; the same command goes on from here") from error
+        yield futures[future], finish
+
+
+def _finish(future: Future) -> Callable[[], Any]:
+    """What returns the result of a job that has ended, or raises its `ValueError`."""
+    try:
+        return partial(_return, future.result())
+    except KilledWorker as error:
+        return partial(_raise, ValueError(f"{error.allowed_failures + 1} workers died of it: is memory short?"))
+    except ValueError as error:
+        return partial(_raise, error)
+
+
+def _return(result: Result) -> Result:
+    return result
+
+
+def _raise(error: ValueError) -> NoReturn:
+    raise error

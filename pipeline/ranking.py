@@ -1,0 +1,140 @@
+"""What became of a grid's runs, as tables: one row per run, cells by rank, and the winner."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pandas as pd
+
+from pipeline.grid import Grid
+from pipeline.history import Validation, kept, validations
+from pipeline.runs import Run, write_atomic
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What became of one run."""
+
+    state: Literal["done", "stopped", "pruned", "failed"]  # stopped: at a rung of the search, to go on
+    reason: str = ""
+    metric: float = math.nan  # on validation, percent
+    loss: float = math.nan
+    seconds: float = math.nan  # of training
+
+
+@dataclass
+class Board:
+    """The outcomes of a grid so far, by cell and seed, kept in `cells.csv` of its folder."""
+
+    grid: Grid
+    folder: Path
+    outcomes: dict[tuple[int, int], Outcome] = field(default_factory=dict)
+
+    def run(self, cell: int, seed: int) -> Run:
+        """The run of a cell and a seed."""
+        return self.grid.heads[cell, seed].run
+
+    def seen(self, cell: int, seed: int) -> list[Validation]:
+        """What a run, finished or stopped, had reached by epoch; empty before it was."""
+        run = self.run(cell, seed)
+        return validations(run) if (run.path / "history.csv").is_file() else []
+
+    def read(self, cell: int, seed: int) -> Outcome:
+        """What a run that was trained has left on disk."""
+        run, seen = self.run(cell, seed), self.seen(cell, seed)
+        best = kept(seen, self.grid.cells[cell].training.select)
+        if run.is_done:
+            return Outcome("done", "", best.metric, best.loss, run.done()["seconds"])
+        return Outcome("stopped", f"stopped at epoch {seen[-1].epoch}", best.metric, best.loss)
+
+    def add(self, cell: int, seed: int, outcome: Outcome) -> None:
+        """Note an outcome, on disk too."""
+        self.outcomes[cell, seed] = outcome
+        write_atomic(self.folder / "cells.csv", self.rows().to_csv(index=False))
+
+    @property
+    def metric(self) -> str:
+        """The metric that selects: acc1, or map of multi-label data."""
+        return "acc1" if self.grid.features.manifest.label_kind == "single" else "map"
+
+    def rows(self) -> pd.DataFrame:
+        """One row per run with an outcome, in the order of the grid."""
+        lines = []
+        for cell, seed in self.grid.heads:
+            outcome = self.outcomes.get((cell, seed))
+            if outcome:
+                values = {f"val_{self.metric}": outcome.metric, "val_loss": outcome.loss, "seconds": outcome.seconds}
+                ends = {"state": outcome.state, "reason": outcome.reason}
+                place = self.run(cell, seed).path.relative_to(self.grid.features.home)
+                lines.append({"cell": cell, **self.grid.cells[cell].point, "seed": seed, **values, **ends, "run": str(place)})
+        return pd.DataFrame(lines)
+
+    def finished(self) -> list[int]:
+        """Cells with all their seeds, best first: by mean validation metric, then mean loss, then the order of the grid."""
+        whole = [cell for cell in range(len(self.grid.cells)) if len(self.values(cell, "metric")) == len(self.grid.seeds)]
+        return sorted(whole, key=lambda cell: (-self.mean(cell, "metric"), self.mean(cell, "loss")))
+
+    def values(self, cell: int, name: str) -> np.ndarray:
+        """metric, loss or seconds of a cell's finished runs, by seed."""
+        outcomes = (self.outcomes.get((cell, seed)) for seed in self.grid.seeds)
+        return np.array([getattr(outcome, name) for outcome in outcomes if outcome and outcome.state == "done"])
+
+    def mean(self, cell: int, name: str) -> float:
+        """Mean over a cell's finished runs."""
+        return float(self.values(cell, name).mean())
+
+    def best(self) -> str:
+        """The best cell so far, over the seeds it has, for people; "" before there is one."""
+        cells = {cell for (cell, _), outcome in self.outcomes.items() if outcome.state == "done"}
+        if not cells:
+            return ""
+        best = max(sorted(cells), key=lambda cell: (self.mean(cell, "metric"), -self.mean(cell, "loss")))
+        return f"best {self.metric} {self.mean(best, 'metric'):.2f} at {self.grid.cells[best].label}"
+
+    def ranking(self) -> pd.DataFrame:
+        """One row per cell: those that finished by rank, then the others in the order of the grid with what became of them."""
+        order = self.finished()
+        lines = []
+        for cell in [*order, *(cell for cell in range(len(self.grid.cells)) if cell not in order)]:
+            ends = [self.outcomes[cell, seed] for seed in self.grid.seeds if (cell, seed) in self.outcomes]
+            bad = [outcome.reason for outcome in ends if outcome.state != "done"]
+            values = self.values(cell, "metric")
+            line: dict[str, Any] = {"rank": order.index(cell) + 1 if cell in order else None, **self.grid.cells[cell].point}
+            line |= {f"val_{self.metric}": values.mean() if len(values) else math.nan, "std": spread(values)}
+            line |= {"val_loss": self.mean(cell, "loss") if len(values) else math.nan, "seeds": len(values)}
+            lines.append(line | {"state": bad[0] if bad else "done"})
+        return pd.DataFrame(lines).astype({"rank": "Int64"})
+
+    def winner(self, tests: Mapping[int, Mapping[str, float]]) -> dict[str, Any]:
+        """The winner with its metrics on validation, and those of `tests` by seed on the test split; it is put on disk."""
+        cell = self.finished()[0]
+        values = self.values(cell, "metric")
+        head = self.grid.heads[cell, self.grid.seeds[0]]
+        names = next(iter(tests.values()), {})
+        facts = {
+            "cell": dict(self.grid.cells[cell].point),
+            "config": head.config.fingerprint(),
+            "runs": [str(self.run(cell, seed).path.relative_to(self.grid.features.home)) for seed in self.grid.seeds],
+            "seeds": list(self.grid.seeds),
+            "val": {self.metric: summary(values), "loss": summary(self.values(cell, "loss"))},
+            "test": {name: summary(np.array([tests[seed][name] for seed in self.grid.seeds])) for name in names},
+        }
+        write_atomic(self.folder / "winner.json", json.dumps(facts, indent=1, allow_nan=False))
+        return facts
+
+
+def summary(values: np.ndarray) -> dict[str, Any]:
+    """Mean, sample deviation (0 of a single value) and the values themselves."""
+    std = spread(values)
+    return {"mean": float(values.mean()), "std": 0.0 if math.isnan(std) else std, "values": values.tolist()}
+
+
+def spread(values: np.ndarray) -> float:
+    """The sample standard deviation, NaN of fewer than two values."""
+    return float(values.std(ddof=1)) if len(values) > 1 else math.nan
