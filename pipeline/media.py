@@ -15,6 +15,8 @@ from xml.etree import ElementTree
 
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from pipeline.drawings import render
+
 if TYPE_CHECKING:
     from av.container import InputContainer
     from av.video.stream import VideoStream
@@ -31,6 +33,7 @@ DAMAGED = (  # how Pillow and the readers of this module say so
     EOFError,
     LookupError,
     struct.error,
+    RuntimeError,  # of the readers of AVIF, DDS and BLP
     Image.DecompressionBombError,
     Image.DecompressionBombWarning,
 )
@@ -71,9 +74,9 @@ def sampled(num_frames: int, length: int) -> list[int]:
 @contextmanager
 def _reasons(path: Path) -> Iterator[None]:
     """Every way in which reading a file fails becomes a `ValueError` that starts with the file's name."""
-    if path.exists() and not path.is_file():
-        raise ValueError(f"{path.name}: not a regular file")  # a pipe or a device may never end
     try:
+        if path.exists() and not path.is_file():
+            raise ValueError("not a regular file")  # a pipe or a device may never end
         yield
     except FileNotFoundError as error:
         raise ValueError(f"{path.name}: no such file") from error
@@ -244,12 +247,7 @@ def _read_drawing(path: Path) -> str:
 
 
 def _render(drawing: str, size: int) -> Image.Image:
-    try:
-        from resvg_py import svg_to_bytes  # only drawings need it, and only the demo extra installs it
-    except ImportError as error:
-        raise ValueError('rendering SVG needs the package resvg-py; run: pip install "diffalign[demo]"') from error
-    # 96 dots per inch is what CSS says of drawings sized in mm, pt or in; resvg-py's own default refuses them
-    png = bytes(svg_to_bytes(svg_string=drawing, width=size, height=size, background="white", skip_system_fonts=True, dpi=96))
+    png = render(drawing, size)
     with Image.open(io.BytesIO(png)) as file:
         image = file.convert("RGB")
     if image.size == (size, size):
