@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import dask.config as dask_config
-from dask.distributed import Client, Nanny, Scheduler, SpecCluster, as_completed
+from dask.distributed import CancelledError, Client, KilledWorker, Nanny, Scheduler, SpecCluster, as_completed
 from dask.system import CPU_COUNT
+from distributed.comm.core import CommClosedError
 from tqdm import tqdm
 
 from pipeline import manifest as manifests
@@ -95,12 +96,23 @@ def extract_on(client: Client, order: Order) -> Path:
 
 
 def _commits(client: Client, order: Order, name: str, shards: Sequence[int]) -> Iterator[Commit]:
-    """The commits of the shards, as they are made; what is left is cancelled when one of them fails."""
+    """The commits of the shards, as they are made; what is left is cancelled when one of them fails.
+
+    `ValueError` when the scheduler is lost, or a shard takes down every worker that begins it.
+    """
     key = f"{name}-{time.time_ns()}"
     futures = [client.submit(encode_shard, order, name, shard, key=f"{key}-{shard}", pure=False) for shard in shards]
     try:
         for future in as_completed(futures, loop=client.loop):
             yield future.result()
+    except KilledWorker as error:
+        shard = str(error.task).rpartition("-")[2]
+        raise ValueError(
+            f"{error.allowed_failures + 1} workers died of shard {shard} of {name}: is a file damaged there, or memory short? "
+            "with fewer of them the same command goes on from here"
+        ) from error
+    except (CancelledError, CommClosedError) as error:
+        raise ValueError("the scheduler was lost; the same command goes on from here") from error
     finally:
         client.cancel(futures)
 
@@ -129,6 +141,7 @@ def _task(order: Order) -> Task:
 @contextmanager
 def connect(address: str) -> Iterator[Client]:
     """A client of a running scheduler, tcp://host:port; `ValueError` when nobody answers there, or it has no workers."""
+    _hush()
     try:
         client = Client(address, timeout=PATIENCE, set_as_default=False)
     except (OSError, ValueError) as error:
@@ -152,16 +165,22 @@ def one_process_per_gpu(gpus: Sequence[int]) -> Iterator[Client]:
 @contextmanager
 def processes(environments: Sequence[Mapping[str, str]]) -> Iterator[Client]:
     """A cluster of one process per environment, on this machine; its processes may have children that decode."""
+    _hush()
     options = {"nthreads": 1, "memory_limit": 0, "dashboard": False, "silence_logs": logging.ERROR}
     workers: dict[int, Any] = {
         number: {"cls": Nanny, "options": {**options, "env": dict(environment)}}
         for number, environment in enumerate(environments)
     }
-    logging.getLogger("distributed").setLevel(logging.ERROR)
-    scheduler = {"cls": Scheduler, "options": {"dashboard": False, "host": "127.0.0.1"}}
+    scheduler = {"cls": Scheduler, "options": {"dashboard": False, "dashboard_address": "127.0.0.1:0", "host": "127.0.0.1"}}
     with (
         dask_config.set({"distributed.worker.daemon": False}),
         SpecCluster(workers=workers, scheduler=scheduler) as cluster,
         Client(cluster, set_as_default=False) as client,
     ):
         yield client
+
+
+def _hush() -> None:
+    """Have dask log nothing: what must be known of it comes as an exception."""
+    for name in ("distributed", "distributed.client"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)

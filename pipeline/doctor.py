@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import math
 import os
 import platform
 import shutil
@@ -17,6 +18,9 @@ import torch
 from pipeline import manifest as manifests
 from pipeline import plugins
 from pipeline.cache import find_caches, info
+from pipeline.encoding import build_encoder
+from pipeline.items import make_items
+from pipeline.manifest import Manifest
 
 PACKAGES = (
     "torch",
@@ -31,6 +35,7 @@ PACKAGES = (
     "matplotlib",
 )
 MIN_FREE_BYTES = 2 * 1024**3
+BYTES_PER_NUMBER = 2  # float16, the default on disk
 
 
 class Finding(NamedTuple):
@@ -45,7 +50,7 @@ class Finding(NamedTuple):
 
 
 def findings(home: Path, dataset: str) -> Iterator[Finding]:
-    """The machine, the packages, the home folder, the dataset's files and its caches, in this order."""
+    """The machine, the packages, the home folder, the dataset's files, its encoders and caches, in this order."""
     manifests.load_spec(dataset)  # an unknown name is a mistake of the command, not of the machine
     yield Finding(sys.version_info >= (3, 11), f"Python {platform.python_version()}", "install Python 3.11 or newer")
     for package in PACKAGES:
@@ -79,8 +84,12 @@ def _writable(home: Path) -> Finding:
         return Finding(False, f"{home} cannot be written ({error.strerror})", "choose another folder with --home")
 
 
+def _free(home: Path) -> int:
+    return shutil.disk_usage(_existing(home)).free
+
+
 def _free_space(home: Path) -> Finding:
-    free = shutil.disk_usage(_existing(home)).free
+    free = _free(home)
     return Finding(
         free >= MIN_FREE_BYTES, f"{free / 1024**3:.1f} GiB free for {home}", "free 2 GiB, or choose another disk with --home"
     )
@@ -95,12 +104,28 @@ def _source_files(dataset: str) -> Finding:
     return Finding(True, f"the files of {dataset}: {len(manifest.samples)} samples")
 
 
+def encoder_finding(home: Path, manifest: Manifest, name: str) -> Finding:
+    """Whether a default encoder is here with its weights, and its cache will find room."""
+    try:
+        _, encoder = build_encoder(name, {})
+        items, _ = make_items(manifest, encoder, "float16")
+    except ValueError as error:
+        return Finding(False, f"encoder {name} cannot run", str(error))
+    needed = len(items) * math.prod(encoder.feature_shape) * BYTES_PER_NUMBER
+    what = f"encoder {name}: a cache of {len(items)} x {encoder.feature_shape} takes {needed / 1024**2:.0f} MiB"
+    remedy = f"{needed - _free(home):,} bytes are lacking: choose another disk with --home"
+    return Finding(needed <= _free(home), what, remedy)
+
+
 def _prepared(home: Path, dataset: str) -> Iterator[Finding]:
     try:
-        manifests.read(home, dataset)
-        yield Finding(True, f"{dataset} is prepared")
+        manifest = manifests.read(home, dataset)
     except ValueError as error:
         yield Finding(False, f"{dataset} is not prepared", str(error))
+    else:
+        yield Finding(True, f"{dataset} is prepared")
+        for name in manifests.load_spec(dataset)["encoders"].values():
+            yield encoder_finding(home, manifest, name)
     for path in find_caches(home, dataset):
         facts = info(path)
         yield Finding(facts["complete"], f"cache {path.name}: {facts['rows']} rows", f"run: {facts['provenance']['command']}")

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -137,15 +138,23 @@ def plan(
 
 @contextlib.contextmanager
 def open_writer(task: Task) -> Iterator[tuple[Writer, dict[int, Commit]]]:
-    """The task's cache, held for writing, and the shards that need not be done again."""
+    """The task's cache, held for writing, and the shards that need not be done again.
+
+    An `OSError` of what is done with it, such as a full disk, names a file or the cache's folder.
+    """
     ids = [sample.id for sample in task.items.manifest.samples]
     shape, shard_rows = task.items.encoder.feature_shape, task.provenance["shard_rows"]
-    with lock(task.path):
-        writer = Writer.open(task.path, ids, task.offsets, shape, task.identity, task.provenance, shard_rows)
-        commits = writer.committed()
-        if task.effort.retry_failed:
-            commits = {shard: commit for shard, commit in commits.items() if not commit.failures}
-        yield writer, commits
+    try:
+        with lock(task.path):
+            writer = Writer.open(task.path, ids, task.offsets, shape, task.identity, task.provenance, shard_rows)
+            commits = writer.committed()
+            if task.effort.retry_failed:
+                commits = {shard: commit for shard, commit in commits.items() if not commit.failures}
+            yield writer, commits
+    except OSError as error:
+        if error.errno and not error.filename:  # the system does not say which file it could not write
+            error.filename = str(task.path)
+        raise
 
 
 def fill(task: Task, writer: Writer, commits: dict[int, Commit]) -> None:
@@ -263,8 +272,9 @@ def _provenance(
     return {"command": command, "settings": settings, "shard_rows": shard_rows, "versions": _versions()}
 
 
-def _versions() -> dict[str, str]:
-    """Versions of the installed libraries that turn bytes into features."""
+@cache
+def _versions() -> Mapping[str, str]:
+    """Versions of the installed libraries that turn bytes into features; they are looked up once, which takes its time."""
     versions = {}
     for name in LIBRARIES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):  # drawings have a renderer of their own

@@ -64,13 +64,17 @@ class Items:
         return Prepared(rows, np.stack(good) if good else np.zeros(0), errors, time.perf_counter() - started)
 
     def _prepare(self, row: int) -> np.ndarray | str:
-        """The prepared item, or the reason why there is none."""
+        """The prepared item, or the reason why there is none, which names the file, but not where it is."""
         sample, text = self.rows[row]
+        name = sample.media.name
         try:
             raw = text if self.encoder.modality == "text" else self.manifest.media_path(sample)
             return self.encoder.prepare(raw).numpy()
-        except ValueError as error:
-            return str(error)
+        except OSError as error:  # of a name that is too long, or a folder that may not be entered
+            reason = error.strerror or str(error)
+        except (RuntimeError, ValueError) as error:  # RuntimeError: of a loop of links, or of Pillow's reader of AVIF
+            reason = str(error).replace(f"{self.manifest.media_root}/", "")
+        return reason if text or name in reason else f"{name}: {reason}"
 
     def settle(self, prepared: Prepared, encoded: np.ndarray, seconds: float) -> Encoded:
         """Put the encoder's features in their places; what could not be prepared, or is not finite as stored, is a failure."""

@@ -6,38 +6,43 @@ workers there are.
 
 from __future__ import annotations
 
+import ctypes
+import multiprocessing
+import signal
 import sys
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, cast
+from multiprocessing.connection import Connection
+from multiprocessing.reduction import ForkingPickler
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
 from pipeline.devices import default_device
 from pipeline.items import Encoded, Forward, Items, Prepared
 from pipeline.pace import Pace
 
 FORK = "fork" if sys.platform == "linux" else "spawn"  # forked workers start at once and share the encoder's memory
+AHEAD = 2  # batches that a worker is asked for at a time
 IN_FLIGHT = 2  # batches on their way through the GPU
+PR_SET_PDEATHSIG = 1  # of prctl(2)
 
 
 @dataclass(frozen=True)
 class Work:
-    """The batches as a dataset of torch: an item is a batch, prepared, or with a `forward` encoded too."""
+    """The batches by number: prepared, or with a `forward` encoded too."""
 
     items: Items
     batches: Sequence[np.ndarray]
     forward: Forward | None
 
-    def __len__(self) -> int:
-        return len(self.batches)
-
-    def __getitem__(self, number: int) -> Prepared | Encoded:
+    def do(self, number: int) -> Prepared | Encoded:
+        """The batch of a number."""
         prepared = self.items.prepare(self.batches[number])
         return encode(self.items, prepared, self.forward) if self.forward else prepared
 
@@ -57,40 +62,83 @@ def encode(items: Items, prepared: Prepared, forward: Forward) -> Encoded:
 def encoded_batches(items: Items, batches: Sequence[np.ndarray], forward: Forward, pace: Pace) -> Iterator[Encoded]:
     """The features of the batches, in order; `pace.workers` processes work ahead (0: everything happens here).
 
-    `ValueError` when a worker is killed, by a damaged file that brings a decoder down, or for lack of memory.
+    `ValueError` when a worker is killed, by a damaged file that brings a decoder down or for lack of memory.
     """
     on_gpu = default_device().type == "cuda"
-    loader = DataLoader(
-        cast("Dataset[Any]", Work(items, batches, None if on_gpu else forward)),
-        batch_size=None,
-        num_workers=pace.workers,
-        multiprocessing_context=FORK if pace.workers else None,
-        collate_fn=_as_it_is,
-        generator=torch.Generator(),  # its own, so that nobody's random numbers move
-    )
-    ready = _careful(iter(loader), pace, items, batches)
+    work = Work(items, batches, None if on_gpu else forward)
+    ready = _waited_for(_by_workers(work, pace.workers) if pace.workers else map(work.do, range(len(batches))), pace)
     yield from _through_gpu(items, ready, forward) if on_gpu else ready
 
 
-def _as_it_is(batch: Any) -> Any:
-    return batch
-
-
-def _careful(ready: Iterator[Any], pace: Pace, items: Items, batches: Sequence[np.ndarray]) -> Iterator[Any]:
-    """Count the waiting, and name the place where a worker died."""
-    for rows in batches:
-        try:
-            with pace.waiting("items"):
-                batch = next(ready)
-        except RuntimeError as error:
-            if "DataLoader worker (pid" not in str(error):
-                raise
-            first = items.rows[int(rows[0])][0].id
-            raise ValueError(
-                f"a worker process was killed at sample {first!r} or a little later ({error}); "
-                "with --workers 0 the file that does it is the last one that is read; with less memory take fewer workers"
-            ) from error
+def _waited_for(ready: Iterator[Any], pace: Pace) -> Iterator[Any]:
+    """Count the time that it takes to get the next."""
+    while True:
+        with pace.waiting("items"):
+            batch = next(ready, None)
+        if batch is None:
+            return
         yield batch
+
+
+def _by_workers(work: Work, num_workers: int) -> Iterator[Prepared | Encoded]:
+    """The batches in order, each done by the worker whose turn it is.
+
+    Nothing is shared between the workers, not even a lock: whatever one is killed in, the others and this process go on.
+    """
+    context = multiprocessing.get_context(FORK)
+    crew: list[tuple[Any, Connection]] = []
+    try:
+        for _ in range(num_workers):
+            here, there = context.Pipe()
+            process = context.Process(target=_serve, args=(work, there), daemon=True)
+            process.start()
+            there.close()  # so that the pipe ends when the worker does
+            crew.append((process, here))
+        for number in range(-AHEAD * num_workers, len(work.batches)):
+            process, pipe = crew[number % num_workers]
+            try:
+                batch = pipe.recv() if number >= 0 else None
+                if number + AHEAD * num_workers < len(work.batches):
+                    pipe.send(number + AHEAD * num_workers)
+            except (EOFError, OSError) as error:
+                raise _lost(process, work, max(number, 0)) from error
+            if isinstance(batch, ValueError):
+                raise batch
+            if batch is not None:
+                yield batch
+    finally:
+        for process, pipe in crew:
+            process.kill()
+            process.join()
+            pipe.close()
+
+
+def _serve(work: Work, pipe: Connection) -> None:
+    """Be a worker: do the batches that are asked for; while one is on its way back, the next is done."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent tells when to end
+    if sys.platform == "linux":  # by the kernel if it is killed: this process would hold the cache's lock
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    torch.set_num_threads(1)
+    with ThreadPoolExecutor(1) as sender:
+        while True:
+            number = pipe.recv()
+            try:
+                done = work.do(number)
+            except ValueError as error:
+                done = error
+            sender.submit(pipe.send_bytes, ForkingPickler.dumps(done))
+
+
+def _lost(process: Any, work: Work, number: int) -> Exception:
+    """What to say of a worker that is gone: `ValueError` when it was killed, else it has said itself what is wrong."""
+    process.join()
+    if process.exitcode >= 0:
+        return RuntimeError("a worker process failed; what it said is above")
+    cause, first = signal.Signals(-process.exitcode).name, work.items.rows[int(work.batches[number][0])][0].id
+    return ValueError(
+        f"a worker process was killed ({cause}) at sample {first!r} or a little later: is a file damaged there, or memory "
+        "short? with fewer --workers the same command goes on from here"
+    )
 
 
 def _through_gpu(items: Items, ready: Iterator[Prepared], forward: Forward) -> Iterator[Encoded]:

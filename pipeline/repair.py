@@ -7,8 +7,9 @@ from pathlib import Path
 from pipeline import manifest as manifests
 from pipeline.cache import verify
 from pipeline.cache.reader import differences, read_group
+from pipeline.cache.writer import LEFTOVERS, remove_leftovers
 from pipeline.extract import Effort, carry_out, plan
-from pipeline.runs import fingerprint
+from pipeline.runs import fingerprint, lock
 
 
 def repair(path: Path, effort: Effort) -> list[str]:
@@ -18,10 +19,13 @@ def repair(path: Path, effort: Effort) -> list[str]:
     """
     problems = verify(path)
     if not problems:
+        if any(path.rglob(LEFTOVERS)):  # of a writer that was killed when nothing else was left to do
+            with lock(path):
+                remove_leftovers(path)
         return []
     group = read_group(path)
     identity, provenance = group["identity"], group["provenance"]
-    if "settings" not in provenance:
+    if not {"settings", "shard_rows"} <= provenance.keys():
         raise ValueError(
             f"{path} was not extracted here: {'; '.join(problems)}; to make it again, run: {provenance['command']}"
         )

@@ -7,12 +7,14 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from test_train import FAST, SMALL, caches_by_key
 
 import cli
-from pipeline import plugins
+from pipeline import doctor, plugins
+from pipeline.manifest import Manifest
 
 
 def run(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> int:
@@ -148,6 +150,19 @@ def test_an_unwritable_home_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys:
     assert printed.count("\n") == 1
 
 
+def test_doctor_foresees_a_full_disk(tiny_manifest: Manifest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    room = doctor.encoder_finding(tmp_path, tiny_manifest, "random_projection")
+    assert room.good
+    assert room.what == "encoder random_projection: a cache of 40 x (32,) takes 0 MiB"
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=60))
+    full = doctor.encoder_finding(tmp_path, tiny_manifest, "random_projection")
+    assert not full.good
+    assert full.remedy == "2,500 bytes are lacking: choose another disk with --home"
+    lacking = doctor.encoder_finding(tmp_path, tiny_manifest, "frames")
+    assert not lacking.good
+    assert "has image media" in lacking.remedy
+
+
 def test_doctor_names_the_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["doctor", "--home", str(tmp_path)], monkeypatch) == 2
     lines = capsys.readouterr().out.splitlines()
@@ -163,5 +178,5 @@ def test_help_is_quick_and_imports_no_stage() -> None:
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert "train-head" in done.stdout
-    for module in ("torch", "pandas", "zarr", "pipeline"):
+    for module in ("torch", "pandas", "zarr", "pipeline.cache", "pipeline.manifest", "pipeline.runs"):
         assert f"'{module}'" not in done.stderr

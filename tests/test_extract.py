@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import multiprocessing
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,6 +17,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from fault_cases import content
 from PIL import Image
 
 from pipeline import manifest as manifests
@@ -41,19 +42,6 @@ def texts(tmp_path: Path) -> Manifest:
     ]
     meta = {"media_type": "image", "text": {"kind": "caption", "aggregate": "mean", "sep": " "}}
     return Manifest("texts", "single", ("only",), tuple(samples), meta, tmp_path)
-
-
-def content(path: Path) -> dict[str, bytes]:
-    """Every file of a cache, without the seconds in its commit records."""
-    files = {}
-    for file in sorted(path.rglob("*")):
-        name = file.relative_to(path).as_posix()
-        if file.is_file() and name.startswith("commits/0"):
-            commit = layout.read_commit(path, int(file.stem))
-            files[name] = repr(dataclasses.replace(commit, seconds=0)).encode()
-        elif file.is_file() and name != ".lock":
-            files[name] = file.read_bytes()
-    return files
 
 
 def test_features_equal_the_encoder(tiny_manifest: Manifest, tiny_home: Path) -> None:
@@ -97,45 +85,32 @@ def test_finished_extraction_does_nothing(texts: Manifest, tmp_path: Path, monke
     assert {file: file.stat().st_mtime_ns for file in path.rglob("*/c/*/*")} == before
 
 
-def kill_at(step: int, manifest: Manifest, home: Path) -> None:
-    """Extract in this process, but die by SIGKILL at the given rename: odd steps before it, even ones after it."""
-    torch.set_num_threads(1)
-    replace, steps = os.replace, iter(range(1_000_000))
-
-    def deadly(source: Any, target: Any) -> None:
-        for action in (lambda: None, lambda: replace(source, target)):
-            action()
-            if next(steps) == step:
-                os.kill(os.getpid(), signal.SIGKILL)
-
-    os.replace = deadly
-    extract(manifest, "random_projection", TEXT, home, effort=QUIET)
-    os._exit(0)
-
-
 def test_killed_at_every_rename_it_resumes_to_the_same_bytes(
     texts: Manifest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Files appear by renames only, so these are all the states a kill can leave; two shards of 512 rows."""
+    """Files appear by renames only: a copy of the folder before and after each is all that a kill can leave; two shards."""
     monkeypatch.setattr(layout, "SHARD_ROWS", 512)
-    path = extract(texts, "random_projection", TEXT, tmp_path / "whole", effort=QUIET)
+    effort = Effort(workers=0, progress=False)
+    states: list[Path] = []
+
+    def rename(source: Any, target: Any) -> None:
+        states.append(Path(shutil.copytree(tmp_path / "whole", tmp_path / str(len(states)))))
+        replace(source, target)
+        states.append(Path(shutil.copytree(tmp_path / "whole", tmp_path / str(len(states)))))
+
+    replace = os.replace
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", rename)
+        path = extract(texts, "random_projection", TEXT, tmp_path / "whole", effort=effort)
     expected = content(path)
     assert info(path)["shards"] == {"committed": 2, "total": 2}
-    step, exit_code = 0, -signal.SIGKILL
-    while exit_code == -signal.SIGKILL:
-        home = tmp_path / str(step)
-        child = multiprocessing.get_context("fork").Process(target=kill_at, args=(step, texts, home))
-        child.start()
-        child.join(60)
-        exit_code = child.exitcode
+    assert len(states) == 2 * len(expected)
+    for home in states:
         killed = home / path.relative_to(tmp_path / "whole")
         if info_or_none(killed) != {"committed": 2, "total": 2}:
             with pytest.raises(ValueError, match="diffalign extract"):
                 open_cache(killed)
-        assert content(extract(texts, "random_projection", TEXT, home, effort=QUIET)) == expected
-        step += 1
-    assert exit_code == 0
-    assert step >= 2 * len(expected)
+        assert content(extract(texts, "random_projection", TEXT, home, effort=effort)) == expected
 
 
 def info_or_none(path: Path) -> Any:

@@ -23,6 +23,7 @@ from pipeline.cache import layout
 from pipeline.cache.layout import Commit, Failure
 from pipeline.runs import write_atomic
 
+LEFTOVERS = ".*.tmp"  # what `write_atomic` calls a file that is not whole yet
 FAILURE_COLUMNS = pa.schema([("id", pa.string()), ("stage", pa.string()), ("error", pa.string())])
 
 
@@ -52,7 +53,7 @@ class Writer:
         `offsets` [N+1] int64 says which rows of features belong to which sample; empty [0] when every sample has one row.
         `shard_rows` is for a new cache (0: 8,192); one that was started keeps its own.
         """
-        _remove_leftovers(path)
+        remove_leftovers(path)
         num_rows = int(offsets[-1]) if len(offsets) else len(ids)
         attributes = {
             "kind": "ragged" if len(offsets) else "dense",
@@ -131,7 +132,7 @@ class Writer:
 
     def finish(self, commits: Mapping[int, Commit]) -> None:
         """Gather the failures of all shards into failures.parquet."""
-        _remove_leftovers(self.path)
+        remove_leftovers(self.path)
         write_atomic(self.path / "failures.parquet", _encode_failures([commits[shard] for shard in sorted(commits)]))
         layout.write_digests(self.path, "failures", ["failures.parquet"])
 
@@ -147,9 +148,9 @@ class Writer:
         return store[self._file(shard).relative_to(self.path).as_posix()].as_numpy_array().data
 
 
-def _remove_leftovers(path: Path) -> None:
+def remove_leftovers(path: Path) -> None:
     """Remove what writers left that were killed; one that only seemed to be dead fails then, and its shard has been redone."""
-    for leftover in path.rglob(".*.tmp"):
+    for leftover in path.rglob(LEFTOVERS):
         leftover.unlink(missing_ok=True)
 
 
