@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from pipeline import cache_commands, grid_command
-from pipeline.console import HOME, NONE, AsJson, Home, assignments, numbers, show, show_table
+from pipeline.console import HOME, NONE, AsJson, Home, Scheduler, assignments, numbers, show, show_table
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -96,9 +96,7 @@ def extract(
     shard_rows: Annotated[
         int, typer.Option(min=0, help="Rows per shard, the unit of commit and of distribution; 0: 8192, of clips 512.")
     ] = 0,
-    scheduler: Annotated[
-        str, typer.Option(help="local, or the address of a dask scheduler, tcp://host:port; its workers see the same files.")
-    ] = "local",
+    scheduler: Scheduler = "local",
     workers_gpu: Annotated[str, typer.Option(help="GPUs of this machine to use together, e.g. 0,1.")] = "",
     max_failures: Annotated[float, typer.Option(min=0, help="Stop above this share of samples that cannot be decoded.")] = 0.05,
     retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Try samples again that could not be decoded.")] = False,
@@ -109,25 +107,22 @@ def extract(
 ) -> None:
     """Stage 1: run encoders once over a dataset; an interrupted extraction goes on where it was."""
     from pipeline import manifest as manifests
+    from pipeline import plugins
     from pipeline.distribute import extract_with
     from pipeline.extract import Effort
 
     chosen = encoder or list(manifests.load_spec(dataset)["encoders"].values())
-    given = assignments(settings) | ({"weights": weights} if weights else {})
+    given = assignments([*settings, *([f"weights={weights}"] if weights else [])])
     if given and len(chosen) > 1:
         raise ValueError("--set and --weights belong to one encoder: name it with --encoder")
+    for name in chosen:
+        plugins.get("encoders", name)  # all names are right before the first encoder runs
     effort = Effort(
-        batch_size=batch_size,
-        workers=workers,
-        shard_rows=shard_rows,
-        max_failures=max_failures,
-        retry_failed=retry_failed,
+        batch_size=batch_size, workers=workers, shard_rows=shard_rows, max_failures=max_failures, retry_failed=retry_failed
     )
     gpus = numbers(workers_gpu, "--workers-gpu") if workers_gpu else []
-    paths = {
-        name: str(extract_with(scheduler, gpus, home, dataset, name, given, store_dtype, compiled, effort)) for name in chosen
-    }
-    show(paths, as_json)
+    done = [extract_with(scheduler, gpus, home, dataset, name, given, store_dtype, compiled, effort) for name in chosen]
+    show(dict(zip(chosen, map(str, done), strict=True)), as_json)
 
 
 @app.command("train-head")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -14,6 +15,23 @@ if TYPE_CHECKING:
 
 Home = Annotated[Path, typer.Option("--home", envvar="DIFFALIGN_HOME", help="Folder of manifests, caches, runs and reports.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+
+
+def _address(scheduler: str) -> str:
+    """The option's value; `ValueError` for what cannot be an address, before half a minute is spent looking for it."""
+    if scheduler != "local" and not re.fullmatch(r"(tcp|tls|ucx|ws|wss)://[^\s/]+:\d+/?", scheduler):
+        raise ValueError(f"--scheduler takes local or tcp://host:port, not {scheduler!r}")
+    return scheduler
+
+
+Scheduler = Annotated[
+    str,
+    typer.Option(
+        "--scheduler",
+        callback=_address,
+        help="local, or the address of a dask scheduler, tcp://host:port; its workers see the same files.",
+    ),
+]
 HOME = Path("artifacts")
 NONE: list[str] = []
 
@@ -32,12 +50,14 @@ def show_table(table: pd.DataFrame, as_json: bool) -> None:
 
 
 def assignments(pairs: Iterable[str]) -> dict[str, str]:
-    """{"lr": "1e-3"} from ["lr=1e-3"]."""
+    """{"lr": "1e-3"} from ["lr=1e-3"]; `ValueError` for a key that is given twice."""
     result: dict[str, str] = {}
     for pair in pairs:
         key, equals, value = pair.partition("=")
         if not (key and equals):
             raise ValueError(f"--set takes KEY=VALUE, not {pair!r}")
+        if key in result:
+            raise ValueError(f"{key!r} is given twice: {result[key]!r} and {value!r}")
         result[key] = value
     return result
 

@@ -11,29 +11,14 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-import torch
-
-from pipeline import manifest as manifests
 from pipeline import plugins
-from pipeline.cache import find_caches, info
-from pipeline.encoding import build_encoder
-from pipeline.items import make_items
-from pipeline.manifest import Manifest
 
-PACKAGES = (
-    "torch",
-    "torchvision",
-    "timm",
-    "transformers",
-    "open_clip_torch",
-    "zarr",
-    "h5py",
-    "pandas",
-    "pyarrow",
-    "matplotlib",
-)
+if TYPE_CHECKING:
+    from pipeline.manifest import Manifest
+
+EXTRAS = ("demo", "search")  # of pyproject.toml; the others are for developers
 MIN_FREE_BYTES = 2 * 1024**3
 BYTES_PER_NUMBER = 2  # float16, the default on disk
 
@@ -50,24 +35,51 @@ class Finding(NamedTuple):
 
 
 def findings(home: Path, dataset: str) -> Iterator[Finding]:
-    """The machine, the packages, the home folder, the dataset's files, its encoders and caches, in this order."""
-    manifests.load_spec(dataset)  # an unknown name is a mistake of the command, not of the machine
+    """The machine, the packages, the home folder, the dataset's files, its encoders and caches, in this order.
+
+    What comes after the packages is looked at only when all are there: it needs them.
+    """
+    plugins.get("datasets", dataset)  # an unknown name is a mistake of the command, not of the machine
     yield Finding(sys.version_info >= (3, 11), f"Python {platform.python_version()}", "install Python 3.11 or newer")
-    for package in PACKAGES:
-        yield _package(package)
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} processors, no GPU"
-    yield Finding(True, f"device: {device}")
+    packages = list(_packages())
+    yield from packages
     yield _writable(home)
     yield _free_space(home)
-    yield _source_files(dataset)
-    yield from _prepared(home, dataset)
+    if all(package.good for package in packages):
+        yield _device()
+        yield _source_files(home, dataset)
+        yield from _prepared(home, dataset)
 
 
-def _package(name: str) -> Finding:
+def _packages() -> Iterator[Finding]:
+    """Everything the project's own metadata requires, in the versions it requires; extras are told when they are here."""
     try:
-        return Finding(True, f"{name} {importlib.metadata.version(name)}")
-    except importlib.metadata.PackageNotFoundError:
-        return Finding(False, f"{name} is not installed", "run: make setup")
+        required = importlib.metadata.requires("diffalign") or []
+        from packaging.requirements import Requirement
+    except (importlib.metadata.PackageNotFoundError, ModuleNotFoundError) as error:
+        yield Finding(False, f"{error.name} is not installed", "run: make setup")
+        return
+    for requirement in map(Requirement, required):
+        extra = requirement.marker is not None and "extra" in str(requirement.marker)
+        if requirement.marker and not any(requirement.marker.evaluate({"extra": name}) for name in ("", *EXTRAS)):
+            continue
+        try:
+            version = importlib.metadata.version(requirement.name)
+        except importlib.metadata.PackageNotFoundError:
+            if not extra:
+                yield Finding(False, f"{requirement.name} is not installed", "run: make setup")
+            continue
+        fits = requirement.specifier.contains(version, prereleases=True)
+        yield Finding(
+            fits, f"{requirement.name} {version}", f"{requirement.name}{requirement.specifier} is needed; run: make setup"
+        )
+
+
+def _device() -> Finding:
+    import torch
+
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} processors, no GPU"
+    return Finding(True, f"device: {name}")
 
 
 def _existing(folder: Path) -> Path:
@@ -95,10 +107,14 @@ def _free_space(home: Path) -> Finding:
     )
 
 
-def _source_files(dataset: str) -> Finding:
+def _source_files(home: Path, dataset: str) -> Finding:
     """Whether the dataset's official files are where it looks without --root."""
+    from pipeline.fetch import folder
+    from pipeline.manifest import load_spec
+
+    root = folder(dataset, home)
     try:
-        manifest = plugins.get("datasets", dataset).build(manifests.load_spec(dataset), None)
+        manifest = plugins.get("datasets", dataset).build(load_spec(dataset), root if root.is_dir() else None)
     except (ValueError, OSError) as error:
         return Finding(False, f"the files of {dataset} are not complete", str(error))
     return Finding(True, f"the files of {dataset}: {len(manifest.samples)} samples")
@@ -106,6 +122,9 @@ def _source_files(dataset: str) -> Finding:
 
 def encoder_finding(home: Path, manifest: Manifest, name: str) -> Finding:
     """Whether a default encoder is here with its weights, and its cache will find room."""
+    from pipeline.encoding import build_encoder
+    from pipeline.items import make_items
+
     try:
         _, encoder = build_encoder(name, {})
         items, _ = make_items(manifest, encoder, "float16")
@@ -118,6 +137,10 @@ def encoder_finding(home: Path, manifest: Manifest, name: str) -> Finding:
 
 
 def _prepared(home: Path, dataset: str) -> Iterator[Finding]:
+    """The dataset's manifest, what its encoders need, and its caches."""
+    from pipeline import manifest as manifests
+    from pipeline.cache import find_caches
+
     try:
         manifest = manifests.read(home, dataset)
     except ValueError as error:
@@ -127,5 +150,14 @@ def _prepared(home: Path, dataset: str) -> Iterator[Finding]:
         for name in manifests.load_spec(dataset)["encoders"].values():
             yield encoder_finding(home, manifest, name)
     for path in find_caches(home, dataset):
+        yield _cache(path)
+
+
+def _cache(path: Path) -> Finding:
+    from pipeline.cache import info
+
+    try:
         facts = info(path)
-        yield Finding(facts["complete"], f"cache {path.name}: {facts['rows']} rows", f"run: {facts['provenance']['command']}")
+    except (ValueError, OSError) as error:
+        return Finding(False, f"cache {path.name} is damaged", f"{error}; run: diffalign cache repair {path}")
+    return Finding(facts["complete"], f"cache {path.name}: {facts['rows']} rows", f"run: {facts['provenance']['command']}")

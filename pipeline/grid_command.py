@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from pipeline.console import HOME, NONE, AsJson, Home, assignments, numbers, show, show_table
+from pipeline.console import HOME, NONE, AsJson, Home, Scheduler, assignments, numbers, show, show_table
 
 if TYPE_CHECKING:
     from pipeline.sweep import Swept
@@ -39,9 +39,7 @@ def grid(
         Literal["all", "optuna"], typer.Option(help="Train all cells to the end, or the better ones (successive halving).")
     ] = "all",
     workers: Annotated[int, typer.Option(min=-1, help="Processes; -1: one per core, 0: this one does everything.")] = -1,
-    scheduler: Annotated[
-        str, typer.Option(help="local, or the address of a dask scheduler, tcp://host:port; its workers see the same files.")
-    ] = "local",
+    scheduler: Scheduler = "local",
     no_test: Annotated[bool, typer.Option("--no-test", help="Do not evaluate the winner on the test split.")] = False,
     image: Annotated[str, typer.Option(help="Cache of the image features; default: the dataset's image encoder.")] = "",
     text: Annotated[str, typer.Option(help="Cache of the text features; default: the dataset's text encoder.")] = "",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import shutil
 import subprocess
@@ -86,7 +87,11 @@ def test_a_method_shows_its_settings(method: str, monkeypatch: pytest.MonkeyPatc
     [
         (["prepare", "imagenet"], "unknown dataset 'imagenet'; choose one of: "),
         (["train-head", "--dataset", "tiny", "--method", "gan"], "unknown method 'gan'; choose one of: baseline, cdr"),
-        (["extract", "openmoji", "--encoder", "vgg"], "diffalign prepare openmoji"),
+        (["extract", "openmoji", "--encoder", "timm"], "diffalign prepare openmoji"),
+        (["extract", "openmoji", "--encoder", "timm", "--encoder", "vgg"], "unknown encoder 'vgg'"),
+        (["extract", "openmoji", "--encoder", "timm", "--set", "weights=a", "--weights", "b"], "'weights' is given twice"),
+        (["extract", "openmoji", "--scheduler", "cluster"], "--scheduler takes local or tcp://host:port, not 'cluster'"),
+        (["grid", "--scheduler", "cluster"], "--scheduler takes local or tcp://host:port, not 'cluster'"),
         (["train-head", "--method", "ema", "--set", "x=1"], "unknown setting 'x'; choose one of: width, "),
         (["train-head", "--method", "ema", "--set", "tau"], "--set takes KEY=VALUE, not 'tau'"),
         (["train-head", "--method", "ema", "--set", "tau=warm"], "setting 'tau' is 'warm'; it takes a finite float"),
@@ -168,6 +173,26 @@ def test_doctor_names_the_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     lines = capsys.readouterr().out.splitlines()
     assert any(line.startswith("BAD  openmoji is not prepared") and "diffalign prepare openmoji" in line for line in lines)
     assert any(line.startswith("ok   torch ") for line in lines)
+
+
+def test_doctor_tells_a_package_that_is_too_old_and_looks_no_further(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    version = importlib.metadata.version
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "2.9" if name == "zarr" else version(name))
+    lines = [str(finding) for finding in doctor.findings(tmp_path, "openmoji")]
+    assert [line for line in lines if line.startswith("BAD")] == ["BAD  zarr 2.9: zarr>=3.1 is needed; run: make setup"]
+    assert not any("device" in line for line in lines)
+
+
+def test_doctor_goes_on_after_a_damaged_cache(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    caches = sorted((home / "caches" / "tiny").iterdir())
+    (caches[0] / "zarr.json").write_text("{")
+    monkeypatch.setattr(
+        plugins, "get", lambda kind, name: SimpleNamespace(build=lambda spec, root: SimpleNamespace(samples=()))
+    )
+    monkeypatch.setattr("pipeline.manifest.load_spec", lambda name: {"encoders": {}})
+    lines = [str(finding) for finding in doctor.findings(home, "tiny")][-len(caches) :]
+    assert lines[0].startswith(f"BAD  cache {caches[0].name} is damaged: ")
+    assert all(line.startswith("ok   cache") for line in lines[1:])
 
 
 def test_help_is_quick_and_imports_no_stage() -> None:
