@@ -25,6 +25,8 @@ SVG_LIMIT = 16 * 2**20  # bytes; a drawing larger than this is not an icon
 FRAME_LIMIT = 50_000  # frames; half an hour at 25 per second
 SAMPLING = "midpoints"  # the name of the rule of `sampled`, for identities
 END_SLACK = 0.05  # share of its declared time that a video's last frames may be missing
+ASPECT_LIMIT = 100  # longer side over shorter side: encoders bring the shorter one to some hundred pixels, whatever the other
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # read by libraries alone; of others, Pillow starts programs
 ANIMATIONS = ("GIF", "PNG", "WEBP")
 CONTAINERS = "mov,mp4,matroska,webm,avi"  # never playlists, which name other files
 DAMAGED = (  # how Pillow and the readers of this module say so
@@ -33,7 +35,7 @@ DAMAGED = (  # how Pillow and the readers of this module say so
     EOFError,
     LookupError,
     struct.error,
-    RuntimeError,  # of the readers of AVIF, DDS and BLP
+    RuntimeError,  # of what is written in C
     Image.DecompressionBombError,
     Image.DecompressionBombWarning,
 )
@@ -43,8 +45,8 @@ WHITE = (255, 255, 255)
 def open_image(path: Path, size: int) -> Image.Image:
     """The picture in a file as RGB; transparent parts become white.
 
-    Raster files keep their own size and are turned upright by their EXIF tag. SVG files are rendered to `size` x `size`
-    pixels, without fonts and external files, and centred when they are not square.
+    Raster files (JPEG, PNG, WebP, GIF, BMP, TIFF) keep their own size and are turned upright by their EXIF tag. SVG files are
+    rendered to `size` x `size` pixels, without fonts and external files, and centred when they are not square.
     Raises `ValueError` with the file's name and the reason when there is no whole picture in it.
     """
     with _reasons(path):
@@ -81,8 +83,11 @@ def _reasons(path: Path) -> Iterator[None]:
     except FileNotFoundError as error:
         raise ValueError(f"{path.name}: no such file") from error
     except OSError as error:
-        reason = "not a picture that Pillow can read" if isinstance(error, UnidentifiedImageError) else error.strerror or error
+        unknown = f"not a {', '.join(FORMATS)} or SVG picture"
+        reason = unknown if isinstance(error, UnidentifiedImageError) else error.strerror or error
         raise ValueError(f"{path.name}: {reason}") from error
+    except MemoryError as error:
+        raise ValueError(f"{path.name}: it does not fit into memory") from error
     except DAMAGED as error:
         raise ValueError(f"{path.name}: {error}") from error
 
@@ -90,7 +95,8 @@ def _reasons(path: Path) -> Iterator[None]:
 def _decode(path: Path) -> Image.Image:
     with warnings.catch_warnings():
         warnings.simplefilter("error", Image.DecompressionBombWarning)
-        with Image.open(path) as file:
+        with Image.open(path, formats=FORMATS) as file:
+            _check_size(*file.size)
             file.load()
             return _on_white(ImageOps.exif_transpose(file))
 
@@ -103,6 +109,7 @@ def _frames(path: Path, num_frames: int) -> list[Image.Image]:
         except UnidentifiedImageError:
             return _video_frames(path, num_frames)
         with animation:
+            _check_size(*animation.size)
             return _animation_frames(path, animation, num_frames)
 
 
@@ -127,6 +134,13 @@ def _check_trailer(path: Path) -> None:
         file.seek(-min(path.stat().st_size, 64), os.SEEK_END)  # some programs write a little after it
         if b"\x00;" not in file.read():
             raise ValueError("cut short: the end of the animation is missing")
+
+
+def _check_size(width: int, height: int) -> None:
+    if width * height > (Image.MAX_IMAGE_PIXELS or math.inf):
+        raise ValueError(f"{width} x {height} pixels exceed Pillow's limit, could be a bomb")
+    if max(width, height) > ASPECT_LIMIT * min(width, height):
+        raise ValueError(f"{width} x {height} pixels: one side is more than {ASPECT_LIMIT} times the other")
 
 
 def _check_length(length: int) -> None:
@@ -162,8 +176,7 @@ def _video_stream(container: InputContainer) -> VideoStream:
     stream = streams[0]
     if stream.codec_context is None:
         raise ValueError("its video is in a format that cannot be decoded")
-    if stream.width * stream.height > (Image.MAX_IMAGE_PIXELS or math.inf):
-        raise ValueError(f"frames of {stream.width} x {stream.height} pixels exceed Pillow's limit, could be a bomb")
+    _check_size(stream.width, stream.height)
     stream.codec_context.thread_count = 1  # extraction has its own processes
     return stream
 
@@ -215,6 +228,7 @@ def _at_times(container: InputContainer, stream: VideoStream, wanted: list[int])
             raise ValueError(f"damaged: of the {len(wanted)} frames asked for, only {len(images)} come before the fault")
         if time < wanted[len(images)]:
             continue
+        _check_size(frame.width, frame.height)  # which may change on the way
         image = frame.to_image().rotate(frame.rotation, expand=True)
         while len(images) < len(wanted) and wanted[len(images)] <= time:
             images.append(image)
@@ -248,7 +262,7 @@ def _read_drawing(path: Path) -> str:
 
 def _render(drawing: str, size: int) -> Image.Image:
     png = render(drawing, size)
-    with Image.open(io.BytesIO(png)) as file:
+    with Image.open(io.BytesIO(png), formats=("PNG",)) as file:
         image = file.convert("RGB")
     if image.size == (size, size):
         return image

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import hashlib
 import json
 import pickle
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import safetensors.torch
@@ -24,14 +26,15 @@ CONFIGURATION_FILES = ("*.json", "*.txt", "*.model")  # vocabularies too
 WEIGHT_FILES = "*.safetensors"
 NO_CODE = " weights; other formats can carry code and are not loaded"
 NOT_MEANT = ("_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version")  # says nothing of features
-OWN_PREFIX = "network."  # how the state of this package's encoders names their network's tensors
+OWN_NAME = re.compile(r"^(?:(?:image|text|video)\.)*network\.")  # begins names in states of this package's encoders
 
 
-def read_state(path: Path) -> dict[str, Tensor]:
+def read_state(path: Path, modality: Literal["image", "text"] = "image") -> dict[str, Tensor]:
     """The tensors of a .safetensors, .pth, .pt or .bin file, or of all .safetensors files of a folder, by name, on the CPU.
 
-    A file that holds the state of one of this package's encoders gives the names of the network inside it.
-    `ValueError` when there is no such file, or it cannot be read without running code.
+    Of the state of one of this package's encoders, or of two of them under the names `image` (or `video`) and `text`, these are
+    the tensors of the network inside, that of the modality. `ValueError` when there is no such file, or it cannot be read
+    without running code.
     """
     files = sorted(path.glob(WEIGHT_FILES)) if path.is_dir() else [path]
     if not files:
@@ -42,7 +45,9 @@ def read_state(path: Path) -> dict[str, Tensor]:
     state = state.get("state_dict", state)  # how training programs wrap it
     if not all(isinstance(tensor, Tensor) for tensor in state.values()):
         raise ValueError(f"{path.name} holds other things than tensors; save the network's state_dict alone")
-    return {name.removeprefix(OWN_PREFIX): tensor for name, tensor in state.items()}
+    others = ("image.", "video.") if modality == "text" else ("text.",)
+    kept = {name: tensor for name, tensor in state.items() if not (name.startswith(others) and OWN_NAME.match(name))}
+    return {OWN_NAME.sub("", name, count=1): tensor for name, tensor in kept.items()}
 
 
 def _read(file: Path) -> dict[str, Any]:
@@ -121,10 +126,11 @@ def transformers_folder(model: str, weights: str) -> Path:
     return hub_folder(model, WEIGHT_FILES if weights == "pretrained" else "config.json")
 
 
-def transformers_network(folder: Path, weights: str, pooler: bool) -> nn.Module:
+def transformers_network(folder: Path, weights: str, tower: Literal["vision_model", "text_model", ""], pooler: bool) -> Any:
     """The float32 network that a transformers folder configures, with weights that are pretrained, random, or a file's.
 
-    `pooler` says that the pooler's weights are needed; many checkpoints lack them. `ValueError` names what is missing.
+    Of a model that has this tower it is the tower, whose weights are enough. `pooler` says that the pooler's weights are
+    needed, too; many checkpoints lack them. `ValueError` names what is missing.
     """
     from transformers import AutoConfig, AutoModel  # seconds, which other encoders need not wait
     from transformers.utils import logging
@@ -134,19 +140,34 @@ def transformers_network(folder: Path, weights: str, pooler: bool) -> nn.Module:
     config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     with seeded():
         if weights == "random":
-            return AutoModel.from_config(config, trust_remote_code=False, dtype=torch.float32)
+            network = AutoModel.from_config(config, trust_remote_code=False, dtype=torch.float32)
+            return getattr(network, tower, network)
         options: dict[str, Any] = {"dtype": torch.float32, "output_loading_info": True, "ignore_mismatched_sizes": True}
         if weights == "pretrained":
             network, info = AutoModel.from_pretrained(folder, local_files_only=True, use_safetensors=True, **options)
         else:
             with torch.device("meta"):
-                kind = type(AutoModel.from_config(config, trust_remote_code=False))
-            network, info = kind.from_pretrained(None, config=config, state_dict=read_state(Path(weights)), **options)
-    lacking = sorted(name for name in info["missing_keys"] if pooler or "pooler" not in name)
-    if lacking or info["mismatched_keys"]:
-        fault = f"{lacking[0]} is missing" if lacking else f"{min(info['mismatched_keys'])[0]} has another shape"
-        raise ValueError(f"weights {weights!r} do not fit {type(network).__name__}: {fault}")
-    return network
+                empty = AutoModel.from_config(config, trust_remote_code=False)
+            state = _of_tower(read_state(Path(weights), "text" if tower == "text_model" else "image"), tower, empty)
+            network, info = type(empty).from_pretrained(None, config=config, state_dict=state, **options)
+    read = getattr(network, tower, network)
+    fault = f"weights {weights!r} do not fit {type(read).__name__}"
+    _check_complete(info, "" if read is network else f"{tower}.", pooler, fault)
+    return read
+
+
+def _of_tower(state: Mapping[str, Tensor], tower: str, network: nn.Module) -> dict[str, Tensor]:
+    """A state under the network's names, also when it is that of the tower alone."""
+    names = network.state_dict().keys()
+    return {within if (within := f"{tower}.{name}") in names else name: tensor for name, tensor in state.items()}
+
+
+def _check_complete(info: Mapping[str, Any], prefix: str, pooler: bool, fault: str) -> None:
+    """`ValueError` that begins with `fault` when transformers did not find a tensor whose name has this prefix."""
+    lacking = [f"{name} is missing" for name in info["missing_keys"] if pooler or "pooler" not in name]
+    lacking += [f"{name} has another shape" for name, *_ in info["mismatched_keys"]]
+    for each in sorted(each for each in lacking if each.startswith(prefix)):
+        raise ValueError(f"{fault}: {each}")
 
 
 def states_of(output: Any, layer: int) -> Tensor:
@@ -156,6 +177,23 @@ def states_of(output: Any, layer: int) -> Tensor:
     """
     states = output.last_hidden_state if layer == -1 else output.hidden_states[layer]
     return (states.flatten(2).transpose(1, 2) if states.ndim == 4 else states).float()
+
+
+def pooled(states_BTD: Tensor, pooling: str, tokens: bool) -> Tensor:
+    """All tokens [B,T,D], or of each item the first one (cls), or their mean [B,D]."""
+    if tokens:
+        return states_BTD
+    return states_BTD[:, 0] if pooling == "cls" else states_BTD.mean(dim=1)
+
+
+def feature_shape(encoder: Any, blank: Tensor) -> tuple[int, ...]:
+    """The shape of what an encoder makes of one prepared item; `ValueError` when its model does not have its layer."""
+    probe = copy.deepcopy(encoder)  # some networks of timm keep what they compute of their weights, those of transformers hooks
+    try:
+        with torch.inference_mode():
+            return tuple(probe(blank[None]).shape[1:])
+    except (AssertionError, AttributeError, IndexError) as error:  # OpenCLIP or timm, a network without layers, transformers
+        raise ValueError(f"model {encoder.config.model!r} does not give layer {encoder.config.layer}: {error}") from error
 
 
 def check_class_token(network: nn.Module) -> None:

@@ -10,7 +10,10 @@ from typing import Any
 import av
 import numpy as np
 from PIL import Image
-from transformers import AutoConfig, AutoModel, VideoMAEImageProcessor, ViTImageProcessor
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from transformers import AutoConfig, AutoModel, PreTrainedTokenizerFast, VideoMAEImageProcessor, ViTImageProcessor
 
 BODY: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
 SEEING = {**BODY, "image_size": 32, "patch_size": 8}
@@ -19,6 +22,9 @@ MEETING = {f"mit_{key}": value for key, value in BODY.items()}  # X-CLIP: where 
 MODELS: dict[str, dict[str, Any]] = {  # small configurations by transformers' name of the model
     "vit": SEEING,
     "siglip": {"vision_config": SEEING, "text_config": READING},
+    "bert": READING,
+    "roberta": {**READING, "pad_token_id": 1, "max_position_embeddings": 10},
+    "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 2, "vocab_size": 99, "n_positions": 16},
     "videomae": {**SEEING, "num_frames": 4},
     "timesformer": {**SEEING, "num_frames": 4},
     "xclip": {
@@ -30,6 +36,34 @@ MODELS: dict[str, dict[str, Any]] = {  # small configurations by transformers' n
         "prompt_num_attention_heads": 2,
     },
 }
+FAMILIES = {  # every family and every kind of network in it, with what is to be set beside its model
+    "efficientnet_lite": {},
+    "frames": {"encoder": "timm", "settings": "model=test_vit", "num_frames": "3"},
+    "openclip image": {"modality": "image"},
+    "openclip text": {"modality": "text"},
+    "timm vit": {"model": "test_vit"},
+    "timm resnet": {"model": "test_resnet"},
+    "timm levit": {"model": "levit_128s"},  # which remembers numbers of its weights
+    "transformers_image vit": {},
+    "transformers_image siglip": {"pooling": "pooler"},
+    "transformers_text bert": {"max_tokens": "8"},
+    "transformers_text siglip": {"max_tokens": "8"},
+    "transformers_text gpt2": {"max_tokens": "8"},
+    "transformers_video videomae": {},
+    "transformers_video timesformer": {"pooling": "cls"},
+    "transformers_video xclip": {"pooling": "pooler"},
+}
+TEXTS = ("a cat", "the quick brown fox jumps over the lazy dog")
+
+
+def family(case: str, folder: Path) -> tuple[str, dict[str, str]]:
+    """The encoder's name and the settings, all but the weights, of a small one of `FAMILIES` with its files in `folder`."""
+    name, _, kind = case.partition(" ")
+    folder.mkdir(exist_ok=True)
+    write = {"openclip": lambda: openclip_folder(folder), "transformers_image": lambda: image_folder(folder, kind)}
+    write |= {"transformers_text": lambda: text_folder(folder, kind), "transformers_video": lambda: video_folder(folder, kind)}
+    model = {"model": str(write[name]())} if name in write else {}
+    return name, {**model, **FAMILIES[case]}
 
 
 def settings(name: str, folder: Path) -> dict[str, str]:
@@ -69,6 +103,16 @@ def video_folder(folder: Path, model: str) -> Path:
     """A small random video model with its processor, as transformers saves them."""
     AutoModel.from_config(AutoConfig.for_model(model, **MODELS[model])).save_pretrained(folder)
     VideoMAEImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}).save_pretrained(folder)
+    return folder
+
+
+def text_folder(folder: Path, model: str, **tokenizer: Any) -> Path:
+    """A small random text model with a tokenizer that knows the words of `TEXTS`, as transformers saves them."""
+    AutoModel.from_config(AutoConfig.for_model(model, **MODELS[model])).save_pretrained(folder)
+    words = ["[PAD]", "[BOS]", "[EOS]", "[UNK]", *sorted({word for text in TEXTS for word in text.split()})]
+    splitter = Tokenizer(WordLevel({word: number for number, word in enumerate(words)}, unk_token="[UNK]"))
+    splitter.pre_tokenizer = Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=splitter, **tokenizer).save_pretrained(folder)
     return folder
 
 

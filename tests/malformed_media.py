@@ -22,7 +22,8 @@ from pipeline.media import FRAME_LIMIT, SVG_LIMIT
 
 GREYS = [16, 60, 104, 148, 192, 214]
 NOISE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (48, 64, 3), dtype=np.uint8))
-HUGE = 60_000  # pixels, as width and height
+THIN = (4, 4_000)  # pixels, as width and height
+HUGE = 60_000
 SVG = '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 20 20">{}</svg>'
 TEXTS = {  # what people save under a picture's name
     "page.jpg": b"<!DOCTYPE html><html><body>404 Not Found</body></html>",
@@ -36,10 +37,10 @@ TEXTS = {  # what people save under a picture's name
 }
 
 
-def encoded(form: str) -> bytes:
-    """A small picture of noise."""
+def encoded(form: str, picture: Image.Image = NOISE) -> bytes:
+    """A small picture."""
     file = io.BytesIO()
-    NOISE.save(file, form)
+    picture.save(file, form)
     return file.getvalue()
 
 
@@ -95,6 +96,10 @@ def pictures() -> dict[str, bytes]:
         "far.tiff": b"II*\0" + struct.pack("<I", 2**31),
         "no-picture.webp": b"RIFF" + struct.pack("<I", 4) + b"WEBP",
         "no-numbers.ppm": b"P6 eight eight 255\n" + bytes(192),
+        **{f"whole.{form.lower()}": encoded(form) for form in ("EPS", "ICO", "PCX", "PPM", "SGI", "TGA")},
+        "script.jpg": encoded("EPS"),
+        "thin.png": encoded("PNG", Image.new("1", (1, 40_000))),
+        "thin.jpg": encoded("JPEG", Image.new("L", (4_000, 4))),
         "archive.gif": archive(),
         "no-format.dds": encoded("DDS")[:76] + bytes(400),
     }
@@ -157,6 +162,9 @@ def clips(folder: Path) -> dict[str, bytes]:
         "sound.mkv": sound(folder / "sound.mkv", with_cover=False),
         "music.mp4": sound(folder / "music.mp4", with_cover=True),
         "endless.avi": endless(folder / "endless.avi"),
+        "thin.avi": write_video(folder / "thin.avi", "rawvideo", GREYS, THIN, "bgr24").read_bytes(),
+        "thin.webp": encoded("WEBP", Image.new("RGB", THIN)),
+        "growing.avi": growing(folder / "growing.avi"),
         "no-frames.gif": b"GIF89a" + struct.pack("<HH", 8, 8) + b"\0\0\0;",
         "bomb.gif": pictures()["bomb.gif"],
     }
@@ -194,6 +202,19 @@ def endless(path: Path) -> bytes:
         (packet, *_) = [*stream.encode(picture), *stream.encode()]
         for time in range(FRAME_LIMIT + 1):
             packet.pts = packet.dts = time
+            container.mux(packet)
+    return path.read_bytes()
+
+
+def growing(path: Path) -> bytes:
+    """A video whose frames are not as small as it says."""
+    with av.open(str(path), mode="w") as container:
+        stream = container.add_stream("mjpeg", rate=Fraction(10))
+        assert isinstance(stream, av.VideoStream)
+        stream.width, stream.height, stream.pix_fmt = 16, 16, "yuvj420p"
+        for time in range(4):
+            packet = av.Packet(encoded("JPEG", Image.new("RGB", (16, 16) if time == 0 else THIN)))
+            packet.stream, packet.pts, packet.dts, packet.time_base = stream, time, time, Fraction(1, 10)
             container.mux(packet)
     return path.read_bytes()
 

@@ -156,6 +156,14 @@ def test_what_is_no_clip_is_named(tmp_path: Path) -> None:
             open_frames(tmp_path / name, 2)
 
 
+def test_clips_without_breadth_are_refused(tmp_path: Path) -> None:
+    videos = [write_video(tmp_path / "x.avi", "rawvideo", GREYS, (4, 404), "bgr24")]
+    Image.new("RGB", (1, 101)).save(tmp_path / "x.webp", lossless=True)
+    for path in (*videos, tmp_path / "x.webp"):
+        with pytest.raises(ValueError, match=rf"^{path.name}: .* one side is more than 100 times the other"):
+            open_frames(path, 2)
+
+
 def test_clips_without_end_and_bombs_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     video, animation = write_video(tmp_path / "x.mkv", "mpeg4", GREYS), write_animation(tmp_path / "x.gif", GREYS)
     monkeypatch.setattr(media, "FRAME_LIMIT", 9)

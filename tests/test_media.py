@@ -6,6 +6,8 @@ import base64
 import io
 import os
 import struct
+import subprocess
+import sys
 import zlib
 from pathlib import Path
 
@@ -129,6 +131,55 @@ def test_decompression_bombs_are_refused(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 9_000)  # 1.1 times too large: Pillow alone would only warn
     with pytest.raises(ValueError, match=r"big\.png: .*exceeds limit"):
         open_image(tmp_path / "big.png", 8)
+
+
+@pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF"])
+def test_the_formats_that_are_promised_are_read(tmp_path: Path, form: str) -> None:
+    Image.new("RGB", (5, 3), (255, 0, 0)).save(tmp_path / "x.png", form)
+    assert np.asarray(open_image(tmp_path / "x.png", 9))[1, 1].tolist() == pytest.approx((254, 0, 0), abs=3)
+
+
+@pytest.mark.parametrize("form", ["EPS", "ICO", "PPM"])
+def test_other_formats_are_refused_by_the_list(tmp_path: Path, form: str) -> None:
+    """EPS is a program, which Pillow would hand to Ghostscript."""
+    Image.new("RGB", (16, 16)).save(tmp_path / "x.jpg", form)
+    with pytest.raises(ValueError, match=r"^x\.jpg: not a JPEG, PNG, WEBP, GIF, BMP, TIFF or SVG picture$"):
+        open_image(tmp_path / "x.jpg", 8)
+
+
+@pytest.mark.parametrize("size", [(1, 40_000), (40_000, 1), (3, 301)])
+def test_pictures_without_breadth_are_refused(tmp_path: Path, size: tuple[int, int]) -> None:
+    """To 256 pixels, the shorter side of the first would be brought with a longer one of ten millions."""
+    Image.new("L", size).save(tmp_path / "x.png")
+    with pytest.raises(ValueError, match=rf"^x\.png: {size[0]} x {size[1]} pixels: one side is more than 100 times the other$"):
+        open_image(tmp_path / "x.png", 8)
+    Image.new("L", (3, 300)).save(tmp_path / "x.png")
+    assert open_image(tmp_path / "x.png", 8).size == (3, 300)
+
+
+def test_drawings_without_breadth_stay_within_their_size(tmp_path: Path) -> None:
+    drawing = svg(tmp_path / "thin.svg", '<rect width="1" height="40000"/>', width=1, height=40_000)
+    pixels = np.asarray(open_image(drawing, 32))
+    assert pixels.shape == (32, 32, 3)
+    assert (pixels < 255).any(axis=(0, 2)).sum() == 1  # column
+
+
+def test_a_picture_that_does_not_fit_into_memory_is_an_error_of_that_picture(tmp_path: Path) -> None:
+    Image.new("1", (9_000, 9_000)).save(tmp_path / "large.png")
+    program = """if True:
+        import resource, sys
+        from pathlib import Path
+        from pipeline.media import open_image
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
+        limit = pages * resource.getpagesize() + 200 * 2**20
+        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+        try:
+            open_image(Path(sys.argv[1]), 8)
+        except ValueError as error:
+            print(error)
+    """
+    done = subprocess.run([sys.executable, "-c", program, tmp_path / "large.png"], capture_output=True, text=True, check=True)
+    assert done.stdout == "large.png: it does not fit into memory\n"
 
 
 def test_drawings_fill_the_size_and_are_centred_on_white(tmp_path: Path) -> None:

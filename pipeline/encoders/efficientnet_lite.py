@@ -28,12 +28,12 @@ class Config:
     """Which weights to use and how to look at a picture."""
 
     weights: str = "package"  # package, random, or a local .pth or .safetensors file or folder
-    crop: float = 1.0  # share of the shorter side that is seen, 0 < crop <= 1; ImageNet photographs were scored with 0.875
+    crop: float = 1.0  # share of the shorter side that is seen, 0.25..1; ImageNet photographs were scored with 0.875
     compute_dtype: ComputeDtype = "auto"  # auto: mixed where the processor has bfloat16; bfloat16 is rougher and no faster
 
     def __post_init__(self) -> None:
-        if not 0 < self.crop <= 1:
-            raise ValueError(f"crop must be in (0, 1], found {self.crop}")
+        if not 0.25 <= self.crop <= 1:
+            raise ValueError(f"crop must be in 0.25..1, found {self.crop}")
 
 
 class EfficientNetLite(nn.Module):

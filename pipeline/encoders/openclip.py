@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,13 +12,14 @@ from typing import Any, Literal
 import open_clip
 import torch
 from open_clip.factory import load_checkpoint
+from open_clip.tokenizer import SimpleTokenizer
 from open_clip.transform import PreprocessCfg, image_transform_v2, merge_preprocess_dict
 from PIL import Image
 from torch import Tensor, nn
 
 from pipeline.devices import ComputeDtype, Precision, computing, default_device, place, resolve_dtype
 from pipeline.media import open_image
-from pipeline.pretrained import digest, fit, hub_folder, pixels, read_state, seeded, split_transform
+from pipeline.pretrained import digest, feature_shape, fit, hub_folder, pixels, read_state, seeded, split_transform
 from pipeline.runs import fingerprint
 
 STORED = "open_clip_model.safetensors"  # in OpenCLIP's folders
@@ -62,16 +64,24 @@ class OpenClip(nn.Module):
         self.shape, self.normalize = split_transform(image_transform_v2(preprocessing, is_train=False))
         self.network = network
         self.input_dtype = place(self, self.compute_dtype, self.device)
-        self.feature_shape: tuple[int, ...] = self._feature_shape()
+        image = config.modality == "image"
+        blank = torch.zeros(self.input_size, dtype=torch.uint8) if image else self.prepare("a")
+        self.feature_shape: tuple[int, ...] = feature_shape(self, blank)
 
     def identity(self) -> dict[str, Any]:
         """Architecture, weights, OpenCLIP's preprocessing or tokenizer, pooling, layer, tokens, resolved compute dtype."""
-        text = {"tokenizer": type(self.tokenizer).__name__, "context_length": self.tokenizer.context_length}
-        image = {key: list(value) if isinstance(value, tuple) else value for key, value in self.preprocessing.items()}
+        if self.modality == "image":
+            inputs = {key: list(value) if isinstance(value, tuple) else value for key, value in self.preprocessing.items()}
+        else:
+            inputs = {
+                "tokenizer": type(self.tokenizer).__name__,
+                "tokenizer_sha256": tokenizer_digest(self.tokenizer),
+                "context_length": self.tokenizer.context_length,
+            }
         return {
             "architecture": self.architecture,
             "weights_sha256": self.weights_sha256,
-            "preprocessing": image if self.modality == "image" else text,
+            "preprocessing": inputs,
             "pooling": "none" if self.config.tokens else self.config.pooling,
             "layer": self.config.layer,
             "compute_dtype": self.compute_dtype,
@@ -108,15 +118,6 @@ class OpenClip(nn.Module):
         tokens_BTD = map_BDHW.float().flatten(2).transpose(1, 2)
         return tokens_BTD if config.tokens else tokens_BTD.mean(dim=1)
 
-    def _feature_shape(self) -> tuple[int, ...]:
-        image = self.modality == "image"
-        blank = torch.zeros(1, *self.input_size, dtype=torch.uint8) if image else self.prepare("a")[None]
-        try:
-            with torch.inference_mode():
-                return tuple(self(blank).shape[1:])
-        except AssertionError as error:  # how an index is refused
-            raise ValueError(f"model {self.config.model!r} does not give layer {self.config.layer}: {error}") from error
-
 
 def build(config: Config) -> OpenClip:
     """The encoder of a config; `ValueError` when the model or its weights cannot be had, or do not fit each other."""
@@ -135,9 +136,22 @@ def build(config: Config) -> OpenClip:
         load_checkpoint(network, str(hub_folder(hub_id, file) / file))
     elif weights != "random":
         path = Path(weights)
-        fit(network, read_state(path / STORED if (path / STORED).is_file() else path), path.name)
+        state = read_state(path / STORED if (path / STORED).is_file() else path, config.modality)
+        fit(network, state, path.name)
     settings = {"model": open_clip.get_model_config(name), "quick_gelu": described.get("quick_gelu", False)}
     return OpenClip(config, settings, network, tokenizer)
+
+
+def tokenizer_digest(tokenizer: Any) -> str:
+    """SHA-256 of the vocabulary and the rules of a tokenizer of OpenCLIP's, its own or a wrapped one of transformers."""
+    if isinstance(tokenizer, SimpleTokenizer):
+        return fingerprint({"vocabulary": tokenizer.encoder, "merges": list(map(list, tokenizer.bpe_ranks))})
+    wrapped = tokenizer.tokenizer
+    sides = {"padding_side": wrapped.padding_side, "truncation_side": wrapped.truncation_side}
+    if not wrapped.is_fast:
+        return fingerprint({"vocabulary": wrapped.get_vocab(), **sides})
+    rules = json.loads(wrapped.backend_tokenizer.to_str())
+    return fingerprint(rules | {"truncation": {}, "padding": {}} | sides)  # both are set by the last call
 
 
 def _named(model: str, weights: str) -> tuple[str, str, str]:

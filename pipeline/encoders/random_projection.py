@@ -23,12 +23,12 @@ class Config:
     """Which modality to read and how wide the features are."""
 
     modality: Literal["image", "text"] = "image"
-    width: int = 32  # features, >= 1
+    width: int = 32  # features, 1..16384
     seed: int = 0  # of the projection, >= 0
 
     def __post_init__(self) -> None:
-        if self.width < 1 or self.seed < 0:
-            raise ValueError(f"random_projection needs width >= 1 and seed >= 0, found {self.width} and {self.seed}")
+        if not 1 <= self.width <= 16_384 or self.seed < 0:
+            raise ValueError(f"random_projection needs width in 1..16384 and seed >= 0, found {self.width} and {self.seed}")
 
 
 class RandomProjection(nn.Module):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -15,10 +17,11 @@ from torch import Tensor, nn
 
 from pipeline.devices import ComputeDtype, Precision, computing, default_device, place, resolve_dtype
 from pipeline.media import open_image
-from pipeline.pretrained import digest, fit, hub_folder, pixels, read_state, seeded, split_transform
+from pipeline.pretrained import digest, feature_shape, fit, hub_folder, pixels, read_state, seeded, split_transform
 
 PRESETS = {"repvgg": "repvgg_b0", "swin_tiny": "swin_tiny_patch4_window7_224"}  # resnet50, vgg19, … are timm's own names
 STORED = "model.safetensors"  # in timm's folders on the hub
+SETTINGS = "config.json"  # in every folder of timm's
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,9 +45,10 @@ class Timm(nn.Module):
 
     modality: Literal["image", "video", "text"] = "image"
 
-    def __init__(self, config: Config, network: nn.Module) -> None:
+    def __init__(self, config: Config, network: nn.Module, arguments: Mapping[str, Any]) -> None:
         super().__init__()
         self.config = config
+        self.arguments = arguments
         self.device = default_device()
         self.compute_dtype: Precision = resolve_dtype(config.compute_dtype, self.device)
         self.weights_sha256 = digest(network)
@@ -54,13 +58,16 @@ class Timm(nn.Module):
         self.network: Any = network
         self.input_dtype = place(self, self.compute_dtype, self.device)
         self.network.to(memory_format=torch.channels_last)
-        self.feature_shape: tuple[int, ...] = self._feature_shape()
+        self.feature_shape: tuple[int, ...] = feature_shape(
+            self, torch.zeros(self.preprocessing["input_size"], dtype=torch.uint8)
+        )
 
     def identity(self) -> dict[str, Any]:
-        """Architecture, weights, timm's preprocessing, pooling, layer, tokens and the resolved compute dtype."""
+        """Architecture, a folder's arguments, weights, preprocessing, pooling, layer, tokens, resolved compute dtype."""
         plain = {key: list(value) if isinstance(value, tuple) else value for key, value in self.preprocessing.items()}
         return {
             "architecture": self.network.pretrained_cfg["architecture"],
+            **({"arguments": self.arguments} if self.arguments else {}),
             "weights_sha256": self.weights_sha256,
             "preprocessing": plain,
             "pooling": "none" if self.config.tokens else self.config.pooling,
@@ -90,19 +97,13 @@ class Timm(nn.Module):
         tokens_BTD = map_BDHW.float().flatten(2).transpose(1, 2)
         return tokens_BTD if config.tokens else tokens_BTD.mean(dim=1)
 
-    def _feature_shape(self) -> tuple[int, ...]:
-        blank = torch.zeros(1, *self.preprocessing["input_size"], dtype=torch.uint8)
-        try:
-            with torch.inference_mode():
-                return tuple(self(blank).shape[1:])
-        except (AssertionError, AttributeError) as error:  # how timm refuses an index, and a network without intermediates
-            raise ValueError(f"model {self.config.model!r} does not give layer {self.config.layer}: {error}") from error
-
 
 def build(config: Config) -> Timm:
     """The encoder of a config; `ValueError` when the model or its weights cannot be had, or do not fit each other."""
     folder = Path(PRESETS.get(config.model, config.model))
+    arguments: dict[str, Any] = {}
     if folder.is_dir():
+        arguments = _arguments(folder)
         name, weights = f"local-dir:{folder}", str(folder) if config.weights == "pretrained" else config.weights
     else:
         name, weights = _named(str(folder), config.weights)
@@ -117,7 +118,15 @@ def build(config: Config) -> Timm:
         network = timm.create_model(name, num_classes=0, **options)
     if weights not in ("pretrained", "random"):
         fit(network, read_state(Path(weights)), Path(weights).name)
-    return Timm(config, network)
+    return Timm(config, network, arguments)
+
+
+def _arguments(folder: Path) -> dict[str, Any]:
+    """What a folder of timm's says of how its network is built (global_pool, …); its classifier, which is left out, is not."""
+    if not (folder / SETTINGS).is_file():
+        raise ValueError(f"{folder} holds no {SETTINGS}; give a folder that timm saved")
+    arguments = json.loads((folder / SETTINGS).read_text()).get("model_args", {})
+    return {name: value for name, value in arguments.items() if name != "num_classes"}
 
 
 def _named(model: str, weights: str) -> tuple[str, str]:

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from PIL import Image
 from torch import Tensor, nn
 from transformers import AutoImageProcessor
 
 from pipeline.devices import ComputeDtype, Precision, computing, default_device, place, resolve_dtype
 from pipeline.media import open_image
-from pipeline.pretrained import architecture, check_class_token, plain, states_of, transformers_folder, transformers_network
+from pipeline.pretrained import (
+    architecture,
+    check_class_token,
+    feature_shape,
+    plain,
+    pooled,
+    states_of,
+    transformers_folder,
+    transformers_network,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,15 +51,14 @@ class TransformersImage(nn.Module):
         self.device = default_device()
         self.compute_dtype: Precision = resolve_dtype(config.compute_dtype, self.device)
         self.processor: Any = AutoImageProcessor.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        network = transformers_network(folder, config.weights, pooler=config.pooling == "pooler")
-        self.network: nn.Module = getattr(network, "vision_model", network)
+        self.network: Any = transformers_network(folder, config.weights, "vision_model", pooler=config.pooling == "pooler")
         if config.pooling == "cls" and not config.tokens:
             check_class_token(self.network)
         self.architecture = architecture(self.network)
         self.input_dtype = place(self, self.compute_dtype, self.device)
         blank = self.prepare_image(Image.new("RGB", (64, 64)))
         self.side = max(blank.shape[1:])
-        self.feature_shape: tuple[int, ...] = self._feature_shape(blank)
+        self.feature_shape: tuple[int, ...] = feature_shape(self, blank)
 
     def identity(self) -> dict[str, Any]:
         """Configuration, weights, the processor's settings, pooling, layer, tokens and the resolved compute dtype."""
@@ -86,18 +92,7 @@ class TransformersImage(nn.Module):
             if output.get("pooler_output") is None:
                 raise ValueError(f"model {config.model!r} has no pooler; set pooling=mean or pooling=cls")
             return output["pooler_output"].float().flatten(1)
-        states_BTD = states_of(output, config.layer)
-        if config.tokens:
-            return states_BTD
-        return states_BTD[:, 0] if config.pooling == "cls" else states_BTD.mean(dim=1)
-
-    def _feature_shape(self, blank: Tensor) -> tuple[int, ...]:
-        probe = copy.deepcopy(self)  # to give hidden states, transformers hooks itself into a network for good, unpicklably
-        try:
-            with torch.inference_mode():
-                return tuple(probe(blank[None]).shape[1:])
-        except IndexError as error:
-            raise ValueError(f"model {self.config.model!r} has no layer {self.config.layer}") from error
+        return pooled(states_of(output, config.layer), config.pooling, config.tokens)
 
 
 def build(config: Config) -> TransformersImage:

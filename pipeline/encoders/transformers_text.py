@@ -15,6 +15,7 @@ from transformers import AutoTokenizer
 from pipeline.devices import ComputeDtype, Precision, computing, default_device, place, resolve_dtype
 from pipeline.pretrained import CONFIGURATION_FILES, architecture, states_of, transformers_folder, transformers_network
 
+MAX_TOKENS = 32_768  # of a text
 NOT_TOKENIZERS = ("config.json", "model.safetensors.index.json", "README.txt")
 
 
@@ -26,13 +27,13 @@ class Config:
     weights: str = "pretrained"  # pretrained (the model's own), random, or a local .pth or .safetensors file or folder
     pooling: Literal["mean", "cls"] = "mean"  # over the tokens of the layer
     layer: int = -1  # hidden state: 0 the embeddings, 1, 2, … the blocks, -1 the final one after its norm
-    max_tokens: int = 64  # longer texts are cut, >= 2
+    max_tokens: int = 64  # longer texts are cut, 2..32768, and no more than the model has positions
     normalize: bool = False  # scale features to length 1
     compute_dtype: ComputeDtype = "float32"  # texts are cheap, and float32 makes a feature independent of its batch
 
     def __post_init__(self) -> None:
-        if self.max_tokens < 2:
-            raise ValueError(f"max_tokens must be at least 2, found {self.max_tokens}")
+        if not 2 <= self.max_tokens <= MAX_TOKENS:
+            raise ValueError(f"max_tokens must be in 2..{MAX_TOKENS}, found {self.max_tokens}")
 
 
 class TransformersText(nn.Module):
@@ -46,14 +47,16 @@ class TransformersText(nn.Module):
         self.device = default_device()
         self.compute_dtype: Precision = resolve_dtype(config.compute_dtype, self.device)
         self.tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        network = transformers_network(folder, config.weights, pooler=False)
-        self.network: Any = getattr(network, "text_model", network)
+        self.padding: int = self.tokenizer.pad_token_id or 0  # is masked: any token will do where the model has none for it
+        self.network: Any = transformers_network(folder, config.weights, "text_model", pooler=False)
         self.architecture = architecture(self.network)
         self.tokenizer_files = file_digests(folder)
         self.input_dtype = place(self, self.compute_dtype, self.device)
         depth: int = self.network.config.num_hidden_layers
         if not -1 <= config.layer <= depth:
             raise ValueError(f"model {config.model!r} has layers 0 to {depth}, or -1 for the final one; found {config.layer}")
+        if config.max_tokens > (most := positions(self.network)):
+            raise ValueError(f"model {config.model!r} reads {most} tokens at most, max_tokens is {config.max_tokens}")
         self.feature_shape: tuple[int, ...] = (int(self.network.config.hidden_size),)
 
     def identity(self) -> dict[str, Any]:
@@ -69,13 +72,16 @@ class TransformersText(nn.Module):
         }
 
     def prepare(self, raw: Path | str) -> Tensor:
-        """Token ids and attention mask, int32 [2, max_tokens]."""
+        """Token ids and attention mask, int32 [2, max_tokens], filled up at the end, on whichever side the tokenizer would."""
         if not str(raw).strip():
             raise ValueError("the text is blank")
-        tokens = self.tokenizer(
-            str(raw), truncation=True, padding="max_length", max_length=self.config.max_tokens, return_tensors="pt"
-        )
-        return torch.cat([tokens["input_ids"], tokens["attention_mask"]]).to(torch.int32)
+        tokens = self.tokenizer(str(raw), truncation=True, max_length=self.config.max_tokens)
+        ids_T = torch.tensor(tokens["input_ids"], dtype=torch.int32)
+        if not len(ids_T):
+            raise ValueError("the tokenizer finds no token in the text")
+        room = (0, self.config.max_tokens - len(ids_T))
+        pad = nn.functional.pad
+        return torch.stack([pad(ids_T, room, value=self.padding), pad(torch.ones_like(ids_T), room)])
 
     def forward(self, prepared: Tensor) -> Tensor:
         """Features float32 [B, D] of tokens [B, 2, max_tokens]."""
@@ -97,6 +103,15 @@ def build(config: Config) -> TransformersText:
     """The encoder of a config; `ValueError` when the model or its weights cannot be had, or do not fit each other."""
     folder = _packaged() if config.model == "package" else transformers_folder(config.model, config.weights)
     return TransformersText(config, folder)
+
+
+def positions(network: Any) -> int:
+    """The most tokens that a network has positions for; without positions of its own, the most that there may be."""
+    most = getattr(network.config, "max_position_embeddings", None) or MAX_TOKENS
+    for name, module in network.named_modules():
+        if name.endswith("position_embeddings") and isinstance(module, nn.Embedding) and module.padding_idx is not None:
+            return most - module.padding_idx - 1  # RoBERTa and its kin count from behind the one of padding
+    return most
 
 
 def file_digests(folder: Path) -> dict[str, str]:

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from PIL import Image
 from torch import Tensor, nn
 from transformers import AutoImageProcessor
 
 from pipeline.devices import ComputeDtype, Precision, computing, default_device, place, resolve_dtype
 from pipeline.media import SAMPLING, open_frames
-from pipeline.pretrained import architecture, check_class_token, plain, states_of, transformers_folder, transformers_network
+from pipeline.pretrained import (
+    architecture,
+    check_class_token,
+    feature_shape,
+    plain,
+    pooled,
+    states_of,
+    transformers_folder,
+    transformers_network,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,17 +51,17 @@ class TransformersVideo(nn.Module):
         self.device = default_device()
         self.compute_dtype: Precision = resolve_dtype(config.compute_dtype, self.device)
         self.processor: Any = AutoImageProcessor.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        network: Any = transformers_network(folder, config.weights, pooler=config.pooling == "pooler")
-        self.num_frames: int = getattr(getattr(network.config, "vision_config", network.config), "num_frames", 0)
+        self.network: Any = transformers_network(folder, config.weights, "", pooler=config.pooling == "pooler")
+        described = self.network.config
+        self.num_frames: int = getattr(getattr(described, "vision_config", described), "num_frames", 0)
         if not self.num_frames:
             raise ValueError(f"model {config.model!r} has no fixed number of frames; for an image model take frames")
         if config.pooling == "cls" and not config.tokens:
-            check_class_token(network)
-        self.network = network
-        self.architecture = architecture(network)
+            check_class_token(self.network)
+        self.architecture = architecture(self.network)
         self.input_dtype = place(self, self.compute_dtype, self.device)
         blank = self._process([Image.new("RGB", (64, 64))] * self.num_frames)
-        self.feature_shape: tuple[int, ...] = self._feature_shape(blank)
+        self.feature_shape: tuple[int, ...] = feature_shape(self, blank)
 
     def identity(self) -> dict[str, Any]:
         """Configuration, weights, frames, the processor's settings, pooling, layer, tokens and the resolved compute dtype."""
@@ -87,18 +94,7 @@ class TransformersVideo(nn.Module):
                 features = joint(pixels)
                 return getattr(features, "pooler_output", features).float()
             output = self.network(pixel_values=pixels, output_hidden_states=config.layer != -1)
-        states_BTD = states_of(output, config.layer)
-        if config.tokens:
-            return states_BTD
-        return states_BTD[:, 0] if config.pooling == "cls" else states_BTD.mean(dim=1)
-
-    def _feature_shape(self, blank: Tensor) -> tuple[int, ...]:
-        probe = copy.deepcopy(self)  # to give hidden states, transformers hooks itself into a network for good, unpicklably
-        try:
-            with torch.inference_mode():
-                return tuple(probe(blank[None]).shape[1:])
-        except IndexError as error:
-            raise ValueError(f"model {self.config.model!r} has no layer {self.config.layer}") from error
+        return pooled(states_of(output, config.layer), config.pooling, config.tokens)
 
 
 def build(config: Config) -> TransformersVideo:
