@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
-import importlib.metadata
 import json
-import shlex
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -20,37 +17,31 @@ import torch
 from tqdm import tqdm
 
 from pipeline.cache.layout import CHUNK_ROWS, STORE_DTYPES, Commit, Failure, StoreDtype, cache_path
+from pipeline.cache.provenance import check_libraries, make_provenance
 from pipeline.cache.writer import Writer
 from pipeline.devices import default_device
 from pipeline.encoding import build_encoder
-from pipeline.items import Encoded, Forward, Items, make_items
-from pipeline.loading import encoded_batches
+from pipeline.items import Encoded, Forward, Items, Rows, make_rows
+from pipeline.loading import allowed_workers, encoded_batches
 from pipeline.manifest import Manifest
-from pipeline.pace import Pace, visible_gpus
+from pipeline.pace import Pace
 from pipeline.runs import canonical_json, lock
 from pipeline.types import Encoder
 
-BATCH_SIZE = {"cpu": 16, "cuda": 256}  # on a GPU halved until it fits
-LIBRARIES = (
-    "torch",
-    "torchvision",
-    "timm",
-    "open_clip_torch",
-    "transformers",
-    "tokenizers",
-    "numpy",
-    "pillow",
-    "resvg-py",
-    "av",
-    "zarr",
-)
+BATCH_SIZE = {"cpu": 16, "cuda": 256}  # items
+GPU_BATCH_BYTES = 2**29  # of items, of which every worker holds some batches: those of clips have fewer
+NO_FAILURES: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, kw_only=True)
 class Effort:
-    """How an extraction is carried out; no field changes a feature beyond the rounding of its last bits."""
+    """How an extraction is carried out, and which failures it puts up with.
 
-    batch_size: int = 0  # items per forward pass; 0: as the device likes it, halved when memory runs out
+    `max_failures` and `retry_failed` decide which items have features; no field changes a feature that there is beyond the
+    rounding of its last bits, and within one cache not even that.
+    """
+
+    batch_size: int = 0  # items per batch of a new cache, on a GPU halved when memory runs out; 0: as the device likes it
     workers: int = -1  # processes; -1: one per core, 0: this process does everything
     shard_rows: int = 0  # rows per shard of a new cache, a multiple of 512; 0: 8,192, of clips 512
     max_failures: float = 0.05  # share of the items that may fail
@@ -65,20 +56,42 @@ class Effort:
 
 
 @dataclass(frozen=True)
-class Task:
-    """A cache to fill: what to ask the encoder, where the answers go, and who asks."""
+class Target:
+    """A cache to fill, as far as no encoder is needed to know it."""
 
     path: Path
-    items: Items
-    offsets: np.ndarray
+    rows: Rows
+    feature_shape: tuple[int, ...]
     identity: Mapping[str, Any]
     provenance: Mapping[str, Any]
     effort: Effort
+
+    @staticmethod
+    def of(
+        home: Path,
+        manifest: Manifest,
+        identity: Mapping[str, Any],
+        provenance: Mapping[str, Any],
+        feature_shape: tuple[int, ...],
+        effort: Effort,
+    ) -> Target:
+        """The cache of an identity in a home."""
+        encoder = identity["encoder"]
+        path = cache_path(home, manifest.dataset, encoder["name"], identity)
+        return Target(path, make_rows(manifest, encoder["modality"]), feature_shape, identity, provenance, effort)
+
+
+@dataclass(frozen=True)
+class Task:
+    """A cache to fill and what fills it."""
+
+    target: Target
+    items: Items
     forward: Forward
 
     def batches(self, rows: range) -> list[np.ndarray]:
-        """The rows of a shard as the batches they are encoded in, however far the cache is."""
-        return self.items.batches(rows, self.forward.limit)
+        """The rows of a shard of a new cache as the batches that they are encoded in."""
+        return self.items.batches(rows, self.target.provenance["batch_size"])
 
 
 def extract(
@@ -93,19 +106,28 @@ def extract(
 ) -> Path:
     """Fill the cache of a manifest and an encoder, from where it stands, and return its folder.
 
-    What is committed and undamaged stays and the rest is done, so one command starts, resumes and repairs. `compiled` runs the
-    encoder through torch.compile, which rounds otherwise and so makes another cache. `ValueError` for settings, media or files
-    that do not fit, and for more failures than the effort allows.
+    What is committed and undamaged stays and the rest is done, so one command starts, resumes and repairs: in the batches that
+    the cache was begun with, whatever the effort says, so that it ends in the same bits. `compiled` runs the encoder through
+    torch.compile, which rounds otherwise and so makes another cache.
+    `ValueError` for settings, media or files that do not fit, and for more failures than the effort allows; for a cache that
+    was begun with other libraries (`provenance.check_libraries`) or of other media: a file that has another size by now is
+    another file, one that was replaced by an equally large one goes unnoticed.
     """
     return carry_out(plan(manifest, encoder_name, settings, home, store_dtype, compiled, effort))
 
 
-def carry_out(task: Task) -> Path:
-    """Do what is left of a task, and return its folder."""
-    with open_writer(task) as (writer, commits):
-        fill(task, writer, commits)
-        writer.finish(commits)
-    return task.path
+def carry_out(task: Task, known_failures: frozenset[str] = NO_FAILURES) -> Path:
+    """Do what is left of a task, and return its folder; failures of these samples do not count."""
+    target = task.target
+    with naming(target.path), lock(target.path):
+        writer, commits = begin(target)
+        if len(commits) < writer.num_shards or not writer.is_finished:
+            ledger = Ledger(len(target.rows), target.effort.max_failures, known_failures)
+            for commit in commits.values():
+                ledger.add(commit.failures)
+            fill(task, writer, commits, ledger)
+            writer.finish(commits)
+    return target.path
 
 
 def plan(
@@ -121,57 +143,102 @@ def plan(
     if store_dtype not in STORE_DTYPES:
         raise ValueError(f"unknown store dtype {store_dtype!r}; choose one of: {', '.join(STORE_DTYPES)}")
     config, encoder = build_encoder(encoder_name, settings)
-    items, offsets = make_items(manifest, encoder, store_dtype)
-    identity = _identity(manifest, encoder_name, encoder, store_dtype, compiled)
-    forward: Any = torch.compile(encoder) if compiled else encoder
-    shard_rows = effort.shard_rows or (CHUNK_ROWS if encoder.modality == "video" else 0)
-    return Task(
-        path=cache_path(home, manifest.dataset, encoder_name, identity),
-        items=items,
-        offsets=offsets,
-        identity=identity,
-        provenance=_provenance(manifest.dataset, encoder_name, config, store_dtype, compiled, shard_rows),
-        effort=effort,
-        forward=Forward(forward, effort.batch_size or BATCH_SIZE[default_device().type]),
+    rows = make_rows(manifest, encoder.modality)
+    items = Items(manifest, encoder, rows.items, store_dtype)
+    values = asdict(config)
+    origin = make_provenance(
+        dataset=manifest.dataset,
+        encoder=encoder_name,
+        settings={field.name: str(values[field.name]) for field in fields(config) if values[field.name] != field.default},
+        store_dtype=store_dtype,
+        compiled=compiled,
+        shard_rows=effort.shard_rows or (CHUNK_ROWS if encoder.modality == "video" else 0),
+        batch_size=effort.batch_size or _usual_batch_size(items),
     )
+    identity = _identity(manifest, encoder_name, encoder, store_dtype, compiled)
+    path = cache_path(home, manifest.dataset, encoder_name, identity)
+    forward: Any = torch.compile(encoder) if compiled else encoder
+    return Task(Target(path, rows, encoder.feature_shape, identity, origin, effort), items, Forward(forward))
 
 
-@contextlib.contextmanager
-def open_writer(task: Task) -> Iterator[tuple[Writer, dict[int, Commit]]]:
-    """The task's cache, held for writing, and the shards that need not be done again.
+def _usual_batch_size(items: Items) -> int:
+    device = default_device().type
+    return gpu_batch_size(items.item_bytes()) if device == "cuda" else BATCH_SIZE[device]
 
-    An `OSError` of what is done with it, such as a full disk, names a file or the cache's folder.
-    """
-    ids = [sample.id for sample in task.items.manifest.samples]
-    shape, shard_rows = task.items.encoder.feature_shape, task.provenance["shard_rows"]
+
+def gpu_batch_size(item_bytes: int) -> int:
+    """Items of this size per batch as a GPU likes it."""
+    return max(1, min(BATCH_SIZE["cuda"], GPU_BATCH_BYTES // item_bytes))
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """An `OSError` of what is done inside, such as a full disk, names a file, or else this folder."""
     try:
-        with lock(task.path):
-            writer = Writer.open(task.path, ids, task.offsets, shape, task.identity, task.provenance, shard_rows)
-            commits = writer.committed()
-            if task.effort.retry_failed:
-                commits = {shard: commit for shard, commit in commits.items() if not commit.failures}
-            yield writer, commits
+        yield
     except OSError as error:
         if error.errno and not error.filename:  # the system does not say which file it could not write
-            error.filename = str(task.path)
+            error.filename = str(path)
         raise
 
 
-def fill(task: Task, writer: Writer, commits: dict[int, Commit]) -> None:
+def begin(target: Target) -> tuple[Writer, dict[int, Commit]]:
+    """Start the cache or take it up, while it is locked: its writer, and the shards that need not be done again.
+
+    `ValueError` when what is there and what would be added were not made of the same media by the same libraries.
+    """
+    ids, effort = [sample.id for sample in target.rows.manifest.samples], target.effort
+    shape, origin = target.feature_shape, target.provenance
+    writer = Writer.open(target.path, ids, target.rows.offsets, shape, target.identity, origin, origin["shard_rows"])
+    _check_media(target, writer)
+    commits = writer.committed()
+    if effort.retry_failed:
+        commits = {shard: commit for shard, commit in commits.items() if not commit.failures}
+    if len(commits) < writer.num_shards:
+        warnings = check_libraries(target.path, writer.provenance.get("versions", {}), target.rows.modality)
+        recorded = batch_size(target, writer)
+        if effort.batch_size not in (0, recorded):
+            warnings.append(f"{target.path} was begun with --batch-size {recorded}, and goes on with it")
+        for warning in warnings:
+            print(f"warning: {warning}", file=sys.stderr)
+        writer.reopen()
+    return writer, commits
+
+
+def batch_size(target: Target, writer: Writer) -> int:
+    """Items per batch of a cache; other batches would round otherwise."""
+    return writer.provenance.get("batch_size", target.provenance["batch_size"])
+
+
+def _check_media(target: Target, writer: Writer) -> None:
+    for shard, commit in writer.records().items():
+        rows = writer.rows(shard)
+        sizes = target.rows.media_sizes(rows, {failure.row for failure in commit.failures})
+        if sizes and commit.media_sizes not in ("", sizes):
+            first, last = (target.rows[row][0].id for row in (rows.start, rows.stop - 1))
+            raise ValueError(
+                f"the media of samples {first!r} to {last!r} are not those that {target.path} was made of: files have other "
+                f"sizes now; bring those back, or remove it (diffalign cache rm {target.path}) and extract it anew"
+            )
+
+
+def fill(task: Task, writer: Writer, commits: dict[int, Commit], ledger: Ledger) -> None:
     """Encode and commit every shard that is not in `commits`; the last one is written while the next is encoded."""
     shards = [shard for shard in range(writer.num_shards) if shard not in commits]
     if not shards:
         return
-    pace = Pace(_workers(task), default_device().type)
-    ledger = Ledger(task, sum(len(commit.failures) for commit in commits.values()))
+    effort = task.target.effort
+    pace = Pace(allowed_workers(_workers(task)), default_device().type)
     done = sum(commit.rows for commit in commits.values())
     writing: Future[Commit] | None = None
-    bar = tqdm(total=len(task.items), initial=done, unit=" items", disable=not task.effort.progress, file=sys.stderr)
+    bar = tqdm(total=len(task.items), initial=done, unit=" items", disable=not effort.progress, file=sys.stderr)
 
     def watch(batch: Encoded) -> None:
         pace.add(batch)
         ledger.add(batch.failures)
         bar.update(len(batch.rows))
+        if writing and writing.done():
+            writing.result()  # of a full disk is told before the next shard is encoded
 
     with bar, ThreadPoolExecutor(1) as thread:
         for shard, features, failures, seconds in encoded_shards(task, writer, shards, pace, watch):
@@ -183,16 +250,16 @@ def fill(task: Task, writer: Writer, commits: dict[int, Commit]) -> None:
             del features  # of the shard before, while the next is computed
         if writing:
             commits[shards[-1]] = writing.result()
-    if task.effort.progress:
-        for line in [pace.verdict(), *(f"warning: {warning}" for warning in pace.warnings(visible_gpus()))]:
-            print(line, file=sys.stderr)
+    if effort.progress:
+        pace.tell()
 
 
 def encoded_shards(
     task: Task, writer: Writer, shards: Sequence[int], pace: Pace, watch: Callable[[Encoded], None]
 ) -> Iterator[tuple[int, np.ndarray, list[Failure], float]]:
     """(shard, features float32 [rows, *shape], failures in row order, seconds) of every shard, in order."""
-    batches = [task.batches(writer.rows(shard)) for shard in shards]
+    size = batch_size(task.target, writer)
+    batches = [task.items.batches(writer.rows(shard), size) for shard in shards]
     encoded = encoded_batches(task.items, [rows for own in batches for rows in own], task.forward, pace)
     for shard, own in zip(shards, batches, strict=True):
         started = time.monotonic()
@@ -209,19 +276,20 @@ def encoded_shards(
 
 @dataclass
 class Ledger:
-    """Counts failures; `ValueError` when there are more than the effort allows."""
+    """Counts failures; `ValueError` when there are more than are allowed."""
 
-    task: Task
-    failed: int
+    total: int  # items
+    allowed: float  # share of them
+    known: frozenset[str] = NO_FAILURES  # ids of samples whose failures do not count
+    failed: int = 0
 
     def add(self, failures: Iterable[Failure]) -> None:
         """Count these, too."""
         for failure in failures:
-            self.failed += 1
-            total, share = len(self.task.items), self.task.effort.max_failures
-            if self.failed > share * total:
+            self.failed += failure.id not in self.known
+            if self.failed > self.allowed * self.total:
                 raise ValueError(
-                    f"{self.failed} of {total} items failed, more than --max-failures {share:g} allows; "
+                    f"{self.failed} of {self.total} items failed, more than --max-failures {self.allowed:g} allows; "
                     f"the last one: sample {failure.id!r}: {failure.error}"
                 )
 
@@ -231,14 +299,20 @@ def commit_shard(
 ) -> Commit:
     """Write a shard and its record."""
     return writer.commit(
-        shard, features, failures, seconds=seconds, batch_size=task.forward.limit, device=default_device().type
+        shard,
+        features,
+        failures,
+        seconds=seconds,
+        batch_size=batch_size(task.target, writer),
+        device=default_device().type,
+        media_sizes=task.target.rows.media_sizes(writer.rows(shard), {failure.row for failure in failures}),
     )
 
 
 def _workers(task: Task) -> int:
     """Processes beside this one."""
-    if task.effort.workers >= 0:
-        return task.effort.workers
+    if task.target.effort.workers >= 0:
+        return task.target.effort.workers
     cores = Pace(0, "cpu").cores
     few = len(task.items) < 64 * cores  # done before the workers have started
     return 0 if few or cores == 1 else cores
@@ -257,26 +331,3 @@ def _identity(manifest: Manifest, encoder_name: str, encoder: Encoder, store_dty
         **(source or digest),
     }
     return json.loads(canonical_json(identity))  # one spelling, so that equal caches have equal bytes
-
-
-def _provenance(
-    dataset: str, encoder_name: str, config: Any, store_dtype: str, compiled: bool, shard_rows: int
-) -> dict[str, Any]:
-    """Where the cache comes from: the command that completes it, the same as values, the libraries."""
-    values = asdict(config)
-    settings = {field.name: str(values[field.name]) for field in fields(config) if values[field.name] != field.default}
-    options = [part for key, value in settings.items() for part in ("--set", f"{key}={value}")]
-    options += ["--store-dtype", store_dtype] if store_dtype != "float16" else []
-    options += ["--compile"] if compiled else []
-    command = shlex.join(["diffalign", "extract", dataset, "--encoder", encoder_name, *options])
-    return {"command": command, "settings": settings, "shard_rows": shard_rows, "versions": _versions()}
-
-
-@cache
-def _versions() -> Mapping[str, str]:
-    """Versions of the installed libraries that turn bytes into features; they are looked up once, which takes its time."""
-    versions = {}
-    for name in LIBRARIES:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):  # drawings have a renderer of their own
-            versions[name] = importlib.metadata.version(name)
-    return versions

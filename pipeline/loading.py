@@ -17,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from multiprocessing.reduction import ForkingPickler
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -47,16 +47,31 @@ class Work:
         return encode(self.items, prepared, self.forward) if self.forward else prepared
 
 
+class Flight(NamedTuple):
+    """A batch on its way through the GPU."""
+
+    prepared: Prepared
+    features: Tensor  # in pinned memory of the host; whole once `landed`
+    landed: torch.cuda.Event
+    launched: float  # when
+
+
 def encode(items: Items, prepared: Prepared, forward: Forward) -> Encoded:
-    """The features of a batch, here and now, on one thread."""
+    """The features of a batch, here and now, on one thread of a processor."""
     started = time.perf_counter()
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        encoded = _numbers(_launch(prepared, forward))
+        with torch.inference_mode():
+            features = forward(torch.from_numpy(prepared.good)) if len(prepared.good) else torch.zeros(0)
     finally:
         torch.set_num_threads(threads)
-    return items.settle(prepared, encoded, time.perf_counter() - started)
+    return items.settle(prepared, features.numpy(), time.perf_counter() - started)
+
+
+def allowed_workers(wanted: int) -> int:
+    """So many, or 0 where there can be none: a daemonic process, such as a worker of dask, may have no children."""
+    return 0 if multiprocessing.current_process().daemon else wanted
 
 
 def encoded_batches(items: Items, batches: Sequence[np.ndarray], forward: Forward, pace: Pace) -> Iterator[Encoded]:
@@ -66,8 +81,18 @@ def encoded_batches(items: Items, batches: Sequence[np.ndarray], forward: Forwar
     """
     on_gpu = default_device().type == "cuda"
     work = Work(items, batches, None if on_gpu else forward)
-    ready = _waited_for(_by_workers(work, pace.workers) if pace.workers else map(work.do, range(len(batches))), pace)
+    ready = _waited_for(_done(work, pace.workers), pace)
     yield from _through_gpu(items, ready, forward) if on_gpu else ready
+
+
+def prepared_batches(items: Items, batches: Sequence[np.ndarray], workers: int) -> Iterator[Prepared]:
+    """The batches in order, prepared but not encoded, by so many processes (0: here); errors as in `encoded_batches`."""
+    return _done(Work(items, batches, None), workers)
+
+
+def _done(work: Work, workers: int) -> Iterator[Any]:
+    workers = allowed_workers(workers)
+    return _by_workers(work, workers) if workers else map(work.do, range(len(work.batches)))
 
 
 def _waited_for(ready: Iterator[Any], pace: Pace) -> Iterator[Any]:
@@ -80,7 +105,7 @@ def _waited_for(ready: Iterator[Any], pace: Pace) -> Iterator[Any]:
         yield batch
 
 
-def _by_workers(work: Work, num_workers: int) -> Iterator[Prepared | Encoded]:
+def _by_workers(work: Work, num_workers: int) -> Iterator[Any]:
     """The batches in order, each done by the worker whose turn it is.
 
     Nothing is shared between the workers, not even a lock: whatever one is killed in, the others and this process go on.
@@ -142,32 +167,33 @@ def _lost(process: Any, work: Work, number: int) -> Exception:
 
 
 def _through_gpu(items: Items, ready: Iterator[Prepared], forward: Forward) -> Iterator[Encoded]:
-    """Encode with some batches in flight: while the GPU computes, the next is copied and the last one is read back."""
-    flying: deque[tuple[Prepared, Tensor | None, float]] = deque()
+    """Encode with some batches in flight: while the GPU computes one, the next is prepared and queued behind it."""
+    flying: deque[Flight] = deque()
 
     def land() -> Encoded:
-        prepared, features, launched = flying.popleft()
-        return items.settle(prepared, _numbers(features), time.perf_counter() - launched)
+        flight = flying.popleft()
+        flight.landed.synchronize()
+        return items.settle(flight.prepared, flight.features.numpy(), time.perf_counter() - flight.launched)
 
     for prepared in ready:
-        flying.append((prepared, _launch(prepared, forward), time.perf_counter()))
+        flying.append(_launch(prepared, forward))
         if len(flying) == IN_FLIGHT:
             yield land()
     while flying:
         yield land()
 
 
-def _launch(prepared: Prepared, forward: Forward) -> Tensor | None:
-    """Start to encode a batch; on a GPU the copy and the computation go on in the background."""
-    if not len(prepared.good):
-        return None
-    batch = torch.from_numpy(prepared.good)
-    device = default_device()
-    if device.type == "cuda":
-        batch = batch.pin_memory().to(device, non_blocking=True)
-    with torch.inference_mode():
-        return forward(batch)
+def _launch(prepared: Prepared, forward: Forward) -> Flight:
+    """Queue a batch's way to the GPU, the computation and the way back, and wait for none of them.
 
-
-def _numbers(features: Tensor | None) -> np.ndarray:
-    return np.zeros(0, dtype=np.float32) if features is None else features.cpu().numpy()
+    The way back is queued before the next batch's computation, which it would have to wait for otherwise.
+    """
+    launched, landed = time.perf_counter(), torch.cuda.Event(blocking=True)
+    numbers = torch.zeros(0)
+    if len(prepared.good):
+        with torch.inference_mode():
+            features = forward(torch.from_numpy(prepared.good).pin_memory())
+            numbers = torch.empty(features.shape, dtype=features.dtype, pin_memory=True)
+            numbers.copy_(features, non_blocking=True)
+    landed.record()
+    return Flight(prepared, numbers, landed, launched)

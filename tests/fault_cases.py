@@ -74,11 +74,11 @@ def good_shards(path: Path, expected: dict[str, bytes]) -> int:
     )
 
 
-def command(home: Path, *options: str) -> list[str]:
+def command(home: Path, *options: str, **settings: str) -> list[str]:
     """The command line that does what `fill` does."""
-    settings = [part for key, value in TEXT.items() for part in ("--set", f"{key}={value}")]
+    given = [part for key, value in {**TEXT, **settings}.items() for part in ("--set", f"{key}={value}")]
     place = ["--shard-rows", str(SHARD_ROWS), "--home", str(home)]
-    return ["extract", "texts", "--encoder", "random_projection", *settings, *place, *options]
+    return ["extract", "texts", "--encoder", "random_projection", *given, *place, *options]
 
 
 def run_command(arguments: list[str], errors: Path) -> None:

@@ -112,6 +112,17 @@ def parquet(**columns: Any) -> Write:
     return write
 
 
+def dictionary(words: list[str]) -> Write:
+    """A .parquet whose ids are all one and the same of these words, each of which is stored once."""
+    return parquet(id=pa.DictionaryArray.from_arrays(pa.array([0] * NUM, pa.int32()), words))
+
+
+def parquet_ids(**options: Any) -> Write:
+    """A .parquet with ids that say little in many characters."""
+    columns = {"id": ["x" * 4000 + f"{row:04}" for row in range(NUM)], "features": [[1.0]] * NUM}
+    return lambda file, ids: pq.write_table(pa.table(columns), file, use_dictionary=False, **options)
+
+
 def safetensors(tensors: dict[str, np.ndarray], metadata: dict[str, str] | None = None) -> Write:
     """A .safetensors with these tensors, and good ids unless metadata is given."""
     return lambda file, ids: save_file(tensors, file, {"ids": json.dumps(ids)} if metadata is None else metadata)
@@ -204,6 +215,16 @@ CASES: dict[str, tuple[str, Write, str]] = {
     ),
     "another file's rows": (".h5", h5_virtual, "no dataset of the file itself"),
     "record no object": (".h5", h5(about="[1]"), "its JSON document is no object"),
+    "fixed strings of a mebibyte": (
+        ".h5",
+        h5(ids={"shape": (NUM,), "dtype": "S1048576", "chunks": (1,)}),
+        "'ids' are strings of 1048576 bytes; an id has 4096 characters at most",
+    ),
+    "ids that are compressed away": (
+        ".h5",
+        h5(ids={"data": np.full(4 * NUM, b"x" * 4096), "chunks": (NUM,), "compression": 9}),
+        "and its ids would take more than",
+    ),
     "not Parquet": (".parquet", raw(b"PAR1" * 100), "file.parquet cannot be read"),
     "no id column": (".parquet", parquet(id=None), "no column 'id', only: features"),
     "no feature column": (".parquet", parquet(features=None), "no column of features"),
@@ -217,6 +238,13 @@ CASES: dict[str, tuple[str, Write, str]] = {
     ),
     "a null number": (".parquet", parquet(features=[[1.0, None]] * NUM), "a row of `features` is null"),
     "a null id": (".parquet", parquet(id=["a"] * (NUM - 1) + [None]), "an id must be a string or a whole number, not 'None'"),
+    "a long id in a dictionary": (".parquet", dictionary(["x" * 2**18]), "and its ids would take more than"),
+    "long ids, compressed": (".parquet", parquet_ids(compression="zstd"), "and its ids would take more than"),
+    "long ids, by what is new in each": (
+        ".parquet",
+        parquet_ids(column_encoding={"id": "DELTA_BYTE_ARRAY"}),
+        "and its ids would take more than",
+    ),
     "not safetensors": (".safetensors", raw(b"\xff" * 500), "file.safetensors cannot be read"),
     "no tensor": (".safetensors", safetensors({"x": GOOD}), "no tensor 'features', only: x"),
     "no ids in safetensors": (".safetensors", safetensors({"features": GOOD}, {}), "has no ids"),
@@ -296,6 +324,20 @@ RECORDS: dict[str, Callable[[dict[str, Any]], object]] = {
     "identity a list": lambda about: about.update(identity=[]),
     "forged shards": lambda about: about.update(shard_rows=7),
     "shards a string": lambda about: about.update(shard_rows="512"),
+    "shards a truth": lambda about: about.update(shard_rows=True),
+    "shards a fraction": lambda about: about.update(shard_rows=512.0),
+    "another program's command": lambda about: about["provenance"].update(command="rm -rf ~"),
+    "a command of two lines": lambda about: about["provenance"].update(command="diffalign extract x\nrm -rf ~"),
+    "a command of numbers": lambda about: about["provenance"].update(command=[1]),
+    "provenance a list": lambda about: about.update(provenance=["command"]),
+    "settings a list": lambda about: about["provenance"].update(settings=["width"]),
+    "settings of numbers": lambda about: about["provenance"].update(settings={"width": 8}),
+    "versions of nothing": lambda about: about["provenance"].update(versions={"torch": None}),
+    "batches of words": lambda about: about["provenance"].update(batch_size="16"),
+    "failures at no stage": lambda about: about.update(failures=[{"row": 3, "id": "ä/00003", "stage": 1, "error": ""}]),
+    "failures for no reason": lambda about: about.update(failures=[{"row": 3, "id": "ä/00003", "stage": "", "error": None}]),
+    "failures outside": lambda about: about.update(failures=[{"row": NUM, "id": "ä/00003", "stage": "", "error": ""}]),
+    "failures of nobody": lambda about: about.update(failures=[{"row": 3, "id": "nobody", "stage": "", "error": ""}]),
     "failures of nothing": lambda about: about.update(failures=[{"row": "x", "id": "y", "stage": "z", "error": ""}]),
     "failures invented": lambda about: about.update(failures=[{"row": 3, "id": "y", "stage": "z", "error": ""}]),
     "failures a word": lambda about: about.update(failures="none"),

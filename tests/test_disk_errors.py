@@ -138,8 +138,7 @@ def test_a_small_disk(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     expected = content(fill(texts, tmp_path / "whole", width="128"))
     room, errors = tmp_path / "room", tmp_path / "errors"
     room.mkdir()
-    options = ["--set", "width=128", "--workers", "0"]
-    code = end(start(extract_in_small_room, home, room, options, errors))
+    code = end(start(extract_in_small_room, home, room, errors))
     line = complaint(errors)
     assert code == 2
     kind = "No space left on device" if "No space" in line else "File too large"
@@ -154,7 +153,7 @@ def test_a_small_disk(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
         print(f"\na small disk said {kind!r} after {committed} of {NUM_SHARDS} shards, which stay")
 
 
-def extract_in_small_room(home: Path, room: Path, options: list[str], errors: Path) -> None:
+def extract_in_small_room(home: Path, room: Path, errors: Path) -> None:
     """Extract where there is no room for all of it, and leave what is there then in `after`, beside the room."""
     try:
         mount_tmpfs(room, 600_000)
@@ -162,6 +161,6 @@ def extract_in_small_room(home: Path, room: Path, options: list[str], errors: Pa
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
     shutil.copytree(home, room / "home")
     try:
-        run_command(command(room / "home", *options), errors)
+        run_command(command(room / "home", "--workers", "0", width="128"), errors)
     finally:
         shutil.copytree(room / "home", room.parent / "after")

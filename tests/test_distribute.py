@@ -8,36 +8,21 @@ import multiprocessing
 import os
 import signal
 import threading
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import dask.config as dask_config
 import pytest
-from dask.distributed import Client, Scheduler, Worker, WorkerPlugin
-from distributed.utils import get_mp_context
-from fault_cases import SHARD_ROWS, TEXT, content, fill, num_commits, write_texts
-from torch import Tensor
+from clusters import Poison, cluster, instead, order_for, when
+from dask.distributed import Client, Scheduler, Worker
+from fault_cases import TEXT, content, fill, num_commits, write_texts
 
 from pipeline.cache import verify
-from pipeline.distribute import Order, extract_on, extract_with, processes
-from pipeline.encoders.random_projection import RandomProjection
-from pipeline.extract import Effort
+from pipeline.distribute import Order, extract_on, extract_with
 from pipeline.manifest import Manifest
 
 NUM_WORKERS = 4
 NUM_SHARDS = 16
-
-
-@contextmanager
-def cluster(num_workers: int) -> Iterator[Client]:
-    """A cluster of processes that share nothing with this one, made by one that has imported torch for all of them."""
-    with dask_config.set({"distributed.worker.multiprocessing-method": "forkserver"}):
-        get_mp_context().set_forkserver_preload(["pipeline.distribute", "pipeline.encoders.random_projection"])
-        with processes([{"OMP_NUM_THREADS": "1"}] * num_workers) as client:
-            yield client
 
 
 @pytest.fixture(scope="module")
@@ -61,15 +46,7 @@ def whole(texts: Manifest, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def order(tmp_path: Path) -> Order:
     """An order for a home of its own."""
     write_texts(tmp_path, 340)
-    return Order(
-        home=tmp_path,
-        dataset="texts",
-        encoder="random_projection",
-        settings=tuple(sorted(TEXT.items())),
-        store_dtype="float16",
-        compiled=False,
-        effort=Effort(workers=0, shard_rows=SHARD_ROWS, progress=False),
-    )
+    return order_for(tmp_path)
 
 
 def pids_of(client: Client) -> list[int]:
@@ -86,19 +63,6 @@ def test_four_processes_and_two_workers_write_the_bytes_of_one_process(
     assert content(path) == content(whole)
     assert verify(path) == []
     assert content(fill(texts, tmp_path / "two", workers=2)) == content(whole)
-
-
-def when(ready: Callable[[], bool], action: Callable[[], object]) -> threading.Thread:
-    """Do something as soon as it is time for it, in the background."""
-
-    def wait() -> None:
-        while not ready():
-            time.sleep(0.001)
-        action()
-
-    thread = threading.Thread(target=wait, daemon=True)
-    thread.start()
-    return thread
 
 
 @pytest.mark.parametrize("after", [0, 1, 5, 9])
@@ -122,22 +86,6 @@ def test_a_killed_worker_is_replaced(
         print(f"\na worker of dask was killed when {committed[0]} of {NUM_SHARDS} shards were committed: the same bytes")
 
 
-class Poison(WorkerPlugin):
-    """Lets one text bring down the process that reads it."""
-
-    name = "poison"
-
-    def setup(self, worker: object) -> None:
-        prepare = RandomProjection.prepare
-
-        def deadly(self: RandomProjection, raw: Path | str) -> Tensor:
-            if raw == "200: 07":
-                os.kill(os.getpid(), signal.SIGKILL)
-            return prepare(self, raw)
-
-        RandomProjection.prepare = deadly
-
-
 @pytest.mark.parametrize(
     ("children", "message"),
     [
@@ -157,9 +105,11 @@ def test_what_kills_every_worker_is_named(children: int, message: str, order: Or
 
 
 def serve(address: Any) -> None:
-    """Be a scheduler with one worker, whose address goes through a pipe, until killed."""
+    """Be a scheduler with one worker that does not come to an end, whose address goes through a pipe, until killed."""
+    forever = threading.Event()
 
     async def run() -> None:
+        instead("200: 07", forever.wait)
         async with Scheduler(host="127.0.0.1", port=0, dashboard=False) as scheduler, Worker(scheduler.address, nthreads=1):
             address.send(scheduler.address)
             await scheduler.finished()

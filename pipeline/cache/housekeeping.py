@@ -39,7 +39,8 @@ def _line(path: Path) -> dict[str, Any]:
 
 def contents(path: Path) -> Contents:
     """What `rm` would remove; `ValueError` when the folder is not a cache in <home>/caches/<dataset>/, or a symbolic link."""
-    folder = home_of(path) / "caches" / path.absolute().parent.name / path.name
+    whole = path.absolute()  # "." has no name
+    folder = home_of(path) / "caches" / whole.parent.name / whole.name
     if path.is_symlink() or folder.parent.is_symlink():
         raise ValueError(f"{path} is reached by a symbolic link; give the folder itself")
     if folder not in find_caches(home_of(path), folder.parent.name) and not _leftover(folder).is_dir():

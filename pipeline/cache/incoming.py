@@ -20,6 +20,8 @@ from pipeline.manifest import DATASET_NAME, Manifest
 from pipeline.runs import fingerprint
 
 Shard = tuple[np.ndarray, list[Failure]]  # features float32, NaN where there are none, and why
+ID_COMPRESSION = 16  # bytes of ids that a byte of a file may stand for: ids are distinct, and features lie beside them
+ID_SLACK = 2**20  # bytes
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,13 @@ class Incoming:
     shard_rows: int  # of a new cache; 0: as many as usual
     unknown: list[str]  # ids of the file that belong to no sample
     shards: Callable[[Path, Sequence[int]], Iterator[Shard]]  # (folder for temporary files, where shards end)
+
+
+def check_id_bytes(source: Path, num_bytes: int) -> None:
+    """`ValueError` when the ids of a file would take far more memory than the file is large: all of them are held at once."""
+    size = source.stat().st_size
+    if num_bytes > ID_COMPRESSION * size + ID_SLACK:
+        raise ValueError(f"{source} has {size} bytes, and its ids would take more than {num_bytes - 1}")
 
 
 def digests(features: Features) -> dict[str, Any]:
@@ -63,7 +72,7 @@ def exported(features: Features, source: Path) -> Incoming:
         )
     try:
         identity, provenance, expected, shard_rows, failures = _record(features)
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ValueError(f"the record in {source} is damaged or does not fit ({error}); export the cache again") from error
 
     def shards(_: Path, block_ends: Sequence[int]) -> Iterator[Shard]:
@@ -86,15 +95,20 @@ def _record(features: Features) -> tuple[dict[str, Any], dict[str, Any], list[st
     identity, provenance, sha256, shard_rows = (
         features.about[key] for key in ("identity", "provenance", "sha256", "shard_rows")
     )
-    fingerprint([identity, provenance, provenance["command"]])
-    failures = [Failure(**failure) for failure in features.about["failures"]]
+    fingerprint([identity, provenance])
+    command, numbers = provenance["command"], [provenance.get(key, 0) for key in ("shard_rows", "batch_size")]
+    words = [word for key in ("settings", "versions") for pair in provenance.get(key, {}).items() for word in pair]
+    failures = [layout.typed(Failure, failure) for failure in features.about["failures"]]
     offsets_sha256 = hashlib.sha256(features.offsets.astype("<i8").data).hexdigest()
     fits = {
         "dataset": DATASET_NAME.fullmatch(identity["dataset"]),
         "encoder": DATASET_NAME.fullmatch(identity["encoder"]["name"]),
         "store dtype": identity["store_dtype"] == features.dtype in layout.STORE_DTYPES,
-        "rows per shard": shard_rows > 0 and shard_rows % layout.CHUNK_ROWS == 0,
-        "failures": all(type(failure.row) is int and type(failure.id) is str for failure in failures),
+        "rows per shard": type(shard_rows) is int and shard_rows > 0 and shard_rows % layout.CHUNK_ROWS == 0,
+        "command": type(command) is str and command.startswith("diffalign ") and command.isprintable(),
+        "provenance": all(type(number) is int for number in numbers) and all(type(word) is str for word in words),
+        "failures": all(0 <= failure.row < features.shape[0] for failure in failures),
+        "failed samples": {failure.id for failure in failures} <= set(features.ids),
         "ids": sha256["ids"] == layout.ids_sha256(features.ids),
         "offsets": sha256["offsets"] == offsets_sha256,
     }

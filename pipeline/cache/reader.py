@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import pyarrow.parquet as pq
 import zarr
 
 from pipeline.cache import layout
@@ -100,8 +103,9 @@ def open_cache(path: Path, expect: Mapping[str, Any] | None = None) -> Cache:
         raise ValueError(f"{path} was made with {field} = {found!r}, but {wanted!r} is needed; extract a cache with it")
     array = zarr.open_array(path / "features", mode="r")
     commits, problems = read_commits(path)
-    if problems:
-        state = f"{len(commits)} of {len(commits) + len(problems)} shards are complete ({problems[0]})"
+    unfinished = problems or layout.file_problems(path, "failures")
+    if unfinished:
+        state = f"{len(commits)} of {len(commits) + len(problems)} shards are complete ({unfinished[0]})"
         raise ValueError(f"{path} is incomplete: {state}; to complete it, run: {command}")
     ids = [str(sample_id) for sample_id in np.asarray(zarr.open_array(path / "ids", mode="r")[:])]
     ragged = attributes["kind"] == "ragged"
@@ -139,7 +143,7 @@ def info(path: Path) -> dict[str, Any]:
         "rows": array.shape[0],
         "feature_shape": list(array.shape[1:]),
         "store_dtype": attributes["identity"]["store_dtype"],
-        "complete": not problems,
+        "complete": not (problems or layout.file_problems(path, "failures")),
         "shards": {"committed": len(commits), "total": len(commits) + len(problems)},
         "bytes": sum(commit.num_bytes for commit in commits),
         "failed": sum(len(commit.failures) for commit in commits),
@@ -162,12 +166,12 @@ def read_group(path: Path) -> dict[str, Any]:
     """The group's attributes, if they are those that named the folder; nothing else is looked at."""
     try:
         attributes = json.loads((path / "zarr.json").read_bytes())["attributes"]
-        name, command = fingerprint(attributes["identity"])[:12], attributes["provenance"]["command"]
+        name, command = fingerprint(dict(attributes["identity"]))[:12], dict(attributes["provenance"])["command"]
     except FileNotFoundError as error:
         raise ValueError(f"{path} is not a feature cache; make one with: diffalign extract") from error
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path / 'zarr.json'} is damaged ({error}); to redo it, run diffalign extract again") from error
-    if not path.name.endswith(f"-{name}"):
+    if not os.path.abspath(path).endswith(f"-{name}"):  # the path itself may be "."
         raise ValueError(f"{path} does not fit its identity, which hashes to {name}; to make a right one, run: {command}")
     return attributes
 
@@ -192,6 +196,17 @@ def read_commits(path: Path) -> tuple[list[Commit], list[str]]:
             else:
                 problems.append(f"{file.relative_to(path)} has {size} bytes instead of {commit.num_bytes}")
     return commits, problems
+
+
+def known_failures(path: Path) -> frozenset[str]:
+    """The samples that are known to have failed, by what is left of failures.parquet and of the shards' records."""
+    listed: list[str] = []
+    if not layout.file_problems(path, "failures"):
+        listed += pq.read_table(path / "failures.parquet", columns=["id"]).column("id").to_pylist()
+    for file in (path / "commits").glob("[0-9]*.json"):
+        with contextlib.suppress(ValueError):
+            listed += [failure.id for failure in layout.read_commit(path, int(file.stem)).failures]
+    return frozenset(listed)
 
 
 def differences(expected: Mapping[str, Any], found: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any, Any]]:

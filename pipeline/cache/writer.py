@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
+import json
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,18 +54,31 @@ class Writer:
         """Start a cache, or take up one that was started.
 
         `offsets` [N+1] int64 says which rows of features belong to which sample; empty [0] when every sample has one row.
-        `shard_rows` is for a new cache (0: 8,192); one that was started keeps its own.
+        `provenance` and `shard_rows` (0: 8,192) are for a new cache; one that holds shards keeps its own, and files that are
+        damaged are made again: `ValueError` when that does not give what was there.
         """
         remove_leftovers(path)
         num_rows = int(offsets[-1]) if len(offsets) else len(ids)
-        attributes = {
-            "kind": "ragged" if len(offsets) else "dense",
-            "identity": identity,
-            "ids_sha256": layout.ids_sha256(ids),
-            "provenance": provenance,
-        }
-        if layout.file_problems(path, "arrays"):
-            _write_arrays(path, _encode_arrays(ids, offsets, (num_rows, *feature_shape), attributes, shard_rows))
+
+        def encoded(origin: Mapping[str, Any]) -> dict[str, bytes]:
+            attributes = {
+                "kind": "ragged" if len(offsets) else "dense",
+                "identity": identity,
+                "ids_sha256": layout.ids_sha256(ids),
+                "provenance": origin,
+            }
+            return _encode_arrays(ids, offsets, (num_rows, *feature_shape), attributes, shard_rows)
+
+        if not any((path / "commits").glob("[0-9]*.json")):
+            _write_arrays(path, encoded(provenance))
+        elif problems := layout.file_problems(path, "arrays"):
+            again = next((files for files in map(encoded, (_origin(path), provenance)) if _is_what_was(path, files)), None)
+            if again is None:
+                raise ValueError(
+                    f"{path}: {problems[0]}, and these options and libraries do not make it again as it was; take those that "
+                    f"it was begun with, or remove the folder and run: {provenance['command']}"
+                )
+            _write_arrays(path, again)
         return Writer.join(path)
 
     @staticmethod
@@ -74,6 +90,16 @@ class Writer:
         return Writer(path, array.shape[0], array.shards[0], array.shape[1:], str(array.attrs["store_dtype"]), arrays)
 
     @property
+    def provenance(self) -> Mapping[str, Any]:
+        """Where the shards come from that it holds."""
+        return json.loads(self.arrays["zarr.json"])["attributes"]["provenance"]
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether `finish` was the last that was done."""
+        return not layout.file_problems(self.path, "failures")
+
+    @property
     def num_shards(self) -> int:
         """Shards of the whole cache."""
         return -(-self.num_rows // self.shard_rows)
@@ -82,19 +108,26 @@ class Writer:
         """The rows of a shard."""
         return range(shard * self.shard_rows, min((shard + 1) * self.shard_rows, self.num_rows))
 
+    def records(self) -> dict[int, Commit]:
+        """What was recorded of the shards, whatever has become of them since."""
+        commits = {}
+        for shard in range(self.num_shards):
+            with contextlib.suppress(ValueError, FileNotFoundError):
+                commits[shard] = layout.read_commit(self.path, shard)
+        return {shard: commit for shard, commit in commits.items() if commit.rows == len(self.rows(shard))}
+
     def committed(self) -> dict[int, Commit]:
         """The shards that are real and undamaged; every byte is read."""
         commits = {}
-        for shard in range(self.num_shards):
-            try:
-                commit = layout.read_commit(self.path, shard)
-                whole = commit.rows == len(self.rows(shard))
-                intact = whole and layout.file_sha256(self._file(shard)) == commit.sha256
-            except (ValueError, FileNotFoundError):
-                continue
-            if intact:
-                commits[shard] = commit
+        for shard, commit in self.records().items():
+            with contextlib.suppress(FileNotFoundError):
+                if layout.file_sha256(self._file(shard)) == commit.sha256:
+                    commits[shard] = commit
         return commits
+
+    def reopen(self) -> None:
+        """Before more is committed: the cache counts as incomplete until `finish`."""
+        (self.path / "commits" / "failures.json").unlink(missing_ok=True)
 
     def commit(
         self,
@@ -105,6 +138,7 @@ class Writer:
         seconds: float,
         batch_size: int,
         device: str,
+        media_sizes: str = "",
     ) -> Commit:
         """Write a whole shard, features float32 [rows, *shape] with NaN where an item failed, then its record."""
         stored = layout.to_stored(features, self.store_dtype)
@@ -112,12 +146,14 @@ class Writer:
         finite = np.isfinite(lengths)
         norms = lengths[finite] if finite.any() else np.zeros(1)
         data = self._encode(shard, stored)
-        write_atomic(self._file(shard), data)
+        with ThreadPoolExecutor(1) as beside:
+            digest = beside.submit(hashlib.sha256, data)
+            write_atomic(self._file(shard), data)
         commit = Commit(
             shard=shard,
             rows=len(stored),
             num_bytes=len(data),
-            sha256=hashlib.sha256(data).hexdigest(),
+            sha256=digest.result().hexdigest(),
             finite=int(finite.sum()),
             norm_min=float(norms.min()),
             norm_mean=float(norms.mean()),
@@ -126,12 +162,13 @@ class Writer:
             batch_size=batch_size,
             device=device,
             failures=tuple(failures),
+            media_sizes=media_sizes,
         )
         layout.write_commit(self.path, commit)
         return commit
 
     def finish(self, commits: Mapping[int, Commit]) -> None:
-        """Gather the failures of all shards into failures.parquet."""
+        """Gather the failures of all shards into failures.parquet; without it a cache does not open."""
         remove_leftovers(self.path)
         write_atomic(self.path / "failures.parquet", _encode_failures([commits[shard] for shard in sorted(commits)]))
         layout.write_digests(self.path, "failures", ["failures.parquet"])
@@ -163,10 +200,32 @@ def _encode_failures(commits: Sequence[Commit]) -> bytes:
     return file.getvalue()
 
 
+def _origin(path: Path) -> Mapping[str, Any]:
+    """The provenance that stands in zarr.json, whether it is damaged or not."""
+    try:
+        return dict(json.loads((path / "zarr.json").read_bytes())["attributes"]["provenance"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+
+
+def _is_what_was(path: Path, files: Mapping[str, bytes]) -> bool:
+    """Whether these are the arrays that the shards were written for: as recorded, or without a record what is left of them."""
+    try:
+        known = layout.read_record(path / "commits" / "arrays.json")
+    except (ValueError, FileNotFoundError):
+        known = {name: layout.file_sha256(path / name) for name in files if (path / name).is_file()}
+    return "zarr.json" in known and all(
+        hashlib.sha256(files.get(name, b"")).hexdigest() == sha256 for name, sha256 in known.items()
+    )
+
+
 def _write_arrays(path: Path, files: Mapping[str, bytes]) -> None:
+    """Write the files that are not there like that already, and the record of them."""
     for name in sorted(files, key=lambda name: name == "zarr.json"):  # the group last: a folder is a cache once it is there
-        write_atomic(path / name, files[name])
-    layout.write_digests(path, "arrays", list(files))
+        if not (path / name).is_file() or (path / name).read_bytes() != files[name]:
+            write_atomic(path / name, files[name])
+    if layout.file_problems(path, "arrays"):
+        layout.write_digests(path, "arrays", list(files))
 
 
 def _encode_arrays(

@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from pipeline.devices import default_device
 from pipeline.media import open_image
 
 PIXELS = 16  # side of the thumbnail
@@ -64,9 +65,9 @@ class RandomProjection(nn.Module):
 
     def forward(self, prepared: Tensor) -> Tensor:
         """Features [B, width] of stacked items."""
-        return torch.tanh(prepared @ self.projection * 4.0)
+        return torch.tanh(prepared.to(self.projection.device) @ self.projection * 4.0)
 
 
 def build(config: Config) -> RandomProjection:
     """The encoder of a config."""
-    return RandomProjection(config)
+    return RandomProjection(config).to(default_device())

@@ -13,6 +13,7 @@ import h5py
 import numpy as np
 
 from pipeline.cache.exchange import (
+    ID_LIMIT,
     NO_OFFSETS,
     Features,
     blame,
@@ -24,9 +25,12 @@ from pipeline.cache.exchange import (
     spans,
     stored_dtype,
 )
+from pipeline.cache.incoming import check_id_bytes
 from pipeline.types import Sample
 
-ID_BLOCK = 4096
+ID_BLOCK = 512  # ids that are read at a time
+SMALL_ID_BLOCK = 16  # when each could be so long as the file is
+ID_BLOCK_BYTES = 2**28
 
 
 def write(path: Path, features: Features, samples: Sequence[Sample]) -> None:
@@ -69,7 +73,7 @@ def read(path: Path) -> Iterator[Features]:
             check_declared(path, rows.shape or (), rows.dtype.itemsize)
             check_declared(path, rows.chunks or rows.shape, rows.dtype.itemsize)
             offsets = offsets_of(_column(path, file, "offsets")[:]) if "offsets" in file else NO_OFFSETS
-            ids = _ids(_column(path, file, "ids"))
+            ids = _ids(path, _column(path, file, "ids"))
 
         def blocks(block_ends: Sequence[int]) -> Iterator[np.ndarray]:
             for start, stop in spans(block_ends):
@@ -98,10 +102,21 @@ def _column(path: Path, file: h5py.File, name: str) -> h5py.Dataset:
     return column
 
 
-def _ids(ids: h5py.Dataset) -> list[str]:
+def _ids(path: Path, ids: h5py.Dataset) -> list[str]:
     is_text = h5py.check_string_dtype(ids.dtype) is not None
     if not is_text and ids.dtype.kind not in "iu":
         raise ValueError(f"'ids' must be strings or whole numbers, not {ids.dtype}")
     values = ids.asstr("utf-8") if is_text else ids
-    blocks = (np.asarray(values[start:stop]) for start, stop in spans(ends(len(ids), ID_BLOCK)))
-    return [name for block in blocks for name in id_strings(block.tolist())]
+    is_fixed = ids.dtype.kind != "O"
+    if is_fixed and ids.dtype.itemsize > 4 * ID_LIMIT:
+        raise ValueError(f"'ids' are strings of {ids.dtype.itemsize} bytes; an id has {ID_LIMIT} characters at most")
+    # of any length: many may be one and the same string, stored once
+    block_rows = ID_BLOCK if is_fixed else max(SMALL_ID_BLOCK, min(ID_BLOCK, ID_BLOCK_BYTES // path.stat().st_size))
+    names: list[str] = []
+    num_bytes = 0
+    for start, stop in spans(ends(len(ids), block_rows)):
+        block = id_strings(np.asarray(values[start:stop]).tolist())
+        num_bytes += sum(map(len, block))
+        check_id_bytes(path, num_bytes)
+        names += block
+    return names

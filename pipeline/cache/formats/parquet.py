@@ -24,10 +24,13 @@ from pipeline.cache.exchange import (
     spans,
     stored_dtype,
 )
+from pipeline.cache.incoming import check_id_bytes
 from pipeline.types import Sample
 
 READ_BUFFER = 2**20  # bytes; without it whole column chunks are read
 BATCH_BYTES = 2**20  # of features that are decoded at a time
+ID_BATCH = 4096  # ids that are decoded at a time
+SMALL_ID_BATCH = 64  # when a few bytes may stand for each of them
 
 
 def write(path: Path, features: Features, samples: Sequence[Sample]) -> None:
@@ -79,7 +82,7 @@ def read(path: Path) -> Iterator[Features]:
             raw, width = _numbers(schema, columns), _width(file, columns)
             dtype = stored_dtype(path, raw, about)
             check_declared(path, (max(num_samples, 1), width), raw.itemsize)
-            ids = id_strings(file.read(columns=["id"]).column("id").to_pylist())
+            ids = _ids(path, file.metadata)
             offsets = NO_OFFSETS
             if columns == ["features"] and _is_nested(schema.field("features").type) and "count" in schema.names:
                 offsets = np.cumsum([0, *file.read(columns=["count"]).column("count").to_pylist()], dtype=np.int64)
@@ -97,6 +100,31 @@ def read(path: Path) -> Iterator[Features]:
             return _regroup(path, _arrays(path, batches, width), block_ends, shape[1:])
 
         yield Features(ids, offsets, shape, dtype, about, blocks)
+
+
+def _ids(path: Path, metadata: pq.FileMetaData) -> list[str]:
+    """The ids; their size is checked before they are decoded, and before a dictionary's long ones are copied out."""
+    groups = [metadata.row_group(group) for group in range(metadata.num_row_groups)]
+    columns = [group.column(position) for group in groups for position in range(group.num_columns)]
+    chunks = [column for column in columns if column.path_in_schema == "id"]
+    check_id_bytes(path, sum(chunk.total_uncompressed_size for chunk in chunks))
+    is_delta = any("DELTA" in encoding for chunk in chunks for encoding in chunk.encodings)  # not read as a dictionary
+    ids: list[str] = []
+    num_bytes = 0
+    with pq.ParquetFile(path, metadata=metadata, buffer_size=READ_BUFFER, read_dictionary=[] if is_delta else ["id"]) as file:
+        for batch in file.iter_batches(batch_size=SMALL_ID_BATCH if is_delta else ID_BATCH, columns=["id"]):
+            num_bytes += _spelled_bytes(batch.column(0))
+            check_id_bytes(path, num_bytes)
+            ids += id_strings(batch.column(0).to_pylist())
+    return ids
+
+
+def _spelled_bytes(ids: pa.Array) -> int:
+    """Bytes of strings when each is spelled out."""
+    if not isinstance(ids, pa.DictionaryArray):
+        return ids.nbytes
+    lengths = pc.call_function("binary_length", [ids.dictionary]).take(ids.indices)
+    return pc.call_function("sum", [lengths]).as_py() or 0
 
 
 def _leaf(kind: pa.DataType) -> pa.DataType:
