@@ -6,7 +6,7 @@ DATASET ?= openmoji
 METHOD ?= seda
 ARGS ?=
 
-.PHONY: help setup demo test check extract train-head report lock clean
+.PHONY: help setup demo test check extract train-head grid report bench lock clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
@@ -41,8 +41,15 @@ extract: setup ## stage 1: make extract DATASET=nuswide
 train-head: setup ## stage 2: make train-head DATASET=openmoji METHOD=seda
 	$(RUN)diffalign train-head --dataset $(DATASET) --method $(METHOD) $(ARGS)
 
+grid: setup ## every combination of some settings: make grid METHOD=seda ARGS="--grid T=900,1800"
+	$(RUN)diffalign grid --dataset $(DATASET) --method $(METHOD) $(ARGS)
+
 report: setup ## tables and pictures of all runs of DATASET
 	$(RUN)diffalign report $(DATASET) $(ARGS)
+
+bench: setup ## the ratios of benchmarks/RESULTS.md, on a machine with nothing else to do
+	$(RUN)python benchmarks/extract.py
+	$(RUN)python benchmarks/grid.py
 
 lock: ## renew requirements.lock from pyproject.toml
 	$(RUN)uv pip compile pyproject.toml --all-extras --universal --python-version 3.11 --no-emit-index-url --no-header --no-annotate --quiet --upgrade -o requirements.lock

@@ -11,11 +11,13 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from pipeline import cache_commands, grid_command
+from pipeline import cache_commands, finetune_command, grid_command
 from pipeline.console import HOME, NONE, AsJson, Home, Scheduler, assignments, numbers, show, show_table
 
 if TYPE_CHECKING:
     import pandas as pd
+
+    from pipeline.types import Split
 
 HELP = """Image classifiers that learn from text which exists only in training (MARNet, SeDA), on cached features.
 
@@ -90,7 +92,10 @@ def extract(
     settings: Settings = NONE,
     weights: Annotated[str, typer.Option(help="Weights of the encoder: a file or folder, e.g. of the joint stage.")] = "",
     batch_size: Annotated[
-        int, typer.Option(min=0, help="Items per forward pass; 0: 16, or 256 on a GPU, halved until it fits.")
+        int,
+        typer.Option(
+            min=0, help="Items per batch of a new cache; 0: 16, or up to 256 on a GPU, where a batch is halved until it fits."
+        ),
     ] = 0,
     workers: Annotated[int, typer.Option(min=-1, help="Processes; -1: one per core, 0: this one does everything.")] = -1,
     shard_rows: Annotated[
@@ -162,6 +167,9 @@ def train_head(
 
 
 app.command()(grid_command.grid)
+app.command()(finetune_command.finetune)
+app.command()(finetune_command.demo_joint)
+app.add_typer(finetune_command.ablations, name="ablate")
 
 
 def _frame(rows: list[dict[str, Any]]) -> pd.DataFrame:
@@ -175,6 +183,9 @@ def evaluate(
     run: Annotated[Path, typer.Argument(help="A run's folder, …/seed<k>, or the folder of all its seeds.")],
     split: Annotated[str, typer.Option(help="train, val or test; every read of test is logged in the run.")] = "val",
     settings: Settings = NONE,
+    sampler_curve: Annotated[
+        bool, typer.Option("--sampler-curve", help="Metrics and time against the steps and draws of a method that samples.")
+    ] = False,
     home: Home = HOME,
     as_json: AsJson = False,
 ) -> None:
@@ -186,11 +197,33 @@ def evaluate(
     if split not in SPLITS:
         raise ValueError(f"unknown split {split!r}; choose one of: {', '.join(SPLITS)}")
     folders = [run] if (run / "config.json").is_file() else sorted(run.glob("seed*")) or [run]
+    if sampler_curve:
+        _sampler_curves(home, folders, split, assignments(settings), as_json)
+        return
     results = []
     for folder in folders:
         record = run_evaluate(home, Run.at(folder), split, assignments(settings))
         results.append({"run": str(folder), "split": split, "n": record["n"], **record["metrics"]})
     show_table(_frame(results), as_json)
+
+
+def _sampler_curves(home: Path, folders: list[Path], split: Split, settings: dict[str, str], as_json: bool) -> None:
+    """The curve of every run, and where it was written."""
+    from pipeline.runs import Run
+    from pipeline.sampler_curve import sampler_curve
+
+    curves = [sampler_curve(home, Run.at(folder), split, settings) for folder in folders]
+    if as_json:
+        described = [
+            {"run": str(curve.run), "split": split, "table": str(curve.table), "picture": str(curve.picture)}
+            | {"points": curve.rows.to_dict(orient="records")}
+            for curve in curves
+        ]
+        show({"curves": described}, as_json)
+        return
+    for curve in curves:
+        show_table(curve.rows.round(3), as_json)
+        print(f"files: {curve.table}, {curve.picture}")
 
 
 @app.command()

@@ -26,10 +26,12 @@ from pipeline import manifest as manifests
 from pipeline import metrics, plugins
 from pipeline.devices import default_device
 from pipeline.evaluate import predict
+from pipeline.lane import Lane, TrainConfig
 from pipeline.runs import Run
 from pipeline.sources import Table, find_cache, load, ordered, shuffled
 from pipeline.streams import Streams
-from pipeline.train import TrainConfig, train
+from pipeline.train import train
+from pipeline.types import Predictor
 
 FOLDS = 5
 SEEDS = 3
@@ -160,18 +162,19 @@ def run_trial(
     config = TrainConfig(**training)
     scores: dict[str, float] = {}
 
-    def validate() -> tuple[float, float]:
-        return 0.0, 0.0  # the last epoch is kept
+    def validate(model: Predictor) -> list[tuple[float, float]]:
+        return [(0.0, 0.0)]  # the last epoch is kept
 
     with tempfile.TemporaryDirectory() as folder:
         run = Run(Path(folder) / "select-0" / "seed0", seed)
-        state = train(
-            method, shuffled(inside, config.batch_size, seed), ordered(inside, seed), validate, config, run, progress=False
-        )
+        lane = Lane(method=method, run=run, config=config)
+        source = shuffled(inside, config.batch_size, seed)
+        for error in train([lane], source, ordered(inside, seed), validate, progress=False).values():
+            raise error
     for fusion in FUSIONS if name == "marnet" else ("",):
         variant = {"fusion": fusion} if fusion else {}
         scored = module.build(module.Config(**settings, **variant), shapes)
-        scored.load_state_dict(state.best)
+        scored.load_state_dict(lane.state.best)
         logits, label = predict(scored.to(default_device()), outside, seed), outside.columns["label"].cpu()
         scores[fusion] = metrics.summary(logits, label)["acc1" if label.ndim == 1 else "map"]
     print(f"{name} trial {seed} {scores} {settings} {asdict(config)}", file=sys.stderr, flush=True)

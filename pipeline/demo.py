@@ -70,8 +70,8 @@ def _train_all(jobs: Sequence[Job]) -> None:
     """Train and evaluate, on every core."""
     from pipeline.pool import hands, num_processes  # they take seconds to import
 
-    with hands("local", num_processes(-1, len(jobs))) as spread:
-        for _, finish in tqdm(spread(_train, jobs), total=len(jobs), unit="run", file=sys.stderr):
+    with hands("local", num_processes(-1, len(jobs))) as crew:
+        for _, finish in tqdm(crew.do(_train, jobs), total=len(jobs), unit="run", file=sys.stderr):
             finish()
 
 

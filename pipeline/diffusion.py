@@ -8,7 +8,7 @@ features are not bounded.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -44,14 +44,13 @@ def q_sample(x0: Tensor, n: Tensor, noise: Tensor, abar: Tensor) -> Tensor:
     return torch.sqrt(a) * x0 + torch.sqrt(1.0 - a) * noise
 
 
-def sample_steps(num_train_steps: int, num_sample_steps: int) -> list[int]:
-    """The trailing grid of S steps out of T, descending from T-1, where pure noise is the right input.
+def sample_steps(num_train_steps: Tensor, num_sample_steps: int) -> Tensor:
+    """The trailing grid of S steps out of T, int64 [S], descending from T-1, where pure noise is the right input.
 
-    `ValueError` unless 1 <= S <= T.
+    T is a whole number [], so that stacked models may differ in it; 1 <= S <= T.
     """
-    if not 1 <= num_sample_steps <= num_train_steps:
-        raise ValueError(f"{num_sample_steps} sampling steps of {num_train_steps}; choose between 1 and {num_train_steps}")
-    return [round(num_train_steps * (num_sample_steps - k) / num_sample_steps) - 1 for k in range(num_sample_steps)]
+    left = torch.arange(num_sample_steps, 0, -1, device=num_train_steps.device, dtype=torch.float64)
+    return torch.round(num_train_steps * left / num_sample_steps).long() - 1
 
 
 def posterior_variance(a: Tensor, b: Tensor) -> Tensor:
@@ -62,20 +61,19 @@ def posterior_variance(a: Tensor, b: Tensor) -> Tensor:
 def ddim(
     model: Callable[[Tensor, int], Tensor],
     x: Tensor,
-    steps: Sequence[int],
+    steps: Tensor,
     abar: Tensor,
     eta: float,
     noise: Callable[[int], Tensor],
 ) -> Tensor:
     """Runs the reverse process over the listed steps and returns the last prediction of x_0 [B,D].
 
-    x [B,D] is the start; steps descend; abar [T]; `model(x, k)` predicts x_0 at n = steps[k]; `noise(k)` is [B,D] and asked for
-    only when eta > 0. eta = 0 is deterministic (Song et al. 2021, "Denoising diffusion implicit models", eq. 12); eta = 1 is
-    the posterior jump, so steps T-1..0 with eta = 1 are ancestral sampling (MARNet eq. 21-23, SeDA eq. 13-15). The last jump
-    goes to the data and returns the prediction itself, for every eta.
+    x [B,D] is the start; steps int64 [S] descend; abar [T]; `model(x, k)` predicts x_0 at n = steps[k]; `noise(k)` is [B,D] and
+    asked for only when eta > 0. eta = 0 is deterministic (Song et al. 2021, "Denoising diffusion implicit models", eq. 12);
+    eta = 1 is the posterior jump, so steps T-1..0 with eta = 1 are ancestral sampling (MARNet eq. 21-23, SeDA eq. 13-15). The
+    last jump goes to the data and returns the prediction itself, for every eta.
     """
-    a = abar[list(steps[:-1])].to(torch.float64)
-    b = abar[list(steps[1:])].to(torch.float64)
+    a, b = abar[steps[:-1]].to(torch.float64), abar[steps[1:]].to(torch.float64)
     variance = eta**2 * posterior_variance(a, b)
     # x_p = sqrt(b) xhat_0 + sqrt(1 - b - variance) (x_n - sqrt(a) xhat_0) / sqrt(1 - a) + sqrt(variance) z, by coefficients
     keep = torch.sqrt((1 - b - variance).clamp(min=0.0) / (1 - a))

@@ -25,22 +25,26 @@ from pipeline.devices import Precision, default_device, reproducible
 from pipeline.runs import Run, RunConfig, canonical_json, lock, write_atomic
 from pipeline.sources import Table, find_cache, load
 from pipeline.streams import Streams
-from pipeline.types import Method, Split
+from pipeline.types import Method, Predictor, Split
 
+PREDICTED = 1024  # rows at a time
 NUM_FEATURES = 2000  # rows of the method's feature that are kept for pictures
 
 
 @torch.no_grad()
-def predict(method: Method, table: Table, seed: int, batch_size: int = 1024, precision: Precision = "float32") -> Tensor:
-    """Logits float32 [N,C] on the CPU; every random number is named by (seed, sample id), so batches do not matter."""
-    method.train(False)
+def predict(model: Predictor, table: Table, seed: int, batch_size: int = PREDICTED, precision: Precision = "float32") -> Tensor:
+    """Logits float32 [N,C] on the CPU, of stacked methods [K,N,C].
+
+    Every random number is named by (seed, sample id), so batches do not matter.
+    """
+    model.train(False)
     image, keys = table.columns["image"], table.columns["key"]
     parts = []
     with reproducible(image.device, precision):
         for start in range(0, len(table), batch_size):
             rows = slice(start, start + batch_size)
-            parts.append(method.predict(image[rows], Streams.seeded(seed, keys[rows]).at("predict")).float().cpu())
-    return torch.cat(parts)
+            parts.append(model.predict(image[rows], Streams.seeded(seed, keys[rows]).at("predict")).float().cpu())
+    return torch.cat(parts, dim=-2)
 
 
 def overridden(config: RunConfig, overrides: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:

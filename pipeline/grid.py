@@ -10,7 +10,7 @@ import json
 import math
 import random
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain
@@ -20,9 +20,10 @@ from typing import Any, Literal, get_type_hints
 from pipeline import plugins
 from pipeline.devices import default_device, resolve_dtype
 from pipeline.heads import Features, Head, cache_names, open_features, plan_head, resolve
+from pipeline.lane import SHARED, TrainConfig
 from pipeline.runs import fingerprint, write_atomic
 from pipeline.specs import parse_spec
-from pipeline.train import TrainConfig
+from pipeline.stack import structure
 
 PAPERS = "papers"  # the method's own grid, its GRID
 Axes = Mapping[str, tuple[Any, ...]]  # field -> values, in the order of the grid
@@ -59,6 +60,23 @@ class Grid:
             for number, cell in enumerate(self.cells)
             for seed in self.seeds
         }
+
+    @cached_property
+    def structures(self) -> dict[int, Hashable]:
+        """What cells with runs to train have in common with those they can be trained with, besides the seed.
+
+        `ValueError` names a cell whose method cannot be built.
+        """
+        build = plugins.get("methods", self.method).build
+        found: dict[int, Hashable] = {}
+        for number, cell in enumerate(self.cells):
+            if not all(self.heads[number, seed].run.is_done for seed in self.seeds):
+                try:
+                    method = build(cell.settings, self.features.shapes)
+                except ValueError as error:
+                    raise ValueError(f"cell {cell.label}: {error}") from error
+                found[number] = structure(method), tuple(getattr(cell.training, name) for name in SHARED)
+        return found
 
     def asked(self) -> dict[str, Any]:
         """What was asked for, as plain JSON values; the hash of it names the grid."""
@@ -203,11 +221,5 @@ def plan_grid(
     cells = read_cells(dataset, method, preset, axes, settings, training, points)
     features = open_features(home.absolute(), dataset, method, cache_names(dataset, image, text), aggregate)
     grid = Grid(features=features, method=method, axes=axes, cells=cells, seeds=tuple(seeds), search=search)
-    build = plugins.get("methods", method).build
-    for number, cell in enumerate(cells):
-        if not grid.heads[number, grid.seeds[0]].run.is_done:
-            try:
-                build(cell.settings, features.shapes)
-            except ValueError as error:
-                raise ValueError(f"cell {cell.label}: {error}") from error
+    _ = grid.structures  # builds what is left to train
     return grid

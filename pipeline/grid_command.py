@@ -40,6 +40,14 @@ def grid(
     ] = "all",
     workers: Annotated[int, typer.Option(min=-1, help="Processes; -1: one per core, 0: this one does everything.")] = -1,
     scheduler: Scheduler = "local",
+    strategy: Annotated[
+        Literal["auto", "processes", "stacked"],
+        typer.Option(
+            help="processes: train every cell alone. stacked: train cells of one structure, which differ in numbers such as T, "
+            "t, gamma or lr, as one model. auto: stacked where there are GPUs."
+        ),
+    ] = "auto",
+    lanes: Annotated[int, typer.Option(min=0, help="Cells of one model at most, when stacked; 0: as memory allows.")] = 0,
     no_test: Annotated[bool, typer.Option("--no-test", help="Do not evaluate the winner on the test split.")] = False,
     image: Annotated[str, typer.Option(help="Cache of the image features; default: the dataset's image encoder.")] = "",
     text: Annotated[str, typer.Option(help="Cache of the text features; default: the dataset's text encoder.")] = "",
@@ -51,6 +59,7 @@ def grid(
 ) -> None:
     """Train all combinations of some settings, rank them on validation, and test the winner; finished runs are not repeated."""
     from pipeline.grid import plan_grid, read_axes
+    from pipeline.report import write_grid_page
     from pipeline.sweep import sweep
 
     planned = plan_grid(
@@ -69,19 +78,19 @@ def grid(
         text=text,
         aggregate=aggregate,
     )
-    swept = sweep(planned, scheduler, workers, read_test=not no_test)
-    _print(swept, as_json)
+    swept = sweep(planned, scheduler, workers, read_test=not no_test, strategy=strategy, lanes=lanes)
+    _print(swept, write_grid_page(swept.folder), as_json)
     if swept.failed:
         run, reason = next(iter(swept.failed.items()))
         total = len(planned.heads)
         raise ValueError(f"{len(swept.failed)} of {total} runs failed, the first is {run}: {reason}")
 
 
-def _print(swept: Swept, as_json: bool) -> None:
+def _print(swept: Swept, page: Path, as_json: bool) -> None:
     """The ranking, the winner and where everything is."""
     if as_json:
         cells = swept.ranking.astype(object).where(swept.ranking.notna(), None).to_dict(orient="records")
-        show({"grid": str(swept.folder), "winner": swept.winner, "cells": cells}, as_json)
+        show({"grid": str(swept.folder), "page": str(page), "winner": swept.winner, "cells": cells}, as_json)
         return
     fields = {field: str for field in swept.axes}  # a learning rate of 1e-6 is not to be rounded
     show_table(swept.ranking.astype(fields).round(3), as_json)
@@ -91,6 +100,7 @@ def _print(swept: Swept, as_json: bool) -> None:
         print(f"val:    {_spread(swept.winner['val'])}")
         print(f"test:   {_spread(swept.winner['test']) or 'not read (--no-test)'}")
     print(f"files:  {swept.folder}")
+    print(f"page:   {page}")
 
 
 def _spread(metrics: Mapping[str, Mapping[str, Any]]) -> str:

@@ -2,25 +2,33 @@
 
 from __future__ import annotations
 
+import math
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from pipeline import losses, metrics, plugins
 from pipeline import manifest as manifests
 from pipeline.cache import Cache
-from pipeline.devices import default_device, reproducible
-from pipeline.evaluate import predict
+from pipeline.devices import default_device, free_bytes, reproducible
+from pipeline.evaluate import PREDICTED, predict
+from pipeline.lane import PRESETS, Lane, TrainConfig, Watch, never
 from pipeline.manifest import Manifest
 from pipeline.runs import Run, RunConfig, lock
 from pipeline.sources import Table, find_cache, load, ordered, shuffled
-from pipeline.train import PRESETS, TrainConfig, Watch, never, train
-from pipeline.types import Method, Split
+from pipeline.stack import lane_bytes
+from pipeline.streams import Streams
+from pipeline.train import train
+from pipeline.types import Method, Predictor, Split
+
+MEMORY_SHARE = 0.8  # of the free memory that heads trained together may take
 
 
 def resolve(
@@ -146,27 +154,60 @@ def plan(
 
 def train_head(head: Head, progress: bool, watch: Watch = never) -> Run:
     """Train a head; a finished run is returned as it is, an interrupted one goes on, until `watch` wants no more of it."""
-    run, device = head.run, default_device()
-    if not run.is_done:
-        with reproducible(device):
-            torch.manual_seed(run.seed)
-            method: Method = plugins.get("methods", head.config.method).build(head.settings, head.features.shapes)
-            with lock(run.path, wait=True):
-                if not run.is_done:  # another process may have finished it while we waited
-                    run.create(head.config)
-                    _train(head, method.to(device), progress, watch)
-    return run
+    for error in train_heads([head], progress, watch).values():
+        raise error
+    return head.run
 
 
-def _train(head: Head, method: Method, progress: bool, watch: Watch) -> None:
-    run, training, table, val = head.run, head.training, head.features.train, head.features.val
+def train_heads(heads: Sequence[Head], progress: bool, watch: Watch = never) -> dict[Run, ValueError]:
+    """Train heads on the same features as one model, all of one `stack.structure`, seed and `lane.SHARED`; see `train_head`.
 
-    def validate() -> tuple[float, float]:
-        logits, label = predict(method, val, run.seed, precision=training.precision), val.columns["label"].cpu()
-        if not logits.isfinite().all():
-            raise ValueError(f"{run.path} predicts numbers that are not finite: it diverges; train with a lower lr")
-        summary = metrics.summary(logits, label)
-        return summary["acc1" if label.ndim == 1 else "map"], -float(losses.classification(logits, label, "softmax_kl"))
+    Returns the runs that failed, and why; the others are not disturbed.
+    """
+    device, lanes = default_device(), []
+    with reproducible(device), ExitStack() as all_held:
+        for head in sorted(heads, key=lambda head: head.run.path):  # whoever waits for folders waits in this order
+            if not head.run.is_done:
+                method = _build(head, device)
+                held = all_held.enter_context(ExitStack())
+                held.enter_context(lock(head.run.path, wait=True))
+                if not head.run.is_done:  # another process may have finished it while we waited
+                    head.run.create(head.config)
+                    lanes.append(Lane(method=method, run=head.run, config=head.training, watch=watch, held=held))
+        return _train(heads[0], lanes, progress) if lanes else {}
 
-    source = shuffled(table, training.batch_size, run.seed)
-    train(method, source, ordered(table, run.seed), validate, training, run, progress, watch)
+
+def _build(head: Head, device: torch.device) -> Method:
+    torch.manual_seed(head.run.seed)
+    method: Method = plugins.get("methods", head.config.method).build(head.settings, head.features.shapes)
+    return method.to(device)
+
+
+def _train(head: Head, lanes: Sequence[Lane], progress: bool) -> dict[Run, ValueError]:
+    """Train lanes on the features of this head, with what they share."""
+    seed, training, table, val = head.run.seed, head.training, head.features.train, head.features.val
+    label = val.columns["label"].cpu()
+
+    def validate(model: Predictor) -> list[tuple[float, float]]:
+        logits = predict(model, val, seed, precision=training.precision)
+        return [score(each, label) for each in logits.reshape(-1, *logits.shape[-2:])]
+
+    source = shuffled(table, training.batch_size, seed)
+    return train(lanes, source, ordered(table, seed), validate, progress)
+
+
+def score(logits: Tensor, label: Tensor) -> tuple[float, float]:
+    """The metric that selects, and the loss of logits [N,C], NaN when one of these is not finite."""
+    summary = metrics.summary(logits, label)
+    loss = float(losses.classification(logits, label, "softmax_kl")) if logits.isfinite().all() else math.nan
+    return summary["acc1" if label.ndim == 1 else "map"], loss
+
+
+def capacity(head: Head) -> int:
+    """How many heads like this one can be trained together in the device's free memory; at least 1."""
+    device, size = default_device(), head.training.batch_size
+    batch = next(shuffled(head.features.train, size, head.run.seed)(0))
+    rows = 2 * size + PREDICTED  # a gradient is not larger than what it is taken of
+    with reproducible(device, head.training.precision):
+        each = lane_bytes(_build(head, device), batch, Streams.seeded(head.run.seed, batch["key"]), rows)
+    return max(1, int(MEMORY_SHARE * free_bytes(device) / each))

@@ -1,4 +1,4 @@
-"""Small networks that methods share: dropout by named streams, MLP, standardisation, time embedding, tokens, adapters."""
+"""Small networks that methods share: dropout by named streams, tables, MLP, scaling, time embedding, tokens, adapters."""
 
 from __future__ import annotations
 
@@ -20,6 +20,19 @@ def hyper(module: nn.Module, **values: float) -> None:
     """Registers hyperparameters as 0-d float32 buffers: stacked models may differ in them; checkpoints leave them out."""
     for name, value in values.items():
         module.register_buffer(name, torch.tensor(float(value), dtype=torch.float32), persistent=False)
+
+
+class Table(nn.Module):
+    """Numbers float32 [L] that are only ever looked up by an index below L: stacked models may differ in L.
+
+    The shorter tables of a stack are filled up with NaN. Checkpoints leave tables out.
+    """
+
+    values: Tensor
+
+    def __init__(self, values: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("values", values, persistent=False)
 
 
 def dropout(x: Tensor, p: Tensor, rng: Streams | None, training: bool) -> Tensor:

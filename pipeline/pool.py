@@ -10,16 +10,16 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, NoReturn, Protocol, TypeVar
 
 import dask.config as dask_config
-from dask.distributed import CancelledError, Client, Future, KilledWorker, as_completed
+from dask.distributed import Client, Future, KilledWorker, as_completed
 from dask.system import CPU_COUNT
-from distributed.comm.core import CommClosedError
 
 from pipeline.devices import default_device
-from pipeline.distribute import connect, processes
+from pipeline.distribute import LOST, connect, processes
 
 Job = TypeVar("Job")
 Result = TypeVar("Result")
@@ -29,6 +29,15 @@ class Spread(Protocol):
     """Does jobs; see `here`."""
 
     def __call__(self, task: Callable[[Job], Result], jobs: Sequence[Job]) -> Iterator[tuple[int, Callable[[], Result]]]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Hands:
+    """Who does jobs."""
+
+    do: Spread
+    number: int  # of processes that do them at once
+    on_gpu: bool  # whether each of these has one, perhaps the same
 
 
 def here(task: Callable[[Job], Result], jobs: Sequence[Job]) -> Iterator[tuple[int, Callable[[], Result]]]:
@@ -47,18 +56,23 @@ def num_processes(workers: int, num_jobs: int) -> int:
 
 
 @contextmanager
-def hands(scheduler: str, number: int) -> Iterator[Spread]:
+def hands(scheduler: str, number: int) -> Iterator[Hands]:
     """Who does the jobs: this process ("local" and 0), `number` processes of one thread, or a scheduler's, tcp://host:port."""
     if scheduler == "local" and number == 0:
-        yield here
+        yield Hands(here, 1, _has_gpu())
         return
     for name in ("distributed", "distributed.client"):
         logging.getLogger(name).setLevel(logging.CRITICAL)  # what must be known comes as an exception
     with (
         dask_config.set({"logging.distributed": "critical"}),  # of the processes
-        processes([{}] * number) if scheduler == "local" else connect(scheduler) as client,
+        processes([{"OMP_NUM_THREADS": "1"}] * number) if scheduler == "local" else connect(scheduler) as client,
     ):
-        yield partial(_by_workers, client)
+        gpus: Any = client.run(_has_gpu)  # by worker
+        yield Hands(partial(_by_workers, client), len(gpus), all(gpus.values()))
+
+
+def _has_gpu() -> bool:
+    return default_device().type == "cuda"
 
 
 def _by_workers(
@@ -70,7 +84,9 @@ def _by_workers(
     for future in as_completed(list(futures), loop=client.loop):
         try:
             finish = _finish(future)
-        except (CancelledError, CommClosedError) as error:
+        except LOST as error:
+            if future.status == "error":  # the worker's own: its disk is full
+                raise
             raise ValueError("the scheduler was lost; the same command goes on from here") from error
         yield futures[future], finish
 

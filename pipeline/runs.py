@@ -78,7 +78,7 @@ class RunConfig:
     dataset: str
     method: str
     settings: Mapping[str, Any]  # the method's Config
-    training: Mapping[str, Any]  # train.TrainConfig
+    training: Mapping[str, Any]  # lane.TrainConfig
     caches: Mapping[str, str]  # batch key -> full fingerprint of the feature cache it is read from
     shapes: Mapping[str, list[int]]  # types.Shapes
     text_aggregate: str  # how several texts of a sample become one vector

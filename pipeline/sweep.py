@@ -1,33 +1,46 @@
 """Run a grid: on every core of this machine or over dask, choose on validation, and read the test split for the winner alone.
 
 Cells are ordinary runs: finished ones are not trained again, and the same command goes on after any interruption. A run that
-fails is listed, and the others finish.
+fails is listed, and the others finish. On a GPU, cells of one structure and one seed are trained as one model: a single head
+leaves it idle.
 """
 
 from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from threading import Lock
-from typing import Any
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import pandas as pd
+import torch
 from tqdm import tqdm
 
 from pipeline.evaluate import evaluate, read_metrics
 from pipeline.grid import Grid
 from pipeline.halving import Halving, up_to
-from pipeline.heads import Features, open_features, plan_head, train_head
-from pipeline.pool import Spread, hands, num_processes
+from pipeline.heads import Features, capacity, open_features, plan_head, train_heads
+from pipeline.lane import TrainConfig
+from pipeline.pool import Hands, hands, here, num_processes
 from pipeline.ranking import Board, Outcome
 from pipeline.runs import Run
-from pipeline.train import TrainConfig
 
+Strategy = Literal["auto", "processes", "stacked"]
+Item = TypeVar("Item")
 _ONE_RUN = Lock()  # the generator that initialises weights and the number of threads belong to the process
+
+
+@dataclass(frozen=True, slots=True)
+class Effort:
+    """How runs are trained; of no influence on what they are."""
+
+    lanes: int  # runs of one model at most; 0: as many as fit in memory
+    sharers: int  # processes that share this memory
+    progress: bool  # show epochs
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,17 +54,24 @@ class Place:
     aggregate: str
 
 
+class Part(NamedTuple):
+    """One run of a job."""
+
+    settings: Any  # the method's Config
+    training: TrainConfig
+    path: Path
+
+
 @dataclass(frozen=True, slots=True)
 class Job:
-    """A run to train, or to continue until an epoch of the last phase is validated."""
+    """Runs to train together, or to continue until an epoch of the last phase is validated."""
 
     place: Place
     method: str
-    settings: Any
-    training: TrainConfig
     seed: int
+    parts: tuple[Part, ...]
     limit: float  # epochs; inf: to the end
-    path: Path  # of the run
+    effort: Effort
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,33 +85,69 @@ class Swept:
     failed: Mapping[str, str]  # run -> reason
 
 
-def sweep(grid: Grid, scheduler: str = "local", workers: int = -1, read_test: bool = True) -> Swept:
+def sweep(
+    grid: Grid,
+    scheduler: str = "local",
+    workers: int = -1,
+    read_test: bool = True,
+    strategy: Strategy = "auto",
+    lanes: int = 0,
+) -> Swept:
     """Train what is not trained yet, rank the cells on validation, and evaluate the winner on the test split.
 
-    `workers` are processes of this machine (-1: one per core, 0: this process alone), unless `scheduler` names others.
+    `workers` are processes of this machine (-1: one per core, 0: this process alone), unless `scheduler` names others. The
+    strategy "stacked" trains cells of one structure as one model, at most `lanes` of them (0: as many as fit in memory),
+    "processes" trains each alone, and "auto" stacks them where there are GPUs.
     """
     if scheduler != "local" and workers >= 0:
         raise ValueError("--workers are processes of this machine, --scheduler has its own: give one of them")
+    if lanes and strategy == "processes":
+        raise ValueError(
+            "--lanes are cells of one model, and --strategy processes trains every cell by itself: give one of them"
+        )
     folder = grid.create()
     board = Board(grid, folder)
     left = sum(not head.run.is_done for head in grid.heads.values())
-    number = num_processes(workers, left)
-    _say(f"{_size(grid, left)}: {_strategy(scheduler, number)}, {_products(grid)}")
-    with hands(scheduler if left else "local", number) as spread:
-        _train(board, spread, _survivors(board, spread) if grid.search == "optuna" else list(grid.heads), math.inf)
+    with hands(scheduler if left else "local", num_processes(workers, left)) as crew:
+        stacked = strategy == "stacked" or (strategy == "auto" and crew.on_gpu)
+        _say(f"{_size(grid, left)}: {_who(scheduler, crew)}, {_how(strategy, scheduler, stacked)}, {_products(grid)}")
+        near = crew.number if scheduler == "local" else 1
+        effort = Effort(lanes if stacked else 1, near, progress=stacked and crew.do is here)
+        trainer = Trainer(board, crew, effort)
+        trainer.train(trainer.survivors() if grid.search == "optuna" else list(grid.heads), math.inf)
         best = board.finished()[:1]
-        tests = _test(board, spread, best[0]) if best and read_test else {}
+        tests = _test(board, crew, best[0]) if best and read_test else {}
     failed = {str(board.run(*pair).path): each.reason for pair, each in board.outcomes.items() if each.state == "failed"}
     return Swept(folder, tuple(grid.axes), board.ranking(), board.winner(tests) if best else {}, failed)
 
 
-def train_cell(job: Job) -> None:
-    """Train a run, in whatever process; `ValueError` when it diverges, or when this machine's files are others."""
+def train_group(job: Job) -> dict[Path, str]:
+    """Train runs, in whatever process; returns those that failed, and why.
+
+    `ValueError` when this machine's files are others, or when its memory is too small.
+    """
     with _ONE_RUN:
-        head = plan_head(_features(job.place, job.method), job.method, job.settings, job.training, job.seed)
-        if head.run.path != job.path:
-            raise ValueError(f"a worker would train {head.run.path} instead of {job.path}: its files are not the same")
-        train_head(head, progress=False, watch=lambda epoch, metric: epoch >= job.limit)
+        features = _features(job.place, job.method)
+        heads = [plan_head(features, job.method, part.settings, part.training, job.seed) for part in job.parts]
+        for head, part in zip(heads, job.parts, strict=True):
+            if head.run.path != part.path:
+                raise ValueError(f"a worker would train {head.run.path} instead of {part.path}: its files are not the same")
+        size = job.effort.lanes or max(1, capacity(heads[0]) // job.effort.sharers)
+        failed: dict[Run, ValueError] = {}
+        try:
+            for some in _pieces(heads, size):
+                failed |= train_heads(some, job.effort.progress, watch=lambda epoch, metric: epoch >= job.limit)
+        except torch.OutOfMemoryError as error:
+            raise ValueError(
+                f"{min(size, len(heads))} runs at once do not fit in the GPU's memory: allow fewer, --lanes"
+            ) from error
+    return {run.path: str(error) for run, error in failed.items()}
+
+
+def _pieces(items: Sequence[Item], size: int) -> list[Sequence[Item]]:
+    """The items in order, in as few pieces of at most this size as there can be, equally large but for the last."""
+    each = math.ceil(len(items) / math.ceil(len(items) / size))
+    return [items[start : start + each] for start in range(0, len(items), each)]
 
 
 @lru_cache(maxsize=1)
@@ -107,71 +163,92 @@ def evaluate_run(job: tuple[Path, Path]) -> dict[str, float]:
         return evaluate(home, Run.at(path), "test", {})["metrics"]
 
 
-def _train(board: Board, spread: Spread, pairs: Sequence[tuple[int, int]], limit: float) -> None:
-    """Bring runs to an epoch, or to their end, and note what becomes of them."""
-    pending = []
-    for cell, seed in pairs:
-        seen = board.seen(cell, seed)
-        if board.run(cell, seed).is_done or (seen and seen[-1].epoch >= limit):
-            board.add(cell, seed, board.read(cell, seed))
-        else:
-            pending.append((cell, seed))
-    jobs = [_job(board.grid, cell, seed, limit) for cell, seed in pending]
-    title = "grid" if limit == math.inf else f"to epoch {limit}"
-    with tqdm(desc=title, total=len(pairs), initial=len(pairs) - len(pending), unit="run", file=sys.stderr) as bar:
-        bar.set_postfix_str(board.best())
-        for number, finish in spread(train_cell, jobs):
-            cell, seed = pending[number]
-            try:
-                finish()
-                outcome = board.read(cell, seed)
-            except ValueError as error:
-                outcome = Outcome("failed", str(error))
-            board.add(cell, seed, outcome)
-            bar.set_postfix_str(board.best(), refresh=False)
-            bar.update()
+@dataclass(frozen=True, slots=True)
+class Trainer:
+    """Brings the runs of a grid to where they shall be."""
+
+    board: Board
+    crew: Hands
+    effort: Effort
+
+    def train(self, pairs: Sequence[tuple[int, int]], limit: float) -> None:
+        """Bring runs to an epoch, or to their end, and note what becomes of them."""
+        board, pending = self.board, []
+        for cell, seed in pairs:
+            seen = board.seen(cell, seed)
+            if board.run(cell, seed).is_done or (seen and seen[-1].epoch >= limit):
+                board.add(cell, seed, board.read(cell, seed))
+            else:
+                pending.append((cell, seed))
+        groups = self._groups(pending)
+        jobs = [self._job(group, limit) for group in groups]
+        title = "grid" if limit == math.inf else f"to epoch {limit}"
+        with tqdm(desc=title, total=len(pairs), initial=len(pairs) - len(pending), unit="run", file=sys.stderr) as bar:
+            bar.set_postfix_str(board.best())
+            for number, finish in self.crew.do(train_group, jobs):
+                try:
+                    failed = finish()
+                except ValueError as error:
+                    failed = {part.path: str(error) for part in jobs[number].parts}
+                for cell, seed in groups[number]:
+                    run = board.run(cell, seed)
+                    lost = run.path in failed and not run.is_done
+                    board.add(cell, seed, Outcome("failed", failed[run.path]) if lost else board.read(cell, seed))
+                bar.set_postfix_str(board.best(), refresh=False)
+                bar.update(len(groups[number]))
+
+    def _groups(self, pairs: Sequence[tuple[int, int]]) -> list[Sequence[tuple[int, int]]]:
+        """Runs that are trained together: of one structure and seed, not more than there may be, and some for everybody."""
+        if self.effort.lanes == 1:
+            return [[pair] for pair in pairs]
+        alike: dict[Hashable, list[tuple[int, int]]] = {}
+        for cell, seed in pairs:
+            alike.setdefault((self.board.grid.structures[cell], seed), []).append((cell, seed))
+        most = self.effort.lanes or len(pairs)
+        return [group for same in alike.values() for group in _pieces(same, min(most, math.ceil(len(same) / self.crew.number)))]
+
+    def _job(self, pairs: Sequence[tuple[int, int]], limit: float) -> Job:
+        grid = self.board.grid
+        heads = [grid.heads[pair] for pair in pairs]
+        place = Place(
+            home=grid.features.home,
+            dataset=grid.features.manifest.dataset,
+            manifest=grid.features.manifest.fingerprint(),
+            caches=tuple(heads[0].config.caches.items()),
+            aggregate=grid.features.aggregate,
+        )
+        parts = tuple(Part(head.settings, head.training, head.run.path) for head in heads)
+        return Job(place, grid.method, pairs[0][1], parts, limit, self.effort)
+
+    def survivors(self) -> list[tuple[int, int]]:
+        """The runs of the cells that successive halving leaves, judged by the first seed; the others are noted as pruned."""
+        board = self.board
+        first, *others = board.grid.seeds
+        alive = list(range(len(board.grid.cells)))
+        halving = Halving([cell.training.epochs for cell in board.grid.cells])
+        for limit in halving.limits:
+            self.train([(cell, first) for cell in alive], limit)
+            for cell in list(alive):
+                reason = "" if board.outcomes[cell, first].state != "failed" else f"seed {first} failed"
+                at = 0 if reason else halving.pruned_at(cell, board.seen(cell, first), limit)
+                if at:
+                    reason = f"pruned at epoch {at}"
+                    last = up_to(board.seen(cell, first), limit)[-1]
+                    board.add(cell, first, Outcome("pruned", reason, last.metric, last.loss))
+                if reason:
+                    alive.remove(cell)
+                    for seed in others:
+                        board.add(cell, seed, Outcome("pruned", reason))
+        return [(cell, seed) for cell in alive for seed in board.grid.seeds]
 
 
-def _job(grid: Grid, cell: int, seed: int, limit: float) -> Job:
-    features, head = grid.features, grid.heads[cell, seed]
-    place = Place(
-        home=features.home,
-        dataset=features.manifest.dataset,
-        manifest=features.manifest.fingerprint(),
-        caches=tuple(head.config.caches.items()),
-        aggregate=features.aggregate,
-    )
-    return Job(place, grid.method, head.settings, head.training, seed, limit, head.run.path)
-
-
-def _survivors(board: Board, spread: Spread) -> list[tuple[int, int]]:
-    """The runs of the cells that successive halving leaves, judged by the first seed; the others are noted as pruned."""
-    first, *others = board.grid.seeds
-    alive = list(range(len(board.grid.cells)))
-    halving = Halving([cell.training.epochs for cell in board.grid.cells])
-    for limit in halving.limits:
-        _train(board, spread, [(cell, first) for cell in alive], limit)
-        for cell in list(alive):
-            reason = "" if board.outcomes[cell, first].state != "failed" else f"seed {first} failed"
-            at = 0 if reason else halving.pruned_at(cell, board.seen(cell, first), limit)
-            if at:
-                reason = f"pruned at epoch {at}"
-                last = up_to(board.seen(cell, first), limit)[-1]
-                board.add(cell, first, Outcome("pruned", reason, last.metric, last.loss))
-            if reason:
-                alive.remove(cell)
-                for seed in others:
-                    board.add(cell, seed, Outcome("pruned", reason))
-    return [(cell, seed) for cell in alive for seed in board.grid.seeds]
-
-
-def _test(board: Board, spread: Spread, cell: int) -> dict[int, Mapping[str, float]]:
+def _test(board: Board, crew: Hands, cell: int) -> dict[int, Mapping[str, float]]:
     """The winner's metrics on the test split, by seed."""
     seeds, runs = board.grid.seeds, [board.run(cell, seed) for seed in board.grid.seeds]
     once = "was read before" if all("test" in read_metrics(run) for run in runs) else "is read once"
     _say(f"the test split {once}, for the winner: {board.grid.cells[cell].label}")
     jobs = [(board.grid.features.home, run.path) for run in runs]
-    return {seeds[number]: finish() for number, finish in spread(evaluate_run, jobs)}
+    return {seeds[number]: finish() for number, finish in crew.do(evaluate_run, jobs)}
 
 
 def _size(grid: Grid, left: int) -> str:
@@ -179,10 +256,16 @@ def _size(grid: Grid, left: int) -> str:
     return size if left == len(grid.heads) else f"{size}, {len(grid.heads) - left} of {len(grid.heads)} runs are there already"
 
 
-def _strategy(scheduler: str, number: int) -> str:
+def _who(scheduler: str, crew: Hands) -> str:
     if scheduler != "local":
-        return f"the workers of {scheduler}"
-    return f"{number} single-threaded processes" if number else "this process alone"
+        return f"the {crew.number} workers of {scheduler}"
+    return "this process alone" if crew.do is here else f"{crew.number} single-threaded processes"
+
+
+def _how(strategy: Strategy, scheduler: str, stacked: bool) -> str:
+    how = "cells of one structure as one model" if stacked else "every cell by itself"
+    alone = "no GPU" if scheduler == "local" else "not all of them have a GPU"
+    return f"{how} ({f'--strategy {strategy}' if strategy != 'auto' else 'on the GPU' if stacked else alone})"
 
 
 def _products(grid: Grid) -> str:

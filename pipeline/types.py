@@ -59,9 +59,24 @@ class Phase(NamedTuple):
     name: str
     trains: tuple[str, ...] = ("",)
     share: float = 1.0  # of the configured epochs
+    rates: tuple[tuple[str, float], ...] = ()  # (beginning of a name, factor of its learning rate); the first that fits
+
+    def rate(self, name: str) -> float:
+        """The factor of a parameter's learning rate."""
+        return next((factor for beginning, factor in self.rates if name.startswith(beginning)), 1.0)
 
 
 WHOLE = (Phase("head"),)  # one phase that trains everything
+
+
+class Predictor(Protocol):
+    """What predicts: a method, or several stacked, whose logits are [K,B,C]."""
+
+    def train(self, mode: bool = True) -> Any: ...
+
+    def predict(self, image: Tensor, rng: Streams) -> Tensor:
+        """Logits [B,C] from image features [B,Dv] alone."""
+        ...
 
 
 class Method(Protocol):
@@ -75,7 +90,10 @@ class Method(Protocol):
         ...
 
     def loss(self, batch: Batch, rng: Streams, phase: str) -> Batch:
-        """{"loss": scalar, ...parts}; the parts are logged."""
+        """{"loss": scalar, ...parts}; the parts are logged.
+
+        Methods that are stacked run as one: nothing but operations on tensors, no number read back, no attribute assigned.
+        """
         ...
 
     def predict(self, image: Tensor, rng: Streams) -> Tensor:

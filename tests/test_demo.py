@@ -37,7 +37,7 @@ def test_the_readme_is_finished() -> None:
     assert len(COMMANDS) >= 8
 
 
-@pytest.mark.parametrize("target", ["setup", "demo", "test", "check", "extract", "train-head", "report"])
+@pytest.mark.parametrize("target", ["setup", "demo", "test", "check", "extract", "train-head", "grid", "report", "bench"])
 def test_make_targets_exist(target: str) -> None:
     done = subprocess.run(["make", "-n", target], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout
@@ -69,6 +69,7 @@ def test_commands_of_the_readme_run(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         "prepare",
         "extract",
         "train-head",
+        "grid",
         "evaluate",
         "report",
         "methods",
@@ -77,7 +78,7 @@ def test_commands_of_the_readme_run(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     }
     for words in commands:
         arguments = [str(next(tmp_path.glob(word))) if "*" in word else word for word in words[1:]]
-        if words[1] == "train-head":
+        if words[1] in ("train-head", "grid"):
             arguments += ["--train", "epochs=1"]
         monkeypatch.setattr(sys, "argv", ["diffalign", *arguments])
         with pytest.raises(SystemExit) as exit_info:

@@ -103,7 +103,7 @@ def test_dropout_comes_from_the_stream_and_only_in_training(name: str) -> None:
 @denoisers
 def test_stacked_models_and_their_gradients_equal_a_loop(name: str) -> None:
     models, (x_n, n, x_v) = [build(name, seed) for seed in range(3)], data()
-    keys = torch.stack([Streams.seeded(seed, torch.arange(ROWS)).key for seed in range(3)])
+    keys = torch.tensor([Streams.seeded(seed, torch.arange(ROWS)).key for seed in range(3)])
     ps = torch.tensor([0.0, 0.1, 0.5])
 
     def loss(parameters: dict[str, Tensor], key: Tensor, p: Tensor) -> Tensor:

@@ -15,8 +15,8 @@ from pipeline import plugins
 from pipeline.devices import default_device, resolve_dtype
 from pipeline.grid import Grid, Precision, plan_grid, read_axes, read_cells
 from pipeline.heads import plan, resolve
+from pipeline.lane import TrainConfig
 from pipeline.runs import canonical_json, fingerprint
-from pipeline.train import TrainConfig
 
 
 def tiny_grid(home: Path, method: str = "seda", pairs: tuple[str, ...] = ("T=20,30", "t=0,5"), **options: Any) -> Grid:

@@ -224,7 +224,7 @@ class TestMARNet:
     @pytest.mark.parametrize("branch", ["ema", "cdr"])
     def test_a_branch_trains_as_the_method_of_its_name(self, branch: str) -> None:
         model, batch = fitted("marnet", seed=1)
-        config = getattr(model.config, branch)()
+        config = getattr(settings("marnet"), branch)()
         alone = plugins.get("methods", branch).build(
             config, {"image": (WIDTH,), "text": (WIDTH,), "label": (), "classes": (CLASSES,)}
         )

@@ -17,7 +17,6 @@ from method_cases import (
     data,
     fitted,
     freeze,
-    ids,
     passes,
     settings,
     shapes,
@@ -25,10 +24,10 @@ from method_cases import (
     variant_id,
     variants,
 )
-from torch import Tensor, nn
-from torch.func import functional_call, grad_and_value, stack_module_state, vmap
+from torch import Tensor
 
 from pipeline import plugins
+from pipeline.stack import Stack, structure
 from pipeline.streams import Streams
 from pipeline.types import Batch
 
@@ -38,7 +37,15 @@ over_methods = pytest.mark.parametrize("name", plugins.names("methods"))
 over_kinds = pytest.mark.parametrize("kind", KINDS)
 
 # What a grid may vary among stacked models: another value for every such field of a config.
-CELL = {"tau": 0.2, "dropout": 0.25, "dropout_ema": 0.25, "dropout_cdr": 0.25, "stage_step": 7, "train_min_step": 0.25}
+CELL = {
+    "num_steps": 15,
+    "tau": 0.2,
+    "dropout": 0.25,
+    "dropout_ema": 0.25,
+    "dropout_cdr": 0.25,
+    "stage_step": 7,
+    "train_min_step": 0.25,
+}
 
 
 def test_there_are_methods() -> None:
@@ -193,40 +200,40 @@ def test_a_sample_without_text_has_no_part_in_the_terms_on_text(variant: tuple[s
     torch.testing.assert_close(dirty, clean, atol=1e-5, rtol=1e-4)
 
 
-class Loss(nn.Module):
-    """A method's loss as the forward pass of a module, for torch.func."""
-
-    def __init__(self, method: Any, phase: str) -> None:
-        super().__init__()
-        self.method, self.phase = method, phase
-
-    def forward(self, batch: Batch, key: Tensor) -> Tensor:
-        return self.method.loss(batch, Streams(key, ids()), self.phase)["loss"]
-
-
 @over_variants
-def test_stacked_models_train_like_a_loop(variant: tuple[str, dict[str, Any]]) -> None:
+def test_stacked_models_compute_what_each_does_alone(variant: tuple[str, dict[str, Any]]) -> None:
     name, changes = variant
     known = {field.name for field in fields(type(settings(name)))}
     cell = {field: 0.7 for field in known if field.startswith("w_")} | {k: v for k, v in CELL.items() if k in known}
     models = [fitted(name, **changes)[0], fitted(name, seed=1, **{**cell, **changes})[0]]
-    batch = data()
-    keys = torch.stack([streams(seed).key for seed in (5, 6)])
+    assert (structure(models[0]) == structure(models[1])) == (changes.get("sampler") != "ancestral")  # whose length is T
+    batch, rng = data(), streams()
+    predicted = [model.train(False).predict(batch["image"], rng) for model in models]
     for phase in models[0].phases:
-        modules = [Loss(model.train(), phase.name) for model in models]
+        alone = []
+        for model in models:
+            freeze(model.train(), phase)
+            value = model.loss(batch, rng, phase.name)
+            trained = {key: parameter for key, parameter in model.named_parameters() if parameter.requires_grad}
+            gradients = torch.autograd.grad(value["loss"], list(trained.values()), allow_unused=True, materialize_grads=True)
+            alone.append((value, dict(zip(trained, gradients, strict=True))))
+        if structure(models[0]) == structure(models[1]):
+            _assert_stacked(Stack(models), alone, predicted, phase.name)
 
-        def loss(parameters: Batch, buffers: Batch, key: Tensor, module: nn.Module = modules[0]) -> Tensor:
-            return functional_call(module, (parameters, buffers), (batch, key))
 
-        parameters, buffers = stack_module_state(modules)  # pyright: ignore[reportArgumentType]
-        gradients, losses = vmap(grad_and_value(loss))(parameters, buffers, keys)
-        for k, module in enumerate(modules):
-            alone = module(batch, keys[k])
-            torch.testing.assert_close(losses[k], alone, atol=1e-5, rtol=1e-4)
-            names, values = zip(*module.named_parameters(), strict=True)
-            expected = torch.autograd.grad(alone, values, allow_unused=True, materialize_grads=True)
-            stacked = [gradients[each][k] for each in names]
-            torch.testing.assert_close(stacked, list(expected), atol=1e-4, rtol=1e-3)
+def _assert_stacked(stack: Stack, alone: list[tuple[Batch, Batch]], predicted: list[Tensor], phase: str) -> None:
+    """Losses, their parts, gradients and predictions are those of each model by itself."""
+    torch.testing.assert_close(stack.predict(data()["image"], streams()), torch.stack(predicted), atol=1e-4, rtol=1e-4)
+    stack.train()
+    values = stack.loss(data(), streams(), phase)
+    values["loss"].sum().backward()
+    gradients = {key: leaf.grad for key, leaf in stack.named_parameters() if leaf.requires_grad}
+    for k, (parts, own) in enumerate(alone):
+        torch.testing.assert_close({key: value[k] for key, value in values.items()}, parts, atol=1e-5, rtol=1e-4)
+        assert gradients.keys() == own.keys()
+        for key, gradient in gradients.items():
+            row = torch.zeros_like(own[key]) if gradient is None else gradient[k]
+            torch.testing.assert_close(row, own[key], atol=1e-4, rtol=1e-3)
 
 
 def test_shapes_carry_the_label_kind() -> None:

@@ -88,7 +88,7 @@ class TestMLP:
     def test_stacked_models_with_their_own_dropout_equal_a_loop(self) -> None:
         mlps, x = [nets.MLP([6, 8, 3]) for _ in range(3)], skewed(20)
         params, _ = torch.func.stack_module_state(mlps)
-        keys = torch.stack([streams(20, seed).key for seed in range(3)])
+        keys = torch.tensor([streams(20, seed).key for seed in range(3)])
         ps = torch.tensor([0.0, 0.2, 0.6])
 
         def run(parameters: dict[str, Tensor], key: Tensor, p: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import signal
@@ -112,6 +113,21 @@ def test_every_method_and_field_over_dask_equals_the_heads_alone(method: str, ho
     assert len(expected) >= 4
 
 
+def test_over_dask_every_worker_has_a_part_of_a_stack(
+    home: Path, tmp_path: Path, address: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    grid = short_grid(home, "ema", ("tau=0.07,0.2", "lr=1e-3,1e-2"))
+    other = short_grid(Path(shutil.copytree(home, tmp_path / "other")), "ema", ("tau=0.07,0.2", "lr=1e-3,1e-2"))
+    swept, expected = sweep(grid, address, strategy="stacked"), sweep(other, address)
+    said = capsys.readouterr().err
+    assert f"the 2 workers of {address}, cells of one structure as one model (--strategy stacked), " in said
+    assert f"the 2 workers of {address}, every cell by itself (not all of them have a GPU), " in said
+    pd.testing.assert_frame_equal(swept.ranking, expected.ranking, atol=1e-5)
+    for head, apart in zip(grid.heads.values(), other.heads.values(), strict=True):
+        ours, theirs = (load_file(each.run.path / "checkpoint.safetensors") for each in (head, apart))
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
+
+
 def _assert_same_predictions(grid: Grid, run: str, other: Path) -> None:
     """Of the test split, with a home that shares the caches."""
     for name in ("caches", "manifests"):
@@ -125,7 +141,7 @@ def _assert_same_predictions(grid: Grid, run: str, other: Path) -> None:
 def test_in_this_process_and_after_kills_the_results_are_the_same(
     home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pipeline.train.STATE_SECONDS", -1.0)  # saved after every epoch, also of phases without validation
+    monkeypatch.setattr("pipeline.train.STATE_SECONDS", -math.inf)  # saved after every epoch, also of phases without validation
     pairs = ("T=16,20", "lr=1e-3,1e-2")
     undisturbed = Path(shutil.copytree(home, tmp_path / "undisturbed"))
     expected = sweep(short_grid(undisturbed, "seda", pairs, training={"epochs": 6}), workers=0)
@@ -150,13 +166,13 @@ def test_in_this_process_and_after_kills_the_results_are_the_same(
 
 
 def test_the_processes_of_this_machine_have_one_thread_and_end(tmp_path: Path) -> None:
-    with hands("local", 2) as spread_over:
-        done = {number: finish for number, finish in spread_over(square, [3, -1, 5])}
+    with hands("local", 2) as crew:
+        done = {number: finish for number, finish in crew.do(square, [3, -1, 5])}
         (value, worker, num_threads), (other, *_) = done[0](), done[2]()
         assert (value, other, num_threads) == (9, 25, "1")
         with pytest.raises(ValueError, match="-1 has no square here"):
             done[1]()
-        ((_, finish),) = spread_over(dies_once, [tmp_path / "died"])  # another process does what the killed one had begun
+        ((_, finish),) = crew.do(dies_once, [tmp_path / "died"])  # another process does what the killed one had begun
         assert finish() != os.getpid()
     with pytest.raises(ProcessLookupError):
         os.kill(worker, 0)
@@ -229,7 +245,7 @@ def test_the_command_prints_the_ranking_and_the_winner(
     assert rows[2] == f"winner: tau={rows[0].split()[1]}"
     assert rows[4] == "test:   not read (--no-test)"
     assert Path(rows[5].removeprefix("files:  ")).is_dir()
-    assert "2 cells × 3 seeds: this process alone, " in printed.err
+    assert "2 cells × 3 seeds: this process alone, every cell by itself (no GPU), " in printed.err
     assert "best acc1 " in printed.err
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import signal
 import time
@@ -22,16 +23,16 @@ from pipeline import plugins, runs, train
 from pipeline.cache import find_caches, open_cache
 from pipeline.evaluate import evaluate, predict, read_metrics
 from pipeline.heads import plan, resolve, train_head
+from pipeline.lane import Lane, TrainConfig
 from pipeline.runs import Run
 from pipeline.sources import Captions, load, shuffled
 from pipeline.streams import Streams
-from pipeline.train import TrainConfig
-from pipeline.types import Batch, Phase
+from pipeline.types import Batch, Phase, Predictor
 
 SMALL: dict[str, dict[str, object]] = {
     "baseline": {},
     "ema": {"width": 16},
-    "cdr": {"hidden": 32, "num_steps": 20, "sample_steps": 5},
+    "cdr": {"width": 16, "hidden": 32, "num_steps": 20, "sample_steps": 5},
     "marnet": {"width": 16, "hidden": 32, "num_steps": 20, "sample_steps": 5},
     "seda": {
         "width": 16,
@@ -84,18 +85,18 @@ def test_a_run_leaves_everything_and_is_not_repeated(method: str, home: Path) ->
 @pytest.mark.parametrize("method", plugins.names("methods"))
 def test_resume_is_bitwise(method: str, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     undisturbed = train_tiny(Path(shutil.copytree(home, tmp_path / "undisturbed")), method)
-    monkeypatch.setattr(train, "STATE_SECONDS", -1.0)
+    monkeypatch.setattr(train, "STATE_SECONDS", -math.inf)
     saves = 0
-    save = train._save
+    save = Lane.save
 
-    def save_and_die(*args: Any) -> None:
+    def save_and_die(lane: Lane) -> None:
         nonlocal saves
-        save(*args)
+        save(lane)
         saves += 1
         if saves % 2 == 1:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(train, "_save", save_and_die)
+    monkeypatch.setattr(Lane, "save", save_and_die)
     while True:
         try:
             run = train_tiny(home, method)
@@ -180,7 +181,8 @@ def test_the_loop_is_adam_with_steps_clipping_and_frozen_phases(tmp_path: Path) 
     oracle = TwoPhases()
     oracle.load_state_dict(ours.state_dict())
     run = Run(tmp_path / "two-0" / "seed0", 0)
-    train.train(ours, two_phase_source, lambda: iter(()), lambda: (0.0, 0.0), config, run, progress=False)
+    lane = Lane(method=ours, run=run, config=config)
+    assert not train.train([lane], two_phase_source, lambda: iter(()), lambda model: [(0.0, 0.0)], progress=False)
     epoch = 0
     for module, phase, epochs in ((oracle.a, "a", 6), (oracle.b, "b", 3)):
         optimizer = torch.optim.Adam(module.parameters(), lr=0.05, weight_decay=0.1)
@@ -207,16 +209,18 @@ def test_the_loop_is_adam_with_steps_clipping_and_frozen_phases(tmp_path: Path) 
     [("metric", 4), ("loss", 1), ("last", 5)],  # 50.0 three times: the lower loss, and of equals the later epoch
 )
 def test_the_epoch_is_chosen_on_validation(select: str, best: int, tmp_path: Path) -> None:
-    scores = iter([(50.0, -2.0), (40.0, -0.5), (50.0, -1.0), (30.0, -3.0), (50.0, -1.0), (20.0, -4.0)])
+    scores = iter([(50.0, 2.0), (40.0, 0.5), (50.0, 1.0), (30.0, 3.0), (50.0, 1.0), (20.0, 4.0)])
     method, seen = TwoPhases(), []
 
-    def validate() -> tuple[float, float]:
+    def validate(model: Predictor) -> list[tuple[float, float]]:
+        assert model is method
         seen.append({name: tensor.clone() for name, tensor in method.state_dict().items()})
-        return next(scores)
+        return [next(scores)]
 
     config = plugins.configure(TrainConfig, {"lr": 0.05, "epochs": 12, "select": select})
     run = Run(tmp_path / "two-0" / "seed0", 0)
-    train.train(method, two_phase_source, lambda: iter(()), validate, config, run, progress=False)
+    lane = Lane(method=method, run=run, config=config)
+    assert not train.train([lane], two_phase_source, lambda: iter(()), validate, progress=False)
     kept = load_file(run.path / "checkpoint.safetensors")
     assert len(seen) == 6  # the last phase only
     assert [all(torch.equal(kept[name], state[name]) for name in kept) for state in seen].index(True) == best
@@ -238,7 +242,7 @@ def test_killed_at_any_write_it_ends_in_the_same_metrics(home: Path, tmp_path: P
         if calls == deadly_call:
             raise KeyboardInterrupt
 
-    for module in ("pipeline.runs", "pipeline.train", "pipeline.evaluate"):
+    for module in ("pipeline.runs", "pipeline.lane", "pipeline.evaluate"):
         monkeypatch.setattr(f"{module}.write_atomic", deadly)
     interrupted = 0
     for deadly_call in range(1, 20):

@@ -19,7 +19,6 @@ from pipeline.media import open_image
 from pipeline.pretrained import digest, fit, pixels, read_state, seeded
 
 ARCHITECTURE = "tf_efficientnet_lite0"  # convolutions padded as the weights were trained: unevenly at even strides
-SIDE = 224  # pixels
 MEAN, DEVIATION = 127.0, 128.0  # of the 8-bit channels in training
 
 
@@ -29,11 +28,14 @@ class Config:
 
     weights: str = "package"  # package, random, or a local .pth or .safetensors file or folder
     crop: float = 1.0  # share of the shorter side that is seen, 0.25..1; ImageNet photographs were scored with 0.875
+    side: int = 224  # pixels of the square that the network sees, 32..1024; it was pretrained with 224
     compute_dtype: ComputeDtype = "auto"  # auto: mixed where the processor has bfloat16; bfloat16 is rougher and no faster
 
     def __post_init__(self) -> None:
         if not 0.25 <= self.crop <= 1:
             raise ValueError(f"crop must be in 0.25..1, found {self.crop}")
+        if not 32 <= self.side <= 1024:
+            raise ValueError(f"side must be in 32..1024, found {self.side}")
 
 
 class EfficientNetLite(nn.Module):
@@ -47,8 +49,8 @@ class EfficientNetLite(nn.Module):
         self.config = config
         self.device = default_device()
         self.compute_dtype: Precision = resolve_dtype(config.compute_dtype, self.device, "mixed")
-        self.resized = round(SIDE / config.crop)
-        self.transform = v2.Compose([v2.Resize(self.resized, v2.InterpolationMode.BICUBIC), v2.CenterCrop(SIDE)])
+        self.resized = round(config.side / config.crop)
+        self.transform = v2.Compose([v2.Resize(self.resized, v2.InterpolationMode.BICUBIC), v2.CenterCrop(config.side)])
         self.network = timm.create_model(ARCHITECTURE, pretrained=False, num_classes=0)
         fit(self.network, state, config.weights)
         self.weights_sha256 = digest(self.network)
@@ -60,22 +62,22 @@ class EfficientNetLite(nn.Module):
         return {
             "architecture": ARCHITECTURE,
             "weights_sha256": self.weights_sha256,
-            "preprocessing": {"resize": self.resized, "interpolation": "bicubic-antialias", "centre_crop": SIDE},
+            "preprocessing": {"resize": self.resized, "interpolation": "bicubic-antialias", "centre_crop": self.config.side},
             "normalisation": {"mean": MEAN, "deviation": DEVIATION},
             "pooling": "average",
             "compute_dtype": self.compute_dtype,
         }
 
     def prepare(self, raw: Path | str) -> Tensor:
-        """Pixels uint8 [3,224,224]; a drawing is rendered at the size it is resized to, so it is never resampled."""
+        """Pixels uint8 [3,side,side]; a drawing is rendered at the size it is resized to, so it is never resampled."""
         return self.prepare_image(open_image(Path(raw), self.resized))
 
     def prepare_image(self, image: Image.Image) -> Tensor:
-        """Pixels uint8 [3,224,224] of an opened image."""
+        """Pixels uint8 [3,side,side] of an opened image."""
         return pixels(self.transform(image))
 
     def forward(self, prepared: Tensor) -> Tensor:
-        """Features float32 [B,1280] of pixels uint8 [B,3,224,224]."""
+        """Features float32 [B,1280] of pixels uint8 [B,3,side,side]."""
         images = (prepared.to(self.device, torch.float32) - MEAN) / DEVIATION
         with computing(self.compute_dtype, self.device):
             return self.network(images.to(self.input_dtype, memory_format=torch.channels_last)).float()

@@ -50,6 +50,7 @@ class TransformersText(nn.Module):
         self.padding: int = self.tokenizer.pad_token_id or 0  # is masked: any token will do where the model has none for it
         self.network: Any = transformers_network(folder, config.weights, "text_model", pooler=False)
         self.architecture = architecture(self.network)
+        self.network.config.use_cache = False  # of keys and values: nothing is generated, and a block may run again
         self.tokenizer_files = file_digests(folder)
         self.input_dtype = place(self, self.compute_dtype, self.device)
         depth: int = self.network.config.num_hidden_layers

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from pipeline.denoisers import ConcatMLP, Denoiser
 from pipeline.diffusion import Schedule, alphas_cumprod, q_sample
 from pipeline.losses import classification, mse
-from pipeline.nets import MLP, hyper
+from pipeline.nets import MLP, Table, hyper
 from pipeline.sampling import Sampler
 from pipeline.spaces import ADAPT, AdapterKind, LabelLoss, Scale, Space, label_count, require
 from pipeline.streams import Streams
@@ -93,19 +93,9 @@ def build_denoiser(config: Config, text_width: int, image_width: int) -> Denoise
     return UNet(text_width)
 
 
-def build_sampler(config: Config) -> Sampler:
-    """The sampler that the config names; a regression has nothing to iterate."""
-    if config.denoiser == "regression":
-        return Sampler(num_steps=1, zero_start=True)
-    return Sampler(
-        kind=config.sampler, num_steps=config.sample_steps, eta=config.eta, draws=config.draws, zero_start=config.zero_start
-    )
-
-
 class CDR(nn.Module):
     """q noises x_s, X_theta(x_s^n, n, x_v) predicts it back, and a classifier reads the prediction."""
 
-    abar: Tensor
     first_ce_step: Tensor
     first_step: Tensor
     p_dropout: Tensor
@@ -123,8 +113,9 @@ class CDR(nn.Module):
         width = self.space.text_width
         self.denoiser = build_denoiser(config, width, self.space.image_width)
         self.classifier = nn.Linear(width, label_count(shapes))
-        self.sampler = build_sampler(config)
-        self.register_buffer("abar", alphas_cumprod(config.schedule, config.num_steps), persistent=False)
+        regression = config.denoiser == "regression"  # has nothing to iterate
+        self.sampler = Sampler(num_steps=1, zero_start=True) if regression else Sampler.of(config)
+        self.abar = Table(alphas_cumprod(config.schedule, config.num_steps))
         last = config.num_steps - 1
         hyper(self, steps=config.num_steps, first_step=min(round(config.train_min_step * config.num_steps), last))
         hyper(self, first_ce_step=min(round(config.ce_min_step * config.num_steps), last))
@@ -144,7 +135,7 @@ class CDR(nn.Module):
         """X_theta(x_s^n, n, x_v) and its target x_s [B,Ds] at random steps n [B]."""
         x_v, x_s = self.space.image(batch["image"]), self.space.text(batch["text"])
         n = (self.first_step + torch.floor(rng.at("n").uniform() * (self.steps - self.first_step))).long()
-        x_n = q_sample(x_s, n, rng.at("noise").normal(x_s.shape[1]), self.abar)
+        x_n = q_sample(x_s, n, rng.at("noise").normal(x_s.shape[1]), self.abar.values)
         x_0 = self.denoiser(x_n, self.denoiser.time(n), self.denoiser.condition(x_v), rng.at("dropout"), self.p_dropout)
         return x_0, x_s, n
 
@@ -158,7 +149,7 @@ class CDR(nn.Module):
     def feature(self, image: Tensor, rng: Streams, draw: int = 0) -> Tensor:
         """x_CDR [B,Ds] of image features [B,Dv]: one draw of the reverse chain (eq. 21-23)."""
         x_v, rng = self.space.image(image), rng.at("draw", draw)
-        return self.sampler.generate(self.denoiser, x_v, self.space.text_width, self.abar, rng)
+        return self.sampler.generate(self.denoiser, x_v, self.space.text_width, self.abar.values, self.steps, rng)
 
     def predict(self, image: Tensor, rng: Streams) -> Tensor:
         """Logits [B,C] of image features [B,Dv]."""

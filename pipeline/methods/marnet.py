@@ -134,7 +134,8 @@ class MARNet(nn.Module):
 
     def __init__(self, config: Config, shapes: Shapes) -> None:
         super().__init__()
-        self.config = config
+        self.fusion: str = config.fusion
+        self.label_loss: LabelLoss = config.label_loss
         self.ema = ema.build(config.ema(), shapes)
         self.cdr = cdr.build(config.cdr(), shapes)
         (text_width,) = shapes["text"]
@@ -171,12 +172,12 @@ class MARNet(nn.Module):
         aligned = self.ema.loss(batch, rng.at("ema"), "joint")
         x_0, x_s, n = self.cdr.one_step(batch, rng.at("cdr"))
         rebuilt = self.cdr.objective(x_0, x_s, n, batch)
-        fused = self._fusion_loss(self.config.fusion, self.ema.feature(batch["image"], rng), x_0, batch)
+        fused = self._fusion_loss(self.fusion, self.ema.feature(batch["image"], rng), x_0, batch)
         parts = {"ita": aligned["ita"], "mse": rebuilt["mse"], "ce_ema": aligned["ce"], "ce_cdr": rebuilt["ce"]}
         return {"loss": aligned["loss"] + rebuilt["loss"] + fused, **parts, "ce_fused": fused}
 
     def _fusion_loss(self, kind: str, f_e: Tensor, f_c: Tensor, batch: Batch) -> Tensor:
-        return classification(self.fused(kind, f_e, f_c), batch["label"], self.config.label_loss)
+        return classification(self.fused(kind, f_e, f_c), batch["label"], self.label_loss)
 
     def fused(self, kind: str, f_e: Tensor, f_c: Tensor) -> Tensor:
         """Logits [B,C] of x_EMA [B,d] and x_CDR [B,Ds] by an operator; SUM and HM join the branches' own logits."""
@@ -188,16 +189,14 @@ class MARNet(nn.Module):
     def predict(self, image: Tensor, rng: Streams) -> Tensor:
         """Logits [B,C] of image features [B,Dv]."""
         f_e = self.ema.feature(image, rng)
-        return self.cdr.sampler.mean_logits(
-            lambda draw: self.fused(self.config.fusion, f_e, self.cdr.feature(image, rng, draw))
-        )
+        return self.cdr.sampler.mean_logits(lambda draw: self.fused(self.fusion, f_e, self.cdr.feature(image, rng, draw)))
 
     def feature(self, image: Tensor, rng: Streams) -> Tensor:
         """The fused feature; for the operators on logits, both branches' features side by side."""
         f_e, f_c = self.ema.feature(image, rng), self.cdr.feature(image, rng)
-        if self.config.fusion not in BY_FEATURE:
+        if self.fusion not in BY_FEATURE:
             return torch.cat([f_e, f_c], dim=1)
-        fusion = self.fusions[self.config.fusion]
+        fusion = self.fusions[self.fusion]
         assert isinstance(fusion, FeatureFusion)
         return fusion.join(f_e, f_c)
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from pipeline.denoisers import PFIN, Denoiser, Interaction
 from pipeline.diffusion import Schedule, alphas_cumprod, q_sample
 from pipeline.losses import classification, membership, mse, structural_consistency
-from pipeline.nets import hyper
+from pipeline.nets import Table, hyper
 from pipeline.sampling import Sampler
 from pipeline.spaces import ADAPT, AdapterKind, LabelLoss, Scale, Space, label_count, require
 from pipeline.streams import Streams
@@ -90,7 +90,6 @@ class Config:
 class SeDA(nn.Module):
     """One denoiser and one classifier; the step decides whether the visual or the text feature is the target."""
 
-    abar: Tensor
     centres: Tensor
     first_step: Tensor
     p_dropout: Tensor
@@ -103,7 +102,10 @@ class SeDA(nn.Module):
 
     def __init__(self, config: Config, shapes: Shapes) -> None:
         super().__init__()
-        self.config = config
+        self.stages, self.stage_order, self.per_sample_stage = config.stages, config.stage_order, config.per_sample_stage
+        self.train_centres = config.centres == "train"
+        self.sc_reduction: Literal["mean", "literal"] = config.sc_reduction
+        self.label_loss: LabelLoss = config.label_loss
         self.space = Space(shapes, _adapter(config, shapes), config.width, config.scale)
         width = self.space.text_width
         if width != self.space.image_width:
@@ -119,10 +121,8 @@ class SeDA(nn.Module):
             else PFIN(width, config.interaction, config.num_tokens, config.token_width, config.num_heads, config.residual)
         )
         self.classifier = nn.Linear(width, self.num_classes)
-        self.sampler = Sampler(
-            kind=config.sampler, num_steps=config.sample_steps, eta=config.eta, draws=config.draws, zero_start=config.zero_start
-        )
-        self.register_buffer("abar", alphas_cumprod(config.schedule, config.num_steps), persistent=False)
+        self.sampler = Sampler.of(config)
+        self.abar = Table(alphas_cumprod(config.schedule, config.num_steps))
         self.register_buffer("centres", torch.zeros(self.num_classes, width))
         hyper(self, steps=config.num_steps, stage_step=config.stage_step, first_step=config.first_step)
         hyper(self, w_sc=config.w_sc, w_ce_dsl=config.w_ce_dsl, w_mse=config.w_mse, w_ce_dst=config.w_ce_dst)
@@ -131,7 +131,7 @@ class SeDA(nn.Module):
     def begin(self, phase: str, train: Callable[[], Iterator[Batch]]) -> None:
         """Statistics of both features and, where `centres` asks for them, the visual class centres of the training split."""
         self.space.begin(phase, train)
-        if phase == ADAPT.name or self.config.centres == "batch":
+        if phase == ADAPT.name or not self.train_centres:
             return
         total = torch.zeros_like(self.centres)
         count = total.new_zeros(self.num_classes)
@@ -150,7 +150,7 @@ class SeDA(nn.Module):
         low_dsl, high_dsl, low_dst, high_dst = self.stage_ranges()
         num_dsl, num_dst = high_dsl - low_dsl, high_dst - low_dst
         stage = rng.at("stage")
-        share = stage.uniform() if self.config.per_sample_stage else stage.shared_uniform()
+        share = stage.uniform() if self.per_sample_stage else stage.shared_uniform()
         learner = share * (num_dsl + num_dst) < num_dsl
         low, count = torch.where(learner, low_dsl, low_dst), torch.where(learner, num_dsl, num_dst)
         n = low + torch.floor(rng.at("n").uniform() * count)
@@ -159,11 +159,11 @@ class SeDA(nn.Module):
     def stage_ranges(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """First step and the one past the last, of the learner and of the translator, all []."""
         zero, steps, first = torch.zeros_like(self.steps), self.steps, self.first_step
-        if self.config.stages == "dsl":
+        if self.stages == "dsl":
             return zero, steps, steps, steps
-        if self.config.stages == "dst":
+        if self.stages == "dst":
             return zero, zero, first, steps
-        if self.config.stage_order == "literal":
+        if self.stage_order == "literal":
             border = self.stage_step + 1  # i <= t
             return zero, border, torch.maximum(border, first), steps
         border = steps - self.stage_step
@@ -175,17 +175,17 @@ class SeDA(nn.Module):
         A sample without a text of its own has no part in L_MSE; L_SC asks for the image alone.
         """
         if phase == ADAPT.name:
-            return self.space.adapter_loss(batch, self.config.label_loss)
+            return self.space.adapter_loss(batch, self.label_loss)
         x_v, x_s = self.space.image(batch["image"]), self.space.text(batch["text"])
         n, learner = self.draw_steps(rng)
-        x_n = q_sample(x_s, n, rng.at("noise").normal(x_s.shape[1]), self.abar)
+        x_n = q_sample(x_s, n, rng.at("noise").normal(x_s.shape[1]), self.abar.values)
         x_r = self.denoiser(x_n, self.denoiser.time(n), self.denoiser.condition(x_v), rng.at("dropout"), self.p_dropout)
-        centres = self.centres if self.config.centres == "train" else None
-        sc = structural_consistency(x_r, x_v, batch["label"], self.num_classes, centres, self.config.sc_reduction, learner)
+        centres = self.centres if self.train_centres else None
+        sc = structural_consistency(x_r, x_v, batch["label"], self.num_classes, centres, self.sc_reduction, learner)
         error = mse(x_r, x_s, "mean", (1.0 - learner) * batch["paired"])
         logits = self.classifier(x_r)
-        ce_dsl = classification(logits, batch["label"], self.config.label_loss, learner)
-        ce_dst = classification(logits, batch["label"], self.config.label_loss, 1.0 - learner)
+        ce_dsl = classification(logits, batch["label"], self.label_loss, learner)
+        ce_dst = classification(logits, batch["label"], self.label_loss, 1.0 - learner)
         share = learner.mean()
         scc = self.w_sc * sc + self.w_ce_dsl * ce_dsl  # eq. 8
         ct = self.w_mse * error + self.w_ce_dst * ce_dst  # eq. 11
@@ -201,7 +201,7 @@ class SeDA(nn.Module):
     def feature(self, image: Tensor, rng: Streams, draw: int = 0) -> Tensor:
         """The aligned feature x̂_r^0 [B,D] of image features [B,Dv]: one draw of the reverse chain (eq. 13-15)."""
         x_v, rng = self.space.image(image), rng.at("draw", draw)
-        return self.sampler.generate(self.denoiser, x_v, self.space.text_width, self.abar, rng)
+        return self.sampler.generate(self.denoiser, x_v, self.space.text_width, self.abar.values, self.steps, rng)
 
     def predict(self, image: Tensor, rng: Streams) -> Tensor:
         """Logits [B,C] of image features [B,Dv]."""

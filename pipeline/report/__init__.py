@@ -2,5 +2,6 @@
 
 from pipeline.report.comparison import numbers, table
 from pipeline.report.document import write_report
+from pipeline.report.grid_page import write_grid_page
 
-__all__ = ["numbers", "table", "write_report"]
+__all__ = ["numbers", "table", "write_grid_page", "write_report"]

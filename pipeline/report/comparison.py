@@ -141,7 +141,7 @@ def spreads(frame: pd.DataFrame, metrics: Sequence[str]) -> pd.DataFrame:
     """Columns of `numbers` as mean ± standard deviation over seeds."""
     return pd.DataFrame(
         {
-            NAMES.get(metric, metric): [_spread(*values) for values in zip(frame[metric], frame[f"{metric}_std"], strict=True)]
+            NAMES.get(metric, metric): [spread(*values) for values in zip(frame[metric], frame[f"{metric}_std"], strict=True)]
             for metric in metrics
         },
         index=frame.index,
@@ -160,7 +160,8 @@ def distances(frame: pd.DataFrame, metrics: Sequence[str]) -> pd.DataFrame:
     )
 
 
-def _spread(mean: float, std: float) -> str:
+def spread(mean: float, std: float) -> str:
+    """Mean ± standard deviation, the latter where there is one."""
     return f"{mean:.2f}" if np.isnan(std) else f"{mean:.2f} ± {std:.2f}"
 
 

@@ -25,9 +25,11 @@ from pipeline.report.comparison import (
     spreads,
 )
 from pipeline.report.figures import differences
+from pipeline.report.grid_page import grids
 from pipeline.report.pictures import Subjects, answers, choose_subjects, confusion, curves, feature_space
 from pipeline.report.provenance import provenance, test_reads
 from pipeline.report.results import Results, collect, plural
+from pipeline.report.sampler import sampler_curves
 from pipeline.runs import write_atomic
 
 SELECTION = {
@@ -49,6 +51,8 @@ def write_report(home: Path, dataset: str, split: str = "test") -> tuple[Path, P
         *_results(results),
         *_stale(results, manifest),
         *_pictures(results, manifest, subjects),
+        *sampler_curves(results),
+        *grids(home, dataset),
         *provenance(results, manifest),
     ]
     folder = home / "reports" / dataset

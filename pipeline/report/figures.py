@@ -71,15 +71,15 @@ def training_curves(curves: Sequence[Curve], score_name: str) -> bytes:
             _band(axes, curve.loss, curve)
             for start in curve.starts:
                 axes.axvline(start + 0.5, color=INK, alpha=0.4, linewidth=0.8, linestyle=":")
-            axes.set(title=_short(curve.label, 26), xlabel="epoch", ylabel="training loss" if index % columns == 0 else "")
-        return _svg(figure)
+            axes.set(title=short(curve.label, 26), xlabel="epoch", ylabel="training loss" if index % columns == 0 else "")
+        return svg(figure)
 
 
 def _band(axes: Axes, values: np.ndarray, curve: Curve) -> None:
     """Mean over seeds [S,E] and the range between the smallest and the largest; epochs without values are left out."""
     epochs = np.flatnonzero(np.isfinite(values).all(axis=0))
     kept = values[:, epochs]
-    axes.plot(epochs + 1, kept.mean(axis=0), color=curve.colour, linewidth=1.5, label=_short(curve.label, 60))
+    axes.plot(epochs + 1, kept.mean(axis=0), color=curve.colour, linewidth=1.5, label=short(curve.label, 60))
     axes.fill_between(epochs + 1, kept.min(axis=0), kept.max(axis=0), color=curve.colour, alpha=0.18, linewidth=0)
     axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
 
@@ -95,12 +95,12 @@ def differences(labels: Sequence[str], intervals: np.ndarray, metric: str) -> by
             axes.plot([low, high], [place, place], color=shade, linewidth=2.2, solid_capstyle="round")
             axes.plot(middle, place, "o", color=shade, markersize=6.5, markerfacecolor=shade if decided else "none")
         axes.axvline(0, color=INK, linewidth=0.9)
-        axes.set_yticks(range(len(labels)), [_short(label, 60) for label in labels])
+        axes.set_yticks(range(len(labels)), [short(label, 60) for label in labels])
         axes.set(ylim=(len(labels) - 0.5, -0.5), xlabel=f"{metric}, points above the baseline")
         axes.grid(visible=False, axis="y")
         axes.spines["left"].set_visible(False)
         axes.tick_params(axis="y", length=0)
-        return _svg(figure)
+        return svg(figure)
 
 
 def embeddings(panels: Sequence[tuple[str, np.ndarray]], group: np.ndarray, names: Sequence[str]) -> bytes:
@@ -114,20 +114,20 @@ def embeddings(panels: Sequence[tuple[str, np.ndarray]], group: np.ndarray, name
             for number, name in enumerate(names):
                 x, y = plane[group == number].T
                 style = {"s": 20, "alpha": 0.85, "linewidths": 0, "color": COLOURS[1 + number], "marker": MARKERS[number]}
-                axes.scatter(x, y, label=_short(name, 28) if index == 0 else None, **style)
-            axes.set(title=_short(title, 50), xticks=[], yticks=[])
+                axes.scatter(x, y, label=short(name, 28) if index == 0 else None, **style)
+            axes.set(title=short(title, 50), xticks=[], yticks=[])
             axes.grid(visible=False)
             for spine in axes.spines.values():
                 spine.set(visible=True, alpha=0.25)
         figure.legend(loc="outside lower center", ncols=5)
-        return _svg(figure)
+        return svg(figure)
 
 
 def confusions(before: np.ndarray, after: np.ndarray, names: Sequence[str], titles: tuple[str, str]) -> bytes:
     """Two matrices [c,k] of shares 0..1, rows true and columns predicted classes, and their difference."""
     limit = max(float(np.abs(after - before).max()), 0.01)
     panels = [(before, "Blues", 0.0, 1.0), (after, "Blues", 0.0, 1.0), (after - before, "RdBu", -limit, limit)]
-    columns = [_short(name, 20) for name in (*names, "other classes")[: before.shape[1]]]
+    columns = [short(name, 20) for name in (*names, "other classes")[: before.shape[1]]]
     with mpl.rc_context(STYLE | {"axes.grid": False, "font.size": 7.5}):
         figure = Figure(figsize=(WIDTH, 1.75 + 2.6 * before.shape[0] / before.shape[1]), layout="constrained")
         row = figure.subplots(1, 3)
@@ -135,11 +135,11 @@ def confusions(before: np.ndarray, after: np.ndarray, names: Sequence[str], titl
             shown = axes.imshow(matrix, cmap=palette, vmin=low, vmax=high)
             axes.set_xticks(range(len(columns)), columns, rotation=90)
             axes.set_yticks(range(len(names)), columns[: len(names)] if axes is row[0] else [""] * len(names))
-            axes.set(title=_short(title, 40), xlabel="predicted", ylabel="true" if axes is row[0] else "")
+            axes.set(title=short(title, 40), xlabel="predicted", ylabel="true" if axes is row[0] else "")
             axes.tick_params(length=0)
             if axes is not row[0]:
                 figure.colorbar(shown, ax=axes, aspect=30, pad=0.03, shrink=0.75).outline.set_visible(False)
-        return _svg(figure)
+        return svg(figure)
 
 
 def class_changes(before: np.ndarray, after: np.ndarray, names: Sequence[str], titles: tuple[str, str]) -> bytes:
@@ -149,20 +149,22 @@ def class_changes(before: np.ndarray, after: np.ndarray, names: Sequence[str], t
         axes = figure.add_subplot()
         places = np.arange(len(names))
         axes.hlines(places, before, after, color=INK, alpha=0.35, linewidth=1.2)
-        axes.plot(before, places, "o", color=COLOURS[0], markersize=5, label=_short(titles[0], 60))
-        axes.plot(after, places, "D", color=COLOURS[1], markersize=5, label=_short(titles[1], 60))
-        axes.set_yticks(places, [_short(name, 32) for name in names])
+        axes.plot(before, places, "o", color=COLOURS[0], markersize=5, label=short(titles[0], 60))
+        axes.plot(after, places, "D", color=COLOURS[1], markersize=5, label=short(titles[1], 60))
+        axes.set_yticks(places, [short(name, 32) for name in names])
         axes.set(ylim=(len(names) - 0.5, -0.5), xlim=(0, 100), xlabel="average precision (%)")
         axes.legend(loc="upper center", bbox_to_anchor=(0.5, 1.12), ncols=2)
-        return _svg(figure)
+        return svg(figure)
 
 
-def _short(text: str, length: int) -> str:
+def short(text: str, length: int) -> str:
+    """The text on one line, cut to a length."""
     line = " ".join(text.split())
     return line if len(line) <= length else f"{line[: length - 1]}…"
 
 
-def _svg(figure: Figure) -> bytes:
+def svg(figure: Figure) -> bytes:
+    """The figure as SVG without date or source, in the ink of the page around it."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     drawing = re.sub(r"<!--.*?-->", "", buffer.getvalue().decode(), flags=re.DOTALL)  # matplotlib repeats every text in one

@@ -1,0 +1,306 @@
+"""What the fast grid saves, as ratios of one run: see RESULTS.md.
+
+    python benchmarks/grid.py [--parts cells,loop,flops,profile] [--rows 121962]
+    python benchmarks/grid.py --parts sampling,whole --home DIR     # DIR: a home in which `diffalign demo` has run
+
+cells     SeDA cells per second by the tool's own strategy, over those of a plain float32 loop, one cell after another
+loop      one head's steps per second, over those of the usual TensorDataset and DataLoader(shuffle=True)
+sampling  SeDA's prediction with 20 steps over that with all T = 1500 of them, and the accuracies of both
+whole     wall time of the 48 cells of SeDA's Fig. 3 with three seeds, on openmoji
+flops     FLOP/s of SeDA's training step over the best that a matrix product of this machine reaches
+profile   the operators that take most of the step
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from dask.system import CPU_COUNT
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.flop_counter import FlopCounterMode
+
+from pipeline import manifest as manifests
+from pipeline import plugins
+from pipeline.cache import Writer, layout
+from pipeline.devices import computing, default_device, reproducible, resolve_dtype
+from pipeline.evaluate import evaluate
+from pipeline.grid import Grid, plan_grid, read_axes
+from pipeline.heads import Features, open_features, plan_head, resolve, train_head
+from pipeline.manifest import Manifest
+from pipeline.runs import Run
+from pipeline.streams import Streams
+from pipeline.sweep import sweep
+from pipeline.types import Sample
+
+WIDTH = 768
+CLASSES = {"nuswide": 81, "vireo172": 172}
+PAPER_ROWS = {"nuswide": 121_962, "vireo172": 66_071}  # of training
+AXES = ["T=900,1800", "gamma=0.5,2"]  # four of the 48 cells: they cost the same, whatever T and gamma are
+BATCH_SIZE = 64
+
+
+def generated_home(home: Path, dataset: str, rows: int) -> None:
+    """A manifest of so many training samples, and caches of random features of a ViT's and a BERT's width."""
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, CLASSES[dataset], (rows + 512, 2))
+    multi = dataset == "nuswide"
+    samples = tuple(
+        Sample(
+            f"{row:07d}",
+            "train" if row < rows else "val",
+            Path(f"{row}.jpg"),
+            ("text",),
+            tuple(sorted({int(label) for label in labels[row][: 2 if multi else 1]})),
+            "",
+        )
+        for row in range(rows + 512)
+    )
+    meta = {"media_type": "image", "text": {"kind": "caption", "aggregate": "mean", "sep": " "}, "licence": "generated"}
+    classes = tuple(f"class {number}" for number in range(CLASSES[dataset]))
+    manifest = Manifest(dataset, "multi" if multi else "single", classes, samples, meta, home)
+    manifests.write(manifest, home)
+    for name in ("image", "text"):
+        write_cache(home, manifest, name, rng)
+
+
+def write_cache(home: Path, manifest: Manifest, name: str, rng: np.random.Generator) -> None:
+    """A cache of random features."""
+    encoder = {"name": name, "modality": name}
+    identity = {"dataset": manifest.dataset, "manifest": manifest.fingerprint(), "encoder": encoder, "store_dtype": "float16"}
+    path = layout.cache_path(home, manifest.dataset, name, identity)
+    ids = [sample.id for sample in manifest.samples]
+    writer = Writer.open(path, ids, np.zeros(0, np.int64), (WIDTH,), identity, {"command": "none"})
+    commits = {}
+    for shard in range(writer.num_shards):
+        block = rng.standard_normal((len(writer.rows(shard)), WIDTH), dtype=np.float32)
+        commits[shard] = writer.commit(shard, block, [], seconds=0, batch_size=0, device="cpu")
+    writer.finish(commits)
+
+
+def seconds(work: Callable[[], Any]) -> float:
+    """Wall time of some work."""
+    started = time.perf_counter()
+    work()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - started
+
+
+def one_epoch(home: Path, dataset: str, axes: list[str], method: str = "seda") -> Grid:
+    """A grid whose cells pass once over the data."""
+    return plan_grid(
+        home, dataset, method, read_axes(method, axes), [0], settings={}, training={"epochs": "1"}, image="image", text="text"
+    )
+
+
+def built(features: Features, method: str, settings: dict[str, str]) -> Any:
+    """A method on the device, its statistics taken, ready to train."""
+    config, _ = resolve(features.manifest.dataset, method, "head", settings, {})
+    torch.manual_seed(0)
+    model = plugins.get("methods", method).build(config, features.shapes).to(default_device())
+    with torch.no_grad():
+        model.begin(model.phases[-1].name, lambda: iter([features.train.columns]))
+    return model.train()
+
+
+def resident(features: Features, seed: int) -> Iterator[dict[str, Tensor]]:
+    """Batches as somebody writes them who keeps the data in memory."""
+    columns = features.train.columns
+    order = torch.randperm(len(features.train), generator=torch.Generator().manual_seed(seed)).to(columns["key"].device)
+    for start in range(0, len(order) - BATCH_SIZE + 1, BATCH_SIZE):
+        yield {key: column[order[start : start + BATCH_SIZE]] for key, column in columns.items()}
+
+
+def loaded(features: Features, seed: int) -> Iterator[dict[str, Tensor]]:
+    """Batches as the documentation of PyTorch shows it."""
+    columns = {key: column.cpu() for key, column in features.train.columns.items()}
+    torch.manual_seed(seed)
+    for batch in DataLoader(TensorDataset(*columns.values()), batch_size=BATCH_SIZE, shuffle=True, drop_last=True):
+        yield {key: part.to(default_device()) for key, part in zip(columns, batch, strict=True)}
+
+
+def plain_steps(model: Any, batches: Iterator[dict[str, Tensor]]) -> int:
+    """Train as most people do, float32 and Adam as it comes, the loss looked at in each step; the number of steps."""
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3, weight_decay=1e-4)
+    phase, steps, total = model.phases[-1].name, 0, 0.0
+    for batch in batches:
+        optimizer.zero_grad()
+        parts = model.loss(batch, Streams.seeded(0, batch["key"]).at("train", phase, 0, steps), phase)
+        parts["loss"].backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        total += parts["loss"].item()
+        steps += 1
+    return steps
+
+
+def plain_cell(features: Features, settings: dict[str, str]) -> int:
+    """A cell of SeDA by the plain loop."""
+    return plain_steps(built(features, "seda", settings), resident(features, 0))
+
+
+def cells(home: Path, rows: int) -> None:
+    """Cells per second by the tool, over those of the plain loop."""
+    for dataset in CLASSES:
+        used = min(rows, PAPER_ROWS[dataset])
+        generated_home(home, dataset, used)
+        grid = one_epoch(home, dataset, AXES)
+        features = grid.features
+        steps = len(features.train) // BATCH_SIZE
+        plain = statistics.median(seconds(partial(plain_cell, features, _named(cell.point))) for cell in grid.cells[:2])
+        ours = seconds(lambda grid=grid: sweep(grid, read_test=False)) / len(grid.cells)
+        print(
+            f"cells {dataset}: {used:,} rows x {WIDTH}, one pass of {steps} steps: {plain:.1f} s a cell one after another, "
+            f"{ours:.1f} s by the tool, its start and validation included: ratio {plain / ours:.2f} "
+            f"(wanted >= {'10' if default_device().type == 'cuda' else '3'})",
+            flush=True,
+        )
+
+
+def _named(point: Any) -> dict[str, str]:
+    return {field: str(value) for field, value in point.items()}
+
+
+def loop(home: Path, rows: int) -> None:
+    """One head's training by the tool, over the usual DataLoader loop; the head's time is what its run says it took."""
+    dataset = "nuswide"
+    generated_home(home, dataset, rows)
+    precision = resolve_dtype("auto", default_device(), "mixed")
+    for method, wanted in (("seda", "1.2"), ("baseline", "3")):
+        features = open_features(home, dataset, method, {"image": "image", "text": "text"})
+        config, training = resolve(dataset, method, "head", {}, {"epochs": "1", "precision": precision})
+        head = plan_head(features, method, config, training, 0)
+        usual = seconds(lambda method=method, features=features: plain_steps(built(features, method, {}), loaded(features, 0)))
+        train_head(head, progress=False)
+        ours = head.run.done()["seconds"]
+        print(
+            f"loop {method}: {rows:,} rows, one pass: {usual:.1f} s by DataLoader, {ours:.1f} s by the tool ({precision}, with "
+            f"a validation): ratio {usual / ours:.2f} (wanted >= {wanted})",
+            flush=True,
+        )
+
+
+def sampling(home: Path, rows: int) -> None:
+    """SeDA's prediction with S = 20 against every one of T = 1500 steps, three seeds, on the validation split of openmoji."""
+    features = open_features(home, "openmoji", "seda", manifests.load_spec("openmoji")["encoders"])
+    config, training = resolve("openmoji", "seda", "head", {"T": "1500"}, {})
+    ways: dict[str, dict[str, str]] = {"S=20": {"sampler": "ddim", "sample_steps": "20"}, "T=1500": {"sampler": "ancestral"}}
+    found: dict[str, list[tuple[float, float]]] = {way: [] for way in ways}
+    for seed in (0, 1, 2):
+        run = train_head(plan_head(features, "seda", config, training, seed), progress=True)
+        for way, changes in ways.items():
+            record = evaluate(home, run, "val", {**changes, "draws": "1"})
+            found[way].append((record["metrics"]["acc1"], record["seconds"]))
+    accuracy = {way: statistics.mean(metric for metric, _ in each) for way, each in found.items()}
+    took = {way: statistics.median(time for _, time in each) for way, each in found.items()}
+    print(
+        f"sampling: S=20 {accuracy['S=20']:.2f} %, T=1500 {accuracy['T=1500']:.2f} %: "
+        f"|difference| {abs(accuracy['S=20'] - accuracy['T=1500']):.2f} points (wanted <= 0.3), "
+        f"ratio of time {took['T=1500'] / took['S=20']:.0f} (wanted >= 50)",
+        flush=True,
+    )
+
+
+def whole(home: Path, rows: int) -> None:
+    """The grid of SeDA's Fig. 3, 48 cells, with three seeds on openmoji."""
+    grid = plan_grid(home, "openmoji", "seda", read_axes("seda", ["papers"]), [0, 1, 2], settings={}, training={})
+    left = sum(not head.run.is_done for head in grid.heads.values())
+    took = seconds(lambda: sweep(grid, read_test=False))
+    alone = [json.loads((Run.at(head.run.path).path / "done").read_text())["seconds"] for head in grid.heads.values()]
+    print(
+        f"whole: {left} of {len(grid.heads)} runs in {took / 60:.1f} minutes; "
+        f"the seconds of training of all runs add up to {sum(alone) / 60:.1f} minutes",
+        flush=True,
+    )
+
+
+def step_of(home: Path, rows: int) -> Callable[[], None]:
+    """One training step of SeDA as the tool does it on one core, or on the GPU."""
+    generated_home(home, "nuswide", min(rows, 8192))
+    features = open_features(home, "nuswide", "seda", {"image": "image", "text": "text"})
+    model, batch = built(features, "seda", {}), next(resident(features, 0))
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3, weight_decay=1e-4, fused=True)
+    precision = resolve_dtype("auto", default_device(), "mixed")
+    rng = Streams.seeded(0, batch["key"]).at("train")
+
+    def step() -> None:
+        with computing(precision, default_device()):
+            value = model.loss(batch, rng, model.phases[-1].name)["loss"]
+        optimizer.zero_grad(set_to_none=True)
+        value.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+
+    return step
+
+
+def flops(home: Path, rows: int) -> None:
+    """FLOP/s of the step over those of a large matrix product in the same format, on one thread."""
+    step = step_of(home, rows)
+    with FlopCounterMode(display=False) as counter:
+        step()
+    device = default_device()
+    precision = resolve_dtype("auto", device, "mixed")
+    dtype = torch.bfloat16 if precision == "mixed" else torch.float32
+    left = torch.randn(2048, 2048, device=device, dtype=dtype)
+    with reproducible(device):  # on one thread, as a cell is trained
+        step_seconds = statistics.median(seconds(step) for _ in range(30))
+        peak = 2 * 2048**3 / min(seconds(lambda: left @ left) for _ in range(10))
+    reached = counter.get_total_flops() / step_seconds
+    print(
+        f"flops: a step of {counter.get_total_flops() / 1e9:.1f} GFLOP takes {step_seconds * 1e3:.1f} ms in {precision}: "
+        f"{reached / 1e9:.0f} of {peak / 1e9:.0f} GFLOP/s, ratio {reached / peak:.2f}",
+        flush=True,
+    )
+
+
+def profiled(home: Path, rows: int) -> None:
+    """The operators of the step by the time that they themselves take."""
+    step = step_of(home, rows)
+    with reproducible(default_device()):
+        step()
+        activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])
+        with profile(activities=activities) as recorded:
+            for _ in range(10):
+                step()
+    events = sorted(recorded.key_averages(), key=lambda event: -event.self_cpu_time_total)
+    total = sum(event.self_cpu_time_total for event in events)
+    for event in events[:10]:
+        print(f"profile: {event.key:40s} {event.self_cpu_time_total / total:6.1%} {event.count // 10:4d} calls a step")
+
+
+PARTS: dict[str, Callable[[Path, int], None]] = {
+    "cells": cells, "loop": loop, "sampling": sampling, "whole": whole, "flops": flops, "profile": profiled
+}  # fmt: skip
+
+
+def main() -> None:
+    """Run the parts that are asked for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--parts", default="cells,loop,flops,profile")
+    parser.add_argument("--rows", type=int, default=PAPER_ROWS["nuswide"], help="training rows, at most")
+    parser.add_argument("--home", type=Path, help="where the demo has run, for sampling and whole")
+    arguments = parser.parse_args()
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{CPU_COUNT} cores, {platform.machine()}"
+    print(f"torch {torch.__version__}, {device}", flush=True)
+    for part in arguments.parts.split(","):
+        with tempfile.TemporaryDirectory() as scratch:
+            home = arguments.home if part in ("sampling", "whole") else Path(scratch)
+            PARTS[part](home, arguments.rows)
+
+
+if __name__ == "__main__":
+    main()

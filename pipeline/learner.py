@@ -1,0 +1,121 @@
+"""The optimisers of a team of lanes: one model for all, and one Adam for those whose settings are equal."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import groupby
+from types import EllipsisType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.lane import Lane, TrainConfig
+from pipeline.stack import Stack, clip_each
+
+
+class Learner:
+    """Lanes at the same position as one model, the method itself when there is one; lanes of equal settings stand together."""
+
+    def __init__(self, lanes: Sequence[Lane]) -> None:
+        self.lanes = lanes
+        alone = len(lanes) == 1
+        self.model = lanes[0].method if alone else Stack([lane.method for lane in lanes])
+        trained = {name: parameter for name, parameter in self.model.named_parameters() if parameter.requires_grad}
+        self._leaves, factors = list(trained.values()), [lanes[0].phase.rate(name) for name in trained]
+        self._ties: list[_Tie] = []
+        start = 0
+        for config, tied in groupby(lanes, lambda lane: lane.config):
+            members = list(tied)
+            rows = ... if alone else slice(start, start + len(members))
+            self._ties.append(_Tie(config, members, self._leaves, rows, factors))
+            start += len(members)
+
+    def step(self, loss: Tensor) -> None:
+        """A step of every lane against the gradient of its own loss, of [] or [K], with its norm limited."""
+        for leaf in self._leaves:
+            leaf.grad = None
+        loss.sum().backward()
+        for tie in self._ties:
+            tie.step()
+
+    def rates(self) -> list[float]:
+        """The learning rate of every lane."""
+        return [tie.optimizer.param_groups[0]["lr"] for tie in self._ties for _ in tie.lanes]
+
+    def decay(self) -> None:
+        """Count an epoch in the schedules of the learning rates."""
+        for tie in self._ties:
+            tie.scheduler.step()
+
+    def store(self) -> None:
+        """Hand every lane its part of what the optimisers know."""
+        for tie in self._ties:
+            tie.store()
+
+
+class _Tie:
+    """Lanes of equal settings: rows of the leaves that one Adam steps, which treats every number by itself."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        lanes: Sequence[Lane],
+        leaves: Sequence[Tensor],
+        rows: slice | EllipsisType,
+        factors: Sequence[float],
+    ) -> None:
+        self.lanes, self.limit = lanes, config.grad_clip
+        self._leaves, self._rows = leaves, rows
+        self._weights = [leaf.detach()[rows] for leaf in leaves]
+        groups: dict[float, list[Tensor]] = {}  # by the factor of their learning rate
+        for weight, factor in zip(self._weights, factors, strict=True):
+            groups.setdefault(factor, []).append(weight)
+        rates = [{"params": weights, "lr": config.lr * factor} for factor, weights in groups.items()]
+        self.optimizer = torch.optim.Adam(rates, lr=config.lr, weight_decay=config.weight_decay, fused=True)
+        self.scheduler = torch.optim.lr_scheduler.StepLR(self.optimizer, config.lr_step, config.lr_gamma)
+        if lanes[0].learned:
+            states = [lane.learned["optimizer"] for lane in lanes]
+            self.optimizer.load_state_dict(states[0] if rows is ... else _joined(states))
+            self.scheduler.load_state_dict(lanes[0].learned["scheduler"])
+
+    def step(self) -> None:
+        for weight, leaf in zip(self._weights, self._leaves, strict=True):
+            weight.grad = None if leaf.grad is None else leaf.grad[self._rows]
+        if self._rows is ...:
+            nn.utils.clip_grad_norm_(self._weights, self.limit)
+        else:
+            clip_each([weight.grad for weight in self._weights if weight.grad is not None], self.limit)
+        self.optimizer.step()
+
+    def store(self) -> None:
+        state = self.optimizer.state_dict()
+        state["state"] = {
+            number: {name: value.cpu() for name, value in each.items()} for number, each in state["state"].items()
+        }
+        parts = _parts(state, [...] if self._rows is ... else range(len(self.lanes)))
+        for lane, part in zip(self.lanes, parts, strict=True):
+            lane.learned = {"optimizer": part, "scheduler": self.scheduler.state_dict()}
+
+
+def _joined(states: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Adam's state of several lanes as that of their stacked weights; they have taken the same number of steps."""
+    first = states[0]
+    moments = {
+        number: {
+            name: value if name == "step" else torch.stack([state["state"][number][name] for state in states])
+            for name, value in each.items()
+        }
+        for number, each in first["state"].items()
+    }
+    return {**first, "state": moments}
+
+
+def _parts(state: dict[str, Any], rows: Sequence[int | EllipsisType]) -> Iterator[dict[str, Any]]:
+    """Adam's state of stacked weights as that of each row, in memory of its own."""
+    for row in rows:
+        moments = {
+            number: {name: (value if name == "step" else value[row]).clone() for name, value in each.items()}
+            for number, each in state["state"].items()
+        }
+        yield {**state, "state": moments}

@@ -1,0 +1,87 @@
+"""What a grid says about its axes: means by value and by pair of values, the best that is left, and the ranking of cells."""
+
+from __future__ import annotations
+
+from itertools import combinations
+
+import numpy as np
+import pandas as pd
+
+from pipeline.report.studies import Study
+
+NUM_PAIRED = 4  # axes of which every pair is shown
+
+
+def by_value(study: Study, field: str) -> pd.DataFrame:
+    """The validation metric in percent against one axis, a row per value in the axis' order, NaN where nothing has finished.
+
+    mean, std: over the finished runs of all cells with the value, whatever their other values and seeds; best, best_std: over
+    the seeds of the best of these cells, of those that have all seeds; runs: how many have finished.
+    """
+    scores, column = study.of_cells("score"), study.column(field)
+    best = ranking(study).dropna(subset=["rank"]).sort_values("rank")
+    lines = []
+    for place in range(len(study.axes[field])):
+        found = scores[column == place]
+        found = found[np.isfinite(found)]
+        first = best[column[best["cell"].to_numpy(dtype=int)] == place].head(1)
+        mean, std = (float(first[name].iloc[0]) if len(first) else np.nan for name in ("score", "std"))
+        lines.append({"mean": average(found), "std": deviation(found), "best": mean, "best_std": std, "runs": len(found)})
+    return pd.DataFrame(lines)
+
+
+def by_pair(study: Study, row: str, column: str) -> np.ndarray:
+    """Mean over the finished runs of all cells with both values [R,C], NaN where nothing has finished."""
+    scores, rows, columns = study.of_cells("score"), study.column(row), study.column(column)
+    means = np.full((len(study.axes[row]), len(study.axes[column])), np.nan)
+    for place in np.ndindex(means.shape):
+        means[place] = average(scores[(rows == place[0]) & (columns == place[1])])
+    return means
+
+
+def reach(study: Study, field: str) -> float:
+    """Points between the largest and the smallest mean of an axis; 0 where there is nothing to compare."""
+    means = by_value(study, field)["mean"].dropna()
+    return float(means.max() - means.min()) if len(means) else 0.0
+
+
+def varied(study: Study) -> list[str]:
+    """The axes with more than one value, in order."""
+    return [field for field, values in study.axes.items() if len(values) > 1]
+
+
+def pairs(study: Study) -> list[tuple[str, str]]:
+    """All pairs of varied axes; of more than four axes, those of the four that reach furthest."""
+    furthest = sorted(varied(study), key=lambda field: -reach(study, field))[:NUM_PAIRED]
+    return list(combinations([field for field in varied(study) if field in furthest], 2))
+
+
+def ranking(study: Study) -> pd.DataFrame:
+    """One row per cell: those with all their seeds by rank, then the others in the order of the grid.
+
+    cell; rank (missing for the others): by mean score, then mean loss, then the order of the grid; score, std (NaN of one
+    seed) and loss over the finished seeds; seeds: how many; state: "done", or why not.
+    """
+    states, reasons = (study.runs[name].to_numpy().reshape(len(study.places), -1) for name in ("state", "reason"))
+    lines = []
+    for cell, (scores, losses) in enumerate(zip(study.of_cells("score"), study.of_cells("loss"), strict=True)):
+        done = np.isfinite(scores)
+        why = [reason or state for reason, state, ended in zip(reasons[cell], states[cell], done, strict=True) if not ended]
+        line = {"cell": cell, "score": average(scores), "std": deviation(scores[done]), "loss": average(losses)}
+        lines.append({**line, "seeds": int(done.sum()), "state": why[0] if why else "done"})
+    table = pd.DataFrame(lines)
+    whole = table[table["seeds"] == len(study.seeds)].sort_values(["score", "loss", "cell"], ascending=[False, True, True])
+    rank = pd.Series(range(1, len(whole) + 1), index=whole.index, dtype="Int64")
+    ordered = table.assign(rank=rank.reindex(table.index)).loc[[*whole.index, *table.index.difference(whole.index)]]
+    return ordered.reset_index(drop=True)
+
+
+def average(values: np.ndarray) -> float:
+    """Mean of the finite values, NaN without any."""
+    finite = values[np.isfinite(values)]
+    return float(finite.mean()) if len(finite) else np.nan
+
+
+def deviation(values: np.ndarray) -> float:
+    """Sample standard deviation of finite values, NaN of fewer than two."""
+    return float(values.std(ddof=1)) if len(values) > 1 else np.nan

@@ -1,0 +1,56 @@
+"""Which encoders to train (SeDA Table 3): none of them, the image encoder, or both, from the same heads."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from pipeline.evaluate import evaluate
+from pipeline.finetune import finetune, resolve
+from pipeline.heads import cache_names, plan, train_head
+from pipeline.heads import resolve as resolve_head
+from pipeline.together import JointConfig, Work
+
+ROWS: Mapping[str, str] = {"freeze both": "", "train visual": "image", "train both": "both"}
+
+
+def strategies(
+    home: Path,
+    dataset: str,
+    method: str,
+    preset: str,
+    seeds: Sequence[int],
+    caches: Mapping[str, str],
+    joint: Mapping[str, Any],
+    training: Mapping[str, Any],
+    work: Work,
+) -> pd.DataFrame:
+    """Mean and deviation over seeds of the method's metrics on the test split, one row per strategy.
+
+    `caches` are those that the heads read, `joint` and `training` are settings of `JointConfig` and `TrainConfig`. `kept` is
+    the share of seeds in which validation preferred joint training; in the others the row has the head of stage 2.
+    """
+    settings, head_training = resolve_head(dataset, method, preset, {}, {})
+    names = cache_names(dataset, caches.get("image", ""), caches.get("text", ""))
+    rows = []
+    for title, train in ROWS.items():
+        records, kept = [], 0
+        for seed in seeds:
+            run = train_head(plan(home, dataset, method, settings, head_training, seed, names), work.progress)
+            if train:
+                outcome = finetune(home, run, JointConfig(**{**joint, "train": train}), resolve(run, training), work)
+                run, kept = outcome.run, kept + outcome.is_better
+            records.append(evaluate(home, run, "test", {})["metrics"])
+        shown = [name for name in records[0] if not name.startswith(("overall_", "per_class_"))]
+        cells = {name: _spread([record[name] for record in records]) for name in shown}
+        rows.append({"strategy": title, **cells, "kept": f"{kept}/{len(seeds)}" if train else ""})
+    return pd.DataFrame(rows)
+
+
+def _spread(values: Sequence[float]) -> str:
+    deviation = f" ± {np.std(values, ddof=1):.2f}" if len(values) > 1 else ""
+    return f"{np.mean(values):.2f}{deviation}"

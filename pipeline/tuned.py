@@ -1,0 +1,65 @@
+"""Encoders behind caches: built again to be trained, exported when they are, and run over the dataset once more."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+
+from pipeline import plugins
+from pipeline.cache import Cache, open_cache
+from pipeline.cache.reader import differences
+from pipeline.encoding import build_encoder
+from pipeline.extract import Effort, extract
+from pipeline.manifest import Manifest
+from pipeline.runs import Run, canonical_json, write_atomic
+
+
+@dataclass(frozen=True)
+class Origin:
+    """How the encoder of a cache is built so that it can be trained: float32 parameters, products as in stage 1."""
+
+    name: str
+    settings: Mapping[str, Any]
+    encoder: Any
+
+
+def rebuild(cache: Cache) -> Origin:
+    """The encoder of a cache; `ValueError` when it has no weights to tune, or is no longer the one that made the cache."""
+    made_by = cache.identity["encoder"]
+    name, inner = made_by["name"], made_by.get("image")  # `frames` has an image encoder inside
+    if "weights" not in {field.name for field in fields(plugins.get("encoders", name).Config)}:
+        raise ValueError(f"{name} takes no weights, so it cannot be tuned; extract features with another encoder")
+    precision = "float32" if (inner or made_by)["compute_dtype"] == "float32" else "mixed"
+    settings = dict(cache.provenance["settings"])
+    if inner:
+        own = [pair for pair in settings.get("settings", "").split(",") if pair and not pair.startswith("compute_dtype=")]
+        settings["settings"] = ",".join([*own, f"compute_dtype={precision}"])
+    else:
+        settings["compute_dtype"] = precision
+    _, encoder = build_encoder(name, settings)
+    found = json.loads(canonical_json({"name": name, "modality": encoder.modality, **encoder.identity()}))
+    for field, wanted, have in differences(made_by, found, "encoder."):
+        if not field.endswith("compute_dtype"):
+            raise ValueError(f"{cache.path} was made with {field} = {wanted!r}, which is {have!r} by now; extract it again")
+    return Origin(name, settings, encoder)
+
+
+def export(run: Run, key: str) -> Path:
+    """The tuned weights of a joint run's encoder in a file of their own, which `extract --weights` takes."""
+    path = run.path / f"{key}.safetensors"
+    if not path.is_file():
+        state = safetensors.torch.load((run.path / "checkpoint.safetensors").read_bytes())
+        own = {name.removeprefix(f"{key}."): tensor for name, tensor in state.items() if name.startswith(f"{key}.")}
+        write_atomic(path, safetensors.torch.save(own))
+    return path
+
+
+def extract_again(origin: Origin, weights: Path, cache: Cache, manifest: Manifest, home: Path, effort: Effort) -> Cache:
+    """The next generation of a cache: the same encoder with tuned weights, over the same samples."""
+    settings = {**origin.settings, "weights": str(weights)}
+    return open_cache(extract(manifest, origin.name, settings, home, store_dtype=cache.identity["store_dtype"], effort=effort))

@@ -1,0 +1,77 @@
+"""A home in which encoders can be tuned: the tiny dataset, read by a small ViT and a small BERT, and heads of stage 2 on it."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import encoder_cases
+from test_train import SMALL
+
+from pipeline import manifest as manifests
+from pipeline import plugins
+from pipeline.cache import find_caches, open_cache
+from pipeline.evaluate import load_method
+from pipeline.extract import Effort, extract
+from pipeline.finetune import Outcome, finetune, resolve
+from pipeline.heads import open_features, plan, train_head
+from pipeline.heads import resolve as resolve_head
+from pipeline.joint import Joint
+from pipeline.lane import TrainConfig
+from pipeline.manifest import Manifest
+from pipeline.pretrained import seeded
+from pipeline.ranks import Ranks
+from pipeline.runs import Run
+from pipeline.together import JointConfig, Live, Together, Work, assemble, open_live
+
+ALONE, QUIET = Ranks(), Work(workers=0, progress=False)
+IMAGE = {"model": "test_vit", "weights": "random", "compute_dtype": "float32"}
+SHORT = {"epochs": "2", "batch_size": "8", "lr": "1e-3"}
+
+
+def make_home(manifest: Manifest, home: Path) -> Path:
+    """Prepare and extract; image [64] and text [32] features, stored as float32 like they are computed."""
+    manifests.write(manifest, home)
+    quick = Effort(progress=False, workers=0)
+    extract(manifest, "timm", IMAGE, home, store_dtype="float32", effort=quick)
+    folder = home.parent / "bert"
+    folder.mkdir()
+    with seeded():
+        text = {"model": str(encoder_cases.text_folder(folder, "bert")), "max_tokens": "8"}
+    extract(manifest, "transformers_text", text, home, store_dtype="float32", effort=quick)
+    return home
+
+
+def caches(home: Path) -> dict[str, str]:
+    """Fingerprints of the first caches of the tiny dataset by batch key."""
+    opened = [open_cache(path) for path in find_caches(home, "tiny")]
+    first = [cache for cache in opened if "joint" not in cache.provenance["settings"].get("weights", "")]
+    return {cache.identity["encoder"]["modality"]: cache.fingerprint for cache in first}
+
+
+def head(home: Path, method: str, epochs: int = 3, aggregate: str = "") -> Run:
+    """A small run of stage 2."""
+    settings, training = resolve_head("tiny", method, "head", SMALL[method], {"epochs": epochs, "batch_size": 8})
+    return train_head(plan(home, "tiny", method, settings, training, 0, caches(home), aggregate), progress=False)
+
+
+def together(home: Path, init: Run, joint: JointConfig, training: TrainConfig) -> Together:
+    """What `finetune` trains."""
+    config = init.config()
+    features = open_features(home, "tiny", config.method, config.caches, config.text_aggregate)
+    settings = plugins.configure(plugins.get("methods", config.method).Config, config.settings)
+    loaded = load_method(init, config, settings)
+    name = replace(config, training=asdict(joint)).fingerprint()
+    run = replace(init, path=home / "joint" / "tiny" / name / "seed0")
+    return Together(config=config, joint=joint, training=training, head=loaded, init=init, run=run, features=features)
+
+
+def assembled(plan: Together, work: Work = QUIET) -> tuple[Joint, dict[str, Live]]:
+    """The method that is trained, and its live encoders."""
+    live = {key: open_live(plan, key, work, ALONE) for key in plan.joint.live}
+    return assemble(plan, live, ALONE), live
+
+
+def tuned(home: Path, init: Run, joint: JointConfig, **training: str) -> Outcome:
+    """The outcome of a short joint training."""
+    return finetune(home, init, joint, resolve(init, {**SHORT, **training}), QUIET)

@@ -1,0 +1,160 @@
+"""A head and its encoders as one method: it starts where stage 2 ended, gradients reach what is trained, statistics follow."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import joint_home
+import pytest
+import torch
+from torch import Tensor, nn
+
+from pipeline import plugins
+from pipeline.lane import Lane, TrainConfig
+from pipeline.learner import Learner
+from pipeline.manifest import Manifest
+from pipeline.runs import Run
+from pipeline.sources import shuffled
+from pipeline.streams import Streams
+from pipeline.together import JointConfig, Work, source_of
+from pipeline.types import Batch, Phase
+
+BOTH = JointConfig(train="both")
+TRAINING = TrainConfig(batch_size=8, lr=1e-3, epochs=1)
+
+
+@pytest.fixture(scope="module")
+def home(tiny_manifest: Manifest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return joint_home.make_home(tiny_manifest, tmp_path_factory.mktemp("joint") / "home")
+
+
+def first_batch(plan: joint_home.Together, live: dict[str, joint_home.Live]) -> Batch:
+    model = joint_home.assemble(plan, live, joint_home.ALONE)
+    return next(source_of(plan, model, live, joint_home.ALONE, progress=False)(0))
+
+
+@pytest.mark.parametrize("method", plugins.names("methods"))
+def test_the_first_loss_is_that_of_stage_2(method: str, home: Path) -> None:
+    init = joint_home.head(home, method)
+    joint = JointConfig(train="image") if method == "baseline" else BOTH
+    plan = joint_home.together(home, init, joint, TRAINING)
+    model, live = joint_home.assembled(plan)
+    batch = first_batch(plan, live)
+    cached = next(shuffled(plan.features.train, 8, 0)(0))
+    assert torch.equal(batch["key"], cached["key"])
+    rng = Streams.seeded(0, batch["key"]).at("train", "joint", 0, 0)
+    model.train()
+    parts = model.loss(batch, rng, "joint")
+    phases = [phase.name for phase in plan.head.phases if phase.name != "adapt"]
+    expected = sum(plan.head.loss(cached, rng.at(phase), phase)["loss"] for phase in phases)
+    assert isinstance(expected, Tensor)
+    torch.testing.assert_close(parts["loss"], expected, rtol=1e-4, atol=1e-5)
+    assert all(parts[f"cosine_{key}"] > 0.9999 for key in joint.live)
+    parts["loss"].backward()
+    for key in joint.live:
+        grads = [parameter.grad for parameter in getattr(model, key).parameters() if parameter.grad is not None]
+        assert grads
+        assert all(grad.isfinite().all() for grad in grads)
+        assert any(grad.abs().max() > 0 for grad in grads)
+
+
+def gradients(plan: joint_home.Together, work: Work) -> dict[str, Tensor]:
+    model, live = joint_home.assembled(plan, work)
+    batch = first_batch(plan, live)
+    model.loss(batch, Streams.seeded(0, batch["key"]), "joint")["loss"].backward()
+    return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+
+
+def test_parts_and_recomputation_change_no_gradient(home: Path) -> None:
+    """A contrastive loss: every sample of the batch is a negative of every other, in whichever part it went through."""
+    plan = joint_home.together(home, joint_home.head(home, "ema"), BOTH, TRAINING)
+    expected = gradients(plan, joint_home.QUIET)
+    assert {name.partition(".")[0] for name in expected} == {"head", "image", "text"}
+    for work in (Work(accumulate=3, workers=0, progress=False), Work(checkpointing=True, workers=0, progress=False)):
+        found = gradients(plan, work)
+        assert found.keys() == expected.keys()
+        for name, gradient in expected.items():
+            torch.testing.assert_close(found[name], gradient, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize(("train", "trained"), [("image", {"head", "image"}), ("text", {"head", "text"})])
+def test_only_what_is_named_is_trained(train: str, trained: set[str], home: Path) -> None:
+    plan = joint_home.together(home, joint_home.head(home, "ema"), JointConfig(train=train), TRAINING)
+    model, _ = joint_home.assembled(plan)
+    names = {name.partition(".")[0] for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert names == trained
+    assert {name.partition(".")[0] for name in model.state_dict()} == trained
+
+
+def test_statistics_are_those_of_the_features_of_the_epoch(home: Path) -> None:
+    plan = joint_home.together(home, joint_home.head(home, "ema"), BOTH, TRAINING)
+    model, live = joint_home.assembled(plan)
+    seen: list[Tensor] = []
+    for batch in source_of(plan, model, live, joint_home.ALONE, progress=False)(0):
+        with torch.no_grad():
+            for parameter in live["image"].encoder.parameters():
+                parameter.mul_(1.01)  # a moving encoder
+        model.loss(batch, Streams.seeded(0, batch["key"]), "joint")
+        seen.append(model.features("image", batch).detach())
+    features = torch.cat(seen).double()
+    state = model.state_dict()
+    torch.testing.assert_close(state["head.image_scale.mean"].double(), features.mean(dim=0), rtol=1e-4, atol=1e-5)
+    assert (state["head.text_scale.mean"] - plan.features.train.columns["text"].mean(dim=0)).abs().max() < 1e-4
+
+
+def test_learning_rates_fall_towards_the_input(home: Path) -> None:
+    joint = JointConfig(train="image", encoder_lr=1e-4, layer_decay=0.5)
+    plan = joint_home.together(home, joint_home.head(home, "baseline"), joint, TRAINING)
+    model, _ = joint_home.assembled(plan)
+    (phase,) = model.phases
+    depth = len(model.image.network.blocks)  # type: ignore[union-attr]
+    rates = {name: 1e-3 * phase.rate(name) for name, parameter in model.named_parameters()}
+    assert rates["head.classifier.weight"] == pytest.approx(1e-3)
+    assert rates["image.network.norm.weight"] == pytest.approx(1e-4)
+    assert rates["image.network.patch_embed.proj.weight"] == pytest.approx(1e-4 * 0.5**depth)
+    assert rates["image.network.cls_token"] == pytest.approx(1e-4 * 0.5**depth)
+    for block in range(depth):
+        for name in (f"blocks.{block}.attn.qkv.weight", f"blocks.{block}.mlp.fc2.bias"):
+            assert rates[f"image.network.{name}"] == pytest.approx(1e-4 * 0.5 ** (depth - 1 - block))
+
+
+class Two(nn.Module):
+    """Two parameters, of which one learns at a tenth of the rate."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.needs, self.phases = ("x",), (Phase("only", rates=(("slow.", 0.1),)),)
+        self.fast, self.slow = nn.Linear(3, 3), nn.Linear(3, 3)
+
+    def begin(self, phase: str, train: object) -> None: ...
+
+    def loss(self, batch: Batch, rng: Streams, phase: str) -> Batch:
+        return {"loss": self.slow(torch.tanh(self.fast(batch["x"]))).square().sum()}
+
+    def predict(self, image: Tensor, rng: Streams) -> Tensor:
+        return image
+
+    def feature(self, image: Tensor, rng: Streams) -> Tensor:
+        return image
+
+
+def test_the_loop_learns_at_each_groups_rate_and_clips_them_together(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    ours, oracle = Two(), Two()
+    oracle.load_state_dict(ours.state_dict())
+    config = TrainConfig(lr=0.1, weight_decay=0.0, grad_clip=0.5)
+    learner = Learner([Lane(method=ours, run=Run(tmp_path / "two-0" / "seed0", 0), config=config)])
+    groups: list[dict[str, object]] = [
+        {"params": [*oracle.fast.parameters()]},
+        {"params": [*oracle.slow.parameters()], "lr": 0.01},
+    ]
+    optimizer = torch.optim.Adam(groups, lr=0.1)
+    x = torch.randn(5, 3)
+    for _ in range(4):
+        learner.step(ours.loss({"x": x}, Streams.seeded(0, torch.arange(5)), "only")["loss"])
+        optimizer.zero_grad()
+        oracle.loss({"x": x}, Streams.seeded(0, torch.arange(5)), "only")["loss"].backward()
+        nn.utils.clip_grad_norm_(oracle.parameters(), 0.5)
+        optimizer.step()
+    for name, tensor in oracle.state_dict().items():
+        torch.testing.assert_close(ours.state_dict()[name], tensor, rtol=1e-4, atol=1e-6)

@@ -1,0 +1,73 @@
+"""Encoders behind caches: built again as they were, refused when they are not, found by name among their generations."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import encoder_cases
+import pytest
+from safetensors.torch import save_file
+
+from pipeline.cache import Cache, open_cache
+from pipeline.extract import Effort, extract
+from pipeline.manifest import Manifest
+from pipeline.sources import find_cache
+from pipeline.tuned import rebuild
+
+QUICK = Effort(progress=False, workers=0)
+
+
+def cache_of(manifest: Manifest, home: Path, name: str, settings: dict[str, str]) -> Cache:
+    return open_cache(extract(manifest, name, settings, home, effort=QUICK))
+
+
+@pytest.mark.parametrize(("stored", "trained"), [("float32", "float32"), ("bfloat16", "mixed"), ("mixed", "mixed")])
+def test_parameters_are_float32_and_products_as_in_stage_1(
+    stored: str, trained: str, tiny_manifest: Manifest, tmp_path: Path
+) -> None:
+    settings = {"model": "test_vit", "weights": "random", "compute_dtype": stored}
+    origin = rebuild(cache_of(tiny_manifest, tmp_path, "timm", settings))
+    assert origin.name == "timm"
+    assert origin.encoder.compute_dtype == trained
+    assert {str(parameter.dtype) for parameter in origin.encoder.parameters()} == {"torch.float32"}
+
+
+def test_the_encoder_inside_frames_is_rebuilt_too(tiny_manifest: Manifest, tmp_path: Path) -> None:
+    for sample in tiny_manifest.samples:
+        encoder_cases.write_animation(tmp_path / f"{sample.id}.webp", [10, 200, 90])
+    samples = tuple(replace(sample, media=Path(f"{sample.id}.webp")) for sample in tiny_manifest.samples)
+    meta = {**tiny_manifest.meta, "media_type": "video"}
+    clips = replace(tiny_manifest, samples=samples, meta=meta, media_root=tmp_path)
+    inner = "model=test_vit,compute_dtype=bfloat16"
+    settings = {"encoder": "timm", "settings": inner, "weights": "random", "num_frames": "2"}
+    origin = rebuild(cache_of(clips, tmp_path / "home", "frames", settings))
+    assert origin.encoder.image.compute_dtype == "mixed"
+    assert origin.settings["weights"] == "random"
+
+
+def test_encoders_that_cannot_be_tuned_or_have_changed_are_refused(tiny_manifest: Manifest, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="random_projection takes no weights"):
+        rebuild(cache_of(tiny_manifest, tmp_path, "random_projection", {}))
+    settings = {"model": "test_vit", "weights": "random", "compute_dtype": "float32"}
+    state = rebuild(cache_of(tiny_manifest, tmp_path, "timm", settings)).encoder.state_dict()
+    state = {name: tensor.contiguous() for name, tensor in state.items()}
+    path = tmp_path / "weights.safetensors"
+    save_file(state, path)
+    cache = cache_of(tiny_manifest, tmp_path / "other", "timm", {**settings, "weights": str(path)})
+    rebuild(cache)
+    save_file({name: tensor * 2 for name, tensor in state.items()}, path)
+    with pytest.raises(ValueError, match=r"was made with encoder\.weights_sha256 = .* by now; extract it again"):
+        rebuild(cache)
+
+
+def test_the_name_of_an_encoder_means_its_default_settings(tiny_manifest: Manifest, tmp_path: Path) -> None:
+    wide = cache_of(tiny_manifest, tmp_path, "random_projection", {"width": "16"})
+    assert find_cache(tmp_path, tiny_manifest, "random_projection").fingerprint == wide.fingerprint
+    default = cache_of(tiny_manifest, tmp_path, "random_projection", {})
+    assert find_cache(tmp_path, tiny_manifest, "random_projection").fingerprint == default.fingerprint
+    assert find_cache(tmp_path, tiny_manifest, wide.path.name).fingerprint == wide.fingerprint
+    cache_of(tiny_manifest, tmp_path / "two", "random_projection", {"width": "16"})
+    cache_of(tiny_manifest, tmp_path / "two", "random_projection", {"width": "8"})
+    with pytest.raises(ValueError, match="several caches"):
+        find_cache(tmp_path / "two", tiny_manifest, "random_projection")
