@@ -6,7 +6,7 @@ DATASET ?= openmoji
 METHOD ?= seda
 ARGS ?=
 
-.PHONY: help setup demo test check extract train-head grid report bench lock clean
+.PHONY: help setup demo test check extract train-head grid finetune demo-joint report bench lock clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
@@ -43,6 +43,12 @@ train-head: setup ## stage 2: make train-head DATASET=openmoji METHOD=seda
 
 grid: setup ## every combination of some settings: make grid METHOD=seda ARGS="--grid T=900,1800"
 	$(RUN)diffalign grid --dataset $(DATASET) --method $(METHOD) $(ARGS)
+
+finetune: setup ## stage 3: make finetune INIT=artifacts/runs/openmoji/ema-.../seed0
+	$(RUN)diffalign finetune --init $(INIT) $(ARGS)
+
+demo-joint: setup ## two generations of a cache: heads, joint training, heads on the tuned encoder
+	$(RUN)diffalign demo-joint $(ARGS)
 
 report: setup ## tables and pictures of all runs of DATASET
 	$(RUN)diffalign report $(DATASET) $(ARGS)

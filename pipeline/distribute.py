@@ -18,6 +18,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
+from threading import Lock
 from typing import Any, NamedTuple
 
 import dask.config as dask_config
@@ -30,12 +31,14 @@ from pipeline.cache.layout import Commit, StoreDtype
 from pipeline.cache.provenance import check_libraries
 from pipeline.cache.writer import Writer
 from pipeline.devices import default_device
+from pipeline.encoding import located
 from pipeline.extract import Effort, Ledger, Target, Task, begin, commit_shard, encoded_shards, extract, naming, plan
 from pipeline.items import Encoded
 from pipeline.loading import allowed_workers
 from pipeline.pace import Pace, visible_gpus
 from pipeline.runs import lock
 
+_BUILDING = Lock()  # seeded weights are drawn from the generator of the process
 PATIENCE = 15  # seconds to wait for a scheduler
 LOST = (CancelledError, asyncio.CancelledError, OSError)  # of a scheduler that is gone: OSError: of a closed comm, of a timeout
 
@@ -78,7 +81,7 @@ def extract_with(
         home=home.absolute(),
         dataset=dataset,
         encoder=encoder,
-        settings=tuple(sorted(settings.items())),
+        settings=tuple(sorted(located(settings).items())),
         store_dtype=store_dtype,
         compiled=compiled,
         effort=replace(effort, workers=effort.workers if effort.workers >= 0 else share),
@@ -219,9 +222,14 @@ def _check_worker(target: Target, writer: Writer) -> None:
         raise ValueError(f"a worker cannot take part: {error}") from error
 
 
-@lru_cache(maxsize=1)
 def _task(order: Order, run: str) -> Task:
-    """The task of an order; a later `run` of the same order may find other media or weights."""
+    """The task of an order, built once for all threads of a worker; a later `run` may find other media or weights."""
+    with _BUILDING:
+        return _build(order, run)
+
+
+@lru_cache(maxsize=1)
+def _build(order: Order, run: str) -> Task:
     manifest = manifests.read(order.home, order.dataset)
     settings = dict(order.settings)
     return plan(manifest, order.encoder, settings, order.home, order.store_dtype, order.compiled, order.effort)
@@ -235,7 +243,10 @@ def together(folder: Path) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise ValueError(f"another process is writing to {folder}; wait until it has ended") from error
-        yield
+        try:
+            yield
+        finally:
+            fcntl.flock(file, fcntl.LOCK_UN)
 
 
 @contextmanager

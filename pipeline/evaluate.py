@@ -93,7 +93,7 @@ def evaluate(home: Path, run: Run, split: Split, overrides: Mapping[str, Any]) -
     config = run.config()
     settings, changes = overridden(config, overrides)
     name = evaluation_name(split, changes)
-    with lock(run.path):
+    with lock(run.path, wait=True):
         records = read_metrics(run)
         if name not in records:
             records[name] = _evaluate(home, run, config, settings, split, name)

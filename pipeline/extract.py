@@ -201,13 +201,12 @@ def begin(target: Target) -> tuple[Writer, dict[int, Commit]]:
             warnings.append(f"{target.path} was begun with --batch-size {recorded}, and goes on with it")
         for warning in warnings:
             print(f"warning: {warning}", file=sys.stderr)
-        writer.reopen()
     return writer, commits
 
 
 def batch_size(target: Target, writer: Writer) -> int:
     """Items per batch of a cache; other batches would round otherwise."""
-    return writer.provenance.get("batch_size", target.provenance["batch_size"])
+    return writer.provenance.get("batch_size") or target.provenance["batch_size"]
 
 
 def _check_media(target: Target, writer: Writer) -> None:
@@ -264,7 +263,8 @@ def encoded_shards(
     for shard, own in zip(shards, batches, strict=True):
         started = time.monotonic()
         first = writer.rows(shard).start
-        features = np.empty((len(writer.rows(shard)), *writer.feature_shape), dtype=np.float32)
+        features = np.full((len(writer.rows(shard)), *writer.feature_shape), np.nan, dtype=np.float32)
+        assert sum(map(len, own)) == len(features)
         failures: list[Failure] = []
         for _ in own:
             batch = next(encoded)

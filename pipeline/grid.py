@@ -1,7 +1,7 @@
 """A grid: fields of a method and of its training with the values to try; its cells are ordinary runs.
 
-A cell is what `train-head` makes of the same settings, in the same folder. Everything that cannot be trained is refused here,
-before anything is.
+A cell is what `train-head` makes of the same settings, in the same folder; the precision is one of these, and where bfloat16 is
+native the two commands have different defaults for it. Everything that cannot be trained is refused here, before anything is.
 """
 
 from __future__ import annotations
@@ -15,7 +15,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
-from typing import Any, Literal, get_type_hints
+from typing import Any, Literal
+
+import torch
 
 from pipeline import plugins
 from pipeline.devices import default_device, resolve_dtype
@@ -25,6 +27,8 @@ from pipeline.runs import fingerprint, write_atomic
 from pipeline.specs import parse_spec
 from pipeline.stack import structure
 
+MAX_CELLS = 10_000  # of one grid
+MANY_CELLS = 500  # to load what torch needs for methods without numbers takes as long as to build so many with numbers
 PAPERS = "papers"  # the method's own grid, its GRID
 Axes = Mapping[str, tuple[Any, ...]]  # field -> values, in the order of the grid
 Precision = Literal["auto", "float32", "mixed"]
@@ -69,13 +73,16 @@ class Grid:
         """
         build = plugins.get("methods", self.method).build
         found: dict[int, Hashable] = {}
+        known: dict[Any, Hashable] = {}  # by settings of the method
         for number, cell in enumerate(self.cells):
             if not all(self.heads[number, seed].run.is_done for seed in self.seeds):
-                try:
-                    method = build(cell.settings, self.features.shapes)
-                except ValueError as error:
-                    raise ValueError(f"cell {cell.label}: {error}") from error
-                found[number] = structure(method), tuple(getattr(cell.training, name) for name in SHARED)
+                if cell.settings not in known:
+                    try:
+                        with torch.device("meta" if len(self.cells) > MANY_CELLS else "cpu"):
+                            known[cell.settings] = structure(build(cell.settings, self.features.shapes))
+                    except (ValueError, RuntimeError) as error:
+                        raise ValueError(f"cell {cell.label}: {error}") from error
+                found[number] = known[cell.settings], tuple(getattr(cell.training, name) for name in SHARED)
         return found
 
     def asked(self) -> dict[str, Any]:
@@ -109,7 +116,7 @@ def read_axes(method: str, pairs: Sequence[str], file: Path | None = None) -> Ax
     given twice.
     """
     module = plugins.get("methods", method)
-    hints = {**get_type_hints(module.Config), **get_type_hints(TrainConfig)}
+    hints = {**plugins.hints_of(module.Config), **plugins.hints_of(TrainConfig)}
     letters = {field: letter for letter, field in module.SYMBOLS.items()}
     axes: dict[str, tuple[Any, ...]] = {}
     for key, values in _given(module.GRID, pairs, file):
@@ -156,7 +163,7 @@ def read_cells(
     """All combinations of the axes' values, the last axis running fastest, or `points` of them drawn without replacement.
 
     More points hold the fewer. Fields that are on no axis have the values of `settings` and `training`, else the preset's.
-    `ValueError` names the first cell whose settings are impossible.
+    `ValueError` names the first cell whose settings are impossible, and for more than `MAX_CELLS`.
     """
     module = plugins.get("methods", method)
     for field in chain((module.SYMBOLS.get(key, key) for key in settings), training):
@@ -165,16 +172,15 @@ def read_cells(
     total = math.prod(len(values) for values in axes.values())
     if points > total:
         raise ValueError(f"--points {points} of a grid of {total} cells: give fewer, or none for all")
-    chosen = list(range(total))
-    if points:
-        random.Random(0).shuffle(chosen)
-        chosen = sorted(chosen[:points])
-    letters = {field: letter for letter, field in module.SYMBOLS.items()}
+    if (points or total) > MAX_CELLS:
+        remedy = "give fewer --points" if points else "give fewer values, or try some of them, --points"
+        raise ValueError(f"a grid has at most {MAX_CELLS} cells, not {points or total}: {remedy}")
+    letters, own_fields = {field: letter for letter, field in module.SYMBOLS.items()}, plugins.hints_of(module.Config)
     cells = []
-    for number in chosen:
+    for number in _drawn(total, points) if points else range(total):
         point = _point(axes, number)
         label = " ".join(f"{letters.get(field, field)}={value}" for field, value in point.items())
-        own = {field: value for field, value in point.items() if field in get_type_hints(module.Config)}
+        own = {field: value for field, value in point.items() if field in own_fields}
         rest = {field: value for field, value in point.items() if field not in own}
         try:
             config, train_config = resolve(dataset, method, preset, {**settings, **own}, {**training, **rest})
@@ -182,6 +188,19 @@ def read_cells(
             raise ValueError(f"cell {label}: {error}") from error
         cells.append(Cell(point=point, label=label, settings=config, training=train_config))
     return tuple(cells)
+
+
+def _drawn(total: int, points: int) -> list[int]:
+    """So many different numbers below `total`, in order; of more than can be listed, duplicates are drawn again."""
+    rng = random.Random(0)
+    if total <= MAX_CELLS:
+        numbers = list(range(total))
+        rng.shuffle(numbers)
+        return sorted(numbers[:points])
+    found: set[int] = set()
+    while len(found) < points:
+        found.add(rng.randrange(total))
+    return sorted(found)
 
 
 def _point(axes: Axes, number: int) -> dict[str, Any]:

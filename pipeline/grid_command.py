@@ -98,7 +98,7 @@ def _print(swept: Swept, page: Path, as_json: bool) -> None:
         point = " ".join(f"{field}={value}" for field, value in swept.winner["cell"].items())
         print(f"winner: {point}")
         print(f"val:    {_spread(swept.winner['val'])}")
-        print(f"test:   {_spread(swept.winner['test']) or 'not read (--no-test)'}")
+        print(f"test:   {_spread(swept.winner['test']) or 'not read'}")
     print(f"files:  {swept.folder}")
     print(f"page:   {page}")
 

@@ -19,7 +19,7 @@ from pipeline import manifest as manifests
 from pipeline.cache import Cache
 from pipeline.devices import default_device, free_bytes, reproducible
 from pipeline.evaluate import PREDICTED, predict
-from pipeline.lane import PRESETS, Lane, TrainConfig, Watch, never
+from pipeline.lane import PRESETS, Lane, TrainConfig, Watch, drop_state, never
 from pipeline.manifest import Manifest
 from pipeline.runs import Run, RunConfig, lock
 from pipeline.sources import Table, find_cache, load, ordered, shuffled
@@ -167,11 +167,15 @@ def train_heads(heads: Sequence[Head], progress: bool, watch: Watch = never) -> 
     device, lanes = default_device(), []
     with reproducible(device), ExitStack() as all_held:
         for head in sorted(heads, key=lambda head: head.run.path):  # whoever waits for folders waits in this order
-            if not head.run.is_done:
+            if head.run.is_done:
+                drop_state(head.run)
+            else:
                 method = _build(head, device)
                 held = all_held.enter_context(ExitStack())
                 held.enter_context(lock(head.run.path, wait=True))
-                if not head.run.is_done:  # another process may have finished it while we waited
+                if head.run.is_done:  # another process has finished it while we waited
+                    held.close()
+                else:
                     head.run.create(head.config)
                     lanes.append(Lane(method=method, run=head.run, config=head.training, watch=watch, held=held))
         return _train(heads[0], lanes, progress) if lanes else {}
@@ -197,10 +201,11 @@ def _train(head: Head, lanes: Sequence[Lane], progress: bool) -> dict[Run, Value
 
 
 def score(logits: Tensor, label: Tensor) -> tuple[float, float]:
-    """The metric that selects, and the loss of logits [N,C], NaN when one of these is not finite."""
-    summary = metrics.summary(logits, label)
-    loss = float(losses.classification(logits, label, "softmax_kl")) if logits.isfinite().all() else math.nan
-    return summary["acc1" if label.ndim == 1 else "map"], loss
+    """The metric that selects, and the loss of logits [N,C]; both NaN when one of these is not finite: that ranks nothing."""
+    if not logits.isfinite().all():
+        return math.nan, math.nan
+    metric = metrics.summary(logits, label)["acc1" if label.ndim == 1 else "map"]
+    return metric, float(losses.classification(logits, label, "softmax_kl"))
 
 
 def capacity(head: Head) -> int:

@@ -24,10 +24,20 @@ class Validation(NamedTuple):
 
 
 def validations(run: Run) -> list[Validation]:
-    """The validated epochs of a run, as far as its history has been saved, in order."""
-    with (run.path / "history.csv").open(newline="") as file:
-        rows = [row for row in csv.DictReader(file) if row.get("val_metric")]
-    return [Validation(int(row["epoch"]) + 1, float(row["val_metric"]), float(row["val_loss"])) for row in rows]
+    """The validated epochs of a run, as far as its history has been saved, in order; a finished run has at least one.
+
+    `ValueError` when the history is damaged, or missing.
+    """
+    path = run.path / "history.csv"
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            rows = [row for row in csv.DictReader(file) if row.get("val_metric")]
+        seen = [Validation(int(row["epoch"]) + 1, float(row["val_metric"]), float(row["val_loss"])) for row in rows]
+    except (FileNotFoundError, ValueError, KeyError, TypeError, csv.Error) as error:
+        raise ValueError(f"{path} is damaged or missing; {run.remedy}") from error
+    if run.is_done and not seen:
+        raise ValueError(f"{path} has no validated epoch; {run.remedy}")
+    return seen
 
 
 def kept(seen: Sequence[Validation], select: str) -> Validation:

@@ -63,15 +63,15 @@ def run_demo_joint(home: Path) -> str:
     caches = {"image": extract(manifest, *IMAGE, home).name, "text": extract(manifest, text, {}, home).name}
     _say(f"2/3 {', '.join(METHODS)}: on frozen features, then together with the image encoder")
     first = _spread(do, [Trained(home, method, seed, caches, True) for method in METHODS for seed in SEEDS])
-    best = max((scores for scores, method in zip(first, _columns(), strict=True) if method == METHODS[0]), key=_after)
+    best, teacher = max(zip(first, _columns(), strict=True), key=lambda pair: pair[0].after)
     rows = {"frozen": [scores.frozen for scores in first], "joint": [scores.joint for scores in first]}
     if best.after:
-        _say(f"3/3 heads on the encoder that was tuned with {METHODS[0]}, the best of its seeds on validation")
+        _say(f"3/3 heads on the encoder that was tuned with {teacher}, the best on validation")
         again = {**caches, "image": best.image}
         second = _spread(do, [Trained(home, method, seed, again, False) for method in METHODS for seed in SEEDS])
         rows["heads on tuned features"] = [scores.frozen for scores in second]
     else:
-        _say(f"3/3 left out: no seed of {METHODS[0]} gained on validation, so there is no tuned encoder")
+        _say("3/3 left out: nothing gained on validation, so there is no tuned encoder")
     table = pd.DataFrame([_cells(values) for values in rows.values()], index=pd.Index(rows), columns=pd.Index(METHODS))
     return f"acc1 on test, mean ± deviation over {len(SEEDS)} seeds\n{table.to_string()}\n{time.monotonic() - started:.0f} s"
 
@@ -111,10 +111,6 @@ def _cells(values: Sequence[float]) -> list[str]:
     """Mean and deviation over the seeds of every method."""
     grid = np.reshape(values, (len(METHODS), len(SEEDS)))
     return [f"{row.mean():.2f} ± {row.std(ddof=1):.2f}" for row in grid]
-
-
-def _after(scores: Scores) -> float:
-    return scores.after
 
 
 def _say(line: str) -> None:

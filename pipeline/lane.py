@@ -23,6 +23,7 @@ from pipeline.types import Batch, Method, Phase
 
 PRESETS: dict[str, dict[str, float]] = {"paper": {"lr": 1e-4}, "head": {"lr": 1e-3}}
 SHARED = ("epochs", "batch_size", "validate_every", "precision")  # training settings that lanes trained together have in common
+DIVERGED = "not finite"  # in the reason why a run fails whose numbers do so: it would fail again
 Watch = Callable[[int, float], bool]  # (epochs of the last phase that are done, validation metric) -> stop here?
 
 
@@ -107,11 +108,12 @@ class Lane:
             return
         try:
             saved = torch.load(path, map_location="cpu", weights_only=True)
-        except (RuntimeError, EOFError, IndexError, KeyError, UnpicklingError) as error:
+            self.state = State(**saved.pop("state"))
+            self.method.load_state_dict(saved.pop("method"))
+            self.learned = {name: saved[name] for name in ("optimizer", "scheduler")} if saved else {}
+            _ = self.phase  # is there
+        except (RuntimeError, EOFError, LookupError, TypeError, AttributeError, UnpicklingError) as error:
             raise ValueError(f"{path} is damaged; {self.run.remedy}") from error
-        self.state = State(**saved.pop("state"))
-        self.method.load_state_dict(saved.pop("method"))
-        self.learned = saved
         self._ask()
 
     def begin(self, train_pass: Callable[[], Iterator[Batch]]) -> None:
@@ -127,7 +129,7 @@ class Lane:
         """Count an epoch by its row of the history; `ValueError` when its loss is not finite."""
         if not math.isfinite(row["loss"]):
             place = f"epoch {row['epoch']} of phase {row['phase']!r}"
-            raise ValueError(f"the loss is not finite in {place}; lower lr, or raise tau")
+            raise ValueError(f"the loss is {DIVERGED} in {place}; lower lr, or raise tau")
         self.state.epoch += 1
         self.state.history.append(row)
 
@@ -139,7 +141,7 @@ class Lane:
     def select(self, metric: float, loss: float) -> None:
         """Note a validation, and keep the weights when it prefers them; `ValueError` when its loss is not finite."""
         if not math.isfinite(loss):
-            raise ValueError(f"{self.run.path} predicts numbers that are not finite: it diverges; train with a lower lr")
+            raise ValueError(f"{self.run.path} predicts numbers that are {DIVERGED}: it diverges; train with a lower lr")
         self.state.history[-1] |= {"val_metric": metric, "val_loss": loss}
         rank = Validation(self.state.epoch, metric, loss).rank(self.config.select)
         if rank >= self.state.best_score:
@@ -174,10 +176,17 @@ class Lane:
         self._write_history()
         facts = {"seconds": round(self.state.seconds, 3), "checkpoint_sha256": hashlib.sha256(weights).hexdigest()}
         write_atomic(self.run.path / "done", json.dumps(facts))
-        (self.run.path / "state.pt").unlink(missing_ok=True)
+        drop_state(self.run)
 
     def _write_history(self) -> None:
         write_atomic(self.run.path / "history.csv", pd.DataFrame(self.state.history).to_csv(index=False))
+
+
+def drop_state(run: Run) -> None:
+    """Free the disk of the resumable state of a run that has ended, or of one that was killed at its end."""
+    path = run.path / "state.pt"
+    if path.is_file():  # in a folder that may be read only, there is none
+        path.unlink(missing_ok=True)
 
 
 def _copied(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

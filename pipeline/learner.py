@@ -23,6 +23,7 @@ class Learner:
         self.model = lanes[0].method if alone else Stack([lane.method for lane in lanes])
         trained = {name: parameter for name, parameter in self.model.named_parameters() if parameter.requires_grad}
         self._leaves, factors = list(trained.values()), [lanes[0].phase.rate(name) for name in trained]
+        self._limits = torch.tensor([lane.config.grad_clip for lane in lanes], device=self._leaves[0].device)
         self._ties: list[_Tie] = []
         start = 0
         for config, tied in groupby(lanes, lambda lane: lane.config):
@@ -36,6 +37,10 @@ class Learner:
         for leaf in self._leaves:
             leaf.grad = None
         loss.sum().backward()
+        if len(self.lanes) == 1:
+            nn.utils.clip_grad_norm_(self._leaves, self.lanes[0].config.grad_clip)
+        else:
+            clip_each([leaf.grad for leaf in self._leaves if leaf.grad is not None], self._limits)
         for tie in self._ties:
             tie.step()
 
@@ -65,7 +70,7 @@ class _Tie:
         rows: slice | EllipsisType,
         factors: Sequence[float],
     ) -> None:
-        self.lanes, self.limit = lanes, config.grad_clip
+        self.lanes = lanes
         self._leaves, self._rows = leaves, rows
         self._weights = [leaf.detach()[rows] for leaf in leaves]
         groups: dict[float, list[Tensor]] = {}  # by the factor of their learning rate
@@ -82,10 +87,6 @@ class _Tie:
     def step(self) -> None:
         for weight, leaf in zip(self._weights, self._leaves, strict=True):
             weight.grad = None if leaf.grad is None else leaf.grad[self._rows]
-        if self._rows is ...:
-            nn.utils.clip_grad_norm_(self._weights, self.limit)
-        else:
-            clip_each([weight.grad for weight in self._weights if weight.grad is not None], self.limit)
         self.optimizer.step()
 
     def store(self) -> None:

@@ -31,6 +31,9 @@ ANIMATIONS = ("GIF", "PNG", "WEBP")
 CONTAINERS = "mov,mp4,matroska,webm,avi"  # never playlists, which name other files
 DAMAGED = (  # how Pillow and the readers of this module say so
     ValueError,
+    TypeError,  # of damaged EXIF, as the next two
+    AttributeError,
+    ArithmeticError,
     SyntaxError,
     EOFError,
     LookupError,

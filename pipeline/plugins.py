@@ -7,6 +7,7 @@ import importlib
 import math
 import pkgutil
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -36,13 +37,19 @@ def summary(kind: str, name: str) -> str:
     return (ast.get_docstring(ast.parse(source)) or "").splitlines()[0]
 
 
+@cache
+def hints_of(config_type: type[Any]) -> Mapping[str, Any]:
+    """The annotated types of a config's fields, resolved once."""
+    return get_type_hints(config_type)
+
+
 def configure(config_type: type[Any], settings: Mapping[str, Any], symbols: Mapping[str, str] | None = None) -> Any:
     """A config from settings given by field name or by the papers' letters; `ValueError` names the key and the choices.
 
     Values may be strings from a command line: they are read as the field's annotated type.
     """
     symbols = symbols or {}
-    hints = get_type_hints(config_type)
+    hints = hints_of(config_type)
     values: dict[str, Any] = {}
     for key, value in settings.items():
         field = symbols.get(key, key)
@@ -74,6 +81,6 @@ def coerce(field: str, value: Any, hint: Any) -> Any:
 def _is_number(value: Any, whole: bool) -> bool:
     try:
         number = float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return False
     return not isinstance(value, bool) and math.isfinite(number) and (not whole or number.is_integer())

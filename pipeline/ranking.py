@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +15,11 @@ import pandas as pd
 
 from pipeline.grid import Grid
 from pipeline.history import Validation, kept, validations
+from pipeline.lane import DIVERGED
 from pipeline.runs import Run, write_atomic
+
+SAVE_SECONDS = 1.0  # between two writes of cells.csv, besides
+SAVE_SHARE = 10  # times as long as a write takes
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +32,11 @@ class Outcome:
     loss: float = math.nan
     seconds: float = math.nan  # of training
 
+    @property
+    def is_open(self) -> bool:
+        """Whether the run failed for a reason that may pass; one that diverges does so again."""
+        return self.state == "failed" and DIVERGED not in self.reason
+
 
 @dataclass
 class Board:
@@ -35,28 +45,44 @@ class Board:
     grid: Grid
     folder: Path
     outcomes: dict[tuple[int, int], Outcome] = field(default_factory=dict)
+    next_save: float = -math.inf  # on the monotonic clock
 
     def run(self, cell: int, seed: int) -> Run:
         """The run of a cell and a seed."""
         return self.grid.heads[cell, seed].run
 
     def seen(self, cell: int, seed: int) -> list[Validation]:
-        """What a run, finished or stopped, had reached by epoch; empty before it was."""
+        """What a run, finished or stopped, had reached by epoch; empty before it was; `ValueError` when that is damaged."""
         run = self.run(cell, seed)
-        return validations(run) if (run.path / "history.csv").is_file() else []
+        return validations(run) if run.is_done or (run.path / "history.csv").is_file() else []
 
     def read(self, cell: int, seed: int) -> Outcome:
-        """What a run that was trained has left on disk."""
-        run, seen = self.run(cell, seed), self.seen(cell, seed)
-        best = kept(seen, self.grid.cells[cell].training.select)
-        if run.is_done:
-            return Outcome("done", "", best.metric, best.loss, run.done()["seconds"])
+        """What a run that was trained has left on disk; it failed when that is damaged."""
+        run = self.run(cell, seed)
+        try:
+            seen = self.seen(cell, seed)
+            best = kept(seen, self.grid.cells[cell].training.select)
+            if run.is_done:
+                return Outcome("done", "", best.metric, best.loss, run.done()["seconds"])
+        except ValueError as error:
+            return Outcome("failed", str(error))
         return Outcome("stopped", f"stopped at epoch {seen[-1].epoch}", best.metric, best.loss)
 
     def add(self, cell: int, seed: int, outcome: Outcome) -> None:
-        """Note an outcome, on disk too."""
+        """Note an outcome; `save` puts it on disk."""
         self.outcomes[cell, seed] = outcome
+
+    @property
+    def is_due(self) -> bool:
+        """Whether the last `save` is so long ago that another one costs little."""
+        return time.monotonic() >= self.next_save
+
+    def save(self) -> None:
+        """Write cells.csv."""
+        started = time.monotonic()
         write_atomic(self.folder / "cells.csv", self.rows().to_csv(index=False))
+        now = time.monotonic()
+        self.next_save = now + SAVE_SECONDS + SAVE_SHARE * (now - started)
 
     @property
     def metric(self) -> str:
@@ -99,13 +125,13 @@ class Board:
 
     def ranking(self) -> pd.DataFrame:
         """One row per cell: those that finished by rank, then the others in the order of the grid with what became of them."""
-        order = self.finished()
+        rank = {cell: place for place, cell in enumerate(self.finished(), start=1)}
         lines = []
-        for cell in [*order, *(cell for cell in range(len(self.grid.cells)) if cell not in order)]:
+        for cell in [*rank, *(cell for cell in range(len(self.grid.cells)) if cell not in rank)]:
             ends = [self.outcomes[cell, seed] for seed in self.grid.seeds if (cell, seed) in self.outcomes]
             bad = [outcome.reason for outcome in ends if outcome.state != "done"]
             values = self.values(cell, "metric")
-            line: dict[str, Any] = {"rank": order.index(cell) + 1 if cell in order else None, **self.grid.cells[cell].point}
+            line: dict[str, Any] = {"rank": rank.get(cell), **self.grid.cells[cell].point}
             line |= {f"val_{self.metric}": values.mean() if len(values) else math.nan, "std": spread(values)}
             line |= {"val_loss": self.mean(cell, "loss") if len(values) else math.nan, "seeds": len(values)}
             lines.append(line | {"state": bad[0] if bad else "done"})

@@ -12,7 +12,7 @@ from pipeline.cache import verify
 from pipeline.cache.reader import differences, known_failures, read_group
 from pipeline.cache.samples import home_of
 from pipeline.cache.writer import LEFTOVERS, remove_leftovers
-from pipeline.extract import Effort, Task, carry_out, plan
+from pipeline.extract import NO_FAILURES, Effort, Task, carry_out, plan
 from pipeline.runs import fingerprint, lock
 
 
@@ -41,7 +41,8 @@ def repair(path: Path, effort: Effort) -> list[str]:
         task = _task(path, identity, provenance, effort)
     except ValueError as error:
         raise ValueError(f"{path} cannot be mended: {error}; to make it again, run: {provenance['command']}") from error
-    carry_out(task, known_failures(path))
+    accepted = (path / "commits" / "failures.json").is_file()  # else its failures were never found to be few enough
+    carry_out(task, known_failures(path) if accepted else NO_FAILURES)
     if left := verify(path):
         raise ValueError(f"{path} was extracted again, and still: {'; '.join(left)}; is the disk sound?")
     return problems
@@ -58,7 +59,9 @@ def _task(path: Path, identity: Mapping[str, Any], provenance: Mapping[str, Any]
     target = task.target
     for field, wanted, found in differences(identity, target.identity):
         raise ValueError(f"it was made with {field} = {wanted!r}, which is {found!r} now; bring that back")
-    assert fingerprint(target.identity) == fingerprint(identity)
+    if fingerprint(target.identity) != fingerprint(identity):
+        added = ", ".join(field for field, *_ in differences(target.identity, identity))
+        raise ValueError(f"its identity would have {added} now, which it was made without")
     if not target.path.exists() or not path.samefile(target.path):
         raise ValueError(f"a cache of its identity belongs to {target.path}; move it there")
     return task

@@ -66,9 +66,12 @@ def lock(folder: Path, wait: bool = False) -> Iterator[None]:
                 raise ValueError(f"another process is writing to {folder}; wait until it has ended") from error
             print(f"waiting for the process that writes to {folder}", file=sys.stderr)
             fcntl.flock(file, fcntl.LOCK_EX)
-        for stale in folder.glob(".*.tmp"):  # of writers that were killed
-            stale.unlink()
-        yield
+        try:
+            for stale in folder.glob(".*.tmp"):  # of writers that were killed
+                stale.unlink()
+            yield
+        finally:
+            fcntl.flock(file, fcntl.LOCK_UN)  # now: a forked process may have the same file open, and live on
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -109,10 +109,10 @@ def _stacked(tensors: Sequence[Tensor]) -> Tensor:
     return pad_sequence(values, batch_first=True, padding_value=math.nan)
 
 
-def clip_each(gradients: Sequence[Tensor], limit: float) -> None:
-    """`clip_grad_norm_` of each of K models: scales gradients [K, ...] in place so that no model's norm is above the limit."""
+def clip_each(gradients: Sequence[Tensor], limits: Tensor) -> None:
+    """`clip_grad_norm_` of each of K models: scales gradients [K, ...] in place so that every norm is within its limit [K]."""
     norms = torch.stack([torch.linalg.vector_norm(each.reshape(len(each), -1), dim=1) for each in gradients])
-    scale = (limit / (torch.linalg.vector_norm(norms, dim=0) + 1e-6)).clamp(max=1.0)
+    scale = (limits / (torch.linalg.vector_norm(norms, dim=0) + 1e-6)).clamp(max=1.0)
     for each in gradients:
         each.mul_(scale.reshape(-1, *(1 for _ in each.shape[1:])))
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Hashable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -17,17 +18,16 @@ from threading import Lock
 from typing import Any, Literal, NamedTuple, TypeVar
 
 import pandas as pd
-import torch
 from tqdm import tqdm
 
-from pipeline.evaluate import evaluate, read_metrics
+from pipeline.evaluate import evaluate
 from pipeline.grid import Grid
 from pipeline.halving import Halving, up_to
-from pipeline.heads import Features, capacity, open_features, plan_head, train_heads
-from pipeline.lane import TrainConfig
+from pipeline.heads import Features, Head, capacity, open_features, plan_head, train_heads
+from pipeline.lane import TrainConfig, drop_state
 from pipeline.pool import Hands, hands, here, num_processes
 from pipeline.ranking import Board, Outcome
-from pipeline.runs import Run
+from pipeline.runs import Run, lock
 
 Strategy = Literal["auto", "processes", "stacked"]
 Item = TypeVar("Item")
@@ -115,33 +115,55 @@ def sweep(
         effort = Effort(lanes if stacked else 1, near, progress=stacked and crew.do is here)
         trainer = Trainer(board, crew, effort)
         trainer.train(trainer.survivors() if grid.search == "optuna" else list(grid.heads), math.inf)
+        failed = {str(board.run(*pair).path): each.reason for pair, each in board.outcomes.items() if each.state == "failed"}
         best = board.finished()[:1]
-        tests = _test(board, crew, best[0]) if best and read_test else {}
-    failed = {str(board.run(*pair).path): each.reason for pair, each in board.outcomes.items() if each.state == "failed"}
-    return Swept(folder, tuple(grid.axes), board.ranking(), board.winner(tests) if best else {}, failed)
+        winner = board.winner({}) if best else {}
+        if best and read_test and _is_decided(board):
+            tests, unread = _test(board, crew, best[0])
+            failed |= unread
+            winner = winner if unread else board.winner(tests)
+    return Swept(folder, tuple(grid.axes), board.ranking(), winner, failed)
 
 
 def train_group(job: Job) -> dict[Path, str]:
     """Train runs, in whatever process; returns those that failed, and why.
 
-    `ValueError` when this machine's files are others, or when its memory is too small.
+    `ValueError` when this machine's files are others, or when nothing can be begun.
     """
     with _ONE_RUN:
-        features = _features(job.place, job.method)
-        heads = [plan_head(features, job.method, part.settings, part.training, job.seed) for part in job.parts]
-        for head, part in zip(heads, job.parts, strict=True):
-            if head.run.path != part.path:
-                raise ValueError(f"a worker would train {head.run.path} instead of {part.path}: its files are not the same")
-        size = job.effort.lanes or max(1, capacity(heads[0]) // job.effort.sharers)
-        failed: dict[Run, ValueError] = {}
         try:
-            for some in _pieces(heads, size):
-                failed |= train_heads(some, job.effort.progress, watch=lambda epoch, metric: epoch >= job.limit)
-        except torch.OutOfMemoryError as error:
-            raise ValueError(
-                f"{min(size, len(heads))} runs at once do not fit in the GPU's memory: allow fewer, --lanes"
-            ) from error
+            features = _features(job.place, job.method)
+            heads = [plan_head(features, job.method, part.settings, part.training, job.seed) for part in job.parts]
+            for head, part in zip(heads, job.parts, strict=True):
+                if head.run.path != part.path:
+                    raise ValueError(f"a worker would train {head.run.path} instead of {part.path}: its files are not the same")
+            size = job.effort.lanes or max(1, capacity(heads[0]) // job.effort.sharers)
+        except (RuntimeError, MemoryError) as error:
+            raise _named(job.parts[0].path, error) from error
+        failed = _train_pieces(_pieces(heads, size), job)
     return {run.path: str(error) for run, error in failed.items()}
+
+
+def _train_pieces(pieces: Sequence[Sequence[Head]], job: Job) -> dict[Run, ValueError]:
+    """Train each of the pieces as one model, and by halves where torch gives up: memory may be short, or one run to blame."""
+    failed: dict[Run, ValueError] = {}
+    left = list(pieces)
+    while left:
+        some = left.pop(0)
+        try:
+            failed |= train_heads(some, job.effort.progress, watch=lambda epoch, metric: epoch >= job.limit)
+        except (RuntimeError, MemoryError) as error:
+            if len(some) > 1:
+                left[:0] = _pieces(some, math.ceil(len(some) / 2))
+            else:
+                failed[some[0].run] = _named(some[0].run.path, error)
+    return failed
+
+
+def _named(run: Path, error: RuntimeError | MemoryError) -> ValueError:
+    """An error of torch as one that says whose it is, in a line."""
+    lines = str(error).splitlines() or [type(error).__name__]
+    return ValueError(f"{run}: {lines[0]}")
 
 
 def _pieces(items: Sequence[Item], size: int) -> list[Sequence[Item]]:
@@ -160,7 +182,10 @@ def evaluate_run(job: tuple[Path, Path]) -> dict[str, float]:
     """Metrics on the test split of the run in a folder of a home."""
     home, path = job
     with _ONE_RUN:
-        return evaluate(home, Run.at(path), "test", {})["metrics"]
+        try:
+            return evaluate(home, Run.at(path), "test", {})["metrics"]
+        except (RuntimeError, MemoryError) as error:
+            raise _named(path, error) from error
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,12 +199,12 @@ class Trainer:
     def train(self, pairs: Sequence[tuple[int, int]], limit: float) -> None:
         """Bring runs to an epoch, or to their end, and note what becomes of them."""
         board, pending = self.board, []
-        for cell, seed in pairs:
-            seen = board.seen(cell, seed)
-            if board.run(cell, seed).is_done or (seen and seen[-1].epoch >= limit):
-                board.add(cell, seed, board.read(cell, seed))
+        for pair in pairs:
+            if self._is_there(*pair, limit):
+                board.add(*pair, board.read(*pair))
             else:
-                pending.append((cell, seed))
+                pending.append(pair)
+        board.save()
         groups = self._groups(pending)
         jobs = [self._job(group, limit) for group in groups]
         title = "grid" if limit == math.inf else f"to epoch {limit}"
@@ -194,8 +219,24 @@ class Trainer:
                     run = board.run(cell, seed)
                     lost = run.path in failed and not run.is_done
                     board.add(cell, seed, Outcome("failed", failed[run.path]) if lost else board.read(cell, seed))
-                bar.set_postfix_str(board.best(), refresh=False)
+                if board.is_due:
+                    board.save()
+                    bar.set_postfix_str(board.best(), refresh=False)
                 bar.update(len(groups[number]))
+            bar.set_postfix_str(board.best())
+        board.save()
+
+    def _is_there(self, cell: int, seed: int, limit: float) -> bool:
+        """Whether a run needs no training until this epoch, or has a damaged file that forbids it."""
+        run = self.board.run(cell, seed)
+        if run.is_done:
+            drop_state(run)
+            return True
+        try:
+            seen = self.board.seen(cell, seed)
+        except ValueError:
+            return True
+        return bool(seen) and seen[-1].epoch >= limit
 
     def _groups(self, pairs: Sequence[tuple[int, int]]) -> list[Sequence[tuple[int, int]]]:
         """Runs that are trained together: of one structure and seed, not more than there may be, and some for everybody."""
@@ -235,20 +276,46 @@ class Trainer:
                     reason = f"pruned at epoch {at}"
                     last = up_to(board.seen(cell, first), limit)[-1]
                     board.add(cell, first, Outcome("pruned", reason, last.metric, last.loss))
+                    _give_up(board.run(cell, first))
                 if reason:
                     alive.remove(cell)
                     for seed in others:
                         board.add(cell, seed, Outcome("pruned", reason))
+            board.save()
         return [(cell, seed) for cell in alive for seed in board.grid.seeds]
 
 
-def _test(board: Board, crew: Hands, cell: int) -> dict[int, Mapping[str, float]]:
-    """The winner's metrics on the test split, by seed."""
+def _give_up(run: Run) -> None:
+    """Free the disk of a pruned run's state, unless somebody else trains it; where it is wanted after all, it starts anew."""
+    if not run.is_done:
+        with suppress(ValueError), lock(run.path):
+            drop_state(run)
+
+
+def _is_decided(board: Board) -> bool:
+    """Whether no run can change the winner any more; otherwise it says that the test split is left alone."""
+    open_runs = [pair for pair, outcome in board.outcomes.items() if outcome.is_open]
+    if open_runs:
+        _say(f"the test split is not read: {len(open_runs)} runs failed, and with them another cell may win; run it again")
+    return not open_runs
+
+
+def _test(board: Board, crew: Hands, cell: int) -> tuple[dict[int, Mapping[str, float]], dict[str, str]]:
+    """The winner's metrics on the test split by seed, and why there are none by run."""
     seeds, runs = board.grid.seeds, [board.run(cell, seed) for seed in board.grid.seeds]
-    once = "was read before" if all("test" in read_metrics(run) for run in runs) else "is read once"
-    _say(f"the test split {once}, for the winner: {board.grid.cells[cell].label}")
-    jobs = [(board.grid.features.home, run.path) for run in runs]
-    return {seeds[number]: finish() for number, finish in crew.do(evaluate_run, jobs)}
+    read = {head.run for head in board.grid.heads.values() if (head.run.path / "test_reads.jsonl").is_file()}
+    others = len(read.difference(runs))
+    once = "was read before" if read.intersection(runs) else "is read" if others else "is read once"
+    more = f"; it was read before for {others} runs of other cells" if others else ""
+    _say(f"the test split {once}, for the winner: {board.grid.cells[cell].label}{more}")
+    tests: dict[int, Mapping[str, float]] = {}
+    failed: dict[str, str] = {}
+    for number, finish in crew.do(evaluate_run, [(board.grid.features.home, run.path) for run in runs]):
+        try:
+            tests[seeds[number]] = finish()
+        except ValueError as error:
+            failed[str(runs[number].path)] = f"not evaluated on the test split: {error}"
+    return tests, failed
 
 
 def _size(grid: Grid, left: int) -> str:

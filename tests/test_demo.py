@@ -37,7 +37,9 @@ def test_the_readme_is_finished() -> None:
     assert len(COMMANDS) >= 8
 
 
-@pytest.mark.parametrize("target", ["setup", "demo", "test", "check", "extract", "train-head", "grid", "report", "bench"])
+@pytest.mark.parametrize(
+    "target", ["setup", "demo", "test", "check", "extract", "train-head", "grid", "finetune", "demo-joint", "report", "bench"]
+)
 def test_make_targets_exist(target: str) -> None:
     done = subprocess.run(["make", "-n", target], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout
@@ -70,6 +72,7 @@ def test_commands_of_the_readme_run(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         "extract",
         "train-head",
         "grid",
+        "finetune",
         "evaluate",
         "report",
         "methods",
@@ -78,7 +81,7 @@ def test_commands_of_the_readme_run(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     }
     for words in commands:
         arguments = [str(next(tmp_path.glob(word))) if "*" in word else word for word in words[1:]]
-        if words[1] in ("train-head", "grid"):
+        if words[1] in ("train-head", "grid", "finetune"):
             arguments += ["--train", "epochs=1"]
         monkeypatch.setattr(sys, "argv", ["diffalign", *arguments])
         with pytest.raises(SystemExit) as exit_info:

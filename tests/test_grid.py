@@ -101,6 +101,7 @@ def test_wrong_axes_are_refused(pairs: list[str], message: str) -> None:
         ("T:", "setting 'T' is None; it takes a finite int"),
         ("T: [[1]]", r"setting 'T' is \[1\]; it takes a finite int"),
         ("T: &a [1]", "grid.yaml, line 1: YAML tags, anchors, aliases"),
+        (f"T: [{'9' * 400}]", "setting 'T' is 9+; it takes a finite int"),
         ("- T", "grid.yaml, line 1: not a mapping"),
     ],
 )
@@ -118,6 +119,10 @@ def test_wrong_files_are_refused(text: str, message: str, tmp_path: Path) -> Non
         (("T=20,30", "sample_steps=5,25"), r"cell T=20 sample_steps=25: sample_steps must be in 1\.\.20, not 25"),
         (("lr=0,1",), "cell lr=0.0: training setting 'lr' must be positive"),
         (("batch_size=1,8",), "cell batch_size=1: training setting 'batch_size' must be at least 2"),
+        (("T=20,1000000000000",), r"cell T=1000000000000: num_steps must be in 1\.\.100000, not 1000000000000"),
+        (("token_width=8,1000000000",), r"cell token_width=1000000000: token_width must be in 1\.\.65536"),
+        (("width=16,70000",), r"cell width=70000: width must be in 1\.\.65536"),
+        (("draws=1,1001",), r"cell draws=1001: draws must be in 1\.\.1000"),
         (("num_tokens=4,5",), "cell num_tokens=5: width 16 cannot be cut into 5 tokens"),
     ],
 )
@@ -148,6 +153,17 @@ def test_points_are_a_deterministic_subset_in_order_and_more_hold_the_fewer() ->
     assert few != whole[:7]
     with pytest.raises(ValueError, match="--points 49 of a grid of 48 cells"):
         read_cells("openmoji", "seda", "head", axes, {}, {}, 49)
+
+
+def test_a_grid_that_cannot_be_listed_is_refused_or_drawn_from() -> None:
+    thousand = [f"{field}={','.join(map(str, range(20, 1020)))}" for field in ("T", "w_sc", "w_mse")]
+    axes = read_axes("seda", thousand)
+    for points in (0, 10_001):
+        with pytest.raises(ValueError, match=f"a grid has at most 10000 cells, not {points or 10**9}: give fewer "):
+            read_cells("openmoji", "seda", "head", axes, {"t": 0}, {}, points)
+    few, more = ({cell.label for cell in read_cells("openmoji", "seda", "head", axes, {"t": 0}, {}, n)} for n in (5, 50))
+    assert (len(few), len(more)) == (5, 50)
+    assert few < more
 
 
 def test_a_cell_is_the_run_of_train_head(tiny_home: Path) -> None:

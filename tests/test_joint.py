@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import joint_home
 import pytest
@@ -107,7 +108,8 @@ def test_learning_rates_fall_towards_the_input(home: Path) -> None:
     plan = joint_home.together(home, joint_home.head(home, "baseline"), joint, TRAINING)
     model, _ = joint_home.assembled(plan)
     (phase,) = model.phases
-    depth = len(model.image.network.blocks)  # type: ignore[union-attr]
+    image: Any = model.image
+    depth = len(image.network.blocks)
     rates = {name: 1e-3 * phase.rate(name) for name, parameter in model.named_parameters()}
     assert rates["head.classifier.weight"] == pytest.approx(1e-3)
     assert rates["image.network.norm.weight"] == pytest.approx(1e-4)

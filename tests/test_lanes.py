@@ -20,6 +20,7 @@ from test_grid import tiny_grid
 from test_stack import other
 from test_train import FAST, SMALL, caches_by_key
 
+from pipeline import heads as heads_module
 from pipeline import plugins, runs
 from pipeline.evaluate import evaluate
 from pipeline.heads import Features, Head, capacity, open_features, plan_head, resolve, train_head, train_heads
@@ -137,6 +138,53 @@ def test_a_lane_that_diverges_fails_as_alone_and_disturbs_nobody(home: Path, oth
         train_head(plan_head(apart, "seda", head.settings, head.training, 0), progress=False)
         assert_same(head, home, other_home)
     assert all(is_free(head.run) for head in heads)
+
+
+@pytest.mark.parametrize("method", ["baseline", "ema", "cdr"])
+def test_a_prediction_that_diverges_disturbs_nobody(method: str, home: Path) -> None:
+    features = opened(home, method)
+    heads = [planned(features, method, {}, {"lr": rate, "grad_clip": 1e30}) for rate in (1e-3, 1e30, 3e-3)]
+    failed = train_heads(heads, progress=False)
+    assert [head.run.is_done for head in heads] == [True, False, True]
+    assert list(failed) == [heads[1].run]
+    assert "not finite" in str(failed[heads[1].run])
+
+
+def test_a_run_that_another_process_finished_is_let_go(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    features = opened(home, "ema")
+    heads = [planned(features, "ema", {"tau": tau}, {}) for tau in (0.07, 0.2)]
+    first, second = sorted((head.run for head in heads), key=lambda run: run.path)
+    build, free = heads_module._build, []
+
+    def finished_meanwhile(head: Head, device: torch.device) -> Any:
+        if head.run == first:
+            first.path.mkdir(parents=True)
+            (first.path / "done").write_text("{}")
+        return build(head, device)
+
+    def watch(epoch: int, metric: float) -> bool:
+        free.append((is_free(first), is_free(second)))
+        return False
+
+    monkeypatch.setattr("pipeline.heads._build", finished_meanwhile)
+    assert train_heads(heads, False, watch) == {}
+    assert set(free) == {(True, False)}
+
+
+@pytest.mark.parametrize("strategy", ["stacked", "processes"])
+def test_an_error_of_torch_fails_its_run_alone(strategy: Any, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    grid = tiny_grid(home, "ema", ("tau=0.07,0.1,0.2,0.3",))
+    bad = grid.heads[2, 0].run
+
+    def limited(heads: list[Head], *arguments: Any, **options: Any) -> Any:
+        if any(head.run == bad for head in heads):
+            raise RuntimeError("did not converge\nat all")
+        return train_heads(heads, *arguments, **options)
+
+    monkeypatch.setattr("pipeline.sweep.train_heads", limited)
+    swept = sweep(grid, workers=0, strategy=strategy)
+    assert swept.failed == {str(bad.path): f"{bad.path}: did not converge"}
+    assert [head.run.is_done for head in grid.heads.values()] == [True, True, False, True]
 
 
 def is_free(run: Run) -> bool:

@@ -204,12 +204,19 @@ def test_the_report_has_a_section_per_grid_and_outlives_a_damaged_one(tmp_path: 
     write_grid(tmp_path, {"tau": (0.1, 0.2)}, method="ema")
     write_grid(tmp_path, AXES)
     damaged = write_grid(tmp_path, {"lr": (0.1, 0.2)}, method="ema", name="ffffffffffff")
-    for content in ("{", "[]", "{}"):
-        (damaged / "grid.json").write_text(content)
+    whole = json.loads((damaged / "grid.json").read_text())
+    contents = ["{", "[]", "{}", "[" * 100_000, json.dumps({**whole, "cells": []}), json.dumps({**whole, "seeds": []})]
+    for name, content in [
+        ("winner.json", "{}"),
+        ("winner.json", '{"test": {"acc1": 1}}'),
+        *(("grid.json", c) for c in contents),
+    ]:
+        (damaged / name).write_text(content)
         seen = Page(write_report(tmp_path, "toy")[0])
         assert f"A grid cannot be read: {damaged} is damaged" in seen.text
-    assert "Grid of ema over tau" in seen.text
-    assert "Grid of seda over gamma, T, t" in seen.text
+        assert "Grid of ema over tau" in seen.text
+        assert "Grid of seda over gamma, T, t" in seen.text
+        (damaged / "winner.json").unlink(missing_ok=True)
     with pytest.raises(ValueError, match=r"is damaged .*; run the same grid command again"):
         write_grid_page(damaged)
     with pytest.raises(ValueError, match="is not a grid: give a folder"):

@@ -158,8 +158,8 @@ def test_methods_see_the_steps_of_their_stack() -> None:
     assert [name for name, _ in stack.named_parameters()] == [name for name, _ in methods[0].named_parameters()]
 
 
-@pytest.mark.parametrize("limit", [1e-3, 1.0, 1e6])
-def test_clipping_is_that_of_each_model(limit: float) -> None:
+@pytest.mark.parametrize("limits", [(1e-3, 1.0, 1e6), (1.0, 1e-3, 1.0), (1e6, 1e-6, 1e-3)])
+def test_clipping_is_that_of_each_model(limits: tuple[float, ...]) -> None:
     generator = torch.Generator().manual_seed(0)
     gradients = [torch.randn(3, *shape, generator=generator) for shape in ((4, 5), (7,), ())]
     for gradient in gradients:
@@ -170,9 +170,9 @@ def test_clipping_is_that_of_each_model(limit: float) -> None:
         parameters = [nn.Parameter(torch.zeros_like(gradient[k])) for gradient in gradients]
         for parameter, gradient in zip(parameters, gradients, strict=True):
             parameter.grad = gradient[k].clone()
-        nn.utils.clip_grad_norm_(parameters, limit)
+        nn.utils.clip_grad_norm_(parameters, limits[k])
         expected.append([parameter.grad for parameter in parameters])
-    clip_each(gradients, limit)
+    clip_each(gradients, torch.tensor(limits))
     for k in range(2):
         torch.testing.assert_close([gradient[k] for gradient in gradients], expected[k])
 

@@ -243,7 +243,7 @@ def test_the_command_prints_the_ranking_and_the_winner(
     assert header.split() == ["rank", "tau", "val_acc1", "std", "val_loss", "seeds", "state"]
     assert [row.split()[0] for row in rows[:2]] == ["1", "2"]
     assert rows[2] == f"winner: tau={rows[0].split()[1]}"
-    assert rows[4] == "test:   not read (--no-test)"
+    assert rows[4] == "test:   not read"
     assert Path(rows[5].removeprefix("files:  ")).is_dir()
     assert "2 cells × 3 seeds: this process alone, every cell by itself (no GPU), " in printed.err
     assert "best acc1 " in printed.err
@@ -302,6 +302,8 @@ def test_successive_halving_prunes_the_same_cells_anywhere(home: Path, tmp_path:
     paths = [Run.at(other / head.run.path.relative_to(home)) for (_, seed), head in grid.heads.items() if seed == 0]
     assert pruned == {cell: f"pruned at epoch {epoch}" for cell, epoch in _halved([validations(run) for run in paths]).items()}
     assert 2 <= len(pruned) < 8
+    assert not list(home.glob("runs/**/state.pt"))
+    assert all((grid.heads[cell, 0].run.path / "history.csv").is_file() for cell in pruned)
     assert all(head.run.is_done == (cell not in pruned) for (cell, _), head in grid.heads.items())
     again = sweep(short_grid(other, "ema", pairs, **options), address)  # where all the runs are there already
     pd.testing.assert_frame_equal(again.ranking, swept.ranking)

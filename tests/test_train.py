@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from multiprocessing import get_context
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import numpy as np
@@ -277,18 +278,30 @@ def test_damaged_runs_are_named_with_the_remedy(name: str, damage: str | None, m
         evaluate(home, run, "test", {})
 
 
-def test_a_damaged_state_is_named_with_the_remedy(home: Path) -> None:
+@pytest.mark.parametrize(
+    "state", [b"nonsense", {}, [], {"state": {"colour": 1}}, {"state": {}, "method": {}}, {"state": {"phase": 9}}]
+)
+def test_a_damaged_state_is_named_with_the_remedy(state: Any, home: Path) -> None:
     run = train_tiny(home, "ema")
     (run.path / "done").unlink()
-    (run.path / "state.pt").write_bytes(b"nonsense")
+    if isinstance(state, bytes):
+        (run.path / "state.pt").write_bytes(state)
+    else:
+        torch.save(state, run.path / "state.pt")
     with pytest.raises(ValueError, match=r"state\.pt is damaged; delete "):
         train_tiny(home, "ema")
 
 
 def test_one_run_has_one_writer(home: Path) -> None:
     run = train_tiny(home, "ema")
-    with runs.lock(run.path), pytest.raises(ValueError, match="another process is writing"):
-        evaluate(home, run, "val", {})
+    with runs.lock(run.path):
+        other = Thread(target=evaluate, args=(home, run, "val", {}))
+        other.start()
+        time.sleep(0.3)
+        assert other.is_alive()
+        assert not read_metrics(run)
+    other.join(60)
+    assert list(read_metrics(run)) == ["val"]
 
 
 def test_bits_do_not_depend_on_the_number_of_threads(home: Path, tmp_path: Path) -> None:

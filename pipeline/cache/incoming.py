@@ -105,8 +105,9 @@ def _record(features: Features) -> tuple[dict[str, Any], dict[str, Any], list[st
         "encoder": DATASET_NAME.fullmatch(identity["encoder"]["name"]),
         "store dtype": identity["store_dtype"] == features.dtype in layout.STORE_DTYPES,
         "rows per shard": type(shard_rows) is int and shard_rows > 0 and shard_rows % layout.CHUNK_ROWS == 0,
-        "command": type(command) is str and command.startswith("diffalign ") and command.isprintable(),
-        "provenance": all(type(number) is int for number in numbers) and all(type(word) is str for word in words),
+        "command": type(command) is str and command.startswith("diffalign ") and _is_plain(command),
+        "numbers": all(type(number) is int and 0 <= number < 2**31 for number in numbers),
+        "words": all(type(word) is str for word in words),
         "failures": all(0 <= failure.row < features.shape[0] for failure in failures),
         "failed samples": {failure.id for failure in failures} <= set(features.ids),
         "ids": sha256["ids"] == layout.ids_sha256(features.ids),
@@ -116,6 +117,14 @@ def _record(features: Features) -> tuple[dict[str, Any], dict[str, Any], list[st
     if wrong:
         raise ValueError(", ".join(wrong))
     return identity, provenance, list(sha256["chunks"]), shard_rows, failures
+
+
+def _is_plain(command: str) -> bool:
+    """Whether a shell that is given the command runs one program with these words, and nothing besides."""
+    try:
+        return command.isprintable() and shlex.join(shlex.split(command)) == command
+    except ValueError:
+        return False
 
 
 def elsewhere(

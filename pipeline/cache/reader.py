@@ -210,7 +210,7 @@ def known_failures(path: Path) -> frozenset[str]:
 
 
 def differences(expected: Mapping[str, Any], found: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any, Any]]:
-    """(field, expected, found) of every expected field that an identity has otherwise."""
+    """(field, expected, found) of every expected field that an identity has otherwise; what it has beside them is allowed."""
     result: list[tuple[str, Any, Any]] = []
     for key, wanted in expected.items():
         have = found.get(key, "nothing")

@@ -125,10 +125,6 @@ class Writer:
                     commits[shard] = commit
         return commits
 
-    def reopen(self) -> None:
-        """Before more is committed: the cache counts as incomplete until `finish`."""
-        (self.path / "commits" / "failures.json").unlink(missing_ok=True)
-
     def commit(
         self,
         shard: int,
@@ -140,7 +136,11 @@ class Writer:
         device: str,
         media_sizes: str = "",
     ) -> Commit:
-        """Write a whole shard, features float32 [rows, *shape] with NaN where an item failed, then its record."""
+        """Write a whole shard, features float32 [rows, *shape] with NaN where an item failed, then its record.
+
+        From then on the cache counts as incomplete until `finish`.
+        """
+        (self.path / "commits" / "failures.json").unlink(missing_ok=True)
         stored = layout.to_stored(features, self.store_dtype)
         lengths = layout.norms(stored, self.store_dtype)
         finite = np.isfinite(lengths)

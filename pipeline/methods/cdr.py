@@ -31,8 +31,8 @@ class Config:
     """Settings of MARNet eq. 14-23. In MARNet gamma weights the MSE; in SeDA it weights the cross-entropy."""
 
     denoiser: Literal["mlp", "unet", "regression"] = "mlp"  # "regression" is the +MLP row of Table 2: no diffusion
-    hidden: int = 1024  # width of the MLP
-    num_steps: int = 1000  # T
+    hidden: int = 1024  # width of the MLP, 1..65536
+    num_steps: int = 1000  # T, 1..100000
     schedule: Schedule = "linear"  # of the noise; the paper names none
     w_ce: float = 1.0  # alpha_2, weight of the cross-entropy
     w_mse: float = 1.0  # gamma, weight of the reconstruction
@@ -45,16 +45,18 @@ class Config:
     sampler: Literal["ddim", "ancestral"] = "ddim"  # prediction: few steps, or all T
     sample_steps: int = 10  # S of ddim, 1..T
     eta: float = 0.0  # noise of ddim, 0..1
-    draws: int = 1  # K, chains per image; 1 is the paper
+    draws: int = 1  # K, chains per image, 1..1000; 1 is the paper
     zero_start: bool = False  # start the chain from 0 instead of noise
     adapter: AdapterKind = "none"  # frozen adapters to a common width
-    width: int = 512  # of the adapters
+    width: int = 512  # of the adapters, 1..65536
     scale: Scale = "per_dim"  # standardisation of both features
     label_loss: LabelLoss = "softmax_kl"  # for multi-label data
 
     def __post_init__(self) -> None:
         require(self, 0, math.inf, "w_ce", "w_mse")
-        require(self, 1, math.inf, "hidden", "width", "num_steps", "draws")
+        require(self, 1, 65_536, "hidden", "width")
+        require(self, 1, 100_000, "num_steps")
+        require(self, 1, 1_000, "draws")
         require(self, 0, 1, "ce_min_step", "train_min_step", "eta")
         require(self, 0, 0.99, "dropout")
         require(self, 1, self.num_steps if self.sampler == "ddim" else math.inf, "sample_steps")

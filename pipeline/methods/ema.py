@@ -27,7 +27,7 @@ MAX_SCALE = 100.0  # of 1/tau, when it is learned
 class Config:
     """Settings of MARNet eq. 6-13; where the paper is silent the defaults are ours."""
 
-    width: int = 768  # d, of the common embedding
+    width: int = 768  # d, of the common embedding, 1..65536
     w_ce: float = 1.0  # alpha_1, weight of the cross-entropy
     w_ita: float = 1.0  # beta, weight of the alignment
     tau: float = 0.07  # temperature of the cosine, at least 0.001; where it is learned its start, at least 0.01
@@ -39,7 +39,7 @@ class Config:
     def __post_init__(self) -> None:
         require(self, 0, math.inf, "w_ce", "w_ita")
         require(self, 0, 0.99, "dropout")
-        require(self, 1, math.inf, "width")
+        require(self, 1, 65_536, "width")
         require(self, 1 / MAX_SCALE if self.learn_tau else 1e-3, math.inf, "tau")
 
 

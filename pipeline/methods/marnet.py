@@ -30,13 +30,13 @@ class Config:
 
     fusion: Literal["concat", "add", "mul", "sum", "hm"] = "concat"  # may be changed at prediction: all of them are trained
     regime: Literal["staged", "joint"] = "staged"  # fuse sampled features of frozen branches, or one-step predictions at once
-    width: int = 768  # d of EMA
+    width: int = 768  # d of EMA, 1..65536
     tau: float = 0.07  # temperature of EMA
     learn_tau: bool = False  # learn log(1/tau), with 1/tau at most 100
     w_ce_ema: float = 1.0  # alpha_1
     w_ita: float = 1.0  # beta
-    hidden: int = 1024  # width of CDR's MLP
-    num_steps: int = 1000  # T of CDR
+    hidden: int = 1024  # width of CDR's MLP, 1..65536
+    num_steps: int = 1000  # T of CDR, 1..100000
     schedule: Schedule = "linear"  # of CDR's noise
     w_ce_cdr: float = 1.0  # alpha_2
     w_mse: float = 1.0  # gamma
@@ -48,7 +48,7 @@ class Config:
     sampler: Literal["ddim", "ancestral"] = "ddim"  # of CDR
     sample_steps: int = 10  # S of ddim, 1..T
     eta: float = 0.0  # noise of ddim, 0..1
-    draws: int = 1  # K, chains per image
+    draws: int = 1  # K, chains per image, 1..1000
     zero_start: bool = False  # start the chain from 0 instead of noise
     scale: Scale = "per_dim"  # standardisation of both features
     label_loss: LabelLoss = "softmax_kl"  # for multi-label data

@@ -41,7 +41,7 @@ class Config:
     stages: Literal["both", "dsl", "dst"] = "both"  # bi-stage, semantic learner only, semantic translator only (Table 2)
     stage_order: Literal["literal", "reverse"] = "literal"  # learner at n <= t (eq. 12), or at n >= T - t (section 4.2)
     per_sample_stage: bool = False  # draw the stage for each sample instead of each batch
-    num_steps: int = 1500  # T
+    num_steps: int = 1500  # T, 1..100000
     stage_step: int = 300  # t, 0..T-1
     schedule: Schedule = "linear"  # of the noise; the paper names none
     train_min_step: float = 0.0  # share of T, 0..1, below which the translator trains no step; 0 is the paper
@@ -53,24 +53,26 @@ class Config:
     centres: Literal["batch", "train"] = "batch"  # visual class centres of eq. 5: of the batch, or of the training split
     denoiser: Literal["pfin", "unet"] = "pfin"
     interaction: Interaction = "cross_attention"  # of PFIN (Table 3)
-    num_tokens: int = 8  # chunks a vector is cut into; a divisor of the width
-    token_width: int = 128  # of a token
+    num_tokens: int = 8  # chunks a vector is cut into, 1..65536; a divisor of the width
+    token_width: int = 128  # of a token, 1..65536
     num_heads: int = 4  # of the attention
     residual: bool = True  # add the noisy text to the attention's output
     dropout: float = 0.0  # probability, in the denoiser, 0..0.99
     sampler: Literal["ddim", "ancestral"] = "ddim"  # prediction: few steps, or all T
     sample_steps: int = 20  # S of ddim, 1..T; from 20 on several fall into the learner's steps
     eta: float = 0.0  # noise of ddim, 0..1
-    draws: int = 1  # K, chains per image; 1 is the paper
+    draws: int = 1  # K, chains per image, 1..1000; 1 is the paper
     zero_start: bool = False  # start the chain from 0 instead of noise
     adapter: Literal["auto", "none", "classifier", "pca"] = "auto"  # frozen adapters; auto: classifier where widths differ
-    width: int = 512  # of the adapters
+    width: int = 512  # of the adapters, 1..65536
     scale: Scale = "per_dim"  # standardisation of both features
     label_loss: LabelLoss = "softmax_kl"  # for multi-label data
 
     def __post_init__(self) -> None:
         require(self, 0, math.inf, "w_sc", "w_ce_dsl", "w_mse", "w_ce_dst")
-        require(self, 1, math.inf, "num_steps", "width", "num_tokens", "token_width", "num_heads", "draws")
+        require(self, 1, 65_536, "width", "num_tokens", "token_width", "num_heads")
+        require(self, 1, 100_000, "num_steps")
+        require(self, 1, 1_000, "draws")
         require(self, 0, self.num_steps - 1, "stage_step")
         if self.stages == "both" and self.stage_order == "reverse" and self.first_step >= self.num_steps - self.stage_step:
             raise ValueError(

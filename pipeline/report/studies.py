@@ -70,7 +70,7 @@ def read_study(folder: Path) -> Study:
         raise ValueError(f"{folder} is not a grid: give a folder …/grids/<dataset>/<method>-<fingerprint>")
     try:
         return _read(folder)
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise ValueError(f"{folder} is damaged ({error!r}); run the same grid command again") from error
 
 
@@ -82,7 +82,8 @@ def _read(folder: Path) -> Study:
     letters = _letters(str(asked["method"]))
     seeds = tuple(int(seed) for seed in asked["seeds"])
     metrics = [column for column in map(str, told.columns) if column.startswith("val_") and column != "val_loss"]
-    winner = folder / "winner.json"
+    if not asked["cells"] or not seeds:
+        raise ValueError("grid.json has no cells, or no seeds")
     return Study(
         path=folder,
         dataset=str(asked["dataset"]),
@@ -94,8 +95,20 @@ def _read(folder: Path) -> Study:
         seeds=seeds,
         metric=metrics[0].removeprefix("val_") if metrics else "",
         runs=_runs(told, metrics[0] if metrics else "val_loss", len(asked["cells"]), seeds),
-        winner=dict(json.loads(winner.read_text())) if winner.is_file() else {},
+        winner=_winner(folder / "winner.json"),
     )
+
+
+def _winner(path: Path) -> dict[str, Any]:
+    """What the report reads of winner.json: cell, runs, and test with mean, std and values by metric; empty without a file."""
+    if not path.is_file():
+        return {}
+    told = json.loads(path.read_text())
+    test = {
+        str(name): {"mean": float(value["mean"]), "std": float(value["std"]), "values": list(value["values"])}
+        for name, value in dict(told["test"]).items()
+    }
+    return {"cell": dict(told["cell"]), "runs": list(map(str, told["runs"])), "test": test}
 
 
 def _told(path: Path) -> pd.DataFrame:
