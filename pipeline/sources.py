@@ -20,15 +20,17 @@ from pipeline.types import Batch, Source, Split
 def find_cache(home: Path, manifest: Manifest, name: str) -> Cache:
     """The manifest's cache of that encoder, folder name or fingerprint; `ValueError` names the choices, or what has changed.
 
-    Of several caches of an encoder its name means the one made with the encoder's default settings.
+    Of several caches of an encoder its name means the one made with its default settings, unless some are of another modality.
     """
     folders = find_caches(home, manifest.dataset)
     named = [path for path in folders if _is_named(path.name, name)]
     wanted = manifest.fingerprint()
     fitting = [path for path in named if read_attributes(path)["identity"]["manifest"] == wanted]
     if len(fitting) > 1:
-        default = [path for path in fitting if not read_attributes(path)["provenance"].get("settings")]
-        fitting = default if len(default) == 1 else fitting
+        about = [read_attributes(path) for path in fitting]
+        default = [path for path, each in zip(fitting, about, strict=True) if not each["provenance"].get("settings")]
+        alike = len({each["identity"]["encoder"].get("modality") for each in about}) == 1
+        fitting = default if len(default) == 1 and alike else fitting
     if len(fitting) == 1 or (named and not fitting):
         return open_cache((fitting or named)[0], {"manifest": wanted})
     problem = "several caches" if fitting else "no cache"
