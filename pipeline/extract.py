@@ -121,6 +121,9 @@ def carry_out(task: Task, known_failures: frozenset[str] = NO_FAILURES) -> Path:
     target = task.target
     with naming(target.path), lock(target.path):
         writer, commits = begin(target)
+        if len(commits) < writer.num_shards:
+            for warning in check_libraries(target.path, writer.provenance.get("versions", {}), target.rows.modality):
+                print(f"warning: {warning}", file=sys.stderr)
         if len(commits) < writer.num_shards or not writer.is_finished:
             ledger = Ledger(len(target.rows), target.effort.max_failures, known_failures)
             for commit in commits.values():
@@ -185,7 +188,8 @@ def naming(path: Path) -> Iterator[None]:
 def begin(target: Target) -> tuple[Writer, dict[int, Commit]]:
     """Start the cache or take it up, while it is locked: its writer, and the shards that need not be done again.
 
-    `ValueError` when what is there and what would be added were not made of the same media by the same libraries.
+    `ValueError` when what is there and what would be added were not made of the same media. Whoever encodes has to see to the
+    libraries: they are this process's own only when it encodes itself.
     """
     ids, effort = [sample.id for sample in target.rows.manifest.samples], target.effort
     shape, origin = target.feature_shape, target.provenance
@@ -195,12 +199,9 @@ def begin(target: Target) -> tuple[Writer, dict[int, Commit]]:
     if effort.retry_failed:
         commits = {shard: commit for shard, commit in commits.items() if not commit.failures}
     if len(commits) < writer.num_shards:
-        warnings = check_libraries(target.path, writer.provenance.get("versions", {}), target.rows.modality)
         recorded = batch_size(target, writer)
         if effort.batch_size not in (0, recorded):
-            warnings.append(f"{target.path} was begun with --batch-size {recorded}, and goes on with it")
-        for warning in warnings:
-            print(f"warning: {warning}", file=sys.stderr)
+            print(f"warning: {target.path} was begun with --batch-size {recorded}, and goes on with it", file=sys.stderr)
     return writer, commits
 
 

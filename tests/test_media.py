@@ -233,3 +233,25 @@ def test_huge_drawings_and_entity_bombs_are_refused(tmp_path: Path) -> None:
     (tmp_path / "bomb.svg").write_text(f"<!DOCTYPE svg [{entities}]><svg>&a9;</svg>")
     with pytest.raises(ValueError, match=r"bomb\.svg: .*amplification"):
         open_image(tmp_path / "bomb.svg", 8)
+
+
+@pytest.mark.parametrize(
+    "exif",
+    [
+        (
+            "O-%qQ0000800#jM00IC200sa60Ac|W00RI3009670003R00jU5009610BC}k00IC200LtG004(+00aO4009610C0#U00aO40"
+            "09610G6Da0096100UuSV*mgE003xZY;11;0001y0000200M%V01N;C009610FICV00#g700b~HGyebp002MJGcz+YGcy4H00"
+            "96300002P5=M^00IC7000030002A00000000010000100002000010000300001"
+        ),
+        (
+            "O-%qQ0000800#jM00IC200sa60Ac|W00RI3009670003G00jU5009610BC}k00IC200LtG004(+00aO4009610C0#U00aO40"
+            "09610G6Da0096100UuSV*mgE003xZY;11;0001y0000200M%V01N;C009610FICV00#g700b~HGcW)E002MJGcz+YGcy1J00"
+            "96300002P5=M^00IC7000030002A0000u000010000100002000010000300001"
+        ),
+    ],
+)
+def test_damaged_exif_is_a_reason(exif: str, tmp_path: Path) -> None:
+    """One byte of what Pillow wrote was changed, so that Pillow fails to write it again when it turns the picture."""
+    Image.new("RGB", (24, 16), "red").save(tmp_path / "damaged.jpg", exif=b"Exif\0\0" + base64.b85decode(exif))
+    with pytest.raises(ValueError, match=r"damaged\.jpg"):
+        open_image(tmp_path / "damaged.jpg", 16)
