@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 from clusters import Fault, Illegible, cluster, order_for, when
-from dask.distributed import Client
+from dask.distributed import Client, Worker
 from distributed.comm.core import CommClosedError
 from fault_cases import content, fill, num_commits, write_texts
 
@@ -60,7 +60,7 @@ def test_a_shard_with_too_many_failures_is_not_committed(tmp_path: Path) -> None
         for _ in range(2):
             with pytest.raises(ValueError, match=r"\d+ of 1440 items failed, more than --max-failures 0\.05 allows"):
                 extract_on(client, order_for(tmp_path))
-            wait_until_free(next((tmp_path / "caches" / "texts").iterdir()))
+            wait_until_idle(client)
         (path,) = (tmp_path / "caches" / "texts").iterdir()
         assert num_commits(path) < 3
         with pytest.raises(ValueError, match="is incomplete"):
@@ -86,6 +86,15 @@ def test_what_goes_on_after_an_error_keeps_others_out(tmp_path: Path) -> None:
         after = num_commits(path)
         assert before < after < 2 * NUM_SHARDS
     assert len(list((path / "features").glob("c/*/0"))) == num_commits(path) == after
+
+
+def wait_until_idle(client: Client) -> None:
+    """The workers may begin another shard before they hear that the run has failed."""
+    when(lambda: not any(client.run(num_tasks).values()), lambda: None).join(60)
+
+
+def num_tasks(dask_worker: Worker) -> int:
+    return len(dask_worker.state.tasks)
 
 
 def wait_until_free(path: Path) -> None:
