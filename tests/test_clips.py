@@ -11,8 +11,8 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
-from av.stream import Disposition
 from encoder_cases import write_animation, write_video
+from malformed_media import sound
 from PIL import Image
 
 from pipeline import media
@@ -125,18 +125,7 @@ def test_damage_is_found(tmp_path: Path) -> None:
 def test_sound_is_no_clip(tmp_path: Path) -> None:
     """Nor is music with a picture of its cover."""
     for name, with_cover in (("sound.mkv", False), ("music.mp4", True)):
-        with av.open(str(tmp_path / name), mode="w") as container:
-            sound = container.add_stream("aac", rate=8000)
-            cover = container.add_stream("mjpeg", rate=Fraction(1)) if with_cover else None
-            assert isinstance(sound, av.AudioStream)
-            samples = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
-            samples.sample_rate = 8000
-            if isinstance(cover, av.VideoStream):
-                cover.width, cover.height, cover.pix_fmt = 32, 32, "yuvj420p"
-                cover.disposition = Disposition.attached_pic
-                container.mux(cover.encode(av.VideoFrame.from_ndarray(np.zeros((32, 32, 3), np.uint8), format="rgb24")))
-                container.mux(cover.encode())
-            container.mux([*sound.encode(samples), *sound.encode()])
+        sound(tmp_path / name, with_cover)
         with pytest.raises(ValueError, match=rf"^{name}: there is no video in it, but audio"):
             open_frames(tmp_path / name, 2)
 
