@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
+import psutil
 import torch
+from distributed.system import MEMORY_LIMIT
 from torch import nn
 
 ComputeDtype = Literal["auto", "float32", "mixed", "bfloat16"]
@@ -21,11 +22,16 @@ def default_device() -> torch.device:
 
 
 def free_bytes(device: torch.device) -> int:
-    """Memory of the device that nobody uses."""
+    """Memory of the device that nobody needs."""
     if device.type == "cuda":
         idle = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # of torch's own
         return torch.cuda.mem_get_info(device)[0] + idle
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return min(psutil.virtual_memory().available, MEMORY_LIMIT)
+
+
+def total_bytes(device: torch.device) -> int:
+    """Memory of the device, or of the part of this machine that this process may use."""
+    return torch.cuda.mem_get_info(device)[1] if device.type == "cuda" else MEMORY_LIMIT
 
 
 def resolve_dtype(choice: ComputeDtype, device: torch.device, lower: Precision = "bfloat16") -> Precision:

@@ -23,27 +23,29 @@ from pipeline import manifest as manifests
 from pipeline import metrics, plugins
 from pipeline.devices import Precision, default_device, reproducible
 from pipeline.runs import Run, RunConfig, canonical_json, lock, write_atomic
-from pipeline.sources import Table, find_cache, load
+from pipeline.sources import Rows, find_cache
 from pipeline.streams import Streams
 from pipeline.types import Method, Predictor, Split
+from pipeline.windows import fitting, open_rows
 
 PREDICTED = 1024  # rows at a time
 NUM_FEATURES = 2000  # rows of the method's feature that are kept for pictures
 
 
 @torch.no_grad()
-def predict(model: Predictor, table: Table, seed: int, batch_size: int = PREDICTED, precision: Precision = "float32") -> Tensor:
+def predict(model: Predictor, rows: Rows, seed: int, batch_size: int = PREDICTED, precision: Precision = "float32") -> Tensor:
     """Logits float32 [N,C] on the CPU, of stacked methods [K,N,C].
 
     Every random number is named by (seed, sample id), so batches do not matter.
     """
     model.train(False)
-    image, keys = table.columns["image"], table.columns["key"]
     parts = []
-    with reproducible(image.device, precision):
-        for start in range(0, len(table), batch_size):
-            rows = slice(start, start + batch_size)
-            parts.append(model.predict(image[rows], Streams.seeded(seed, keys[rows]).at("predict")).float().cpu())
+    for table in rows.pieces():
+        image, keys = table.columns["image"], table.columns["key"]
+        with reproducible(image.device, precision):
+            for start in range(0, len(table), batch_size):
+                some = slice(start, start + batch_size)
+                parts.append(model.predict(image[some], Streams.seeded(seed, keys[some]).at("predict")).float().cpu())
     return torch.cat(parts, dim=-2)
 
 
@@ -108,15 +110,17 @@ def _evaluate(home: Path, run: Run, config: RunConfig, settings: Any, split: Spl
     method = load_method(run, config, settings)
     if split == "test":
         _log_test_read(run, name)
-    table = load(manifest, {"image": cache}, split, default_device(), config.text_aggregate)
+    caches, device = {"image": cache}, default_device()
+    window = config.training.get("window", 0) or fitting(caches, config.text_aggregate, device)
+    rows = open_rows(manifest, caches, split, device, config.text_aggregate, window)
     started = time.perf_counter()
     precision = config.training.get("precision", "float32")  # the only one before it was a setting
-    logits = predict(method, table, run.seed, precision=precision)
+    logits = predict(method, rows, run.seed, precision=precision)
     seconds = time.perf_counter() - started
-    label = table.columns["label"].cpu()
+    label = rows.label
     if not logits.isfinite().all():
         raise ValueError(f"{run.path} predicts numbers that are not finite: it diverged in training; train with a lower lr")
-    _write_predictions(run, name, table, logits, label, method, precision)
+    _write_predictions(run, name, rows, logits, label, method, precision)
     done = run.done()
     return {
         "dataset": config.dataset,
@@ -124,8 +128,8 @@ def _evaluate(home: Path, run: Run, config: RunConfig, settings: Any, split: Spl
         "method": config.method,
         "seed": run.seed,
         "metrics": metrics.summary(logits, label),
-        "n": len(table),
-        "excluded": len(table.excluded),
+        "n": len(label),
+        "excluded": len(rows.excluded),
         "seconds": seconds,
         "train_seconds": done["seconds"],
         "settings": asdict(settings),
@@ -156,16 +160,21 @@ def _log_test_read(run: Run, name: str) -> None:
 
 @torch.no_grad()
 def _write_predictions(
-    run: Run, name: str, table: Table, logits: Tensor, label: Tensor, method: Method, precision: Precision
+    run: Run, name: str, rows: Rows, logits: Tensor, label: Tensor, method: Method, precision: Precision
 ) -> None:
-    image, keys = table.columns["image"][:NUM_FEATURES], table.columns["key"][:NUM_FEATURES]
-    with reproducible(image.device, precision):
-        feature = method.feature(image, Streams.seeded(run.seed, keys).at("predict"))
+    features: list[Tensor] = []
+    for table in rows.pieces():
+        some = slice(NUM_FEATURES - sum(map(len, features)))
+        image, keys = table.columns["image"][some], table.columns["key"][some]
+        if not len(keys):
+            break
+        with reproducible(image.device, precision):
+            features.append(method.feature(image, Streams.seeded(run.seed, keys).at("predict")).half().cpu())
     arrays = {
-        "ids": np.array(table.ids),
+        "ids": np.array(rows.ids),
         "logits": logits.numpy(),
         "label": label.numpy(),
-        "feature": feature.half().cpu().numpy(),
+        "feature": torch.cat(features).numpy(),
     }
     arrays |= {key: value.numpy() for key, value in metrics.per_example(logits, label).items()}
     buffer = io.BytesIO()

@@ -42,7 +42,10 @@ class Outcome:
 def resolve(init: Run, training: Mapping[str, Any]) -> TrainConfig:
     """The training config: the papers' rate for the head, ten epochs, judged by the metric; then what was given."""
     base = {"lr": 1e-4, "epochs": 10, "precision": init.config().training.get("precision", "float32")}
-    return plugins.configure(TrainConfig, {**base, **training})
+    config = plugins.configure(TrainConfig, {**base, **training})
+    if config.window:
+        raise ValueError("training setting 'window' is of stage 2: joint training keeps the features in memory")
+    return config
 
 
 def finetune(home: Path, init: Run, joint: JointConfig, training: TrainConfig, work: Work) -> Outcome:

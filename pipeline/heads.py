@@ -6,10 +6,10 @@ import math
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -22,13 +22,18 @@ from pipeline.evaluate import PREDICTED, predict
 from pipeline.lane import PRESETS, Lane, TrainConfig, Watch, drop_state, never
 from pipeline.manifest import Manifest
 from pipeline.runs import Run, RunConfig, lock
-from pipeline.sources import Table, find_cache, load, ordered, shuffled
+from pipeline.sources import Rows, Table, find_cache, load, ordered, shuffled
 from pipeline.stack import lane_bytes
 from pipeline.streams import Streams
 from pipeline.train import train
 from pipeline.types import Method, Predictor, Split
+from pipeline.windows import fitting, open_rows, sample_bytes
 
+Kind = TypeVar("Kind", bound=Rows)
 MEMORY_SHARE = 0.8  # of the free memory that heads trained together may take
+KEPT = (
+    5  # times its weights is what a lane keeps on the CPU: its best ones, and when it is saved those of now and the optimiser's
+)
 
 
 def resolve(
@@ -67,20 +72,37 @@ class Features:
 
     @cached_property
     def train(self) -> Table:
-        """The training split with everything that methods may read."""
-        return self._load("train", self.caches)
+        """The training split with everything that methods may read, in memory."""
+        return _told("train", load(self.manifest, self.caches, "train", default_device(), self.aggregate))
 
     @cached_property
     def val(self) -> Table:
-        """The validation split, without texts."""
-        return self._load("val", {"image": self.caches["image"]})
+        """The validation split without texts, in memory."""
+        return _told("val", load(self.manifest, self._images, "val", default_device(), self.aggregate))
 
-    def _load(self, split: Split, caches: Mapping[str, Cache]) -> Table:
-        table = load(self.manifest, caches, split, default_device(), self.aggregate)
-        if table.excluded:
-            count, first = len(table.excluded), table.excluded[0]
-            print(f"{split}: {count} samples without an image feature are left out: {first} …", file=sys.stderr)
-        return table
+    @cached_property
+    def _images(self) -> Mapping[str, Cache]:
+        return {"image": self.caches["image"]}
+
+    def splits(self, window: int) -> tuple[Rows, Rows]:
+        """`train` and `val`, with at most `window` samples in memory; 0: all of them."""
+        if not window:
+            return self.train, self.val
+        if window not in self._windows:
+            device, aggregate = default_device(), self.aggregate
+            train = open_rows(self.manifest, self.caches, "train", device, aggregate, window)
+            val = open_rows(self.manifest, self._images, "val", device, aggregate, window)
+            self._windows[window] = _told("train", train), _told("val", val)
+        return self._windows[window]
+
+    @cached_property
+    def _windows(self) -> dict[int, tuple[Rows, Rows]]:
+        return {}
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory of all samples."""
+        return sample_bytes(self.caches, self.aggregate) * len(self.caches["image"].ids)
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -88,6 +110,14 @@ class Features:
         classes = (len(self.manifest.class_names),)
         label = () if self.manifest.label_kind == "single" else classes
         return {**{key: cache.feature_shape for key, cache in self.caches.items()}, "label": label, "classes": classes}
+
+
+def _told(split: Split, rows: Kind) -> Kind:
+    """The rows of a split, after saying which samples are not among them."""
+    if rows.excluded:
+        count, first = len(rows.excluded), rows.excluded[0]
+        print(f"{split}: {count} samples without an image feature are left out: {first} …", file=sys.stderr)
+    return rows
 
 
 def open_features(home: Path, dataset: str, method: str, encoders: Mapping[str, str], aggregate: str = "") -> Features:
@@ -123,7 +153,9 @@ class Head:
 
 
 def plan_head(features: Features, method: str, settings: Any, training: TrainConfig, seed: int) -> Head:
-    """The run of a head on opened features, finished or not."""
+    """The run of a head on opened features, finished or not; features that do not fit in memory are read in windows."""
+    if not training.window:
+        training = replace(training, window=fitting(features.caches, features.aggregate, default_device()))
     config = RunConfig(
         dataset=features.manifest.dataset,
         method=method,
@@ -189,15 +221,16 @@ def _build(head: Head, device: torch.device) -> Method:
 
 def _train(head: Head, lanes: Sequence[Lane], progress: bool) -> dict[Run, ValueError]:
     """Train lanes on the features of this head, with what they share."""
-    seed, training, table, val = head.run.seed, head.training, head.features.train, head.features.val
-    label = val.columns["label"].cpu()
+    seed, training = head.run.seed, head.training
+    rows, val = head.features.splits(training.window)
+    label = val.label
 
     def validate(model: Predictor) -> list[tuple[float, float]]:
         logits = predict(model, val, seed, precision=training.precision)
         return [score(each, label) for each in logits.reshape(-1, *logits.shape[-2:])]
 
-    source = shuffled(table, training.batch_size, seed)
-    return train(lanes, source, ordered(table, seed), validate, progress)
+    source = shuffled(rows, training.batch_size, seed)
+    return train(lanes, source, ordered(rows, seed), validate, progress)
 
 
 def score(logits: Tensor, label: Tensor) -> tuple[float, float]:
@@ -209,10 +242,13 @@ def score(logits: Tensor, label: Tensor) -> tuple[float, float]:
 
 
 def capacity(head: Head) -> int:
-    """How many heads like this one can be trained together in the device's free memory; at least 1."""
+    """How many heads like this one can be trained together in the free memory of the device and this machine; at least 1."""
     device, size = default_device(), head.training.batch_size
-    batch = next(shuffled(head.features.train, size, head.run.seed)(0))
-    rows = 2 * size + PREDICTED  # a gradient is not larger than what it is taken of
+    rows, _ = head.features.splits(head.training.window)
+    batch = next(shuffled(rows, size, head.run.seed)(0))
+    computed = 2 * size + PREDICTED  # a gradient is not larger than what it is taken of
     with reproducible(device, head.training.precision):
-        each = lane_bytes(_build(head, device), batch, Streams.seeded(head.run.seed, batch["key"]), rows)
-    return max(1, int(MEMORY_SHARE * free_bytes(device) / each))
+        method = _build(head, device)
+        each = {device.type: lane_bytes(method, batch, Streams.seeded(head.run.seed, batch["key"]), computed)}
+    each["cpu"] = each.get("cpu", 0) + KEPT * sum(tensor.nbytes for tensor in method.state_dict().values())
+    return max(1, min(int(MEMORY_SHARE * free_bytes(torch.device(kind)) / needed) for kind, needed in each.items()))

@@ -22,7 +22,13 @@ from pipeline.runs import Run, write_atomic
 from pipeline.types import Batch, Method, Phase
 
 PRESETS: dict[str, dict[str, float]] = {"paper": {"lr": 1e-4}, "head": {"lr": 1e-3}}
-SHARED = ("epochs", "batch_size", "validate_every", "precision")  # training settings that lanes trained together have in common
+SHARED = (
+    "epochs",
+    "batch_size",
+    "validate_every",
+    "precision",
+    "window",
+)  # training settings that lanes trained together have in common
 DIVERGED = "not finite"  # in the reason why a run fails whose numbers do so: it would fail again
 Watch = Callable[[int, float], bool]  # (epochs of the last phase that are done, validation metric) -> stop here?
 
@@ -41,6 +47,7 @@ class TrainConfig:
     validate_every: int = 1  # epochs between two validations; the last epoch always has one
     select: Literal["metric", "loss", "last"] = "metric"  # which epoch's weights are kept, judged on validation
     precision: Literal["float32", "mixed"] = "float32"  # of training and prediction; mixed: bfloat16 products, float32 weights
+    window: int = 0  # samples in memory at a time, shuffled among each other; 0: all, if half of the memory holds them
 
     def __post_init__(self) -> None:
         for name in ("lr", "lr_step", "lr_gamma", "epochs", "batch_size", "grad_clip", "validate_every"):
@@ -48,6 +55,8 @@ class TrainConfig:
                 raise ValueError(f"training setting {name!r} must be positive, not {getattr(self, name)}")
         if self.batch_size < 2:
             raise ValueError("training setting 'batch_size' must be at least 2: contrasts and batch statistics need company")
+        if self.window and self.window < self.batch_size:
+            raise ValueError(f"training setting 'window' must be 0 or at least batch_size, not {self.window}")
         if not 0 <= self.weight_decay < math.inf:
             raise ValueError(f"training setting 'weight_decay' must not be negative, not {self.weight_decay}")
 

@@ -18,9 +18,11 @@ import dask.config as dask_config
 from dask.distributed import Client, Future, KilledWorker, as_completed
 from dask.system import CPU_COUNT
 
-from pipeline.devices import default_device
+from pipeline.devices import default_device, total_bytes
 from pipeline.distribute import LOST, connect, processes
 
+MEMORY_SHARE = 0.8  # that processes may take
+PROCESS_BYTES = 2**30  # what a process takes without data, more or less
 Job = TypeVar("Job")
 Result = TypeVar("Result")
 
@@ -46,12 +48,17 @@ def here(task: Callable[[Job], Result], jobs: Sequence[Job]) -> Iterator[tuple[i
         yield number, partial(task, job)
 
 
-def num_processes(workers: int, num_jobs: int) -> int:
-    """How many processes to start beside this one for `workers`, where -1 is one per core; a GPU is left to this one."""
+def num_processes(workers: int, num_jobs: int, num_bytes: int = 0) -> int:
+    """How many processes to start beside this one for `workers`, where -1 is one per core; a GPU is left to this one.
+
+    `num_bytes` is the data that each of them holds: with -1 there are not more than memory has room for.
+    """
     if workers >= 0:
         return min(workers, num_jobs)
-    cores = 1 if default_device().type == "cuda" else CPU_COUNT
-    number = min(cores, num_jobs)
+    device = default_device()
+    cores = 1 if device.type == "cuda" else CPU_COUNT
+    room = int(MEMORY_SHARE * total_bytes(device)) // (PROCESS_BYTES + num_bytes)
+    number = min(cores, num_jobs, room)
     return number if number > 1 else 0
 
 

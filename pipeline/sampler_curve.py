@@ -24,7 +24,7 @@ from pipeline.devices import Precision, default_device
 from pipeline.evaluate import evaluate, evaluation_name, load_method, overridden, predict
 from pipeline.report.sampler import curve_name, drawing
 from pipeline.runs import Run, RunConfig, lock, write_atomic
-from pipeline.sources import Table, find_cache, load
+from pipeline.sources import Table, find_cache, gather, samples_of
 from pipeline.types import Split
 
 STEPS = (1, 2, 5, 10, 20, 50)  # S of ddim, besides T
@@ -117,9 +117,8 @@ def _timed_batch(home: Path, config: RunConfig) -> Table:
     device = default_device()
     manifest = manifests.read(home, config.dataset)
     cache = find_cache(home, manifest, config.caches["image"])
-    table = load(manifest, {"image": cache}, "val", device, config.text_aggregate)
-    rows = slice(TIMED_ROWS[device.type])
-    return Table(table.ids[rows], {key: column[rows] for key, column in table.columns.items()}, ())
+    samples = samples_of(manifest, "val")[: TIMED_ROWS[device.type]]
+    return gather(manifest, {"image": cache}, samples, device, config.text_aggregate)
 
 
 def _passes(run: Run, config: RunConfig, overrides: Mapping[str, Any], point: Point, batch: Table) -> list[float]:

@@ -1,10 +1,11 @@
-"""Cached features as batches: one table per split on the device, joined by sample id, shuffled by name."""
+"""Cached features as batches: a split is a table on the device, or several in turn, joined by sample id, shuffled by name."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -14,7 +15,7 @@ from pipeline.cache import Cache, find_caches, open_cache
 from pipeline.cache.reader import read_attributes
 from pipeline.manifest import Manifest
 from pipeline.streams import Streams, sample_keys
-from pipeline.types import Batch, Source, Split
+from pipeline.types import Batch, Sample, Source, Split
 
 
 def find_cache(home: Path, manifest: Manifest, name: str) -> Cache:
@@ -62,9 +63,34 @@ class Captions:
         return torch.where(usable[:, None], drawn, mean)
 
 
+class Rows(Protocol):
+    """The usable samples of a split, all of them in memory or not."""
+
+    @property
+    def ids(self) -> tuple[str, ...]: ...
+
+    @property
+    def excluded(self) -> tuple[str, ...]:
+        """The ids that had to be left out."""
+        ...
+
+    @property
+    def label(self) -> Tensor:
+        """Of all samples, on the CPU."""
+        ...
+
+    def pieces(self) -> Iterator[Table]:
+        """All samples in the manifest's order; a piece is to be let go of before the next one is asked for."""
+        ...
+
+    def windows(self, size: int, seed: int, epoch: int) -> Iterator[Table]:
+        """All samples, each time those that are shuffled among each other: whole batches of this size, but for the last."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class Table:
-    """The usable samples of one split: their ids, their columns [N, ...] and the ids that had to be left out."""
+    """Samples in memory: their ids, their columns [N, ...] and the ids that had to be left out."""
 
     ids: tuple[str, ...]
     columns: Batch
@@ -74,6 +100,16 @@ class Table:
     def __len__(self) -> int:
         return len(self.ids)
 
+    @property
+    def label(self) -> Tensor:
+        return self.columns["label"].cpu()
+
+    def pieces(self) -> Iterator[Table]:
+        yield self
+
+    def windows(self, size: int, seed: int, epoch: int) -> Iterator[Table]:
+        yield self
+
 
 def load(manifest: Manifest, caches: Mapping[str, Cache], split: Split, device: torch.device, aggregate: str) -> Table:
     """A split's features by batch key, labels and stream keys; samples without an image feature are left out, by id.
@@ -81,22 +117,51 @@ def load(manifest: Manifest, caches: Mapping[str, Cache], split: Split, device: 
     Several texts of a sample become their mean, the first, or with "random" another one each epoch. A sample without text
     keeps its image: its text is the mean text of the split, and `paired` [N] is 0 for it.
     """
+    table = gather(manifest, caches, samples_of(manifest, split), device, aggregate)
+    check_usable(manifest, split, len(table), "text" not in caches or bool(table.columns["paired"].any()))
+    return table
+
+
+def samples_of(manifest: Manifest, split: Split) -> Sequence[Sample]:
+    """The samples of a split; `ValueError` when there are none."""
     samples = manifest.split(split)
-    ids = [sample.id for sample in samples]
-    arrays = {key: cache.read(ids, aggregate="first" if aggregate == "first" else "mean") for key, cache in caches.items()}
-    if not ids:
+    if not samples:
         remedy = manifest.meta.get("val_remedy", "") if split == "val" else ""
         again = f"run: diffalign prepare {manifest.dataset} {remedy}" if remedy else "prepare it with samples in every split"
         raise ValueError(f"the {split} split of {manifest.dataset} is empty; {again}")
-    usable = np.isfinite(arrays["image"]).reshape(len(ids), -1).all(axis=1)
-    if not usable.any():
+    return samples
+
+
+def check_usable(manifest: Manifest, split: Split, num_images: int, has_text: bool) -> None:
+    """`ValueError` when a split has nothing to read."""
+    if not num_images:
         raise ValueError(f"the {split} split of {manifest.dataset} has no sample with an image feature")
-    kept = np.flatnonzero(usable)
+    if not has_text:
+        raise ValueError(f"no sample of the {split} split has a text feature; extract the texts, or use a method without text")
+
+
+def gather(
+    manifest: Manifest,
+    caches: Mapping[str, Cache],
+    samples: Sequence[Sample],
+    device: torch.device,
+    aggregate: str,
+    mean_text: Tensor | None = None,
+) -> Table:
+    """These samples as a table; without a text they get the mean one, by default that of these samples. See `load`."""
+    ids = [sample.id for sample in samples]
+    arrays = {key: cache.read(ids, aggregate="first" if aggregate == "first" else "mean") for key, cache in caches.items()}
+    usable = np.isfinite(arrays["image"]).reshape(len(ids), -1).all(axis=1)
+    kept = np.flatnonzero(usable).tolist()
     kept_ids = [ids[row] for row in kept]
-    columns = {key: torch.from_numpy(array[kept]) for key, array in arrays.items()}
+    columns = {key: torch.from_numpy(array if usable.all() else array[kept]) for key, array in arrays.items()}
     captions = None
     if "text" in columns:
-        columns["text"], columns["paired"] = _fill_missing_text(columns["text"], split)
+        paired = torch.isfinite(columns["text"]).flatten(1).all(dim=1)
+        if not paired.all():
+            mean = columns["text"][paired].mean(dim=0) if mean_text is None else mean_text
+            columns["text"] = torch.where(paired[:, None], columns["text"], mean)
+        columns["paired"] = paired.float()
     if "text" in columns and aggregate == "random":
         features, counts = caches["text"].read_each(kept_ids)
         offsets = torch.from_numpy(np.concatenate([[0], np.cumsum(counts)]))
@@ -106,7 +171,7 @@ def load(manifest: Manifest, caches: Mapping[str, Cache], split: Split, device: 
     return Table(
         ids=tuple(kept_ids),
         columns={key: column.to(device) for key, column in columns.items()},
-        excluded=tuple(ids[row] for row in np.flatnonzero(~usable)),
+        excluded=tuple(ids[row] for row in np.flatnonzero(~usable).tolist()),
         captions=captions,
     )
 
@@ -121,33 +186,28 @@ def labels(sample_labels: list[tuple[int, ...]], manifest: Manifest) -> Tensor:
     return indicators
 
 
-def _fill_missing_text(text: Tensor, split: str) -> tuple[Tensor, Tensor]:
-    paired = torch.isfinite(text).flatten(1).all(dim=1)
-    if not paired.any():
-        raise ValueError(f"no sample of the {split} split has a text feature; extract the texts, or use a method without text")
-    return torch.where(paired[:, None], text, text[paired].mean(dim=0)), paired.float()
-
-
-def shuffled(table: Table, batch_size: int, seed: int) -> Source:
+def shuffled(rows: Rows, batch_size: int, seed: int) -> Source:
     """Training batches: a permutation named by (seed, epoch, sample id); an incomplete last batch is dropped."""
-    size = min(batch_size, len(table))
+    size = min(batch_size, len(rows.ids))
 
     def batches(epoch: int) -> Iterator[Batch]:
-        rng = Streams.seeded(seed, table.columns["key"]).at("shuffle", epoch)
-        order = torch.argsort(rng.bits())
-        for start in range(0, len(table) - size + 1, size):
-            yield _batch(table, order[start : start + size], seed, epoch)
+        for table in rows.windows(size, seed, epoch):
+            rng = Streams.seeded(seed, table.columns["key"]).at("shuffle", epoch)
+            order = torch.argsort(rng.bits())
+            for start in range(0, len(table) - size + 1, size):
+                yield _batch(table, order[start : start + size], seed, epoch)
 
     return batches
 
 
-def ordered(table: Table, seed: int, batch_size: int = 1024) -> Callable[[], Iterator[Batch]]:
-    """Passes over the whole table in the manifest's order; texts that are drawn by epoch are those of epoch -1."""
+def ordered(rows: Rows, seed: int, batch_size: int = 1024) -> Callable[[], Iterator[Batch]]:
+    """Passes over all samples in the manifest's order; texts that are drawn by epoch are those of epoch -1."""
 
     def batches() -> Iterator[Batch]:
-        for start in range(0, len(table), batch_size):
-            rows = torch.arange(start, min(start + batch_size, len(table)), device=table.columns["key"].device)
-            yield _batch(table, rows, seed, -1)
+        for table in rows.pieces():
+            for start in range(0, len(table), batch_size):
+                some = torch.arange(start, min(start + batch_size, len(table)), device=table.columns["key"].device)
+                yield _batch(table, some, seed, -1)
 
     return batches
 

@@ -108,7 +108,8 @@ def sweep(
     folder = grid.create()
     board = Board(grid, folder)
     left = sum(not head.run.is_done for head in grid.heads.values())
-    with hands(scheduler if left else "local", num_processes(workers, left)) as crew:
+    number = num_processes(workers, left, grid.features.num_bytes)
+    with hands(scheduler if left else "local", number) as crew:
         stacked = strategy == "stacked" or (strategy == "auto" and crew.on_gpu)
         _say(f"{_size(grid, left)}: {_who(scheduler, crew)}, {_how(strategy, scheduler, stacked)}, {_products(grid)}")
         near = crew.number if scheduler == "local" else 1

@@ -259,9 +259,11 @@ def test_interrupt_leaves_nothing_behind(tmp_path: Path) -> None:
     meta = {"media_type": "image", "text": {"kind": "", "aggregate": "mean", "sep": ""}}
     manifests.write(Manifest("many", "single", ("only",), samples, meta, root), tmp_path)
     script = f"""
+import signal
 from pathlib import Path
 from pipeline.extract import Effort, extract
 from pipeline.manifest import read
+signal.signal(signal.SIGINT, signal.default_int_handler)  # whoever runs the tests in the background has it ignored
 home = Path({str(tmp_path)!r})
 extract(read(home, "many"), "random_projection", {{}}, home, effort=Effort(workers=2))
 """

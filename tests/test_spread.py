@@ -90,7 +90,12 @@ def test_what_goes_on_after_an_error_keeps_others_out(tmp_path: Path) -> None:
 
 def wait_until_idle(client: Client) -> None:
     """The workers may begin another shard before they hear that the run has failed."""
-    when(lambda: not any(client.run(num_tasks).values()), lambda: None).join(60)
+
+    def is_idle() -> bool:
+        tasks: Any = client.run(num_tasks)  # by worker
+        return not any(tasks.values())
+
+    when(is_idle, lambda: None).join(60)
 
 
 def num_tasks(dask_worker: Worker) -> int:
