@@ -90,8 +90,7 @@ def load_method(run: Run, config: RunConfig, settings: Any) -> Method:
 
 def evaluate(home: Path, run: Run, split: Split, overrides: Mapping[str, Any]) -> dict[str, Any]:
     """Metrics of a run on a split, as in its metrics.json; a finished evaluation is read, not computed again."""
-    if not run.is_done:
-        raise ValueError(f"{run.path} has not finished training; run the same train-head command again to complete it")
+    run.check_done()
     config = run.config()
     settings, changes = overridden(config, overrides)
     name = evaluation_name(split, changes)

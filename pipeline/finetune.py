@@ -54,8 +54,7 @@ def finetune(home: Path, init: Run, joint: JointConfig, training: TrainConfig, w
     A finished joint run is not repeated and an interrupted one goes on. In a process other than the first of torchrun the
     outcome is that of stage 2. `ValueError` for a run that has not finished, or encoders that cannot be tuned.
     """
-    if not init.is_done:
-        raise ValueError(f"{init.path} has not finished training; run the same train-head command again to complete it")
+    init.check_done()
     old = init.config()
     missing = [key for key in joint.live if key not in old.caches]
     if missing:

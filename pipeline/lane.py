@@ -44,6 +44,7 @@ class TrainConfig:
     epochs: int = 20  # passes over the training split per phase (times the phase's share)
     batch_size: int = 64  # samples
     grad_clip: float = 1.0  # largest gradient norm
+    weight_average: float = 0.0  # decay, 0..1, of a moving average of the weights, which is validated and kept; 0: none
     validate_every: int = 1  # epochs between two validations; the last epoch always has one
     select: Literal["metric", "loss", "last"] = "metric"  # which epoch's weights are kept, judged on validation
     precision: Literal["float32", "mixed"] = "float32"  # of training and prediction; mixed: bfloat16 products, float32 weights
@@ -55,6 +56,8 @@ class TrainConfig:
                 raise ValueError(f"training setting {name!r} must be positive, not {getattr(self, name)}")
         if self.batch_size < 2:
             raise ValueError("training setting 'batch_size' must be at least 2: contrasts and batch statistics need company")
+        if not 0 <= self.weight_average < 1:
+            raise ValueError(f"training setting 'weight_average' must be at least 0 and below 1, not {self.weight_average}")
         if self.window and self.window < self.batch_size:
             raise ValueError(f"training setting 'window' must be 0 or at least batch_size, not {self.window}")
         if not 0 <= self.weight_decay < math.inf:
@@ -119,7 +122,7 @@ class Lane:
             saved = torch.load(path, map_location="cpu", weights_only=True)
             self.state = State(**saved.pop("state"))
             self.method.load_state_dict(saved.pop("method"))
-            self.learned = {name: saved[name] for name in ("optimizer", "scheduler")} if saved else {}
+            self.learned = {name: saved[name] for name in ("optimizer", "scheduler", "average")} if saved else {}
             _ = self.phase  # is there
         except (RuntimeError, EOFError, LookupError, TypeError, AttributeError, UnpicklingError) as error:
             raise ValueError(f"{path} is damaged; {self.run.remedy}") from error

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import groupby
 from types import EllipsisType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from pipeline.lane import Lane, TrainConfig
 from pipeline.stack import Stack, clip_each
@@ -53,6 +55,20 @@ class Learner:
         for tie in self._ties:
             tie.scheduler.step()
 
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Have the lanes that average their weights hold the average instead."""
+        self._exchange()
+        try:
+            yield
+        finally:
+            self._exchange()
+
+    def _exchange(self) -> None:
+        for tie in self._ties:
+            if tie.average:
+                tie.average.exchange()
+
     def store(self) -> None:
         """Hand every lane its part of what the optimisers know."""
         for tie in self._ties:
@@ -79,24 +95,62 @@ class _Tie:
         rates = [{"params": weights, "lr": config.lr * factor} for factor, weights in groups.items()]
         self.optimizer = torch.optim.Adam(rates, lr=config.lr, weight_decay=config.weight_decay, fused=True)
         self.scheduler = torch.optim.lr_scheduler.StepLR(self.optimizer, config.lr_step, config.lr_gamma)
+        self.average = _Average(self._weights, config.weight_average) if config.weight_average else None
         if lanes[0].learned:
             states = [lane.learned["optimizer"] for lane in lanes]
             self.optimizer.load_state_dict(states[0] if rows is ... else _joined(states))
             self.scheduler.load_state_dict(lanes[0].learned["scheduler"])
+            if self.average:
+                self.average.load([lane.learned["average"] for lane in lanes], rows)
 
     def step(self) -> None:
         for weight, leaf in zip(self._weights, self._leaves, strict=True):
             weight.grad = None if leaf.grad is None else leaf.grad[self._rows]
         self.optimizer.step()
+        if self.average:
+            self.average.step()
 
     def store(self) -> None:
         state = self.optimizer.state_dict()
         state["state"] = {
             number: {name: value.cpu() for name, value in each.items()} for number, each in state["state"].items()
         }
-        parts = _parts(state, [...] if self._rows is ... else range(len(self.lanes)))
-        for lane, part in zip(self.lanes, parts, strict=True):
-            lane.learned = {"optimizer": part, "scheduler": self.scheduler.state_dict()}
+        rows = [...] if self._rows is ... else range(len(self.lanes))
+        for lane, row, part in zip(self.lanes, rows, _parts(state, rows), strict=True):
+            average = self.average.part(row) if self.average else {}
+            lane.learned = {"optimizer": part, "scheduler": self.scheduler.state_dict(), "average": average}
+
+
+class _Average:
+    """The exponential moving average of weights; at first its decay is lower, (1 + n) / (10 + n) at step n."""
+
+    def __init__(self, weights: Sequence[Tensor], decay: float) -> None:
+        self._weights, self._decay = list(weights), decay
+        self._values = [weight.clone() for weight in weights]
+        self._steps = 0
+
+    def step(self) -> None:
+        self._steps += 1
+        decay = min(self._decay, (1 + self._steps) / (10 + self._steps))
+        get_ema_multi_avg_fn(decay)(self._values, self._weights, self._steps)
+
+    def exchange(self) -> None:
+        """The weights become their average, and the other way round."""
+        for weight, value in zip(self._weights, self._values, strict=True):
+            kept = weight.clone()
+            weight.copy_(value)
+            value.copy_(kept)
+
+    def part(self, row: int | EllipsisType) -> dict[str, Any]:
+        """What is to be stored of one lane, in memory of its own."""
+        return {"steps": self._steps, "values": [value[row].to("cpu", copy=True) for value in self._values]}
+
+    def load(self, parts: Sequence[dict[str, Any]], rows: slice | EllipsisType) -> None:
+        """Go on from what was stored."""
+        self._steps = parts[0]["steps"]
+        for number, value in enumerate(self._values):
+            stored = [part["values"][number] for part in parts]
+            value.copy_(stored[0] if rows is ... else torch.stack(stored))
 
 
 def _joined(states: Sequence[dict[str, Any]]) -> dict[str, Any]:

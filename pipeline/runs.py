@@ -144,7 +144,12 @@ class Run:
     @property
     def remedy(self) -> str:
         """What helps when a file of the run is damaged."""
-        return f"delete {self.path} and run the same train-head command again"
+        return f"delete {self.path} and run the same command again"
+
+    def check_done(self) -> None:
+        """`ValueError` when there is more to train."""
+        if not self.is_done:
+            raise ValueError(f"{self.path} has not finished training; run the same command again to complete it")
 
 
 def find_runs(home: Path, dataset: str) -> list[Run]:

@@ -99,8 +99,7 @@ def sampler_curve(home: Path, run: Run, split: Split, overrides: Mapping[str, An
 
 
 def _check(run: Run, config: RunConfig, repeated: list[str]) -> None:
-    if not run.is_done:
-        raise ValueError(f"{run.path} has not finished training; run the same train-head command again to complete it")
+    run.check_done()
     if not _samples(config.method) or config.settings.get("denoiser") == "regression":
         able = ", ".join(name for name in plugins.names("methods") if _samples(name))
         raise ValueError(f"{run.path} predicts without a sampler, so there is no curve; methods that sample: {able}")

@@ -110,9 +110,10 @@ def _epoch(learner: Learner, source: Source, validate: Validate, failed: dict[Ru
     for lane, row in zip(learner.lanes, rows, strict=True):
         _attempt(lane, partial(lane.note, row), failed)
     if any(lane.is_due() for lane in learner.lanes if lane.run not in failed):
-        for lane, score in zip(learner.lanes, validate(learner.model), strict=True):
-            if lane.run not in failed:
-                _attempt(lane, partial(lane.select, *score), failed)
+        with learner.averaged():
+            for lane, score in zip(learner.lanes, validate(learner.model), strict=True):
+                if lane.run not in failed:
+                    _attempt(lane, partial(lane.select, *score), failed)
     return [row["loss"] for row in rows]
 
 

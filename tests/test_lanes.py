@@ -35,6 +35,7 @@ from pipeline.sweep import sweep
 TOLERANCE = {"float32": 1e-5, "mixed": 0.1}
 POINTS = 0.1  # of a metric
 ALONE: dict[str, Any] = {"lr": 1e-2, "weight_decay": 1e-2, "lr_step": 2, "lr_gamma": 0.3, "grad_clip": 0.01, "select": "last"}
+ALONE["weight_average"] = 0.9
 AXES = ("T=16,20", "t=0,5", "lr=1e-3,1e-2")
 
 

@@ -25,6 +25,7 @@ from pipeline.cache import find_caches, open_cache
 from pipeline.evaluate import evaluate, predict, read_metrics
 from pipeline.heads import plan, resolve, train_head
 from pipeline.lane import Lane, TrainConfig
+from pipeline.learner import Learner
 from pipeline.runs import Run
 from pipeline.sources import Captions, load, shuffled
 from pipeline.streams import Streams
@@ -85,7 +86,8 @@ def test_a_run_leaves_everything_and_is_not_repeated(method: str, home: Path) ->
 
 @pytest.mark.parametrize("method", plugins.names("methods"))
 def test_resume_is_bitwise(method: str, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    undisturbed = train_tiny(Path(shutil.copytree(home, tmp_path / "undisturbed")), method)
+    averaging: dict[str, object] = {"weight_average": 0.9}
+    undisturbed = train_tiny(Path(shutil.copytree(home, tmp_path / "undisturbed")), method, training=averaging)
     monkeypatch.setattr(train, "STATE_SECONDS", -math.inf)
     saves = 0
     save = Lane.save
@@ -100,7 +102,7 @@ def test_resume_is_bitwise(method: str, home: Path, tmp_path: Path, monkeypatch:
     monkeypatch.setattr(Lane, "save", save_and_die)
     while True:
         try:
-            run = train_tiny(home, method)
+            run = train_tiny(home, method, training=averaging)
             break
         except KeyboardInterrupt:
             continue
@@ -203,6 +205,34 @@ def test_the_loop_is_adam_with_steps_clipping_and_frozen_phases(tmp_path: Path) 
     kept = load_file(run.path / "checkpoint.safetensors")
     for name, tensor in oracle.state_dict().items():
         torch.testing.assert_close(kept[name], tensor, rtol=1e-4, atol=1e-5)
+
+
+def test_what_is_kept_is_the_moving_average_of_the_weights(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path: list[dict[str, np.ndarray]] = []
+    step = Learner.step
+
+    def weights(learner: Learner) -> dict[str, np.ndarray]:
+        return {name: value.detach().double().numpy().copy() for name, value in learner.lanes[0].method.named_parameters()}
+
+    def watched(learner: Learner, loss: Tensor) -> None:
+        if not path:
+            path.append(weights(learner))
+        step(learner, loss)
+        path.append(weights(learner))
+
+    monkeypatch.setattr(Learner, "step", watched)
+    run = train_tiny(home, "baseline", training={"weight_average": 0.6, "select": "last"})
+    average = dict(path[0])
+    for number, after in enumerate(path[1:], start=1):
+        decay = min(0.6, (1 + number) / (10 + number))
+        average = {name: decay * average[name] + (1 - decay) * value for name, value in after.items()}
+    assert len(path) == 1 + 4 * 3  # four epochs of 24 samples in batches of 8
+    kept = load_file(run.path / "checkpoint.safetensors")
+    for name, value in average.items():
+        np.testing.assert_allclose(kept[name].numpy(), value, atol=1e-6)
+        assert np.abs(value - path[-1][name]).max() > 1e-5
+    history = pd.read_csv(run.path / "history.csv")
+    assert history["val_metric"].iloc[-1] == evaluate(home, run, "val", {})["metrics"]["acc1"]
 
 
 @pytest.mark.parametrize(

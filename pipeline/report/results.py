@@ -98,7 +98,7 @@ def collect(home: Path, dataset: str, split: str) -> Results:
     caches, notes = _caches(home, dataset)
     done = [run for run in runs if run.is_done]
     if len(done) < len(runs):
-        notes.append(f"Left out as not finished: {plural(len(runs) - len(done), 'run')}; the same train-head command goes on.")
+        notes.append(f"Left out as not finished: {plural(len(runs) - len(done), 'run')}; the same command goes on.")
     evaluated = [run for run in done if _names(run, split)]
     if evaluated and len(evaluated) < len(done):
         missing = plural(len(done) - len(evaluated), "finished run")
