@@ -2,8 +2,8 @@
 
     python benchmarks/joint.py [--encoder efficientnet_lite] [--set side=224] [--images 256] [--batch 32] [--last 2]
 
-step    images/s of joint training (decoded items, gathering, head, clipping, Adam, statistics) over those of the encoder's bare
-        forward and backward passes on ready tensors
+step    images/s of joint training (decoded items, gathering, head, clipping, Adam) over those of the encoder's bare forward and
+        backward passes on ready tensors; and the time of the statistics before a validation, in such epochs
 memory  peak memory of one step: plain, with --checkpointing, with --accumulate 4
 last    seconds of an epoch of the whole encoder over those of its last K blocks from stored states, and what storing takes
 """
@@ -35,7 +35,7 @@ from pipeline.lane import Lane
 from pipeline.learner import Learner
 from pipeline.manifest import Manifest
 from pipeline.ranks import Ranks
-from pipeline.together import JointConfig, Live, Together, Work, assemble, open_live, source_of
+from pipeline.together import JointConfig, Live, Together, Work, _repeatable, _validate, assemble, open_live, source_of
 from pipeline.train import _pass
 from pipeline.types import Sample
 
@@ -66,13 +66,13 @@ def make_plan(home: Path, encoder: str, settings: dict[str, str], images: int, b
     return Together(config=head.config, joint=joint, training=training, head=loaded, init=init, run=run, features=head.features)
 
 
-def joint_epoch(together: Together, work: Work) -> tuple[Callable[[], object], Live]:
-    """An epoch of joint training, and the encoder that it trains."""
+def joint_epoch(together: Together, work: Work) -> tuple[Callable[[], object], Callable[[], object], Live]:
+    """An epoch of joint training, its statistics with one validation image, and the encoder that it trains."""
     live = {"image": open_live(together, "image", work, ALONE)}
     model = assemble(together, live, ALONE)
     source = source_of(together, model, live, ALONE, progress=False)
     learner = Learner([Lane(method=model, run=together.run, config=together.training)])
-    return lambda: _pass(learner, source), live["image"]
+    return lambda: _pass(learner, source), lambda: _validate(together, live, ALONE, model), live["image"]
 
 
 def bare_epoch(live: Live, steps: int, batch: int) -> Callable[[], object]:
@@ -104,7 +104,10 @@ def timed(work: Callable[[], object]) -> float:
 
 def peak_bytes(together: Together, work: Work) -> int:
     """Peak memory of a process that trains one epoch."""
-    joint_epoch(together, work)[0]()
+    epoch, _, _ = joint_epoch(together, work)
+    if default_device().type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    epoch()
     if default_device().type == "cuda":
         return torch.cuda.max_memory_allocated()
     # not ru_maxrss, which a process inherits from the one that started it
@@ -129,22 +132,25 @@ def main() -> None:
         if options.peak:
             works = {"plain": Work(progress=False), "checkpointing": Work(progress=False, checkpointing=True)}
             works["accumulate"] = Work(progress=False, accumulate=4)
-            print(peak_bytes(together, works[options.peak]))
+            with _repeatable(default_device()):
+                print(peak_bytes(together, works[options.peak]))
             return
         steps = options.images // options.batch
-        epoch, live = joint_epoch(together, Work(progress=False))
-        whole, bare = fastest(epoch, bare_epoch(live, steps, options.batch))
-        last = replace(together, joint=JointConfig(train=f"last:{options.last}"))
-        started = time.perf_counter()
-        epoch, _ = joint_epoch(last, Work(progress=False))
-        storing = time.perf_counter() - started
-        (bridged,) = fastest(epoch)
+        with _repeatable(default_device()):
+            epoch, statistics, live = joint_epoch(together, Work(progress=False))
+            whole, bare, following = fastest(epoch, bare_epoch(live, steps, options.batch), statistics)
+            last = replace(together, joint=JointConfig(train=f"last:{options.last}"))
+            started = time.perf_counter()
+            epoch, _, _ = joint_epoch(last, Work(progress=False))
+            storing = time.perf_counter() - started
+            (bridged,) = fastest(epoch)
     figures = {
         "device": torch.cuda.get_device_name() if default_device().type == "cuda" else f"{platform.machine()} cpu",
         "encoder": {options.encoder: settings},
         "joint images/s": round(steps * options.batch / whole, 1),
         "bare images/s": round(steps * options.batch / bare, 1),
         "step ratio": round(bare / whole, 3),
+        "statistics, in epochs": round(following / whole, 2),
         f"last:{options.last} speed-up of an epoch": round(whole / bridged, 2),
         f"last:{options.last} storing, in epochs of the whole encoder": round(storing / whole, 2),
     }

@@ -26,7 +26,7 @@ from pipeline import manifest as manifests
 from pipeline import metrics, plugins
 from pipeline.devices import default_device
 from pipeline.evaluate import predict
-from pipeline.lane import Lane, TrainConfig
+from pipeline.lane import Lane, Score, TrainConfig
 from pipeline.runs import Run
 from pipeline.sources import Table, find_cache, load, ordered, shuffled
 from pipeline.streams import Streams
@@ -162,8 +162,8 @@ def run_trial(
     config = TrainConfig(**training)
     scores: dict[str, float] = {}
 
-    def validate(model: Predictor) -> list[tuple[float, float]]:
-        return [(0.0, 0.0)]  # the last epoch is kept
+    def validate(model: Predictor) -> list[Score]:
+        return [Score(0.0, 0.0)]  # the last epoch is kept
 
     with tempfile.TemporaryDirectory() as folder:
         run = Run(Path(folder) / "select-0" / "seed0", seed)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 from distributed.system import MEMORY_LIMIT
 from torch import nn
 
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS does not repeat its results
 ComputeDtype = Literal["auto", "float32", "mixed", "bfloat16"]
 Precision = Literal["float32", "mixed", "bfloat16"]  # mixed: float32 parameters, bfloat16 products; bfloat16: all of it
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -16,11 +17,11 @@ from pipeline.evaluate import evaluate, load_method
 from pipeline.extract import Effort
 from pipeline.heads import Features, open_features
 from pipeline.history import kept, validations
-from pipeline.lane import TrainConfig
+from pipeline.lane import TrainConfig, drop_state
 from pipeline.ranks import joined
 from pipeline.runs import Run, RunConfig, lock, write_atomic
 from pipeline.together import JointConfig, Together, Work, train_together
-from pipeline.tuned import export, extract_again, rebuild
+from pipeline.tuned import export, extract_again, joint_weights, rebuild
 
 
 @dataclass(frozen=True)
@@ -43,8 +44,10 @@ def resolve(init: Run, training: Mapping[str, Any]) -> TrainConfig:
     """The training config: the papers' rate for the head, ten epochs, judged by the metric; then what was given."""
     base = {"lr": 1e-4, "epochs": 10, "precision": init.config().training.get("precision", "float32")}
     config = plugins.configure(TrainConfig, {**base, **training})
-    if config.window:
-        raise ValueError("training setting 'window' is of stage 2: joint training keeps the features in memory")
+    if config.window or init.config().training.get("window", 0):
+        raise ValueError(
+            "joint training keeps the features in memory: it takes no window, nor a head that was trained with one"
+        )
     return config
 
 
@@ -77,6 +80,8 @@ def finetune(home: Path, init: Run, joint: JointConfig, training: TrainConfig, w
 
 
 def _outcome(home: Path, init: Run, run: Run, config: RunConfig, features: Features, joint: JointConfig, work: Work) -> Outcome:
+    drop_state(run)
+    shutil.rmtree(run.path / "items", ignore_errors=True)  # gigabytes, of this process or of one that was killed here
     metrics = evaluate(home, init, "val", {})["metrics"]
     metric = "acc1" if features.manifest.label_kind == "single" else "map"
     after = kept(validations(run), config.training["select"]).metric
@@ -97,9 +102,7 @@ def _publish(home: Path, joint: Run, config: RunConfig) -> Run:
     with lock(run.path, wait=True):
         if not run.is_done:
             run.create(config)
-            state = safetensors.torch.load((joint.path / "checkpoint.safetensors").read_bytes())
-            head = {name.removeprefix("head."): tensor for name, tensor in state.items() if name.startswith("head.")}
-            weights = safetensors.torch.save(head)
+            weights = safetensors.torch.save(joint_weights(joint, "head"))
             write_atomic(run.path / "checkpoint.safetensors", weights)
             write_atomic(run.path / "history.csv", (joint.path / "history.csv").read_bytes())
             facts = {**joint.done(), "checkpoint_sha256": hashlib.sha256(weights).hexdigest()}

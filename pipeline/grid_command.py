@@ -105,8 +105,6 @@ def _print(swept: Swept, page: Path, as_json: bool) -> None:
 
 def _spread(metrics: Mapping[str, Mapping[str, Any]]) -> str:
     """Means, with their deviations where there are several seeds."""
-    shown = []
-    for name, value in metrics.items():
-        deviation = f" ± {value['std']:.2f}" if len(value["values"]) > 1 else ""
-        shown.append(f"{name} {value['mean']:.2f}{deviation}")
-    return ", ".join(shown)
+    from pipeline.seeds import summary
+
+    return ", ".join(f"{name} {summary(value['values'])}" for name, value in metrics.items())

@@ -19,7 +19,7 @@ from pipeline import manifest as manifests
 from pipeline.cache import Cache
 from pipeline.devices import default_device, free_bytes, reproducible
 from pipeline.evaluate import PREDICTED, predict
-from pipeline.lane import PRESETS, Lane, TrainConfig, Watch, drop_state, never
+from pipeline.lane import PRESETS, Lane, Score, TrainConfig, Watch, drop_state, never
 from pipeline.manifest import Manifest
 from pipeline.runs import Run, RunConfig, lock
 from pipeline.sources import Rows, Table, find_cache, load, ordered, shuffled
@@ -225,7 +225,7 @@ def _train(head: Head, lanes: Sequence[Lane], progress: bool) -> dict[Run, Value
     rows, val = head.features.splits(training.window)
     label = val.label
 
-    def validate(model: Predictor) -> list[tuple[float, float]]:
+    def validate(model: Predictor) -> list[Score]:
         logits = predict(model, val, seed, precision=training.precision)
         return [score(each, label) for each in logits.reshape(-1, *logits.shape[-2:])]
 
@@ -233,22 +233,25 @@ def _train(head: Head, lanes: Sequence[Lane], progress: bool) -> dict[Run, Value
     return train(lanes, source, ordered(rows, seed), validate, progress)
 
 
-def score(logits: Tensor, label: Tensor) -> tuple[float, float]:
+def score(logits: Tensor, label: Tensor) -> Score:
     """The metric that selects, and the loss of logits [N,C]; both NaN when one of these is not finite: that ranks nothing."""
     if not logits.isfinite().all():
-        return math.nan, math.nan
+        return Score(math.nan, math.nan)
     metric = metrics.summary(logits, label)["acc1" if label.ndim == 1 else "map"]
-    return metric, float(losses.classification(logits, label, "softmax_kl"))
+    return Score(metric, float(losses.classification(logits, label, "softmax_kl")))
 
 
 def capacity(head: Head) -> int:
     """How many heads like this one can be trained together in the free memory of the device and this machine; at least 1."""
-    device, size = default_device(), head.training.batch_size
-    rows, _ = head.features.splits(head.training.window)
+    device, training = default_device(), head.training
+    size = training.batch_size
+    rows, _ = head.features.splits(training.window)
     batch = next(shuffled(rows, size, head.run.seed)(0))
     computed = 2 * size + PREDICTED  # a gradient is not larger than what it is taken of
-    with reproducible(device, head.training.precision):
+    with reproducible(device, training.precision):
         method = _build(head, device)
         each = {device.type: lane_bytes(method, batch, Streams.seeded(head.run.seed, batch["key"]), computed)}
-    each["cpu"] = each.get("cpu", 0) + KEPT * sum(tensor.nbytes for tensor in method.state_dict().values())
+    weights = sum(tensor.nbytes for tensor in method.state_dict().values())
+    each[device.type] += weights * (training.weight_average > 0)
+    each["cpu"] = each.get("cpu", 0) + KEPT * weights
     return max(1, min(int(MEMORY_SHARE * free_bytes(torch.device(kind)) / needed) for kind, needed in each.items()))

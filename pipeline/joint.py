@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import cast
 
 import torch
@@ -46,9 +46,10 @@ class Joint(nn.Module):
     encoder, and, as a sample can have several texts, `text_owner` [M'], the sample of each of the M' texts of all processes.
 
     The phases of the head become one, whose loss is the sum of theirs; only adapters stay as they are, since a target that is
-    learned together with its regression collapses. The encoders stay in evaluation mode: their batch statistics are those they
-    were pretrained with, and nothing is dropped. The head's statistics (of standardisation, class centres: what `begin` takes)
-    follow the encoders at the end of every epoch: they are taken of the features that the steps of the epoch computed.
+    learned together with its regression collapses (live texts move as well, as in the papers: their classification losses and
+    the standardisation hold them). The encoders stay in evaluation mode: their batch statistics are those they were pretrained
+    with, and nothing is dropped. The head's statistics (of standardisation, class centres: what `begin` takes) follow the
+    encoders: `follow` takes them anew before every validation.
     """
 
     def __init__(
@@ -72,7 +73,6 @@ class Joint(nn.Module):
         self.phases = (Phase("joint", (*heads, *trains), rates=rates),)
         for name, parameter in self.named_parameters():
             parameter.requires_grad_(name.startswith(self.phases[0].trains))
-        self._seen: list[Batch] = []
         self.last_loss = torch.zeros(())  # of the step before
 
     def train(self, mode: bool = True) -> Joint:
@@ -85,15 +85,9 @@ class Joint(nn.Module):
         """Nothing: the head comes with its statistics."""
 
     def loss(self, batch: Batch, rng: Streams, phase: str) -> Batch:
-        """The sum of the head's losses on live features; the parts are named by the phase they come from.
-
-        `cosine_<key>` is how near the live features are to the cached ones.
-        """
-        live = {key: self.features(key, batch) for key in self._encode}
-        parts = {f"cosine_{key}": F.cosine_similarity(features.detach(), batch[key]).mean() for key, features in live.items()}
-        batch = {**batch, **live}
-        self._seen.append({key: batch[key].detach() for key in (*self.needs, "key")})
-        losses = []
+        """The sum of the head's losses on live features; the parts are named by the phase they come from."""
+        batch = self.live(batch)
+        losses, parts = [], {}
         for step in self.steps:
             own = self.head.loss(batch, rng.at(step.name), step.name)
             losses.append(own["loss"])
@@ -102,7 +96,11 @@ class Joint(nn.Module):
         self.last_loss = total.detach()
         return {"loss": total, **parts}
 
-    def features(self, key: str, batch: Batch) -> Tensor:
+    def live(self, batch: Batch) -> Batch:
+        """The batch with live features instead of the cached ones."""
+        return {**batch, **{key: self._features(key, batch) for key in self._encode}}
+
+    def _features(self, key: str, batch: Batch) -> Tensor:
         """Live features [B, *shape] of a batch key; samples without a live text keep what is in the column."""
         items = batch[f"{key}_items"]
         if key != "text":
@@ -113,15 +111,30 @@ class Joint(nn.Module):
         texts = self._ranks.gather(self._encode[key](items), len(owner)).to(column.dtype)
         member = (owner == torch.arange(len(column), device=owner.device).unsqueeze(1)).to(texts.dtype)
         counts = member.sum(dim=1, keepdim=True)  # a product sums in one order, unlike a scattered addition on a GPU
-        return torch.where(counts > 0, member / counts.clamp(min=1) @ texts, column)
+        with torch.autocast(column.device.type, enabled=False):  # a mean of texts is that of stage 2
+            means = member / counts.clamp(min=1) @ texts
+        return torch.where(counts > 0, means, column)
 
-    def follow(self) -> None:
-        """Take the head's statistics of the features that were computed since the last time."""
-        seen, self._seen = self._seen, []
+    @torch.no_grad()
+    def follow(self, batches: Iterable[Batch]) -> dict[str, float]:
+        """Take the head's statistics of the training split, from one ordered pass of batches with items; see `loss`.
+
+        Returns, for every live key, the mean cosine of live and cached features. Heads of all processes become the first one's.
+        """
         self.train(False)
-        with torch.no_grad():
-            for step in self.steps:
-                self.head.begin(step.name, lambda: iter(seen))
+        self._ranks.align(self.head.state_dict().values())
+        cosines: dict[str, list[Tensor]] = {f"cosine_{key}": [] for key in self._encode}
+        seen = []
+        for batch in batches:
+            live = self.live(batch)
+            seen.append({key: live[key] for key in (*self.needs, "key")})
+            for key in self._encode:
+                paired = batch["paired"] > 0 if key == "text" else slice(None)
+                near = F.cosine_similarity(live[key].flatten(1).float(), batch[key].flatten(1).float())
+                cosines[f"cosine_{key}"].append(near[paired])
+        for step in self.steps:
+            self.head.begin(step.name, lambda: iter(seen))
+        return {name: float(torch.cat(parts).mean()) for name, parts in cosines.items()}
 
     def predict(self, image: Tensor, rng: Streams) -> Tensor:
         """Logits [B,C] of prepared images [B, ...]; text cannot reach it."""

@@ -6,11 +6,11 @@ import hashlib
 import io
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field, fields
 from pickle import UnpicklingError
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import pandas as pd
 import torch
@@ -44,7 +44,7 @@ class TrainConfig:
     epochs: int = 20  # passes over the training split per phase (times the phase's share)
     batch_size: int = 64  # samples
     grad_clip: float = 1.0  # largest gradient norm
-    weight_average: float = 0.0  # decay, 0..1, of a moving average of the weights, which is validated and kept; 0: none
+    weight_average: float = 0.0  # decay of a moving average of the last phase's weights, which is what is kept; 0: none
     validate_every: int = 1  # epochs between two validations; the last epoch always has one
     select: Literal["metric", "loss", "last"] = "metric"  # which epoch's weights are kept, judged on validation
     precision: Literal["float32", "mixed"] = "float32"  # of training and prediction; mixed: bfloat16 products, float32 weights
@@ -59,9 +59,19 @@ class TrainConfig:
         if not 0 <= self.weight_average < 1:
             raise ValueError(f"training setting 'weight_average' must be at least 0 and below 1, not {self.weight_average}")
         if self.window and self.window < self.batch_size:
-            raise ValueError(f"training setting 'window' must be 0 or at least batch_size, not {self.window}")
+            raise ValueError(
+                f"a window of {self.window} samples holds no batch of {self.batch_size}: raise window, or lower batch_size"
+            )
         if not 0 <= self.weight_decay < math.inf:
             raise ValueError(f"training setting 'weight_decay' must not be negative, not {self.weight_decay}")
+
+
+class Score(NamedTuple):
+    """What validation says of a method."""
+
+    metric: float  # percent; NaN, like the loss, when a logit is not finite
+    loss: float
+    facts: Mapping[str, float] = {}  # more columns of the history
 
 
 def never(epoch: int, metric: float) -> bool:
@@ -150,12 +160,12 @@ class Lane:
         epoch, epochs = self.state.epoch, self.epochs()[self.state.phase]
         return self.is_last_phase and (epoch % self.config.validate_every == 0 or epoch == epochs)
 
-    def select(self, metric: float, loss: float) -> None:
+    def select(self, score: Score) -> None:
         """Note a validation, and keep the weights when it prefers them; `ValueError` when its loss is not finite."""
-        if not math.isfinite(loss):
+        if not math.isfinite(score.loss):
             raise ValueError(f"{self.run.path} predicts numbers that are {DIVERGED}: it diverges; train with a lower lr")
-        self.state.history[-1] |= {"val_metric": metric, "val_loss": loss}
-        rank = Validation(self.state.epoch, metric, loss).rank(self.config.select)
+        self.state.history[-1] |= {"val_metric": score.metric, "val_loss": score.loss, **score.facts}
+        rank = Validation(self.state.epoch, score.metric, score.loss).rank(self.config.select)
         if rank >= self.state.best_score:
             self.state.best_score = rank
             self.state.best = _copied(self.method.state_dict())

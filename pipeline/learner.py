@@ -95,7 +95,8 @@ class _Tie:
         rates = [{"params": weights, "lr": config.lr * factor} for factor, weights in groups.items()]
         self.optimizer = torch.optim.Adam(rates, lr=config.lr, weight_decay=config.weight_decay, fused=True)
         self.scheduler = torch.optim.lr_scheduler.StepLR(self.optimizer, config.lr_step, config.lr_gamma)
-        self.average = _Average(self._weights, config.weight_average) if config.weight_average else None
+        averages = config.weight_average > 0 and lanes[0].is_last_phase  # the one that is validated
+        self.average = _Average(self._weights, config.weight_average) if averages else None
         if lanes[0].learned:
             states = [lane.learned["optimizer"] for lane in lanes]
             self.optimizer.load_state_dict(states[0] if rows is ... else _joined(states))

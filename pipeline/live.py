@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -22,31 +24,43 @@ from pipeline.sources import Captions
 from pipeline.streams import Streams
 from pipeline.types import Batch, Source
 
+Chunks = Generator[Tensor, None, None]  # of rows
 READ = 64  # items at a time
 MIN_AREA = 0.5  # share of an image that a random crop sees at least
 
 
-def mapped(path: Path, chunks: Callable[[], Iterator[Tensor]], length: int) -> Tensor:
+def mapped(path: Path, chunks: Callable[[], Chunks], length: int) -> Tensor:
     """Rows [length, ...] in a file that memory need not hold; what `chunks` gives, in order, unless the file is there.
 
-    The file is whole or not there at all.
+    The file is whole or not there at all; whoever makes it holds the lock of its run. `OSError` when there is no room for it.
     """
     if not path.is_file():
         path.parent.mkdir(parents=True, exist_ok=True)
-        aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        row, rows = 0, None
-        for chunk in chunks():
-            array = _stored(chunk)
-            if rows is None:
-                rows = np.lib.format.open_memmap(aside, mode="w+", dtype=array.dtype, shape=(length, *array.shape[1:]))
-            rows[row : row + len(array)] = array
-            row += len(array)
-        assert rows is not None, path
-        assert row == length, path
-        rows.flush()
-        os.replace(aside, path)
+        aside = path.with_name(f".{path.name}.tmp")  # one name: the next preparation overwrites what a killed one has left
+        try:
+            with closing(chunks()) as given, aside.open("wb") as file:  # closed, a progress bar ends before an error is told
+                _write(file, given, length)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(aside, path)
+        finally:
+            aside.unlink(missing_ok=True)
     rows = torch.from_numpy(np.load(path, mmap_mode="c"))
     return rows.view(torch.bfloat16) if rows.dtype == torch.int16 else rows
+
+
+def _write(file: BinaryIO, chunks: Chunks, length: int) -> None:
+    """Chunks of rows as one array of NumPy's; written one after the other, since a mapping of a full disk kills the process."""
+    written = 0
+    for chunk in chunks:
+        array = np.ascontiguousarray(_stored(chunk))
+        if not written:
+            shape = (length, *array.shape[1:])
+            described = {"descr": np.lib.format.dtype_to_descr(array.dtype), "fortran_order": False, "shape": shape}
+            np.lib.format.write_array_header_1_0(file, described)
+        file.write(array.data)
+        written += len(array)
+    assert written == length, file.name
 
 
 def _stored(rows: Tensor) -> np.ndarray:
@@ -58,7 +72,7 @@ def _stored(rows: Tensor) -> np.ndarray:
 def prepared_items(items: Items, path: Path, workers: int, progress: bool) -> Tensor:
     """Every row of the items, prepared [N, ...]; `ValueError` names the first that cannot be prepared any more."""
 
-    def chunks() -> Iterator[Tensor]:
+    def chunks() -> Chunks:
         batches = [np.arange(start, min(start + READ, len(items))) for start in range(0, len(items), READ)]
         few = len(items) < 64 * max(workers, 1)  # done before the workers have started
         with tqdm(total=len(items), desc=path.stem, unit=" items", disable=not progress, file=sys.stderr) as bar:

@@ -17,6 +17,7 @@ from pipeline.grid import Grid
 from pipeline.history import Validation, kept, validations
 from pipeline.lane import DIVERGED
 from pipeline.runs import Run, write_atomic
+from pipeline.seeds import deviation, rank_cells
 
 SAVE_SECONDS = 1.0  # between two writes of cells.csv, besides
 SAVE_SHARE = 10  # times as long as a write takes
@@ -101,41 +102,38 @@ class Board:
                 lines.append({"cell": cell, **self.grid.cells[cell].point, "seed": seed, **values, **ends, "run": str(place)})
         return pd.DataFrame(lines)
 
+    def table(self) -> pd.DataFrame:
+        """The cells by rank, see `rank_cells`."""
+        missing = Outcome("stopped", "missing")
+        ends = [[self.outcomes.get((cell, seed), missing) for seed in self.grid.seeds] for cell in range(len(self.grid.cells))]
+        done = np.array([[outcome.state == "done" for outcome in cell] for cell in ends])
+        scores = np.array([[outcome.metric for outcome in cell] for cell in ends])
+        losses = np.array([[outcome.loss for outcome in cell] for cell in ends])
+        reasons = [[outcome.reason for outcome in cell] for cell in ends]
+        return rank_cells(np.where(done, scores, np.nan), np.where(done, losses, np.nan), reasons)
+
     def finished(self) -> list[int]:
-        """Cells with all their seeds, best first: by mean validation metric, then mean loss, then the order of the grid."""
-        whole = [cell for cell in range(len(self.grid.cells)) if len(self.values(cell, "metric")) == len(self.grid.seeds)]
-        return sorted(whole, key=lambda cell: (-self.mean(cell, "metric"), self.mean(cell, "loss")))
+        """Cells with all their seeds, best first."""
+        return self.table().dropna(subset=["rank"])["cell"].to_list()
 
     def values(self, cell: int, name: str) -> np.ndarray:
         """metric, loss or seconds of a cell's finished runs, by seed."""
         outcomes = (self.outcomes.get((cell, seed)) for seed in self.grid.seeds)
         return np.array([getattr(outcome, name) for outcome in outcomes if outcome and outcome.state == "done"])
 
-    def mean(self, cell: int, name: str) -> float:
-        """Mean over a cell's finished runs."""
-        return float(self.values(cell, name).mean())
-
     def best(self) -> str:
         """The best cell so far, over the seeds it has, for people; "" before there is one."""
-        cells = {cell for (cell, _), outcome in self.outcomes.items() if outcome.state == "done"}
-        if not cells:
+        found = self.table().dropna(subset=["score"]).sort_values(["score", "loss", "cell"], ascending=[False, True, True])
+        if found.empty:
             return ""
-        best = max(sorted(cells), key=lambda cell: (self.mean(cell, "metric"), -self.mean(cell, "loss")))
-        return f"best {self.metric} {self.mean(best, 'metric'):.2f} at {self.grid.cells[best].label}"
+        return f"best {self.metric} {found['score'].iloc[0]:.2f} at {self.grid.cells[found['cell'].iloc[0]].label}"
 
     def ranking(self) -> pd.DataFrame:
         """One row per cell: those that finished by rank, then the others in the order of the grid with what became of them."""
-        rank = {cell: place for place, cell in enumerate(self.finished(), start=1)}
-        lines = []
-        for cell in [*rank, *(cell for cell in range(len(self.grid.cells)) if cell not in rank)]:
-            ends = [self.outcomes[cell, seed] for seed in self.grid.seeds if (cell, seed) in self.outcomes]
-            bad = [outcome.reason for outcome in ends if outcome.state != "done"]
-            values = self.values(cell, "metric")
-            line: dict[str, Any] = {"rank": rank.get(cell), **self.grid.cells[cell].point}
-            line |= {f"val_{self.metric}": values.mean() if len(values) else math.nan, "std": spread(values)}
-            line |= {"val_loss": self.mean(cell, "loss") if len(values) else math.nan, "seeds": len(values)}
-            lines.append(line | {"state": bad[0] if bad else "done"})
-        return pd.DataFrame(lines).astype({"rank": "Int64"})
+        table = self.table().rename(columns={"score": f"val_{self.metric}", "loss": "val_loss"})
+        points = pd.DataFrame([self.grid.cells[cell].point for cell in table["cell"]])
+        shown = table[[f"val_{self.metric}", "std", "val_loss", "seeds", "state"]]
+        return pd.concat([table["rank"], points, shown], axis=1)
 
     def winner(self, tests: Mapping[int, Mapping[str, float]]) -> dict[str, Any]:
         """The winner with its metrics on validation, and those of `tests` by seed on the test split; it is put on disk."""
@@ -157,10 +155,5 @@ class Board:
 
 def summary(values: np.ndarray) -> dict[str, Any]:
     """Mean, sample deviation (0 of a single value) and the values themselves."""
-    std = spread(values)
+    std = deviation(values)
     return {"mean": float(values.mean()), "std": 0.0 if math.isnan(std) else std, "values": values.tolist()}
-
-
-def spread(values: np.ndarray) -> float:
-    """The sample standard deviation, NaN of fewer than two values."""
-    return float(values.std(ddof=1)) if len(values) > 1 else math.nan

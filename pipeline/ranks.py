@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -47,6 +47,12 @@ class Ranks:
             return module
         return DistributedDataParallel(module, find_unused_parameters=True)
 
+    def align(self, tensors: Iterable[Tensor]) -> None:
+        """The tensors of all processes become those of the first: kernels that do not repeat their bits drive them apart."""
+        if self.size > 1:
+            for tensor in tensors:
+                distributed.broadcast(tensor.detach(), 0)
+
     def wait(self) -> None:
         """Until all processes are here."""
         if self.size > 1:
@@ -69,6 +75,12 @@ def joined() -> Iterator[Ranks]:
         yield Ranks(distributed.get_rank(), size)
     finally:
         distributed.destroy_process_group()
+
+
+def check_alone(command: str) -> None:
+    """`ValueError` under torchrun: for commands of several runs."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError(f"{command} runs in one process: start it without torchrun")
 
 
 def is_first() -> bool:

@@ -6,13 +6,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 
+from pipeline import plugins
 from pipeline.evaluate import evaluate
 from pipeline.finetune import finetune, resolve
 from pipeline.heads import cache_names, plan, train_head
 from pipeline.heads import resolve as resolve_head
+from pipeline.ranks import check_alone
+from pipeline.seeds import summary
 from pipeline.together import JointConfig, Work
 
 ROWS: Mapping[str, str] = {"freeze both": "", "train visual": "image", "train both": "both"}
@@ -34,6 +36,9 @@ def strategies(
     `caches` are those that the heads read, `joint` and `training` are settings of `JointConfig` and `TrainConfig`. `kept` is
     the share of seeds in which validation preferred joint training; in the others the row has the head of stage 2.
     """
+    check_alone("ablate strategy")
+    if "text" not in plugins.get("methods", method).NEEDS:
+        raise ValueError(f"{method} reads no text, so there is no text encoder to train with it; choose a method that does")
     settings, head_training = resolve_head(dataset, method, preset, {}, {})
     names = cache_names(dataset, caches.get("image", ""), caches.get("text", ""))
     rows = []
@@ -46,11 +51,6 @@ def strategies(
                 run, kept = outcome.run, kept + outcome.is_better
             records.append(evaluate(home, run, "test", {})["metrics"])
         shown = [name for name in records[0] if not name.startswith(("overall_", "per_class_"))]
-        cells = {name: _spread([record[name] for record in records]) for name in shown}
+        cells = {name: summary([record[name] for record in records]) for name in shown}
         rows.append({"strategy": title, **cells, "kept": f"{kept}/{len(seeds)}" if train else ""})
     return pd.DataFrame(rows)
-
-
-def _spread(values: Sequence[float]) -> str:
-    deviation = f" ± {np.std(values, ddof=1):.2f}" if len(values) > 1 else ""
-    return f"{np.mean(values):.2f}{deviation}"

@@ -13,33 +13,35 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
 from dask.system import CPU_COUNT
 from torch import Tensor, nn
+from torch.nn.utils import get_total_norm
 from tqdm import tqdm
 
 from pipeline.blocks import blocks, depths, executed, recomputed
 from pipeline.bridge import Bridge
 from pipeline.devices import computing, default_device
 from pipeline.evaluate import predict
+from pipeline.extract import naming
 from pipeline.heads import Features, score
 from pipeline.items import Items, texts_of
 from pipeline.joint import Encode, Joint, Parts
-from pipeline.lane import Lane, TrainConfig
-from pipeline.live import READ, Texts, augmented, mapped, prepared_items, to_device, with_items
+from pipeline.lane import Lane, Score, TrainConfig
+from pipeline.live import READ, Chunks, Texts, augmented, mapped, prepared_items, to_device, with_items
 from pipeline.ranks import Ranks
 from pipeline.runs import Run, RunConfig, lock
-from pipeline.sources import Captions, Table, shuffled
+from pipeline.sources import Captions, Table, ordered, shuffled
 from pipeline.streams import Streams
 from pipeline.train import train
 from pipeline.tuned import rebuild
 from pipeline.types import Batch, Method, Predictor, Sample, Source, Split
 
 Row = tuple[Sample, str]  # a sample and one of its texts, or "" for its media
-Result = TypeVar("Result")
+NAMED = 64  # samples that a message lists
 
 LIVE: Mapping[str, tuple[str, ...]] = {"image": ("image",), "text": ("text",), "both": ("image", "text")}
 
@@ -110,6 +112,8 @@ def train_together(plan: Together, work: Work, ranks: Ranks) -> None:
         ranks.wait()
         if plan.run.is_done:  # another process has finished it while we waited
             return
+        held.enter_context(_within_memory())
+        held.enter_context(naming(run.path))
         if ranks.rank and (plan.run.path / "state.pt").is_file():
             shutil.copy(plan.run.path / "state.pt", run.path)
         ranks.wait()
@@ -120,11 +124,8 @@ def train_together(plan: Together, work: Work, ranks: Ranks) -> None:
         validate = partial(_validate, plan, live, ranks)
         source = source_of(plan, model, live, ranks, progress)
         held.enter_context(_repeatable(default_device()))
-        failed = _within_memory(partial(train, [lane], source, _nothing, validate, progress))
-        for error in failed.values():
+        for error in train([lane], source, _nothing, validate, progress).values():
             raise error
-        if not ranks.rank:
-            shutil.rmtree(run.path / "items", ignore_errors=True)
 
 
 @dataclass(frozen=True)
@@ -137,13 +138,13 @@ class Live:
     trains: tuple[str, ...]  # beginnings of the names of its trained parameters
     rates: tuple[tuple[str, float], ...]
     items: Mapping[str, Tensor]  # by split
-    texts: Texts
+    texts: Texts | None  # whose the items are; None: there is one of each sample
 
 
 def open_live(plan: Together, key: str, work: Work, ranks: Ranks) -> Live:
     """The encoder of a batch key, ready to be trained."""
     joint, encoder = plan.joint, rebuild(plan.features.caches[key]).encoder
-    rows, texts = _texts(plan.features) if key == "text" else (_media(plan.features), Texts(torch.zeros(1)))
+    rows, texts = _texts(plan.features) if key == "text" else (_media(plan.features), None)
     (sample, text) = rows["train"][0]
     first = encoder.prepare(text if key == "text" else plan.features.manifest.media_path(sample))[None]
     ran = executed(encoder, first)
@@ -157,8 +158,11 @@ def open_live(plan: Together, key: str, work: Work, ranks: Ranks) -> Live:
         trains = tuple(f"{key}.{names[block]}." for block in bridge.trained)
     items = {}
     for split, own in rows.items():
-        prepare = partial(_prepared, plan, encoder, own, f"{key}-{split}", work, ranks)
-        items[split] = _captured(encode, prepare, plan, split, len(own), ranks) if isinstance(encode, Bridge) else prepare()
+        path = plan.run.path / "items" / f"{key}-{split}.npy"
+        make = partial(_prepared, plan, encoder, own, path, work)
+        if isinstance(encode, Bridge):
+            make = partial(_captured, encode, make, path, len(own), work)
+        items[split] = _shared(make, ranks)
     if work.checkpointing:
         recomputed(parts[-joint.num_blocks :])  # of 0 blocks: all of them
     for name, parameter in encoder.named_parameters():
@@ -196,23 +200,23 @@ def _texts(features: Features) -> tuple[dict[Split, list[Row]], Texts]:
     return {"train": rows}, Texts(torch.from_numpy(kept), drawn)
 
 
-def _prepared(plan: Together, encoder: Any, rows: Sequence[Row], name: str, work: Work, ranks: Ranks) -> Tensor:
-    """The prepared items of rows; the first process makes the file."""
+def _prepared(plan: Together, encoder: Any, rows: Sequence[Row], path: Path, work: Work) -> Tensor:
+    """The prepared items of rows."""
     items = Items(plan.features.manifest, encoder, tuple(rows), "float32")
-    workers = CPU_COUNT if work.workers < 0 else work.workers
-    path = plan.run.path / "items" / f"{name}.npy"
-    return _shared(partial(prepared_items, items, path, workers, work.progress), ranks)
+    return prepared_items(items, path, CPU_COUNT if work.workers < 0 else work.workers, work.progress)
 
 
-def _captured(bridge: Bridge, prepare: Callable[[], Tensor], plan: Together, split: str, length: int, ranks: Ranks) -> Tensor:
-    """What reaches the trained blocks, of every row; the pixels are not needed any more."""
+def _captured(bridge: Bridge, prepare: Callable[[], Tensor], pixels: Path, length: int, work: Work) -> Tensor:
+    """What reaches the trained blocks, of every row, after which the file of `pixels` is not needed any more."""
+    path = pixels.with_name(f"blocks-{pixels.name}")
 
-    def chunks() -> Iterator[Tensor]:
-        for chunk in tqdm(prepare().split(READ), desc=f"blocks-{split}", file=sys.stderr, leave=False):
+    def chunks() -> Chunks:
+        for chunk in tqdm(prepare().split(READ), desc=path.stem, disable=not work.progress, file=sys.stderr, leave=False):
             yield bridge.capture(chunk)
 
-    path = plan.run.path / "items" / f"blocks-{split}.npy"
-    return _shared(partial(mapped, path, chunks, length), ranks)
+    states = mapped(path, chunks, length)
+    pixels.unlink(missing_ok=True)
+    return states
 
 
 def _shared(make: Callable[[], Tensor], ranks: Ranks) -> Tensor:
@@ -246,54 +250,69 @@ def assemble(plan: Together, live: Mapping[str, Live], ranks: Ranks) -> Joint:
     )
 
 
-def source_of(plan: Together, model: Joint, live: Mapping[str, Live], ranks: Ranks, progress: bool) -> Source:
-    """The batches of stage 2 with prepared items; the head's statistics follow at the end of each epoch.
+def _numbered(table: Table) -> Table:
+    """The table with the numbers of its rows."""
+    rows = torch.arange(len(table), device=table.columns["key"].device)
+    return replace(table, columns={**table.columns, "row": rows})
 
-    `ValueError` when the loss of a step was not finite.
-    """
-    table, seed, size = plan.features.train, plan.run.seed, plan.training.batch_size
-    device = table.columns["key"].device
-    numbered = replace(table, columns={**table.columns, "row": torch.arange(len(table), device=device)})
+
+def _fetch(plan: Together, live: Mapping[str, Live], ranks: Ranks) -> Callable[[Batch, int], Batch]:
+    """What gets the prepared items of a batch in an epoch; those of epoch -1 are not augmented."""
+    seed, device = plan.run.seed, plan.features.train.columns["key"].device
 
     def fetch(batch: Batch, epoch: int) -> Batch:
         here = {key: batch[key].cpu() for key in ("row", "key")}
         own = ranks.share(len(here["row"]))
         fetched: Batch = {}
         for key, each in live.items():
-            if key == "text":
+            if each.texts:
                 numbers, owner = each.texts.of(here, epoch, seed)
                 items = each.items["train"][numbers[ranks.share(len(numbers))]]
                 fetched["text_owner"] = owner.to(device)
             else:
                 items = each.items["train"][here["row"][own]]
-                if plan.joint.augment:
+                if plan.joint.augment and epoch >= 0:
                     items = augmented(items, Streams.seeded(seed, here["key"][own]).at("augment", epoch))
             fetched[f"{key}_items"] = to_device(items, device)
         return fetched
 
-    batches = with_items(shuffled(numbered, size, seed), fetch)
+    return fetch
+
+
+def source_of(plan: Together, model: Joint, live: Mapping[str, Live], ranks: Ranks, progress: bool) -> Source:
+    """The batches of stage 2 with prepared items; `ValueError` when a step was not finite."""
+    table, size = _numbered(plan.features.train), plan.training.batch_size
+    device, batches = table.columns["key"].device, with_items(shuffled(table, size, plan.run.seed), _fetch(plan, live, ranks))
 
     def steps(epoch: int) -> Iterator[Batch]:
         with tqdm(total=len(table) // min(size, len(table)), unit="batch", disable=not progress, leave=False) as bar:
             for step, batch in enumerate(batches(epoch)):
                 yield batch
-                if not model.last_loss.isfinite():
-                    raise _not_finite(plan, batch, epoch, step)
+                for what in _not_finite(model):
+                    raise ValueError(_stopped(plan, batch, f"{what} is not finite in step {step} of epoch {epoch}"))
                 bar.set_postfix(memory=f"{_memory(device) / 2**30:.1f}GiB", refresh=False)
                 bar.update()
-        model.follow()
 
     return steps
 
 
-def _not_finite(plan: Together, batch: Batch, epoch: int, step: int) -> ValueError:
-    ids = [plan.features.train.ids[row] for row in batch["row"][:8].tolist()]
+@torch.no_grad()
+def _not_finite(model: Joint) -> list[str]:
+    """What is not finite after a step: its loss, its gradients, the weights it has led to."""
+    grads = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    largest = [get_total_norm(tensors, torch.inf) for tensors in (grads, model.parameters())]
+    finite = torch.stack([model.last_loss.float(), *largest]).isfinite().tolist()
+    names = ("the loss", "a gradient", "a weight")
+    return [name for name, is_finite in zip(names, finite, strict=True) if not is_finite]
+
+
+def _stopped(plan: Together, batch: Batch, reason: str) -> str:
+    """A reason to stop, with the samples of the batch and where to go on from."""
+    ids = [plan.features.train.ids[row] for row in batch["row"].tolist()]
+    listed = ", ".join(ids[:NAMED]) + (f" and {len(ids) - NAMED} more" if len(ids) > NAMED else "")
     saved = plan.run.path / "state.pt"
     good = saved if saved.is_file() else plan.init.path / "checkpoint.safetensors"
-    return ValueError(
-        f"the loss is not finite in step {step} of epoch {epoch} (samples {', '.join(ids)}, …); the last good checkpoint is "
-        f"{good}; lower --encoder-lr or --train lr"
-    )
+    return f"{reason} (samples {listed}); the last good checkpoint is {good}; lower --encoder-lr or --train lr"
 
 
 def _memory(device: torch.device) -> int:
@@ -303,16 +322,21 @@ def _memory(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def _validate(plan: Together, live: Mapping[str, Live], ranks: Ranks, model: Predictor) -> list[tuple[float, float]]:
-    """The metric and the loss of the head on live features of the validation split; no text is read."""
+def _validate(plan: Together, live: Mapping[str, Live], ranks: Ranks, model: Predictor) -> list[Score]:
+    """The metric and the loss of the head on live features of the validation split, after its statistics have followed.
+
+    These are of the training split; no text of the validation split is read.
+    """
     assert isinstance(model, Joint)
+    source = ordered(_numbered(plan.features.train), plan.run.seed, plan.training.batch_size)
+    facts = model.follow(with_items(lambda _: source(), _fetch(plan, live, ranks))(-1))
     table = plan.features.val
     if "image" in live:
         column = table.columns["image"]
         features = features_of(live["image"].encode, live["image"].items["val"], plan.training.batch_size, ranks)
         table = replace(table, columns={**table.columns, "image": features.to(column.device, column.dtype)})
     logits = predict(model.head, table, plan.run.seed, precision=plan.training.precision)
-    return [score(logits, table.columns["label"].cpu())]
+    return [score(logits, table.label)._replace(facts=facts)]
 
 
 @torch.no_grad()
@@ -334,16 +358,19 @@ def _repeatable(device: torch.device) -> Iterator[None]:
         torch.use_deterministic_algorithms(before)
 
 
-def _within_memory(do: Callable[[], Result]) -> Result:
-    """What `do` gives; too little memory is a `ValueError` that names what helps."""
+@contextmanager
+def _within_memory() -> Iterator[None]:
+    """Too little memory inside is a `ValueError` that names what helps."""
     try:
-        return do()
-    except RuntimeError as error:
-        if isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error):
-            raise ValueError(
-                "too little memory for this batch: take --checkpointing, --accumulate 4, or a smaller --train batch_size"
-            ) from error
-        raise
+        yield
+    except (RuntimeError, MemoryError) as error:
+        signs = ("allocate memory", "out of memory", "STATUS_ALLOC_FAILED")  # of the CPU, of CUDA, of cuBLAS and cuDNN
+        known = isinstance(error, (MemoryError, torch.OutOfMemoryError))
+        if not known and not any(sign in str(error) for sign in signs):
+            raise
+        raise ValueError(
+            "too little memory for this batch: take --checkpointing, --accumulate 4, or a smaller --train batch_size"
+        ) from error
 
 
 def _nothing() -> Iterator[Batch]:

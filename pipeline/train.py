@@ -13,7 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from pipeline.devices import computing
-from pipeline.lane import Lane
+from pipeline.lane import Lane, Score
 from pipeline.learner import Learner
 from pipeline.runs import Run
 from pipeline.streams import Streams
@@ -21,7 +21,7 @@ from pipeline.types import Batch, Predictor, Source
 
 STATE_SECONDS = 20.0  # between two saves of the resumable state, besides
 SAVE_SHARE = 10  # times as long as a save takes
-Validate = Callable[[Predictor], Sequence[tuple[float, float]]]  # (metric, loss) of every method in the model
+Validate = Callable[[Predictor], Sequence[Score]]  # of every method in the model
 
 
 def train(
@@ -113,7 +113,7 @@ def _epoch(learner: Learner, source: Source, validate: Validate, failed: dict[Ru
         with learner.averaged():
             for lane, score in zip(learner.lanes, validate(learner.model), strict=True):
                 if lane.run not in failed:
-                    _attempt(lane, partial(lane.select, *score), failed)
+                    _attempt(lane, partial(lane.select, score), failed)
     return [row["loss"] for row in rows]
 
 

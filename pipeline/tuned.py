@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import safetensors.torch
+from torch import Tensor
 
 from pipeline import plugins
 from pipeline.cache import Cache, open_cache
@@ -32,8 +35,11 @@ def rebuild(cache: Cache) -> Origin:
     """The encoder of a cache; `ValueError` when it has no weights to tune, or is no longer the one that made the cache."""
     made_by = cache.identity["encoder"]
     name, inner = made_by["name"], made_by.get("image")  # `frames` has an image encoder inside
-    if "weights" not in {field.name for field in fields(plugins.get("encoders", name).Config)}:
-        raise ValueError(f"{name} takes no weights, so it cannot be tuned; extract features with another encoder")
+    looks = inner["name"] if inner else name
+    if looks not in plugins.names("encoders"):
+        raise ValueError(f"{cache.path} was computed elsewhere, so there is nothing to tune; extract features with an encoder")
+    if "weights" not in {field.name for field in fields(plugins.get("encoders", looks).Config)}:
+        raise ValueError(f"{looks} takes no weights, so it cannot be tuned; extract features with another encoder")
     precision = "float32" if (inner or made_by)["compute_dtype"] == "float32" else "mixed"
     settings = dict(cache.provenance["settings"])
     if inner:
@@ -49,17 +55,31 @@ def rebuild(cache: Cache) -> Origin:
     return Origin(name, settings, encoder)
 
 
+def joint_weights(run: Run, key: str) -> dict[str, Tensor]:
+    """What a joint run has learned of "head", "image" or "text"; `ValueError` when its checkpoint is not the one it wrote."""
+    path = run.path / "checkpoint.safetensors"
+    weights = path.read_bytes()
+    if hashlib.sha256(weights).hexdigest() != run.done()["checkpoint_sha256"]:
+        raise ValueError(f"{path} is damaged (its sha256 does not fit); {run.remedy}")
+    state = safetensors.torch.load(weights)
+    return {name.removeprefix(f"{key}."): tensor for name, tensor in state.items() if name.startswith(f"{key}.")}
+
+
 def export(run: Run, key: str) -> Path:
     """The tuned weights of a joint run's encoder in a file of their own, which `extract --weights` takes."""
     path = run.path / f"{key}.safetensors"
     if not path.is_file():
-        state = safetensors.torch.load((run.path / "checkpoint.safetensors").read_bytes())
-        own = {name.removeprefix(f"{key}."): tensor for name, tensor in state.items() if name.startswith(f"{key}.")}
-        write_atomic(path, safetensors.torch.save(own))
+        write_atomic(path, safetensors.torch.save(joint_weights(run, key)))
     return path
 
 
 def extract_again(origin: Origin, weights: Path, cache: Cache, manifest: Manifest, home: Path, effort: Effort) -> Cache:
-    """The next generation of a cache: the same encoder with tuned weights, over the same samples."""
+    """The next generation of a cache: the same encoder with tuned weights, over the same samples.
+
+    What failed in stage 1 may fail again, beside the share that the effort allows.
+    """
+    failed = np.isin(cache.ids, list(cache.failed_ids))
+    share = float(np.diff(cache.offsets)[failed].sum() / cache.offsets[-1])
+    effort = replace(effort, max_failures=min(1.0, effort.max_failures + share))
     settings = {**origin.settings, "weights": str(weights)}
     return open_cache(extract(manifest, origin.name, settings, home, store_dtype=cache.identity["store_dtype"], effort=effort))

@@ -29,7 +29,8 @@ def fitting(caches: Mapping[str, Cache], aggregate: str, device: torch.device) -
     budget = int(MEMORY_SHARE * min(total_bytes(device), total_bytes(torch.device("cpu"))))
     if size * len(caches["image"].ids) <= budget:
         return 0
-    return max(1, budget // size // 2)  # one window is in use, and one is being read
+    most = max(1, budget // size // 2)  # one window is in use, and one is being read
+    return 1 << (most.bit_length() - 1)  # the same on machines of about the same memory
 
 
 def sample_bytes(caches: Mapping[str, Cache], aggregate: str) -> int:

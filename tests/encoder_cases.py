@@ -54,6 +54,7 @@ FAMILIES = {  # every family and every kind of network in it, with what is to be
     "transformers_video xclip": {"pooling": "pooler"},
 }
 TEXTS = ("a cat", "the quick brown fox jumps over the lazy dog")
+TINY = "red green blue grey square number 0 1 2 3 4 5 6 7 8 9"  # the words of the tiny dataset
 
 
 def family(case: str, folder: Path) -> tuple[str, dict[str, str]]:
@@ -107,9 +108,9 @@ def video_folder(folder: Path, model: str) -> Path:
 
 
 def text_folder(folder: Path, model: str, **tokenizer: Any) -> Path:
-    """A small random text model with a tokenizer that knows the words of `TEXTS`, as transformers saves them."""
+    """A small random text model with a tokenizer that knows the words of `TEXTS` and `TINY`, as transformers saves them."""
     AutoModel.from_config(AutoConfig.for_model(model, **MODELS[model])).save_pretrained(folder)
-    words = ["[PAD]", "[BOS]", "[EOS]", "[UNK]", *sorted({word for text in TEXTS for word in text.split()})]
+    words = ["[PAD]", "[BOS]", "[EOS]", "[UNK]", *sorted({word for text in (*TEXTS, TINY) for word in text.split()})]
     splitter = Tokenizer(WordLevel({word: number for number, word in enumerate(words)}, unk_token="[UNK]"))
     splitter.pre_tokenizer = Whitespace()
     PreTrainedTokenizerFast(tokenizer_object=splitter, **tokenizer).save_pretrained(folder)

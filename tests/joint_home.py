@@ -11,6 +11,7 @@ from test_train import SMALL
 from pipeline import manifest as manifests
 from pipeline import plugins
 from pipeline.cache import find_caches, open_cache
+from pipeline.cache.layout import StoreDtype
 from pipeline.evaluate import load_method
 from pipeline.extract import Effort, extract
 from pipeline.finetune import Outcome, finetune, resolve
@@ -29,16 +30,16 @@ IMAGE = {"model": "test_vit", "weights": "random", "compute_dtype": "float32"}
 SHORT = {"epochs": "2", "batch_size": "8", "lr": "1e-3"}
 
 
-def make_home(manifest: Manifest, home: Path) -> Path:
-    """Prepare and extract; image [64] and text [32] features, stored as float32 like they are computed."""
+def make_home(manifest: Manifest, home: Path, store_dtype: StoreDtype = "float32", max_failures: float = 0.05) -> Path:
+    """Prepare and extract; image [64] and text [32] features, by default stored as float32 like they are computed."""
     manifests.write(manifest, home)
-    quick = Effort(progress=False, workers=0)
-    extract(manifest, "timm", IMAGE, home, store_dtype="float32", effort=quick)
+    quick = Effort(progress=False, workers=0, max_failures=max_failures)
+    extract(manifest, "timm", IMAGE, home, store_dtype=store_dtype, effort=quick)
     folder = home.parent / "bert"
     folder.mkdir()
     with seeded():
         text = {"model": str(encoder_cases.text_folder(folder, "bert")), "max_tokens": "8"}
-    extract(manifest, "transformers_text", text, home, store_dtype="float32", effort=quick)
+    extract(manifest, "transformers_text", text, home, store_dtype=store_dtype, effort=quick)
     return home
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import encoder_cases
 import numpy as np
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from pipeline.blocks import blocks, depths, executed, recomputed
 from pipeline.bridge import Bridge
 from pipeline.encoding import build_encoder
-from pipeline.live import mapped
+from pipeline.live import Chunks, mapped
 
 KINDS = ("vit", "siglip")
 IMAGES = ["efficientnet_lite", "openclip image", "timm vit", "timm resnet", *(f"transformers_image {kind}" for kind in KINDS)]
@@ -118,12 +118,75 @@ def test_encoders_that_meet_several_pictures_are_refused(case: str, tmp_path: Pa
         Bridge(encoder, blocks(executed(encoder, items[:1])), 1, items[:1])
 
 
+class Toy(nn.Module):
+    """Two blocks over tokens; `kind` is what the last one needs beside their states."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind, self.blocks = kind, nn.ModuleList([ToyBlock(), ToyBlock()])
+
+    def forward(self, items: Tensor) -> Tensor:
+        """Features [B, 4] of items [B, 3, 4]."""
+        first, last = self.blocks
+        x = items if items.is_floating_point() else items / 256
+        states = first(x)
+        if self.kind == "tuple":
+            states, _ = last((states, x))
+        elif self.kind == "keyword":
+            states = last(x=states)
+        elif self.kind == "sequence first":
+            states = last(states.transpose(0, 1)).transpose(0, 1)
+        elif self.kind == "twice":
+            states = last(last(states))
+        elif self.kind == "gate":
+            states = last(states, x.mean(dim=(1, 2), keepdim=True))
+        elif self.kind == "skip":
+            states = last(states) + x
+        else:
+            states = last(states)
+        return states.mean(dim=1)
+
+
+class ToyBlock(nn.Module):
+    """A residual block that may be gated, and takes a tuple as it is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor | tuple[Tensor, Tensor], gate: float | Tensor = 1.0) -> Any:
+        """Tokens [B, T, 4]."""
+        if isinstance(x, tuple):
+            return self(x[0]), x[1]
+        return x + gate * torch.tanh(self.linear(x))
+
+
+@pytest.mark.parametrize("item", [torch.zeros(1, 3, 4, dtype=torch.uint8), torch.zeros(1, 3, 4), torch.randn(1, 3, 4)])
+@pytest.mark.parametrize("kind", ["gate", "skip", "tuple", "keyword", "sequence first", "twice", "nothing"])
+def test_last_blocks_that_need_more_than_their_states_are_refused(kind: str, item: Tensor) -> None:
+    torch.manual_seed(0)
+    encoder = Toy(kind)
+    if kind == "nothing":
+        Bridge(encoder, [*encoder.blocks], 1, item)
+        return
+    with pytest.raises(ValueError, match="cannot be trained on their own; choose --train image"):
+        Bridge(encoder, [*encoder.blocks], 1, item)
+
+
+def test_a_real_encoder_with_tuples_between_its_blocks_is_refused() -> None:
+    encoder = build_encoder("timm", {"model": "pit_ti_224", "weights": "random", "compute_dtype": "float32"})[1]
+    item = torch.zeros(1, 3, 224, 224, dtype=torch.uint8)
+    assert isinstance(encoder, nn.Module)
+    with pytest.raises(ValueError, match="choose --train image"):
+        Bridge(encoder, blocks(executed(encoder, item)), 1, item)
+
+
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int32, torch.float32, torch.bfloat16])
 def test_mapped_rows_are_made_once_and_whole(dtype: torch.dtype, tmp_path: Path) -> None:
     rows = (torch.arange(60).reshape(10, 2, 3) * 3).to(dtype)
     path, calls = tmp_path / "rows.npy", 0
 
-    def chunks(fail: bool = False) -> Iterator[Tensor]:
+    def chunks(fail: bool = False) -> Chunks:
         nonlocal calls
         calls += 1
         yield rows[:4]
@@ -133,9 +196,11 @@ def test_mapped_rows_are_made_once_and_whole(dtype: torch.dtype, tmp_path: Path)
 
     with pytest.raises(KeyboardInterrupt):
         mapped(path, lambda: chunks(fail=True), 10)
-    assert not path.exists()
+    assert not list(tmp_path.iterdir())
+    (tmp_path / ".rows.npy.tmp").write_bytes(b"left by a preparation that was killed")
     for _ in range(2):
         found = mapped(path, chunks, 10)
         assert found.dtype == dtype
         assert torch.equal(found, rows)
     assert calls == 2
+    assert list(tmp_path.iterdir()) == [path]

@@ -10,6 +10,7 @@ import shutil
 import sys
 from pathlib import Path
 
+import joint_home
 import pytest
 from fault_cases import (
     command,
@@ -26,8 +27,10 @@ from fault_cases import (
 )
 
 import cli
+from pipeline.manifest import Manifest
 
 NUM_SHARDS = 8
+ITEM_BYTES = 24 * 3 * 160 * 160  # of the pictures that the tiny dataset has for training
 
 
 @pytest.fixture(scope="module")
@@ -151,6 +154,42 @@ def test_a_small_disk(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert content(fill(texts, tmp_path / "after", width="128")) == expected
     with capsys.disabled():
         print(f"\na small disk said {kind!r} after {committed} of {NUM_SHARDS} shards, which stay")
+
+
+def test_a_small_disk_for_prepared_items(tiny_manifest: Manifest, tmp_path: Path) -> None:
+    """A file that is written through a mapping would end the process by SIGBUS, with no word."""
+    home = joint_home.make_home(tiny_manifest, tmp_path / "home")
+    init = joint_home.head(home, "baseline", epochs=1).path.relative_to(home)
+    room, errors = tmp_path / "room", tmp_path / "errors"
+    room.mkdir()
+    assert end(start(finetune_in_small_room, home, room, init, errors)) == 2
+    line = complaint(errors)
+    (joint,) = (tmp_path / "after" / "joint" / "tiny").glob("*/seed0")
+    place = rf"{room}/home/joint/tiny/{joint.parent.name}/seed0"
+    assert re.match(rf"diffalign: {place}: (No space left on device; free some space|File too large; raise)", line)
+    assert not list(joint.glob("items/*.npy"))
+    assert not list(joint.glob("items/.*.tmp"))
+    assert end(start(run_command, finetuning(tmp_path / "after", init), tmp_path / "later")) == 0
+    assert (joint / "done").is_file()
+
+
+def finetune_in_small_room(home: Path, room: Path, init: Path, errors: Path) -> None:
+    """Finetune where there is no room for the pixels, and leave what is there then in `after`, beside the room."""
+    size = sum(file.stat().st_size + 8192 for file in home.rglob("*"))
+    try:
+        mount_tmpfs(room, size + ITEM_BYTES // 2)
+    except OSError:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (ITEM_BYTES // 2, ITEM_BYTES // 2))
+    shutil.copytree(home, room / "home")
+    try:
+        run_command(finetuning(room / "home", init), errors)
+    finally:
+        shutil.copytree(room / "home", room.parent / "after")
+
+
+def finetuning(home: Path, init: Path) -> list[str]:
+    """The command line that trains an image encoder for an epoch."""
+    return ["finetune", "--init", str(home / init), "--train", "epochs=1", "--workers", "0", "--home", str(home)]
 
 
 def extract_in_small_room(home: Path, room: Path, errors: Path) -> None:

@@ -48,8 +48,9 @@ def test_live_texts_are_those_of_stage_2(aggregate: str, captioned: Path) -> Non
     for epoch in range(3):
         for ours, theirs in zip(source(epoch), cached(epoch), strict=True):
             with torch.no_grad():
-                torch.testing.assert_close(model.features("text", ours), theirs["text"], rtol=1e-4, atol=1e-5)
-                torch.testing.assert_close(model.features("image", ours), theirs["image"], rtol=1e-4, atol=1e-5)
+                found = model.live(ours)
+            for key in ("text", "image"):
+                torch.testing.assert_close(found[key], theirs[key], rtol=1e-4, atol=1e-5)
             drawn.append(len(ours["text_owner"]))
             model.loss(ours, Streams.seeded(0, ours["key"]), "joint")
     texts = {"mean": 8 * (3 + 1), "first": 8 * 2, "random": 8 * 2}[aggregate]  # of 24 samples a third each

@@ -35,8 +35,8 @@ from pipeline.halving import FACTOR, Halving
 from pipeline.heads import plan_head, train_head
 from pipeline.history import kept, validations
 from pipeline.pool import hands
-from pipeline.ranking import spread
 from pipeline.runs import Run
+from pipeline.seeds import deviation
 from pipeline.sources import load
 from pipeline.sweep import sweep
 
@@ -269,7 +269,7 @@ def test_cells_are_ranked_by_what_evaluation_says(select: str, home: Path) -> No
         tuple(grid.cells[cell].point.values()) for cell in order
     ]
     assert swept.winner["val"]["acc1"]["std"] == pytest.approx(groups["val_acc1"].std()[order[0]])
-    assert np.isnan(spread(np.array([1.0])))
+    assert np.isnan(deviation(np.array([1.0])))
 
 
 def test_a_stopped_run_goes_on_to_the_same_weights(home: Path, tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from pipeline import plugins, runs, train
 from pipeline.cache import find_caches, open_cache
 from pipeline.evaluate import evaluate, predict, read_metrics
 from pipeline.heads import plan, resolve, train_head
-from pipeline.lane import Lane, TrainConfig
+from pipeline.lane import Lane, Score, TrainConfig
 from pipeline.learner import Learner
 from pipeline.runs import Run
 from pipeline.sources import Captions, load, shuffled
@@ -185,7 +185,7 @@ def test_the_loop_is_adam_with_steps_clipping_and_frozen_phases(tmp_path: Path) 
     oracle.load_state_dict(ours.state_dict())
     run = Run(tmp_path / "two-0" / "seed0", 0)
     lane = Lane(method=ours, run=run, config=config)
-    assert not train.train([lane], two_phase_source, lambda: iter(()), lambda model: [(0.0, 0.0)], progress=False)
+    assert not train.train([lane], two_phase_source, lambda: iter(()), lambda model: [Score(0.0, 0.0)], progress=False)
     epoch = 0
     for module, phase, epochs in ((oracle.a, "a", 6), (oracle.b, "b", 3)):
         optimizer = torch.optim.Adam(module.parameters(), lr=0.05, weight_decay=0.1)
@@ -243,10 +243,10 @@ def test_the_epoch_is_chosen_on_validation(select: str, best: int, tmp_path: Pat
     scores = iter([(50.0, 2.0), (40.0, 0.5), (50.0, 1.0), (30.0, 3.0), (50.0, 1.0), (20.0, 4.0)])
     method, seen = TwoPhases(), []
 
-    def validate(model: Predictor) -> list[tuple[float, float]]:
+    def validate(model: Predictor) -> list[Score]:
         assert model is method
         seen.append({name: tensor.clone() for name, tensor in method.state_dict().items()})
-        return [next(scores)]
+        return [Score(*next(scores))]
 
     config = plugins.configure(TrainConfig, {"lr": 0.05, "epochs": 12, "select": select})
     run = Run(tmp_path / "two-0" / "seed0", 0)

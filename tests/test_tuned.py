@@ -2,24 +2,39 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from dataclasses import replace
 from pathlib import Path
 
 import encoder_cases
+import numpy as np
 import pytest
-from safetensors.torch import save_file
+import torch
+from safetensors.torch import save, save_file
 
+from pipeline import manifest as manifests
 from pipeline.cache import Cache, open_cache
+from pipeline.cache.transfer import import_features
 from pipeline.extract import Effort, extract
 from pipeline.manifest import Manifest
+from pipeline.runs import Run, write_atomic
 from pipeline.sources import find_cache
-from pipeline.tuned import rebuild
+from pipeline.tuned import export, joint_weights, rebuild
 
 QUICK = Effort(progress=False, workers=0)
 
 
 def cache_of(manifest: Manifest, home: Path, name: str, settings: dict[str, str]) -> Cache:
     return open_cache(extract(manifest, name, settings, home, effort=QUICK))
+
+
+def animated(manifest: Manifest, folder: Path) -> Manifest:
+    """The dataset with a clip instead of every picture."""
+    for sample in manifest.samples:
+        encoder_cases.write_animation(folder / f"{sample.id}.webp", [10, 200, 90])
+    samples = tuple(replace(sample, media=Path(f"{sample.id}.webp")) for sample in manifest.samples)
+    return replace(manifest, samples=samples, meta={**manifest.meta, "media_type": "video"}, media_root=folder)
 
 
 @pytest.mark.parametrize(("stored", "trained"), [("float32", "float32"), ("bfloat16", "mixed"), ("mixed", "mixed")])
@@ -34,11 +49,7 @@ def test_parameters_are_float32_and_products_as_in_stage_1(
 
 
 def test_the_encoder_inside_frames_is_rebuilt_too(tiny_manifest: Manifest, tmp_path: Path) -> None:
-    for sample in tiny_manifest.samples:
-        encoder_cases.write_animation(tmp_path / f"{sample.id}.webp", [10, 200, 90])
-    samples = tuple(replace(sample, media=Path(f"{sample.id}.webp")) for sample in tiny_manifest.samples)
-    meta = {**tiny_manifest.meta, "media_type": "video"}
-    clips = replace(tiny_manifest, samples=samples, meta=meta, media_root=tmp_path)
+    clips = animated(tiny_manifest, tmp_path)
     inner = "model=test_vit,compute_dtype=bfloat16"
     settings = {"encoder": "timm", "settings": inner, "weights": "random", "num_frames": "2"}
     origin = rebuild(cache_of(clips, tmp_path / "home", "frames", settings))
@@ -59,6 +70,38 @@ def test_encoders_that_cannot_be_tuned_or_have_changed_are_refused(tiny_manifest
     save_file({name: tensor * 2 for name, tensor in state.items()}, path)
     with pytest.raises(ValueError, match=r"was made with encoder\.weights_sha256 = .* by now; extract it again"):
         rebuild(cache)
+
+
+def test_caches_without_an_encoder_to_tune_are_refused(tiny_manifest: Manifest, tmp_path: Path) -> None:
+    ids = [sample.id for sample in tiny_manifest.samples]
+    source = tmp_path / "theirs.npy"
+    np.save(source, np.ones((len(ids), 4), dtype=np.float32))
+    source.with_suffix(".json").write_text(json.dumps(ids))
+    manifests.write(tiny_manifest, tmp_path / "home")
+    imported = import_features(source, tmp_path / "home", dataset="tiny", name="elsewhere")
+    with pytest.raises(ValueError, match=r"elsewhere-\w+ was computed elsewhere, .*extract features with an encoder$"):
+        rebuild(open_cache(imported.path))
+    settings = {"encoder": "random_projection", "settings": "width=8", "num_frames": "2"}
+    clips = animated(tiny_manifest, tmp_path)
+    with pytest.raises(ValueError, match="random_projection takes no weights"):
+        rebuild(cache_of(clips, tmp_path / "clips", "frames", settings))
+
+
+@pytest.mark.parametrize("content", [b"", b"no tensors", None])
+def test_a_damaged_joint_checkpoint_is_named_with_the_remedy(content: bytes | None, tmp_path: Path) -> None:
+    run = Run(tmp_path / "baseline-0" / "seed0", 0)
+    path = run.path / "checkpoint.safetensors"
+    weights = save({"head.bias": torch.zeros(2), "image.bias": torch.ones(2)})
+    write_atomic(path, weights)
+    write_atomic(run.path / "done", json.dumps({"seconds": 1.0, "checkpoint_sha256": hashlib.sha256(weights).hexdigest()}))
+    assert joint_weights(run, "head")["bias"].tolist() == [0, 0]
+    path.write_bytes(save({"image.bias": torch.zeros(2)}) if content is None else content)
+    for key in ("head", "image"):
+        with pytest.raises(ValueError, match=r"checkpoint.safetensors is damaged .*; delete .*seed0 and run the same command"):
+            joint_weights(run, key)
+    with pytest.raises(ValueError, match="damaged"):
+        export(run, "image")
+    assert not (run.path / "image.safetensors").exists()
 
 
 def test_the_name_of_an_encoder_means_its_default_settings(tiny_manifest: Manifest, tmp_path: Path) -> None:

@@ -20,6 +20,8 @@ from pipeline.cache import layout
 from pipeline.cache.layout import Commit
 from pipeline.runs import fingerprint
 
+AT_ONCE = 8192  # samples whose rows are joined at a time
+
 
 @dataclass(frozen=True)
 class Cache:
@@ -41,14 +43,15 @@ class Cache:
         NaN where a sample has no features: it failed, or has no text. `aggregate` joins the rows of a sample that has
         several. `ValueError` when ids are unknown or a shard is damaged.
         """
-        features, counts = self.read_each(ids, first_only=aggregate == "first")
-        if (counts == 1).all():
-            return features
+        if self.kind == "dense":
+            return self.read_each(ids)[0]
         result = np.full((len(ids), *self.feature_shape), np.nan, dtype=np.float32)
-        filled = counts > 0
-        if filled.any():
-            sums = np.add.reduceat(features, (np.cumsum(counts) - counts)[filled], axis=0)
-            result[filled] = sums / counts[filled].reshape(-1, *(1 for _ in self.feature_shape))
+        for start in range(0, len(ids), AT_ONCE):  # memory holds the rows of so many samples
+            features, counts = self.read_each(ids[start : start + AT_ONCE], first_only=aggregate == "first")
+            filled = counts > 0
+            if filled.any():
+                sums = np.add.reduceat(features, (np.cumsum(counts) - counts)[filled], axis=0)
+                result[start : start + AT_ONCE][filled] = sums / counts[filled].reshape(-1, *(1 for _ in self.feature_shape))
         return result
 
     def read_each(self, ids: Sequence[str], first_only: bool = False) -> tuple[np.ndarray, np.ndarray]:

@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 
 from pipeline.report.results import BASELINE, Results, Row, collect
+from pipeline.seeds import average, deviation, spread
 from pipeline.statistics import paired_bootstrap
 
 NUM_RESAMPLES = 4000  # of the bootstrap
@@ -84,7 +85,7 @@ def _line(row: Row, results: Results, metrics: Sequence[str]) -> dict[str, Any]:
     line: dict[str, Any] = {"method": row.label, "kind": row.head.kind, "seeds": len(row.runs)}
     for metric in metrics:
         values = row.values(metric)
-        line[metric], line[f"{metric}_std"] = values.mean(), values.std(ddof=1) if len(values) > 1 else np.nan
+        line[metric], line[f"{metric}_std"] = average(values), deviation(values)
         if baseline:
             above = float(values.mean() - baseline.values(metric).mean())
             line |= dict(zip(_compared(metric), found.get(metric, (above, np.nan, np.nan)), strict=True))
@@ -158,11 +159,6 @@ def distances(frame: pd.DataFrame, metrics: Sequence[str]) -> pd.DataFrame:
         },
         index=frame.index,
     )
-
-
-def spread(mean: float, std: float) -> str:
-    """Mean ± standard deviation, the latter where there is one."""
-    return f"{mean:.2f}" if np.isnan(std) else f"{mean:.2f} ± {std:.2f}"
 
 
 def _interval(above: float, low: float, high: float) -> str:

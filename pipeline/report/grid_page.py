@@ -11,12 +11,13 @@ import pandas as pd
 
 from pipeline.report import grid_figures, html, robustness
 from pipeline.report.blocks import Block, Bullets, Folded, Grid, Heading, Picture, Text
-from pipeline.report.comparison import NAMES, spread
+from pipeline.report.comparison import NAMES
 from pipeline.report.figures import short
 from pipeline.report.grid_figures import Axis, Effect
 from pipeline.report.results import plural
 from pipeline.report.studies import Study, find_studies, read_study
 from pipeline.runs import write_atomic
+from pipeline.seeds import spread
 
 TOP = 10  # cells of the first table
 LISTED = 20  # runs that have not finished

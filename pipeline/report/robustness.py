@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 
 from pipeline.report.studies import Study
+from pipeline.seeds import average, deviation, rank_cells
 
 NUM_PAIRED = 4  # axes of which every pair is shown
 
@@ -57,31 +58,7 @@ def pairs(study: Study) -> list[tuple[str, str]]:
 
 
 def ranking(study: Study) -> pd.DataFrame:
-    """One row per cell: those with all their seeds by rank, then the others in the order of the grid.
-
-    cell; rank (missing for the others): by mean score, then mean loss, then the order of the grid; score, std (NaN of one
-    seed) and loss over the finished seeds; seeds: how many; state: "done", or why not.
-    """
-    states, reasons = (study.runs[name].to_numpy().reshape(len(study.places), -1) for name in ("state", "reason"))
-    lines = []
-    for cell, (scores, losses) in enumerate(zip(study.of_cells("score"), study.of_cells("loss"), strict=True)):
-        done = np.isfinite(scores)
-        why = [reason or state for reason, state, ended in zip(reasons[cell], states[cell], done, strict=True) if not ended]
-        line = {"cell": cell, "score": average(scores), "std": deviation(scores[done]), "loss": average(losses)}
-        lines.append({**line, "seeds": int(done.sum()), "state": why[0] if why else "done"})
-    table = pd.DataFrame(lines)
-    whole = table[table["seeds"] == len(study.seeds)].sort_values(["score", "loss", "cell"], ascending=[False, True, True])
-    rank = pd.Series(range(1, len(whole) + 1), index=whole.index, dtype="Int64")
-    ordered = table.assign(rank=rank.reindex(table.index)).loc[[*whole.index, *table.index.difference(whole.index)]]
-    return ordered.reset_index(drop=True)
-
-
-def average(values: np.ndarray) -> float:
-    """Mean of the finite values, NaN without any."""
-    finite = values[np.isfinite(values)]
-    return float(finite.mean()) if len(finite) else np.nan
-
-
-def deviation(values: np.ndarray) -> float:
-    """Sample standard deviation of finite values, NaN of fewer than two."""
-    return float(values.std(ddof=1)) if len(values) > 1 else np.nan
+    """The cells by rank, see `rank_cells`; those that are not ranked have a state."""
+    scores, runs = study.of_cells("score"), study.runs
+    reasons = runs["reason"].where(runs["reason"] != "", runs["state"]).to_numpy().reshape(scores.shape)
+    return rank_cells(scores, study.of_cells("loss"), reasons.tolist())
