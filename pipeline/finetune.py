@@ -44,6 +44,8 @@ def resolve(init: Run, training: Mapping[str, Any]) -> TrainConfig:
     """The training config: the papers' rate for the head, ten epochs, judged by the metric; then what was given."""
     base = {"lr": 1e-4, "epochs": 10, "precision": init.config().training.get("precision", "float32")}
     config = plugins.configure(TrainConfig, {**base, **training})
+    if config.compiled:
+        raise ValueError("joint training is not compiled: leave --train compiled out")
     if config.window or init.config().training.get("window", 0):
         raise ValueError(
             "joint training keeps the features in memory: it takes no window, nor a head that was trained with one"

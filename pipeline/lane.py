@@ -22,13 +22,8 @@ from pipeline.runs import Run, write_atomic
 from pipeline.types import Batch, Method, Phase
 
 PRESETS: dict[str, dict[str, float]] = {"paper": {"lr": 1e-4}, "head": {"lr": 1e-3}}
-SHARED = (
-    "epochs",
-    "batch_size",
-    "validate_every",
-    "precision",
-    "window",
-)  # training settings that lanes trained together have in common
+# training settings that lanes trained together have in common
+SHARED = ("epochs", "batch_size", "validate_every", "precision", "compiled", "window")
 DIVERGED = "not finite"  # in the reason why a run fails whose numbers do so: it would fail again
 Watch = Callable[[int, float], bool]  # (epochs of the last phase that are done, validation metric) -> stop here?
 
@@ -48,6 +43,7 @@ class TrainConfig:
     validate_every: int = 1  # epochs between two validations; the last epoch always has one
     select: Literal["metric", "loss", "last"] = "metric"  # which epoch's weights are kept, judged on validation
     precision: Literal["float32", "mixed"] = "float32"  # of training and prediction; mixed: bfloat16 products, float32 weights
+    compiled: bool = False  # the loss as one graph of torch.compile, on a GPU a CUDA graph; its rounding is its own
     window: int = 0  # samples in memory at a time, shuffled among each other; 0: all, if half of the memory holds them
 
     def __post_init__(self) -> None:

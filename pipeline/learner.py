@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import groupby
 from types import EllipsisType
@@ -12,8 +12,13 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
+from pipeline.devices import default_device
 from pipeline.lane import Lane, TrainConfig
 from pipeline.stack import Stack, clip_each
+from pipeline.streams import Streams
+from pipeline.types import Batch
+
+BACKEND = "inductor"  # of torch.compile
 
 
 class Learner:
@@ -24,6 +29,7 @@ class Learner:
         alone = len(lanes) == 1
         self.model = lanes[0].method if alone else Stack([lane.method for lane in lanes])
         trained = {name: parameter for name, parameter in self.model.named_parameters() if parameter.requires_grad}
+        self._compiled = _compiled(self.model) if lanes[0].config.compiled else None
         self._leaves, factors = list(trained.values()), [lanes[0].phase.rate(name) for name in trained]
         self._limits = torch.tensor([lane.config.grad_clip for lane in lanes], device=self._leaves[0].device)
         self._ties: list[_Tie] = []
@@ -34,10 +40,18 @@ class Learner:
             self._ties.append(_Tie(config, members, self._leaves, rows, factors))
             start += len(members)
 
-    def step(self, loss: Tensor) -> None:
-        """A step of every lane against the gradient of its own loss, of [] or [K], with its norm limited."""
+    def loss(self, batch: Batch, rng: Streams, phase: str) -> Batch:
+        """The model's losses, with no gradient left of the step before; the tensors of a compiled one live for a step."""
         for leaf in self._leaves:
             leaf.grad = None
+        if not self._compiled:
+            return self.model.loss(batch, rng, phase)
+        torch.compiler.cudagraph_mark_step_begin()
+        key = rng.key if isinstance(rng.key, Tensor) else torch.full((), rng.key, device=rng.samples.device)
+        return self._compiled(batch, key, phase)
+
+    def step(self, loss: Tensor) -> None:
+        """A step of every lane against the gradient of its own loss, of [] or [K], with its norm limited."""
         loss.sum().backward()
         if len(self.lanes) == 1:
             nn.utils.clip_grad_norm_(self._leaves, self.lanes[0].config.grad_clip)
@@ -73,6 +87,17 @@ class Learner:
         """Hand every lane its part of what the optimisers know."""
         for tie in self._ties:
             tie.store()
+
+
+def _compiled(model: Any) -> Callable[..., Batch]:
+    """The model's loss as one graph of (batch, key of the random streams, phase); what was compiled before is forgotten."""
+    torch.compiler.reset()
+
+    def loss(batch: Batch, key: Tensor, phase: str) -> Batch:
+        return model.loss(batch, Streams(key, batch["key"]), phase)
+
+    mode = "reduce-overhead" if default_device().type == "cuda" else None
+    return torch.compile(loss, fullgraph=True, backend=BACKEND, mode=mode)
 
 
 class _Tie:

@@ -47,10 +47,9 @@ def _mix(value: Word) -> Word:
     return value ^ _shift(value, 31)
 
 
-def _name(name: int | str | Tensor) -> int | Tensor:
-    if isinstance(name, str):
-        return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little", signed=True)
-    return name
+@torch.compiler.assume_constant_result  # torch.compile cannot trace a hash
+def _word(name: str) -> int:
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little", signed=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +68,7 @@ class Streams:
         """The streams under these names, e.g. `at("noise", draw, step)`; order matters."""
         key = self.key
         for name in names:
-            key = _mix(_wrapped(_wrapped(key * 3 + _GOLDEN) + _name(name)))
+            key = _mix(_wrapped(_wrapped(key * 3 + _GOLDEN) + (_word(name) if isinstance(name, str) else name)))
         return Streams(key, self.samples)
 
     def bits(self, *shape: int) -> Tensor:

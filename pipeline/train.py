@@ -128,7 +128,7 @@ def _pass(learner: Learner, source: Source) -> list[dict[str, Any]]:
     for batch in source(len(lead.state.history)):
         rng = Streams.seeded(lead.run.seed, batch["key"]).at("train", phase, epoch, steps)
         with computing(lead.config.precision, batch["key"].device):
-            parts = learner.model.loss(batch, rng, phase)
+            parts = learner.loss(batch, rng, phase)
         learner.step(parts["loss"])
         for name, value in parts.items():
             totals[name] = totals.get(name, 0.0) + value.detach().float()

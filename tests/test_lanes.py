@@ -19,6 +19,7 @@ import torch
 from test_grid import tiny_grid
 from test_stack import other
 from test_train import FAST, SMALL, caches_by_key
+from torch._dynamo.utils import counters
 
 from pipeline import heads as heads_module
 from pipeline import plugins, runs
@@ -367,3 +368,23 @@ def test_lanes_are_for_stacks(tiny_home: Path) -> None:
         ValueError, match="--lanes are cells of one model, and --strategy processes trains every cell by itself"
     ):
         sweep(tiny_grid(tiny_home), strategy="processes", lanes=2)
+
+
+@pytest.mark.parametrize("method", plugins.names("methods"))
+def test_a_compiled_loss_is_the_loss(method: str, home: Path, other_home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As one graph, compiled once for all steps; torch's own kernels run it here, for others need a C++ compiler."""
+    monkeypatch.setattr("pipeline.learner.BACKEND", "aot_eager")
+    plain = [planned(opened(other_home, method), method, {}, {"lr": lr, "epochs": 2}) for lr in (1e-3, 1e-2)]
+    compiled = [planned(opened(home, method), method, {}, {"lr": lr, "epochs": 2, "compiled": True}) for lr in (1e-3, 1e-2)]
+    for head in plain:
+        train_head(head, progress=False)
+    counters.clear()
+    assert not train_heads(compiled, progress=False)
+    phases = len(plugins.get("methods", method).build(plain[0].settings, plain[0].features.shapes).phases)
+    assert counters["stats"]["unique_graphs"] == phases
+    for pair in zip(compiled, plain, strict=True):
+        (ours, our_metrics), (theirs, their_metrics) = (
+            evaluated(head.features.home, head.run.path.relative_to(head.features.home)) for head in pair
+        )
+        np.testing.assert_allclose(ours, theirs, atol=TOLERANCE["float32"], rtol=0)
+        assert our_metrics == pytest.approx(their_metrics, abs=POINTS)
