@@ -30,7 +30,7 @@ METHODS = ("baseline", "ema", "marnet", "seda")
 SEEDS = (0, 1, 2)
 IMAGE = ("efficientnet_lite", {"side": "64", "compute_dtype": "float32"})  # small pictures: minutes on a processor
 JOINT = JointConfig(train="image", encoder_lr=1e-4)  # on validation better than 3e-4, and than augmented pictures
-TRAINING = {"epochs": 8, "lr": 3e-4, "lr_step": 3, "batch_size": 32}
+TRAINING = {"epochs": 6, "lr": 3e-4, "lr_step": 3, "batch_size": 32}
 Job = TypeVar("Job")
 Result = TypeVar("Result")
 

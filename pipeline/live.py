@@ -69,6 +69,12 @@ def _stored(rows: Tensor) -> np.ndarray:
     return (rows.view(torch.int16) if rows.dtype == torch.bfloat16 else rows).cpu().numpy()
 
 
+def picked(items: Tensor, rows: Tensor) -> Tensor:
+    """These rows of mapped items, copied by one thread: torch would take the cores from the encoder, and spin on them after."""
+    plain = items.view(torch.int16) if items.dtype == torch.bfloat16 else items
+    return torch.from_numpy(plain.numpy()[rows.numpy()]).view(items.dtype)
+
+
 def prepared_items(items: Items, path: Path, workers: int, progress: bool) -> Tensor:
     """Every row of the items, prepared [N, ...]; `ValueError` names the first that cannot be prepared any more."""
 

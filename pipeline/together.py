@@ -31,7 +31,7 @@ from pipeline.heads import Features, score
 from pipeline.items import Items, texts_of
 from pipeline.joint import Encode, Joint, Parts
 from pipeline.lane import Lane, Score, TrainConfig
-from pipeline.live import READ, Chunks, Texts, augmented, mapped, prepared_items, to_device, with_items
+from pipeline.live import READ, Chunks, Texts, augmented, mapped, picked, prepared_items, to_device, with_items
 from pipeline.ranks import Ranks
 from pipeline.runs import Run, RunConfig, lock
 from pipeline.sources import Captions, Table, ordered, shuffled
@@ -267,10 +267,10 @@ def _fetch(plan: Together, live: Mapping[str, Live], ranks: Ranks) -> Callable[[
         for key, each in live.items():
             if each.texts:
                 numbers, owner = each.texts.of(here, epoch, seed)
-                items = each.items["train"][numbers[ranks.share(len(numbers))]]
+                items = picked(each.items["train"], numbers[ranks.share(len(numbers))])
                 fetched["text_owner"] = owner.to(device)
             else:
-                items = each.items["train"][here["row"][own]]
+                items = picked(each.items["train"], here["row"][own])
                 if plan.joint.augment and epoch >= 0:
                     items = augmented(items, Streams.seeded(seed, here["key"][own]).at("augment", epoch))
             fetched[f"{key}_items"] = to_device(items, device)
@@ -298,12 +298,10 @@ def source_of(plan: Together, model: Joint, live: Mapping[str, Live], ranks: Ran
 
 @torch.no_grad()
 def _not_finite(model: Joint) -> list[str]:
-    """What is not finite after a step: its loss, its gradients, the weights it has led to."""
+    """What is not finite after a step: its loss, its gradients."""
     grads = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
-    largest = [get_total_norm(tensors, torch.inf) for tensors in (grads, model.parameters())]
-    finite = torch.stack([model.last_loss.float(), *largest]).isfinite().tolist()
-    names = ("the loss", "a gradient", "a weight")
-    return [name for name, is_finite in zip(names, finite, strict=True) if not is_finite]
+    finite = torch.stack([model.last_loss.float(), get_total_norm(grads, torch.inf)]).isfinite().tolist()
+    return [name for name, is_finite in zip(("the loss", "a gradient"), finite, strict=True) if not is_finite]
 
 
 def _stopped(plan: Together, batch: Batch, reason: str) -> str:

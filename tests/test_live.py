@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from pipeline.lane import TrainConfig
-from pipeline.live import augmented, with_items
+from pipeline.live import Chunks, augmented, mapped, picked, with_items
 from pipeline.manifest import Manifest
 from pipeline.ranks import Ranks
 from pipeline.sources import shuffled
@@ -114,3 +114,15 @@ def test_shares_are_equal_and_cover_a_batch_in_order(count: int, size: int) -> N
     assert len({len(share) for share in shares}) == 1
     joined: Tensor = torch.cat(shares)
     assert torch.equal(joined[:count], torch.arange(count))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_are_picked_bit_by_bit(dtype: torch.dtype, tmp_path: Path) -> None:
+    rows = torch.randn(20, 3).to(dtype)
+
+    def chunks() -> Chunks:
+        yield from rows.split(6)
+
+    items, order = mapped(tmp_path / "x.npy", chunks, 20), torch.tensor([7, 0, 19, 7])
+    assert torch.equal(picked(items, order), rows[order])
+    assert picked(items, order).dtype == dtype
