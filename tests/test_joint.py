@@ -179,7 +179,7 @@ def test_the_loop_learns_at_each_groups_rate_and_clips_them_together(tmp_path: P
     optimizer = torch.optim.Adam(groups, lr=0.1)
     x = torch.randn(5, 3)
     for _ in range(4):
-        learner.step(ours.loss({"x": x}, Streams.seeded(0, torch.arange(5)), "only")["loss"])
+        learner.step(learner.loss({"x": x}, Streams.seeded(0, torch.arange(5)), "only")["loss"])
         optimizer.zero_grad()
         oracle.loss({"x": x}, Streams.seeded(0, torch.arange(5)), "only")["loss"].backward()
         nn.utils.clip_grad_norm_(oracle.parameters(), 0.5)
