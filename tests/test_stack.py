@@ -230,7 +230,7 @@ def test_neither_a_step_nor_a_prediction_waits_for_the_device(variant: tuple[str
             with NoWaiting():
                 for step in range(2):
                     rng = Streams.seeded(0, batch["key"]).at(step)
-                    learner.step(learner.model.loss(batch, rng, lanes[0].phase.name)["loss"])
+                    learner.step(learner.loss(batch, rng, lanes[0].phase.name)["loss"])
                 learner.model.train(False)
                 with torch.no_grad():
                     learner.model.predict(batch["image"], Streams.seeded(0, batch["key"]))
