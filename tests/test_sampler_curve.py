@@ -72,7 +72,7 @@ def test_times_are_medians_of_passes_and_grow_with_the_steps(home: Path) -> None
     assert (rows["passes"] * rows["ms_max"] * rows["batch"] >= 20.0).all()  # at least LEAST_SECONDS in all
     assert set(rows["batch"]) == {4}
     assert set(rows["threads"]) == {1}
-    ms = rows.set_index(["sampler", "steps", "draws"])["ms"].to_dict()
+    ms = rows.set_index(["sampler", "steps", "draws"])["ms_min"].to_dict()  # other work on the machine only adds to it
     assert ms["ddim", 20, 1] > 2 * ms["ddim", 1, 1]
     assert ms["ddim", 5, 8] > 2 * ms["ddim", 5, 1]
 
