@@ -35,7 +35,7 @@ from pipeline.lane import Lane
 from pipeline.learner import Learner
 from pipeline.manifest import Manifest
 from pipeline.ranks import Ranks
-from pipeline.together import JointConfig, Live, Together, Work, _repeatable, _validate, assemble, open_live, source_of
+from pipeline.together import JointConfig, Live, Together, Work, assemble, open_live, repeatable, source_of, validate
 from pipeline.train import _pass
 from pipeline.types import Sample
 
@@ -72,7 +72,7 @@ def joint_epoch(together: Together, work: Work) -> tuple[Callable[[], object], C
     model = assemble(together, live, ALONE)
     source = source_of(together, model, live, ALONE, progress=False)
     learner = Learner([Lane(method=model, run=together.run, config=together.training)])
-    return lambda: _pass(learner, source), lambda: _validate(together, live, ALONE, model), live["image"]
+    return lambda: _pass(learner, source), lambda: validate(together, live, ALONE, model), live["image"]
 
 
 def bare_epoch(live: Live, steps: int, batch: int) -> Callable[[], object]:
@@ -132,11 +132,11 @@ def main() -> None:
         if options.peak:
             works = {"plain": Work(progress=False), "checkpointing": Work(progress=False, checkpointing=True)}
             works["accumulate"] = Work(progress=False, accumulate=4)
-            with _repeatable(default_device()):
+            with repeatable(default_device()):
                 print(peak_bytes(together, works[options.peak]))
             return
         steps = options.images // options.batch
-        with _repeatable(default_device()):
+        with repeatable(default_device()):
             epoch, statistics, live = joint_epoch(together, Work(progress=False))
             whole, bare, following = fastest(epoch, bare_epoch(live, steps, options.batch), statistics)
             last = replace(together, joint=JointConfig(train=f"last:{options.last}"))

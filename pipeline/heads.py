@@ -31,9 +31,7 @@ from pipeline.windows import fitting, open_rows, sample_bytes
 
 Kind = TypeVar("Kind", bound=Rows)
 MEMORY_SHARE = 0.8  # of the free memory that heads trained together may take
-KEPT = (
-    5  # times its weights is what a lane keeps on the CPU: its best ones, and when it is saved those of now and the optimiser's
-)
+KEPT = 5  # times its weights: what a lane keeps on the CPU, which is its best ones and what is being saved
 
 
 def resolve(

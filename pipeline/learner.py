@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._dynamo.exc import TorchDynamoException
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from pipeline.devices import default_device
@@ -48,7 +49,11 @@ class Learner:
             return self.model.loss(batch, rng, phase)
         torch.compiler.cudagraph_mark_step_begin()
         key = rng.key if isinstance(rng.key, Tensor) else torch.full((), rng.key, device=rng.samples.device)
-        return self._compiled(batch, key, phase)
+        try:
+            return self._compiled(batch, key, phase)
+        except TorchDynamoException as error:
+            reason = str(error).splitlines()[0]
+            raise ValueError(f"torch.compile fails, {reason}; does it have its compiler? leave --train compiled out") from error
 
     def step(self, loss: Tensor) -> None:
         """A step of every lane against the gradient of its own loss, of [] or [K], with its norm limited."""

@@ -126,6 +126,14 @@ class Run:
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{path} is damaged; {self.remedy}") from error
 
+    def weights(self) -> bytes:
+        """The checkpoint of a finished run, in the format of safetensors; `ValueError` when it is not the one it wrote."""
+        path = self.path / "checkpoint.safetensors"
+        content = path.read_bytes()
+        if hashlib.sha256(content).hexdigest() != self.done()["checkpoint_sha256"]:
+            raise ValueError(f"{path} is damaged (its sha256 does not fit); {self.remedy}")
+        return content
+
     def create(self, config: RunConfig) -> None:
         """Make the folder and its config.json."""
         write_atomic(self.path / "config.json", json.dumps(asdict(config), indent=1, sort_keys=True, allow_nan=False))

@@ -121,10 +121,10 @@ def train_together(plan: Together, work: Work, ranks: Ranks) -> None:
         model = assemble(plan, live, ranks)
         progress = work.progress and not ranks.rank
         lane = Lane(method=model, run=run, config=plan.training)
-        validate = partial(_validate, plan, live, ranks)
+        judge = partial(validate, plan, live, ranks)
         source = source_of(plan, model, live, ranks, progress)
-        held.enter_context(_repeatable(default_device()))
-        for error in train([lane], source, _nothing, validate, progress).values():
+        held.enter_context(repeatable(default_device()))
+        for error in train([lane], source, _nothing, judge, progress).values():
             raise error
 
 
@@ -320,7 +320,7 @@ def _memory(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def _validate(plan: Together, live: Mapping[str, Live], ranks: Ranks, model: Predictor) -> list[Score]:
+def validate(plan: Together, live: Mapping[str, Live], ranks: Ranks, model: Predictor) -> list[Score]:
     """The metric and the loss of the head on live features of the validation split, after its statistics have followed.
 
     These are of the training split; no text of the validation split is read.
@@ -345,7 +345,7 @@ def features_of(encode: Encode, items: Tensor, batch_size: int, ranks: Ranks) ->
 
 
 @contextmanager
-def _repeatable(device: torch.device) -> Iterator[None]:
+def repeatable(device: torch.device) -> Iterator[None]:
     """Compute the same bits again, backwards too; on a GPU that has to be asked for, and some of its kernels cannot."""
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(device.type == "cuda", warn_only=True)

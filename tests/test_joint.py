@@ -20,7 +20,7 @@ from pipeline.manifest import Manifest
 from pipeline.runs import Run
 from pipeline.sources import shuffled
 from pipeline.streams import Streams
-from pipeline.together import JointConfig, Work, _validate, source_of
+from pipeline.together import JointConfig, Work, source_of, validate
 from pipeline.types import Batch, Phase
 
 CPU = torch.device("cpu")
@@ -113,13 +113,13 @@ def test_statistics_are_those_of_the_encoder_that_is_validated(joint: JointConfi
     """And so is the drift; pictures are taken as they are, and all of them."""
     plan = joint_home.together(home, joint_home.head(home, "ema"), joint, TRAINING)
     model, live = joint_home.assembled(plan)
-    (before,) = _validate(plan, live, joint_home.ALONE, model)
+    (before,) = validate(plan, live, joint_home.ALONE, model)
     assert before.facts == {f"cosine_{key}": pytest.approx(1.0, abs=1e-5) for key in joint.live}
     with torch.no_grad():
         for parameter in live["image"].encoder.parameters():
             parameter.mul_(1.05)  # a moving encoder
         features = live["image"].encode(live["image"].items["train"])
-    (after,) = _validate(plan, live, joint_home.ALONE, model)
+    (after,) = validate(plan, live, joint_home.ALONE, model)
     state, cached = model.state_dict(), plan.features.train.columns["image"]
     torch.testing.assert_close(state["head.image_scale.mean"], features.mean(dim=0), rtol=1e-4, atol=1e-5)
     assert (state["head.image_scale.mean"] - cached.mean(dim=0)).abs().max() > 1e-2
