@@ -38,12 +38,12 @@ from timm.data.transforms_factory import create_transform
 from torch import nn
 
 from pipeline.cache import Writer, layout, open_cache
-from pipeline.devices import default_device
+from pipeline.data.manifest import Manifest
 from pipeline.encoders.efficientnet_lite import load_weights
-from pipeline.extract import Effort, extract, plan
-from pipeline.loading import encoded_batches
-from pipeline.manifest import Manifest
-from pipeline.pace import Pace
+from pipeline.extraction.extract import Effort, extract, plan
+from pipeline.extraction.throughput import Pace
+from pipeline.extraction.workers import encoded_batches
+from pipeline.runtime.device import default_device
 from pipeline.types import Sample
 
 SIDE = 500  # pixels of the shorter side

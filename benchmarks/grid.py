@@ -32,17 +32,18 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.data import DataLoader, TensorDataset
 from torch.utils.flop_counter import FlopCounterMode
 
-from pipeline import manifest as manifests
-from pipeline import plugins
 from pipeline.cache import Writer, layout
-from pipeline.devices import computing, default_device, reproducible, resolve_dtype
-from pipeline.evaluate import evaluate
-from pipeline.grid import Grid, plan_grid, read_axes
-from pipeline.heads import Features, open_features, plan_head, resolve, train_head
-from pipeline.manifest import Manifest
-from pipeline.runs import Run
-from pipeline.streams import Streams
-from pipeline.sweep import sweep
+from pipeline.data import manifest as manifests
+from pipeline.data.manifest import Manifest
+from pipeline.evaluation.evaluate import evaluate
+from pipeline.runtime import plugins
+from pipeline.runtime.device import computing, default_device, reproducible, resolve_dtype
+from pipeline.runtime.rng import Streams
+from pipeline.runtime.runs import Run
+from pipeline.studies.grid import Grid, plan_grid, read_axes
+from pipeline.studies.search import sweep
+from pipeline.training.features import Features, open_features
+from pipeline.training.heads import plan_head, resolve, train_head
 from pipeline.types import SPLITS, Sample
 
 WIDTH = 768

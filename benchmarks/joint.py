@@ -25,18 +25,28 @@ import numpy as np
 import torch
 from PIL import Image
 
-from pipeline import manifest as manifests
-from pipeline import plugins
-from pipeline.devices import default_device
-from pipeline.evaluate import load_method
-from pipeline.extract import Effort, extract
-from pipeline.heads import plan, resolve, train_head
-from pipeline.lane import Lane
-from pipeline.learner import Learner
-from pipeline.manifest import Manifest
-from pipeline.ranks import Ranks
-from pipeline.together import JointConfig, Live, Together, Work, assemble, open_live, repeatable, source_of, validate
-from pipeline.train import _pass
+from pipeline.data import manifest as manifests
+from pipeline.data.manifest import Manifest
+from pipeline.evaluation.evaluate import load_method
+from pipeline.extraction.extract import Effort, extract
+from pipeline.runtime import plugins
+from pipeline.runtime.device import default_device
+from pipeline.training.heads import plan, resolve, train_head
+from pipeline.training.joint.ddp import Ranks
+from pipeline.training.joint.trainer import (
+    JointConfig,
+    Live,
+    Together,
+    Work,
+    assemble,
+    open_live,
+    repeatable,
+    source_of,
+    validate,
+)
+from pipeline.training.loop import _pass
+from pipeline.training.optim import Learner
+from pipeline.training.state import Lane
 from pipeline.types import Sample
 
 ALONE = Ranks()

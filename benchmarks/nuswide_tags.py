@@ -18,8 +18,8 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.lists import binary_rows
-from pipeline.manifest import load_spec, write
+from pipeline.data.manifest import load_spec, write
+from pipeline.data.readers import binary_rows
 
 NUM_TRAIN, NUM_TEST, WIDTH = 161_789, 107_859, 1_000
 TAG_SHARE = 1_559_464 / (269_648 * WIDTH)  # of the marks that are 1
@@ -72,7 +72,7 @@ def read_tags(root: Path) -> int:
 
 def make_manifest(root: Path) -> int:
     """Build, check and write the manifest; returns the number of photos."""
-    from pipeline.datasets import nuswide
+    from pipeline.data.datasets import nuswide
 
     manifest = nuswide.build({**load_spec("nuswide"), "counts_profile": "fixture", "filter": "none"}, root)
     write(manifest, root / "home")

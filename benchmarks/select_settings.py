@@ -22,15 +22,18 @@ from typing import Any
 import torch
 import yaml
 
-from pipeline import manifest as manifests
-from pipeline import metrics, plugins
-from pipeline.devices import default_device
-from pipeline.evaluate import predict
-from pipeline.lane import Lane, Score, TrainConfig
-from pipeline.runs import Run
-from pipeline.sources import Table, find_cache, load, ordered, shuffled
-from pipeline.streams import Streams
-from pipeline.train import train
+from pipeline.cache.reader import find_cache
+from pipeline.cache.table import Table, load, ordered, shuffled
+from pipeline.data import manifest as manifests
+from pipeline.evaluation import metrics
+from pipeline.evaluation.evaluate import predict
+from pipeline.runtime import plugins
+from pipeline.runtime.device import default_device
+from pipeline.runtime.rng import Streams
+from pipeline.runtime.runs import Run
+from pipeline.training.config import TrainConfig
+from pipeline.training.loop import train
+from pipeline.training.state import Lane, Score
 from pipeline.types import Predictor
 
 FOLDS = 5

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from torch.nn import Parameter
 
-    from pipeline.streams import Streams
+    from pipeline.runtime.rng import Streams
 
 Batch = dict[str, "Tensor"]  # "image" [B,Dv], "text" [B,Ds], "paired" [B], "label" [B] or [B,C], "key" [B]
 Shapes = Mapping[str, tuple[int, ...]]  # key -> shape without B; "label": () or (C,) for multi-label; "classes": (C,)

@@ -9,9 +9,9 @@ import pytest
 import torch
 from PIL import Image
 
-from pipeline import manifest as manifests
-from pipeline.extract import Effort, extract
-from pipeline.manifest import Manifest
+from pipeline.data import manifest as manifests
+from pipeline.data.manifest import Manifest
+from pipeline.extraction.extract import Effort, extract
 from pipeline.types import Sample
 
 torch.set_num_threads(1)  # the tensors of tests are tiny: threads would only wait for each other

@@ -9,7 +9,7 @@ from typing import Any
 
 from pipeline.cache.reader import find_caches, info
 from pipeline.cache.samples import home_of
-from pipeline.runs import lock, sync_folder
+from pipeline.runtime.files import lock, sync_folder
 
 
 @dataclass(frozen=True)

@@ -12,12 +12,12 @@ from typing import Any
 
 import numpy as np
 
-from pipeline import plugins
 from pipeline.cache import layout
 from pipeline.cache.exchange import NO_OFFSETS, Features, as_float32, spans
 from pipeline.cache.layout import Failure
-from pipeline.manifest import DATASET_NAME, Manifest
-from pipeline.runs import fingerprint
+from pipeline.data.manifest import DATASET_NAME, Manifest
+from pipeline.runtime import plugins
+from pipeline.runtime.files import fingerprint
 
 Shard = tuple[np.ndarray, list[Failure]]  # features float32, NaN where there are none, and why
 ID_COMPRESSION = 16  # bytes of ids that a byte of a file may stand for: ids are distinct, and features lie beside them

@@ -20,7 +20,7 @@ from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import numpy as np
 
-from pipeline.runs import canonical_json, fingerprint, write_atomic
+from pipeline.runtime.files import canonical_json, fingerprint, write_atomic
 
 StoreDtype = Literal["float16", "float32", "bfloat16"]
 STORE_DTYPES: tuple[str, ...] = get_args(StoreDtype)

@@ -18,7 +18,8 @@ import zarr
 
 from pipeline.cache import layout
 from pipeline.cache.layout import Commit
-from pipeline.runs import fingerprint
+from pipeline.data.manifest import Manifest
+from pipeline.runtime.files import fingerprint
 
 AT_ONCE = 8192  # samples whose rows are joined at a time
 
@@ -222,3 +223,31 @@ def differences(expected: Mapping[str, Any], found: Mapping[str, Any], prefix: s
         elif wanted != have:
             result.append((f"{prefix}{key}", wanted, have))
     return result
+
+
+def find_cache(home: Path, manifest: Manifest, name: str) -> Cache:
+    """The manifest's cache of that encoder, folder name or fingerprint; `ValueError` names the choices, or what has changed.
+
+    Of several caches of an encoder its name means the one made with its default settings, unless some are of another modality.
+    """
+    folders = find_caches(home, manifest.dataset)
+    named = [path for path in folders if _is_named(path.name, name)]
+    wanted = manifest.fingerprint()
+    fitting = [path for path in named if read_attributes(path)["identity"]["manifest"] == wanted]
+    if len(fitting) > 1:
+        about = [read_attributes(path) for path in fitting]
+        default = [path for path, each in zip(fitting, about, strict=True) if not each["provenance"].get("settings")]
+        alike = len({each["identity"]["encoder"].get("modality") for each in about}) == 1
+        fitting = default if len(default) == 1 and alike else fitting
+    if len(fitting) == 1 or (named and not fitting):
+        return open_cache((fitting or named)[0], {"manifest": wanted})
+    problem = "several caches" if fitting else "no cache"
+    choices = ", ".join(path.name for path in fitting or folders) or "none yet"
+    command = f"diffalign extract {manifest.dataset}"
+    raise ValueError(f"{problem} of {manifest.dataset} named {name!r} (there are: {choices}); make one with: {command}")
+
+
+def _is_named(folder: str, name: str) -> bool:
+    """Whether a cache's folder is meant by an encoder, by its own name, or by a fingerprint of 12 or 64 digits."""
+    encoder, _, digits = folder.rpartition("-")
+    return name in (folder, encoder, digits) or (len(name) == 64 and name.startswith(digits))

@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from pipeline import manifest as manifests
 from pipeline.cache.reader import Cache
-from pipeline.manifest import Manifest
+from pipeline.data import manifest as manifests
+from pipeline.data.manifest import Manifest
 from pipeline.types import Sample
 
 

@@ -16,14 +16,14 @@ from typing import Literal
 import numpy as np
 import zarr
 
-from pipeline import manifest as manifests
 from pipeline.cache import layout
 from pipeline.cache.exchange import NO_OFFSETS, Features, check, ends, spans
 from pipeline.cache.incoming import Incoming, digests, elsewhere, exported
 from pipeline.cache.reader import Cache, open_cache, read_commits
 from pipeline.cache.samples import manifest_of
 from pipeline.cache.writer import Writer
-from pipeline.runs import lock, sync_folder
+from pipeline.data import manifest as manifests
+from pipeline.runtime.files import lock, sync_folder
 
 FORMATS = {".h5": "hdf5", ".hdf5": "hdf5", ".npy": "npy", ".parquet": "parquet", ".safetensors": "safetensors"}
 

@@ -24,7 +24,7 @@ from zarr.storage import MemoryStore
 
 from pipeline.cache import layout
 from pipeline.cache.layout import Commit, Failure
-from pipeline.runs import write_atomic
+from pipeline.runtime.files import write_atomic
 
 LEFTOVERS = ".*.tmp"  # what `write_atomic` calls a file that is not whole yet
 FAILURE_COLUMNS = pa.schema([("id", pa.string()), ("stage", pa.string()), ("error", pa.string())])

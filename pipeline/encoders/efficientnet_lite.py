@@ -14,9 +14,9 @@ from PIL import Image
 from torch import Tensor, nn
 from torchvision.transforms import v2
 
-from pipeline.devices import ComputeDtype, Precision, computing, default_device, place, resolve_dtype
-from pipeline.media import open_image
-from pipeline.pretrained import digest, fit, pixels, read_state, seeded
+from pipeline.data.media import open_image
+from pipeline.encoders._weights import digest, fit, pixels, read_state, seeded
+from pipeline.runtime.device import ComputeDtype, Precision, computing, default_device, place, resolve_dtype
 
 ARCHITECTURE = "tf_efficientnet_lite0"  # convolutions padded as the weights were trained: unevenly at even strides
 MEAN, DEVIATION = 127.0, 128.0  # of the 8-bit channels in training

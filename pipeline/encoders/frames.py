@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from pipeline.media import SAMPLING, open_frames
+from pipeline.data.media import SAMPLING, open_frames
 from pipeline.types import Encoder
 
 

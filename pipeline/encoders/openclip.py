@@ -17,10 +17,10 @@ from open_clip.transform import PreprocessCfg, image_transform_v2, merge_preproc
 from PIL import Image
 from torch import Tensor, nn
 
-from pipeline.devices import ComputeDtype, Precision, computing, default_device, place, resolve_dtype
-from pipeline.media import open_image
-from pipeline.pretrained import digest, feature_shape, fit, hub_folder, pixels, read_state, seeded, split_transform
-from pipeline.runs import fingerprint
+from pipeline.data.media import open_image
+from pipeline.encoders._weights import digest, feature_shape, fit, hub_folder, pixels, read_state, seeded, split_transform
+from pipeline.runtime.device import ComputeDtype, Precision, computing, default_device, place, resolve_dtype
+from pipeline.runtime.files import fingerprint
 
 STORED = "open_clip_model.safetensors"  # in OpenCLIP's folders
 SETTINGS = "open_clip_config.json"

@@ -12,8 +12,8 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from pipeline.devices import default_device
-from pipeline.media import open_image
+from pipeline.data.media import open_image
+from pipeline.runtime.device import default_device
 
 PIXELS = 16  # side of the thumbnail
 BUCKETS = 512  # trigrams are hashed into so many counts

@@ -15,9 +15,9 @@ from timm.data.config import resolve_data_config
 from timm.data.transforms_factory import create_transform
 from torch import Tensor, nn
 
-from pipeline.devices import ComputeDtype, Precision, computing, default_device, place, resolve_dtype
-from pipeline.media import open_image
-from pipeline.pretrained import digest, feature_shape, fit, hub_folder, pixels, read_state, seeded, split_transform
+from pipeline.data.media import open_image
+from pipeline.encoders._weights import digest, feature_shape, fit, hub_folder, pixels, read_state, seeded, split_transform
+from pipeline.runtime.device import ComputeDtype, Precision, computing, default_device, place, resolve_dtype
 
 PRESETS = {"repvgg": "repvgg_b0", "swin_tiny": "swin_tiny_patch4_window7_224"}  # resnet50, vgg19, … are timm's own names
 STORED = "model.safetensors"  # in timm's folders on the hub

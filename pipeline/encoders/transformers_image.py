@@ -10,9 +10,8 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import AutoImageProcessor
 
-from pipeline.devices import ComputeDtype, Precision, computing, default_device, place, resolve_dtype
-from pipeline.media import open_image
-from pipeline.pretrained import (
+from pipeline.data.media import open_image
+from pipeline.encoders._weights import (
     architecture,
     check_class_token,
     feature_shape,
@@ -22,6 +21,7 @@ from pipeline.pretrained import (
     transformers_folder,
     transformers_network,
 )
+from pipeline.runtime.device import ComputeDtype, Precision, computing, default_device, place, resolve_dtype
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoTokenizer
 
-from pipeline.devices import ComputeDtype, Precision, computing, default_device, place, resolve_dtype
-from pipeline.pretrained import CONFIGURATION_FILES, architecture, states_of, transformers_folder, transformers_network
+from pipeline.encoders._weights import CONFIGURATION_FILES, architecture, states_of, transformers_folder, transformers_network
+from pipeline.runtime.device import ComputeDtype, Precision, computing, default_device, place, resolve_dtype
 
 MAX_TOKENS = 32_768  # of a text
 NOT_TOKENIZERS = ("config.json", "model.safetensors.index.json", "README.txt")

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from pipeline.losses import classification
-from pipeline.nets import Standardise, dropout, hyper
-from pipeline.spaces import LabelLoss, Scale, label_count, require
-from pipeline.streams import Streams
+from pipeline.nn.feature_space import LabelLoss, Scale, label_count, require
+from pipeline.nn.layers import Standardise, dropout, hyper
+from pipeline.nn.losses import classification
+from pipeline.runtime.rng import Streams
 from pipeline.types import WHOLE, Batch, Shapes
 
 NEEDS = ("image", "label")

@@ -10,15 +10,15 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from pipeline.denoisers import ConcatMLP, Denoiser
-from pipeline.diffusion import Schedule, alphas_cumprod, q_sample
-from pipeline.losses import classification, mse
-from pipeline.nets import MLP, Table, hyper
-from pipeline.sampling import Sampler
-from pipeline.spaces import ADAPT, AdapterKind, LabelLoss, Scale, Space, label_count, require
-from pipeline.streams import Streams
+from pipeline.nn.denoisers import ConcatMLP, Denoiser
+from pipeline.nn.diffusion import Schedule, alphas_cumprod, q_sample
+from pipeline.nn.feature_space import ADAPT, AdapterKind, LabelLoss, Scale, Space, label_count, require
+from pipeline.nn.layers import MLP, Table, hyper
+from pipeline.nn.losses import classification, mse
+from pipeline.nn.sampler import Sampler
+from pipeline.nn.unet import UNet
+from pipeline.runtime.rng import Streams
 from pipeline.types import Batch, Phase, Shapes
-from pipeline.unet import UNet
 
 NEEDS = ("image", "text", "paired", "label")
 PREDICTION = ("sampler", "sample_steps", "eta", "draws", "zero_start")

@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pipeline.losses import classification, info_nce
-from pipeline.nets import Standardise, dropout, hyper
-from pipeline.spaces import LabelLoss, Scale, label_count, paired_text, require
-from pipeline.streams import Streams
+from pipeline.nn.feature_space import LabelLoss, Scale, label_count, paired_text, require
+from pipeline.nn.layers import Standardise, dropout, hyper
+from pipeline.nn.losses import classification, info_nce
+from pipeline.runtime.rng import Streams
 from pipeline.types import WHOLE, Batch, Shapes
 
 NEEDS = ("image", "text", "paired", "label")

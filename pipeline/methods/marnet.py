@@ -10,11 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pipeline.diffusion import Schedule
-from pipeline.losses import classification
 from pipeline.methods import cdr, ema
-from pipeline.spaces import LabelLoss, Scale, label_count
-from pipeline.streams import Streams
+from pipeline.nn.diffusion import Schedule
+from pipeline.nn.feature_space import LabelLoss, Scale, label_count
+from pipeline.nn.losses import classification
+from pipeline.runtime.rng import Streams
 from pipeline.types import Batch, Phase, Shapes
 
 NEEDS = ("image", "text", "paired", "label")

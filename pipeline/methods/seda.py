@@ -11,15 +11,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pipeline.denoisers import PFIN, Denoiser, Interaction
-from pipeline.diffusion import Schedule, alphas_cumprod, q_sample
-from pipeline.losses import classification, membership, mse, structural_consistency
-from pipeline.nets import Table, hyper
-from pipeline.sampling import Sampler
-from pipeline.spaces import ADAPT, AdapterKind, LabelLoss, Scale, Space, label_count, require
-from pipeline.streams import Streams
+from pipeline.nn.denoisers import PFIN, Denoiser, Interaction
+from pipeline.nn.diffusion import Schedule, alphas_cumprod, q_sample
+from pipeline.nn.feature_space import ADAPT, AdapterKind, LabelLoss, Scale, Space, label_count, require
+from pipeline.nn.layers import Table, hyper
+from pipeline.nn.losses import classification, membership, mse, structural_consistency
+from pipeline.nn.sampler import Sampler
+from pipeline.nn.unet import UNet
+from pipeline.runtime.rng import Streams
 from pipeline.types import Batch, Phase, Shapes
-from pipeline.unet import UNet
 
 NEEDS = ("image", "text", "paired", "label")
 PREDICTION = ("sampler", "sample_steps", "eta", "draws", "zero_start")

@@ -9,9 +9,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from pipeline.evaluation.statistics import average, deviation, paired_bootstrap, spread
 from pipeline.report.results import BASELINE, Results, Row, collect
-from pipeline.seeds import average, deviation, spread
-from pipeline.statistics import paired_bootstrap
 
 NUM_RESAMPLES = 4000  # of the bootstrap
 NAMES = {"acc1": "Acc-1", "acc5": "Acc-5", "map": "mAP", "pre1": "Pre-1", "pre5": "Pre-5", "rec1": "Rec-1", "rec5": "Rec-5"}

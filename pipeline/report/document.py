@@ -10,27 +10,18 @@ from typing import Any
 
 import pandas as pd
 
-from pipeline import manifest as manifests
-from pipeline.manifest import Manifest
+from pipeline.data import manifest as manifests
+from pipeline.data.manifest import Manifest
 from pipeline.report import html, markdown
 from pipeline.report.blocks import Block, Bullets, Grid, Heading, Picture, Text
-from pipeline.report.comparison import (
-    NAMES,
-    NUM_RESAMPLES,
-    claim_metric,
-    count_up,
-    distances,
-    metric_names,
-    printable,
-    spreads,
-)
+from pipeline.report.comparison import NAMES, NUM_RESAMPLES, claim_metric, count_up, distances, metric_names, printable, spreads
 from pipeline.report.figures import differences
 from pipeline.report.grid_page import grids
 from pipeline.report.pictures import Subjects, answers, choose_subjects, confusion, curves, feature_space
 from pipeline.report.provenance import provenance, test_reads
 from pipeline.report.results import Results, collect, plural
 from pipeline.report.sampler import sampler_curves
-from pipeline.runs import write_atomic
+from pipeline.runtime.files import write_atomic
 
 SELECTION = {
     "metric": "highest validation metric, then lowest validation loss",

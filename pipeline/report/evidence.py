@@ -13,8 +13,8 @@ from sklearn.manifold import TSNE
 from sklearn.metrics import average_precision_score, silhouette_score
 from threadpoolctl import threadpool_limits
 
-from pipeline.manifest import Manifest
-from pipeline.media import open_image
+from pipeline.data.manifest import Manifest
+from pipeline.data.media import open_image
 from pipeline.report.blocks import Answer, Example
 from pipeline.report.results import Row, predictions_path
 

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from pipeline.evaluation.statistics import spread
 from pipeline.report import grid_figures, html, robustness
 from pipeline.report.blocks import Block, Bullets, Folded, Grid, Heading, Picture, Text
 from pipeline.report.comparison import NAMES
@@ -16,8 +17,7 @@ from pipeline.report.figures import short
 from pipeline.report.grid_figures import Axis, Effect
 from pipeline.report.results import plural
 from pipeline.report.studies import Study, find_studies, read_study
-from pipeline.runs import write_atomic
-from pipeline.seeds import spread
+from pipeline.runtime.files import write_atomic
 
 TOP = 10  # cells of the first table
 LISTED = 20  # runs that have not finished

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from pipeline.cache import open_cache
-from pipeline.manifest import Manifest
+from pipeline.data.manifest import Manifest
 from pipeline.report import evidence, figures
 from pipeline.report.blocks import Block, Examples, Picture, Text
 from pipeline.report.figures import Curve

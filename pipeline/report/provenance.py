@@ -6,10 +6,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-from pipeline.manifest import Manifest, split_counts
+from pipeline.data.manifest import Manifest, split_counts
 from pipeline.report.blocks import Block, Folded, Grid, Heading, Text
 from pipeline.report.results import Results, plural
-from pipeline.runs import canonical_json
+from pipeline.runtime.files import canonical_json
 
 LONGEST = 400  # characters of a value that are shown
 

@@ -13,7 +13,8 @@ import numpy as np
 import pandas as pd
 
 from pipeline.cache import find_caches, info
-from pipeline.runs import Run, RunConfig, canonical_json, find_runs
+from pipeline.runtime.files import canonical_json
+from pipeline.runtime.runs import Run, RunConfig, find_runs
 
 Kind = Literal["image", "text", "unknown"]
 

@@ -7,8 +7,8 @@ from itertools import combinations
 import numpy as np
 import pandas as pd
 
+from pipeline.evaluation.statistics import average, deviation, rank_cells
 from pipeline.report.studies import Study
-from pipeline.seeds import average, deviation, rank_cells
 
 NUM_PAIRED = 4  # axes of which every pair is shown
 

@@ -10,11 +10,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullLocator
 
+from pipeline.evaluation.statistics import spread
 from pipeline.report.blocks import Block, Grid, Heading, Picture
 from pipeline.report.comparison import NAMES
 from pipeline.report.figures import COLOURS, STYLE, WIDTH, svg
 from pipeline.report.results import Head, Results, plural
-from pipeline.seeds import spread
 from pipeline.types import SPLITS
 
 WAY = ["sampler", "steps", "draws"]  # what names a point of a curve

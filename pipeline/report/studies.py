@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import importlib
 import json
 import math
 from collections.abc import Mapping
@@ -14,7 +13,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from pipeline import plugins
+from pipeline.runtime import plugins
 
 COLUMNS = ("cell", "seed", "state", "reason", "val_loss", "run")  # of cells.csv, beside the fields and the metric
 
@@ -150,8 +149,7 @@ def _letters(method: str) -> dict[str, str]:
     """field -> the papers' letter, read from the method's source: to import it would import torch."""
     if method not in plugins.names("methods"):
         return {}
-    source = Path(importlib.import_module("pipeline.methods").__path__[0]) / f"{method}.py"
-    for statement in ast.parse(source.read_text(encoding="utf-8")).body:
+    for statement in ast.parse(plugins.source("methods", method)).body:
         targets = statement.targets if isinstance(statement, ast.Assign) else [getattr(statement, "target", None)]
         if any(isinstance(target, ast.Name) and target.id == "SYMBOLS" for target in targets):
             assert isinstance(statement, ast.Assign | ast.AnnAssign), method

@@ -10,16 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.cache.exchange import (
-    Features,
-    blame,
-    check_declared,
-    id_strings,
-    offsets_of,
-    sidecar,
-    spans,
-    stored_dtype,
-)
+from pipeline.cache.exchange import Features, blame, check_declared, id_strings, offsets_of, sidecar, spans, stored_dtype
 from pipeline.types import Sample
 
 

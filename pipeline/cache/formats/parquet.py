@@ -14,16 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pipeline.cache.exchange import (
-    NO_OFFSETS,
-    Features,
-    blame,
-    check_declared,
-    document,
-    id_strings,
-    spans,
-    stored_dtype,
-)
+from pipeline.cache.exchange import NO_OFFSETS, Features, blame, check_declared, document, id_strings, spans, stored_dtype
 from pipeline.cache.incoming import check_id_bytes
 from pipeline.types import Sample
 

@@ -1,0 +1,172 @@
+"""The commands below `diffalign cache`. They import what they need when they run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from pipeline.commands.options import HOME, AsJson, Home, show, show_table
+
+app = typer.Typer(
+    help="Look at feature caches, check, mend, compare, move and remove them.", no_args_is_help=True, rich_markup_mode=None
+)
+
+CachePath = Annotated[Path, typer.Argument(metavar="CACHE", help="A cache's folder; `diffalign cache ls` shows them.")]
+
+
+@app.command()
+def info(path: CachePath, as_json: AsJson = False) -> None:
+    """What a cache holds and where it came from."""
+    from pipeline.cache import info as cache_info
+
+    show(cache_info(path), as_json)
+
+
+@app.command()
+def verify(path: CachePath) -> None:
+    """Check every shard against its commit record; exit code 2 when something is wrong."""
+    from pipeline.cache import verify as cache_verify
+
+    problems = cache_verify(path)
+    if problems:
+        raise ValueError(f"{path}: {'; '.join(problems)}")
+    print(f"{path}: every shard agrees with its commit record")
+
+
+@app.command()
+def repair(
+    path: CachePath,
+    workers: Annotated[int, typer.Option(min=-1, help="Processes; -1: one per core, 0: this one does everything.")] = -1,
+    as_json: AsJson = False,
+) -> None:
+    """Extract again what is damaged or missing, and nothing else."""
+    from pipeline.extraction.extract import Effort
+    from pipeline.extraction.repair import repair as repair_cache
+
+    mended = repair_cache(path, Effort(workers=workers))
+    if as_json:
+        show({"path": str(path), "mended": mended}, as_json)
+    else:
+        print("\n".join([f"{path}: {len(mended)} problems mended", *mended]) if mended else f"{path}: nothing to mend")
+
+
+@app.command()
+def ls(home: Home = HOME, as_json: AsJson = False) -> None:
+    """All caches, complete or not: rows, number format, bytes, and the command that makes them."""
+    import pandas as pd
+
+    from pipeline.cache.housekeeping import ls as list_caches
+
+    lines = list_caches(home)
+    if as_json:
+        show(lines, as_json)
+    elif not lines:
+        print(f"no caches in {home}; make one with: diffalign extract DATASET")
+    else:
+        names = ("dataset", "name", "rows", "feature_shape", "store_dtype", "bytes", "complete")
+        rows = [
+            {name: line.get(name, "") for name in names} | {"made by": line["problem"] or line["command"]} for line in lines
+        ]
+        show_table(pd.DataFrame(rows), as_json)
+
+
+@app.command()
+def stats(
+    path: CachePath,
+    threshold: Annotated[
+        float,
+        typer.Option(min=-1, max=1, help="Cosine from which a training row and one of another split are near duplicates."),
+    ] = 0.95,
+    top: Annotated[int, typer.Option(min=1, help="Near duplicates to name.")] = 10,
+    as_json: AsJson = False,
+) -> None:
+    """Mean, deviation, norms, class centres, and near duplicates between training and other rows; needs little memory."""
+    from pipeline.cache.stats import stats as cache_stats
+
+    found = cache_stats(path, threshold, top)
+    show(found if as_json else _flat(found), as_json)
+
+
+@app.command()
+def drift(
+    first: CachePath,
+    second: CachePath,
+    top: Annotated[int, typer.Option(min=1, help="Samples to name that have moved most.")] = 10,
+    as_json: AsJson = False,
+) -> None:
+    """How far a dataset's features lie apart in two caches: cosines of the same samples."""
+    from pipeline.cache.drift import drift as cache_drift
+
+    found = cache_drift(first, second, top)
+    show(found if as_json else _flat(found), as_json)
+
+
+def _flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested results as one line each: {"norms.min": 0.5}."""
+    lines: dict[str, Any] = {}
+    for key, item in value.items():
+        lines |= _flat(item, f"{prefix}{key}.") if isinstance(item, Mapping) else {f"{prefix}{key}": item}
+    return lines
+
+
+@app.command()
+def export(
+    path: CachePath,
+    target: Annotated[Path, typer.Argument(metavar="FILE", help="Where to write: .h5, .npy, .parquet or .safetensors.")],
+    as_json: AsJson = False,
+) -> None:
+    """Write features, ids, splits, labels and identity of a cache into one file."""
+    from pipeline.cache.transfer import export as export_cache
+
+    show({"file": str(export_cache(path, target))}, as_json)
+
+
+@app.command("import")
+def import_file(
+    source: Annotated[Path, typer.Argument(metavar="FILE", help="Features: .h5, .npy, .parquet or .safetensors.")],
+    dataset: Annotated[str, typer.Option(help="Prepared dataset of features that were computed elsewhere.")] = "",
+    name: Annotated[str, typer.Option(help="Name of features that were computed elsewhere, as if of an encoder.")] = "",
+    modality: Annotated[
+        Literal["media", "text"], typer.Option(help="What they were computed from: the samples' media, or their text.")
+    ] = "media",
+    store_dtype: Annotated[
+        Literal["same", "float16", "float32", "bfloat16"], typer.Option(help="Number format on disk; same: the file's.")
+    ] = "same",
+    max_failures: Annotated[
+        float, typer.Option(min=0, max=1, help="Stop above this share of samples without finite features.")
+    ] = 0.05,
+    home: Home = HOME,
+    as_json: AsJson = False,
+) -> None:
+    """Make a cache of a file of `export`, or of features computed elsewhere: rows are joined by id to a dataset's samples."""
+    from dataclasses import asdict
+
+    from pipeline.cache.transfer import import_features
+
+    done = import_features(
+        source, home, dataset=dataset, name=name, modality=modality, store_dtype=store_dtype, max_failures=max_failures
+    )
+    show({**asdict(done), "path": str(done.path)}, as_json)
+
+
+@app.command()
+def rm(
+    path: CachePath,
+    yes: Annotated[bool, typer.Option("--yes", help="Remove it; without, say what would be removed.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Remove a cache."""
+    from dataclasses import asdict
+
+    from pipeline.cache.housekeeping import contents
+    from pipeline.cache.housekeeping import rm as remove
+
+    what = remove(path) if yes else contents(path)
+    if as_json:
+        show({**asdict(what), "path": str(what.path), "removed": yes}, as_json)
+    else:
+        size = f"{what.path}: {what.files} files, {what.bytes / 2**20:.1f} MiB"
+        print(f"removed {size}" if yes else f"would remove {size}; to do it, say --yes")

@@ -1,0 +1,74 @@
+"""The commands of stage 1: `extract` and `encoders`. They import what they need when they run."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+import typer
+
+from pipeline.commands.options import (
+    HOME,
+    NONE,
+    AsJson,
+    Dataset,
+    Home,
+    Scheduler,
+    Settings,
+    assignments,
+    describe,
+    numbers,
+    show,
+)
+
+
+def extract(
+    dataset: Dataset,
+    encoder: Annotated[
+        list[str], typer.Option("--encoder", help="Encoder to run; default: the dataset's. May be given often.")
+    ] = NONE,
+    settings: Settings = NONE,
+    weights: Annotated[str, typer.Option(help="Weights of the encoder: a file or folder, e.g. of the joint stage.")] = "",
+    batch_size: Annotated[
+        int,
+        typer.Option(
+            min=0, help="Items per batch of a new cache; 0: 16, or up to 256 on a GPU, where a batch is halved until it fits."
+        ),
+    ] = 0,
+    workers: Annotated[int, typer.Option(min=-1, help="Processes; -1: one per core, 0: this one does everything.")] = -1,
+    shard_rows: Annotated[
+        int, typer.Option(min=0, help="Rows per shard, the unit of commit and of distribution; 0: 8192, of clips 512.")
+    ] = 0,
+    scheduler: Scheduler = "local",
+    workers_gpu: Annotated[str, typer.Option(help="GPUs of this machine to use together, e.g. 0,1.")] = "",
+    max_failures: Annotated[float, typer.Option(min=0, help="Stop above this share of samples that cannot be decoded.")] = 0.05,
+    retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Try samples again that could not be decoded.")] = False,
+    compiled: Annotated[bool, typer.Option("--compile", help="Run the encoder through torch.compile (another cache).")] = False,
+    store_dtype: Annotated[Literal["float16", "float32", "bfloat16"], typer.Option(help="Number format on disk.")] = "float16",
+    home: Home = HOME,
+    as_json: AsJson = False,
+) -> None:
+    """Stage 1: run encoders once over a dataset; an interrupted extraction goes on where it was."""
+    from pipeline.data import manifest as manifests
+    from pipeline.extraction.distributed import extract_with
+    from pipeline.extraction.extract import Effort
+    from pipeline.runtime import plugins
+
+    chosen = encoder or list(manifests.load_spec(dataset)["encoders"].values())
+    given = assignments([*settings, *([f"weights={weights}"] if weights else [])])
+    if given and len(chosen) > 1:
+        raise ValueError("--set and --weights belong to one encoder: name it with --encoder")
+    for name in chosen:
+        plugins.get("encoders", name)  # all names are right before the first encoder runs
+    effort = Effort(
+        batch_size=batch_size, workers=workers, shard_rows=shard_rows, max_failures=max_failures, retry_failed=retry_failed
+    )
+    gpus = numbers(workers_gpu, "--workers-gpu") if workers_gpu else []
+    done = [extract_with(scheduler, gpus, home, dataset, name, given, store_dtype, compiled, effort) for name in chosen]
+    show(dict(zip(chosen, map(str, done), strict=True)), as_json)
+
+
+def encoders(
+    name: Annotated[str, typer.Argument(help="An encoder, to see its settings.")] = "", as_json: AsJson = False
+) -> None:
+    """The encoders, or one encoder's settings."""
+    show(describe("encoders", name), as_json)

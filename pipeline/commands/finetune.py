@@ -1,0 +1,64 @@
+"""The command of stage 3: `finetune`. It imports what it needs when it runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from pipeline.commands.joint_options import Accumulate, Augment, Checkpointing, EncoderLr, LayerDecay, Workers
+from pipeline.commands.options import HOME, NONE, AsJson, Home, assignments, show
+
+
+def finetune(
+    init: Annotated[Path, typer.Option(help="Run of stage 2 to start from, …/seed<k>; it decides the head and the encoders.")],
+    method: Annotated[str, typer.Option(help="Method of that run; another one is refused. Default: whichever it is.")] = "",
+    dataset: Annotated[str, typer.Option(help="Dataset of that run; another one is refused. Default: whichever it is.")] = "",
+    training: Annotated[
+        list[str],
+        typer.Option(
+            "--train",
+            help="What is trained beside the head: image (the default), text, both or last:K, the last K blocks of the image "
+            "encoder; or a training setting, KEY=VALUE. May be given often.",
+        ),
+    ] = NONE,
+    encoder_lr: EncoderLr = 5e-5,
+    layer_decay: LayerDecay = 1.0,
+    augment: Augment = False,
+    accumulate: Accumulate = 1,
+    checkpointing: Checkpointing = False,
+    workers: Workers = -1,
+    home: Home = HOME,
+    as_json: AsJson = False,
+) -> None:
+    """Stage 3: train the encoders with a head of stage 2, keep the better of both, and extract the tuned encoders' features.
+
+    Several GPUs: torchrun --nproc-per-node N -m pipeline finetune …; an interrupted run goes on where it was.
+    """
+    from pipeline.runtime import plugins
+    from pipeline.runtime.runs import Run
+    from pipeline.training.joint.ddp import is_first
+    from pipeline.training.joint.finetune import finetune as run_finetune
+    from pipeline.training.joint.finetune import resolve
+    from pipeline.training.joint.trainer import JointConfig, Work
+
+    run = Run.at(init)
+    config = run.config()
+    for option, given, found in (("--method", method, config.method), ("--dataset", dataset, config.dataset)):
+        if given not in ("", found):
+            raise ValueError(f"{option} is {given}, but {init} is a run of {found}")
+    what = [each for each in training if "=" not in each]
+    if len(what) > 1:
+        raise ValueError(f"--train takes one of image, text, both and last:K, not {' and '.join(what)}")
+    given = {"encoder_lr": encoder_lr, "layer_decay": layer_decay, "augment": augment, "train": what[0] if what else "image"}
+    joint = plugins.configure(JointConfig, given)
+    work = Work(accumulate=accumulate, checkpointing=checkpointing, workers=workers)
+    outcome = run_finetune(home, run, joint, resolve(run, assignments(each for each in training if "=" in each)), work)
+    if not is_first():
+        return
+    verdict = f"{outcome.metric} on validation: {outcome.before:.2f} before, {outcome.after:.2f} after joint training"
+    if not outcome.is_better:
+        verdict += "; the head of stage 2 stays the result"
+    weights = {f"{key} weights": str(path) for key, path in outcome.weights.items()}
+    show({"verdict": verdict, "run": str(outcome.run.path), **weights}, as_json)

@@ -1,0 +1,113 @@
+"""The commands of stage 2: `train-head`, `evaluate`, `methods`. They import what they need when they run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from pipeline.commands.options import (
+    HOME,
+    NONE,
+    AsJson,
+    Home,
+    Settings,
+    assignments,
+    describe,
+    frame,
+    numbers,
+    show,
+    show_table,
+)
+
+if TYPE_CHECKING:
+    from pipeline.types import Split
+
+
+def train_head(
+    method: Annotated[str, typer.Option(help="Name of a method; `diffalign methods` lists them.")],
+    dataset: Annotated[str, typer.Option(help="Name of a prepared and extracted dataset.")] = "openmoji",
+    settings: Settings = NONE,
+    training: Annotated[
+        list[str], typer.Option("--train", help="A training setting, KEY=VALUE, e.g. lr=1e-3, epochs=20.")
+    ] = NONE,
+    preset: Annotated[
+        str, typer.Option(help="head (lr 1e-3), paper (lr 1e-4), or tuned (the dataset's, chosen on validation).")
+    ] = "head",
+    seeds: Annotated[str, typer.Option(help="Comma-separated seeds.")] = "0",
+    image: Annotated[str, typer.Option(help="Cache of the image features; default: the dataset's image encoder.")] = "",
+    text: Annotated[str, typer.Option(help="Cache of the text features; default: the dataset's text encoder.")] = "",
+    aggregate: Annotated[
+        Literal["", "mean", "first", "random"],
+        typer.Option(help="How several texts of a sample become one vector; random: another one each epoch."),
+    ] = "",
+    home: Home = HOME,
+    as_json: AsJson = False,
+) -> None:
+    """Stage 2: train a head on cached features and score it on validation; finished runs are not repeated."""
+    from pipeline.evaluation.evaluate import evaluate as run_evaluate
+    from pipeline.training.features import cache_names, open_features
+    from pipeline.training.heads import plan_head, resolve
+    from pipeline.training.heads import train_head as run_train_head
+
+    config, train_config = resolve(dataset, method, preset, assignments(settings), assignments(training))
+    chosen = numbers(seeds, "--seeds")
+    features = open_features(home, dataset, method, cache_names(dataset, image, text), aggregate)
+    results = []
+    for seed in chosen:
+        run = run_train_head(plan_head(features, method, config, train_config, seed), progress=True)
+        results.append({"run": str(run.path), "split": "val", **run_evaluate(home, run, "val", {})["metrics"]})
+    show_table(frame(results), as_json)
+
+
+def evaluate(
+    run: Annotated[Path, typer.Argument(help="A run's folder, …/seed<k>, or the folder of all its seeds.")],
+    split: Annotated[str, typer.Option(help="train, val or test; every read of test is logged in the run.")] = "val",
+    settings: Settings = NONE,
+    sampler_curve: Annotated[
+        bool, typer.Option("--sampler-curve", help="Metrics and time against the steps and draws of a method that samples.")
+    ] = False,
+    home: Home = HOME,
+    as_json: AsJson = False,
+) -> None:
+    """Metrics of finished runs on a split, from image features alone; --set changes settings of prediction (draws=8)."""
+    from pipeline.evaluation.evaluate import evaluate as run_evaluate
+    from pipeline.runtime.runs import Run
+    from pipeline.types import SPLITS
+
+    if split not in SPLITS:
+        raise ValueError(f"unknown split {split!r}; choose one of: {', '.join(SPLITS)}")
+    folders = [run] if (run / "config.json").is_file() else sorted(run.glob("seed*")) or [run]
+    if sampler_curve:
+        _sampler_curves(home, folders, split, assignments(settings), as_json)
+        return
+    results = []
+    for folder in folders:
+        record = run_evaluate(home, Run.at(folder), split, assignments(settings))
+        results.append({"run": str(folder), "split": split, "n": record["n"], **record["metrics"]})
+    show_table(frame(results), as_json)
+
+
+def _sampler_curves(home: Path, folders: list[Path], split: Split, settings: dict[str, str], as_json: bool) -> None:
+    """The curve of every run, and where it was written."""
+    from pipeline.runtime.runs import Run
+    from pipeline.studies.sampler_curve import sampler_curve
+
+    curves = [sampler_curve(home, Run.at(folder), split, settings) for folder in folders]
+    if as_json:
+        described = [
+            {"run": str(curve.run), "split": split, "table": str(curve.table), "picture": str(curve.picture)}
+            | {"points": curve.rows.to_dict(orient="records")}
+            for curve in curves
+        ]
+        show({"curves": described}, as_json)
+        return
+    for curve in curves:
+        show_table(curve.rows.round(3), as_json)
+        print(f"files: {curve.table}, {curve.picture}")
+
+
+def methods(name: Annotated[str, typer.Argument(help="A method, to see its settings.")] = "", as_json: AsJson = False) -> None:
+    """The methods, or one method's settings, letters and grid."""
+    show(describe("methods", name), as_json)

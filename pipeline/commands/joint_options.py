@@ -1,0 +1,19 @@
+"""Options of joint training, which several commands take."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+EncoderLr = Annotated[float, typer.Option(help="Learning rate of the encoders; the papers' band is 5e-5..1e-4.")]
+LayerDecay = Annotated[float, typer.Option(help="Factor of that rate per block towards the input, 0..1.")]
+Augment = Annotated[bool, typer.Option("--augment", help="Random crops and mirrored images in training.")]
+Accumulate = Annotated[
+    int,
+    typer.Option(min=1, help="Parts in which a batch goes through the encoders; more need less memory."),
+]
+Checkpointing = Annotated[
+    bool, typer.Option("--checkpointing", help="Run blocks again backwards instead of keeping what they computed.")
+]
+Workers = Annotated[int, typer.Option(min=-1, help="Processes that decode; -1: one per core, 0: this one does it.")]

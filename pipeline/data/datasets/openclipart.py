@@ -1,0 +1,296 @@
+"""Open Clip Art: public-domain drawings with user-written titles, descriptions and keywords; concepts are frequent keywords.
+
+Every rule, in the order it is applied:
+1. Drawings are the regular .svg files; links to them are other names of the same drawing and are left out. Left out and counted
+   are also the series of generated stars (`drop_series`), and drawings that declare XML entities, are broken or huge, cannot be
+   rendered, or show one flat colour (a stored gradient).
+2. A keyword is lower-cased; hyphens vanish, underscores and runs of blanks become one blank, outer punctuation goes; commas
+   and semicolons part keywords. Addresses of Perl variables (HASH(0x…)) and keywords without a letter are no keywords.
+3. A plural becomes its singular if the singular is a keyword of the collection, too: -ies to -y, else -es to nothing, else -s
+   to nothing (not -ss), where at least three letters remain.
+4. `collection_words` and `author_names` are taken away. Concepts are the `max_concepts` most frequent keywords that are left
+   with at least `min_images` drawings, ties in alphabetical order; they are numbered in alphabetical order. A drawing without
+   a concept is left out.
+5. The texts are the title, the description, and every keyword that is no concept. E-mail and web addresses, numbers, the words
+   of all concepts and `collection_words` are taken out of them, singular or plural, apart ("ice cream") or together
+   ("icecream"), so that the text does not repeat the answer; a text that is empty then, or repeats another, is dropped.
+6. Near-duplicates form a group: drawings whose file names differ only in a counter at the end (a number, maybe with a letter),
+   in whatever folders, and drawings that look exactly alike at 64 x 64 pixels; both relations together, taken transitively.
+   A group is named by its first drawing, and the SHA-256 of "<split_seed> <name>" decides the split.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path, PurePosixPath
+from typing import Any, NamedTuple
+from xml.parsers import expat
+
+from tqdm import tqdm
+
+from pipeline.data import fetch, splits
+from pipeline.data.manifest import Manifest, check
+from pipeline.data.media import SVG_LIMIT, open_image
+from pipeline.data.spec import describe, enforced_counts
+from pipeline.types import Sample
+
+TEXT_LIMIT = 10_000  # characters of one title, description or keyword
+LOOK_SIZE = 64  # pixels
+_PERL = re.compile(r"hash\(0x[0-9a-f]+\)?|\b0x[0-9a-f]{6,}\b", re.IGNORECASE)
+_ADDRESS = re.compile(r"\S+@\S+|\b(?:https?://|www\.)\S+", re.IGNORECASE)
+_WORD = re.compile(r"[^\W\d_]+(?:['’][^\W\d_]+)*")
+_CAMEL = re.compile(r"(?<=[a-z])(?=[A-Z])")
+_COUNTER = re.compile(r"[\W_]*\d+[a-z]?[\W_]*$|[\W_]+$")
+_SMALL_WORDS = frozenset({"and", "of", "the"})  # in the name of a concept, they give nothing away
+_PLURALS = (("ies", "y"), ("es", ""), ("s", ""))
+
+
+class Drawing(NamedTuple):
+    """What an author wrote about a drawing."""
+
+    path: str  # relative to the folder of drawings
+    title: str
+    description: str
+    keywords: tuple[str, ...]  # as written
+
+
+def build(spec: Mapping[str, Any], root: Path | None) -> Manifest:
+    """The manifest of the package unpacked in `root`.
+
+    `ValueError` when the folder is missing or the counts are not the expected ones.
+    """
+    if root is None or not (root / spec["layout"]["images"]).is_dir():
+        raise ValueError(f"the drawings ({spec['layout']['images']}) are missing; run: diffalign fetch openclipart")
+    folder = root / spec["layout"]["images"]
+    drawings, left_out = _read_all(folder)
+    kept = [drawing for drawing in drawings if not set(spec["select"]["drop_series"]) & set(drawing.keywords)]
+    looks, problems = _looks(folder, kept)
+    drawn = [drawing for drawing in kept if drawing.path in looks]
+    classes, samples = _samples(spec, drawn, looks)
+    meta = describe(
+        spec,
+        sources=_sources(spec, root),
+        left_out={**left_out, "series": len(drawings) - len(kept), **problems, "no_concept": len(drawn) - len(samples)},
+        counts={
+            "drawings": len(drawings) + len(left_out["unreadable"]),
+            "groups": len({sample.group for sample in samples}),
+            "without_text": sum(not sample.texts for sample in samples),
+        },
+    )
+    manifest = Manifest(spec["name"], spec["label_kind"], classes, samples, meta, folder)
+    check(manifest, enforced_counts(spec))
+    return manifest
+
+
+def _samples(
+    spec: Mapping[str, Any], drawings: list[Drawing], looks: Mapping[str, str]
+) -> tuple[tuple[str, ...], tuple[Sample, ...]]:
+    """The concepts, and the drawings that have any, by rules 2 to 6."""
+    select = spec["select"]
+    keywords = _keywords(drawings, {*select["collection_words"], *select["author_names"]})
+    classes = _concepts(keywords, select)
+    labels = {path: tuple(i for i, name in enumerate(classes) if name in words) for path, words in keywords.items()}
+    labelled = [drawing for drawing in drawings if labels[drawing.path]]
+    banned = _banned(classes, select["collection_words"])
+    groups = _groups({drawing.path: looks[drawing.path] for drawing in labelled})
+    samples = tuple(
+        Sample(
+            id=_id(drawing.path),
+            split=splits.by_hash(f"{spec['split_seed']} {groups[drawing.path]}", spec["splits"]),
+            media=Path(drawing.path),
+            texts=_texts(drawing, keywords[drawing.path], banned),
+            labels=labels[drawing.path],
+            group=groups[drawing.path],
+        )
+        for drawing in labelled
+    )
+    return classes, samples
+
+
+def _sources(spec: Mapping[str, Any], root: Path) -> dict[str, str]:
+    """SHA-256 of the archive, when `fetch` unpacked it."""
+    return {spec["archive"]["package"]: fetch.record(root)["sha256"]} if (root / fetch.RECORD).is_file() else {}
+
+
+def _read_all(folder: Path) -> tuple[list[Drawing], dict[str, Any]]:
+    """The drawings in the order of their paths, and what is left out: the number of links, the reason for each bad file."""
+    drawings: list[Drawing] = []
+    unreadable: dict[str, str] = {}
+    links = 0
+    found = (Path(base, name) for base, _, names in os.walk(folder) for name in names if name.lower().endswith(".svg"))
+    for path in sorted(found, key=lambda path: path.relative_to(folder).as_posix()):
+        relative = path.relative_to(folder).as_posix()
+        if path.is_symlink():
+            links += 1
+            continue
+        try:
+            drawings.append(read_drawing(path, relative))
+        except ValueError as error:
+            unreadable[relative] = str(error)
+    return drawings, {"links": links, "unreadable": unreadable}
+
+
+def read_drawing(path: Path, relative: str) -> Drawing:
+    """The RDF description inside an SVG file; `ValueError` for entity declarations, broken XML, oversized parts and pipes."""
+    if not path.is_file():
+        raise ValueError("not a regular file")  # a pipe may never end
+    with path.open("rb") as file:
+        data = file.read(SVG_LIMIT + 1)
+    if len(data) > SVG_LIMIT:
+        raise ValueError(f"the drawing is larger than {SVG_LIMIT} bytes")
+    reader = _Description()
+    parser = expat.ParserCreate(namespace_separator=" ")
+    parser.buffer_text = True
+    parser.StartElementHandler = reader.start
+    parser.EndElementHandler = reader.end
+    parser.CharacterDataHandler = reader.text.append
+    parser.EntityDeclHandler = _refuse_entity
+    try:
+        parser.Parse(data, True)
+    except (expat.ExpatError, LookupError) as error:  # LookupError: an encoding that does not exist
+        raise ValueError(f"broken XML: {error}") from error
+    return Drawing(relative, reader.title, reader.description, tuple(reader.keywords))
+
+
+def _refuse_entity(name: str, *_: Any) -> None:
+    raise ValueError(f"it declares the entity {name[:40]!r}; entities are not resolved")
+
+
+class _Description:
+    """Collects Work/title, Work/description and the items of Work/subject while expat walks through a file."""
+
+    def __init__(self) -> None:
+        self.title = self.description = ""
+        self.keywords: list[str] = []
+        self.text: list[str] = []
+        self._open: list[str] = []
+
+    def start(self, name: str, _: Mapping[str, str]) -> None:
+        self._open.append(name.rpartition(" ")[2])
+        self.text.clear()
+
+    def end(self, _: str) -> None:
+        parent, name = (["", *self._open])[-2:]
+        is_keyword = name == "li" and "subject" in self._open
+        if is_keyword or (parent == "Work" and name in ("title", "description")):
+            text = " ".join("".join(self.text).split())
+            if len(text) > TEXT_LIMIT:
+                raise ValueError(f"its {name} is longer than {TEXT_LIMIT} characters")
+            if is_keyword:
+                self.keywords.append(text)
+            elif name == "title":
+                self.title = self.title or text
+            else:
+                self.description = self.description or text
+        self._open.pop()
+        self.text.clear()
+
+
+def _looks(folder: Path, drawings: list[Drawing]) -> tuple[dict[str, str], dict[str, int]]:
+    """SHA-256 of every drawing's pixels, and how many cannot be drawn or show nothing but one colour."""
+
+    def look(drawing: Drawing) -> str:
+        try:
+            image = open_image(folder / drawing.path, LOOK_SIZE)
+        except ValueError:
+            return "undrawable"
+        is_flat = image.getcolors(1) is not None  # None: more than one
+        return "flat" if is_flat else hashlib.sha256(image.tobytes()).hexdigest()
+
+    with ThreadPoolExecutor(os.cpu_count()) as threads:
+        found = list(tqdm(threads.map(look, drawings), total=len(drawings), desc="draw", unit="drawing", disable=None))
+    problems = {problem: found.count(problem) for problem in ("undrawable", "flat")}
+    return {d.path: look for d, look in zip(drawings, found, strict=True) if look not in problems}, problems
+
+
+def _keywords(drawings: list[Drawing], ignored: Collection[str]) -> dict[str, list[str]]:
+    """Path -> keywords by rules 2 to 4, in the author's order, each once."""
+    written = {drawing.path: [word for text in drawing.keywords for word in clean(text)] for drawing in drawings}
+    vocabulary = {word for words in written.values() for word in words}
+    singular = {word: next((s for s in singulars(word) if s in vocabulary), word) for word in vocabulary}
+    merged = {path: dict.fromkeys(singular[word] for word in words) for path, words in written.items()}
+    return {path: [word for word in words if word not in ignored] for path, words in merged.items()}
+
+
+def clean(text: str) -> list[str]:
+    """The keywords in what an author wrote as one, by rule 2."""
+    parts = re.split(r"[,;]", _PERL.sub(" ", text).lower().replace("-", ""))
+    words = (re.sub(r"[\s_]+", " ", part).strip(" .:!?\"'()[]") for part in parts)
+    return [word for word in words if any(letter.isalpha() for letter in word)]
+
+
+def singulars(word: str) -> Iterable[str]:
+    """What the word may be the plural of, by rule 3, the likeliest first."""
+    for ending, replacement in _PLURALS:
+        stem = word.removesuffix(ending) + replacement
+        if word.endswith(ending) and not word.endswith("ss") and len(stem) >= 3:
+            yield stem
+
+
+def _concepts(keywords: Mapping[str, list[str]], select: Mapping[str, Any]) -> tuple[str, ...]:
+    counts = Counter(word for words in keywords.values() for word in words)
+    ranked = sorted(counts, key=lambda word: (-counts[word], word))
+    return tuple(sorted(word for word in ranked[: select["max_concepts"]] if counts[word] >= select["min_images"]))
+
+
+def _banned(classes: Iterable[str], collection_words: Iterable[str]) -> frozenset[str]:
+    """The words that no text may hold: of every concept, and collection words; also written together."""
+    words = {word for name in classes for word in name.split()} - _SMALL_WORDS
+    single = {word for word in collection_words if " " not in word}
+    return frozenset(words | single | {name.replace(" ", "") for name in classes})
+
+
+def _texts(drawing: Drawing, keywords: list[str], banned: Collection[str]) -> tuple[str, ...]:
+    """Title, description and keywords by rule 5."""
+    texts: dict[str, str] = {}
+    for text in (drawing.title, drawing.description, *keywords):
+        words = without(text, banned)
+        texts.setdefault(words.lower(), words)
+    return tuple(text for text in texts.values() if text)
+
+
+def without(text: str, banned: Collection[str]) -> str:
+    """The words of a text that are not banned, with one blank between them."""
+
+    def is_banned(word: str) -> bool:
+        return any(form in banned for form in (word, *singulars(word)))
+
+    words = _WORD.findall(_CAMEL.sub(" ", _ADDRESS.sub(" ", _PERL.sub(" ", text))))
+    lower = [word.lower() for word in words]
+    bad = {i for i, word in enumerate(lower) if is_banned(word)}
+    bad |= {j for i in range(len(lower) - 1) if is_banned(lower[i] + lower[i + 1]) for j in (i, i + 1)}
+    return " ".join(word for i, word in enumerate(words) if i not in bad)
+
+
+def _groups(looks: Mapping[str, str]) -> dict[str, str]:
+    """Path -> name of its group, by rule 6."""
+    leader: dict[str, str] = {}
+
+    def find(node: str) -> str:
+        while (above := leader.setdefault(node, node)) != node:
+            leader[node] = node = leader.setdefault(above, above)
+        return node
+
+    for path, look in looks.items():
+        keys = [f"look {look}", f"series {series(path)}"] if series(path) else [f"look {look}"]
+        for key in keys:
+            leader[find(key)] = find(f"path {path}")
+    first: dict[str, str] = {}
+    return {path: first.setdefault(find(f"path {path}"), _id(path)) for path in sorted(looks)}
+
+
+def series(path: str) -> str:
+    """The file's name without folder, ending and counters; "" when nothing is left."""
+    name = PurePosixPath(path).stem.lower()
+    while (shorter := _COUNTER.sub("", name)) != name:
+        name = shorter
+    return name
+
+
+def _id(path: str) -> str:
+    return str(PurePosixPath(path).with_suffix(""))

@@ -1,0 +1,107 @@
+"""The U-Net denoiser of SeDA Table 3: feature vectors as small square images, one channel per modality."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pipeline.nn.layers import TimeEmbedding, dropout
+from pipeline.runtime.rng import Streams
+
+GROUPS = 4  # of GroupNorm, which looks at one sample only
+
+
+class Block(nn.Module):
+    """A residual block of DDPM's U-Net (Ho et al. 2020): norm, SiLU, convolution, + step, norm, SiLU, dropout, convolution."""
+
+    def __init__(self, in_channels: int, out_channels: int, time_width: int) -> None:
+        super().__init__()
+        self.norm1, self.norm2 = nn.GroupNorm(GROUPS, in_channels), nn.GroupNorm(GROUPS, out_channels)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        self.from_time = nn.Linear(time_width, out_channels)
+        self.skip = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
+
+    def forward(self, x: Tensor, e: Tensor, rng: Streams | None, p: Tensor) -> Tensor:
+        """[B,Cin,H,W] to [B,Cout,H,W]; e [E] or [B,E]; rng None predicts, without dropout."""
+        h = self.conv1(F.silu(self.norm1(x))) + self.from_time(e)[..., None, None]
+        h = dropout(F.silu(self.norm2(h)), p, rng, self.training)
+        return self.skip(x) + self.conv2(h)
+
+
+class UNet(nn.Module):
+    """X_theta as a U-Net over sqrt(D) x sqrt(D) images, zero-padded to the next side divisible by 8; see `denoisers.Denoiser`.
+
+    Base channels 8, multipliers 1, 2, 2, 2, two residual blocks per level, no attention; the step enters every block.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        channels: int = 8,
+        multipliers: tuple[int, ...] = (1, 2, 2, 2),
+        num_blocks: int = 2,
+        time_width: int = 128,
+    ) -> None:
+        super().__init__()
+        stride = 2 ** (len(multipliers) - 1)
+        self.width = width
+        self.side = math.ceil(math.sqrt(width) / stride) * stride
+        self.embed = TimeEmbedding(time_width)
+        self.from_text = nn.Conv2d(1, channels, 3, padding=1)
+        self.from_image = nn.Conv2d(1, channels, 3, padding=1, bias=False)
+        self.down, self.middle, self.up = nn.ModuleList(), nn.ModuleList(), nn.ModuleList()
+        self.shrink, self.grow = nn.ModuleList(), nn.ModuleList()
+        now, skips = channels, [channels]
+        for level, multiplier in enumerate(multipliers):
+            for _ in range(num_blocks):
+                self.down.append(Block(now, channels * multiplier, time_width))
+                now = channels * multiplier
+                skips.append(now)
+            if level < len(multipliers) - 1:
+                self.shrink.append(nn.Conv2d(now, now, 3, stride=2, padding=1))
+                skips.append(now)
+        self.middle.extend(Block(now, now, time_width) for _ in range(2))
+        for level, multiplier in enumerate(reversed(multipliers)):
+            for _ in range(num_blocks + 1):
+                self.up.append(Block(now + skips.pop(), channels * multiplier, time_width))
+                now = channels * multiplier
+            if level < len(multipliers) - 1:
+                self.grow.append(nn.Conv2d(now, now, 3, padding=1))
+        self.num_blocks = num_blocks
+        self.norm = nn.GroupNorm(GROUPS, now)
+        self.out = nn.Conv2d(now, 1, 3, padding=1)
+
+    def condition(self, x_v: Tensor) -> Tensor:
+        """The visual channel's share of the first convolution, [B,D] to [B,channels,side,side]."""
+        return self.from_image(self._square(x_v))
+
+    def time(self, n: Tensor) -> Tensor:
+        """[...] to [..., time_width]."""
+        return self.embed(n)
+
+    def forward(self, x_n: Tensor, e: Tensor, context: Tensor, rng: Streams | None, p: Tensor) -> Tensor:
+        """See `denoisers.Denoiser`."""
+        h = self.from_text(self._square(x_n)) + context
+        skips = [h]
+        for i, block in enumerate(self.down):
+            h = block(h, e, rng and rng.at("down", i), p)
+            skips.append(h)
+            level, place = divmod(i + 1, self.num_blocks)
+            if place == 0 and level <= len(self.shrink):
+                h = self.shrink[level - 1](h)
+                skips.append(h)
+        for i, block in enumerate(self.middle):
+            h = block(h, e, rng and rng.at("middle", i), p)
+        for i, block in enumerate(self.up):
+            h = block(torch.cat([h, skips.pop()], dim=1), e, rng and rng.at("up", i), p)
+            level, place = divmod(i + 1, self.num_blocks + 1)
+            if place == 0 and level <= len(self.grow):
+                h = self.grow[level - 1](F.interpolate(h, scale_factor=2.0, mode="nearest"))
+        return self.out(F.silu(self.norm(h))).flatten(1)[:, : self.width]
+
+    def _square(self, x: Tensor) -> Tensor:
+        return F.pad(x, (0, self.side**2 - self.width)).reshape(-1, 1, self.side, self.side)

@@ -1,0 +1,199 @@
+"""The command line: results on stdout, one line with the remedy on stderr, exit codes 0 and 2."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from helpers.command_line import run
+from helpers.tiny_heads import FAST, SMALL, caches_by_key
+
+from pipeline.commands import doctor
+from pipeline.data.manifest import Manifest
+from pipeline.runtime import plugins
+
+
+@pytest.fixture
+def home(tiny_home: Path, tmp_path: Path) -> Path:
+    """A copy of the tiny home that may be written to."""
+    return Path(shutil.copytree(tiny_home, tmp_path / "home"))
+
+
+def train_arguments(home: Path, method: str) -> list[str]:
+    """A small train-head command on the tiny dataset."""
+    keys = caches_by_key(home)
+    settings = [f"--set={key}={value}" for key, value in SMALL[method].items()]
+    training = [f"--train={key}={value}" for key, value in FAST.items()]
+    caches = ["--image", keys["image"], "--text", keys["text"]]
+    return ["train-head", "--dataset", "tiny", "--method", method, "--home", str(home), *caches, *settings, *training]
+
+
+def test_the_stages_follow_each_other(home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run([*train_arguments(home, "ema"), "--seeds", "0,1", "--json"], monkeypatch) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert [Path(row["run"]).name for row in rows] == ["seed0", "seed1"]
+    assert all(0 <= row["acc1"] <= 100 for row in rows)
+    assert (
+        run(["evaluate", str(Path(rows[0]["run"]).parent), "--split", "test", "--home", str(home), "--json"], monkeypatch) == 0
+    )
+    assert [row["n"] for row in json.loads(capsys.readouterr().out)] == [12, 12]
+    assert run([*train_arguments(home, "baseline")], monkeypatch) == 0
+    assert run(["report", "tiny", "--home", str(home), "--json"], monkeypatch) == 0
+    printed = capsys.readouterr().out
+    paths = json.loads(printed[printed.index("{") :])
+    assert all(Path(path).is_file() for path in paths.values())
+    cache = next((home / "caches" / "tiny").iterdir())
+    assert run(["cache", "info", str(cache), "--json"], monkeypatch) == 0
+    assert json.loads(capsys.readouterr().out)["complete"] is True
+    assert run(["cache", "verify", str(cache)], monkeypatch) == 0
+
+
+@pytest.mark.parametrize("kind", plugins.PACKAGES)
+def test_every_plugin_is_listed(kind: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run([kind, "--json"], monkeypatch) == 0
+    described = json.loads(capsys.readouterr().out)
+    assert list(described) == plugins.names(kind)
+    assert all(len(line) > 20 for line in described.values())
+
+
+@pytest.mark.parametrize("method", plugins.names("methods"))
+def test_a_method_shows_its_settings(method: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["methods", method, "--json"], monkeypatch) == 0
+    described = json.loads(capsys.readouterr().out)
+    module = plugins.get("methods", method)
+    assert set(described["letters"].values()) <= described.keys()
+    assert set(described["grid"]) <= described.keys()
+    for field, values in described["grid"].items():
+        for value in values:
+            plugins.configure(module.Config, {field: value})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["prepare", "imagenet"], "unknown dataset 'imagenet'; choose one of: "),
+        (["train-head", "--dataset", "tiny", "--method", "gan"], "unknown method 'gan'; choose one of: baseline, cdr"),
+        (["extract", "openmoji", "--encoder", "timm"], "diffalign prepare openmoji"),
+        (["extract", "openmoji", "--encoder", "timm", "--encoder", "vgg"], "unknown encoder 'vgg'"),
+        (["extract", "openmoji", "--encoder", "timm", "--set", "weights=a", "--weights", "b"], "'weights' is given twice"),
+        (["extract", "openmoji", "--scheduler", "cluster"], "--scheduler takes local or tcp://host:port, not 'cluster'"),
+        (["grid", "--scheduler", "cluster"], "--scheduler takes local or tcp://host:port, not 'cluster'"),
+        (["train-head", "--method", "ema", "--set", "x=1"], "unknown setting 'x'; choose one of: width, "),
+        (["train-head", "--method", "ema", "--set", "tau"], "--set takes KEY=VALUE, not 'tau'"),
+        (["train-head", "--method", "ema", "--set", "tau=warm"], "setting 'tau' is 'warm'; it takes a finite float"),
+        (["train-head", "--method", "seda", "--set", "T=10", "--set", "t=10"], "stage_step must be in 0..9"),
+        (["train-head", "--method", "seda", "--set", "T=10", "--set", "num_steps=12"], "'num_steps' is given twice"),
+        (["train-head", "--method", "ema", "--train", "epochs=0"], "'epochs' must be positive"),
+        (["train-head", "--method", "ema", "--seeds", "one"], "--seeds takes numbers such as 0,1,2"),
+        (["train-head", "--method", "ema", "--preset", "best"], "unknown preset 'best'"),
+        (["train-head", "--method", "ema"], "run: diffalign prepare openmoji"),
+        (["train-head"], "Missing option '--method'"),
+        (["evaluate", "nowhere"], "nowhere is not a run"),
+        (["report", "openmoji"], "openmoji"),
+        (["cache", "info", "nowhere"], "nowhere is not a feature cache"),
+        (["cache", "verify", "nowhere"], "nowhere is not a feature cache"),
+        (["conjure"], "No such command 'conjure'"),
+    ],
+)
+def test_a_mistake_is_one_line_with_the_remedy(
+    arguments: list[str],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("DIFFALIGN_HOME", str(tmp_path))
+    assert run(arguments, monkeypatch) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err.count("\n") == 1
+    assert message in printed.err
+
+
+def test_caches_are_found_by_name_or_refused(
+    home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = train_arguments(home, "ema")
+    arguments[arguments.index("--image") + 1] = "random_projection"
+    assert run(arguments, monkeypatch) == 2
+    assert "several caches of tiny named 'random_projection'" in capsys.readouterr().err
+    arguments[arguments.index("--image") + 1] = "clip"
+    assert run(arguments, monkeypatch) == 2
+    assert "no cache of tiny named 'clip' (there are: random_projection-" in capsys.readouterr().err
+
+
+def test_an_incomplete_cache_is_refused_with_the_command_that_completes_it(
+    home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = train_arguments(home, "ema")
+    (home / "caches" / "tiny" / caches_by_key(home)["image"] / "commits" / "00000.json").unlink()
+    assert run(arguments, monkeypatch) == 2
+    printed = capsys.readouterr().err
+    assert "is incomplete" in printed
+    assert "diffalign extract tiny --encoder random_projection" in printed
+
+
+def test_an_unwritable_home_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["prepare", "openmoji", "--home", "/proc/home"], monkeypatch) == 2
+    printed = capsys.readouterr().err
+    assert "/proc/home" in printed
+    assert "--home" in printed
+    assert printed.count("\n") == 1
+
+
+def test_doctor_foresees_a_full_disk(tiny_manifest: Manifest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    room = doctor.encoder_finding(tmp_path, tiny_manifest, "random_projection")
+    assert room.good
+    assert room.what == "encoder random_projection: a cache of 40 x (32,) takes 0 MiB"
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=60))
+    full = doctor.encoder_finding(tmp_path, tiny_manifest, "random_projection")
+    assert not full.good
+    assert full.remedy == "2,500 bytes are lacking: choose another disk with --home"
+    lacking = doctor.encoder_finding(tmp_path, tiny_manifest, "frames")
+    assert not lacking.good
+    assert "has image media" in lacking.remedy
+
+
+def test_doctor_names_the_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["doctor", "--home", str(tmp_path)], monkeypatch) == 2
+    lines = capsys.readouterr().out.splitlines()
+    assert any(line.startswith("BAD  openmoji is not prepared") and "diffalign prepare openmoji" in line for line in lines)
+    assert any(line.startswith("ok   torch ") for line in lines)
+
+
+def test_doctor_tells_a_package_that_is_too_old_and_looks_no_further(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    version = importlib.metadata.version
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "2.9" if name == "zarr" else version(name))
+    lines = [str(finding) for finding in doctor.findings(tmp_path, "openmoji")]
+    assert [line for line in lines if line.startswith("BAD")] == ["BAD  zarr 2.9: zarr>=3.1 is needed; run: make setup"]
+    assert not any("device" in line for line in lines)
+
+
+def test_doctor_goes_on_after_a_damaged_cache(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    caches = sorted((home / "caches" / "tiny").iterdir())
+    (caches[0] / "zarr.json").write_text("{")
+    monkeypatch.setattr(
+        plugins, "get", lambda kind, name: SimpleNamespace(build=lambda spec, root: SimpleNamespace(samples=()))
+    )
+    monkeypatch.setattr("pipeline.data.manifest.load_spec", lambda name: {"encoders": {}})
+    lines = [str(finding) for finding in doctor.findings(home, "tiny")][-len(caches) :]
+    assert lines[0].startswith(f"BAD  cache {caches[0].name} is damaged: ")
+    assert all(line.startswith("ok   cache") for line in lines[1:])
+
+
+def test_help_is_quick_and_imports_no_stage() -> None:
+    program = (
+        "import sys; from pipeline.commands import app as cli; sys.argv = ['diffalign', '--help']\n"
+        "try: cli.main()\n"
+        "finally: print(sorted(sys.modules), file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert "train-head" in done.stdout
+    for module in ("torch", "pandas", "zarr", "pipeline.cache", "pipeline.data.manifest", "pipeline.runtime.runs"):
+        assert f"'{module}'" not in done.stderr

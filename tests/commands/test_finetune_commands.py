@@ -1,0 +1,72 @@
+"""The commands of stage 3 on the tiny dataset: what they print, what they refuse."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from helpers import joint_home
+from typer.testing import CliRunner
+
+from pipeline.commands.app import app
+from pipeline.data.manifest import Manifest
+from pipeline.studies.ablation import strategies
+from pipeline.training.joint.trainer import Work
+
+
+@pytest.fixture(scope="module")
+def prepared(tiny_manifest: Manifest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return joint_home.make_home(tiny_manifest, tmp_path_factory.mktemp("commands") / "home")
+
+
+@pytest.fixture
+def home(prepared: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(prepared, tmp_path / "home"))
+
+
+def run(*arguments: str) -> str:
+    result = CliRunner().invoke(app, list(arguments), catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
+def test_finetune_prints_the_better_run_and_the_weights(home: Path) -> None:
+    init = joint_home.head(home, "baseline", epochs=1)
+    options = ["--train", "image", "--train", "epochs=4", "--train", "batch_size=8", "--train", "lr=1e-3"]
+    common = ["--dataset", "tiny", "--method", "baseline", "--init", str(init.path), "--home", str(home), "--workers", "0"]
+    shown = json.loads(run("finetune", *common, *options, "--encoder-lr", "1e-3", "--json"))
+    assert "after joint training" in shown["verdict"]
+    assert Path(shown["run"]).parent != init.path.parent
+    assert Path(shown["image weights"]).is_file()
+    shown = run("finetune", *common, "--train", "epochs=1", "--train", "batch_size=8", "--encoder-lr", "3")
+    assert "the head of stage 2 stays the result" in shown
+    assert f"run: {init.path}" in shown
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--method", "seda"], "--method is seda, but .* is a run of baseline"),
+        (["--dataset", "openmoji"], "--dataset is openmoji, but .* is a run of tiny"),
+        (["--train", "image", "--train", "text"], "takes one of image, text, both and last:K"),
+        (["--train", "everything"], "takes image, text, both or last:K"),
+        (["--train", "steps=3"], "unknown setting 'steps'"),
+    ],
+)
+def test_what_does_not_fit_is_refused(options: list[str], message: str, home: Path) -> None:
+    init = joint_home.head(home, "baseline", epochs=1)
+    with pytest.raises(ValueError, match=message):
+        run("finetune", "--init", str(init.path), "--home", str(home), *options)
+
+
+def test_strategies_are_compared_over_seeds(home: Path) -> None:
+    joint, training = {"encoder_lr": 1e-3}, {"epochs": 2, "batch_size": 8}
+    work = Work(workers=0, progress=False)
+    table = strategies(home, "tiny", "ema", "head", [0, 1], joint_home.caches(home), joint, training, work)
+    assert table["strategy"].tolist() == ["freeze both", "train visual", "train both"]
+    assert table["acc1"].str.contains(" ± ").all()
+    assert table["kept"].iloc[0] == ""
+    assert table["kept"].iloc[1:].str.fullmatch("[012]/2").all()
+    assert len(list((home / "joint" / "tiny").glob("*/seed[01]/done"))) == 4

@@ -1,0 +1,152 @@
+"""Metrics against scikit-learn, brute force and identities."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from sklearn.metrics import average_precision_score, precision_score, recall_score, top_k_accuracy_score
+from torch import Tensor
+
+from pipeline.evaluation import metrics
+
+ROWS, CLASSES = 300, 9
+NEVER_PREDICTED: dict[str, Any] = {"zero_division": 0}
+
+
+def logits(seed: int = 0, ties: bool = False) -> Tensor:
+    z = torch.randn(ROWS, CLASSES, generator=torch.Generator().manual_seed(seed))
+    return (2 * z).round() / 2 if ties else z
+
+
+def single() -> Tensor:
+    return torch.randint(0, CLASSES, (ROWS,), generator=torch.Generator().manual_seed(7))
+
+
+def multi() -> Tensor:
+    """One to several labels a row; class 4 never true."""
+    label = (torch.rand(ROWS, CLASSES, generator=torch.Generator().manual_seed(8)) < 0.3).to(torch.int64)
+    label[torch.arange(ROWS), single()] = 1
+    label[:, 4] = 0
+    label[label.sum(1) == 0, 0] = 1
+    return label
+
+
+def indicator(z: Tensor, k: int) -> np.ndarray:
+    """Predictions of the k largest logits, by hand; the smaller class number wins a tie."""
+    predicted = np.zeros(z.shape, dtype=np.int64)
+    for i, row in enumerate(z.tolist()):
+        for c in sorted(range(len(row)), key=lambda c: (-row[c], c))[:k]:
+            predicted[i, c] = 1
+    return predicted
+
+
+@pytest.mark.parametrize("k", [1, 3, 5])
+def test_accuracy_is_sklearns(k: int) -> None:
+    z, label = logits(), single()
+    expected = 100 * top_k_accuracy_score(label.numpy(), z.numpy(), k=k, labels=range(CLASSES))
+    assert metrics.summary(z, label, (k,)) == {f"acc{k}": pytest.approx(expected)}
+
+
+@pytest.mark.parametrize("ties", [False, True])
+@pytest.mark.parametrize("k", [1, 3, 5])
+def test_precision_and_recall_are_sklearns(k: int, ties: bool) -> None:
+    z, label = logits(ties=ties), multi()
+    predicted, truth = indicator(z, k), label.numpy()
+    present = [c for c in range(CLASSES) if c != 4]
+    expected = {
+        f"pre{k}": precision_score(truth, predicted, average="samples"),
+        f"rec{k}": recall_score(truth, predicted, average="samples"),
+        f"overall_pre{k}": precision_score(truth, predicted, average="micro"),
+        f"overall_rec{k}": recall_score(truth, predicted, average="micro"),
+        f"per_class_pre{k}": precision_score(truth, predicted, average="macro", **NEVER_PREDICTED),
+        f"per_class_rec{k}": recall_score(truth, predicted, average="macro", labels=present),
+    }
+    result = metrics.summary(z, label, (k,))
+    assert result.pop("map") > 0
+    assert result == {name: pytest.approx(100 * float(value)) for name, value in expected.items()}
+
+
+@pytest.mark.parametrize("ties", [False, True])
+def test_map_is_sklearns(ties: bool) -> None:
+    z, label = logits(ties=ties), multi()
+    present = [c for c in range(CLASSES) if c != 4]
+    expected = average_precision_score(label.numpy()[:, present], z.numpy()[:, present], average="macro")
+    assert metrics.mean_average_precision(z, label) == pytest.approx(float(expected))
+
+
+def test_a_class_that_is_never_predicted_has_precision_0() -> None:
+    z = torch.tensor([[3.0, 2.0, 1.0], [3.0, 1.0, 2.0]])
+    label = torch.tensor([[1, 0, 0], [0, 1, 0]])
+    precision, recall = metrics.per_class_precision_recall(z, label, 1)
+    assert precision == pytest.approx((1 / 2 + 0 + 0) / 3)
+    assert recall == pytest.approx((1 + 0) / 2)
+
+
+def test_names_of_a_single_label_summary() -> None:
+    assert list(metrics.summary(logits(), single())) == ["acc1", "acc5"]
+
+
+def test_names_of_a_multi_label_summary() -> None:
+    words = "pre1 pre5 rec1 rec5 map overall_pre1 overall_rec1 overall_pre5 overall_rec5"
+    words += " per_class_pre1 per_class_rec1 per_class_pre5 per_class_rec5"
+    assert list(metrics.summary(logits(), multi())) == words.split()
+
+
+def test_perfect_logits_score_100() -> None:
+    assert metrics.summary(torch.eye(6), torch.arange(6)) == {"acc1": 100.0, "acc5": 100.0}
+    result = metrics.summary(torch.eye(6), torch.eye(6))
+    assert {result[name] for name in ("pre1", "rec1", "rec5", "map", "overall_pre1", "per_class_pre1")} == {100.0}
+    assert result["pre5"] == pytest.approx(20.0)
+
+
+@pytest.mark.parametrize("label", [single(), multi()], ids=["single", "multi"])
+def test_the_mean_of_the_terms_is_the_summary(label: Tensor) -> None:
+    terms, result = metrics.per_example(logits(), label), metrics.summary(logits(), label)
+    for name, term in terms.items():
+        assert term.shape == (ROWS,)
+        assert float(term.mean()) == result[name]
+
+
+@pytest.mark.parametrize("label", [single(), multi()], ids=["single", "multi"])
+def test_the_order_of_rows_does_not_matter(label: Tensor) -> None:
+    order = torch.randperm(ROWS, generator=torch.Generator().manual_seed(1))
+    z = logits(ties=True)
+    assert metrics.summary(z[order], label[order]) == pytest.approx(metrics.summary(z, label), rel=1e-12)
+
+
+@pytest.mark.parametrize("k", [1, 5])
+def test_overall_metrics_obey_their_identities(k: int) -> None:
+    z, label = logits(), multi()
+    result = metrics.summary(z, label, (k,))
+    assert result[f"overall_pre{k}"] == pytest.approx(result[f"pre{k}"])
+    assert result[f"overall_rec{k}"] / result[f"overall_pre{k}"] == pytest.approx(k * ROWS / int(label.sum()))
+
+
+def test_equal_logits_are_ranked_by_class_number() -> None:
+    assert metrics.top_classes(torch.zeros(2, 6), 3).tolist() == [[0, 1, 2]] * 2
+    assert metrics.top_classes(torch.tensor([[0.0, 1.0, 0.0, 1.0]]), 4).tolist() == [[1, 3, 0, 2]]
+
+
+def test_k_beyond_the_classes_is_all_classes() -> None:
+    label = torch.eye(3)
+    assert metrics.summary(torch.randn(3, 3), torch.arange(3), (5,)) == {"acc5": 100.0}
+    result = metrics.summary(torch.randn(3, 3), label, (5,))
+    assert (result["pre5"], result["rec5"]) == (pytest.approx(100 / 3), 100.0)
+
+
+def test_logits_that_are_not_finite_are_refused() -> None:
+    z = logits()
+    z[3, 2] = math.nan
+    with pytest.raises(ValueError, match="logits of row 3 are not finite"):
+        metrics.summary(z, single())
+
+
+def test_samples_without_label_are_refused() -> None:
+    label = multi()
+    label[5] = 0
+    with pytest.raises(ValueError, match="row 5 has no label"):
+        metrics.summary(logits(), label)

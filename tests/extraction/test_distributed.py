@@ -1,0 +1,132 @@
+"""Shards spread over processes make the same bytes as one process, whatever is killed."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from dask.distributed import Client, Scheduler, Worker
+from helpers.clusters import Poison, cluster, instead, order_for, when
+from helpers.fault_cases import TEXT, content, fill, num_commits, write_texts
+
+from pipeline.cache import verify
+from pipeline.data.manifest import Manifest
+from pipeline.extraction.distributed import Order, extract_on, extract_with
+
+NUM_WORKERS = 4
+NUM_SHARDS = 16
+
+
+@pytest.fixture(scope="module")
+def client() -> Iterator[Client]:
+    with cluster(NUM_WORKERS) as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
+    return write_texts(tmp_path_factory.mktemp("texts"), 340)
+
+
+@pytest.fixture(scope="module")
+def whole(texts: Manifest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The cache that one process wrote."""
+    return fill(texts, tmp_path_factory.mktemp("whole"))
+
+
+@pytest.fixture
+def order(tmp_path: Path) -> Order:
+    """An order for a home of its own."""
+    write_texts(tmp_path, 340)
+    return order_for(tmp_path)
+
+
+def pids_of(client: Client) -> list[int]:
+    """The process ids of a cluster's workers."""
+    answers: Any = client.run(os.getpid)
+    return list(answers.values())
+
+
+def test_four_processes_and_two_workers_write_the_bytes_of_one_process(
+    client: Client, texts: Manifest, whole: Path, order: Order, tmp_path: Path
+) -> None:
+    assert len({*pids_of(client), os.getpid()}) == NUM_WORKERS + 1
+    path = extract_on(client, order)
+    assert content(path) == content(whole)
+    assert verify(path) == []
+    assert content(fill(texts, tmp_path / "two", workers=2)) == content(whole)
+
+
+@pytest.mark.parametrize("after", [0, 1, 5, 9])
+def test_a_killed_worker_is_replaced(
+    after: int, client: Client, order: Order, whole: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = order.home / "caches" / "texts" / whole.name
+    pids = pids_of(client)
+    committed: list[int] = []
+
+    def kill() -> None:
+        committed.append(num_commits(path))
+        os.kill(pids[after % len(pids)], signal.SIGKILL)
+
+    thread = when(lambda: num_commits(path) >= after and path.is_dir(), kill)
+    assert extract_on(client, order) == path
+    thread.join()
+    assert content(path) == content(whole)
+    assert committed[0] < NUM_SHARDS
+    with capsys.disabled():
+        print(f"\na worker of dask was killed when {committed[0]} of {NUM_SHARDS} shards were committed: the same bytes")
+
+
+@pytest.mark.parametrize(
+    ("children", "message"),
+    [
+        (0, r"4 workers died of shard \d+ of random_projection-"),
+        (1, r"a worker process was killed \(SIGKILL\) at sample 's\d{3}'"),
+    ],
+)
+def test_what_kills_every_worker_is_named(children: int, message: str, order: Order, texts: Manifest, whole: Path) -> None:
+    own = dataclasses.replace(order, effort=dataclasses.replace(order.effort, workers=children))
+    with cluster(2) as client:
+        client.register_plugin(Poison())
+        with pytest.raises(ValueError, match=message) as raised:
+            extract_on(client, own)
+    assert "\n" not in str(raised.value)
+    assert 0 < num_commits(order.home / "caches" / "texts" / whole.name) < NUM_SHARDS
+    assert content(fill(texts, order.home)) == content(whole)
+
+
+def serve(address: Any) -> None:
+    """Be a scheduler with one worker that does not come to an end, whose address goes through a pipe, until killed."""
+    forever = threading.Event()
+
+    async def run() -> None:
+        instead("200: 07", forever.wait)
+        async with Scheduler(host="127.0.0.1", port=0, dashboard=False) as scheduler, Worker(scheduler.address, nthreads=1):
+            address.send(scheduler.address)
+            await scheduler.finished()
+
+    asyncio.run(run())
+
+
+def test_a_scheduler_elsewhere_may_be_lost(order: Order, texts: Manifest, whole: Path) -> None:
+    context = multiprocessing.get_context("forkserver")
+    receiver, sender = context.Pipe(duplex=False)
+    server = context.Process(target=serve, args=(sender,), daemon=True)
+    server.start()
+    address = receiver.recv()
+    path = order.home / "caches" / "texts" / whole.name
+    thread = when(lambda: num_commits(path) >= 2, server.kill)
+    with pytest.raises(ValueError, match="the scheduler was lost; the same command goes on from here"):
+        extract_with(address, [], order.home, "texts", order.encoder, TEXT, "float16", False, order.effort)
+    thread.join()
+    assert 2 <= num_commits(path) < NUM_SHARDS
+    assert content(fill(texts, order.home)) == content(whole)

@@ -1,0 +1,110 @@
+"""What an extraction says about its speed, and what it does when memory runs out."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from pipeline.extraction import throughput as pace
+from pipeline.extraction.inputs import Encoded, Forward
+from pipeline.extraction.throughput import Pace
+
+RAISE = "raise --workers (there are 4 cores)"
+ALL_AT_WORK = "all 4 cores are at work; a GPU, or more machines with --scheduler, would help"
+ALL_DECODE = "all 4 cores decode; smaller pictures, or more machines with --scheduler, would help"
+DISK = "disk-bound: the encoder waited {} for shards to be written: choose a faster disk with --home"
+GPUS = "raise --batch-size, or spread over several GPUs with --workers-gpu"
+
+
+def make_pace(workers: int, device: str, prepare: float, encode: float, **waited: float) -> Pace:
+    """The pace of a run of 100 seconds on four cores; seconds of all workers together, and of this process."""
+    found = Pace(workers, device, 4, started=time.monotonic() - 100)
+    found.add(Encoded(np.arange(1), np.zeros((1, 1)), [], prepare, encode))
+    found.waited = {"items": waited.get("items", 0.0), "disk": waited.get("disk", 0.0)}
+    return found
+
+
+@pytest.mark.parametrize(
+    ("workers", "device", "prepare", "encode", "waited", "verdict"),
+    [
+        (2, "cpu", 150, 40, {}, f"decode-bound: 2 processes busy 95% (decode 75%, forward 20%): {RAISE}"),
+        (4, "cpu", 300, 80, {}, f"decode-bound: 4 processes busy 95% (decode 75%, forward 20%): {ALL_AT_WORK}"),
+        (0, "cpu", 10, 80, {}, f"encoder-bound: 1 process busy 90% (decode 10%, forward 80%): {RAISE}"),
+        (4, "cpu", 40, 340, {}, f"encoder-bound: 4 processes busy 95% (decode 10%, forward 85%): {ALL_AT_WORK}"),
+        (4, "cpu", 100, 200, {"disk": 30}, DISK.format("30%")),
+        (2, "cuda", 194, 50, {"items": 41}, f"decode-bound: 2 workers busy 97%, encoder waited 41%: {RAISE}"),
+        (4, "cuda", 396, 20, {"items": 80}, f"decode-bound: 4 workers busy 99%, encoder waited 80%: {ALL_DECODE}"),
+        (4, "cuda", 80, 95, {"items": 3}, f"encoder-bound: 4 workers busy 20%, encoder waited 3%: {GPUS}"),
+        (4, "cuda", 80, 95, {"disk": 60}, DISK.format("60%")),
+    ],
+)
+def test_the_verdict_says_what_bound_the_run_and_what_would_help(
+    workers: int, device: str, prepare: float, encode: float, waited: dict[str, float], verdict: str
+) -> None:
+    assert make_pace(workers, device, prepare, encode, **waited).verdict() == verdict
+
+
+def test_idle_and_unused_gpus_are_warned_about(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert make_pace(4, "cuda", 300, 95, items=3).warnings(num_gpus=1) == []
+    assert make_pace(4, "cuda", 300, 40, items=60).warnings(num_gpus=1) == ["the GPU was idle 60% of the time"]
+    assert make_pace(4, "cuda", 300, 95).warnings(num_gpus=4) == ["1 of 4 GPUs was used: --workers-gpu 0,1,2,3 uses all"]
+    assert len(make_pace(4, "cuda", 300, 40, items=60).warnings(num_gpus=2)) == 2
+    monkeypatch.setattr(pace, "NVIDIA", tmp_path / "nvidia0")
+    assert make_pace(4, "cpu", 300, 95).warnings(num_gpus=0) == []
+    (tmp_path / "nvidia0").touch()
+    (warning,) = make_pace(4, "cpu", 300, 95).warnings(num_gpus=0)
+    assert warning == "this machine has a GPU, but this torch cannot use it: install a CUDA build of torch"
+
+
+@pytest.mark.parametrize("activity", ["items", "disk"])
+def test_waiting_is_timed(activity: Literal["items", "disk"]) -> None:
+    found = Pace(0, "cpu")
+    with found.waiting(activity):
+        time.sleep(0.05)
+    assert 0.05 <= found.waited.pop(activity) < 1
+    assert list(found.waited.values()) == [0]
+
+
+def small_memory(room: int, seen: list[int]) -> Forward:
+    """An encoder that has room for so many items at once, with a limit of 16; notes the size of every batch it is asked for."""
+
+    def encode(batch: Tensor) -> Tensor:
+        seen.append(len(batch))
+        if len(batch) > room:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return torch.stack([batch.sum(dim=1), batch.prod(dim=1)], dim=1)
+
+    return Forward(encode, 16)
+
+
+@pytest.mark.parametrize(("room", "limit"), [(16, 16), (15, 8), (8, 8), (7, 4), (3, 2), (1, 1)])
+def test_a_batch_that_does_not_fit_is_halved_and_stays_so(room: int, limit: int) -> None:
+    items = torch.randn(40, 3, generator=torch.Generator().manual_seed(0))
+    seen: list[int] = []
+    forward = small_memory(room, seen)
+    for batch in items.split(16):
+        expected = torch.stack([batch.sum(dim=1), batch.prod(dim=1)], dim=1)
+        assert torch.equal(forward(batch), expected)
+    assert forward.limit == limit
+    too_large = [size for size in seen if size > room]
+    assert too_large == seen[: len(too_large)]  # only at the beginning
+    assert too_large == [16, 8, 4, 2][: len(too_large)]
+    assert set(seen[len(too_large) :]) <= {limit, 16 % limit, 8 % limit} | {min(limit, 8)}
+
+
+def test_a_short_batch_halves_from_its_own_size() -> None:
+    seen: list[int] = []
+    forward = small_memory(2, seen)
+    forward(torch.ones(5, 3))
+    assert (forward.limit, seen) == (2, [5, 2, 2, 1])
+
+
+def test_an_item_that_does_not_fit_is_an_error() -> None:
+    with pytest.raises(ValueError, match="one item alone does not fit into memory; take --set compute_dtype=bfloat16"):
+        small_memory(0, [])(torch.ones(5, 3))

@@ -1,0 +1,168 @@
+"""Tiny data and every variant of every method, found by introspection: a new method is tested without an edit here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import fields
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+import numpy as np
+import torch
+from scipy.special import log_softmax
+from torch import Tensor, nn
+
+from pipeline.runtime import plugins
+from pipeline.runtime.rng import Streams, sample_keys
+from pipeline.types import Batch, Phase, Shapes
+
+ROWS, WIDTH, CLASSES = 64, 16, 5
+SIZES = {"hidden": 20, "num_steps": 12, "stage_step": 4, "sample_steps": 4, "num_tokens": 4, "token_width": 8, "num_heads": 2}
+SIZES |= {"width": 12}
+NUMBERS = {"dropout": 0.5, "eta": 1.0, "draws": 3, "train_min_step": 0.5, "ce_min_step": 0.5}  # worth a variant of their own
+KINDS = ("single", "multi")
+
+
+def shapes(kind: str = "single", text_width: int = WIDTH) -> Shapes:
+    return {
+        "image": (WIDTH,),
+        "text": (text_width,),
+        "label": () if kind == "single" else (CLASSES,),
+        "classes": (CLASSES,),
+    }
+
+
+def settings(method: str, **changes: Any) -> Any:
+    """The method's config at tiny sizes."""
+    config_type = plugins.get("methods", method).Config
+    known = {field.name for field in fields(config_type)}
+    return config_type(**{name: size for name, size in SIZES.items() if name in known} | changes)
+
+
+def variants() -> list[tuple[str, dict[str, Any]]]:
+    """The defaults of every method, and every departure from them in one choice, switch or number."""
+    found: list[tuple[str, dict[str, Any]]] = []
+    for method in plugins.names("methods"):
+        default = settings(method)
+        found.append((method, {}))
+        for name, hint in get_type_hints(type(default)).items():
+            choices: tuple[Any, ...] = (NUMBERS[name],) if name in NUMBERS else ()
+            if get_origin(hint) is Literal:
+                choices = get_args(hint)
+            elif hint is bool:
+                choices = (True, False)
+            found += [(method, {name: choice}) for choice in choices if choice != getattr(default, name)]
+    return found
+
+
+def variant_id(variant: object) -> str:
+    if isinstance(variant, tuple):
+        method, changes = variant
+        return "-".join([method, *(f"{key}={value}" for key, value in changes.items())])
+    return str(variant)
+
+
+def build(method: str, kind: str = "single", text_width: int = WIDTH, seed: int = 0, **changes: Any) -> Any:
+    torch.manual_seed(seed)
+    return plugins.get("methods", method).build(settings(method, **changes), shapes(kind, text_width))
+
+
+def ids(rows: int = ROWS) -> Tensor:
+    return sample_keys(f"sample-{i}" for i in range(rows))
+
+
+def data(kind: str = "single", text_width: int = WIDTH, rows: int = ROWS, seed: int = 0) -> Batch:
+    """Features with a mean, a scale and a class; every eighth sample has no text."""
+    generator = torch.Generator().manual_seed(seed)
+    label = torch.arange(rows) % CLASSES
+    image, text = (3.0 * torch.randn(rows, width, generator=generator) + 1.0 for width in (WIDTH, text_width))
+    image[:, 0] += 5.0 * label
+    text[:, 1] += 5.0 * label
+    if kind == "multi":
+        label = (torch.rand(rows, CLASSES, generator=generator) < 0.4).float()
+        label[:, 0] = 1.0
+    paired = (torch.arange(rows) % 8 != 3).float()
+    return {"image": image, "text": text, "paired": paired, "label": label, "key": ids(rows)}
+
+
+def passes(batch: Batch, size: int = 24) -> Callable[[], Iterator[Batch]]:
+    """The batch as a training split, in ordered passes."""
+
+    def train() -> Iterator[Batch]:
+        for start in range(0, len(batch["key"]), size):
+            yield {key: column[start : start + size] for key, column in batch.items()}
+
+    return train
+
+
+def streams(seed: int = 0, samples: Tensor | None = None) -> Streams:
+    return Streams.seeded(seed, ids() if samples is None else samples)
+
+
+def freeze(method: nn.Module, phase: Phase) -> None:
+    """What training does before a phase."""
+    for name, parameter in method.named_parameters():
+        parameter.requires_grad_(name.startswith(phase.trains))
+        parameter.grad = None
+
+
+def fitted(method: str, kind: str = "single", text_width: int = WIDTH, seed: int = 0, **changes: Any) -> tuple[Any, Batch]:
+    """A method that has taken its statistics but has not learned, ready to predict, and its training split."""
+    model, batch = build(method, kind, text_width, seed, **changes), data(kind, text_width)
+    for phase in model.phases:
+        model.begin(phase.name, passes(batch))
+    return model.train(False), batch
+
+
+def array(x: Tensor) -> np.ndarray:
+    return x.detach().to(torch.float64).numpy()
+
+
+def cross_entropy(logits: Tensor, label: Tensor, rows: np.ndarray | slice = slice(None)) -> float:
+    """Mean cross-entropy of some rows by scipy; several labels share the target equally."""
+    target = np.eye(CLASSES)[label.numpy()] if label.ndim == 1 else array(label) / array(label).sum(1, keepdims=True)
+    return float(-(target * log_softmax(array(logits), axis=1)).sum(1)[rows].mean())
+
+
+def noise_levels(num_steps: int) -> np.ndarray:
+    """abar [T] of the linear schedule."""
+    return np.cumprod(1.0 - np.linspace(1e-4, 0.02, num_steps))
+
+
+class Stub(nn.Module):
+    """A denoiser that returns the visual feature, or the noisy input."""
+
+    def __init__(self, returns: Literal["image", "input"]) -> None:
+        super().__init__()
+        self.returns = returns
+
+    def condition(self, x_v: Tensor) -> Tensor:
+        return x_v
+
+    def time(self, n: Tensor) -> Tensor:
+        return n
+
+    def forward(self, x_n: Tensor, e: Tensor, context: Tensor, rng: Streams | None, p: Tensor) -> Tensor:
+        return context if self.returns == "image" else x_n
+
+
+OTHER = {
+    "num_heads": 4,
+    "stage_step": 2,
+    "eta": 0.5,
+    "tau": 0.2,
+    "sample_steps": 3,
+    "num_tokens": 2,
+    "token_width": 16,
+    "width": 8,
+    "hidden": 24,
+    "num_steps": 14,
+    "draws": 2,
+}  # another valid value of some settings
+
+
+def other(config: Any, field: str, hint: Any) -> Any:
+    """Another valid value of a setting."""
+    value = getattr(config, field)
+    if get_origin(hint) is Literal:
+        return next(choice for choice in reversed(get_args(hint)) if choice != value)
+    return (not value) if hint is bool else OTHER.get(field, 0.5)

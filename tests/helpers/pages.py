@@ -1,0 +1,32 @@
+"""HTML pages as a browser takes them apart, and a string that tries to be markup."""
+
+from __future__ import annotations
+
+import base64
+from html.parser import HTMLParser
+from pathlib import Path
+
+EVIL = "<script>alert(1)</script>\"'><img src=x onerror=alert(1)>|$\\frac$ --> ]]> {x}"
+
+
+class Page(HTMLParser):
+    """What a browser would make of a page: elements with attributes, and the text between them."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.text = ""
+        self.feed(path.read_text(encoding="utf-8"))
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attrs)))
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+    @property
+    def drawings(self) -> list[bytes]:
+        """The SVG pictures."""
+        start = "data:image/svg+xml;base64,"
+        sources = [attributes["src"] or "" for tag, attributes in self.elements if tag == "img"]
+        return [base64.b64decode(source.removeprefix(start)) for source in sources if source.startswith(start)]

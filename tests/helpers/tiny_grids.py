@@ -1,0 +1,40 @@
+"""Small grids on the tiny dataset."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from helpers.tiny_heads import FAST, SMALL, caches_by_key
+from pipeline.studies.grid import Grid, plan_grid, read_axes
+
+SHORT = {"epochs": 2}
+
+
+def tiny_grid(home: Path, method: str = "seda", pairs: tuple[str, ...] = ("T=20,30", "t=0,5"), **options: Any) -> Grid:
+    """A grid on the tiny dataset, over the small settings of the other tests."""
+    axes = read_axes(method, pairs)
+    settings = {key: value for key, value in SMALL[method].items() if key not in axes}
+    training = {key: value for key, value in {"precision": "float32", **FAST}.items() if key not in axes}
+    training |= options.pop("training", {})
+    caches = caches_by_key(home)
+    seeds = options.pop("seeds", (0,))
+    return plan_grid(
+        home,
+        "tiny",
+        method,
+        axes,
+        seeds,
+        settings=settings,
+        training=training,
+        image=caches["image"],
+        text=caches["text"],
+        **options,
+    )
+
+
+def short_grid(home: Path, method: str, pairs: tuple[str, ...], **options: Any) -> Grid:
+    """A grid of two epochs, unless its axes say otherwise; two axes of training set the precision themselves."""
+    given = {pair.partition("=")[0] for pair in pairs}
+    training = {key: value for key, value in SHORT.items() if key not in given}
+    return tiny_grid(home, method, pairs, training={**training, **options.pop("training", {})}, **options)

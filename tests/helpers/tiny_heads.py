@@ -1,0 +1,37 @@
+"""Small heads on the tiny dataset: their settings, their caches, and a run that is trained."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pipeline.cache import find_caches, open_cache
+from pipeline.runtime.runs import Run
+from pipeline.training.heads import plan, resolve, train_head
+
+SMALL: dict[str, dict[str, object]] = {
+    "baseline": {},
+    "ema": {"width": 16},
+    "cdr": {"width": 16, "hidden": 32, "num_steps": 20, "sample_steps": 5},
+    "marnet": {"width": 16, "hidden": 32, "num_steps": 20, "sample_steps": 5},
+    "seda": {
+        "width": 16,
+        "num_tokens": 4,
+        "token_width": 8,
+        "num_heads": 2,
+        "num_steps": 20,
+        "stage_step": 5,
+        "sample_steps": 5,
+    },
+}
+FAST: dict[str, object] = {"epochs": 4, "batch_size": 8, "lr_step": 1}
+
+
+def caches_by_key(home: Path) -> dict[str, str]:
+    """Folder names of the tiny dataset's caches by batch key."""
+    return {open_cache(path).identity["encoder"]["modality"]: path.name for path in find_caches(home, "tiny")}
+
+
+def train_tiny(home: Path, method: str, seed: int = 0, training: dict[str, object] | None = None) -> Run:
+    """A small run of a method on the tiny dataset."""
+    settings, config = resolve("tiny", method, "head", SMALL.get(method, {}), {**FAST, **(training or {})})
+    return train_head(plan(home, "tiny", method, settings, config, seed, caches_by_key(home)), progress=False)

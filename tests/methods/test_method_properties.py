@@ -1,0 +1,314 @@
+"""Baseline, EMA, CDR and MARNet compute what the papers' equations say, by hand."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import fields
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from helpers.method_cases import (
+    CLASSES,
+    KINDS,
+    ROWS,
+    WIDTH,
+    array,
+    build,
+    cross_entropy,
+    data,
+    fitted,
+    noise_levels,
+    settings,
+    streams,
+)
+from scipy import special, stats
+from torch import Tensor, nn
+
+from pipeline.methods import cdr, ema, marnet
+from pipeline.nn.layers import ConcatLinear
+from pipeline.runtime import plugins
+
+over_kinds = pytest.mark.parametrize("kind", KINDS)
+
+
+def standardised(x: Tensor, rows: Tensor | slice = slice(None)) -> np.ndarray:
+    return (array(x) - array(x)[rows].mean(0)) / array(x)[rows].std(0)
+
+
+def linear(layer: nn.Module, x: np.ndarray) -> np.ndarray:
+    weight, bias = layer.parameters()
+    return x @ array(weight).T + array(bias)
+
+
+def leaky(x: np.ndarray) -> np.ndarray:
+    return np.where(x >= 0, x, 0.01 * x)
+
+
+def descend(method: Any, batch: dict[str, Tensor], lr: float, steps: int) -> None:
+    """Plain gradient descent on the whole batch."""
+    for _ in range(steps):
+        gradients = torch.autograd.grad(method.loss(batch, streams(), "head")["loss"], list(method.parameters()))
+        with torch.no_grad():
+            for parameter, gradient in zip(method.parameters(), gradients, strict=True):
+                parameter -= lr * gradient
+
+
+class TestBaseline:
+    def test_it_is_one_linear_layer(self) -> None:
+        method = build("baseline")
+        assert sum(parameter.numel() for parameter in method.parameters()) == WIDTH * CLASSES + CLASSES
+
+    @over_kinds
+    def test_objective(self, kind: str) -> None:
+        method, batch = fitted("baseline", kind)
+        logits = linear(method.classifier, standardised(batch["image"]))
+        np.testing.assert_allclose(array(method.predict(batch["image"], streams())), logits, atol=1e-5)
+        expected = cross_entropy(torch.from_numpy(logits), batch["label"])
+        assert method.loss(batch, streams(), "head")["loss"].item() == pytest.approx(expected, rel=1e-5)
+
+    def test_separable_classes_are_separated(self) -> None:
+        method, batch = fitted("baseline")
+        batch["image"] = torch.eye(WIDTH)[batch["label"]] * 10 + batch["image"] * 0.1
+        descend(method, batch, lr=0.5, steps=60)
+        assert (method.predict(batch["image"], streams()).argmax(1) == batch["label"]).all()
+
+
+class TestEMA:
+    @over_kinds
+    def test_objective(self, kind: str) -> None:
+        method, batch = fitted("ema", kind, text_width=10, tau=0.2, w_ce=0.7, w_ita=1.3)
+        paired = batch["paired"] > 0
+        x_v = leaky(linear(method.image_projector, standardised(batch["image"])))
+        x_s = leaky(linear(method.text_projector, standardised(batch["text"], paired)))
+        a, b = (x[paired.numpy()] / np.linalg.norm(x[paired.numpy()], axis=1, keepdims=True) for x in (x_v, x_s))
+        similarity = a @ b.T / 0.2
+        v2s = -np.diag(special.log_softmax(similarity, axis=1)).mean()
+        s2v = -np.diag(special.log_softmax(similarity, axis=0)).mean()
+        ce = cross_entropy(torch.from_numpy(linear(method.classifier, x_v)), batch["label"])
+        parts = method.loss(batch, streams(), "head")
+        assert parts["ita"].item() == pytest.approx(v2s + s2v, rel=1e-4)
+        assert parts["loss"].item() == pytest.approx(0.7 * ce + 1.3 * (v2s + s2v), rel=1e-4)
+
+    def test_the_image_projector_alone_predicts(self) -> None:
+        method, batch = fitted("ema")
+        x_v = leaky(linear(method.image_projector, standardised(batch["image"])))
+        np.testing.assert_allclose(array(method.feature(batch["image"], streams())), x_v, atol=1e-5)
+        np.testing.assert_allclose(array(method.predict(batch["image"], streams())), linear(method.classifier, x_v), atol=1e-5)
+
+    def test_a_learned_temperature_falls_but_never_below_a_hundredth(self) -> None:
+        method, batch = fitted("ema", learn_tau=True, tau=0.2)
+        method.text_projector.load_state_dict(method.image_projector.state_dict())
+        method.text_scale.load_state_dict(method.image_scale.state_dict())
+        batch["text"] = batch["image"]  # aligned already: only the temperature can lower the loss
+        assert method.temperature().item() == pytest.approx(0.2)
+        descend(method, batch, lr=0.1, steps=20)
+        assert 0.01 < method.temperature().item() < 0.19
+        for log_scale in (4.0, 4.6, 5.0, 50.0):
+            with torch.no_grad():
+                method.log_scale.fill_(log_scale)
+            assert 1 / method.temperature().item() == pytest.approx(min(math.exp(log_scale), 100.0))
+        with pytest.raises(ValueError, match="tau"):
+            settings("ema", learn_tau=True, tau=0.005)
+
+
+class TestCDR:
+    @over_kinds
+    @pytest.mark.parametrize("reduction", ["mean", "sum_dim"])
+    def test_objective(self, reduction: str, kind: str) -> None:
+        method, batch = fitted("cdr", kind, 10, mse_reduction=reduction, ce_min_step=0.5, w_ce=0.7, w_mse=1.3)
+        paired = (batch["paired"] > 0).numpy()
+        x_v, x_s = standardised(batch["image"]), standardised(batch["text"], batch["paired"] > 0)
+        n = np.floor(array(streams().at("n").uniform()) * 12).astype(int)
+        abar = noise_levels(12)[n][:, None]
+        x_n = np.sqrt(abar) * x_s + np.sqrt(1 - abar) * array(streams().at("noise").normal(10))
+        context = method.denoiser.condition(torch.from_numpy(x_v).float())
+        x_0 = method.denoiser(
+            torch.from_numpy(x_n).float(), method.denoiser.time(torch.from_numpy(n)), context, None, torch.tensor(0.0)
+        )
+        error = ((array(x_0) - x_s)[paired] ** 2).mean() * (10 if reduction == "sum_dim" else 1)
+        assert 0 < (n >= 6).sum() < ROWS
+        ce = cross_entropy(method.classifier(x_0), batch["label"], n >= 6)
+        parts = method.loss(batch, streams(), "head")
+        assert parts["mse"].item() == pytest.approx(error, rel=1e-4)
+        assert parts["loss"].item() == pytest.approx(0.7 * ce + 1.3 * error, rel=1e-4)
+
+    @pytest.mark.parametrize(("share", "first"), [(0.0, 0), (0.5, 6)])
+    def test_steps_are_uniform(self, share: float, first: int) -> None:
+        method, _ = fitted("cdr", train_min_step=share)
+        batch = data(rows=6000)
+        n = method.one_step(batch, streams(samples=batch["key"]))[2].numpy()
+        assert n.min() == first
+        assert n.max() == 11
+        assert stats.chisquare(np.bincount(n, minlength=12)[first:]).pvalue > 0.001
+
+    def test_a_share_of_the_steps_is_exact(self) -> None:
+        method = build("cdr", num_steps=900, train_min_step=0.53, ce_min_step=0.13)
+        assert (float(method.first_step), float(method.first_ce_step)) == (477, 117)
+
+    @pytest.mark.parametrize("denoiser", ["mlp", "regression"])
+    def test_the_network_has_four_linear_layers(self, denoiser: str) -> None:
+        modules = build("cdr", denoiser=denoiser).denoiser.named_modules()
+        linear = (nn.Linear, ConcatLinear)
+        layers = [name for name, layer in modules if isinstance(layer, linear) and not name.startswith("embed.")]
+        assert len(layers) == 4
+
+    def test_the_regression_sees_no_text_no_noise_and_no_step(self) -> None:
+        method, batch = fitted("cdr", denoiser="regression", draws=3, sampler="ancestral", eta=1.0)
+        other = {**batch, "text": batch["text"].flip(0)}
+        first = method.one_step(batch, streams(0))[0]
+        assert torch.equal(first, method.one_step(other, streams(1))[0])
+        assert torch.equal(first, method.feature(batch["image"], streams(2)))
+        assert torch.equal(method.classifier(first), method.predict(batch["image"], streams(3)))
+
+
+class TestFusionOperators:
+    def test_values_at_zero(self) -> None:
+        zero = torch.zeros(1, 3)
+        assert marnet.fuse_sum(zero, zero)[0].tolist() == pytest.approx([-0.693147] * 3, abs=1e-6)
+        assert marnet.fuse_hm(zero, zero)[0].tolist() == pytest.approx([-1.609438] * 3, abs=1e-6)
+
+    def test_they_are_cf_vqas_formulas(self) -> None:
+        z_e, z_c = 3 * torch.randn(2, 50, 7, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        z = special.expit(array(z_e)) * special.expit(array(z_c))
+        expected_sum = np.log(special.expit(array(z_e + z_c)) + 1e-12)
+        np.testing.assert_allclose(array(marnet.fuse_sum(z_e, z_c)), expected_sum, atol=1e-6)
+        np.testing.assert_allclose(array(marnet.fuse_hm(z_e, z_c)), np.log(z + 1e-12) - np.log1p(z), atol=1e-6)
+        assert torch.equal(marnet.fuse_sum(z_e, z_c).argmax(1), (z_e + z_c).argmax(1))
+        assert torch.equal(marnet.fuse_hm(z_e, z_c).argmax(1), (z_e.sigmoid() * z_c.sigmoid()).argmax(1))
+
+    def test_very_low_logits_are_not_tied(self) -> None:
+        z = torch.tensor([[-40.0, -41.0, -60.0]])
+        for fuse in (marnet.fuse_sum, marnet.fuse_hm):
+            assert fuse(z, z)[0].diff().max() < -1
+
+    @pytest.mark.parametrize(("kind", "join"), [("concat", np.hstack), ("add", sum), ("mul", lambda pair: pair[0] * pair[1])])
+    def test_features_are_joined_at_the_same_length(self, kind: str, join: Any) -> None:
+        fusion = marnet.FeatureFusion(kind, 12, WIDTH, CLASSES)
+        f_e, f_c = torch.randn(ROWS, 12), 50 * torch.randn(ROWS, WIDTH)
+        pair = [array(f_e), linear(fusion.project, array(f_c))]
+        joined = join([math.sqrt(12) * x / np.linalg.norm(x, axis=1, keepdims=True) for x in pair])
+        np.testing.assert_allclose(array(fusion(f_e, f_c)), linear(fusion.classifier, joined), atol=1e-4)
+        np.testing.assert_allclose(array(fusion.join(f_e, f_c)), joined, atol=1e-5)
+
+
+class TestMARNet:
+    def test_every_setting_reaches_a_branch(self) -> None:
+        changed = {float: 0.5, int: 9, bool: True}
+        default = settings("marnet")
+        reached: set[tuple[str, str]] = set()
+        for field in fields(default):
+            if field.name in ("fusion", "regime"):
+                continue
+            value = getattr(default, field.name)
+            choice = {
+                "schedule": "cosine",
+                "mse_reduction": "sum_dim",
+                "sampler": "ancestral",
+                "scale": "global",
+                "label_loss": "bce",
+            }
+            other = settings("marnet", **{field.name: choice.get(field.name, changed.get(type(value)))})
+            for name, before, after in (("ema", default.ema(), other.ema()), ("cdr", default.cdr(), other.cdr())):
+                reached |= {
+                    (name, each.name) for each in fields(before) if getattr(before, each.name) != getattr(after, each.name)
+                }
+        assert reached >= {("ema", each.name) for each in fields(ema.Config)}
+        assert {each.name for each in fields(cdr.Config)} - {name for branch, name in reached if branch == "cdr"} == {
+            "denoiser",
+            "adapter",
+            "width",
+        }
+
+    @pytest.mark.parametrize("branch", ["ema", "cdr"])
+    def test_a_branch_trains_as_the_method_of_its_name(self, branch: str) -> None:
+        model, batch = fitted("marnet", seed=1)
+        config = getattr(settings("marnet"), branch)()
+        alone = plugins.get("methods", branch).build(
+            config, {"image": (WIDTH,), "text": (WIDTH,), "label": (), "classes": (CLASSES,)}
+        )
+        alone.load_state_dict(getattr(model, branch).state_dict())
+        assert torch.equal(model.loss(batch, streams(), branch)["loss"], alone.loss(batch, streams(), "head")["loss"])
+        assert torch.equal(
+            getattr(model, branch).feature(batch["image"], streams()), alone.train(False).feature(batch["image"], streams())
+        )
+
+    @over_kinds
+    def test_fusions_learn_from_sampled_features_while_the_branches_stand_still(self, kind: str) -> None:
+        model, batch = fitted("marnet", kind, draws=2)
+        batch["text"] = torch.full_like(batch["text"], math.nan)
+        parts = model.train().loss(batch, streams(), "fusion")
+        f_e, f_c = model.ema.feature(batch["image"], streams()), model.cdr.feature(batch["image"], streams())
+        expected = [cross_entropy(model.fusions[name](f_e, f_c), batch["label"]) for name in ("concat", "add", "mul")]
+        assert [parts[name].item() for name in ("concat", "add", "mul")] == pytest.approx(expected, rel=1e-5)
+        assert parts["loss"].item() == pytest.approx(sum(expected), rel=1e-5)
+        parts["loss"].backward()
+        for name, parameter in model.named_parameters():
+            assert (parameter.grad is not None) == name.startswith("fusions."), name
+
+    @pytest.mark.parametrize("fusion", [*marnet.BY_FEATURE, "sum", "hm"])
+    def test_the_joint_objective_is_the_sum_of_three(self, fusion: str) -> None:
+        model, batch = fitted("marnet", regime="joint", fusion=fusion)
+        parts = model.loss(batch, streams(), "joint")
+        aligned = model.ema.loss(batch, streams().at("ema"), "head")["loss"]
+        x_0, *rest = model.cdr.one_step(batch, streams().at("cdr"))
+        rebuilt = model.cdr.objective(x_0, *rest, batch)["loss"]
+        f_e = model.ema.feature(batch["image"], streams())
+        fused = cross_entropy(model.fused(fusion, f_e, x_0), batch["label"])
+        assert parts["loss"].item() == pytest.approx((aligned + rebuilt).item() + fused, rel=1e-5)
+        assert list(model.fusions) == ([fusion] if fusion in marnet.BY_FEATURE else [])
+
+    @pytest.mark.parametrize("fusion", ["sum", "hm"])
+    def test_logit_operators_join_the_branches_own_predictions(self, fusion: str) -> None:
+        model, batch = fitted("marnet", fusion=fusion)
+        z_e, z_c = model.ema.predict(batch["image"], streams()), model.cdr.predict(batch["image"], streams())
+        joint = z_e + z_c if fusion == "sum" else z_e.sigmoid() * z_c.sigmoid()
+        assert torch.equal(model.predict(batch["image"], streams()).argmax(1), joint.argmax(1))
+
+    def test_the_operator_may_change_after_training(self) -> None:
+        trained, batch = fitted("marnet", fusion="concat")
+        for fusion in ("add", "mul", "sum", "hm"):
+            other = build("marnet", seed=1, fusion=fusion)
+            other.load_state_dict(trained.state_dict())
+            f_e, f_c = trained.ema.feature(batch["image"], streams()), trained.cdr.feature(batch["image"], streams())
+            expected = trained.fused(fusion, f_e, f_c)
+            torch.testing.assert_close(other.train(False).predict(batch["image"], streams()), expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong"),
+    [
+        ("baseline", {"dropout": 1.0}),
+        ("ema", {"tau": 0.0}),
+        ("ema", {"w_ita": -1.0}),
+        ("cdr", {"num_steps": 0, "sampler": "ancestral"}),
+        ("cdr", {"sample_steps": 13}),
+        ("cdr", {"sample_steps": 0}),
+        ("cdr", {"draws": 0}),
+        ("cdr", {"eta": 1.5}),
+        ("cdr", {"train_min_step": 1.01}),
+        ("cdr", {"ce_min_step": -0.01}),
+        ("cdr", {"denoiser": "regression", "ce_min_step": 0.5}),
+        ("marnet", {"tau": -1.0}),
+        ("marnet", {"draws": 0}),
+        ("seda", {"stage_step": 12}),
+        ("seda", {"stage_step": -1}),
+        ("seda", {"draws": 0}),
+        ("seda", {"sample_steps": 13}),
+        ("seda", {"train_min_step": -1.0}),
+        ("seda", {"w_sc": -0.1}),
+        ("seda", {"dropout": -0.1}),
+    ],
+)
+def test_impossible_settings_are_refused(name: str, wrong: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="|".join(wrong)):
+        settings(name, **wrong)
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong"), [("seda", {"adapter": "none"}), ("cdr", {"denoiser": "unet"}), ("cdr", {"adapter": "pca"})]
+)
+def test_widths_that_do_not_fit_are_refused(name: str, wrong: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="width"):
+        build(name, text_width=10, **wrong)

@@ -1,0 +1,106 @@
+"""The reverse process as heads run it: the papers' equations by hand, and random numbers named by seed, sample and draw."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from helpers.method_cases import ROWS, WIDTH, Stub, array, fitted, noise_levels, streams
+from scipy import stats
+from torch import Tensor
+
+from pipeline.runtime.rng import Streams
+from pipeline.types import Batch
+
+T = 12  # of the tiny settings
+diffusion_heads = pytest.mark.parametrize("name", ["cdr", "seda"])
+all_heads = pytest.mark.parametrize("name", ["cdr", "seda", "marnet"])
+
+
+def predict_x0(method: Any, batch: Batch, x: np.ndarray, n: int) -> Tensor:
+    e = method.denoiser.time(torch.full((len(x),), n))
+    context = method.denoiser.condition(method.space.image(batch["image"]))
+    return method.denoiser(torch.from_numpy(x).float(), e, context, None, torch.tensor(0.0))
+
+
+@diffusion_heads
+@torch.no_grad()
+def test_the_start_is_named_by_seed_sample_and_draw(name: str) -> None:
+    method, batch = fitted(name, sample_steps=1)
+    method.denoiser = Stub("input")
+    image, keys = batch["image"], batch["key"]
+    start = method.feature(image, Streams.seeded(3, keys), 2)
+    assert stats.kstest(start.flatten().numpy(), "norm").pvalue > 0.01
+    assert torch.equal(method.feature(0 * image[9:10], Streams.seeded(3, keys[9:10]), 2), start[9:10])
+    for other in (
+        method.feature(image, Streams.seeded(4, keys), 2),
+        method.feature(image, Streams.seeded(3, keys), 1),
+        method.feature(image, Streams.seeded(3, keys.roll(1)), 2),
+    ):
+        assert abs(np.corrcoef(start.flatten(), other.flatten())[0, 1]) < 4 / np.sqrt(start.numel())
+
+
+@diffusion_heads
+@torch.no_grad()
+def test_the_ancestral_chain_is_eq_13_to_15(name: str) -> None:
+    method, batch = fitted(name, sampler="ancestral")
+    abar, rng = noise_levels(T), streams().at("draw", 0)
+    beta = np.linspace(1e-4, 0.02, T)
+    x = array(rng.at("start").normal(WIDTH))
+    for k, i in enumerate(reversed(range(T))):
+        x_0 = array(predict_x0(method, batch, x, i))
+        before = abar[i - 1] if i > 0 else 1.0
+        mean = np.sqrt(before) * beta[i] / (1 - abar[i]) * x_0 + np.sqrt(1 - beta[i]) * (1 - before) / (1 - abar[i]) * x
+        variance = (1 - before) / (1 - abar[i]) * beta[i]
+        x = mean + np.sqrt(variance) * (array(rng.at("step", k).normal(WIDTH)) if i > 0 else 0.0)
+    np.testing.assert_allclose(array(method.feature(batch["image"], streams())), x, atol=2e-3)
+
+
+@diffusion_heads
+@pytest.mark.parametrize(("zero_start", "eta"), [(False, 0.0), (True, 0.0), (False, 0.5)])
+@torch.no_grad()
+def test_ddim_by_hand(name: str, zero_start: bool, eta: float) -> None:
+    method, batch = fitted(name, sample_steps=4, zero_start=zero_start, eta=eta)
+    abar, rng = noise_levels(T), streams().at("draw", 0)
+    x = np.zeros((ROWS, WIDTH)) if zero_start else array(rng.at("start").normal(WIDTH))
+    for k, (n, p) in enumerate([(11, 8), (8, 5), (5, 2), (2, -1)]):
+        a, b = abar[n], abar[p] if p >= 0 else 1.0
+        x_0 = array(predict_x0(method, batch, x, n))
+        noise = (x - np.sqrt(a) * x_0) / np.sqrt(1 - a)
+        variance = eta**2 * (1 - b) / (1 - a) * (1 - a / b)
+        x = np.sqrt(b) * x_0 + np.sqrt(1 - b - variance) * noise
+        x += np.sqrt(variance) * array(rng.at("step", k).normal(WIDTH))
+    np.testing.assert_allclose(array(method.feature(batch["image"], streams())), x, atol=2e-3)
+
+
+@all_heads
+@torch.no_grad()
+def test_draws_average_class_probabilities(name: str) -> None:
+    method, batch = fitted(name, draws=3)
+    image, rng = batch["image"], streams()
+    if name == "marnet":
+        f_e = method.ema.feature(image, rng)
+        logits = [method.fused("concat", f_e, method.cdr.feature(image, rng, draw)) for draw in range(3)]
+    else:
+        logits = [method.classifier(method.feature(image, rng, draw)) for draw in range(3)]
+    assert not torch.allclose(logits[0], logits[1])
+    mean = torch.stack([each.softmax(1) for each in logits]).mean(0)
+    torch.testing.assert_close(method.predict(image, rng).exp(), mean, atol=1e-6, rtol=1e-5)
+
+
+@all_heads
+@torch.no_grad()
+def test_a_single_draw_is_the_classifier_on_the_feature(name: str) -> None:
+    method, batch = fitted(name)
+    classifier = method.fusions["concat"].classifier if name == "marnet" else method.classifier
+    feature = method.feature(batch["image"], streams())
+    torch.testing.assert_close(method.predict(batch["image"], streams()), classifier(feature))
+
+
+@all_heads
+@torch.no_grad()
+def test_a_zero_start_without_noise_needs_no_random_number(name: str) -> None:
+    method, batch = fitted(name, zero_start=True)
+    assert torch.equal(method.predict(batch["image"], streams(0)), method.predict(batch["image"], streams(1)))

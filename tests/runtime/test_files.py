@@ -1,0 +1,25 @@
+"""The lock of a folder is free as soon as its context ends, whoever else has the same file open."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+
+from pipeline.runtime.files import lock, together
+
+
+def test_a_forked_process_does_not_keep_the_lock(tmp_path: Path) -> None:
+    for held in (lock, together):
+        with lock(tmp_path):
+            pass
+        with held(tmp_path):
+            child = os.fork()
+            if not child:
+                signal.pause()
+        try:
+            with lock(tmp_path):
+                pass
+        finally:
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)

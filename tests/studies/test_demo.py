@@ -1,0 +1,89 @@
+"""The demo's settings exist, and the README says what is true."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from pipeline.commands import app as cli
+from pipeline.runtime import plugins
+from pipeline.studies.demo import DATASET, EXTRA, METHODS
+from pipeline.training.heads import resolve
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+COMMANDS = [
+    line.split("#")[0].strip() for block in re.findall(r"```sh\n(.*?)```", README, re.DOTALL) for line in block.splitlines()
+]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_of_the_demo_has_tuned_settings(method: str) -> None:
+    settings, training = resolve(DATASET, method, "tuned", {}, {})
+    assert training.epochs > 0
+    for overrides in EXTRA.get(method, ()):
+        assert set(overrides) <= set(plugins.get("methods", method).PREDICTION)
+        assert all(getattr(settings, field) != value for field, value in overrides.items())
+
+
+def test_the_readme_is_finished() -> None:
+    assert not re.findall(r"@[A-Z_]+@", README)
+    assert len(COMMANDS) >= 8
+
+
+@pytest.mark.parametrize(
+    "target", ["setup", "demo", "test", "check", "extract", "train-head", "grid", "finetune", "demo-joint", "report", "bench"]
+)
+def test_make_targets_exist(target: str) -> None:
+    done = subprocess.run(["make", "-n", target], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout
+
+
+@pytest.mark.parametrize("command", [command for command in COMMANDS if command.startswith("make ")])
+def test_make_commands_of_the_readme_exist(command: str) -> None:
+    subprocess.run([*shlex.split(command), "-n"], cwd=ROOT, capture_output=True, check=True)
+
+
+def own_photos(folder: Path) -> None:
+    """Forty plain pictures of two kinds, with captions, and the table that names them."""
+    folder.mkdir()
+    lines = ["path,kind,caption"]
+    for number in range(40):
+        kind = ("light", "dark")[number % 2]
+        Image.new("RGB", (32, 32), (200 - 150 * (number % 2), number, 90)).save(folder / f"{number}.png")
+        lines.append(f"{number}.png,{kind},a {kind} picture number {number}")
+    (folder / "photos.csv").write_text("\n".join(lines) + "\n")
+
+
+def test_commands_of_the_readme_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every `diffalign` line, in order and in one folder, on fewer epochs; globs mean what they match by then."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("DIFFALIGN_HOME", raising=False)
+    own_photos(tmp_path / "my_photos")
+    commands = [shlex.split(command) for command in COMMANDS if command.startswith("diffalign ")]
+    assert {words[1] for words in commands} >= {
+        "prepare",
+        "extract",
+        "train-head",
+        "grid",
+        "finetune",
+        "evaluate",
+        "report",
+        "methods",
+        "cache",
+        "doctor",
+    }
+    for words in commands:
+        arguments = [str(next(tmp_path.glob(word))) if "*" in word else word for word in words[1:]]
+        if words[1] in ("train-head", "grid", "finetune"):
+            arguments += ["--train", "epochs=1"]
+        monkeypatch.setattr(sys, "argv", ["diffalign", *arguments])
+        with pytest.raises(SystemExit) as exit_info:
+            cli.main()
+        assert exit_info.value.code == 0, words

@@ -1,0 +1,152 @@
+"""Sampler curves: their accuracies are those of `evaluate`, their times those of a clock, and each is written once."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from helpers.command_line import run as run_cli
+from helpers.pages import Page
+from helpers.tiny_heads import SMALL, train_tiny
+
+from pipeline.evaluation.evaluate import evaluate, read_metrics
+from pipeline.report import write_report
+from pipeline.runtime.runs import Run
+from pipeline.studies.sampler_curve import Point, points, sampler_curve
+
+
+@pytest.fixture
+def home(tiny_home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of the tiny home that may be written to, in which nothing is timed for long."""
+    monkeypatch.setattr("pipeline.studies.sampler_curve.LEAST_SECONDS", 0.02)
+    return Path(shutil.copytree(tiny_home, tmp_path / "home"))
+
+
+@pytest.mark.parametrize(
+    ("num_steps", "expected"),
+    [
+        (1500, [1, 2, 5, 10, 20, 50, 1500]),
+        (50, [1, 2, 5, 10, 20, 50]),
+        (7, [1, 2, 5, 7]),
+        (1, [1]),
+    ],
+)
+def test_points_are_every_s_up_to_t_once_and_the_ancestral_chain(num_steps: int, expected: list[int]) -> None:
+    asked = points(num_steps)
+    assert len(set(asked)) == len(asked)
+    for draws in (1, 8):
+        assert [point.steps for point in asked if point.sampler == "ddim" and point.draws == draws] == expected
+        assert [point for point in asked if point.sampler == "ancestral" and point.draws == draws] == [
+            Point("ancestral", num_steps, draws)
+        ]
+
+
+@pytest.mark.parametrize("method", ["cdr", "marnet", "seda"])
+def test_accuracies_are_those_of_evaluate(method: str, home: Path, tmp_path: Path) -> None:
+    run = train_tiny(home, method)
+    other = Path(shutil.copytree(home, tmp_path / "other"))
+    curve = sampler_curve(home, run, "val", {}, progress=False)
+    assert curve.table == run.path / "sampler-curve-val.csv"
+    pd.testing.assert_frame_equal(pd.read_csv(curve.table), curve.rows)
+    assert len(curve.rows) == 2 * (5 + 1)
+    same = Run.at(other / run.path.relative_to(home))
+    for row in curve.rows.to_dict("records"):
+        steps = {"sample_steps": str(row["steps"])} if row["sampler"] == "ddim" else {}
+        alone = evaluate(other, same, "val", {"sampler": str(row["sampler"]), "draws": str(row["draws"]), **steps})
+        assert {name: row[name] for name in alone["metrics"]} == alone["metrics"]
+        assert row["n"] == alone["n"] == 4
+    assert read_metrics(run).keys() == read_metrics(same).keys()
+    for path in sorted(run.path.glob("predictions-val*.npz")):
+        ours, theirs = np.load(path), np.load(same.path / path.name)
+        assert all(np.array_equal(ours[name], theirs[name]) for name in ours.files)
+
+
+def test_times_are_medians_of_passes_and_grow_with_the_steps(home: Path) -> None:
+    rows = sampler_curve(home, train_tiny(home, "seda"), "val", {}, progress=False).rows
+    assert ((rows["ms_min"] <= rows["ms"]) & (rows["ms"] <= rows["ms_max"])).all()
+    assert (rows["passes"] >= 5).all()
+    assert (rows["passes"] * rows["ms_max"] * rows["batch"] >= 20.0).all()  # at least LEAST_SECONDS in all
+    assert set(rows["batch"]) == {4}
+    assert set(rows["threads"]) == {1}
+    ms = rows.set_index(["sampler", "steps", "draws"])["ms_min"].to_dict()  # other work on the machine only adds to it
+    assert ms["ddim", 20, 1] > 2 * ms["ddim", 1, 1]
+    assert ms["ddim", 5, 8] > 2 * ms["ddim", 5, 1]
+
+
+def test_the_test_split_is_read_for_its_evaluations_alone_and_logged(home: Path) -> None:
+    run = train_tiny(home, "cdr")
+    sampler_curve(home, run, "val", {}, progress=False)
+    log = run.path / "test_reads.jsonl"
+    assert not log.exists()
+    for _ in range(2):
+        curve = sampler_curve(home, run, "test", {}, progress=False)
+        reads = [json.loads(line)["evaluation"] for line in log.read_text().splitlines()]
+        assert len(set(reads)) == len(reads) == len(curve.rows)
+        assert set(reads) <= read_metrics(run).keys()
+
+
+def test_other_settings_of_prediction_make_another_curve(home: Path) -> None:
+    run = train_tiny(home, "cdr")
+    curve = sampler_curve(home, run, "val", {"eta": "0.5"}, progress=False)
+    assert curve.table.name == "sampler-curve-val@eta=0.5.csv"
+    assert curve.picture.name == "sampler-curve-val@eta=0.5.svg"
+    assert "val@eta=0.5,sample_steps=2" in read_metrics(run)
+
+
+def test_the_command_prints_a_table_or_one_object_and_the_report_shows_the_curve(
+    home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runs = [train_tiny(home, "cdr", seed) for seed in (0, 1)]
+    arguments = ["evaluate", str(runs[0].path.parent), "--sampler-curve", "--home", str(home)]
+    assert run_cli([*arguments, "--json"], monkeypatch) == 0
+    printed = capsys.readouterr()
+    assert "sampler curve: 100%" in printed.err
+    assert "ancestral S=20 K=8" in printed.err
+    curves = json.loads(printed.out)["curves"]
+    assert [curve["run"] for curve in curves] == [str(run.path) for run in runs]
+    assert [len(curve["points"]) for curve in curves] == [12, 12]
+    assert run_cli([*arguments[:1], str(runs[0].path), *arguments[2:]], monkeypatch) == 0
+    header, *rows, files = capsys.readouterr().out.splitlines()
+    assert header.split()[:6] == ["sampler", "steps", "draws", "n", "acc1", "acc5"]
+    assert len(rows) == 12
+    assert files == f"files: {curves[0]['table']}, {curves[0]['picture']}"
+    for path in runs:
+        evaluate(home, path, "test", {})
+    means = pd.concat([pd.read_csv(curve["table"]) for curve in curves]).groupby(["sampler", "steps", "draws"])["acc1"].mean()
+    page, text = write_report(home, "tiny")
+    assert "Steps of the sampler" in Page(page).text
+    assert "The head's own: ddim, 5 steps, 1 draw." in Page(page).text
+    assert len(Page(page).drawings) == 3
+    for sampler, steps, draws in means.index:
+        assert f"| {sampler} | {steps} | {draws} | {means[sampler, steps, draws]:.2f} ±" in text.read_text()
+
+
+def test_a_head_that_does_not_sample_is_one_line(
+    home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(SMALL["cdr"], "denoiser", "regression")
+    for method in ("ema", "cdr"):
+        run = train_tiny(home, method)
+        assert run_cli(["evaluate", str(run.path), "--sampler-curve", "--home", str(home)], monkeypatch) == 2
+        printed = capsys.readouterr()
+        assert printed.out == ""
+        assert printed.err.count("\n") == 1
+        assert "predicts without a sampler, so there is no curve; methods that sample: cdr, marnet, seda" in printed.err
+
+
+def test_what_the_curve_varies_is_not_set_and_the_run_is_finished(
+    home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = train_tiny(home, "cdr")
+    arguments = ["evaluate", str(run.path), "--sampler-curve", "--home", str(home)]
+    assert run_cli([*arguments, "--set", "draws=1"], monkeypatch) == 2
+    assert "varies sampler, sample_steps, draws: leave draws out of --set" in capsys.readouterr().err
+    assert run_cli([*arguments, "--set", "w_mse=1"], monkeypatch) == 2
+    assert "'w_mse' is a setting of training" in capsys.readouterr().err
+    (run.path / "done").unlink()
+    assert run_cli(arguments, monkeypatch) == 2
+    assert "has not finished training" in capsys.readouterr().err

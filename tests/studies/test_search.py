@@ -1,0 +1,365 @@
+"""Grid results are those of the heads trained alone: here, over dask, after a kill, and beside a cell that diverges."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from multiprocessing import get_context
+from pathlib import Path
+from threading import Thread
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers.pool_tasks import dies_once, square
+from helpers.tiny_grids import short_grid
+from helpers.tiny_heads import caches_by_key, train_tiny
+from safetensors.torch import load_file
+
+from pipeline.cache.table import load
+from pipeline.commands import app as cli
+from pipeline.evaluation.evaluate import evaluate
+from pipeline.evaluation.statistics import deviation
+from pipeline.runtime import files, plugins
+from pipeline.runtime.executor import hands, processes
+from pipeline.runtime.runs import Run
+from pipeline.studies.grid import Grid
+from pipeline.studies.halving import FACTOR, Halving
+from pipeline.studies.search import sweep
+from pipeline.training.heads import plan_head, train_head
+from pipeline.training.history import kept, validations
+
+VALUES: dict[str, tuple[Any, ...]] = {
+    "num_steps": (16, 20),
+    "stage_step": (0, 7),
+    "tau": (0.07, 0.2),
+    "width": (8, 16),
+    "dropout": (0.0, 0.5),
+    "lr": (1e-3, 1e-2),
+    "weight_decay": (0.0, 1e-2),
+    "epochs": (1, 3),
+    "batch_size": (6, 8),
+    "precision": ("float32", "mixed"),
+}
+SWEPT_TRAINING = ("lr", "weight_decay", "epochs", "batch_size", "precision")
+
+
+def axes_of(method: str) -> list[str]:
+    """One axis of two values for every field of the method's grid and letters, and some of training, as on a command line."""
+    module = plugins.get("methods", method)
+    fields = dict.fromkeys([*module.GRID, *module.SYMBOLS.values(), *(SWEPT_TRAINING if method == "seda" else ())])
+    return [f"{field}={','.join(map(str, VALUES.get(field, (0.3, 1.0))))}" for field in fields]
+
+
+@pytest.fixture(scope="module")
+def address() -> Iterator[str]:
+    """A dask cluster of two processes."""
+    with processes([{}, {}]) as client:
+        assert client.scheduler is not None
+        yield str(client.scheduler.address)
+
+
+@pytest.fixture
+def home(tiny_home: Path, tmp_path: Path) -> Path:
+    """A copy of the tiny home that may be written to."""
+    return Path(shutil.copytree(tiny_home, tmp_path / "home"))
+
+
+def results(home: Path) -> dict[str, bytes]:
+    """The weights and the history of every finished run of a home."""
+    names = ("checkpoint.safetensors", "history.csv")
+    folders = [done.parent for done in sorted(home.glob("runs/tiny/*/*/done"))]
+    return {str((folder / name).relative_to(home)): (folder / name).read_bytes() for folder in folders for name in names}
+
+
+def alone(grid: Grid, home: Path) -> dict[str, bytes]:
+    """The same of the grid's heads, each trained by itself in another home."""
+    features = replace(grid.features, home=home)
+    for cell in grid.cells:
+        for seed in grid.seeds:
+            train_head(plan_head(features, grid.method, cell.settings, cell.training, seed), progress=False)
+    return results(home)
+
+
+@pytest.mark.parametrize("method", plugins.names("methods"))
+def test_every_method_and_field_over_dask_equals_the_heads_alone(method: str, home: Path, tmp_path: Path, address: str) -> None:
+    expected: dict[str, bytes] = {}
+    for pair in axes_of(method):
+        grid = short_grid(home, method, (pair,))
+        expected |= alone(grid, tmp_path / "alone")
+        swept = sweep(grid, address)
+        assert list(swept.ranking["state"]) == ["done", "done"]
+        _assert_same_predictions(grid, swept.winner["runs"][0], tmp_path / "alone")
+    assert results(home) == expected
+    assert len(expected) >= 4
+
+
+def test_over_dask_every_worker_has_a_part_of_a_stack(
+    home: Path, tmp_path: Path, address: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    grid = short_grid(home, "ema", ("tau=0.07,0.2", "lr=1e-3,1e-2"))
+    other = short_grid(Path(shutil.copytree(home, tmp_path / "other")), "ema", ("tau=0.07,0.2", "lr=1e-3,1e-2"))
+    swept, expected = sweep(grid, address, strategy="stacked"), sweep(other, address)
+    said = capsys.readouterr().err
+    assert f"the 2 workers of {address}, cells of one structure as one model (--strategy stacked), " in said
+    assert f"the 2 workers of {address}, every cell by itself (not all of them have a GPU), " in said
+    pd.testing.assert_frame_equal(swept.ranking, expected.ranking, atol=1e-5)
+    for head, apart in zip(grid.heads.values(), other.heads.values(), strict=True):
+        ours, theirs = (load_file(each.run.path / "checkpoint.safetensors") for each in (head, apart))
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
+
+
+def _assert_same_predictions(grid: Grid, run: str, other: Path) -> None:
+    """Of the test split, with a home that shares the caches."""
+    for name in ("caches", "manifests"):
+        if not (other / name).exists():
+            shutil.copytree(grid.features.home / name, other / name)
+    evaluate(other, Run.at(other / run), "test", {})
+    ours, theirs = (np.load(home / run / "predictions-test.npz") for home in (grid.features.home, other))
+    assert all(np.array_equal(ours[name], theirs[name]) for name in ("ids", "logits", "feature"))
+
+
+def test_in_this_process_and_after_kills_the_results_are_the_same(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        "pipeline.training.loop.STATE_SECONDS", -math.inf
+    )  # saved after every epoch, also of phases without validation
+    pairs = ("T=16,20", "lr=1e-3,1e-2")
+    undisturbed = Path(shutil.copytree(home, tmp_path / "undisturbed"))
+    expected = sweep(short_grid(undisturbed, "seda", pairs, training={"epochs": 6}), workers=0)
+    grid = short_grid(home, "seda", pairs, training={"epochs": 6})
+    for wanted in (1, 2, 4):
+        process = get_context("fork").Process(target=sweep, args=(grid, "local", 0))
+        process.start()
+        while len(list(home.glob("runs/tiny/*/seed0/history.csv"))) < wanted:
+            assert process.is_alive()
+            time.sleep(0.001)
+        process.kill()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
+    swept = sweep(grid, workers=0)
+    assert results(home) == results(undisturbed)
+    pd.testing.assert_frame_equal(swept.ranking, expected.ranking)
+    assert swept.winner == expected.winner
+    written = {path: path.stat().st_mtime_ns for path in home.glob("runs/**/[!.]*.*")}
+    assert len(written) >= 4 * 3
+    assert sweep(grid, workers=0).winner == swept.winner
+    assert {path: path.stat().st_mtime_ns for path in home.glob("runs/**/[!.]*.*")} == written
+
+
+def test_the_processes_of_this_machine_have_one_thread_and_end(tmp_path: Path) -> None:
+    with hands("local", 2) as crew:
+        done = {number: finish for number, finish in crew.do(square, [3, -1, 5])}
+        (value, worker, num_threads), (other, *_) = done[0](), done[2]()
+        assert (value, other, num_threads) == (9, 25, "1")
+        with pytest.raises(ValueError, match="-1 has no square here"):
+            done[1]()
+        ((_, finish),) = crew.do(dies_once, [tmp_path / "died"])  # another process does what the killed one had begun
+        assert finish() != os.getpid()
+    with pytest.raises(ProcessLookupError):
+        os.kill(worker, 0)
+
+
+def test_a_cell_that_diverges_is_listed_and_disturbs_nobody(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    caches = caches_by_key(home)
+    arguments = ["grid", "--dataset", "tiny", "--method", "baseline", "--home", str(home), "--image", caches["image"]]
+    arguments += ["--grid", "lr=1e-3,1e30,1e-2", "--seeds", "0,1", "--train", "batch_size=8", "--train", "lr_step=1"]
+    arguments += ["--train", "epochs=2", "--precision", "float32", "--workers", "0", "--text", caches["text"], "--json"]
+    monkeypatch.setattr(sys, "argv", ["diffalign", *arguments])
+    with pytest.raises(SystemExit, match="2"):
+        cli.main()
+    printed = capsys.readouterr()
+    assert "diffalign: 2 of 6 runs failed" in printed.err
+    shown = json.loads(printed.out)
+    assert [cell["lr"] for cell in shown["cells"]][-1] == 1e30
+    assert "not finite" in shown["cells"][-1]["state"]
+    rows = pd.read_csv(Path(shown["grid"]) / "cells.csv")
+    assert list(rows["state"]) == ["done", "done", "failed", "failed", "done", "done"]
+    assert rows["reason"].str.contains("not finite").sum() == 2
+    grid = short_grid(home, "baseline", ("lr=1e-3,1e-2",), seeds=(0, 1))
+    assert results(home) == alone(grid, tmp_path / "alone")
+
+
+def test_the_test_split_is_read_once_and_for_the_winner_alone(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    grid = short_grid(home, "ema", ("w_ita=0.1,1", "lr=1e-3,1e-2"), seeds=(0, 1))
+    closed = sweep(grid, workers=0, read_test=False)
+    assert closed.winner["test"] == {}
+    assert not list(home.glob("runs/**/test_reads.jsonl"))
+    for said in ("is read once", "was read before"):
+        swept = sweep(grid, workers=0)
+        assert f"the test split {said}, for the winner: " in capsys.readouterr().err
+        reads = {str(path.parent.relative_to(home)): path.read_text() for path in home.glob("runs/**/test_reads.jsonl")}
+        assert sorted(reads) == sorted(swept.winner["runs"])
+        assert all(text.count("\n") == 1 for text in reads.values())
+    own = [evaluate(home, Run.at(home / run), "test", {})["metrics"]["acc1"] for run in swept.winner["runs"]]
+    assert swept.winner["test"]["acc1"]["values"] == own
+    assert json.loads((swept.folder / "winner.json").read_text()) == swept.winner
+
+
+def test_a_process_reads_the_features_once(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[str] = []
+
+    def counted(manifest: Any, caches: Any, split: Any, *arguments: Any) -> Any:
+        read.append(split)
+        return load(manifest, caches, split, *arguments)
+
+    monkeypatch.setattr("pipeline.training.features.load", counted)
+    for seeds in ((0, 1), (2,)):  # also for another grid
+        sweep(short_grid(home, "ema", ("tau=0.07,0.2",), seeds=seeds), workers=0, read_test=False)
+    assert sorted(read) == ["train", "val"]
+
+
+def test_the_command_prints_the_ranking_and_the_winner(
+    home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    caches = caches_by_key(home)
+    arguments = ["grid", "--dataset", "tiny", "--method", "ema", "--home", str(home), "--no-test", "--workers", "0"]
+    arguments += ["--image", caches["image"], "--text", caches["text"], "--grid", "tau=0.07,0.2", "--train", "epochs=1"]
+    monkeypatch.setattr(sys, "argv", ["diffalign", *arguments])
+    with pytest.raises(SystemExit, match="0"):
+        cli.main()
+    printed = capsys.readouterr()
+    header, *rows = printed.out.splitlines()
+    assert header.split() == ["rank", "tau", "val_acc1", "std", "val_loss", "seeds", "state"]
+    assert [row.split()[0] for row in rows[:2]] == ["1", "2"]
+    assert rows[2] == f"winner: tau={rows[0].split()[1]}"
+    assert rows[4] == "test:   not read"
+    assert Path(rows[5].removeprefix("files:  ")).is_dir()
+    assert "2 cells × 3 seeds: this process alone, every cell by itself (no GPU), " in printed.err
+    assert "best acc1 " in printed.err
+
+
+@pytest.mark.parametrize("select", ["metric", "loss", "last"])
+def test_cells_are_ranked_by_what_evaluation_says(select: str, home: Path) -> None:
+    grid = short_grid(home, "ema", ("w_ita=0.1,1", "lr=1e-3,3e-2"), seeds=(0, 1), training={"select": select, "epochs": 4})
+    swept = sweep(grid, workers=0, read_test=False)
+    rows = pd.read_csv(swept.folder / "cells.csv")
+    val = load(grid.features.manifest, {"image": grid.features.caches["image"]}, "val", torch.device("cpu"), "mean")
+    for row in rows.to_dict("records"):
+        run = Run.at(home / str(row["run"]))
+        assert evaluate(home, run, "val", {})["metrics"]["acc1"] == row["val_acc1"]
+        logits = torch.from_numpy(np.load(run.path / "predictions-val.npz")["logits"])
+        assert float(F.cross_entropy(logits, val.columns["label"])) == pytest.approx(row["val_loss"], rel=1e-5)
+    groups = rows.groupby("cell")
+    means = groups[["val_acc1", "val_loss"]].mean()
+    order = sorted(means.index, key=lambda cell: (-means["val_acc1"][cell], means["val_loss"][cell], cell))
+    best = grid.cells[order[0]]
+    assert swept.winner["cell"] == dict(best.point)
+    assert [tuple(point) for point in swept.ranking[["w_ita", "lr"]].to_numpy()] == [
+        tuple(grid.cells[cell].point.values()) for cell in order
+    ]
+    assert swept.winner["val"]["acc1"]["std"] == pytest.approx(groups["val_acc1"].std()[order[0]])
+    assert np.isnan(deviation(np.array([1.0])))
+
+
+def test_a_stopped_run_goes_on_to_the_same_weights(home: Path, tmp_path: Path) -> None:
+    grid = short_grid(home, "seda", ("lr=1e-2",), training={"epochs": 6})
+    (head,) = grid.heads.values()
+    asked: list[int] = []
+
+    def watch(epoch: int, metric: float) -> bool:
+        asked.append(epoch)
+        return epoch >= limit
+
+    for limit in (2, 2, 3):
+        assert not train_head(head, progress=False, watch=watch).is_done
+        assert [seen.epoch for seen in validations(head.run)] == list(range(1, limit + 1))
+    assert asked == [1, 2, 2, 2, 3]
+    limit = 6
+    train_head(head, progress=False, watch=watch)
+    assert results(home) == alone(grid, tmp_path / "alone")
+
+
+def test_successive_halving_prunes_the_same_cells_anywhere(home: Path, tmp_path: Path, address: str) -> None:
+    options: dict[str, Any] = {"seeds": (0, 1), "search": "optuna", "training": {"epochs": 8}}
+    pairs = ("lr=1e-2,1e-3,3e-3,1e-6", "weight_decay=0,1e-3")
+    other = Path(shutil.copytree(home, tmp_path / "other"))
+    everything = sweep(short_grid(other, "ema", pairs, **{**options, "search": "all"}), address, read_test=False)
+    grid = short_grid(home, "ema", pairs, **options)
+    swept = sweep(grid, workers=0)
+    rows = pd.read_csv(swept.folder / "cells.csv")
+    pruned = {int(cell): reason for cell, reason in rows[rows["state"] == "pruned"][["cell", "reason"]].to_numpy()}
+    paths = [Run.at(other / head.run.path.relative_to(home)) for (_, seed), head in grid.heads.items() if seed == 0]
+    assert pruned == {cell: f"pruned at epoch {epoch}" for cell, epoch in _halved([validations(run) for run in paths]).items()}
+    assert 2 <= len(pruned) < 8
+    assert not list(home.glob("runs/**/state.pt"))
+    assert all((grid.heads[cell, 0].run.path / "history.csv").is_file() for cell in pruned)
+    assert all(head.run.is_done == (cell not in pruned) for (cell, _), head in grid.heads.items())
+    again = sweep(short_grid(other, "ema", pairs, **options), address)  # where all the runs are there already
+    pd.testing.assert_frame_equal(again.ranking, swept.ranking)
+    assert again.winner == swept.winner
+    sweep(short_grid(home, "ema", pairs, **{**options, "search": "all"}), workers=0, read_test=False)
+    assert results(home) == results(other)
+    assert len(everything.ranking) == 8
+
+
+def test_halving_leaves_out_a_cell_that_diverges(home: Path) -> None:
+    grid = short_grid(home, "baseline", ("lr=1e30,1e-2",), seeds=(0, 1), search="optuna")
+    swept = sweep(grid, workers=0)
+    rows = pd.read_csv(swept.folder / "cells.csv")
+    assert list(rows["state"]) == ["failed", "pruned", "done", "done"]
+    assert rows["reason"][1] == "seed 0 failed"
+    assert swept.winner["cell"] == {"lr": 0.01}
+    assert list(swept.failed) == [str(grid.heads[0, 0].run.path)]
+
+
+def _halved(seen: list[Any]) -> dict[int, int]:
+    """Cells given up, and when, of 8 epochs: after 1, 2 and 4 those outside the better half of what was judged before them."""
+    gone: dict[int, int] = {}
+    for limit in (1, 2, 4):
+        judged: list[float] = []
+        for cell in (cell for cell in range(len(seen)) if cell not in gone):
+            value = seen[cell][limit - 1].metric
+            judged.append(value)
+            if value < sorted(judged, reverse=True)[max(len(judged) // FACTOR, 1) - 1]:
+                gone[cell] = limit
+    return gone
+
+
+def test_rungs_fit_the_epochs() -> None:
+    assert Halving([20, 20]).limits == [2, 4, 8, 16]
+    assert Halving([8, 40]).limits == [1, 2, 4, 8, 16, 32]
+    assert Halving([1, 1]).limits == []
+
+
+def test_mixed_products_are_bfloat16_in_prediction_and_weights_are_not(home: Path) -> None:
+    run = train_tiny(home, "baseline", training={"precision": "mixed"})
+    weights = load_file(run.path / "checkpoint.safetensors")
+    assert all(tensor.dtype == torch.float32 for tensor in weights.values())
+    assert not torch.equal(weights["classifier.weight"], weights["classifier.weight"].bfloat16().float())
+    evaluate(home, run, "test", {})
+    logits = np.load(run.path / "predictions-test.npz")["logits"]
+    grid = short_grid(home, "baseline", ("dropout=0",))
+    table = load(grid.features.manifest, grid.features.caches, "test", torch.device("cpu"), "mean")
+    x = (table.columns["image"] - weights["scale.mean"]) / weights["scale.std"]
+    half = [tensor.bfloat16() for tensor in (x, weights["classifier.weight"], weights["classifier.bias"])]
+    assert np.array_equal(logits, F.linear(*half).float().numpy())
+    exact = train_tiny(home, "baseline")
+    difference = kept(validations(run), "metric").loss - kept(validations(exact), "metric").loss
+    assert 0 < abs(difference) < 0.01
+
+
+def test_two_writers_take_turns(home: Path) -> None:
+    grid = short_grid(home, "ema", ("tau=0.1",))
+    (head,) = grid.heads.values()
+    with files.lock(head.run.path):
+        other = Thread(target=train_head, args=(head, False))
+        other.start()
+        time.sleep(0.3)
+        assert other.is_alive()
+        assert not (head.run.path / "history.csv").exists()
+    other.join(60)
+    assert head.run.is_done

@@ -1,0 +1,331 @@
+"""Stage 3 as a whole: interrupted, poisoned, guarded, over several processes; and its encoders make caches again."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+import socket
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from helpers import joint_home
+from safetensors.torch import load_file
+from torch import Tensor
+
+from pipeline.cache import find_caches, open_cache
+from pipeline.cache.table import shuffled
+from pipeline.data.manifest import Manifest
+from pipeline.encoders.timm import Timm
+from pipeline.evaluation.evaluate import evaluate
+from pipeline.runtime.rng import Streams, sample_keys
+from pipeline.runtime.runs import Run
+from pipeline.training import loop as train
+from pipeline.training.features import open_features
+from pipeline.training.joint.finetune import resolve
+from pipeline.training.joint.trainer import JointConfig
+
+IMAGE, BOTH = JointConfig(train="image", encoder_lr=1e-3), JointConfig(train="both", encoder_lr=1e-3)
+
+
+@pytest.fixture(scope="module")
+def prepared(tiny_manifest: Manifest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return joint_home.make_home(tiny_manifest, tmp_path_factory.mktemp("finetune") / "home")
+
+
+@pytest.fixture
+def home(prepared: Path, tmp_path: Path) -> Path:
+    """A copy of the prepared home that may be written to."""
+    return Path(shutil.copytree(prepared, tmp_path / "home"))
+
+
+def joint_run(home: Path) -> Run:
+    (folder,) = (home / "joint" / "tiny").glob("*/seed0")
+    return Run(folder, 0)
+
+
+def logits(run: Run, split: str) -> np.ndarray:
+    return np.load(run.path / f"predictions-{split}.npz")["logits"]
+
+
+def test_tuned_encoders_make_caches_that_the_joint_head_reads(home: Path) -> None:
+    """What the joint model computes from pixels is what its head computes from the next generation of the cache."""
+    init = joint_home.head(home, "ema", epochs=1)
+    outcome = joint_home.tuned(home, init, BOTH, epochs="4")
+    assert outcome.is_better, outcome
+    assert outcome.run.is_done
+    assert outcome.run.config().caches.keys() == {"image", "text"}
+    assert not set(outcome.run.config().caches.values()) & set(init.config().caches.values())
+    joint = joint_run(home)
+    assert not (joint.path / "items").exists()
+    metrics = evaluate(home, outcome.run, "val", {})["metrics"]
+    assert metrics["acc1"] == outcome.after
+    plan = joint_home.together(home, init, BOTH, resolve(init, joint_home.SHORT))
+    model, live = joint_home.assembled(plan)
+    model.load_state_dict(load_file(joint.path / "checkpoint.safetensors"))
+    model.train(False)
+    keys = sample_keys(plan.features.val.ids)
+    with torch.no_grad():
+        found = model.predict(live["image"].items["val"], Streams.seeded(0, keys).at("predict"))
+    np.testing.assert_allclose(logits(outcome.run, "val"), found.numpy(), rtol=1e-4, atol=1e-4)
+    history = pd.read_csv(joint.path / "history.csv")
+    assert (history["cosine_image"] < 0.999).any()
+    before = {path: path.stat().st_mtime_ns for path in home.rglob("*") if path.is_file()}
+    assert joint_home.tuned(home, init, BOTH, epochs="4") == outcome  # nothing is done twice
+    written = {path for path in home.rglob("*") if path.is_file() and before.get(path) != path.stat().st_mtime_ns}
+    assert {path.name for path in written} <= {".lock"}
+
+
+def test_killed_and_resumed_it_ends_in_the_same_bits(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    init = joint_home.head(home, "seda", epochs=1)
+    undisturbed = Path(shutil.copytree(home, tmp_path / "undisturbed"))
+    joint_home.tuned(undisturbed, Run(undisturbed / init.path.relative_to(home), 0), BOTH, epochs="5")
+    monkeypatch.setattr(train, "STATE_SECONDS", -1.0)
+    monkeypatch.setattr(train, "SAVE_SHARE", 0)
+    for _ in range(2):
+        process = get_context("fork").Process(target=joint_home.tuned, args=(home, init, BOTH), kwargs={"epochs": "5"})
+        saved = states(home)
+        process.start()
+        while states(home) in (saved, set()):
+            assert process.is_alive()
+            time.sleep(0.001)
+        process.kill()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
+        shutil.rmtree(joint_run(home).path / "items", ignore_errors=True)  # a file that a crash has taken is made again
+    joint_home.tuned(home, init, BOTH, epochs="5")
+    ours, theirs = joint_run(home).path, joint_run(undisturbed).path
+    assert (ours / "checkpoint.safetensors").read_bytes() == (theirs / "checkpoint.safetensors").read_bytes()
+    assert (ours / "history.csv").read_bytes() == (theirs / "history.csv").read_bytes()
+
+
+@pytest.mark.parametrize(("what", "folders"), [("image", ("joint", "runs", "caches")), ("last:1", ("joint",))])
+def test_killed_at_any_write_it_ends_in_the_same_bytes(
+    what: str, folders: tuple[str, ...], home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once before any file comes or goes, each time as a process that goes on where the last one was killed."""
+    init = joint_home.head(home, "baseline", epochs=1)
+    joint = JointConfig(train=what, encoder_lr=1e-3)
+    undisturbed = Path(shutil.copytree(home, tmp_path / "undisturbed"))
+    monkeypatch.setattr(train, "STATE_SECONDS", -1.0)
+    monkeypatch.setattr(train, "SAVE_SHARE", 0)
+    expected = joint_home.tuned(undisturbed, Run(undisturbed / init.path.relative_to(home), 0), joint, epochs="3")
+    assert expected.is_better
+    survived: set[tuple[str, Path]] = set()
+
+    def deadly(module: Any, action: str) -> None:
+        do = getattr(module, action)
+
+        def act(*args: Any, **options: Any) -> Any:
+            place = Path(args[-1])
+            is_ours = place.suffix != ".tmp" and place.is_relative_to(home) and place.relative_to(home).parts[0] in folders
+            if is_ours and (action, place) not in survived:
+                survived.add((action, place))
+                raise KeyboardInterrupt
+            return do(*args, **options)
+
+        patch.setattr(module, action, act)
+
+    with monkeypatch.context() as patch:
+        for module, action in ((os, "replace"), (Path, "unlink"), (shutil, "rmtree")):
+            deadly(module, action)
+        outcome = None
+        while outcome is None:
+            with contextlib.suppress(KeyboardInterrupt):
+                outcome = joint_home.tuned(home, init, joint, epochs="3")
+    assert outcome.is_better
+    ends = {(action, place.name) for action, place in survived}
+    assert ends >= {("replace", "state.pt"), ("unlink", "state.pt"), ("rmtree", "items"), ("replace", "image.safetensors")}
+    assert (("unlink", "image-train.npy") in ends) == (what == "last:1")
+    ours, theirs = files(home), files(undisturbed)
+    assert ours.keys() == theirs.keys()
+    assert [name for name, content in ours.items() if content != theirs[name]] == []
+
+
+def files(home: Path) -> dict[str, bytes]:
+    """Every file of a home, but for where it lies and for the seconds that some hold."""
+    found = {}
+    for path in sorted(home.rglob("*")):
+        if path.is_file():
+            is_timed = path.name in ("done", "metrics.json") or path.parent.name == "commits"
+            found[str(path.relative_to(home))] = b"" if is_timed else path.read_bytes().replace(bytes(home), b"")
+    return found
+
+
+def states(home: Path) -> set[int]:
+    return {path.stat().st_mtime_ns for path in home.glob("joint/tiny/*/seed0/state.pt")}
+
+
+def test_texts_of_other_splits_reach_nothing(tiny_manifest: Manifest, home: Path, tmp_path: Path) -> None:
+    samples = tuple(
+        sample if sample.split == "train" else replace(sample, texts=(f"the lazy dog {number}", "!"))
+        for number, sample in enumerate(tiny_manifest.samples)
+    )
+    (tmp_path / "other").mkdir()
+    poisoned = joint_home.make_home(replace(tiny_manifest, samples=samples), tmp_path / "other" / "home")
+    results = []
+    for place in (home, poisoned):
+        outcome = joint_home.tuned(place, joint_home.head(place, "ema", epochs=1), BOTH, epochs="3")
+        assert outcome.is_better
+        evaluate(place, outcome.run, "test", {})
+        results.append((load_file(joint_run(place).path / "checkpoint.safetensors"), logits(outcome.run, "test")))
+    (ours, our_logits), (theirs, their_logits) = results
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert np.array_equal(our_logits, their_logits)
+
+
+def test_a_stage_that_does_not_pay_off_leaves_stage_2_as_it_is(home: Path) -> None:
+    init = joint_home.head(home, "baseline")
+    outcome = joint_home.tuned(home, init, JointConfig(encoder_lr=3.0), epochs="1")
+    assert not outcome.is_better
+    assert outcome.run == init
+    assert len(find_caches(home, "tiny")) == 2
+    assert outcome.weights["image"].is_file()
+
+
+def test_a_loss_that_is_not_finite_names_step_samples_and_the_last_good_checkpoint(home: Path) -> None:
+    init = joint_home.head(home, "baseline")
+    with pytest.raises(
+        ValueError,
+        match=r"step [12] of epoch 0 \(samples (\w+-\d, ){7}\w+-\d\); the last good checkpoint is .*seed0/checkpoint",
+    ) as error:
+        joint_home.tuned(home, init, JointConfig(encoder_lr=1e30), lr="1e30", grad_clip="1e30")
+    assert str(init.path) in str(error.value)
+
+
+@pytest.mark.parametrize("step", [3, 6])
+def test_a_gradient_that_is_not_finite_stops_at_its_own_step(step: int, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the last step of an epoch, which is not validated: the loss is finite, and so is every state on disk."""
+    forward, calls = Timm.forward, 0
+
+    def steep(encoder: Timm, prepared: Tensor) -> Tensor:
+        nonlocal calls
+        features = forward(encoder, prepared)
+        if not torch.is_grad_enabled():
+            return features
+        calls += 1
+        return features + torch.sqrt(features - features.detach()) if calls == step else features
+
+    init = joint_home.head(home, "baseline", epochs=1)
+    monkeypatch.setattr(Timm, "forward", steep)
+    monkeypatch.setattr(train, "STATE_SECONDS", -1.0)
+    monkeypatch.setattr(train, "SAVE_SHARE", 0)
+    with pytest.raises(ValueError, match=f"a gradient is not finite in step 2 of epoch {step // 3 - 1} ") as error:
+        joint_home.tuned(home, init, IMAGE, epochs="5", validate_every="5")
+    table = open_features(home, "tiny", "baseline", init.config().caches).train
+    *_, batch = shuffled(table, 8, init.seed)(step // 3 - 1)
+    ids = [table.ids[row] for row in (batch["key"][:, None] == table.columns["key"]).nonzero()[:, 1].tolist()]
+    assert f"(samples {', '.join(ids)})" in str(error.value)
+    state = joint_run(home).path / "state.pt"
+    assert f"checkpoint is {state if step == 6 else init.path}" in str(error.value)
+    assert state.is_file() == (step == 6)
+    if state.is_file():
+        saved = torch.load(state, weights_only=True)
+        assert saved["state"]["epoch"] == 1
+        assert all(tensor.isfinite().all() for tensor in saved["method"].values())
+
+
+@pytest.mark.parametrize(("what", "batch_size"), [("both", "7"), ("last:2", "8")])
+def test_two_processes_equal_one(what: str, batch_size: str, home: Path, tmp_path: Path) -> None:
+    """Batches of seven: the last share is filled up. The contrastive loss sees the features of both."""
+    joint = JointConfig(train=what, encoder_lr=1e-3)
+    init = joint_home.head(home, "ema", epochs=1)
+    alone = Path(shutil.copytree(home, tmp_path / "alone"))
+    joint_home.tuned(alone, Run(alone / init.path.relative_to(home), 0), joint, batch_size=batch_size)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    processes = [
+        get_context("fork").Process(target=as_rank, args=(rank, port, home, init, joint, batch_size)) for rank in (0, 1)
+    ]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0, 0]
+    ours, theirs = joint_run(home).path, joint_run(alone).path
+    found, expected = load_file(ours / "checkpoint.safetensors"), load_file(theirs / "checkpoint.safetensors")
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor, rtol=1e-3, atol=1e-4)
+    losses = [pd.read_csv(path / "history.csv")["loss"].to_numpy() for path in (ours, theirs)]
+    np.testing.assert_allclose(*losses, rtol=1e-4)
+
+
+def as_rank(rank: int, port: int, home: Path, init: Run, joint: JointConfig, batch_size: str) -> None:
+    """A process as torchrun starts it."""
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    joint_home.tuned(home, init, joint, batch_size=batch_size)
+
+
+def test_the_last_blocks_alone(home: Path) -> None:
+    init = joint_home.head(home, "baseline", epochs=1)
+    outcome = joint_home.tuned(home, init, JointConfig(train="last:2", encoder_lr=1e-3), epochs="6")
+    assert outcome.is_better
+    assert evaluate(home, outcome.run, "val", {})["metrics"]["acc1"] == outcome.after
+    caches = joint_home.caches(home)
+    (cache,) = [open_cache(path) for path in find_caches(home, "tiny") if open_cache(path).fingerprint == caches["image"]]
+    tuned = load_file(outcome.weights["image"])
+    plan = joint_home.together(home, init, IMAGE, resolve(init, {}))
+    _, live = joint_home.assembled(plan)
+    moved = {name for name, tensor in live["image"].encoder.state_dict().items() if not torch.equal(tensor, tuned[name])}
+    assert cache.identity["encoder"]["name"] == "timm"
+    assert moved
+    assert all(name.startswith(("network.blocks.4.", "network.blocks.5.")) for name in moved)
+
+
+@pytest.mark.parametrize(
+    ("method", "joint", "message"),
+    [
+        ("baseline", {"train": "text"}, "baseline reads no text"),
+        ("baseline", {"train": "last:99"}, "choose last:1 to last:5"),
+        ("baseline", {"train": "some"}, "takes image, text, both or last:K"),
+        ("baseline", {"encoder_lr": 0.0}, "must be positive"),
+        ("baseline", {"train": "last:1", "augment": True}, "--augment needs --train image"),
+    ],
+)
+def test_what_cannot_be_trained_is_refused(method: str, joint: dict[str, Any], message: str, home: Path) -> None:
+    with pytest.raises(ValueError, match=message):
+        joint_home.tuned(home, joint_home.head(home, method, epochs=1), JointConfig(**joint))
+
+
+@pytest.mark.parametrize("allocate", [lambda: torch.empty(2**60, dtype=torch.uint8), lambda: np.empty(2**60, np.uint8)])
+@pytest.mark.parametrize("place", ["opening", "training"])
+def test_too_little_memory_names_the_options(
+    place: str, allocate: Callable[[], object], home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An encoder asks for more than any machine has."""
+    forward = Timm.forward
+
+    def greedy(encoder: Timm, prepared: Tensor) -> Tensor:
+        if torch.is_grad_enabled() == (place == "training"):
+            allocate()
+        return forward(encoder, prepared)
+
+    init = joint_home.head(home, "baseline", epochs=1)
+    monkeypatch.setattr(Timm, "forward", greedy)
+    with pytest.raises(ValueError, match=r"--checkpointing, --accumulate 4, or a smaller --train batch_size"):
+        joint_home.tuned(home, init, IMAGE)
+
+
+def test_what_failed_in_stage_1_does_not_stop_the_next_cache(tiny_manifest: Manifest, tmp_path: Path) -> None:
+    """An eighth of the pictures cannot be read, which the first extraction was told to put up with."""
+    media = Path(shutil.copytree(tiny_manifest.media_root, tmp_path / "media"))
+    for number in (0, 4, 8):
+        (media / f"red-{number}.png").write_bytes(b"")
+    (media / "blue-0.png").write_bytes(b"")
+    (media / "grey-1.png").write_bytes(b"")
+    home = joint_home.make_home(replace(tiny_manifest, media_root=media), tmp_path / "home", max_failures=0.2)
+    outcome = joint_home.tuned(home, joint_home.head(home, "baseline", epochs=1), IMAGE, epochs="4")
+    assert outcome.is_better
+    tuned = {path.name: open_cache(path).failed_ids for path in find_caches(home, "tiny") if path.name.startswith("timm")}
+    assert [len(failed) for failed in tuned.values()] == [5, 5]

@@ -1,0 +1,206 @@
+"""The blocks of every encoder family are found, and its last ones learn from stored states as they do from pictures."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from helpers import encoder_cases
+from PIL import Image
+from torch import Tensor, nn
+
+from pipeline.encoders._factory import build_encoder
+from pipeline.training.joint.encoder_blocks import blocks, depths, executed, recomputed
+from pipeline.training.joint.inputs import Chunks, mapped
+from pipeline.training.joint.partial_encoder import Bridge
+
+KINDS = ("vit", "siglip")
+IMAGES = ["efficientnet_lite", "openclip image", "timm vit", "timm resnet", *(f"transformers_image {kind}" for kind in KINDS)]
+BLOCKS = {  # the class of a family's blocks and how many it has
+    "efficientnet_lite": ("InvertedResidual", 15),
+    "frames": ("Block", 6),
+    "openclip image": ("ResidualAttentionBlock", 2),
+    "openclip text": ("ResidualAttentionBlock", 2),
+    "timm vit": ("Block", 6),
+    "timm resnet": ("BasicBlock", 3),
+    "timm levit": ("LevitStage", 3),
+    "transformers_image vit": ("ViTLayer", 2),
+    "transformers_image siglip": ("SiglipEncoderLayer", 2),
+    "transformers_text bert": ("BertLayer", 2),
+    "transformers_text siglip": ("SiglipEncoderLayer", 2),
+    "transformers_text gpt2": ("GPT2Block", 2),
+    "transformers_video videomae": ("VideoMAELayer", 2),
+    "transformers_video timesformer": ("TimesformerLayer", 2),
+    "transformers_video xclip": ("XCLIPVisionEncoderLayer", 2),
+}
+
+
+def built(case: str, folder: Path) -> tuple[nn.Module, Tensor]:
+    """A small float32 encoder of a family, and a batch of three different items."""
+    name, settings = encoder_cases.family(case, folder / "model")
+    settings |= {"side": "64"} if name == "efficientnet_lite" else {}
+    settings |= {} if name == "frames" else {"compute_dtype": "float32"}
+    encoder = build_encoder(name, {"weights": "random", **settings})[1]
+    items = []
+    for number in range(3):
+        if encoder.modality == "text":
+            items.append(encoder.prepare(("a cat", "the lazy dog", "a quick brown fox")[number]))
+            continue
+        path = folder / f"{number}.{'webp' if encoder.modality == 'video' else 'png'}"
+        if encoder.modality == "video":
+            encoder_cases.write_animation(path, [10, 200 - 60 * number, 90])
+        else:
+            noise = np.random.default_rng(number).integers(0, 256, (48, 64, 3), dtype=np.uint8)
+            Image.fromarray(noise).save(path)
+        items.append(encoder.prepare(path))
+    assert isinstance(encoder, nn.Module)
+    return encoder, torch.stack(items)
+
+
+@pytest.mark.parametrize("case", encoder_cases.FAMILIES)
+def test_the_blocks_of_every_family_are_found(case: str, tmp_path: Path) -> None:
+    encoder, items = built(case, tmp_path)
+    ran = executed(encoder, items[:1])
+    parts = blocks(ran)
+    assert (type(parts[0]).__name__, len(parts)) == BLOCKS[case]
+    depth = depths(encoder, ran, parts)
+    for name, module in encoder.named_modules():
+        if module in parts:
+            own = [depth[f"{name}.{parameter}"] for parameter, _ in module.named_parameters()]
+            assert set(own) == {parts.index(module) + 1}
+    before = gradients(encoder, encoder(items))
+    recomputed(parts)
+    after = gradients(encoder, encoder(items))
+    assert before.keys() == after.keys()
+    for name, gradient in before.items():
+        torch.testing.assert_close(after[name], gradient, rtol=1e-4, atol=1e-5)
+
+
+def gradients(encoder: nn.Module, features: Tensor) -> dict[str, Tensor]:
+    encoder.zero_grad()
+    direction = torch.randn(features.shape, generator=torch.Generator().manual_seed(0))
+    (features * direction).sum().backward()
+    return {name: parameter.grad.clone() for name, parameter in encoder.named_parameters() if parameter.grad is not None}
+
+
+@pytest.mark.parametrize("case", IMAGES)
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_stored_states_train_the_last_blocks_as_pictures_do(case: str, checkpointing: bool, tmp_path: Path) -> None:
+    encoder, items = built(case, tmp_path)
+    parts = blocks(executed(encoder, items[:1]))
+    bridge = Bridge(encoder, parts, 1, items[:1])
+    states = bridge.capture(items)
+    for parameter in encoder.parameters():
+        parameter.requires_grad_(False)
+    for parameter in parts[-1].parameters():
+        parameter.requires_grad_(True)
+    live = encoder(items)
+    expected = gradients(encoder, live)
+    if checkpointing:
+        recomputed(bridge.trained)
+    replayed = bridge(states)
+    torch.testing.assert_close(replayed, live, rtol=1e-5, atol=1e-5)
+    found = gradients(encoder, replayed)
+    assert found.keys() == expected.keys()
+    assert expected
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(encoder(items), live)  # the encoder itself is as it was
+
+
+@pytest.mark.parametrize("case", ["frames", "transformers_video xclip"])
+def test_encoders_that_meet_several_pictures_are_refused(case: str, tmp_path: Path) -> None:
+    encoder, items = built(case, tmp_path)
+    with pytest.raises(ValueError, match="choose --train image"):
+        Bridge(encoder, blocks(executed(encoder, items[:1])), 1, items[:1])
+
+
+class Toy(nn.Module):
+    """Two blocks over tokens; `kind` is what the last one needs beside their states."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind, self.blocks = kind, nn.ModuleList([ToyBlock(), ToyBlock()])
+
+    def forward(self, items: Tensor) -> Tensor:
+        """Features [B, 4] of items [B, 3, 4]."""
+        first, last = self.blocks
+        x = items if items.is_floating_point() else items / 256
+        states = first(x)
+        if self.kind == "tuple":
+            states, _ = last((states, x))
+        elif self.kind == "keyword":
+            states = last(x=states)
+        elif self.kind == "sequence first":
+            states = last(states.transpose(0, 1)).transpose(0, 1)
+        elif self.kind == "twice":
+            states = last(last(states))
+        elif self.kind == "gate":
+            states = last(states, x.mean(dim=(1, 2), keepdim=True))
+        elif self.kind == "skip":
+            states = last(states) + x
+        else:
+            states = last(states)
+        return states.mean(dim=1)
+
+
+class ToyBlock(nn.Module):
+    """A residual block that may be gated, and takes a tuple as it is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor | tuple[Tensor, Tensor], gate: float | Tensor = 1.0) -> Any:
+        """Tokens [B, T, 4]."""
+        if isinstance(x, tuple):
+            return self(x[0]), x[1]
+        return x + gate * torch.tanh(self.linear(x))
+
+
+@pytest.mark.parametrize("item", [torch.zeros(1, 3, 4, dtype=torch.uint8), torch.zeros(1, 3, 4), torch.randn(1, 3, 4)])
+@pytest.mark.parametrize("kind", ["gate", "skip", "tuple", "keyword", "sequence first", "twice", "nothing"])
+def test_last_blocks_that_need_more_than_their_states_are_refused(kind: str, item: Tensor) -> None:
+    torch.manual_seed(0)
+    encoder = Toy(kind)
+    if kind == "nothing":
+        Bridge(encoder, [*encoder.blocks], 1, item)
+        return
+    with pytest.raises(ValueError, match="cannot be trained on their own; choose --train image"):
+        Bridge(encoder, [*encoder.blocks], 1, item)
+
+
+def test_a_real_encoder_with_tuples_between_its_blocks_is_refused() -> None:
+    encoder = build_encoder("timm", {"model": "pit_ti_224", "weights": "random", "compute_dtype": "float32"})[1]
+    item = torch.zeros(1, 3, 224, 224, dtype=torch.uint8)
+    assert isinstance(encoder, nn.Module)
+    with pytest.raises(ValueError, match="choose --train image"):
+        Bridge(encoder, blocks(executed(encoder, item)), 1, item)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int32, torch.float32, torch.bfloat16])
+def test_mapped_rows_are_made_once_and_whole(dtype: torch.dtype, tmp_path: Path) -> None:
+    rows = (torch.arange(60).reshape(10, 2, 3) * 3).to(dtype)
+    path, calls = tmp_path / "rows.npy", 0
+
+    def chunks(fail: bool = False) -> Chunks:
+        nonlocal calls
+        calls += 1
+        yield rows[:4]
+        if fail:
+            raise KeyboardInterrupt
+        yield rows[4:]
+
+    with pytest.raises(KeyboardInterrupt):
+        mapped(path, lambda: chunks(fail=True), 10)
+    assert not list(tmp_path.iterdir())
+    (tmp_path / ".rows.npy.tmp").write_bytes(b"left by a preparation that was killed")
+    for _ in range(2):
+        found = mapped(path, chunks, 10)
+        assert found.dtype == dtype
+        assert torch.equal(found, rows)
+    assert calls == 2
+    assert list(tmp_path.iterdir()) == [path]
