@@ -40,8 +40,8 @@ from torch import nn
 from pipeline.cache import Writer, layout, open_cache
 from pipeline.data.manifest import Manifest
 from pipeline.encoders.efficientnet_lite import load_weights
-from pipeline.extraction.extract import Effort, extract, plan
-from pipeline.extraction.throughput import Pace
+from pipeline.extraction.extract import ExtractOptions, extract, plan_extraction
+from pipeline.extraction.throughput import ThroughputMeter
 from pipeline.extraction.workers import encoded_batches
 from pipeline.runtime.device import default_device
 from pipeline.types import Sample
@@ -52,7 +52,7 @@ ENCODERS: dict[str, tuple[str, dict[str, str]]] = {
     "ViT-B/16": ("timm", {"model": "vit_base_patch16_224", "weights": "random"}),
 }
 PEER_MODEL = "ViT-B-32"
-QUIET = Effort(progress=False)
+QUIET = ExtractOptions(progress=False)
 
 
 def pictures(folder: Path, count: int) -> None:
@@ -87,7 +87,7 @@ def bound(folder: Path, home: Path, count: int) -> None:
     """Wall time of an extraction over its lower bound."""
     manifest = manifest_of(folder, count)
     for label, (name, settings) in ENCODERS.items():
-        task = plan(manifest, name, settings, home, "float16", False, QUIET)
+        task = plan_extraction(manifest, name, settings, home, "float16", False, QUIET)
         batches = task.batches(range(count))
         ready = [task.items.prepare(rows) for rows in batches]
         device = default_device().type
@@ -100,7 +100,7 @@ def bound(folder: Path, home: Path, count: int) -> None:
         forward_all()  # warm
         decode_seconds = seconds(lambda task=task, batches=batches: decode_alone(task, batches))
         forward_seconds = seconds(forward_all)
-        pace = Pace(CPU_COUNT, device)
+        pace = ThroughputMeter(CPU_COUNT, device)
 
         def run(task: Any = task, batches: Any = batches, pace: Any = pace) -> None:
             for batch in encoded_batches(task.items, batches, task.forward, pace):
@@ -126,8 +126,8 @@ def decode_alone(task: Any, batches: list[np.ndarray]) -> None:
 def alone_on_one_core(name: str, settings: dict[str, str], folder: Path, home: Path, count: int) -> float:
     """Core-seconds of the whole work: a quarter of it in one process on one thread, times four."""
     manifest = manifest_of(folder, count // 4)
-    task = plan(manifest, name, settings, home, "float16", False, QUIET)
-    pace = Pace(0, "cpu")
+    task = plan_extraction(manifest, name, settings, home, "float16", False, QUIET)
+    pace = ThroughputMeter(0, "cpu")
     return 4 * seconds(lambda: list(encoded_batches(task.items, task.batches(range(count // 4)), task.forward, pace)))
 
 
@@ -267,8 +267,8 @@ def peer(folder: Path, home: Path, count: int, python: Path) -> None:
     span = max(each["end_time"] for each in stats) - min(each["start_time"] for each in stats)
     theirs = sum(each["sample_count"] for each in stats) / span
     settings = {"model": PEER_MODEL, "weights": str(weights)}
-    task = plan(manifest_of(folder, count), "openclip", settings, home, "float16", False, QUIET)
-    pace = Pace(CPU_COUNT, default_device().type)
+    task = plan_extraction(manifest_of(folder, count), "openclip", settings, home, "float16", False, QUIET)
+    pace = ThroughputMeter(CPU_COUNT, default_device().type)
     ours = count / seconds(lambda: list(encoded_batches(task.items, task.batches(range(count)), task.forward, pace)))
     print(f"peer: {ours:.1f} images/s over {theirs:.1f}: ratio {ours / theirs:.2f} (wanted >= 2.5)", flush=True)
     print(f"peer's own account: {stats}", file=sys.stderr)

@@ -38,12 +38,12 @@ from pipeline.data.manifest import Manifest
 from pipeline.evaluation.evaluate import evaluate
 from pipeline.runtime import plugins
 from pipeline.runtime.device import computing, default_device, reproducible, resolve_dtype
-from pipeline.runtime.rng import Streams
-from pipeline.runtime.runs import Run
+from pipeline.runtime.rng import KeyedRNG
+from pipeline.runtime.runs import RunFolder
 from pipeline.studies.grid import Grid, plan_grid, read_axes
 from pipeline.studies.search import sweep
-from pipeline.training.features import Features, open_features
-from pipeline.training.heads import plan_head, resolve, train_head
+from pipeline.training.features import FeatureSet, open_features
+from pipeline.training.heads import plan_head_on, resolve_settings, train_head
 from pipeline.types import SPLITS, Sample
 
 WIDTH = 768
@@ -72,7 +72,7 @@ def generated_home(home: Path, dataset: str, rows: int) -> None:
     meta = {"media_type": "image", "text": {"kind": "caption", "aggregate": "mean", "sep": " "}, "licence": "generated"}
     classes = tuple(f"class {number}" for number in range(CLASSES[dataset]))
     manifest = Manifest(dataset, "multi" if multi else "single", classes, samples, meta, home)
-    manifests.write(manifest, home)
+    manifests.write_manifest(manifest, home)
     for name in ("image", "text"):
         write_cache(home, manifest, name, rng)
 
@@ -107,9 +107,9 @@ def one_epoch(home: Path, dataset: str, axes: list[str], method: str = "seda") -
     )
 
 
-def built(features: Features, method: str, settings: dict[str, str]) -> Any:
+def built(features: FeatureSet, method: str, settings: dict[str, str]) -> Any:
     """A method on the device, its statistics taken, ready to train."""
-    config, _ = resolve(features.manifest.dataset, method, "head", settings, {})
+    config, _ = resolve_settings(features.manifest.dataset, method, "head", settings, {})
     torch.manual_seed(0)
     model = plugins.get("methods", method).build(config, features.shapes).to(default_device())
     with torch.no_grad():
@@ -117,7 +117,7 @@ def built(features: Features, method: str, settings: dict[str, str]) -> Any:
     return model.train()
 
 
-def resident(features: Features, seed: int) -> Iterator[dict[str, Tensor]]:
+def resident(features: FeatureSet, seed: int) -> Iterator[dict[str, Tensor]]:
     """Batches as somebody writes them who keeps the data in memory."""
     columns = features.train.columns
     order = torch.randperm(len(features.train), generator=torch.Generator().manual_seed(seed)).to(columns["key"].device)
@@ -125,7 +125,7 @@ def resident(features: Features, seed: int) -> Iterator[dict[str, Tensor]]:
         yield {key: column[order[start : start + BATCH_SIZE]] for key, column in columns.items()}
 
 
-def loaded(features: Features, seed: int) -> Iterator[dict[str, Tensor]]:
+def loaded(features: FeatureSet, seed: int) -> Iterator[dict[str, Tensor]]:
     """Batches as the documentation of PyTorch shows it."""
     columns = {key: column.cpu() for key, column in features.train.columns.items()}
     torch.manual_seed(seed)
@@ -139,7 +139,7 @@ def plain_steps(model: Any, batches: Iterator[dict[str, Tensor]]) -> int:
     phase, steps, total = model.phases[-1].name, 0, 0.0
     for batch in batches:
         optimizer.zero_grad()
-        parts = model.loss(batch, Streams.seeded(0, batch["key"]).at("train", phase, 0, steps), phase)
+        parts = model.loss(batch, KeyedRNG.seeded(0, batch["key"]).at("train", phase, 0, steps), phase)
         parts["loss"].backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -148,7 +148,7 @@ def plain_steps(model: Any, batches: Iterator[dict[str, Tensor]]) -> int:
     return steps
 
 
-def plain_cell(features: Features, settings: dict[str, str]) -> int:
+def plain_cell(features: FeatureSet, settings: dict[str, str]) -> int:
     """A cell of SeDA by the plain loop."""
     return plain_steps(built(features, "seda", settings), resident(features, 0))
 
@@ -186,8 +186,8 @@ def loop(home: Path, rows: int) -> None:
     precision = resolve_dtype("auto", default_device(), "mixed")
     for method, wanted in (("seda", "1.2"), ("baseline", "3")):
         features = open_features(home, dataset, method, {"image": "image", "text": "text"})
-        config, training = resolve(dataset, method, "head", {}, {"epochs": "1", "precision": precision})
-        head = plan_head(features, method, config, training, 0)
+        config, training = resolve_settings(dataset, method, "head", {}, {"epochs": "1", "precision": precision})
+        head = plan_head_on(features, method, config, training, 0)
         model, batches = built(features, method, {}), loaded(features, 0)
         usual = seconds(partial(plain_steps, model, batches))
         assert len(features.val)  # the other table that training reads
@@ -203,13 +203,13 @@ def sampling(home: Path, rows: int) -> None:
     """SeDA's prediction with S = 20 against every one of T = 1500 steps, three seeds, on the 602 images of openmoji that it was
     not trained on; nothing is chosen by the test split's."""
     features = open_features(home, "openmoji", "seda", manifests.load_spec("openmoji")["encoders"])
-    config, training = resolve("openmoji", "seda", "head", {"T": "1500"}, {})
+    config, training = resolve_settings("openmoji", "seda", "head", {"T": "1500"}, {})
     ways: dict[str, dict[str, str]] = {"S=20": {"sampler": "ddim", "sample_steps": "20"}, "T=1500": {"sampler": "ancestral"}}
     right: dict[str, list[float]] = {way: [] for way in ways}  # by seed
     took: dict[str, list[float]] = {way: [] for way in ways}
     number = 0
     for seed in (0, 1, 2):
-        run = train_head(plan_head(features, "seda", config, training, seed), progress=True)
+        run = train_head(plan_head_on(features, "seda", config, training, seed), progress=True)
         for way, changes in ways.items():
             records = [evaluate(home, run, split, {**changes, "draws": "1"}) for split in SPLITS[1:]]
             right[way].append(sum(record["metrics"]["acc1"] * record["n"] for record in records))
@@ -230,7 +230,7 @@ def whole(home: Path, rows: int) -> None:
     grid = plan_grid(home, "openmoji", "seda", read_axes("seda", ["papers"]), [0, 1, 2], settings={}, training={})
     left = sum(not head.run.is_done for head in grid.heads.values())
     took = seconds(partial(_swept, grid))
-    alone = [json.loads((Run.at(head.run.path).path / "done").read_text())["seconds"] for head in grid.heads.values()]
+    alone = [json.loads((RunFolder.at(head.run.path).path / "done").read_text())["seconds"] for head in grid.heads.values()]
     print(
         f"whole: {left} of {len(grid.heads)} runs in {took / 60:.1f} minutes; "
         f"the seconds of training of all runs add up to {sum(alone) / 60:.1f} minutes",
@@ -245,7 +245,7 @@ def step_of(home: Path, rows: int) -> Callable[[], None]:
     model, batch = built(features, "seda", {}), next(resident(features, 0))
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3, weight_decay=1e-4, fused=True)
     precision = resolve_dtype("auto", default_device(), "mixed")
-    rng = Streams.seeded(0, batch["key"]).at("train")
+    rng = KeyedRNG.seeded(0, batch["key"]).at("train")
 
     def step() -> None:
         with computing(precision, default_device()):

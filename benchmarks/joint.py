@@ -28,16 +28,16 @@ from PIL import Image
 from pipeline.data import manifest as manifests
 from pipeline.data.manifest import Manifest
 from pipeline.evaluation.evaluate import load_method
-from pipeline.extraction.extract import Effort, extract
+from pipeline.extraction.extract import ExtractOptions, extract
 from pipeline.runtime import plugins
 from pipeline.runtime.device import default_device
-from pipeline.training.heads import plan, resolve, train_head
-from pipeline.training.joint.ddp import Ranks
+from pipeline.training.heads import plan_head, resolve_settings, train_head
+from pipeline.training.joint.ddp import DistributedContext
 from pipeline.training.joint.trainer import (
     JointConfig,
-    Live,
+    JointOptions,
     Together,
-    Work,
+    TrainableEncoder,
     assemble,
     open_live,
     repeatable,
@@ -45,11 +45,11 @@ from pipeline.training.joint.trainer import (
     validate,
 )
 from pipeline.training.loop import _pass
-from pipeline.training.optim import Learner
-from pipeline.training.state import Lane
+from pipeline.training.optim import EnsembleOptimizer
+from pipeline.training.state import TrainState
 from pipeline.types import Sample
 
-ALONE = Ranks()
+ALONE = DistributedContext()
 PICTURES = 32  # files; samples share them
 REPEATS = 3  # the fastest counts
 
@@ -65,10 +65,10 @@ def make_plan(home: Path, encoder: str, settings: dict[str, str], images: int, b
     samples.append(Sample("val", "val", Path(f"{PICTURES}.png"), (), (0,), ""))
     meta = {"media_type": "image", "text": {"kind": "", "aggregate": "mean", "sep": ""}, "licence": "generated"}
     manifest = Manifest("bench", "single", tuple(map(str, range(10))), tuple(samples), meta, folder)
-    manifests.write(manifest, home)
-    cache = extract(manifest, encoder, settings, home, effort=Effort(progress=False)).name
-    config, training = resolve("bench", "baseline", "head", {}, {"epochs": 1, "batch_size": batch})
-    head = plan(home, "bench", "baseline", config, training, 0, {"image": cache})
+    manifests.write_manifest(manifest, home)
+    cache = extract(manifest, encoder, settings, home, effort=ExtractOptions(progress=False)).name
+    config, training = resolve_settings("bench", "baseline", "head", {}, {"epochs": 1, "batch_size": batch})
+    head = plan_head(home, "bench", "baseline", config, training, 0, {"image": cache})
     init = train_head(head, progress=False)
     loaded = load_method(init, head.config, plugins.configure(type(config), head.config.settings))
     run = replace(init, path=home / "joint" / "bench" / "x-0" / "seed0")
@@ -76,16 +76,16 @@ def make_plan(home: Path, encoder: str, settings: dict[str, str], images: int, b
     return Together(config=head.config, joint=joint, training=training, head=loaded, init=init, run=run, features=head.features)
 
 
-def joint_epoch(together: Together, work: Work) -> tuple[Callable[[], object], Callable[[], object], Live]:
+def joint_epoch(together: Together, work: JointOptions) -> tuple[Callable[[], object], Callable[[], object], TrainableEncoder]:
     """An epoch of joint training, its statistics with one validation image, and the encoder that it trains."""
     live = {"image": open_live(together, "image", work, ALONE)}
     model = assemble(together, live, ALONE)
     source = source_of(together, model, live, ALONE, progress=False)
-    learner = Learner([Lane(method=model, run=together.run, config=together.training)])
+    learner = EnsembleOptimizer([TrainState(method=model, run=together.run, config=together.training)])
     return lambda: _pass(learner, source), lambda: validate(together, live, ALONE, model), live["image"]
 
 
-def bare_epoch(live: Live, steps: int, batch: int) -> Callable[[], object]:
+def bare_epoch(live: TrainableEncoder, steps: int, batch: int) -> Callable[[], object]:
     """As many forward and backward passes of the encoder, on one batch that is there already."""
     items = live.items["train"][:batch].to(default_device())
 
@@ -112,7 +112,7 @@ def timed(work: Callable[[], object]) -> float:
     return time.perf_counter() - started
 
 
-def peak_bytes(together: Together, work: Work) -> int:
+def peak_bytes(together: Together, work: JointOptions) -> int:
     """Peak memory of a process that trains one epoch."""
     epoch, _, _ = joint_epoch(together, work)
     if default_device().type == "cuda":
@@ -140,18 +140,18 @@ def main() -> None:
         images = options.batch if options.peak else options.images
         together = make_plan(Path(folder) / "home", options.encoder, settings, images, options.batch)
         if options.peak:
-            works = {"plain": Work(progress=False), "checkpointing": Work(progress=False, checkpointing=True)}
-            works["accumulate"] = Work(progress=False, accumulate=4)
+            works = {"plain": JointOptions(progress=False), "checkpointing": JointOptions(progress=False, checkpointing=True)}
+            works["accumulate"] = JointOptions(progress=False, accumulate=4)
             with repeatable(default_device()):
                 print(peak_bytes(together, works[options.peak]))
             return
         steps = options.images // options.batch
         with repeatable(default_device()):
-            epoch, statistics, live = joint_epoch(together, Work(progress=False))
+            epoch, statistics, live = joint_epoch(together, JointOptions(progress=False))
             whole, bare, following = fastest(epoch, bare_epoch(live, steps, options.batch), statistics)
             last = replace(together, joint=JointConfig(train=f"last:{options.last}"))
             started = time.perf_counter()
-            epoch, _, _ = joint_epoch(last, Work(progress=False))
+            epoch, _, _ = joint_epoch(last, JointOptions(progress=False))
             storing = time.perf_counter() - started
             (bridged,) = fastest(epoch)
     figures = {

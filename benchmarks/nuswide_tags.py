@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.data.manifest import load_spec, write
+from pipeline.data.manifest import load_spec, write_manifest
 from pipeline.data.readers import binary_rows
 
 NUM_TRAIN, NUM_TEST, WIDTH = 161_789, 107_859, 1_000
@@ -75,7 +75,7 @@ def make_manifest(root: Path) -> int:
     from pipeline.data.datasets import nuswide
 
     manifest = nuswide.build({**load_spec("nuswide"), "counts_profile": "fixture", "filter": "none"}, root)
-    write(manifest, root / "home")
+    write_manifest(manifest, root / "home")
     return len(manifest.samples)
 
 

@@ -23,17 +23,17 @@ import torch
 import yaml
 
 from pipeline.cache.reader import find_cache
-from pipeline.cache.table import Table, load, ordered, shuffled
+from pipeline.cache.table import FeatureTable, load, ordered, shuffled
 from pipeline.data import manifest as manifests
 from pipeline.evaluation import metrics
 from pipeline.evaluation.evaluate import predict
 from pipeline.runtime import plugins
 from pipeline.runtime.device import default_device
-from pipeline.runtime.rng import Streams
-from pipeline.runtime.runs import Run
+from pipeline.runtime.rng import KeyedRNG
+from pipeline.runtime.runs import RunFolder
 from pipeline.training.config import TrainConfig
 from pipeline.training.loop import train
-from pipeline.training.state import Lane, Score
+from pipeline.training.state import Score, TrainState
 from pipeline.types import Predictor
 
 FOLDS = 5
@@ -110,21 +110,21 @@ def main() -> None:
     print(yaml.safe_dump({arguments.method: {"settings": settings, "training": training}}, default_flow_style=None, width=120))
 
 
-def load_table(home: Path, dataset: str) -> tuple[Table, int, dict[str, tuple[int, ...]]]:
+def load_table(home: Path, dataset: str) -> tuple[FeatureTable, int, dict[str, tuple[int, ...]]]:
     """The train and validation splits as one table, the number of rows for training, and the feature shapes."""
-    manifest = manifests.read(home, dataset)
+    manifest = manifests.read_manifest(home, dataset)
     caches = {key: find_cache(home, manifest, name) for key, name in manifests.load_spec(dataset)["encoders"].items()}
     parts = [load(manifest, caches, split, default_device(), manifest.meta["text"]["aggregate"]) for split in ("train", "val")]
     columns = {key: torch.cat([part.columns[key] for part in parts]) for key in parts[0].columns}
     classes = len(manifest.class_names)
     label = () if manifest.label_kind == "single" else (classes,)
     shapes = {**{key: cache.feature_shape for key, cache in caches.items()}, "label": label, "classes": (classes,)}
-    return Table(parts[0].ids + parts[1].ids, columns, ()), len(parts[0]), shapes
+    return FeatureTable(parts[0].ids + parts[1].ids, columns, ()), len(parts[0]), shapes
 
 
-def split_folds(table: Table) -> list[torch.Tensor]:
+def split_folds(table: FeatureTable) -> list[torch.Tensor]:
     """The rows [N] of every fold: each class is dealt out in an order named by the sample ids."""
-    bits = Streams.seeded(0, table.columns["key"]).at("folds").bits()
+    bits = KeyedRNG.seeded(0, table.columns["key"]).at("folds").bits()
     order = sorted(range(len(table)), key=lambda row: (int(table.columns["label"][row]), int(bits[row])))
     folds = torch.empty(len(table), dtype=torch.int64)
     folds[torch.tensor(order)] = torch.arange(len(table)) % FOLDS
@@ -152,7 +152,7 @@ def run_trial(
     name: str,
     settings: dict[str, Any],
     training: dict[str, Any],
-    table: Table,
+    table: FeatureTable,
     held_out: torch.Tensor,
     seed: int,
     shapes: dict[str, tuple[int, ...]],
@@ -169,8 +169,8 @@ def run_trial(
         return [Score(0.0, 0.0)]  # the last epoch is kept
 
     with tempfile.TemporaryDirectory() as folder:
-        run = Run(Path(folder) / "select-0" / "seed0", seed)
-        lane = Lane(method=method, run=run, config=config)
+        run = RunFolder(Path(folder) / "select-0" / "seed0", seed)
+        lane = TrainState(method=method, run=run, config=config)
         source = shuffled(inside, config.batch_size, seed)
         for error in train([lane], source, ordered(inside, seed), validate, progress=False).values():
             raise error
@@ -179,14 +179,14 @@ def run_trial(
         scored = module.build(module.Config(**settings, **variant), shapes)
         scored.load_state_dict(lane.state.best)
         logits, label = predict(scored.to(default_device()), outside, seed), outside.columns["label"].cpu()
-        scores[fusion] = metrics.summary(logits, label)["acc1" if label.ndim == 1 else "map"]
+        scores[fusion] = metrics.summary_metrics(logits, label)["acc1" if label.ndim == 1 else "map"]
     print(f"{name} trial {seed} {scores} {settings} {asdict(config)}", file=sys.stderr, flush=True)
     return scores
 
 
-def _rows(table: Table, mask: torch.Tensor) -> Table:
+def _rows(table: FeatureTable, mask: torch.Tensor) -> FeatureTable:
     rows = mask.nonzero().flatten()
-    return Table(tuple(table.ids[row] for row in rows), {key: column[rows] for key, column in table.columns.items()}, ())
+    return FeatureTable(tuple(table.ids[row] for row in rows), {key: column[rows] for key, column in table.columns.items()}, ())
 
 
 def best_variant(results: list[dict[str, float]]) -> tuple[dict[str, Any], float]:

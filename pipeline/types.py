@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from torch.nn import Parameter
 
-    from pipeline.runtime.rng import Streams
+    from pipeline.runtime.rng import KeyedRNG
 
 Batch = dict[str, "Tensor"]  # "image" [B,Dv], "text" [B,Ds], "paired" [B], "label" [B] or [B,C], "key" [B]
 Shapes = Mapping[str, tuple[int, ...]]  # key -> shape without B; "label": () or (C,) for multi-label; "classes": (C,)
@@ -74,7 +74,7 @@ class Predictor(Protocol):
 
     def train(self, mode: bool = True) -> Any: ...
 
-    def predict(self, image: Tensor, rng: Streams) -> Tensor:
+    def predict(self, image: Tensor, rng: KeyedRNG) -> Tensor:
         """Logits [B,C] from image features [B,Dv] alone."""
         ...
 
@@ -89,18 +89,18 @@ class Method(Protocol):
         """Before a phase: take statistics of the whole training split into buffers, in one or more ordered passes."""
         ...
 
-    def loss(self, batch: Batch, rng: Streams, phase: str) -> Batch:
+    def loss(self, batch: Batch, rng: KeyedRNG, phase: str) -> Batch:
         """{"loss": scalar, ...parts}; the parts are logged.
 
         Methods that are stacked run as one: nothing but operations on tensors, no number read back, no attribute assigned.
         """
         ...
 
-    def predict(self, image: Tensor, rng: Streams) -> Tensor:
+    def predict(self, image: Tensor, rng: KeyedRNG) -> Tensor:
         """Logits [B,C] from image features [B,Dv] alone."""
         ...
 
-    def feature(self, image: Tensor, rng: Streams) -> Tensor:
+    def feature(self, image: Tensor, rng: KeyedRNG) -> Tensor:
         """The vector [B,D] that the classifier reads, for pictures of the feature space; from images alone."""
         ...
 

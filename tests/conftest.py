@@ -11,9 +11,11 @@ from PIL import Image
 
 from pipeline.data import manifest as manifests
 from pipeline.data.manifest import Manifest
-from pipeline.extraction.extract import Effort, extract
+from pipeline.extraction.extract import ExtractOptions, extract
+from pipeline.runtime.logs import set_up_logging
 from pipeline.types import Sample
 
+set_up_logging()  # as the command line does: tests read what is printed
 torch.set_num_threads(1)  # the tensors of tests are tiny: threads would only wait for each other
 
 COLOURS = {"red": (200, 30, 30), "green": (30, 180, 40), "blue": (40, 50, 210), "grey": (128, 128, 128)}
@@ -41,7 +43,7 @@ def tiny_manifest(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
 def tiny_home(tiny_manifest: Manifest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A home with `tiny` prepared and extracted by random_projection, image [32] and text [24]; read it, never write to it."""
     home = tmp_path_factory.mktemp("tiny_home")
-    manifests.write(tiny_manifest, home)
-    extract(tiny_manifest, "random_projection", {"modality": "image", "width": 32}, home, effort=Effort(progress=False))
-    extract(tiny_manifest, "random_projection", {"modality": "text", "width": 24}, home, effort=Effort(progress=False))
+    manifests.write_manifest(tiny_manifest, home)
+    extract(tiny_manifest, "random_projection", {"modality": "image", "width": 32}, home, effort=ExtractOptions(progress=False))
+    extract(tiny_manifest, "random_projection", {"modality": "text", "width": 24}, home, effort=ExtractOptions(progress=False))
     return home

@@ -22,7 +22,7 @@ NO_OFFSETS = np.zeros(0, np.int64)
 
 
 @dataclass(frozen=True)
-class Features:
+class FeatureFile:
     """Features with their ids, of a cache or of a file."""
 
     ids: list[str]  # of the samples, in row order
@@ -74,7 +74,7 @@ def check_declared(path: Path, shape: Sequence[int], itemsize: int) -> None:
 
 
 def stored_dtype(path: Path, raw: np.dtype, about: Mapping[str, Any]) -> str:
-    """`Features.dtype` of an array in a file; `ValueError` when it holds no numbers."""
+    """`FeatureFile.dtype` of an array in a file; `ValueError` when it holds no numbers."""
     if raw.kind not in "fiu" or raw.itemsize > 8:
         raise ValueError(f"{path}: features must be numbers, not {raw}")
     identity = about.get("identity")
@@ -91,7 +91,7 @@ def as_float32(block: np.ndarray, dtype: str) -> np.ndarray:
         return block.astype(np.float32)
 
 
-def check(features: Features, path: Path) -> None:
+def check_feature_file(features: FeatureFile, path: Path) -> None:
     """`ValueError` unless there is an id for every sample, no id comes twice, and the offsets cover the rows."""
     seen: dict[str, int] = {}
     for row, sample_id in enumerate(features.ids):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,11 +12,11 @@ from typing import Any
 import numpy as np
 
 from pipeline.cache import layout
-from pipeline.cache.exchange import NO_OFFSETS, Features, as_float32, spans
+from pipeline.cache.exchange import NO_OFFSETS, FeatureFile, as_float32, spans
 from pipeline.cache.layout import Failure
 from pipeline.data.manifest import DATASET_NAME, Manifest
 from pipeline.runtime import plugins
-from pipeline.runtime.files import fingerprint
+from pipeline.runtime.files import fingerprint, sha256
 
 Shard = tuple[np.ndarray, list[Failure]]  # features float32, NaN where there are none, and why
 ID_COMPRESSION = 16  # bytes of ids that a byte of a file may stand for: ids are distinct, and features lie beside them
@@ -46,24 +45,24 @@ def check_id_bytes(source: Path, num_bytes: int) -> None:
         raise ValueError(f"{source} has {size} bytes, and its ids would take more than {num_bytes - 1}")
 
 
-def digests(features: Features) -> dict[str, Any]:
+def digests(features: FeatureFile) -> dict[str, Any]:
     """SHA-256 of ids, of offsets, and of every chunk of features as stored; all features are read once."""
     blocks = features.blocks(features.block_ends)
     return {
         "ids": layout.ids_sha256(features.ids),
-        "offsets": hashlib.sha256(features.offsets.astype("<i8").data).hexdigest(),
-        "chunks": [sha256 for block in blocks for sha256 in _chunk_sha256(features, block)],
+        "offsets": sha256(features.offsets.astype("<i8").data),
+        "chunks": [digest for block in blocks for digest in _chunk_sha256(features, block)],
     }
 
 
-def _chunk_sha256(features: Features, block: np.ndarray) -> list[str]:
+def _chunk_sha256(features: FeatureFile, block: np.ndarray) -> list[str]:
     """SHA-256 of every chunk of rows: shards and blocks are whole chunks, whatever their size."""
     stored = np.ascontiguousarray(block, features.array_dtype)
     chunks = (stored[start : start + layout.CHUNK_ROWS] for start in range(0, len(stored), layout.CHUNK_ROWS))
-    return [hashlib.sha256(chunk.data).hexdigest() for chunk in chunks]
+    return [sha256(chunk.data) for chunk in chunks]
 
 
-def exported(features: Features, source: Path) -> Incoming:
+def exported(features: FeatureFile, source: Path) -> Incoming:
     """The cache that `source` was exported from; `ValueError` when its record is damaged or does not fit its features."""
     if not features.about:
         raise ValueError(
@@ -90,16 +89,16 @@ def exported(features: Features, source: Path) -> Incoming:
     return Incoming(identity, provenance, features.ids, features.offsets, shape[0], shape[1:], shard_rows, [], shards)
 
 
-def _record(features: Features) -> tuple[dict[str, Any], dict[str, Any], list[str], int, list[Failure]]:
+def _record(features: FeatureFile) -> tuple[dict[str, Any], dict[str, Any], list[str], int, list[Failure]]:
     """(identity, provenance, SHA-256 of chunks, rows per shard, failures) as they were exported; errors when they are not."""
-    identity, provenance, sha256, shard_rows = (
+    identity, provenance, recorded, shard_rows = (
         features.about[key] for key in ("identity", "provenance", "sha256", "shard_rows")
     )
     fingerprint([identity, provenance])
     command, numbers = provenance["command"], [provenance.get(key, 0) for key in ("shard_rows", "batch_size")]
     words = [word for key in ("settings", "versions") for pair in provenance.get(key, {}).items() for word in pair]
     failures = [layout.typed(Failure, failure) for failure in features.about["failures"]]
-    offsets_sha256 = hashlib.sha256(features.offsets.astype("<i8").data).hexdigest()
+    offsets_sha256 = sha256(features.offsets.astype("<i8").data)
     fits = {
         "dataset": DATASET_NAME.fullmatch(identity["dataset"]),
         "encoder": DATASET_NAME.fullmatch(identity["encoder"]["name"]),
@@ -110,13 +109,13 @@ def _record(features: Features) -> tuple[dict[str, Any], dict[str, Any], list[st
         "words": all(type(word) is str for word in words),
         "failures": all(0 <= failure.row < features.shape[0] for failure in failures),
         "failed samples": {failure.id for failure in failures} <= set(features.ids),
-        "ids": sha256["ids"] == layout.ids_sha256(features.ids),
-        "offsets": sha256["offsets"] == offsets_sha256,
+        "ids": recorded["ids"] == layout.ids_sha256(features.ids),
+        "offsets": recorded["offsets"] == offsets_sha256,
     }
     wrong = [name for name, fit in fits.items() if not fit]
     if wrong:
         raise ValueError(", ".join(wrong))
-    return identity, provenance, list(sha256["chunks"]), shard_rows, failures
+    return identity, provenance, list(recorded["chunks"]), shard_rows, failures
 
 
 def _is_plain(command: str) -> bool:
@@ -128,7 +127,7 @@ def _is_plain(command: str) -> bool:
 
 
 def elsewhere(
-    features: Features, source: Path, manifest: Manifest, name: str, modality: str, store_dtype: str, max_failures: float
+    features: FeatureFile, source: Path, manifest: Manifest, name: str, modality: str, store_dtype: str, max_failures: float
 ) -> Incoming:
     """Features computed elsewhere, joined by id to the samples of a manifest, as those of an encoder called `name`.
 
@@ -169,7 +168,7 @@ def elsewhere(
     return Incoming(identity, provenance, ids, NO_OFFSETS, len(ids), features.shape[1:], 0, unknown, shards)
 
 
-def _check_foreign(features: Features, source: Path, name: str) -> None:
+def _check_foreign(features: FeatureFile, source: Path, name: str) -> None:
     if not DATASET_NAME.fullmatch(name) or name in plugins.names("encoders"):
         raise ValueError(f"{name!r} cannot name imported features: letters, digits, '_', '-', '.', and no encoder of diffalign")
     if len(features.offsets):
@@ -194,7 +193,7 @@ def _failures(
     return [Failure(start + row, ids[row], "import", reasons[bool(present[row])]) for row in bad.tolist()]
 
 
-def _in_order(features: Features, targets: np.ndarray, block_ends: Sequence[int], folder: Path) -> Iterator[np.ndarray]:
+def _in_order(features: FeatureFile, targets: np.ndarray, block_ends: Sequence[int], folder: Path) -> Iterator[np.ndarray]:
     """The rows of a file as float32 blocks in the order of the samples; rows that the file does not have hold anything.
 
     Rows that come in another order go through a temporary file: memory holds one block, whatever the order.

@@ -11,7 +11,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -20,7 +19,7 @@ from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import numpy as np
 
-from pipeline.runtime.files import canonical_json, fingerprint, write_atomic
+from pipeline.runtime.files import canonical_json, file_sha256, fingerprint, sha256, write_atomic
 
 StoreDtype = Literal["float16", "float32", "bfloat16"]
 STORE_DTYPES: tuple[str, ...] = get_args(StoreDtype)
@@ -82,13 +81,7 @@ def shard_rows(num_rows: int, row_bytes: int, wanted: int) -> int:
 
 def ids_sha256(ids: Sequence[str]) -> str:
     """SHA-256 of the ids in row order."""
-    return hashlib.sha256(canonical_json(list(ids)).encode()).hexdigest()
-
-
-def file_sha256(path: Path) -> str:
-    """SHA-256 of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return sha256(canonical_json(list(ids)))
 
 
 def to_stored(features: np.ndarray, dtype: str) -> np.ndarray:

@@ -103,7 +103,7 @@ def open_cache(path: Path, expect: Mapping[str, Any] | None = None) -> Cache:
     """
     attributes = read_attributes(path)
     identity, command = attributes["identity"], attributes["provenance"]["command"]
-    for field, wanted, found in differences(expect or {}, identity):
+    for field, wanted, found in identity_differences(expect or {}, identity):
         raise ValueError(f"{path} was made with {field} = {found!r}, but {wanted!r} is needed; extract a cache with it")
     array = zarr.open_array(path / "features", mode="r")
     commits, problems = read_commits(path)
@@ -213,13 +213,13 @@ def known_failures(path: Path) -> frozenset[str]:
     return frozenset(listed)
 
 
-def differences(expected: Mapping[str, Any], found: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any, Any]]:
+def identity_differences(expected: Mapping[str, Any], found: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any, Any]]:
     """(field, expected, found) of every expected field that an identity has otherwise; what it has beside them is allowed."""
     result: list[tuple[str, Any, Any]] = []
     for key, wanted in expected.items():
         have = found.get(key, "nothing")
         if isinstance(wanted, Mapping) and isinstance(have, Mapping):
-            result += differences(wanted, have, f"{prefix}{key}.")
+            result += identity_differences(wanted, have, f"{prefix}{key}.")
         elif wanted != have:
             result.append((f"{prefix}{key}", wanted, have))
     return result

@@ -21,7 +21,7 @@ def home_of(path: Path) -> Path:
 
 def manifest_of(cache: Cache) -> tuple[Manifest, list[Sample]]:
     """The manifest in the cache's home, and its samples in the cache's order; `ValueError` when it is another one by now."""
-    manifest = manifests.read(home_of(cache.path), str(cache.identity["dataset"]))
+    manifest = manifests.read_manifest(home_of(cache.path), str(cache.identity["dataset"]))
     if cache.identity.get("manifest") != manifest.fingerprint():
         raise ValueError(
             f"{cache.path} belongs to another manifest of {manifest.dataset} than the one that is prepared; "

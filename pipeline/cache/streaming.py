@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -10,13 +9,13 @@ from math import prod
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from pipeline.cache import Cache
-from pipeline.cache.table import Rows, Table, check_usable, gather, labels, load, samples_of
+from pipeline.cache.table import FeatureSource, FeatureTable, check_usable, gather, labels, load, samples_of
 from pipeline.data.manifest import Manifest
 from pipeline.runtime.device import total_bytes
-from pipeline.runtime.rng import Streams
+from pipeline.runtime.logs import ProgressBar
+from pipeline.runtime.rng import KeyedRNG
 from pipeline.types import Sample, Split
 
 MEMORY_SHARE = 0.5  # of the device's memory, and of this machine's, that features may take
@@ -43,7 +42,7 @@ def sample_bytes(caches: Mapping[str, Cache], aggregate: str) -> int:
 
 def open_rows(
     manifest: Manifest, caches: Mapping[str, Cache], split: Split, device: torch.device, aggregate: str, window: int
-) -> Rows:
+) -> FeatureSource:
     """A split as `sources.load` reads it, of which at most `window` samples are used at a time; 0: all of them."""
     samples = samples_of(manifest, split)
     if not 0 < window < len(samples):
@@ -52,7 +51,7 @@ def open_rows(
     ids: list[str] = []
     excluded: list[str] = []
     total, paired = torch.zeros(()), 0
-    starts = tqdm(range(0, len(samples), window), desc=f"reading {split}", unit="window", delay=2, file=sys.stderr)
+    starts = ProgressBar(range(0, len(samples), window), label=f"reading {split}", unit="window", delay=2)
     for table in stretch.ahead([samples[start : start + window] for start in starts]):
         ids += table.ids
         excluded += table.excluded
@@ -64,7 +63,7 @@ def open_rows(
     mean = (total / paired).float() if paired else None
     left_out = set(excluded)
     usable = tuple(sample for sample in samples if sample.id not in left_out)
-    return Windows(Stretches(manifest, caches, device, aggregate, mean), usable, tuple(excluded), window)
+    return StreamedFeatures(Stretches(manifest, caches, device, aggregate, mean), usable, tuple(excluded), window)
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,10 +76,10 @@ class Stretches:
     aggregate: str
     mean_text: Tensor | None = None  # of the whole split
 
-    def read(self, samples: Sequence[Sample]) -> Table:
+    def read(self, samples: Sequence[Sample]) -> FeatureTable:
         return gather(self.manifest, self.caches, samples, self.device, self.aggregate, self.mean_text)
 
-    def ahead(self, parts: Sequence[Sequence[Sample]]) -> Iterator[Table]:
+    def ahead(self, parts: Sequence[Sequence[Sample]]) -> Iterator[FeatureTable]:
         """The tables of some parts; when one is handed out, the next is being read."""
         with ThreadPoolExecutor(1) as reader:
             coming = reader.submit(self.read, parts[0])
@@ -93,7 +92,7 @@ class Stretches:
 
 
 @dataclass(frozen=True, slots=True)
-class Windows:
+class StreamedFeatures:
     """`sources.Rows` of which a window is in memory, and the next one.
 
     An epoch shuffles blocks of neighbouring samples, and then the samples of as many blocks as a window holds. The order is
@@ -113,14 +112,14 @@ class Windows:
     def label(self) -> Tensor:
         return labels([sample.labels for sample in self.samples], self.stretches.manifest)
 
-    def pieces(self) -> Iterator[Table]:
+    def pieces(self) -> Iterator[FeatureTable]:
         starts = range(0, len(self.samples), self.window)
         return self.stretches.ahead([self.samples[start : start + self.window] for start in starts])
 
-    def windows(self, size: int, seed: int, epoch: int) -> Iterator[Table]:
+    def windows(self, size: int, seed: int, epoch: int) -> Iterator[FeatureTable]:
         block = max(1, self.window // BLOCKS // size) * size
         starts = torch.arange(0, len(self.samples), block)
-        order = torch.argsort(Streams.seeded(seed, starts).at("windows", epoch).bits())
+        order = torch.argsort(KeyedRNG.seeded(seed, starts).at("windows", epoch).bits())
         parts: list[list[Sample]] = [[]]
         for start in starts[order].tolist():
             some = self.samples[start : start + block]

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pipeline.cache import Cache
 from pipeline.data.manifest import Manifest
-from pipeline.runtime.rng import Streams, sample_keys
+from pipeline.runtime.rng import KeyedRNG, sample_keys
 from pipeline.types import Batch, Sample, Source, Split
 
 
@@ -26,14 +26,14 @@ class Captions:
     def draw(self, rows: Tensor, keys: Tensor, seed: int, epoch: int, mean: Tensor) -> Tensor:
         """One text of each of these rows [B,D], named by (seed, epoch, sample id); `mean` [B,D] where there is none."""
         counts = (self.offsets[1:] - self.offsets[:-1])[rows]
-        uniform = Streams.seeded(seed, keys).at("caption", epoch).uniform()
+        uniform = KeyedRNG.seeded(seed, keys).at("caption", epoch).uniform()
         chosen = self.offsets[rows] + torch.floor(uniform * counts).long()
         drawn = self.features[chosen.clamp(max=len(self.features) - 1)]
         usable = (counts > 0) & torch.isfinite(drawn).all(dim=1)
         return torch.where(usable[:, None], drawn, mean)
 
 
-class Rows(Protocol):
+class FeatureSource(Protocol):
     """The usable samples of a split, all of them in memory or not."""
 
     @property
@@ -49,17 +49,17 @@ class Rows(Protocol):
         """Of all samples, on the CPU."""
         ...
 
-    def pieces(self) -> Iterator[Table]:
+    def pieces(self) -> Iterator[FeatureTable]:
         """All samples in the manifest's order; a piece is to be let go of before the next one is asked for."""
         ...
 
-    def windows(self, size: int, seed: int, epoch: int) -> Iterator[Table]:
+    def windows(self, size: int, seed: int, epoch: int) -> Iterator[FeatureTable]:
         """All samples, each time those that are shuffled among each other: whole batches of this size, but for the last."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
-class Table:
+class FeatureTable:
     """Samples in memory: their ids, their columns [N, ...] and the ids that had to be left out."""
 
     ids: tuple[str, ...]
@@ -74,14 +74,14 @@ class Table:
     def label(self) -> Tensor:
         return self.columns["label"].cpu()
 
-    def pieces(self) -> Iterator[Table]:
+    def pieces(self) -> Iterator[FeatureTable]:
         yield self
 
-    def windows(self, size: int, seed: int, epoch: int) -> Iterator[Table]:
+    def windows(self, size: int, seed: int, epoch: int) -> Iterator[FeatureTable]:
         yield self
 
 
-def load(manifest: Manifest, caches: Mapping[str, Cache], split: Split, device: torch.device, aggregate: str) -> Table:
+def load(manifest: Manifest, caches: Mapping[str, Cache], split: Split, device: torch.device, aggregate: str) -> FeatureTable:
     """A split's features by batch key, labels and stream keys; samples without an image feature are left out, by id.
 
     Several texts of a sample become their mean, the first, or with "random" another one each epoch. A sample without text
@@ -117,7 +117,7 @@ def gather(
     device: torch.device,
     aggregate: str,
     mean_text: Tensor | None = None,
-) -> Table:
+) -> FeatureTable:
     """These samples as a table; without a text they get the mean one, by default that of these samples. See `load`."""
     ids = [sample.id for sample in samples]
     arrays = {key: cache.read(ids, aggregate="first" if aggregate == "first" else "mean") for key, cache in caches.items()}
@@ -138,7 +138,7 @@ def gather(
         captions = Captions(torch.from_numpy(features).to(device), offsets.to(device))
     columns["label"] = labels([samples[row].labels for row in kept], manifest)
     columns["key"] = sample_keys(kept_ids)
-    return Table(
+    return FeatureTable(
         ids=tuple(kept_ids),
         columns={key: column.to(device) for key, column in columns.items()},
         excluded=tuple(ids[row] for row in np.flatnonzero(~usable).tolist()),
@@ -156,13 +156,13 @@ def labels(sample_labels: list[tuple[int, ...]], manifest: Manifest) -> Tensor:
     return indicators
 
 
-def shuffled(rows: Rows, batch_size: int, seed: int) -> Source:
+def shuffled(rows: FeatureSource, batch_size: int, seed: int) -> Source:
     """Training batches: a permutation named by (seed, epoch, sample id); an incomplete last batch is dropped."""
     size = min(batch_size, len(rows.ids))
 
     def batches(epoch: int) -> Iterator[Batch]:
         for table in rows.windows(size, seed, epoch):
-            rng = Streams.seeded(seed, table.columns["key"]).at("shuffle", epoch)
+            rng = KeyedRNG.seeded(seed, table.columns["key"]).at("shuffle", epoch)
             order = torch.argsort(rng.bits())
             for start in range(0, len(table) - size + 1, size):
                 yield _batch(table, order[start : start + size], seed, epoch)
@@ -170,7 +170,7 @@ def shuffled(rows: Rows, batch_size: int, seed: int) -> Source:
     return batches
 
 
-def ordered(rows: Rows, seed: int, batch_size: int = 1024) -> Callable[[], Iterator[Batch]]:
+def ordered(rows: FeatureSource, seed: int, batch_size: int = 1024) -> Callable[[], Iterator[Batch]]:
     """Passes over all samples in the manifest's order; texts that are drawn by epoch are those of epoch -1."""
 
     def batches() -> Iterator[Batch]:
@@ -182,7 +182,7 @@ def ordered(rows: Rows, seed: int, batch_size: int = 1024) -> Callable[[], Itera
     return batches
 
 
-def _batch(table: Table, rows: Tensor, seed: int, epoch: int) -> Batch:
+def _batch(table: FeatureTable, rows: Tensor, seed: int, epoch: int) -> Batch:
     batch = {key: column[rows] for key, column in table.columns.items()}
     if table.captions:
         batch["text"] = table.captions.draw(rows, batch["key"], seed, epoch, batch["text"])

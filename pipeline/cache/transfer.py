@@ -17,7 +17,7 @@ import numpy as np
 import zarr
 
 from pipeline.cache import layout
-from pipeline.cache.exchange import NO_OFFSETS, Features, check, ends, spans
+from pipeline.cache.exchange import NO_OFFSETS, FeatureFile, check_feature_file, ends, spans
 from pipeline.cache.incoming import Incoming, digests, elsewhere, exported
 from pipeline.cache.reader import Cache, open_cache, read_commits
 from pipeline.cache.samples import manifest_of
@@ -39,7 +39,7 @@ class Imported:
     first_unknown: str
 
 
-def export(path: Path, target: Path) -> Path:
+def export_cache(path: Path, target: Path) -> Path:
     """Write a complete cache into one file whose suffix says the format, and return the file.
 
     It holds the features exactly as stored, ids, splits, labels and the identity; `import_features` makes the same cache
@@ -86,7 +86,7 @@ def import_features(
 ) -> Imported:
     """Make a cache of a file of features.
 
-    Without `name` the file must come from `export`, and the cache is the one that was exported. With it the features were
+    Without `name` the file must come from `export_cache`, and the cache is the one that was exported. With it the features were
     computed elsewhere: rows are joined by id to the samples of a prepared `dataset`, and `name` stands for the encoder;
     `modality` says what was encoded, the samples' media or their text, and "same" keeps the file's number format. Samples
     without finite features are failures, of which `max_failures` is the largest share (0..1). `ValueError` when the file
@@ -100,9 +100,9 @@ def import_features(
     if name and not dataset:
         raise ValueError(f"{name!r} needs a dataset whose samples the features are of: give --dataset")
     with form.read(source) as features:
-        check(features, source)
+        check_feature_file(features, source)
         if name:
-            manifest = manifests.read(home, dataset)
+            manifest = manifests.read_manifest(home, dataset)
             incoming = elsewhere(features, source, manifest, name, modality, store_dtype, max_failures)
         else:
             incoming = exported(features, source)
@@ -117,7 +117,7 @@ def _format(path: Path) -> ModuleType:
     return importlib.import_module(f"pipeline.cache.formats.{FORMATS[path.suffix]}")
 
 
-def _stored(cache: Cache) -> tuple[Features, int]:
+def _stored(cache: Cache) -> tuple[FeatureFile, int]:
     """The features of a cache as they are stored, and its rows per shard."""
     array = zarr.open_array(cache.path / "features", mode="r")
     assert array.shards is not None
@@ -127,7 +127,7 @@ def _stored(cache: Cache) -> tuple[Features, int]:
             yield np.asarray(array[start:stop])
 
     offsets = cache.offsets if cache.kind == "ragged" else NO_OFFSETS
-    return Features(cache.ids, offsets, array.shape, cache.identity["store_dtype"], {}, blocks), array.shards[0]
+    return FeatureFile(cache.ids, offsets, array.shape, cache.identity["store_dtype"], {}, blocks), array.shards[0]
 
 
 def _write(incoming: Incoming, home: Path) -> Imported:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import io
 import json
 from collections.abc import Mapping, Sequence
@@ -24,7 +23,7 @@ from zarr.storage import MemoryStore
 
 from pipeline.cache import layout
 from pipeline.cache.layout import Commit, Failure
-from pipeline.runtime.files import write_atomic
+from pipeline.runtime.files import sha256, write_atomic
 
 LEFTOVERS = ".*.tmp"  # what `write_atomic` calls a file that is not whole yet
 FAILURE_COLUMNS = pa.schema([("id", pa.string()), ("stage", pa.string()), ("error", pa.string())])
@@ -147,13 +146,13 @@ class Writer:
         norms = lengths[finite] if finite.any() else np.zeros(1)
         data = self._encode(shard, stored)
         with ThreadPoolExecutor(1) as beside:
-            digest = beside.submit(hashlib.sha256, data)
+            digest = beside.submit(sha256, data)
             write_atomic(self._file(shard), data)
         commit = Commit(
             shard=shard,
             rows=len(stored),
             num_bytes=len(data),
-            sha256=digest.result().hexdigest(),
+            sha256=digest.result(),
             finite=int(finite.sum()),
             norm_min=float(norms.min()),
             norm_mean=float(norms.mean()),
@@ -214,9 +213,7 @@ def _is_what_was(path: Path, files: Mapping[str, bytes]) -> bool:
         known = layout.read_record(path / "commits" / "arrays.json")
     except (ValueError, FileNotFoundError):
         known = {name: layout.file_sha256(path / name) for name in files if (path / name).is_file()}
-    return "zarr.json" in known and all(
-        hashlib.sha256(files.get(name, b"")).hexdigest() == sha256 for name, sha256 in known.items()
-    )
+    return "zarr.json" in known and all(sha256(files.get(name, b"")) == digest for name, digest in known.items())
 
 
 def _write_arrays(path: Path, files: Mapping[str, bytes]) -> None:

@@ -9,26 +9,31 @@ import sys
 import typer
 
 from pipeline.commands import cache, data, doctor, features, finetune, grid, heads, report, studies
+from pipeline.commands.options import CommandGroup
+from pipeline.runtime.logs import set_up_logging
 
 HELP = """Image classifiers that learn from text which exists only in training (MARNet, SeDA), on cached features.
 
 prepare → extract → train-head → evaluate → report. `diffalign demo` runs them all."""
 
-app = typer.Typer(help=HELP, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False, add_completion=False)
-app.command()(data.fetch)
-app.command()(data.prepare)
-app.command()(features.extract)
-app.command()(heads.train_head)
-app.command()(grid.grid)
-app.command()(finetune.finetune)
-app.command()(studies.demo_joint)
-app.command()(heads.evaluate)
-app.command()(report.report)
-app.command()(studies.demo)
-app.command()(heads.methods)
-app.command()(features.encoders)
-app.command()(data.datasets)
-app.command()(doctor.doctor)
+app = CommandGroup(HELP)
+for command in (
+    data.fetch,
+    data.prepare,
+    data.datasets,
+    features.extract,
+    features.encoders,
+    heads.train_head,
+    heads.evaluate,
+    heads.methods,
+    grid.grid,
+    finetune.finetune,
+    report.report,
+    doctor.doctor,
+    studies.demo,
+    studies.demo_joint,
+):
+    app.command()(command)
 app.add_typer(cache.app, name="cache")
 app.add_typer(studies.ablations, name="ablate")
 
@@ -52,6 +57,7 @@ def _call() -> int:
 def main() -> None:
     """Exit code 0 done, 2 bad input with one line on stderr, 130 interrupted, 1 anything else."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    set_up_logging()
     try:
         sys.exit(_call())
     except OSError as error:

@@ -8,11 +8,9 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from pipeline.commands.options import HOME, AsJson, Home, show, show_table
+from pipeline.commands.options import HOME, AsJson, CommandGroup, Home, show, show_table
 
-app = typer.Typer(
-    help="Look at feature caches, check, mend, compare, move and remove them.", no_args_is_help=True, rich_markup_mode=None
-)
+app = CommandGroup("Look at feature caches, check, mend, compare, move and remove them.")
 
 CachePath = Annotated[Path, typer.Argument(metavar="CACHE", help="A cache's folder; `diffalign cache ls` shows them.")]
 
@@ -43,10 +41,10 @@ def repair(
     as_json: AsJson = False,
 ) -> None:
     """Extract again what is damaged or missing, and nothing else."""
-    from pipeline.extraction.extract import Effort
+    from pipeline.extraction.extract import ExtractOptions
     from pipeline.extraction.repair import repair as repair_cache
 
-    mended = repair_cache(path, Effort(workers=workers))
+    mended = repair_cache(path, ExtractOptions(workers=workers))
     if as_json:
         show({"path": str(path), "mended": mended}, as_json)
     else:
@@ -119,7 +117,7 @@ def export(
     as_json: AsJson = False,
 ) -> None:
     """Write features, ids, splits, labels and identity of a cache into one file."""
-    from pipeline.cache.transfer import export as export_cache
+    from pipeline.cache.transfer import export_cache as export_cache
 
     show({"file": str(export_cache(path, target))}, as_json)
 

@@ -15,12 +15,12 @@ from pipeline.commands.options import (
     AsJson,
     Dataset,
     Home,
-    Settings,
+    SettingOptions,
     assignments,
-    describe,
-    frame,
+    describe_plugin,
     show,
     show_table,
+    to_frame,
 )
 
 
@@ -45,7 +45,7 @@ def prepare(
     media_column: Annotated[str, typer.Option(help="Of `table`: the column of media paths.")] = "",
     label_column: Annotated[str, typer.Option(help="Of `table`: the column of labels.")] = "",
     text_column: Annotated[str, typer.Option(help="Of `table`: the column of texts.")] = "",
-    settings: Settings = NONE,
+    settings: SettingOptions = NONE,
     allow_missing: Annotated[
         bool, typer.Option("--allow-missing", help="Leave out samples whose media file is not there.")
     ] = False,
@@ -70,7 +70,7 @@ def prepare(
     if as_json:
         print(json.dumps({**asdict(done), "path": str(done.path)}, indent=1))
     else:
-        show_table(frame([dict(row) for row in done.counts]), as_json)
+        show_table(to_frame([dict(row) for row in done.counts]), as_json)
         left_out = f"; {done.missing} missing media, listed in {done.missing_list}" if done.missing else ""
         print(f"{done.path} ({done.fingerprint[:12]}){left_out}")
 
@@ -86,4 +86,4 @@ def datasets(
     if name:
         show({"about": " ".join((get("datasets", name).__doc__ or "").split()), **open_settings(load_spec(name))}, as_json)
     else:
-        show(describe("datasets", ""), as_json)
+        show(describe_plugin("datasets", ""), as_json)

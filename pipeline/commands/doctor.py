@@ -155,7 +155,7 @@ def _prepared(home: Path, dataset: str) -> Iterator[Finding]:
     from pipeline.data import manifest as manifests
 
     try:
-        manifest = manifests.read(home, dataset)
+        manifest = manifests.read_manifest(home, dataset)
     except ValueError as error:
         yield Finding(False, f"{dataset} is not prepared", str(error))
     else:

@@ -13,10 +13,10 @@ from pipeline.commands.options import (
     Dataset,
     Home,
     Scheduler,
-    Settings,
+    SettingOptions,
     assignments,
-    describe,
-    numbers,
+    describe_plugin,
+    parse_integers,
     show,
 )
 
@@ -26,7 +26,7 @@ def extract(
     encoder: Annotated[
         list[str], typer.Option("--encoder", help="Encoder to run; default: the dataset's. May be given often.")
     ] = NONE,
-    settings: Settings = NONE,
+    settings: SettingOptions = NONE,
     weights: Annotated[str, typer.Option(help="Weights of the encoder: a file or folder, e.g. of the joint stage.")] = "",
     batch_size: Annotated[
         int,
@@ -50,7 +50,7 @@ def extract(
     """Stage 1: run encoders once over a dataset; an interrupted extraction goes on where it was."""
     from pipeline.data import manifest as manifests
     from pipeline.extraction.distributed import extract_with
-    from pipeline.extraction.extract import Effort
+    from pipeline.extraction.extract import ExtractOptions
     from pipeline.runtime import plugins
 
     chosen = encoder or list(manifests.load_spec(dataset)["encoders"].values())
@@ -59,10 +59,10 @@ def extract(
         raise ValueError("--set and --weights belong to one encoder: name it with --encoder")
     for name in chosen:
         plugins.get("encoders", name)  # all names are right before the first encoder runs
-    effort = Effort(
+    effort = ExtractOptions(
         batch_size=batch_size, workers=workers, shard_rows=shard_rows, max_failures=max_failures, retry_failed=retry_failed
     )
-    gpus = numbers(workers_gpu, "--workers-gpu") if workers_gpu else []
+    gpus = parse_integers(workers_gpu, "--workers-gpu") if workers_gpu else []
     done = [extract_with(scheduler, gpus, home, dataset, name, given, store_dtype, compiled, effort) for name in chosen]
     show(dict(zip(chosen, map(str, done), strict=True)), as_json)
 
@@ -71,4 +71,4 @@ def encoders(
     name: Annotated[str, typer.Argument(help="An encoder, to see its settings.")] = "", as_json: AsJson = False
 ) -> None:
     """The encoders, or one encoder's settings."""
-    show(describe("encoders", name), as_json)
+    show(describe_plugin("encoders", name), as_json)

@@ -37,13 +37,13 @@ def finetune(
     Several GPUs: torchrun --nproc-per-node N -m pipeline finetune …; an interrupted run goes on where it was.
     """
     from pipeline.runtime import plugins
-    from pipeline.runtime.runs import Run
+    from pipeline.runtime.runs import RunFolder
     from pipeline.training.joint.ddp import is_first
     from pipeline.training.joint.finetune import finetune as run_finetune
-    from pipeline.training.joint.finetune import resolve
-    from pipeline.training.joint.trainer import JointConfig, Work
+    from pipeline.training.joint.finetune import resolve_joint_settings
+    from pipeline.training.joint.trainer import JointConfig, JointOptions
 
-    run = Run.at(init)
+    run = RunFolder.at(init)
     config = run.config()
     for option, given, found in (("--method", method, config.method), ("--dataset", dataset, config.dataset)):
         if given not in ("", found):
@@ -53,8 +53,10 @@ def finetune(
         raise ValueError(f"--train takes one of image, text, both and last:K, not {' and '.join(what)}")
     given = {"encoder_lr": encoder_lr, "layer_decay": layer_decay, "augment": augment, "train": what[0] if what else "image"}
     joint = plugins.configure(JointConfig, given)
-    work = Work(accumulate=accumulate, checkpointing=checkpointing, workers=workers)
-    outcome = run_finetune(home, run, joint, resolve(run, assignments(each for each in training if "=" in each)), work)
+    work = JointOptions(accumulate=accumulate, checkpointing=checkpointing, workers=workers)
+    outcome = run_finetune(
+        home, run, joint, resolve_joint_settings(run, assignments(each for each in training if "=" in each)), work
+    )
     if not is_first():
         return
     verdict = f"{outcome.metric} on validation: {outcome.before:.2f} before, {outcome.after:.2f} after joint training"

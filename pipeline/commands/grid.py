@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from pipeline.commands.options import HOME, NONE, AsJson, Home, Scheduler, assignments, numbers, show, show_table
+from pipeline.commands.options import HOME, NONE, AsJson, Home, Scheduler, assignments, parse_integers, show, show_table
 
 if TYPE_CHECKING:
     from pipeline.studies.search import Swept
@@ -67,7 +67,7 @@ def grid(
         dataset,
         method,
         read_axes(method, fields, grid_file),
-        numbers(seeds, "--seeds"),
+        parse_integers(seeds, "--seeds"),
         preset=preset,
         settings=assignments(settings),
         training=assignments(training),
@@ -105,6 +105,6 @@ def _print(swept: Swept, page: Path, as_json: bool) -> None:
 
 def _spread(metrics: Mapping[str, Mapping[str, Any]]) -> str:
     """Means, with their deviations where there are several seeds."""
-    from pipeline.evaluation.statistics import summary
+    from pipeline.evaluation.statistics import format_seeds
 
-    return ", ".join(f"{name} {summary(value['values'])}" for name, value in metrics.items())
+    return ", ".join(f"{name} {format_seeds(value['values'])}" for name, value in metrics.items())

@@ -12,13 +12,13 @@ from pipeline.commands.options import (
     NONE,
     AsJson,
     Home,
-    Settings,
+    SettingOptions,
     assignments,
-    describe,
-    frame,
-    numbers,
+    describe_plugin,
+    parse_integers,
     show,
     show_table,
+    to_frame,
 )
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 def train_head(
     method: Annotated[str, typer.Option(help="Name of a method; `diffalign methods` lists them.")],
     dataset: Annotated[str, typer.Option(help="Name of a prepared and extracted dataset.")] = "openmoji",
-    settings: Settings = NONE,
+    settings: SettingOptions = NONE,
     training: Annotated[
         list[str], typer.Option("--train", help="A training setting, KEY=VALUE, e.g. lr=1e-3, epochs=20.")
     ] = NONE,
@@ -48,23 +48,23 @@ def train_head(
     """Stage 2: train a head on cached features and score it on validation; finished runs are not repeated."""
     from pipeline.evaluation.evaluate import evaluate as run_evaluate
     from pipeline.training.features import cache_names, open_features
-    from pipeline.training.heads import plan_head, resolve
+    from pipeline.training.heads import plan_head_on, resolve_settings
     from pipeline.training.heads import train_head as run_train_head
 
-    config, train_config = resolve(dataset, method, preset, assignments(settings), assignments(training))
-    chosen = numbers(seeds, "--seeds")
+    config, train_config = resolve_settings(dataset, method, preset, assignments(settings), assignments(training))
+    chosen = parse_integers(seeds, "--seeds")
     features = open_features(home, dataset, method, cache_names(dataset, image, text), aggregate)
     results = []
     for seed in chosen:
-        run = run_train_head(plan_head(features, method, config, train_config, seed), progress=True)
+        run = run_train_head(plan_head_on(features, method, config, train_config, seed), progress=True)
         results.append({"run": str(run.path), "split": "val", **run_evaluate(home, run, "val", {})["metrics"]})
-    show_table(frame(results), as_json)
+    show_table(to_frame(results), as_json)
 
 
 def evaluate(
     run: Annotated[Path, typer.Argument(help="A run's folder, …/seed<k>, or the folder of all its seeds.")],
     split: Annotated[str, typer.Option(help="train, val or test; every read of test is logged in the run.")] = "val",
-    settings: Settings = NONE,
+    settings: SettingOptions = NONE,
     sampler_curve: Annotated[
         bool, typer.Option("--sampler-curve", help="Metrics and time against the steps and draws of a method that samples.")
     ] = False,
@@ -73,7 +73,7 @@ def evaluate(
 ) -> None:
     """Metrics of finished runs on a split, from image features alone; --set changes settings of prediction (draws=8)."""
     from pipeline.evaluation.evaluate import evaluate as run_evaluate
-    from pipeline.runtime.runs import Run
+    from pipeline.runtime.runs import RunFolder
     from pipeline.types import SPLITS
 
     if split not in SPLITS:
@@ -84,17 +84,17 @@ def evaluate(
         return
     results = []
     for folder in folders:
-        record = run_evaluate(home, Run.at(folder), split, assignments(settings))
+        record = run_evaluate(home, RunFolder.at(folder), split, assignments(settings))
         results.append({"run": str(folder), "split": split, "n": record["n"], **record["metrics"]})
-    show_table(frame(results), as_json)
+    show_table(to_frame(results), as_json)
 
 
 def _sampler_curves(home: Path, folders: list[Path], split: Split, settings: dict[str, str], as_json: bool) -> None:
     """The curve of every run, and where it was written."""
-    from pipeline.runtime.runs import Run
+    from pipeline.runtime.runs import RunFolder
     from pipeline.studies.sampler_curve import sampler_curve
 
-    curves = [sampler_curve(home, Run.at(folder), split, settings) for folder in folders]
+    curves = [sampler_curve(home, RunFolder.at(folder), split, settings) for folder in folders]
     if as_json:
         described = [
             {"run": str(curve.run), "split": split, "table": str(curve.table), "picture": str(curve.picture)}
@@ -110,4 +110,4 @@ def _sampler_curves(home: Path, folders: list[Path], split: Split, settings: dic
 
 def methods(name: Annotated[str, typer.Argument(help="A method, to see its settings.")] = "", as_json: AsJson = False) -> None:
     """The methods, or one method's settings, letters and grid."""
-    show(describe("methods", name), as_json)
+    show(describe_plugin("methods", name), as_json)

@@ -7,9 +7,9 @@ from typing import Annotated
 import typer
 
 from pipeline.commands.joint_options import Accumulate, Augment, Checkpointing, EncoderLr, LayerDecay, Workers
-from pipeline.commands.options import HOME, NONE, AsJson, Home, assignments, numbers, show_table
+from pipeline.commands.options import HOME, NONE, AsJson, CommandGroup, Home, assignments, parse_integers, show_table
 
-ablations = typer.Typer(help="Studies of the papers.", no_args_is_help=True, rich_markup_mode=None)
+ablations = CommandGroup("Studies of the papers.")
 
 
 def demo(home: Home = HOME) -> None:
@@ -39,12 +39,12 @@ def strategy(
 ) -> None:
     """Which encoders to train (SeDA Table 3): freeze both, train the visual one, train both; metrics on the test split."""
     from pipeline.studies.ablation import strategies
-    from pipeline.training.joint.trainer import Work
+    from pipeline.training.joint.trainer import JointOptions
 
     joint = {"encoder_lr": encoder_lr, "layer_decay": layer_decay, "augment": augment}
-    work = Work(accumulate=accumulate, checkpointing=checkpointing, workers=workers)
+    work = JointOptions(accumulate=accumulate, checkpointing=checkpointing, workers=workers)
     caches = {"image": image, "text": text}
-    chosen = numbers(seeds, "--seeds")
+    chosen = parse_integers(seeds, "--seeds")
     show_table(strategies(home, dataset, method, preset, chosen, caches, joint, assignments(training), work), as_json)
 
 

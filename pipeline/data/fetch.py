@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import gzip
 import io
 import json
@@ -13,15 +12,14 @@ import subprocess
 import tarfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import IO, Any, cast
 
 import pyarrow as pa
 
 from pipeline.data.manifest import SPEC_FOLDER, load_spec
-from pipeline.data.readers import UNPRINTABLE, sha256
-from pipeline.runtime.files import sync_folder, write_atomic
+from pipeline.data.readers import UNPRINTABLE
+from pipeline.runtime.files import file_sha256, lock_file, sync_folder, write_atomic
 
 RECORD = "archive.json"  # written by fetch into the folder, read by the datasets
 CLIENTS = {
@@ -47,7 +45,7 @@ def fetch(dataset: str, home: Path, archive: Path | None = None) -> Path:
     if archive is not None and not archive.is_file():
         raise ValueError(f"{archive} is no file; --archive takes {source['file']}")
     target.parent.mkdir(parents=True, exist_ok=True)
-    with _only_one(target.parent / f".{dataset}.lock", dataset):
+    with lock_file(target.parent / f".{dataset}.lock", f"another process is fetching {dataset}; wait for it"):
         if not target.is_dir():
             part = target.with_name(f".{dataset}.part")
             shutil.rmtree(part, ignore_errors=True)
@@ -58,7 +56,7 @@ def fetch(dataset: str, home: Path, archive: Path | None = None) -> Path:
                 sync_folder(target.parent)
             finally:
                 shutil.rmtree(part, ignore_errors=True)
-        elif archive is not None and sha256(archive) != record(target)["sha256"]:
+        elif archive is not None and file_sha256(archive) != record(target)["sha256"]:
             raise ValueError(f"{target} was unpacked from another archive than {archive.name}; remove it to fetch again")
     return target
 
@@ -101,17 +99,6 @@ def _source(dataset: str) -> Mapping[str, Any]:
     return spec["archive"]
 
 
-@contextmanager
-def _only_one(lock: Path, dataset: str) -> Iterator[None]:
-    """Holds the lock of a dataset's folder; the system lets go of it however the process ends."""
-    with lock.open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ValueError(f"another process is fetching {dataset}; wait for it") from error
-        yield
-
-
 def _fill(part: Path, dataset: str, source: Mapping[str, Any], archive: Path | None) -> None:
     """Make `<part>/files`: everything in the archive and the record of it."""
     path = archive or _download(dataset, source, part / "download")
@@ -119,7 +106,7 @@ def _fill(part: Path, dataset: str, source: Mapping[str, Any], archive: Path | N
     counts = unpack(path, files, source["max_files"], source["max_bytes"])
     if not (files / source["holds"]).is_dir():
         raise ValueError(f"{path.name} is not {source['file']}: it has no folder {source['holds']}")
-    note = {"archive": path.name, "bytes": path.stat().st_size, "sha256": sha256(path), **counts}
+    note = {"archive": path.name, "bytes": path.stat().st_size, "sha256": file_sha256(path), **counts}
     write_atomic(files / RECORD, json.dumps(note, indent=1, sort_keys=True) + "\n")
 
 

@@ -5,14 +5,13 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
-import os
 import re
 import sys
 import unicodedata
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import cached_property
 from importlib import resources
@@ -28,7 +27,7 @@ from numpy.typing import NDArray
 
 from pipeline.data.readers import LINE_LIMIT, UNPRINTABLE, formula_like
 from pipeline.data.spec import parse_spec
-from pipeline.runtime.files import canonical_json, sync_folder, write_atomic
+from pipeline.runtime.files import canonical_json, write_atomic, written_aside
 from pipeline.types import SPLITS, Sample
 
 SCHEMA_VERSION = 1
@@ -127,7 +126,7 @@ def load_spec(dataset: str) -> dict[str, Any]:
     return parse_spec(SPEC_FOLDER / f"{dataset}.yaml")
 
 
-def check(manifest: Manifest, counts: Mapping[str, int] = NO_COUNTS) -> None:
+def check_manifest(manifest: Manifest, counts: Mapping[str, int] = NO_COUNTS) -> None:
     """`ValueError` that names the first faulty row, by list and line: schema, then `counts`, then leaks between splits."""
     _check_schema(manifest)
     check_counts(manifest, counts)
@@ -253,12 +252,12 @@ def split_counts(manifest: Manifest) -> dict[str, int]:
     return {split: counts[split] for split in SPLITS}
 
 
-def write(manifest: Manifest, home: Path) -> Path:
+def write_manifest(manifest: Manifest, home: Path) -> Path:
     """Check and write `<home>/manifests/<dataset>.parquet`, its lossless .csv twin, .meta.json and .location.json.
 
     The same samples give the same bytes, but for the location; those of the Parquet file with the same version of pyarrow.
     """
-    check(manifest)
+    check_manifest(manifest)
     sidecar = {
         "schema_version": SCHEMA_VERSION,
         "builder_version": BUILDER_VERSION,
@@ -275,7 +274,7 @@ def write(manifest: Manifest, home: Path) -> Path:
     write_atomic(_path(home, manifest.dataset, "location.json"), _json({"media_root": str(manifest.media_root.resolve())}))
     with ExitStack() as files:
         text_file, table_file = (
-            files.enter_context(_aside(_path(home, manifest.dataset, kind))) for kind in ("csv", "parquet")
+            files.enter_context(written_aside(_path(home, manifest.dataset, kind))) for kind in ("csv", "parquet")
         )
         text = csv.DictWriter(
             files.enter_context(text_file.open("w", encoding="utf-8", newline="")), COLUMNS.names, lineterminator="\n"
@@ -290,22 +289,8 @@ def write(manifest: Manifest, home: Path) -> Path:
     return path
 
 
-@contextmanager
-def _aside(path: Path) -> Iterator[Path]:
-    """A path to write to; what was written becomes `path` as a whole when nothing goes wrong."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        yield aside
-        with aside.open("rb") as file:
-            os.fsync(file.fileno())
-        os.replace(aside, path)
-        sync_folder(path.parent)
-    finally:
-        aside.unlink(missing_ok=True)
-
-
-def read(home: Path, dataset: str) -> Manifest:
-    """The manifest written by `write`, checked again.
+def read_manifest(home: Path, dataset: str) -> Manifest:
+    """The manifest written by `write_manifest`, checked again.
 
     `ValueError` with the remedy when a file is missing or does not fit the others, or with the faulty row.
     """
@@ -329,7 +314,7 @@ def read(home: Path, dataset: str) -> Manifest:
         raise ValueError(f"{paths[0]} or its sidecar cannot be read ({error}); {remedy}") from error
     if not intact:
         raise ValueError(f"{paths[0]} does not fit {paths[1].name}: one of them was changed or half written; {remedy}")
-    check(manifest)
+    check_manifest(manifest)
     return manifest
 
 

@@ -15,7 +15,7 @@ from xml.etree import ElementTree
 
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from pipeline.data.svg import render
+from pipeline.data.svg import draw_svg
 
 if TYPE_CHECKING:
     from av.container import InputContainer
@@ -264,7 +264,7 @@ def _read_drawing(path: Path) -> str:
 
 
 def _render(drawing: str, size: int) -> Image.Image:
-    png = render(drawing, size)
+    png = draw_svg(drawing, size)
     with Image.open(io.BytesIO(png), formats=("PNG",)) as file:
         image = file.convert("RGB")
     if image.size == (size, size):

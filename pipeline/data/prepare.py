@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
-from pipeline.data.manifest import Manifest, found_counts, load_spec, recurring_texts, split_counts, write
+from pipeline.data.manifest import Manifest, found_counts, load_spec, recurring_texts, split_counts, write_manifest
 from pipeline.data.media import open_frames, open_image
 from pipeline.data.readers import missing_media
 from pipeline.runtime import plugins
 from pipeline.runtime.files import write_atomic
+from pipeline.runtime.logs import ProgressBar
 
 TEXT_OPTIONS = ("aggregate", "sep", "empty")  # of a spec's text
 FIXED = ("name", "media_type", "label_kind", "licence", "attribution")  # not open to settings
@@ -67,7 +65,7 @@ def prepare(
     if verify_media:
         manifest = replace(manifest, media_ok={sample.id: i not in undecodable for i, sample in enumerate(manifest.samples)})
     return Report(
-        path=write(manifest, home),
+        path=write_manifest(manifest, home),
         fingerprint=manifest.fingerprint(),
         counts=tuple(counts),
         warnings=(*manifest.meta.get("warnings", ()), *differences, *_advice(manifest, shared)),
@@ -206,13 +204,8 @@ def _undecodable(manifest: Manifest, progress: bool) -> dict[int, str]:
         return ""
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        reasons = tqdm(
-            pool.map(reason, range(len(manifest.samples))),
-            total=len(manifest.samples),
-            unit="file",
-            disable=not progress,
-            file=sys.stderr,
-        )
+        total = len(manifest.samples)
+        reasons = ProgressBar(pool.map(reason, range(total)), label="decoding", total=total, unit="file", show=progress)
         return {position: text for position, text in enumerate(reasons) if text}
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import errno
-import hashlib
 import json
 import os
 import re
@@ -15,6 +14,8 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from pipeline.runtime.files import file_sha256
 
 LINE_LIMIT = 2**20  # bytes of one line, and characters of one field; the longest official line has about 10,000
 JSON_LIMIT = 2**30  # bytes of one JSON file; MSR-VTT's have about 30 million
@@ -32,15 +33,9 @@ def fault(path: Path, line: int, message: str) -> ValueError:
     return ValueError(f"{path}, line {line}: {message}")
 
 
-def sha256(path: Path) -> str:
-    """SHA-256 of a file's bytes, as 64 hexadecimal digits."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def sources(files: Iterable[Path], root: Path) -> dict[str, str]:
     """SHA-256 of every file by its path below `root`, or by folder and name when it lies elsewhere."""
-    return {source_name(path, root): sha256(path) for path in files}
+    return {source_name(path, root): file_sha256(path) for path in files}
 
 
 def source_name(path: Path, root: Path) -> str:
@@ -123,7 +118,7 @@ def rows(path: Path) -> Iterator[tuple[int, str]]:
             blank = blank or number
 
 
-def names(path: Path, strip: str = BLANK) -> list[str]:
+def read_names(path: Path, strip: str = BLANK) -> list[str]:
     """The names of a list of names, one a line."""
     return [text.rstrip(strip) for _, text in rows(path)]
 

@@ -68,7 +68,7 @@ def _refused(text: str) -> yaml.Token | None:
     return None
 
 
-def describe(spec: Mapping[str, Any], **facts: Any) -> dict[str, Any]:
+def describe_spec(spec: Mapping[str, Any], **facts: Any) -> dict[str, Any]:
     """A manifest's meta: what the spec says about its meaning, the options it was built with, and the builder's facts.
 
     `ValueError` when the spec asks for an aggregation of texts that does not exist.

@@ -48,7 +48,7 @@ class Renderer:
 _own = threading.local()  # renderer: of this thread
 
 
-def render(drawing: str, size: int) -> bytes:
+def draw_svg(drawing: str, size: int) -> bytes:
     """A PNG of an SVG in `size` pixels on white; `ValueError` with the reason when it cannot be drawn."""
     renderer: Renderer | None = getattr(_own, "renderer", None)
     if renderer is None or renderer.owner != os.getpid():
@@ -68,7 +68,7 @@ def render(drawing: str, size: int) -> bytes:
 
 
 def _draw(question: bytes) -> bytes:
-    """What is to be answered to `render`."""
+    """What is to be answered to `draw_svg`."""
     size, _, drawing = question.decode().partition(" ")
     try:
         from resvg_py import svg_to_bytes  # only drawings need it, and only the demo extra installs it

@@ -16,7 +16,7 @@ from torchvision.transforms import v2
 
 from pipeline.data.media import open_image
 from pipeline.encoders._weights import digest, fit, pixels, read_state, seeded
-from pipeline.runtime.device import ComputeDtype, Precision, computing, default_device, place, resolve_dtype
+from pipeline.runtime.device import ComputeDtype, Precision, computing, default_device, place_network, resolve_dtype
 
 ARCHITECTURE = "tf_efficientnet_lite0"  # convolutions padded as the weights were trained: unevenly at even strides
 MEAN, DEVIATION = 127.0, 128.0  # of the 8-bit channels in training
@@ -54,7 +54,7 @@ class EfficientNetLite(nn.Module):
         self.network = timm.create_model(ARCHITECTURE, pretrained=False, num_classes=0)
         fit(self.network, state, config.weights)
         self.weights_sha256 = digest(self.network)
-        self.input_dtype = place(self, self.compute_dtype, self.device)
+        self.input_dtype = place_network(self, self.compute_dtype, self.device)
         self.network.to(memory_format=torch.channels_last)
 
     def identity(self) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from pipeline.data.media import open_image
 from pipeline.encoders._weights import digest, feature_shape, fit, hub_folder, pixels, read_state, seeded, split_transform
-from pipeline.runtime.device import ComputeDtype, Precision, computing, default_device, place, resolve_dtype
+from pipeline.runtime.device import ComputeDtype, Precision, computing, default_device, place_network, resolve_dtype
 from pipeline.runtime.files import fingerprint
 
 STORED = "open_clip_model.safetensors"  # in OpenCLIP's folders
@@ -63,7 +63,7 @@ class OpenClip(nn.Module):
         self.input_size = preprocessing.input_size
         self.shape, self.normalize = split_transform(image_transform_v2(preprocessing, is_train=False))
         self.network = network
-        self.input_dtype = place(self, self.compute_dtype, self.device)
+        self.input_dtype = place_network(self, self.compute_dtype, self.device)
         image = config.modality == "image"
         blank = torch.zeros(self.input_size, dtype=torch.uint8) if image else self.prepare("a")
         self.feature_shape: tuple[int, ...] = feature_shape(self, blank)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from pipeline.data.media import open_image
 from pipeline.encoders._weights import digest, feature_shape, fit, hub_folder, pixels, read_state, seeded, split_transform
-from pipeline.runtime.device import ComputeDtype, Precision, computing, default_device, place, resolve_dtype
+from pipeline.runtime.device import ComputeDtype, Precision, computing, default_device, place_network, resolve_dtype
 
 PRESETS = {"repvgg": "repvgg_b0", "swin_tiny": "swin_tiny_patch4_window7_224"}  # resnet50, vgg19, … are timm's own names
 STORED = "model.safetensors"  # in timm's folders on the hub
@@ -56,7 +56,7 @@ class Timm(nn.Module):
         self.side: int = self.preprocessing["input_size"][-1]
         self.shape, self.normalize = split_transform(create_transform(**self.preprocessing))
         self.network: Any = network
-        self.input_dtype = place(self, self.compute_dtype, self.device)
+        self.input_dtype = place_network(self, self.compute_dtype, self.device)
         self.network.to(memory_format=torch.channels_last)
         self.feature_shape: tuple[int, ...] = feature_shape(
             self, torch.zeros(self.preprocessing["input_size"], dtype=torch.uint8)

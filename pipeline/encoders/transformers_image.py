@@ -21,7 +21,7 @@ from pipeline.encoders._weights import (
     transformers_folder,
     transformers_network,
 )
-from pipeline.runtime.device import ComputeDtype, Precision, computing, default_device, place, resolve_dtype
+from pipeline.runtime.device import ComputeDtype, Precision, computing, default_device, place_network, resolve_dtype
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +55,7 @@ class TransformersImage(nn.Module):
         if config.pooling == "cls" and not config.tokens:
             check_class_token(self.network)
         self.architecture = architecture(self.network)
-        self.input_dtype = place(self, self.compute_dtype, self.device)
+        self.input_dtype = place_network(self, self.compute_dtype, self.device)
         blank = self.prepare_image(Image.new("RGB", (64, 64)))
         self.side = max(blank.shape[1:])
         self.feature_shape: tuple[int, ...] = feature_shape(self, blank)

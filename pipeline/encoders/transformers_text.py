@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.resources
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +12,8 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer
 
 from pipeline.encoders._weights import CONFIGURATION_FILES, architecture, states_of, transformers_folder, transformers_network
-from pipeline.runtime.device import ComputeDtype, Precision, computing, default_device, place, resolve_dtype
+from pipeline.runtime.device import ComputeDtype, Precision, computing, default_device, place_network, resolve_dtype
+from pipeline.runtime.files import file_sha256
 
 MAX_TOKENS = 32_768  # of a text
 NOT_TOKENIZERS = ("config.json", "model.safetensors.index.json", "README.txt")
@@ -52,7 +52,7 @@ class TransformersText(nn.Module):
         self.architecture = architecture(self.network)
         self.network.config.use_cache = False  # of keys and values: nothing is generated, and a block may run again
         self.tokenizer_files = file_digests(folder)
-        self.input_dtype = place(self, self.compute_dtype, self.device)
+        self.input_dtype = place_network(self, self.compute_dtype, self.device)
         depth: int = self.network.config.num_hidden_layers
         if not -1 <= config.layer <= depth:
             raise ValueError(f"model {config.model!r} has layers 0 to {depth}, or -1 for the final one; found {config.layer}")
@@ -118,7 +118,7 @@ def positions(network: Any) -> int:
 def file_digests(folder: Path) -> dict[str, str]:
     """SHA-256 of every vocabulary and tokenizer file of a model; the network's own configuration is told apart elsewhere."""
     files = sorted(path for pattern in CONFIGURATION_FILES for path in folder.glob(pattern) if path.name not in NOT_TOKENIZERS)
-    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+    return {path.name: file_sha256(path) for path in files}
 
 
 def _packaged() -> Path:

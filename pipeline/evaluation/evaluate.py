@@ -20,14 +20,14 @@ from torch import Tensor
 
 from pipeline.cache.reader import find_cache
 from pipeline.cache.streaming import fitting, open_rows
-from pipeline.cache.table import Rows
+from pipeline.cache.table import FeatureSource
 from pipeline.data import manifest as manifests
 from pipeline.evaluation import metrics
 from pipeline.runtime import plugins
 from pipeline.runtime.device import Precision, default_device, reproducible
 from pipeline.runtime.files import canonical_json, lock, write_atomic
-from pipeline.runtime.rng import Streams
-from pipeline.runtime.runs import Run, RunConfig
+from pipeline.runtime.rng import KeyedRNG
+from pipeline.runtime.runs import RunConfig, RunFolder
 from pipeline.types import Method, Predictor, Split
 
 PREDICTED = 1024  # rows at a time
@@ -35,7 +35,9 @@ NUM_FEATURES = 2000  # rows of the method's feature that are kept for pictures
 
 
 @torch.no_grad()
-def predict(model: Predictor, rows: Rows, seed: int, batch_size: int = PREDICTED, precision: Precision = "float32") -> Tensor:
+def predict(
+    model: Predictor, rows: FeatureSource, seed: int, batch_size: int = PREDICTED, precision: Precision = "float32"
+) -> Tensor:
     """Logits float32 [N,C] on the CPU, of stacked methods [K,N,C].
 
     Every random number is named by (seed, sample id), so batches do not matter.
@@ -47,7 +49,7 @@ def predict(model: Predictor, rows: Rows, seed: int, batch_size: int = PREDICTED
         with reproducible(image.device, precision):
             for start in range(0, len(table), batch_size):
                 some = slice(start, start + batch_size)
-                parts.append(model.predict(image[some], Streams.seeded(seed, keys[some]).at("predict")).float().cpu())
+                parts.append(model.predict(image[some], KeyedRNG.seeded(seed, keys[some]).at("predict")).float().cpu())
     return torch.cat(parts, dim=-2)
 
 
@@ -73,7 +75,7 @@ def evaluation_name(split: str, changes: Mapping[str, Any]) -> str:
     return "@".join([split, *([",".join(f"{field}={value}" for field, value in changes.items())] if changes else [])])
 
 
-def load_method(run: Run, config: RunConfig, settings: Any) -> Method:
+def load_method(run: RunFolder, config: RunConfig, settings: Any) -> Method:
     """The trained method; `ValueError` when its weights are not those that training wrote."""
     weights = run.weights()
     build = plugins.get("methods", config.method).build
@@ -87,7 +89,7 @@ def load_method(run: Run, config: RunConfig, settings: Any) -> Method:
     return method.to(default_device())
 
 
-def evaluate(home: Path, run: Run, split: Split, overrides: Mapping[str, Any]) -> dict[str, Any]:
+def evaluate(home: Path, run: RunFolder, split: Split, overrides: Mapping[str, Any]) -> dict[str, Any]:
     """Metrics of a run on a split, as in its metrics.json; a finished evaluation is read, not computed again."""
     run.check_done()
     config = run.config()
@@ -101,9 +103,9 @@ def evaluate(home: Path, run: Run, split: Split, overrides: Mapping[str, Any]) -
     return records[name]
 
 
-def _evaluate(home: Path, run: Run, config: RunConfig, settings: Any, split: Split, name: str) -> dict[str, Any]:
+def _evaluate(home: Path, run: RunFolder, config: RunConfig, settings: Any, split: Split, name: str) -> dict[str, Any]:
     """Predict, write the predictions, and return the record of an evaluation; the test split is logged before it is read."""
-    manifest = manifests.read(home, config.dataset)
+    manifest = manifests.read_manifest(home, config.dataset)
     cache = find_cache(home, manifest, config.caches["image"])
     method = load_method(run, config, settings)
     if split == "test":
@@ -125,7 +127,7 @@ def _evaluate(home: Path, run: Run, config: RunConfig, settings: Any, split: Spl
         "split": split,
         "method": config.method,
         "seed": run.seed,
-        "metrics": metrics.summary(logits, label),
+        "metrics": metrics.summary_metrics(logits, label),
         "n": len(label),
         "excluded": len(rows.excluded),
         "seconds": seconds,
@@ -138,7 +140,7 @@ def _evaluate(home: Path, run: Run, config: RunConfig, settings: Any, split: Spl
     }
 
 
-def read_metrics(run: Run) -> dict[str, Any]:
+def read_metrics(run: RunFolder) -> dict[str, Any]:
     """All evaluations of a run by name; empty when there is none; `ValueError` when the file is damaged."""
     path = run.path / "metrics.json"
     try:
@@ -147,7 +149,7 @@ def read_metrics(run: Run) -> dict[str, Any]:
         raise ValueError(f"{path} is damaged ({error}); delete it and evaluate again") from error
 
 
-def _log_test_read(run: Run, name: str) -> None:
+def _log_test_read(run: RunFolder, name: str) -> None:
     """Every read of the test split leaves a line in the run."""
     line = canonical_json({"evaluation": name, "time": datetime.now(UTC).isoformat(timespec="seconds")})
     with (run.path / "test_reads.jsonl").open("a") as file:
@@ -158,14 +160,14 @@ def _log_test_read(run: Run, name: str) -> None:
 
 @torch.no_grad()
 def _write_predictions(
-    run: Run, name: str, rows: Rows, logits: Tensor, label: Tensor, method: Method, precision: Precision
+    run: RunFolder, name: str, rows: FeatureSource, logits: Tensor, label: Tensor, method: Method, precision: Precision
 ) -> None:
     features: list[Tensor] = []
     for table in rows.pieces():
         some = slice(NUM_FEATURES - sum(map(len, features)))
         image, keys = table.columns["image"][some], table.columns["key"][some]
         with reproducible(image.device, precision):
-            features.append(method.feature(image, Streams.seeded(run.seed, keys).at("predict")).half().cpu())
+            features.append(method.feature(image, KeyedRNG.seeded(run.seed, keys).at("predict")).half().cpu())
         if sum(map(len, features)) == NUM_FEATURES:
             break
     arrays = {

@@ -84,7 +84,7 @@ def per_example(logits: Tensor, label: Tensor, ks: Sequence[int] = (1, 5)) -> di
     return {f"{name}{k}": 100.0 * pairs[k][i] for i, name in enumerate(("pre", "rec")) for k in ks}
 
 
-def summary(logits: Tensor, label: Tensor, ks: Sequence[int] = (1, 5)) -> dict[str, float]:
+def summary_metrics(logits: Tensor, label: Tensor, ks: Sequence[int] = (1, 5)) -> dict[str, float]:
     """All metrics in percent.
 
     One label: acc<k>. Several: pre<k> and rec<k> per sample, map, overall_pre<k>, overall_rec<k>, per_class_pre<k> and

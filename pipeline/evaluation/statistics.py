@@ -31,25 +31,25 @@ def paired_bootstrap(
     return float(difference.mean()), float(low), float(high)
 
 
-def average(values: np.ndarray) -> float:
+def mean_of_finite(values: np.ndarray) -> float:
     """Mean of the finite values, NaN without any."""
     finite = values[np.isfinite(values)]
     return float(finite.mean()) if len(finite) else np.nan
 
 
-def deviation(values: np.ndarray) -> float:
+def sample_std(values: np.ndarray) -> float:
     """Sample standard deviation of finite values, NaN of fewer than two."""
     return float(values.std(ddof=1)) if len(values) > 1 else np.nan
 
 
-def spread(mean: float, std: float) -> str:
+def format_mean_std(mean: float, std: float) -> str:
     """Mean ± standard deviation, the latter where there is one."""
     return f"{mean:.2f}" if np.isnan(std) else f"{mean:.2f} ± {std:.2f}"
 
 
-def summary(values: Sequence[float] | np.ndarray) -> str:
-    """`spread` of finite values, one per seed."""
-    return spread(average(np.asarray(values)), deviation(np.asarray(values)))
+def format_seeds(values: Sequence[float] | np.ndarray) -> str:
+    """`format_mean_std` of finite values, one per seed."""
+    return format_mean_std(mean_of_finite(np.asarray(values)), sample_std(np.asarray(values)))
 
 
 def rank_cells(scores: np.ndarray, losses: np.ndarray, reasons: Sequence[Sequence[str]]) -> pd.DataFrame:
@@ -66,9 +66,9 @@ def rank_cells(scores: np.ndarray, losses: np.ndarray, reasons: Sequence[Sequenc
     lines = [
         {
             "cell": cell,
-            "score": average(scores[cell]),
-            "std": deviation(scores[cell][done[cell]]),
-            "loss": average(losses[cell]),
+            "score": mean_of_finite(scores[cell]),
+            "std": sample_std(scores[cell][done[cell]]),
+            "loss": mean_of_finite(losses[cell]),
             "seeds": int(done[cell].sum()),
             "state": states[cell],
         }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import sys
+import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -13,19 +13,21 @@ from typing import Any
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from pipeline.cache.layout import CHUNK_ROWS, STORE_DTYPES, Commit, Failure, StoreDtype, cache_path
 from pipeline.cache.provenance import check_libraries, make_provenance
 from pipeline.cache.writer import Writer
 from pipeline.data.manifest import Manifest
 from pipeline.encoders._factory import build_encoder
-from pipeline.extraction.inputs import Encoded, Forward, Items, Rows, make_rows
-from pipeline.extraction.throughput import Pace
+from pipeline.extraction.inputs import Encoded, Forward, InputRows, Items, make_rows
+from pipeline.extraction.throughput import ThroughputMeter
 from pipeline.extraction.workers import allowed_workers, encoded_batches
 from pipeline.runtime.device import default_device
-from pipeline.runtime.files import canonical_json, lock, naming
+from pipeline.runtime.files import canonical_json, label_os_errors, lock
+from pipeline.runtime.logs import ProgressBar
 from pipeline.types import Encoder
+
+logger = logging.getLogger(__name__)
 
 BATCH_SIZE = {"cpu": 16, "cuda": 256}  # items
 GPU_BATCH_BYTES = 2**29  # of items, of which every worker holds some batches: those of clips have fewer
@@ -33,7 +35,7 @@ NO_FAILURES: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, kw_only=True)
-class Effort:
+class ExtractOptions:
     """How an extraction is carried out, and which failures it puts up with.
 
     `max_failures` and `retry_failed` decide which items have features; no field changes a feature that there is beyond the
@@ -59,11 +61,11 @@ class Target:
     """A cache to fill, as far as no encoder is needed to know it."""
 
     path: Path
-    rows: Rows
+    rows: InputRows
     feature_shape: tuple[int, ...]
     identity: Mapping[str, Any]
     provenance: Mapping[str, Any]
-    effort: Effort
+    effort: ExtractOptions
 
     @staticmethod
     def of(
@@ -72,7 +74,7 @@ class Target:
         identity: Mapping[str, Any],
         provenance: Mapping[str, Any],
         feature_shape: tuple[int, ...],
-        effort: Effort,
+        effort: ExtractOptions,
     ) -> Target:
         """The cache of an identity in a home."""
         encoder = identity["encoder"]
@@ -101,7 +103,7 @@ def extract(
     *,
     store_dtype: StoreDtype = "float16",
     compiled: bool = False,
-    effort: Effort = Effort(),
+    effort: ExtractOptions = ExtractOptions(),
 ) -> Path:
     """Fill the cache of a manifest and an encoder, from where it stands, and return its folder.
 
@@ -112,19 +114,19 @@ def extract(
     was begun with other libraries (`provenance.check_libraries`) or of other media: a file that has another size by now is
     another file, one that was replaced by an equally large one goes unnoticed.
     """
-    return carry_out(plan(manifest, encoder_name, settings, home, store_dtype, compiled, effort))
+    return carry_out(plan_extraction(manifest, encoder_name, settings, home, store_dtype, compiled, effort))
 
 
 def carry_out(task: Task, known_failures: frozenset[str] = NO_FAILURES) -> Path:
     """Do what is left of a task, and return its folder; failures of these samples do not count."""
     target = task.target
-    with naming(target.path), lock(target.path):
+    with label_os_errors(target.path), lock(target.path):
         writer, commits = begin(target)
         if len(commits) < writer.num_shards:
             for warning in check_libraries(target.path, writer.provenance.get("versions", {}), target.rows.modality):
-                print(f"warning: {warning}", file=sys.stderr)
+                logger.warning(warning)
         if len(commits) < writer.num_shards or not writer.is_finished:
-            ledger = Ledger(len(target.rows), target.effort.max_failures, known_failures)
+            ledger = FailureBudget(len(target.rows), target.effort.max_failures, known_failures)
             for commit in commits.values():
                 ledger.add(commit.failures)
             fill(task, writer, commits, ledger)
@@ -132,14 +134,14 @@ def carry_out(task: Task, known_failures: frozenset[str] = NO_FAILURES) -> Path:
     return target.path
 
 
-def plan(
+def plan_extraction(
     manifest: Manifest,
     encoder_name: str,
     settings: Mapping[str, Any],
     home: Path,
     store_dtype: StoreDtype,
     compiled: bool,
-    effort: Effort,
+    effort: ExtractOptions,
 ) -> Task:
     """What `extract` will do; nothing is written."""
     if store_dtype not in STORE_DTYPES:
@@ -189,7 +191,7 @@ def begin(target: Target) -> tuple[Writer, dict[int, Commit]]:
     if len(commits) < writer.num_shards:
         recorded = batch_size(target, writer)
         if effort.batch_size not in (0, recorded):
-            print(f"warning: {target.path} was begun with --batch-size {recorded}, and goes on with it", file=sys.stderr)
+            logger.warning("%s was begun with --batch-size %d, and goes on with it", target.path, recorded)
     return writer, commits
 
 
@@ -210,16 +212,17 @@ def _check_media(target: Target, writer: Writer) -> None:
             )
 
 
-def fill(task: Task, writer: Writer, commits: dict[int, Commit], ledger: Ledger) -> None:
+def fill(task: Task, writer: Writer, commits: dict[int, Commit], ledger: FailureBudget) -> None:
     """Encode and commit every shard that is not in `commits`; the last one is written while the next is encoded."""
     shards = [shard for shard in range(writer.num_shards) if shard not in commits]
     if not shards:
         return
     effort = task.target.effort
-    pace = Pace(allowed_workers(_workers(task)), default_device().type)
+    pace = ThroughputMeter(allowed_workers(_workers(task)), default_device().type)
     done = sum(commit.rows for commit in commits.values())
     writing: Future[Commit] | None = None
-    bar = tqdm(total=len(task.items), initial=done, unit=" items", disable=not effort.progress, file=sys.stderr)
+    label = task.target.path.name
+    bar = ProgressBar(total=len(task.items), initial=done, unit=" items", label=label, show=effort.progress)
 
     def watch(batch: Encoded) -> None:
         pace.add(batch)
@@ -243,7 +246,7 @@ def fill(task: Task, writer: Writer, commits: dict[int, Commit], ledger: Ledger)
 
 
 def encoded_shards(
-    task: Task, writer: Writer, shards: Sequence[int], pace: Pace, watch: Callable[[Encoded], None]
+    task: Task, writer: Writer, shards: Sequence[int], pace: ThroughputMeter, watch: Callable[[Encoded], None]
 ) -> Iterator[tuple[int, np.ndarray, list[Failure], float]]:
     """(shard, features float32 [rows, *shape], failures in row order, seconds) of every shard, in order."""
     size = batch_size(task.target, writer)
@@ -264,7 +267,7 @@ def encoded_shards(
 
 
 @dataclass
-class Ledger:
+class FailureBudget:
     """Counts failures; `ValueError` when there are more than are allowed."""
 
     total: int  # items
@@ -302,7 +305,7 @@ def _workers(task: Task) -> int:
     """Processes beside this one."""
     if task.target.effort.workers >= 0:
         return task.target.effort.workers
-    cores = Pace(0, "cpu").cores
+    cores = ThroughputMeter(0, "cpu").cores
     few = len(task.items) < 64 * cores  # done before the workers have started
     return 0 if few or cores == 1 else cores
 

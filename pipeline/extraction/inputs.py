@@ -42,7 +42,7 @@ class Encoded(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Rows:
+class InputRows:
     """What the rows of a cache are of; no encoder is needed to know it."""
 
     manifest: Manifest
@@ -80,7 +80,7 @@ class Items:
 
     manifest: Manifest
     encoder: Encoder
-    rows: tuple[tuple[Sample, str], ...]  # as in `Rows`
+    rows: tuple[tuple[Sample, str], ...]  # as in `InputRows`
     store_dtype: str
 
     def __len__(self) -> int:
@@ -177,7 +177,7 @@ def make_items(manifest: Manifest, encoder: Encoder, store_dtype: str) -> tuple[
     return Items(manifest, encoder, rows.items, store_dtype), rows.offsets
 
 
-def make_rows(manifest: Manifest, modality: str) -> Rows:
+def make_rows(manifest: Manifest, modality: str) -> InputRows:
     """A row for every file, or for every text; `ValueError` when the dataset has none of the modality."""
     media_type = manifest.meta["media_type"]
     if modality not in ("text", media_type):
@@ -185,13 +185,13 @@ def make_rows(manifest: Manifest, modality: str) -> Rows:
     if modality != "text":
         if not manifest.media_root.is_dir():
             raise ValueError(f"the media folder {manifest.media_root} is gone; run: diffalign prepare {manifest.dataset}")
-        return Rows(manifest, modality, tuple((sample, "") for sample in manifest.samples), np.zeros(0, np.int64))
+        return InputRows(manifest, modality, tuple((sample, "") for sample in manifest.samples), np.zeros(0, np.int64))
     texts = [texts_of(sample, manifest.meta["text"]) for sample in manifest.samples]
     offsets = np.cumsum([0, *map(len, texts)], dtype=np.int64)
     if not offsets[-1]:
         raise ValueError(f"dataset {manifest.dataset!r} has no texts to encode")
     items = tuple((sample, text) for sample, own in zip(manifest.samples, texts, strict=True) for text in own)
-    return Rows(manifest, modality, items, offsets)
+    return InputRows(manifest, modality, items, offsets)
 
 
 def texts_of(sample: Sample, rule: Mapping[str, str]) -> tuple[str, ...]:

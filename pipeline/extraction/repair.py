@@ -8,15 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.cache import verify
-from pipeline.cache.reader import differences, known_failures, read_group
+from pipeline.cache.reader import identity_differences, known_failures, read_group
 from pipeline.cache.samples import home_of
 from pipeline.cache.writer import LEFTOVERS, remove_leftovers
 from pipeline.data import manifest as manifests
-from pipeline.extraction.extract import NO_FAILURES, Effort, Task, carry_out, plan
+from pipeline.extraction.extract import NO_FAILURES, ExtractOptions, Task, carry_out, plan_extraction
 from pipeline.runtime.files import fingerprint, lock
 
 
-def repair(path: Path, effort: Effort) -> list[str]:
+def repair(path: Path, effort: ExtractOptions) -> list[str]:
     """What was wrong with a cache, one line each, all of it mended; empty when there was nothing.
 
     What is left to do is done as the cache was begun, in its batches; of the effort's `max_failures` only items that have
@@ -48,19 +48,19 @@ def repair(path: Path, effort: Effort) -> list[str]:
     return problems
 
 
-def _task(path: Path, identity: Mapping[str, Any], provenance: Mapping[str, Any], effort: Effort) -> Task:
+def _task(path: Path, identity: Mapping[str, Any], provenance: Mapping[str, Any], effort: ExtractOptions) -> Task:
     """What made the cache, as it was made; `ValueError` when that would fill another one."""
     home = home_of(path)
     settings, compiled = provenance["settings"], identity.get("compiled", False)
     begun = {"shard_rows": provenance["shard_rows"], "batch_size": provenance.get("batch_size", 0)}
-    effort = Effort(**{**vars(effort), **begun})
-    manifest = manifests.read(home, identity["dataset"])
-    task = plan(manifest, identity["encoder"]["name"], settings, home, identity["store_dtype"], compiled, effort)
+    effort = ExtractOptions(**{**vars(effort), **begun})
+    manifest = manifests.read_manifest(home, identity["dataset"])
+    task = plan_extraction(manifest, identity["encoder"]["name"], settings, home, identity["store_dtype"], compiled, effort)
     target = task.target
-    for field, wanted, found in differences(identity, target.identity):
+    for field, wanted, found in identity_differences(identity, target.identity):
         raise ValueError(f"it was made with {field} = {wanted!r}, which is {found!r} now; bring that back")
     if fingerprint(target.identity) != fingerprint(identity):
-        added = ", ".join(field for field, *_ in differences(target.identity, identity))
+        added = ", ".join(field for field, *_ in identity_differences(target.identity, identity))
         raise ValueError(f"its identity would have {added} now, which it was made without")
     if not target.path.exists() or not path.samefile(target.path):
         raise ValueError(f"a cache of its identity belongs to {target.path}; move it there")

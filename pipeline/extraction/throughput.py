@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import sys
+import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,12 +15,14 @@ from dask.system import CPU_COUNT
 from pipeline.extraction.inputs import Encoded
 from pipeline.runtime.device import visible_gpus
 
+logger = logging.getLogger(__name__)
+
 Activity = Literal["items", "disk"]
 NVIDIA = Path("/dev/nvidia0")
 
 
 @dataclass
-class Pace:
+class ThroughputMeter:
     """Seconds by activity, over a whole extraction."""
 
     workers: int  # processes beside each one that encodes; 0: it does everything
@@ -37,7 +39,7 @@ class Pace:
         self.prepare += batch.prepare_seconds
         self.encode += batch.encode_seconds
 
-    def join(self, other: Pace) -> None:
+    def join(self, other: ThroughputMeter) -> None:
         """Count what another process has done."""
         self.device = other.device
         self.prepare += other.prepare
@@ -97,9 +99,10 @@ class Pace:
         return found
 
     def tell(self) -> None:
-        """Verdict and warnings, on standard error."""
-        for line in [self.verdict(), *(f"warning: {warning}" for warning in self.warnings(visible_gpus()))]:
-            print(line, file=sys.stderr)
+        """Log the verdict and the warnings."""
+        logger.info(self.verdict())
+        for warning in self.warnings(visible_gpus()):
+            logger.warning(warning)
 
 
 def _count(number: int, one: str, many: str) -> str:

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from pipeline.extraction.inputs import Encoded, Forward, Items, Prepared
-from pipeline.extraction.throughput import Pace
+from pipeline.extraction.throughput import ThroughputMeter
 from pipeline.runtime.device import default_device
 
 FORK = "fork" if sys.platform == "linux" else "spawn"  # forked workers start at once and share the encoder's memory
@@ -74,7 +74,7 @@ def allowed_workers(wanted: int) -> int:
     return 0 if multiprocessing.current_process().daemon else wanted
 
 
-def encoded_batches(items: Items, batches: Sequence[np.ndarray], forward: Forward, pace: Pace) -> Iterator[Encoded]:
+def encoded_batches(items: Items, batches: Sequence[np.ndarray], forward: Forward, pace: ThroughputMeter) -> Iterator[Encoded]:
     """The features of the batches, in order; `pace.workers` processes work ahead (0: everything happens here).
 
     `ValueError` when a worker is killed, by a damaged file that brings a decoder down or for lack of memory.
@@ -95,7 +95,7 @@ def _done(work: Work, workers: int) -> Iterator[Any]:
     return _by_workers(work, workers) if workers else map(work.do, range(len(work.batches)))
 
 
-def _waited_for(ready: Iterator[Any], pace: Pace) -> Iterator[Any]:
+def _waited_for(ready: Iterator[Any], pace: ThroughputMeter) -> Iterator[Any]:
     """Count the time that it takes to get the next."""
     while True:
         with pace.waiting("items"):

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from pipeline.nn.feature_space import LabelLoss, Scale, label_count, require
-from pipeline.nn.layers import Standardise, dropout, hyper
+from pipeline.nn.layers import Standardise, dropout, register_hyperparameters
 from pipeline.nn.losses import classification
-from pipeline.runtime.rng import Streams
+from pipeline.runtime.rng import KeyedRNG
 from pipeline.types import WHOLE, Batch, Shapes
 
 NEEDS = ("image", "label")
@@ -43,22 +43,22 @@ class Baseline(nn.Module):
         self.label_loss: LabelLoss = config.label_loss
         self.scale = Standardise(config.scale, width)
         self.classifier = nn.Linear(width, label_count(shapes))
-        hyper(self, p_dropout=config.dropout)
+        register_hyperparameters(self, p_dropout=config.dropout)
 
     def begin(self, phase: str, train: Callable[[], Iterator[Batch]]) -> None:
         """Statistics of the image features."""
         self.scale.fit(batch["image"] for batch in train())
 
-    def loss(self, batch: Batch, rng: Streams, phase: str) -> Batch:
+    def loss(self, batch: Batch, rng: KeyedRNG, phase: str) -> Batch:
         """{"loss"}: cross-entropy."""
         x = dropout(self.scale(batch["image"]), self.p_dropout, rng.at("dropout"), self.training)
         return {"loss": classification(self.classifier(x), batch["label"], self.label_loss)}
 
-    def predict(self, image: Tensor, rng: Streams) -> Tensor:
+    def predict(self, image: Tensor, rng: KeyedRNG) -> Tensor:
         """Logits [B,C] of image features [B,Dv]."""
         return self.classifier(self.scale(image))
 
-    def feature(self, image: Tensor, rng: Streams) -> Tensor:
+    def feature(self, image: Tensor, rng: KeyedRNG) -> Tensor:
         """The standardised image features [B,Dv]."""
         return self.scale(image)
 

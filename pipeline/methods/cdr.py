@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from pipeline.nn.denoisers import ConcatMLP, Denoiser
 from pipeline.nn.diffusion import Schedule, alphas_cumprod, q_sample
 from pipeline.nn.feature_space import ADAPT, AdapterKind, LabelLoss, Scale, Space, label_count, require
-from pipeline.nn.layers import MLP, Table, hyper
+from pipeline.nn.layers import MLP, LookupTable, register_hyperparameters
 from pipeline.nn.losses import classification, mse
 from pipeline.nn.sampler import Sampler
 from pipeline.nn.unet import UNet
-from pipeline.runtime.rng import Streams
+from pipeline.runtime.rng import KeyedRNG
 from pipeline.types import Batch, Phase, Shapes
 
 NEEDS = ("image", "text", "paired", "label")
@@ -79,7 +79,7 @@ class Regression(nn.Module):
         """Nothing: zeros [..., 1]."""
         return torch.zeros(*n.shape, 1, device=n.device)
 
-    def forward(self, x_n: Tensor, e: Tensor, context: Tensor, rng: Streams | None, p: Tensor) -> Tensor:
+    def forward(self, x_n: Tensor, e: Tensor, context: Tensor, rng: KeyedRNG | None, p: Tensor) -> Tensor:
         """x̂_s [B,D] of x_v [B,Dv]."""
         return self.mlp(context, rng, p)
 
@@ -117,23 +117,25 @@ class CDR(nn.Module):
         self.classifier = nn.Linear(width, label_count(shapes))
         regression = config.denoiser == "regression"  # has nothing to iterate
         self.sampler = Sampler(num_steps=1, zero_start=True) if regression else Sampler.of(config)
-        self.abar = Table(alphas_cumprod(config.schedule, config.num_steps))
+        self.abar = LookupTable(alphas_cumprod(config.schedule, config.num_steps))
         last = config.num_steps - 1
-        hyper(self, steps=config.num_steps, first_step=min(round(config.train_min_step * config.num_steps), last))
-        hyper(self, first_ce_step=min(round(config.ce_min_step * config.num_steps), last))
-        hyper(self, p_dropout=config.dropout, w_ce=config.w_ce, w_mse=config.w_mse)
+        register_hyperparameters(
+            self, steps=config.num_steps, first_step=min(round(config.train_min_step * config.num_steps), last)
+        )
+        register_hyperparameters(self, first_ce_step=min(round(config.ce_min_step * config.num_steps), last))
+        register_hyperparameters(self, p_dropout=config.dropout, w_ce=config.w_ce, w_mse=config.w_mse)
 
     def begin(self, phase: str, train: Callable[[], Iterator[Batch]]) -> None:
         """Statistics of both features."""
         self.space.begin(phase, train)
 
-    def loss(self, batch: Batch, rng: Streams, phase: str) -> Batch:
+    def loss(self, batch: Batch, rng: KeyedRNG, phase: str) -> Batch:
         """L_CDR = alpha_2 L_CE + gamma L_MSE (eq. 19-20), both on the one-step prediction at a random step."""
         if phase == ADAPT.name:
             return self.space.adapter_loss(batch, self.label_loss)
         return self.objective(*self.one_step(batch, rng), batch)
 
-    def one_step(self, batch: Batch, rng: Streams) -> tuple[Tensor, Tensor, Tensor]:
+    def one_step(self, batch: Batch, rng: KeyedRNG) -> tuple[Tensor, Tensor, Tensor]:
         """X_theta(x_s^n, n, x_v) and its target x_s [B,Ds] at random steps n [B]."""
         x_v, x_s = self.space.image(batch["image"]), self.space.text(batch["text"])
         n = (self.first_step + torch.floor(rng.at("n").uniform() * (self.steps - self.first_step))).long()
@@ -148,12 +150,12 @@ class CDR(nn.Module):
         ce = classification(self.classifier(x_0), batch["label"], self.label_loss, late)
         return {"loss": self.w_ce * ce + self.w_mse * error, "ce": ce, "mse": error}
 
-    def feature(self, image: Tensor, rng: Streams, draw: int = 0) -> Tensor:
+    def feature(self, image: Tensor, rng: KeyedRNG, draw: int = 0) -> Tensor:
         """x_CDR [B,Ds] of image features [B,Dv]: one draw of the reverse chain (eq. 21-23)."""
         x_v, rng = self.space.image(image), rng.at("draw", draw)
         return self.sampler.generate(self.denoiser, x_v, self.space.text_width, self.abar.values, self.steps, rng)
 
-    def predict(self, image: Tensor, rng: Streams) -> Tensor:
+    def predict(self, image: Tensor, rng: KeyedRNG) -> Tensor:
         """Logits [B,C] of image features [B,Dv]."""
         return self.sampler.mean_logits(lambda draw: self.classifier(self.feature(image, rng, draw)))
 

@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipeline.nn.feature_space import LabelLoss, Scale, label_count, paired_text, require
-from pipeline.nn.layers import Standardise, dropout, hyper
+from pipeline.nn.layers import Standardise, dropout, register_hyperparameters
 from pipeline.nn.losses import classification, info_nce
-from pipeline.runtime.rng import Streams
+from pipeline.runtime.rng import KeyedRNG
 from pipeline.types import WHOLE, Batch, Shapes
 
 NEEDS = ("image", "text", "paired", "label")
@@ -63,14 +63,14 @@ class EMA(nn.Module):
         self.learn_tau = config.learn_tau
         if config.learn_tau:
             self.log_scale = nn.Parameter(torch.tensor(-math.log(config.tau)))
-        hyper(self, p_dropout=config.dropout, tau=config.tau, w_ce=config.w_ce, w_ita=config.w_ita)
+        register_hyperparameters(self, p_dropout=config.dropout, tau=config.tau, w_ce=config.w_ce, w_ita=config.w_ita)
 
     def begin(self, phase: str, train: Callable[[], Iterator[Batch]]) -> None:
         """Statistics of both features."""
         self.image_scale.fit(batch["image"] for batch in train())
         self.text_scale.fit(paired_text(batch) for batch in train())
 
-    def loss(self, batch: Batch, rng: Streams, phase: str) -> Batch:
+    def loss(self, batch: Batch, rng: KeyedRNG, phase: str) -> Batch:
         """L_EMA = alpha_1 L_CE + beta L_ITA (eq. 13), L_ITA = L_v2s + L_s2v (eq. 9-11)."""
         image = dropout(self.image_scale(batch["image"]), self.p_dropout, rng.at("dropout"), self.training)
         x_v = F.leaky_relu(self.image_projector(image))  # eq. 6-8
@@ -83,11 +83,11 @@ class EMA(nn.Module):
         """tau []."""
         return torch.exp(-self.log_scale.clamp(max=math.log(MAX_SCALE))) if self.learn_tau else self.tau
 
-    def feature(self, image: Tensor, rng: Streams) -> Tensor:
+    def feature(self, image: Tensor, rng: KeyedRNG) -> Tensor:
         """x_v' [B,d] of image features [B,Dv]."""
         return F.leaky_relu(self.image_projector(self.image_scale(image)))
 
-    def predict(self, image: Tensor, rng: Streams) -> Tensor:
+    def predict(self, image: Tensor, rng: KeyedRNG) -> Tensor:
         """Logits [B,C] of image features [B,Dv]: at test only the image projector and the classifier run."""
         return self.classifier(self.feature(image, rng))
 

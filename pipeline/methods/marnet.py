@@ -14,7 +14,7 @@ from pipeline.methods import cdr, ema
 from pipeline.nn.diffusion import Schedule
 from pipeline.nn.feature_space import LabelLoss, Scale, label_count
 from pipeline.nn.losses import classification
-from pipeline.runtime.rng import Streams
+from pipeline.runtime.rng import KeyedRNG
 from pipeline.types import Batch, Phase, Shapes
 
 NEEDS = ("image", "text", "paired", "label")
@@ -154,7 +154,7 @@ class MARNet(nn.Module):
         if phase in ("cdr", "joint"):
             self.cdr.begin(phase, train)
 
-    def loss(self, batch: Batch, rng: Streams, phase: str) -> Batch:
+    def loss(self, batch: Batch, rng: KeyedRNG, phase: str) -> Batch:
         """L_EMA (eq. 13), L_CDR (eq. 20), the cross-entropies of the fusions (eq. 24), or all of them in the phase "joint"."""
         if phase == "ema":
             return self.ema.loss(batch, rng, phase)
@@ -168,7 +168,7 @@ class MARNet(nn.Module):
         losses = {kind: self._fusion_loss(kind, f_e, f_c, batch) for kind in self.fusions}
         return {"loss": torch.stack(list(losses.values())).sum(), **losses}
 
-    def _joint_loss(self, batch: Batch, rng: Streams) -> Batch:
+    def _joint_loss(self, batch: Batch, rng: KeyedRNG) -> Batch:
         aligned = self.ema.loss(batch, rng.at("ema"), "joint")
         x_0, x_s, n = self.cdr.one_step(batch, rng.at("cdr"))
         rebuilt = self.cdr.objective(x_0, x_s, n, batch)
@@ -186,12 +186,12 @@ class MARNet(nn.Module):
         z_e, z_c = self.ema.classifier(f_e), self.cdr.classifier(f_c)
         return fuse_sum(z_e, z_c) if kind == "sum" else fuse_hm(z_e, z_c)
 
-    def predict(self, image: Tensor, rng: Streams) -> Tensor:
+    def predict(self, image: Tensor, rng: KeyedRNG) -> Tensor:
         """Logits [B,C] of image features [B,Dv]."""
         f_e = self.ema.feature(image, rng)
         return self.cdr.sampler.mean_logits(lambda draw: self.fused(self.fusion, f_e, self.cdr.feature(image, rng, draw)))
 
-    def feature(self, image: Tensor, rng: Streams) -> Tensor:
+    def feature(self, image: Tensor, rng: KeyedRNG) -> Tensor:
         """The fused feature; for the operators on logits, both branches' features side by side."""
         f_e, f_c = self.ema.feature(image, rng), self.cdr.feature(image, rng)
         if self.fusion not in BY_FEATURE:

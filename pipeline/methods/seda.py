@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from pipeline.nn.denoisers import PFIN, Denoiser, Interaction
 from pipeline.nn.diffusion import Schedule, alphas_cumprod, q_sample
 from pipeline.nn.feature_space import ADAPT, AdapterKind, LabelLoss, Scale, Space, label_count, require
-from pipeline.nn.layers import Table, hyper
+from pipeline.nn.layers import LookupTable, register_hyperparameters
 from pipeline.nn.losses import classification, membership, mse, structural_consistency
 from pipeline.nn.sampler import Sampler
 from pipeline.nn.unet import UNet
-from pipeline.runtime.rng import Streams
+from pipeline.runtime.rng import KeyedRNG
 from pipeline.types import Batch, Phase, Shapes
 
 NEEDS = ("image", "text", "paired", "label")
@@ -124,11 +124,11 @@ class SeDA(nn.Module):
         )
         self.classifier = nn.Linear(width, self.num_classes)
         self.sampler = Sampler.of(config)
-        self.abar = Table(alphas_cumprod(config.schedule, config.num_steps))
+        self.abar = LookupTable(alphas_cumprod(config.schedule, config.num_steps))
         self.register_buffer("centres", torch.zeros(self.num_classes, width))
-        hyper(self, steps=config.num_steps, stage_step=config.stage_step, first_step=config.first_step)
-        hyper(self, w_sc=config.w_sc, w_ce_dsl=config.w_ce_dsl, w_mse=config.w_mse, w_ce_dst=config.w_ce_dst)
-        hyper(self, p_dropout=config.dropout)
+        register_hyperparameters(self, steps=config.num_steps, stage_step=config.stage_step, first_step=config.first_step)
+        register_hyperparameters(self, w_sc=config.w_sc, w_ce_dsl=config.w_ce_dsl, w_mse=config.w_mse, w_ce_dst=config.w_ce_dst)
+        register_hyperparameters(self, p_dropout=config.dropout)
 
     def begin(self, phase: str, train: Callable[[], Iterator[Batch]]) -> None:
         """Statistics of both features and, where `centres` asks for them, the visual class centres of the training split."""
@@ -143,7 +143,7 @@ class SeDA(nn.Module):
             count += member.sum(dim=0)
         self.centres.copy_(total / count.clamp(min=1.0).unsqueeze(1))
 
-    def draw_steps(self, rng: Streams) -> tuple[Tensor, Tensor]:
+    def draw_steps(self, rng: KeyedRNG) -> tuple[Tensor, Tensor]:
         """Steps n [B] int64 and whether the semantic learner trains there, 0 or 1 [B].
 
         Uniform over the trained steps, as in eq. 12 divided by T. By default the stage is drawn once per batch, with the share
@@ -171,7 +171,7 @@ class SeDA(nn.Module):
         border = steps - self.stage_step
         return border, steps, first, border
 
-    def loss(self, batch: Batch, rng: Streams, phase: str) -> Batch:
+    def loss(self, batch: Batch, rng: KeyedRNG, phase: str) -> Batch:
         """L = L_SCC where the learner trains, L_CT where the translator does (eq. 8, 11, 12).
 
         A sample without a text of its own has no part in L_MSE; L_SC asks for the image alone.
@@ -200,12 +200,12 @@ class SeDA(nn.Module):
             "cos_text": F.cosine_similarity(x_r, x_s).mean(),
         }
 
-    def feature(self, image: Tensor, rng: Streams, draw: int = 0) -> Tensor:
+    def feature(self, image: Tensor, rng: KeyedRNG, draw: int = 0) -> Tensor:
         """The aligned feature x̂_r^0 [B,D] of image features [B,Dv]: one draw of the reverse chain (eq. 13-15)."""
         x_v, rng = self.space.image(image), rng.at("draw", draw)
         return self.sampler.generate(self.denoiser, x_v, self.space.text_width, self.abar.values, self.steps, rng)
 
-    def predict(self, image: Tensor, rng: Streams) -> Tensor:
+    def predict(self, image: Tensor, rng: KeyedRNG) -> Tensor:
         """Logits [B,C] of image features [B,Dv]."""
         return self.sampler.mean_logits(lambda draw: self.classifier(self.feature(image, rng, draw)))
 

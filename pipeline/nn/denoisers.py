@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipeline.nn.layers import MLP, ChunkTokens, ConcatLinear, EncoderLayer, SelfAttention, TimeEmbedding, attention, dropout
-from pipeline.runtime.rng import Streams
+from pipeline.runtime.rng import KeyedRNG
 
 Interaction = Literal["concat", "self_attention", "multimodal_transformer", "cross_attention"]
 
@@ -29,7 +29,7 @@ class Denoiser(Protocol):
         """What it needs of the steps n int64 [S] or [B], [S, E] or [B, E]; once per table."""
         ...
 
-    def __call__(self, x_n: Tensor, e: Tensor, context: Tensor, rng: Streams | None, p: Tensor) -> Tensor:
+    def __call__(self, x_n: Tensor, e: Tensor, context: Tensor, rng: KeyedRNG | None, p: Tensor) -> Tensor:
         """xhat_0 [B,D] from x_n [B,D], e = time(n) [E] or [B,E] and context = condition(x_v).
 
         p [] is the dropout probability; rng None predicts, without dropout.
@@ -58,7 +58,7 @@ class ConcatMLP(nn.Module):
         """[...] to [..., hidden]."""
         return self.first(2, self.embed(n))
 
-    def forward(self, x_n: Tensor, e: Tensor, context: Tensor, rng: Streams | None, p: Tensor) -> Tensor:
+    def forward(self, x_n: Tensor, e: Tensor, context: Tensor, rng: KeyedRNG | None, p: Tensor) -> Tensor:
         """See `Denoiser`."""
         h = F.gelu(self.first(0, x_n) + context + e)
         return self.rest(dropout(h, p, rng and rng.at("first"), self.training), rng, p)
@@ -83,7 +83,7 @@ class CrossAttention(nn.Module):
         """Keys and values [B, num_tokens, 2 token_width]."""
         return self.key_value(x_v)
 
-    def forward(self, x_n: Tensor, e: Tensor, context: Tensor, rng: Streams | None, p: Tensor) -> Tensor:
+    def forward(self, x_n: Tensor, e: Tensor, context: Tensor, rng: KeyedRNG | None, p: Tensor) -> Tensor:
         """F_t [B,D]; the step e and dropout play no part here."""
         key, value = context.chunk(2, dim=-1)
         return self.out(attention(self.query(x_n), key, value, self.num_heads).flatten(1))
@@ -102,7 +102,7 @@ class TokenSelfAttention(nn.Module):
         """The visual token, x_v itself."""
         return x_v
 
-    def forward(self, x_n: Tensor, e: Tensor, context: Tensor, rng: Streams | None, p: Tensor) -> Tensor:
+    def forward(self, x_n: Tensor, e: Tensor, context: Tensor, rng: KeyedRNG | None, p: Tensor) -> Tensor:
         """F_t [B,D]."""
         tokens = torch.stack([x_n, context, self.time_token(e).expand_as(x_n)], dim=1)
         return self.attention(self.norm(tokens)).mean(1)
@@ -123,7 +123,7 @@ class MultimodalTransformer(nn.Module):
         """Visual tokens [B, num_tokens, token_width]."""
         return self.image_tokens(x_v)
 
-    def forward(self, x_n: Tensor, e: Tensor, context: Tensor, rng: Streams | None, p: Tensor) -> Tensor:
+    def forward(self, x_n: Tensor, e: Tensor, context: Tensor, rng: KeyedRNG | None, p: Tensor) -> Tensor:
         """F_t [B,D]."""
         tokens = torch.cat([self.text_tokens(x_n), context], dim=1)
         for i, layer in enumerate(self.layers):
@@ -172,7 +172,7 @@ class PFIN(nn.Module):
         """e_n (SeDA eq. 3): [...] to [..., time_width]."""
         return self.embed(n)
 
-    def forward(self, x_n: Tensor, e: Tensor, context: Tensor, rng: Streams | None, p: Tensor) -> Tensor:
+    def forward(self, x_n: Tensor, e: Tensor, context: Tensor, rng: KeyedRNG | None, p: Tensor) -> Tensor:
         """See `Denoiser`."""
         if self.interaction is None:
             h = self.first(0, x_n) + context

@@ -11,18 +11,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pipeline.runtime.rng import Streams
+from pipeline.runtime.rng import KeyedRNG
 
 STD_FLOOR = 1e-3
 
 
-def hyper(module: nn.Module, **values: float) -> None:
+def register_hyperparameters(module: nn.Module, **values: float) -> None:
     """Registers hyperparameters as 0-d float32 buffers: stacked models may differ in them; checkpoints leave them out."""
     for name, value in values.items():
         module.register_buffer(name, torch.tensor(float(value), dtype=torch.float32), persistent=False)
 
 
-class Table(nn.Module):
+class LookupTable(nn.Module):
     """Numbers float32 [L] that are only ever looked up by an index below L: stacked models may differ in L.
 
     The shorter tables of a stack are filled up with NaN. Checkpoints leave tables out.
@@ -35,7 +35,7 @@ class Table(nn.Module):
         self.register_buffer("values", values, persistent=False)
 
 
-def dropout(x: Tensor, p: Tensor, rng: Streams | None, training: bool) -> Tensor:
+def dropout(x: Tensor, p: Tensor, rng: KeyedRNG | None, training: bool) -> Tensor:
     """x [B, ...] with each entry zeroed with probability p [] in [0, 1) and the others divided by 1-p.
 
     x itself outside training, and where there is no stream to draw from.
@@ -52,7 +52,7 @@ class MLP(nn.Module):
         super().__init__()
         self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(widths))
 
-    def forward(self, x: Tensor, rng: Streams | None, p: Tensor) -> Tensor:
+    def forward(self, x: Tensor, rng: KeyedRNG | None, p: Tensor) -> Tensor:
         """[B, widths[0]] to [B, widths[-1]]; rng None predicts, without dropout."""
         for i, layer in enumerate(self.layers):
             if i > 0:
@@ -213,7 +213,7 @@ class EncoderLayer(nn.Module):
         self.attention = SelfAttention(width, num_heads)
         self.mlp = MLP([width, 4 * width, width])
 
-    def forward(self, tokens: Tensor, rng: Streams | None, p: Tensor) -> Tensor:
+    def forward(self, tokens: Tensor, rng: KeyedRNG | None, p: Tensor) -> Tensor:
         """[B,T,D] to [B,T,D]; rng None predicts, without dropout."""
         tokens = tokens + self.attention(self.norm_attention(tokens))
         return tokens + self.mlp(self.norm_mlp(tokens), rng, p)

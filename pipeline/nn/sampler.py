@@ -12,10 +12,10 @@ from torch import Tensor
 
 from pipeline.nn.denoisers import Denoiser
 from pipeline.nn.diffusion import ddim, sample_steps
-from pipeline.runtime.rng import Streams
+from pipeline.runtime.rng import KeyedRNG
 
 
-class Settings(Protocol):
+class SamplerConfig(Protocol):
     """What a method's config says of sampling."""
 
     @property
@@ -42,14 +42,14 @@ class Sampler:
     zero_start: bool = False  # start from 0 instead of noise
 
     @staticmethod
-    def of(settings: Settings) -> Sampler:
+    def of(settings: SamplerConfig) -> Sampler:
         """The sampler that a method's settings name: ddim, or the ancestral chain (M eq. 21-23, S eq. 13-15)."""
         every = settings.sampler == "ancestral"  # eta = 1 over all T steps
         num_steps, eta = (settings.num_steps, 1.0) if every else (settings.sample_steps, settings.eta)
         return Sampler(num_steps=num_steps, eta=eta, draws=settings.draws, zero_start=settings.zero_start)
 
     def generate(
-        self, denoiser: Denoiser, image: Tensor, width: int, abar: Tensor, num_train_steps: Tensor, rng: Streams
+        self, denoiser: Denoiser, image: Tensor, width: int, abar: Tensor, num_train_steps: Tensor, rng: KeyedRNG
     ) -> Tensor:
         """One draw of x̂_0 [B,width] given x_v [B,Dv], abar [T] and T []; every number it uses is named by the sample.
 

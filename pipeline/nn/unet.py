@@ -9,12 +9,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipeline.nn.layers import TimeEmbedding, dropout
-from pipeline.runtime.rng import Streams
+from pipeline.runtime.rng import KeyedRNG
 
 GROUPS = 4  # of GroupNorm, which looks at one sample only
 
 
-class Block(nn.Module):
+class ResidualBlock(nn.Module):
     """A residual block of DDPM's U-Net (Ho et al. 2020): norm, SiLU, convolution, + step, norm, SiLU, dropout, convolution."""
 
     def __init__(self, in_channels: int, out_channels: int, time_width: int) -> None:
@@ -25,7 +25,7 @@ class Block(nn.Module):
         self.from_time = nn.Linear(time_width, out_channels)
         self.skip = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
 
-    def forward(self, x: Tensor, e: Tensor, rng: Streams | None, p: Tensor) -> Tensor:
+    def forward(self, x: Tensor, e: Tensor, rng: KeyedRNG | None, p: Tensor) -> Tensor:
         """[B,Cin,H,W] to [B,Cout,H,W]; e [E] or [B,E]; rng None predicts, without dropout."""
         h = self.conv1(F.silu(self.norm1(x))) + self.from_time(e)[..., None, None]
         h = dropout(F.silu(self.norm2(h)), p, rng, self.training)
@@ -58,16 +58,16 @@ class UNet(nn.Module):
         now, skips = channels, [channels]
         for level, multiplier in enumerate(multipliers):
             for _ in range(num_blocks):
-                self.down.append(Block(now, channels * multiplier, time_width))
+                self.down.append(ResidualBlock(now, channels * multiplier, time_width))
                 now = channels * multiplier
                 skips.append(now)
             if level < len(multipliers) - 1:
                 self.shrink.append(nn.Conv2d(now, now, 3, stride=2, padding=1))
                 skips.append(now)
-        self.middle.extend(Block(now, now, time_width) for _ in range(2))
+        self.middle.extend(ResidualBlock(now, now, time_width) for _ in range(2))
         for level, multiplier in enumerate(reversed(multipliers)):
             for _ in range(num_blocks + 1):
-                self.up.append(Block(now + skips.pop(), channels * multiplier, time_width))
+                self.up.append(ResidualBlock(now + skips.pop(), channels * multiplier, time_width))
                 now = channels * multiplier
             if level < len(multipliers) - 1:
                 self.grow.append(nn.Conv2d(now, now, 3, padding=1))
@@ -83,7 +83,7 @@ class UNet(nn.Module):
         """[...] to [..., time_width]."""
         return self.embed(n)
 
-    def forward(self, x_n: Tensor, e: Tensor, context: Tensor, rng: Streams | None, p: Tensor) -> Tensor:
+    def forward(self, x_n: Tensor, e: Tensor, context: Tensor, rng: KeyedRNG | None, p: Tensor) -> Tensor:
         """See `denoisers.Denoiser`."""
         h = self.from_text(self._square(x_n)) + context
         skips = [h]

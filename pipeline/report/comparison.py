@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from pipeline.evaluation.statistics import average, deviation, paired_bootstrap, spread
+from pipeline.evaluation.statistics import format_mean_std, mean_of_finite, paired_bootstrap, sample_std
 from pipeline.report.results import BASELINE, Results, Row, collect
 
 NUM_RESAMPLES = 4000  # of the bootstrap
@@ -31,7 +31,7 @@ def baseline_of(row: Row, results: Results) -> Row | None:
     return None if best is row else best
 
 
-def differences(row: Row, baseline: Row) -> dict[str, tuple[float, float, float]]:
+def baseline_differences(row: Row, baseline: Row) -> dict[str, tuple[float, float, float]]:
     """Per metric that is a mean over samples: points above the baseline and their paired bootstrap 95 % interval.
 
     Seeds are averaged first, then samples are resampled. Empty when the two were not evaluated on the same samples.
@@ -80,11 +80,11 @@ def count_up(results: Results) -> pd.DataFrame:
 
 def _line(row: Row, results: Results, metrics: Sequence[str]) -> dict[str, Any]:
     baseline = baseline_of(row, results)
-    found = differences(row, baseline) if baseline else {}
+    found = baseline_differences(row, baseline) if baseline else {}
     line: dict[str, Any] = {"method": row.label, "kind": row.head.kind, "seeds": len(row.runs)}
     for metric in metrics:
         values = row.values(metric)
-        line[metric], line[f"{metric}_std"] = average(values), deviation(values)
+        line[metric], line[f"{metric}_std"] = mean_of_finite(values), sample_std(values)
         if baseline:
             above = float(values.mean() - baseline.values(metric).mean())
             line |= dict(zip(_compared(metric), found.get(metric, (above, np.nan, np.nan)), strict=True))
@@ -141,7 +141,9 @@ def spreads(frame: pd.DataFrame, metrics: Sequence[str]) -> pd.DataFrame:
     """Columns of `numbers` as mean ± standard deviation over seeds."""
     return pd.DataFrame(
         {
-            NAMES.get(metric, metric): [spread(*values) for values in zip(frame[metric], frame[f"{metric}_std"], strict=True)]
+            NAMES.get(metric, metric): [
+                format_mean_std(*values) for values in zip(frame[metric], frame[f"{metric}_std"], strict=True)
+            ]
             for metric in metrics
         },
         index=frame.index,

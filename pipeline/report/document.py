@@ -15,7 +15,7 @@ from pipeline.data.manifest import Manifest
 from pipeline.report import html, markdown
 from pipeline.report.blocks import Block, Bullets, Grid, Heading, Picture, Text
 from pipeline.report.comparison import NAMES, NUM_RESAMPLES, claim_metric, count_up, distances, metric_names, printable, spreads
-from pipeline.report.figures import differences
+from pipeline.report.figures import draw_differences
 from pipeline.report.grid_page import grids
 from pipeline.report.pictures import Subjects, answers, choose_subjects, confusion, curves, feature_space
 from pipeline.report.provenance import provenance, test_reads
@@ -36,7 +36,7 @@ def write_report(home: Path, dataset: str, split: str = "test") -> tuple[Path, P
     The same runs give the same bytes. `ValueError` when the dataset has no runs or no manifest.
     """
     results = collect(home, dataset, split)
-    manifest = manifests.read(home, dataset)
+    manifest = manifests.read_manifest(home, dataset)
     subjects = choose_subjects(results, manifest)
     blocks: list[Block] = [
         *_results(results),
@@ -48,8 +48,8 @@ def write_report(home: Path, dataset: str, split: str = "test") -> tuple[Path, P
     ]
     folder = home / "reports" / dataset
     title = f"{dataset}: trained with text, tested on images alone"
-    write_atomic(folder / "index.html", html.render(title, blocks))
-    write_atomic(folder / "report.md", markdown.render(title, blocks))
+    write_atomic(folder / "index.html", html.render_html(title, blocks))
+    write_atomic(folder / "report.md", markdown.render_markdown(title, blocks))
     return folder / "index.html", folder / "report.md"
 
 
@@ -91,7 +91,7 @@ def _claims(results: Results, frame: pd.DataFrame) -> list[Block]:
             f"Difference to the baseline in {name}, with its 95 % interval. Filled: the interval leaves out zero. "
             "Open and grey: this many examples cannot tell the two apart."
         )
-        blocks.append(Picture(differences(decided["method"].tolist(), numbers, name), "; ".join(sentences), caption))
+        blocks.append(Picture(draw_differences(decided["method"].tolist(), numbers, name), "; ".join(sentences), caption))
     else:
         blocks.append(Text("No row can be compared with a baseline, so nothing is claimed."))
     return [*blocks, Bullets(tuple(sentences)), Text(_reading(results, name))]

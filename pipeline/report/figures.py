@@ -84,7 +84,7 @@ def _band(axes: Axes, values: np.ndarray, curve: Curve) -> None:
     axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
 
 
-def differences(labels: Sequence[str], intervals: np.ndarray, metric: str) -> bytes:
+def draw_differences(labels: Sequence[str], intervals: np.ndarray, metric: str) -> bytes:
     """Points above the baseline [R,3] (difference, low, high), one line per row, and the baseline at zero."""
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(WIDTH, 0.9 + 0.32 * len(labels)), layout="constrained")

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from pipeline.evaluation.statistics import spread
+from pipeline.evaluation.statistics import format_mean_std
 from pipeline.report import grid_figures, html, robustness
 from pipeline.report.blocks import Block, Bullets, Folded, Grid, Heading, Picture, Text
 from pipeline.report.comparison import NAMES
@@ -34,7 +34,7 @@ def write_grid_page(folder: Path) -> Path:
     """
     study = read_study(folder)
     page = folder / "index.html"
-    write_atomic(page, html.render(f"{study.dataset}: {_title(study)}", _section(study)))
+    write_atomic(page, html.render_html(f"{study.dataset}: {_title(study)}", _section(study)))
     return page
 
 
@@ -111,8 +111,9 @@ def _winner(study: Study, ranked: pd.DataFrame) -> list[Block]:
     if pd.isna(best["rank"]):
         return [Text("No cell has all its seeds yet, so none is chosen.")]
     near = int((ranked["score"][ranked["rank"].notna()] >= best["score"] - best["std"]).sum()) - 1
+    score = format_mean_std(best["score"], best["std"])
     text = (
-        f"The best on validation is {_label(study, int(best['cell']))}: {_metric(study)} {spread(best['score'], best['std'])}. "
+        f"The best on validation is {_label(study, int(best['cell']))}: {_metric(study)} {score}. "
         f"It is the highest of {plural(int(ranked['rank'].notna().sum()), 'cell')}, so this number is optimistic. "
         + (f"Within one standard deviation of it: {near} of the others. " if near > 0 else "")
     )
@@ -120,7 +121,7 @@ def _winner(study: Study, ranked: pd.DataFrame) -> list[Block]:
         return [Text(f"{text}The test split has not been read for it.")]
     own = set(study.winner["runs"])
     tests = [
-        f"{NAMES.get(name, name)} {spread(value['mean'], value['std'] if len(value['values']) > 1 else np.nan)}"
+        f"{NAMES.get(name, name)} {format_mean_std(value['mean'], value['std'] if len(value['values']) > 1 else np.nan)}"
         for name, value in study.winner["test"].items()
     ]
     others = [run for run in study.runs["run"] if run and run not in own and (study.home / run / "test_reads.jsonl").is_file()]
@@ -135,7 +136,7 @@ def _table(study: Study, ranked: pd.DataFrame) -> list[Block]:
     rows = []
     for line in ranked.to_dict("records"):
         values = [str(value) for value in study.values(int(line["cell"])).values()]
-        numbers = (spread(line["score"], line["std"]), f"{line['loss']:.3f}") if line["seeds"] else ("-", "-")
+        numbers = (format_mean_std(line["score"], line["std"]), f"{line['loss']:.3f}") if line["seeds"] else ("-", "-")
         rank = "-" if pd.isna(line["rank"]) else str(line["rank"])
         rows.append((rank, *values, *numbers, str(line["seeds"]), short(str(line["state"]), 60)))
     caption = (
@@ -181,7 +182,7 @@ def _effects(study: Study) -> list[Block]:
 
 def _numbers(line: Mapping[Any, float]) -> tuple[str, str]:
     pairs = ((line["mean"], line["std"]), (line["best"], line["best_std"]))
-    first, second = ("-" if np.isnan(mean) else spread(mean, std) for mean, std in pairs)
+    first, second = ("-" if np.isnan(mean) else format_mean_std(mean, std) for mean, std in pairs)
     return first, second
 
 

@@ -80,7 +80,7 @@ def image(data: bytes, media_type: str, alt: str) -> Markup:
     return Markup(f'<img src="data:{media_type};base64,{content}" alt="{html.escape(alt)}">')
 
 
-def render(title: str, blocks: Sequence[Block]) -> str:
+def render_html(title: str, blocks: Sequence[Block]) -> str:
     """The report as one HTML document."""
     head = [
         Markup('<meta charset="utf-8">'),

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pipeline.report.blocks import Block, Bullets, Examples, Folded, Grid, Heading, Picture, Text
 
 
-def render(title: str, blocks: Sequence[Block]) -> str:
+def render_markdown(title: str, blocks: Sequence[Block]) -> str:
     """The report as Markdown; pictures are replaced by their captions."""
     return "\n\n".join([f"# {escape(title)}", *(_block(block) for block in blocks)]) + "\n"
 

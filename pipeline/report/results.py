@@ -14,7 +14,7 @@ import pandas as pd
 
 from pipeline.cache import find_caches, info
 from pipeline.runtime.files import canonical_json
-from pipeline.runtime.runs import Run, RunConfig, find_runs
+from pipeline.runtime.runs import RunConfig, RunFolder, find_runs
 
 Kind = Literal["image", "text", "unknown"]
 
@@ -28,7 +28,7 @@ class Head:
     """One configuration of a method with its finished seeds, at least one."""
 
     config: RunConfig
-    runs: tuple[Run, ...]
+    runs: tuple[RunFolder, ...]
     kind: Kind  # what its "image" features were made from; unknown when their cache is gone
     label: str
     score: float  # validation metric of the kept epoch, mean over seeds
@@ -41,7 +41,7 @@ class Row:
     head: Head
     evaluation: str
     label: str
-    runs: tuple[Run, ...]
+    runs: tuple[RunFolder, ...]
     records: tuple[Mapping[str, Any], ...]
 
     def values(self, metric: str) -> np.ndarray:
@@ -72,7 +72,7 @@ class Results:
     notes: tuple[str, ...]  # what is missing, one sentence each
 
 
-def predictions_path(run: Run, evaluation: str) -> Path:
+def predictions_path(run: RunFolder, evaluation: str) -> Path:
     """The per-example results of an evaluation."""
     return run.path / f"predictions-{evaluation}.npz"
 
@@ -124,22 +124,22 @@ def _caches(home: Path, dataset: str) -> tuple[list[Mapping[str, Any]], list[str
     return caches, notes
 
 
-def _records(run: Run) -> dict[str, Any]:
+def _records(run: RunFolder) -> dict[str, Any]:
     path = run.path / "metrics.json"
     return json.loads(path.read_text()) if path.is_file() else {}
 
 
-def _names(run: Run, split: str) -> list[str]:
+def _names(run: RunFolder, split: str) -> list[str]:
     """The run's evaluations on a split, the one with its own settings first."""
     return sorted(name for name in _records(run) if name.partition("@")[0] == split)
 
 
-def history(run: Run) -> pd.DataFrame:
+def history(run: RunFolder) -> pd.DataFrame:
     """The run's epochs in order; `val_metric` and `val_loss` are NaN where nothing was validated."""
     return pd.read_csv(run.path / "history.csv").reindex(columns=["phase", "epoch", "loss", "val_metric", "val_loss"])
 
 
-def _score(run: Run, select: str) -> float:
+def _score(run: RunFolder, select: str) -> float:
     """The validation metric of the epoch that training kept."""
     epochs = history(run).dropna(subset=["val_metric"])
     if select == "loss":
@@ -147,10 +147,10 @@ def _score(run: Run, select: str) -> float:
     return float(epochs["val_metric"].iloc[-1] if select == "last" else epochs["val_metric"].max())
 
 
-def _heads(runs: Sequence[Run], caches: Sequence[Mapping[str, Any]]) -> tuple[Head, ...]:
+def _heads(runs: Sequence[RunFolder], caches: Sequence[Mapping[str, Any]]) -> tuple[Head, ...]:
     """Runs by configuration: image heads first, the baseline before the others, then by label."""
     kinds: dict[str, Kind] = {cache["fingerprint"]: "text" if "text" in cache["identity"] else "image" for cache in caches}
-    groups: dict[str, list[Run]] = defaultdict(list)
+    groups: dict[str, list[RunFolder]] = defaultdict(list)
     for run in runs:
         groups[str(run.path.parent)].append(run)
     configs = [group[0].config() for group in groups.values()]

@@ -7,7 +7,7 @@ from itertools import combinations
 import numpy as np
 import pandas as pd
 
-from pipeline.evaluation.statistics import average, deviation, rank_cells
+from pipeline.evaluation.statistics import mean_of_finite, rank_cells, sample_std
 from pipeline.report.studies import Study
 
 NUM_PAIRED = 4  # axes of which every pair is shown
@@ -27,7 +27,9 @@ def by_value(study: Study, field: str) -> pd.DataFrame:
         found = found[np.isfinite(found)]
         first = best[column[best["cell"].to_numpy(dtype=int)] == place].head(1)
         mean, std = (float(first[name].iloc[0]) if len(first) else np.nan for name in ("score", "std"))
-        lines.append({"mean": average(found), "std": deviation(found), "best": mean, "best_std": std, "runs": len(found)})
+        lines.append(
+            {"mean": mean_of_finite(found), "std": sample_std(found), "best": mean, "best_std": std, "runs": len(found)}
+        )
     return pd.DataFrame(lines)
 
 
@@ -36,7 +38,7 @@ def by_pair(study: Study, row: str, column: str) -> np.ndarray:
     scores, rows, columns = study.of_cells("score"), study.column(row), study.column(column)
     means = np.full((len(study.axes[row]), len(study.axes[column])), np.nan)
     for place in np.ndindex(means.shape):
-        means[place] = average(scores[(rows == place[0]) & (columns == place[1])])
+        means[place] = mean_of_finite(scores[(rows == place[0]) & (columns == place[1])])
     return means
 
 

@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullLocator
 
-from pipeline.evaluation.statistics import spread
+from pipeline.evaluation.statistics import format_mean_std
 from pipeline.report.blocks import Block, Grid, Heading, Picture
 from pipeline.report.comparison import NAMES
 from pipeline.report.figures import COLOURS, STYLE, WIDTH, svg
@@ -83,7 +83,7 @@ def _curve(head: Head, split: str) -> list[Block]:
         f"Times: {_machine(every)}. {_own(head)}"
     )
     rows = tuple(
-        (str(way[0]), str(way[1]), str(way[2]), spread(line[0], line[1]), f"{line[2]:.3g}")
+        (str(way[0]), str(way[1]), str(way[2]), format_mean_std(line[0], line[1]), f"{line[2]:.3g}")
         for way, line in zip(means.index, means.to_numpy(), strict=True)
     )
     flat = means.xs("mean", axis=1, level=1).reset_index()

@@ -61,7 +61,7 @@ def resolve_dtype(choice: ComputeDtype, device: torch.device, lower: Precision =
     return lower if native else "float32"
 
 
-def place(network: nn.Module, precision: Precision, device: torch.device) -> torch.dtype:
+def place_network(network: nn.Module, precision: Precision, device: torch.device) -> torch.dtype:
     """Move a network for inference where, and into the format in which, it computes; returns the format of its inputs."""
     dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
     network.to(device=device, dtype=dtype).eval()

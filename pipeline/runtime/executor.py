@@ -1,7 +1,7 @@
-"""Jobs over processes: by this one, by one per core of this machine, or by the workers of a dask scheduler.
+"""Jobs spread over processes: this one, one per core or GPU of this machine, or the workers of a dask scheduler.
 
-Which of them does a job cannot change its result. A job whose worker is lost is done by another; the processes of this machine
-end with the one that started them, however it ends.
+Which process does a job cannot change its result. A job whose worker dies is given to another. The processes of this machine
+end with the one that started them, however it ends. No other module imports dask's cluster.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NoReturn, Protocol, TypeVar
@@ -22,96 +22,123 @@ from dask.system import CPU_COUNT
 
 from pipeline.runtime.device import default_device, total_bytes, visible_gpus
 
-MEMORY_SHARE = 0.8  # that processes may take
-PROCESS_BYTES = 2**30  # what a process takes without data, more or less
-PATIENCE = 15  # seconds to wait for a scheduler
-LOST = (CancelledError, asyncio.CancelledError, OSError)  # of a scheduler that is gone: OSError: of a closed comm, of a timeout
-Job = TypeVar("Job")
-Result = TypeVar("Result")
+EXECUTOR_MEMORY_SHARE = 0.8  # of the memory that processes may take together
+PROCESS_BYTES = 2**30  # about what a process takes without data
+CONNECT_SECONDS = 15  # to wait for a scheduler to answer
+SCHEDULER_LOST = (CancelledError, asyncio.CancelledError, OSError)  # OSError: of a closed connection or a timeout
+JobT = TypeVar("JobT")
+ResultT = TypeVar("ResultT")
 
 
-class Spread(Protocol):
-    """Does jobs; see `here`."""
+class MapJobs(Protocol):
+    """Does `task(job)` for every job and yields, as jobs end, (position of the job, function that returns its result).
 
-    def __call__(self, task: Callable[[Job], Result], jobs: Sequence[Job]) -> Iterator[tuple[int, Callable[[], Result]]]: ...
+    That function raises the `ValueError` that the task raised. Any other error is raised by the iterator at once.
+    """
+
+    def __call__(
+        self, task: Callable[[JobT], ResultT], jobs: Sequence[JobT]
+    ) -> Iterator[tuple[int, Callable[[], ResultT]]]: ...
 
 
 @dataclass(frozen=True, slots=True)
-class Hands:
-    """Who does jobs."""
+class Executor:
+    """Processes that do jobs."""
 
-    do: Spread
-    number: int  # of processes that do them at once
-    on_gpu: bool  # whether each of these has one, perhaps the same
+    map: MapJobs
+    num_workers: int  # jobs done at the same time
+    on_gpu: bool  # every worker has a GPU, perhaps the same one
 
 
-def here(task: Callable[[Job], Result], jobs: Sequence[Job]) -> Iterator[tuple[int, Callable[[], Result]]]:
-    """The number of every job, as they end, and its result, which when asked for raises what the task raised."""
+def run_here(task: Callable[[JobT], ResultT], jobs: Sequence[JobT]) -> Iterator[tuple[int, Callable[[], ResultT]]]:
+    """`MapJobs` in this process: a job is done when its result is asked for."""
     for number, job in enumerate(jobs):
         yield number, partial(task, job)
 
 
 def num_processes(workers: int, num_jobs: int, num_bytes: int = 0) -> int:
-    """How many processes to start beside this one for `workers`, where -1 is one per core; a GPU is left to this one.
+    """How many processes to start beside this one; 0: this process does the jobs itself.
 
-    `num_bytes` is the data that each of them holds: with -1 there are not more than memory has room for.
+    Args:
+        workers: as the user says it; -1 is one per core, but none on a GPU, which this process uses alone.
+        num_jobs: more processes than jobs are not started.
+        num_bytes: data held by each process; with -1 there are as many processes as memory holds.
     """
     if workers >= 0:
         return min(workers, num_jobs)
     device = default_device()
     cores = 1 if device.type == "cuda" else CPU_COUNT
-    room = int(MEMORY_SHARE * total_bytes(device)) // (PROCESS_BYTES + num_bytes)
+    room = int(EXECUTOR_MEMORY_SHARE * total_bytes(device)) // (PROCESS_BYTES + num_bytes)
     number = min(cores, num_jobs, room)
     return number if number > 1 else 0
 
 
 @contextmanager
-def hands(scheduler: str, number: int) -> Iterator[Hands]:
-    """Who does the jobs: this process ("local" and 0), `number` processes of one thread, or a scheduler's, tcp://host:port."""
+def open_executor(scheduler: str, number: int) -> Iterator[Executor]:
+    """Start or connect to the processes that do jobs, and end them with the block.
+
+    Args:
+        scheduler: "local" for this machine, or the address of a dask scheduler, tcp://host:port.
+        number: processes of this machine, of one thread each; 0: this process alone.
+
+    Raises:
+        ValueError: no scheduler answers, or it has no workers.
+    """
     if scheduler == "local" and number == 0:
-        yield Hands(here, 1, _has_gpu())
+        yield Executor(run_here, 1, _has_gpu())
         return
-    for name in ("distributed", "distributed.client"):
-        logging.getLogger(name).setLevel(logging.CRITICAL)  # what must be known comes as an exception
     with (
         dask_config.set({"logging.distributed": "critical"}),  # of the processes
-        processes([{"OMP_NUM_THREADS": "1"}] * number) if scheduler == "local" else connect(scheduler) as client,
+        local_cluster([{"OMP_NUM_THREADS": "1"}] * number)
+        if scheduler == "local"
+        else connect_to_scheduler(scheduler) as client,
     ):
         gpus: Any = client.run(_has_gpu)  # by worker
-        yield Hands(partial(_by_workers, client), len(gpus), all(gpus.values()))
+        yield Executor(partial(run_on_cluster, client), len(gpus), all(gpus.values()))
 
 
 def _has_gpu() -> bool:
     return default_device().type == "cuda"
 
 
-def _by_workers(
-    client: Client, task: Callable[[Job], Result], jobs: Sequence[Job]
-) -> Iterator[tuple[int, Callable[[], Result]]]:
-    """`here`, by the workers of a cluster; `ValueError` when its scheduler is lost."""
+def run_on_cluster(
+    client: Client, task: Callable[[JobT], ResultT], jobs: Sequence[JobT], name_of: Callable[[JobT], str] = lambda job: "it"
+) -> Iterator[tuple[int, Callable[[], ResultT]]]:
+    """`MapJobs` by the workers of a cluster; when the iterator is closed, jobs that have not begun are cancelled.
+
+    `name_of` names a job in the error that says that workers died of it.
+
+    Raises:
+        ValueError: the scheduler is lost.
+    """
     key = f"job-{time.time_ns()}"
     futures = {client.submit(task, job, key=f"{key}-{number}", pure=False): number for number, job in enumerate(jobs)}
-    for future in as_completed(list(futures), loop=client.loop):
-        try:
-            finish = _finish(future)
-        except LOST as error:
-            if future.status == "error":  # the worker's own: its disk is full
-                raise
-            raise ValueError("the scheduler was lost; the same command goes on from here") from error
-        yield futures[future], finish
+    try:
+        for future in as_completed(list(futures), loop=client.loop):
+            number = futures[future]
+            yield number, _result(future, name_of(jobs[number]))
+    finally:
+        if client.status == "running":
+            with suppress(*SCHEDULER_LOST):
+                client.cancel(list(futures))
 
 
-def _finish(future: Future) -> Callable[[], Any]:
-    """What returns the result of a job that has ended, or raises its `ValueError`."""
+def _result(future: Future, name: str) -> Callable[[], Any]:
+    """A function that returns the result of a job that has ended, or raises its `ValueError`; other errors are raised now."""
     try:
         return partial(_return, future.result())
     except KilledWorker as error:
-        return partial(_raise, ValueError(f"{error.allowed_failures + 1} workers died of it: is memory short?"))
+        message = f"{error.allowed_failures + 1} workers died of {name}: is a file damaged there, or memory short? "
+        return partial(_raise, ValueError(f"{message}with fewer of them the same command goes on from here"))
+    except SCHEDULER_LOST as error:
+        if future.status == "error":  # the worker's own error, such as a full disk
+            raise
+        raise ValueError("the scheduler was lost; the same command goes on from here") from error
     except ValueError as error:
         return partial(_raise, error)
 
 
-def _return(result: Result) -> Result:
+def _return(result: ResultT) -> ResultT:
     return result
 
 
@@ -119,12 +146,22 @@ def _raise(error: ValueError) -> NoReturn:
     raise error
 
 
+def num_threads(client: Client) -> int:
+    """Jobs that the workers of a cluster do at the same time."""
+    threads: Any = client.nthreads()  # by worker
+    return sum(threads.values())
+
+
 @contextmanager
-def connect(address: str) -> Iterator[Client]:
-    """A client of a running scheduler, tcp://host:port; `ValueError` when nobody answers there, or it has no workers."""
-    _hush()
+def connect_to_scheduler(address: str) -> Iterator[Client]:
+    """A client of a running dask scheduler.
+
+    Raises:
+        ValueError: nobody answers at the address, tcp://host:port, or the scheduler has no workers.
+    """
+    _silence_dask()
     try:
-        client = Client(address, timeout=PATIENCE, set_as_default=False)
+        client = Client(address, timeout=CONNECT_SECONDS, set_as_default=False)
     except (OSError, ValueError) as error:
         raise ValueError(f"no dask scheduler answers at {address!r} ({error}); start one with: dask scheduler") from error
     with client:
@@ -134,17 +171,23 @@ def connect(address: str) -> Iterator[Client]:
 
 
 @contextmanager
-def one_process_per_gpu(gpus: Sequence[int]) -> Iterator[Client]:
-    """A cluster on this machine that lives as long as the context; `ValueError` for a GPU that is not there."""
-    names = device_names(gpus, visible_gpus(), os.environ.get("CUDA_VISIBLE_DEVICES", ""))
-    with processes([{"CUDA_VISIBLE_DEVICES": name} for name in names]) as client:
+def gpu_cluster(gpus: Sequence[int]) -> Iterator[Client]:
+    """A cluster of one process per GPU of this machine; `ValueError` for a GPU that is not there."""
+    names = cuda_visible_devices(gpus, visible_gpus(), os.environ.get("CUDA_VISIBLE_DEVICES", ""))
+    with local_cluster([{"CUDA_VISIBLE_DEVICES": name} for name in names]) as client:
         yield client
 
 
-def device_names(gpus: Sequence[int], num_gpus: int, visible: str) -> list[str]:
-    """CUDA_VISIBLE_DEVICES of a process for each GPU, counted from 0 among the `num_gpus` that torch sees.
+def cuda_visible_devices(gpus: Sequence[int], num_gpus: int, visible: str) -> list[str]:
+    """The value of CUDA_VISIBLE_DEVICES for a process on each of these GPUs.
 
-    `visible` is this process's own: its "2,3" makes of 0 and 1 the devices 2 and 3. `ValueError` for a GPU that is not there.
+    Args:
+        gpus: GPUs counted from 0 among those that torch sees.
+        num_gpus: how many torch sees.
+        visible: CUDA_VISIBLE_DEVICES of this process: with "2,3", GPUs 0 and 1 are the devices 2 and 3.
+
+    Raises:
+        ValueError: a GPU is not there.
     """
     for gpu in gpus:
         if gpu not in range(num_gpus):
@@ -154,9 +197,9 @@ def device_names(gpus: Sequence[int], num_gpus: int, visible: str) -> list[str]:
 
 
 @contextmanager
-def processes(environments: Sequence[Mapping[str, str]]) -> Iterator[Client]:
-    """A cluster of one process per environment, on this machine; its processes may have children that decode."""
-    _hush()
+def local_cluster(environments: Sequence[Mapping[str, str]]) -> Iterator[Client]:
+    """A cluster of one process per environment, on this machine; the processes may have children, which decode media."""
+    _silence_dask()
     options = {"nthreads": 1, "memory_limit": 0, "dashboard": False, "silence_logs": logging.ERROR}
     workers: dict[int, Any] = {
         number: {"cls": Nanny, "options": {**options, "env": dict(environment)}}
@@ -164,7 +207,7 @@ def processes(environments: Sequence[Mapping[str, str]]) -> Iterator[Client]:
     }
     scheduler = {"cls": Scheduler, "options": {"dashboard": False, "dashboard_address": "127.0.0.1:0", "host": "127.0.0.1"}}
     with (
-        # None: dask would have every freed tensor given back to the system, and its pages made anew for the next one
+        # None: with dask's own value every freed tensor is given back to the system, and its pages are made anew each time
         dask_config.set(
             {"distributed.worker.daemon": False, "distributed.nanny.pre-spawn-environ.MALLOC_TRIM_THRESHOLD_": None}
         ),
@@ -174,7 +217,7 @@ def processes(environments: Sequence[Mapping[str, str]]) -> Iterator[Client]:
         yield client
 
 
-def _hush() -> None:
-    """Have dask log nothing: what must be known of it comes as an exception."""
+def _silence_dask() -> None:
+    """Let dask log nothing: what users must know of it arrives as an exception."""
     for name in ("distributed", "distributed.client"):
         logging.getLogger(name).setLevel(logging.CRITICAL)

@@ -29,7 +29,7 @@ def get(kind: str, name: str) -> ModuleType:
     return importlib.import_module(f"{PACKAGES[kind]}.{name}")
 
 
-def summary(kind: str, name: str) -> str:
+def first_line(kind: str, name: str) -> str:
     """The first line of the plug-in's documentation, read without importing what it imports."""
     return (ast.get_docstring(ast.parse(source(kind, name))) or "").splitlines()[0]
 
@@ -40,7 +40,7 @@ def source(kind: str, name: str) -> str:
 
 
 @cache
-def hints_of(config_type: type[Any]) -> Mapping[str, Any]:
+def field_types(config_type: type[Any]) -> Mapping[str, Any]:
     """The annotated types of a config's fields, resolved once."""
     return get_type_hints(config_type)
 
@@ -51,7 +51,7 @@ def configure(config_type: type[Any], settings: Mapping[str, Any], symbols: Mapp
     Values may be strings from a command line: they are read as the field's annotated type.
     """
     symbols = symbols or {}
-    hints = hints_of(config_type)
+    hints = field_types(config_type)
     values: dict[str, Any] = {}
     for key, value in settings.items():
         field = symbols.get(key, key)
@@ -60,11 +60,11 @@ def configure(config_type: type[Any], settings: Mapping[str, Any], symbols: Mapp
             raise ValueError(f"unknown setting {key!r}; choose one of: {', '.join([*hints, *letters])}")
         if field in values:
             raise ValueError(f"setting {field!r} is given twice")
-        values[field] = coerce(field, value, hints[field])
+        values[field] = parse_value(field, value, hints[field])
     return config_type(**values)
 
 
-def coerce(field: str, value: Any, hint: Any) -> Any:
+def parse_value(field: str, value: Any, hint: Any) -> Any:
     """A setting's value as its annotated type, also from a string; `ValueError` names what it takes."""
     if get_origin(hint) is Literal:
         choices = get_args(hint)

@@ -1,6 +1,6 @@
 """Random numbers that are pure functions of their name.
 
-A `Streams` is a key and one counter per sample. Naming a stream (`rng.at("noise", step)`) folds the name into the key; drawing
+A `KeyedRNG` is a key and one counter per sample. Naming a stream (`rng.at("noise", step)`) folds the name into the key; drawing
 hashes (key, sample, position) with the finaliser of SplitMix64 (Steele et al. 2014, "Fast splittable pseudorandom number
 generators"). Nothing is consumed, so a draw does not depend on batch size, order, neighbours, or on what was drawn before, and
 a resumed run needs no saved state. A key is an int, which costs a device nothing, or a tensor, over which `torch.func.vmap` can
@@ -53,23 +53,23 @@ def _word(name: str) -> int:
 
 
 @dataclass(frozen=True, slots=True)
-class Streams:
+class KeyedRNG:
     """Named random streams for the samples of one batch: `key` of 64 bits, `samples` [B] int64."""
 
     key: int | Tensor
     samples: Tensor
 
     @staticmethod
-    def seeded(seed: int, samples: Tensor) -> Streams:
+    def seeded(seed: int, samples: Tensor) -> KeyedRNG:
         """Streams of a run's seed for the samples with these keys [B] (see `sample_keys`)."""
-        return Streams(_mix(_wrapped(seed + _GOLDEN)), samples)
+        return KeyedRNG(_mix(_wrapped(seed + _GOLDEN)), samples)
 
-    def at(self, *names: int | str | Tensor) -> Streams:
+    def at(self, *names: int | str | Tensor) -> KeyedRNG:
         """The streams under these names, e.g. `at("noise", draw, step)`; order matters."""
         key = self.key
         for name in names:
             key = _mix(_wrapped(_wrapped(key * 3 + _GOLDEN) + (_word(name) if isinstance(name, str) else name)))
-        return Streams(key, self.samples)
+        return KeyedRNG(key, self.samples)
 
     def bits(self, *shape: int) -> Tensor:
         """Hashes [B, *shape] int64 of (key, sample, position)."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Mapping
@@ -10,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.runtime.files import fingerprint, write_atomic
+from pipeline.runtime.files import fingerprint, sha256, write_atomic
 
 
 def home_path(home: Path | None) -> Path:
@@ -37,24 +36,24 @@ class RunConfig:
 
 
 @dataclass(frozen=True, slots=True)
-class Run:
+class RunFolder:
     """The folder of one config and one seed: `<home>/runs/<dataset>/<method>-<fingerprint12>/seed<k>/`."""
 
     path: Path
     seed: int
 
     @staticmethod
-    def of(home: Path, config: RunConfig, seed: int) -> Run:
+    def of(home: Path, config: RunConfig, seed: int) -> RunFolder:
         """The run's folder; nothing is created."""
         name = f"{config.method}-{config.fingerprint()[:12]}"
-        return Run(home / "runs" / config.dataset / name / f"seed{seed}", seed)
+        return RunFolder(home / "runs" / config.dataset / name / f"seed{seed}", seed)
 
     @staticmethod
-    def at(path: Path) -> Run:
+    def at(path: Path) -> RunFolder:
         """The run in an existing folder; `ValueError` when it is none."""
         if not (path / "config.json").is_file() or not path.name.removeprefix("seed").isdigit():
             raise ValueError(f"{path} is not a run: give a folder …/runs/<dataset>/<method>-<fingerprint>/seed<k>")
-        return Run(path, int(path.name.removeprefix("seed")))
+        return RunFolder(path, int(path.name.removeprefix("seed")))
 
     @property
     def is_done(self) -> bool:
@@ -74,7 +73,7 @@ class Run:
         """The checkpoint of a finished run, in the format of safetensors; `ValueError` when it is not the one it wrote."""
         path = self.path / "checkpoint.safetensors"
         content = path.read_bytes()
-        if hashlib.sha256(content).hexdigest() != self.done()["checkpoint_sha256"]:
+        if sha256(content) != self.done()["checkpoint_sha256"]:
             raise ValueError(f"{path} is damaged (its sha256 does not fit); {self.remedy}")
         return content
 
@@ -104,8 +103,8 @@ class Run:
             raise ValueError(f"{self.path} has not finished training; run the same command again to complete it")
 
 
-def find_runs(home: Path, dataset: str) -> list[Run]:
+def find_runs(home: Path, dataset: str) -> list[RunFolder]:
     """All runs of a dataset, finished or not, sorted by name and seed."""
     configs = sorted((home / "runs" / dataset).glob("*-*/seed*/config.json"))
-    runs = [Run.at(config.parent) for config in configs]
+    runs = [RunFolder.at(config.parent) for config in configs]
     return sorted(runs, key=lambda run: (run.path.parent.name, run.seed))

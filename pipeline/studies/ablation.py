@@ -9,14 +9,14 @@ from typing import Any
 import pandas as pd
 
 from pipeline.evaluation.evaluate import evaluate
-from pipeline.evaluation.statistics import summary
+from pipeline.evaluation.statistics import format_seeds
 from pipeline.runtime import plugins
 from pipeline.training.features import cache_names
-from pipeline.training.heads import plan, train_head
-from pipeline.training.heads import resolve as resolve_head
+from pipeline.training.heads import plan_head, train_head
+from pipeline.training.heads import resolve_settings as resolve_head
 from pipeline.training.joint.ddp import check_alone
-from pipeline.training.joint.finetune import finetune, resolve
-from pipeline.training.joint.trainer import JointConfig, Work
+from pipeline.training.joint.finetune import finetune, resolve_joint_settings
+from pipeline.training.joint.trainer import JointConfig, JointOptions
 
 ROWS: Mapping[str, str] = {"freeze both": "", "train visual": "image", "train both": "both"}
 
@@ -30,7 +30,7 @@ def strategies(
     caches: Mapping[str, str],
     joint: Mapping[str, Any],
     training: Mapping[str, Any],
-    work: Work,
+    work: JointOptions,
 ) -> pd.DataFrame:
     """Mean and deviation over seeds of the method's metrics on the test split, one row per strategy.
 
@@ -46,12 +46,14 @@ def strategies(
     for title, train in ROWS.items():
         records, kept = [], 0
         for seed in seeds:
-            run = train_head(plan(home, dataset, method, settings, head_training, seed, names), work.progress)
+            run = train_head(plan_head(home, dataset, method, settings, head_training, seed, names), work.progress)
             if train:
-                outcome = finetune(home, run, JointConfig(**{**joint, "train": train}), resolve(run, training), work)
+                outcome = finetune(
+                    home, run, JointConfig(**{**joint, "train": train}), resolve_joint_settings(run, training), work
+                )
                 run, kept = outcome.run, kept + outcome.is_better
             records.append(evaluate(home, run, "test", {})["metrics"])
         shown = [name for name in records[0] if not name.startswith(("overall_", "per_class_"))]
-        cells = {name: summary([record[name] for record in records]) for name in shown}
+        cells = {name: format_seeds([record[name] for record in records]) for name in shown}
         rows.append({"strategy": title, **cells, "kept": f"{kept}/{len(seeds)}" if train else ""})
     return pd.DataFrame(rows)

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import sys
+import logging
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from pipeline.data import manifest as manifests
 from pipeline.data.prepare import prepare
 from pipeline.evaluation.evaluate import evaluate, evaluation_name, read_metrics
 from pipeline.runtime.files import write_atomic
-from pipeline.training.heads import Head, plan, resolve, train_head
+from pipeline.runtime.logs import ProgressBar
+from pipeline.training.heads import HeadPlan, plan_head, resolve_settings, train_head
+
+logger = logging.getLogger(__name__)
 
 DATASET = "openmoji"
 METHODS = ("baseline", "ema", "cdr", "marnet", "seda")
@@ -32,23 +33,23 @@ def run_demo(home: Path) -> str:
     """Prepare, extract, train, evaluate and report what is not there yet; the table and the report's paths as text."""
     started = time.monotonic()
     encoders = manifests.load_spec(DATASET)["encoders"]
-    _say(f"1/4 the manifest of {DATASET}")
+    logger.info(f"1/4 the manifest of {DATASET}")
     prepare(DATASET, None, home, {})
     jobs = _pending(home, encoders)
     if jobs:
         from pipeline.extraction.extract import extract
 
-        manifest = manifests.read(home, DATASET)
+        manifest = manifests.read_manifest(home, DATASET)
         for encoder in encoders.values():
-            _say(f"2/4 features of {encoder}")
+            logger.info(f"2/4 features of {encoder}")
             extract(manifest, encoder, {}, home)
-        _say(f"3/4 {len(METHODS)} methods, seeds {', '.join(map(str, SEEDS))}; settings chosen on validation")
+        logger.info(f"3/4 {len(METHODS)} methods, seeds {', '.join(map(str, SEEDS))}; settings chosen on validation")
         _train_all(jobs)
     summary = home / "reports" / DATASET / "demo.txt"
     if jobs or not summary.is_file():
         from pipeline.report import table, write_report
 
-        _say("4/4 the report")
+        logger.info("4/4 the report")
         page, markdown = write_report(home, DATASET)
         shown = table(home, DATASET).to_string(index=False)
         write_atomic(summary, f"{shown}\n\nreport: {page}\ntable:  {markdown}\n")
@@ -68,16 +69,16 @@ def _pending(home: Path, encoders: Mapping[str, str]) -> list[Job]:
 
 def _train_all(jobs: Sequence[Job]) -> None:
     """Train and evaluate, on every core."""
-    from pipeline.runtime.executor import hands, num_processes
+    from pipeline.runtime.executor import num_processes, open_executor
 
-    with hands("local", num_processes(-1, len(jobs))) as crew:
-        for _, finish in tqdm(crew.do(_train, jobs), total=len(jobs), unit="run", file=sys.stderr):
+    with open_executor("local", num_processes(-1, len(jobs))) as crew:
+        for _, finish in ProgressBar(crew.map(_train, jobs), label="training", total=len(jobs), unit="run"):
             finish()
 
 
-def _head(home: Path, method: str, seed: int, encoders: Mapping[str, str]) -> Head:
-    settings, training = resolve(DATASET, method, "tuned", {}, {})
-    return plan(home, DATASET, method, settings, training, seed, encoders)
+def _head(home: Path, method: str, seed: int, encoders: Mapping[str, str]) -> HeadPlan:
+    settings, training = resolve_settings(DATASET, method, "tuned", {}, {})
+    return plan_head(home, DATASET, method, settings, training, seed, encoders)
 
 
 def _overrides(method: str, encoders: Mapping[str, str]) -> list[Mapping[str, Any]]:
@@ -96,7 +97,3 @@ def _train(job: Job) -> None:
     for overrides in _overrides(method, encoders):
         evaluate(home, run, "val", overrides)
         evaluate(home, run, "test", overrides)
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import sys
+import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -10,20 +10,22 @@ from typing import NamedTuple, TypeVar
 
 import numpy as np
 import pandas as pd
-from tqdm import tqdm
 
 from pipeline.data import manifest as manifests
 from pipeline.data.prepare import prepare
 from pipeline.evaluation.evaluate import evaluate
-from pipeline.evaluation.statistics import summary
+from pipeline.evaluation.statistics import format_seeds
 from pipeline.extraction.extract import extract
-from pipeline.runtime.executor import hands, num_processes
-from pipeline.runtime.runs import Run
-from pipeline.training.heads import plan, train_head
-from pipeline.training.heads import resolve as resolve_head
+from pipeline.runtime.executor import num_processes, open_executor
+from pipeline.runtime.logs import ProgressBar
+from pipeline.runtime.runs import RunFolder
+from pipeline.training.heads import plan_head, train_head
+from pipeline.training.heads import resolve_settings as resolve_head
 from pipeline.training.joint.ddp import check_alone
-from pipeline.training.joint.finetune import finetune, resolve
-from pipeline.training.joint.trainer import JointConfig, Work
+from pipeline.training.joint.finetune import finetune, resolve_joint_settings
+from pipeline.training.joint.trainer import JointConfig, JointOptions
+
+logger = logging.getLogger(__name__)
 
 DATASET = "openmoji"
 METHODS = ("baseline", "ema", "marnet", "seda")
@@ -60,21 +62,21 @@ def run_demo_joint(home: Path) -> str:
     started = time.monotonic()
     home = home.absolute()
     prepare(DATASET, None, home, {})
-    manifest = manifests.read(home, DATASET)
-    _say(f"1/3 features of {IMAGE[0]} at {IMAGE[1]['side']} pixels, and of the texts")
+    manifest = manifests.read_manifest(home, DATASET)
+    logger.info(f"1/3 features of {IMAGE[0]} at {IMAGE[1]['side']} pixels, and of the texts")
     text = manifests.load_spec(DATASET)["encoders"]["text"]
     caches = {"image": extract(manifest, *IMAGE, home).name, "text": extract(manifest, text, {}, home).name}
-    _say(f"2/3 {', '.join(METHODS)}: on frozen features, then together with the image encoder")
+    logger.info(f"2/3 {', '.join(METHODS)}: on frozen features, then together with the image encoder")
     first = _spread(do, [Trained(home, method, seed, caches, True) for method in METHODS for seed in SEEDS])
     best, teacher = max(zip(first, _columns(), strict=True), key=lambda pair: pair[0].after)
     rows = {"frozen": [scores.frozen for scores in first], "joint": [scores.joint for scores in first]}
     if best.after:
-        _say(f"3/3 heads on the encoder that was tuned with {teacher}, the best on validation")
+        logger.info(f"3/3 heads on the encoder that was tuned with {teacher}, the best on validation")
         again = {**caches, "image": best.image}
         second = _spread(do, [Trained(home, method, seed, again, False) for method in METHODS for seed in SEEDS])
         rows["heads on tuned features"] = [scores.frozen for scores in second]
     else:
-        _say("3/3 left out: nothing gained on validation, so there is no tuned encoder")
+        logger.info("3/3 left out: nothing gained on validation, so there is no tuned encoder")
     table = pd.DataFrame([_cells(values) for values in rows.values()], index=pd.Index(rows), columns=pd.Index(METHODS))
     better = np.reshape([scores.after > 0 for scores in first], (len(METHODS), len(SEEDS))).sum(axis=1)
     table.loc["seeds in which joint training is kept"] = [f"{count} of {len(SEEDS)}" for count in better]
@@ -84,25 +86,25 @@ def run_demo_joint(home: Path) -> str:
 def do(job: Trained) -> Scores:
     """Train and evaluate a head, and then, if it is wanted, its image encoder with it."""
     settings, training = resolve_head(DATASET, job.method, "tuned", {}, {})
-    head = plan(job.home, DATASET, job.method, settings, training, job.seed, job.caches)
+    head = plan_head(job.home, DATASET, job.method, settings, training, job.seed, job.caches)
     run = train_head(head, progress=False)
     frozen = _test(job.home, run)
     if not job.jointly:
         return Scores(frozen, 0.0, 0.0, head.config.caches["image"])
-    outcome = finetune(job.home, run, JOINT, resolve(run, TRAINING), Work(workers=0, progress=False))
+    outcome = finetune(job.home, run, JOINT, resolve_joint_settings(run, TRAINING), JointOptions(workers=0, progress=False))
     after = outcome.after if outcome.is_better else 0.0
     return Scores(frozen, _test(job.home, outcome.run), after, outcome.run.config().caches["image"])
 
 
-def _test(home: Path, run: Run) -> float:
+def _test(home: Path, run: RunFolder) -> float:
     return evaluate(home, run, "test", {})["metrics"]["acc1"]
 
 
 def _spread(task: Callable[[Job], Result], jobs: Sequence[Job]) -> list[Result]:
     """The results, in the order of the jobs, by every core."""
     results: dict[int, Result] = {}
-    with hands("local", num_processes(-1, len(jobs))) as crew:
-        for number, finish in tqdm(crew.do(task, jobs), total=len(jobs), unit="run", file=sys.stderr):
+    with open_executor("local", num_processes(-1, len(jobs))) as crew:
+        for number, finish in ProgressBar(crew.map(task, jobs), label="training", total=len(jobs), unit="run"):
             results[number] = finish()
     return [results[number] for number in range(len(jobs))]
 
@@ -114,8 +116,4 @@ def _columns() -> list[str]:
 
 def _cells(values: Sequence[float]) -> list[str]:
     """Mean and deviation over the seeds of every method."""
-    return [summary(row) for row in np.reshape(values, (len(METHODS), len(SEEDS)))]
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr)
+    return [format_seeds(row) for row in np.reshape(values, (len(METHODS), len(SEEDS)))]

@@ -25,8 +25,8 @@ from pipeline.runtime.device import default_device, resolve_dtype
 from pipeline.runtime.files import fingerprint, write_atomic
 from pipeline.training.config import SHARED, TrainConfig
 from pipeline.training.ensemble import structure
-from pipeline.training.features import Features, cache_names, open_features
-from pipeline.training.heads import Head, plan_head, resolve
+from pipeline.training.features import FeatureSet, cache_names, open_features
+from pipeline.training.heads import HeadPlan, plan_head_on, resolve_settings
 
 MAX_CELLS = 10_000  # of one grid
 MANY_CELLS = 500  # to load what torch needs for methods without numbers takes as long as to build so many with numbers
@@ -50,7 +50,7 @@ class Cell:
 class Grid:
     """Cells of one method on one dataset's features, each trained with every seed."""
 
-    features: Features
+    features: FeatureSet
     method: str
     axes: Axes
     cells: tuple[Cell, ...]
@@ -58,10 +58,10 @@ class Grid:
     search: Search  # all: every cell is trained to its end; optuna: the better ones
 
     @cached_property
-    def heads(self) -> dict[tuple[int, int], Head]:
+    def heads(self) -> dict[tuple[int, int], HeadPlan]:
         """The runs by cell and seed, finished or not, in the order of the grid."""
         return {
-            (number, seed): plan_head(self.features, self.method, cell.settings, cell.training, seed)
+            (number, seed): plan_head_on(self.features, self.method, cell.settings, cell.training, seed)
             for number, cell in enumerate(self.cells)
             for seed in self.seeds
         }
@@ -117,7 +117,7 @@ def read_axes(method: str, pairs: Sequence[str], file: Path | None = None) -> Ax
     given twice.
     """
     module = plugins.get("methods", method)
-    hints = {**plugins.hints_of(module.Config), **plugins.hints_of(TrainConfig)}
+    hints = {**plugins.field_types(module.Config), **plugins.field_types(TrainConfig)}
     letters = {field: letter for letter, field in module.SYMBOLS.items()}
     axes: dict[str, tuple[Any, ...]] = {}
     for key, values in _given(module.GRID, pairs, file):
@@ -129,7 +129,7 @@ def read_axes(method: str, pairs: Sequence[str], file: Path | None = None) -> Ax
             raise ValueError(f"grid field {field!r} is given twice; {letters.get(field, field)!r} is the same field")
         if not values:
             raise ValueError(f"grid field {key!r} has no values: the grid is empty")
-        axes[field] = tuple(plugins.coerce(key, value, hints[field]) for value in values)
+        axes[field] = tuple(plugins.parse_value(key, value, hints[field]) for value in values)
         ((value, count),) = Counter(axes[field]).most_common(1)
         if count > 1:
             raise ValueError(f"grid field {key!r} has the value {value} {count} times")
@@ -176,7 +176,7 @@ def read_cells(
     if (points or total) > MAX_CELLS:
         remedy = "give fewer --points" if points else "give fewer values, or try some of them, --points"
         raise ValueError(f"a grid has at most {MAX_CELLS} cells, not {points or total}: {remedy}")
-    letters, own_fields = {field: letter for letter, field in module.SYMBOLS.items()}, plugins.hints_of(module.Config)
+    letters, own_fields = {field: letter for letter, field in module.SYMBOLS.items()}, plugins.field_types(module.Config)
     cells = []
     for number in _drawn(total, points) if points else range(total):
         point = _point(axes, number)
@@ -184,7 +184,7 @@ def read_cells(
         own = {field: value for field, value in point.items() if field in own_fields}
         rest = {field: value for field, value in point.items() if field not in own}
         try:
-            config, train_config = resolve(dataset, method, preset, {**settings, **own}, {**training, **rest})
+            config, train_config = resolve_settings(dataset, method, preset, {**settings, **own}, {**training, **rest})
         except ValueError as error:
             raise ValueError(f"cell {label}: {error}") from error
         cells.append(Cell(point=point, label=label, settings=config, training=train_config))

@@ -13,9 +13,9 @@ from typing import Any, Literal
 import numpy as np
 import pandas as pd
 
-from pipeline.evaluation.statistics import deviation, rank_cells
+from pipeline.evaluation.statistics import rank_cells, sample_std
 from pipeline.runtime.files import write_atomic
-from pipeline.runtime.runs import Run
+from pipeline.runtime.runs import RunFolder
 from pipeline.studies.grid import Grid
 from pipeline.training.history import Validation, kept, validations
 from pipeline.training.state import DIVERGED
@@ -25,7 +25,7 @@ SAVE_SHARE = 10  # times as long as a write takes
 
 
 @dataclass(frozen=True, slots=True)
-class Outcome:
+class RunOutcome:
     """What became of one run."""
 
     state: Literal["done", "stopped", "pruned", "failed"]  # stopped: at a rung of the search, to go on
@@ -41,15 +41,15 @@ class Outcome:
 
 
 @dataclass
-class Board:
+class Leaderboard:
     """The outcomes of a grid so far, by cell and seed, kept in `cells.csv` of its folder."""
 
     grid: Grid
     folder: Path
-    outcomes: dict[tuple[int, int], Outcome] = field(default_factory=dict)
+    outcomes: dict[tuple[int, int], RunOutcome] = field(default_factory=dict)
     next_save: float = -math.inf  # on the monotonic clock
 
-    def run(self, cell: int, seed: int) -> Run:
+    def run(self, cell: int, seed: int) -> RunFolder:
         """The run of a cell and a seed."""
         return self.grid.heads[cell, seed].run
 
@@ -58,19 +58,19 @@ class Board:
         run = self.run(cell, seed)
         return validations(run) if run.is_done or (run.path / "history.csv").is_file() else []
 
-    def read(self, cell: int, seed: int) -> Outcome:
+    def read(self, cell: int, seed: int) -> RunOutcome:
         """What a run that was trained has left on disk; it failed when that is damaged."""
         run = self.run(cell, seed)
         try:
             seen = self.seen(cell, seed)
             best = kept(seen, self.grid.cells[cell].training.select)
             if run.is_done:
-                return Outcome("done", "", best.metric, best.loss, run.done()["seconds"])
+                return RunOutcome("done", "", best.metric, best.loss, run.done()["seconds"])
         except ValueError as error:
-            return Outcome("failed", str(error))
-        return Outcome("stopped", f"stopped at epoch {seen[-1].epoch}", best.metric, best.loss)
+            return RunOutcome("failed", str(error))
+        return RunOutcome("stopped", f"stopped at epoch {seen[-1].epoch}", best.metric, best.loss)
 
-    def add(self, cell: int, seed: int, outcome: Outcome) -> None:
+    def add(self, cell: int, seed: int, outcome: RunOutcome) -> None:
         """Note an outcome; `save` puts it on disk."""
         self.outcomes[cell, seed] = outcome
 
@@ -105,7 +105,7 @@ class Board:
 
     def table(self) -> pd.DataFrame:
         """The cells by rank, see `rank_cells`."""
-        missing = Outcome("stopped", "missing")
+        missing = RunOutcome("stopped", "missing")
         ends = [[self.outcomes.get((cell, seed), missing) for seed in self.grid.seeds] for cell in range(len(self.grid.cells))]
         done = np.array([[outcome.state == "done" for outcome in cell] for cell in ends])
         scores = np.array([[outcome.metric for outcome in cell] for cell in ends])
@@ -147,14 +147,14 @@ class Board:
             "config": head.config.fingerprint(),
             "runs": [str(self.run(cell, seed).path.relative_to(self.grid.features.home)) for seed in self.grid.seeds],
             "seeds": list(self.grid.seeds),
-            "val": {self.metric: summary(values), "loss": summary(self.values(cell, "loss"))},
-            "test": {name: summary(np.array([tests[seed][name] for seed in self.grid.seeds])) for name in names},
+            "val": {self.metric: summarise_cells(values), "loss": summarise_cells(self.values(cell, "loss"))},
+            "test": {name: summarise_cells(np.array([tests[seed][name] for seed in self.grid.seeds])) for name in names},
         }
         write_atomic(self.folder / "winner.json", json.dumps(facts, indent=1, allow_nan=False))
         return facts
 
 
-def summary(values: np.ndarray) -> dict[str, Any]:
+def summarise_cells(values: np.ndarray) -> dict[str, Any]:
     """Mean, sample deviation (0 of a single value) and the values themselves."""
-    std = deviation(values)
+    std = sample_std(values)
     return {"mean": float(values.mean()), "std": 0.0 if math.isnan(std) else std, "values": values.tolist()}

@@ -6,7 +6,6 @@ whatever the split, so that the test split is read for its evaluations alone.
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,17 +15,17 @@ from typing import Any, Literal
 
 import pandas as pd
 import torch
-from tqdm import tqdm
 
 from pipeline.cache.reader import find_cache
-from pipeline.cache.table import Table, gather, samples_of
+from pipeline.cache.table import FeatureTable, gather, samples_of
 from pipeline.data import manifest as manifests
 from pipeline.evaluation.evaluate import evaluate, evaluation_name, load_method, overridden, predict
 from pipeline.report.sampler import curve_name, drawing
 from pipeline.runtime import plugins
 from pipeline.runtime.device import Precision, default_device
 from pipeline.runtime.files import lock, write_atomic
-from pipeline.runtime.runs import Run, RunConfig
+from pipeline.runtime.logs import ProgressBar
+from pipeline.runtime.runs import RunConfig, RunFolder
 from pipeline.types import Split
 
 STEPS = (1, 2, 5, 10, 20, 50)  # S of ddim, besides T
@@ -54,7 +53,7 @@ class Point:
 
 
 @dataclass(frozen=True, slots=True)
-class Curve:
+class SamplerCurve:
     """Where the curve of a run was written, and its rows."""
 
     run: Path
@@ -70,7 +69,9 @@ def points(num_steps: int) -> list[Point]:
     return [Point(sampler, count, draws) for sampler, count in ways for draws in DRAWS]
 
 
-def sampler_curve(home: Path, run: Run, split: Split, overrides: Mapping[str, Any], progress: bool = True) -> Curve:
+def sampler_curve(
+    home: Path, run: RunFolder, split: Split, overrides: Mapping[str, Any], progress: bool = True
+) -> SamplerCurve:
     """Evaluate and time a run at every point, and write `sampler-curve-<split>.csv` and `.svg` into its folder.
 
     `overrides` are other settings of prediction (eta, zero_start …). `ValueError` for a head that does not sample.
@@ -82,7 +83,7 @@ def sampler_curve(home: Path, run: Run, split: Split, overrides: Mapping[str, An
     batch = _timed_batch(home, config)
     total = sum(point.steps * point.draws for point in asked)
     rows = []
-    with tqdm(desc="sampler curve", total=total, unit="step", file=sys.stderr, disable=not progress) as bar:
+    with ProgressBar(label="sampler curve", total=total, unit="step", show=progress) as bar:
         for number, point in enumerate(asked):
             bar.set_postfix_str(f"{point.sampler} S={point.steps} K={point.draws}")
             record = evaluate(home, run, split, {**overrides, **point.overrides})
@@ -97,10 +98,10 @@ def sampler_curve(home: Path, run: Run, split: Split, overrides: Mapping[str, An
     with lock(run.path):
         write_atomic(table, frame.to_csv(index=False))
         write_atomic(picture, drawing(frame))
-    return Curve(run.path, table, picture, frame)
+    return SamplerCurve(run.path, table, picture, frame)
 
 
-def _check(run: Run, config: RunConfig, repeated: list[str]) -> None:
+def _check(run: RunFolder, config: RunConfig, repeated: list[str]) -> None:
     run.check_done()
     if not _samples(config.method) or config.settings.get("denoiser") == "regression":
         able = ", ".join(name for name in plugins.names("methods") if _samples(name))
@@ -113,16 +114,16 @@ def _samples(method: str) -> bool:
     return set(VARIED) <= set(plugins.get("methods", method).PREDICTION)
 
 
-def _timed_batch(home: Path, config: RunConfig) -> Table:
+def _timed_batch(home: Path, config: RunConfig) -> FeatureTable:
     """The first samples of the validation split, on the device."""
     device = default_device()
-    manifest = manifests.read(home, config.dataset)
+    manifest = manifests.read_manifest(home, config.dataset)
     cache = find_cache(home, manifest, config.caches["image"])
     samples = samples_of(manifest, "val")[: TIMED_ROWS[device.type]]
     return gather(manifest, {"image": cache}, samples, device, config.text_aggregate)
 
 
-def _passes(run: Run, config: RunConfig, overrides: Mapping[str, Any], point: Point, batch: Table) -> list[float]:
+def _passes(run: RunFolder, config: RunConfig, overrides: Mapping[str, Any], point: Point, batch: FeatureTable) -> list[float]:
     """Seconds of predictions for the batch, one after another; `predict` returns when the device has finished."""
     settings, _ = overridden(config, {**overrides, **point.overrides})
     method = load_method(run, config, settings)
@@ -137,7 +138,7 @@ def _passes(run: Run, config: RunConfig, overrides: Mapping[str, Any], point: Po
     return seconds
 
 
-def _row(point: Point, record: Mapping[str, Any], seconds: list[float], batch: Table) -> dict[str, Any]:
+def _row(point: Point, record: Mapping[str, Any], seconds: list[float], batch: FeatureTable) -> dict[str, Any]:
     per_sample = [1000.0 * each / len(batch) for each in seconds]
     return {
         "sampler": point.sampler,

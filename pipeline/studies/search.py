@@ -7,8 +7,8 @@ leaves it idle.
 
 from __future__ import annotations
 
+import logging
 import math
-import sys
 from collections.abc import Hashable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -18,19 +18,21 @@ from threading import Lock
 from typing import Any, Literal, NamedTuple, TypeVar
 
 import pandas as pd
-from tqdm import tqdm
 
 from pipeline.evaluation.evaluate import evaluate
-from pipeline.runtime.executor import Hands, hands, here, num_processes
+from pipeline.runtime.executor import Executor, num_processes, open_executor, run_here
 from pipeline.runtime.files import lock
-from pipeline.runtime.runs import Run
+from pipeline.runtime.logs import ProgressBar
+from pipeline.runtime.runs import RunFolder
 from pipeline.studies.grid import Grid
 from pipeline.studies.halving import Halving, up_to
-from pipeline.studies.leaderboard import Board, Outcome
+from pipeline.studies.leaderboard import Leaderboard, RunOutcome
 from pipeline.training.config import TrainConfig
-from pipeline.training.features import Features, open_features
-from pipeline.training.heads import Head, capacity, plan_head, train_heads
+from pipeline.training.features import FeatureSet, open_features
+from pipeline.training.heads import HeadPlan, capacity, plan_head_on, train_heads
 from pipeline.training.state import drop_state
+
+logger = logging.getLogger(__name__)
 
 Strategy = Literal["auto", "processes", "stacked"]
 Item = TypeVar("Item")
@@ -38,7 +40,7 @@ _ONE_RUN = Lock()  # the generator that initialises weights and the number of th
 
 
 @dataclass(frozen=True, slots=True)
-class Effort:
+class SearchOptions:
     """How runs are trained; of no influence on what they are."""
 
     lanes: int  # runs of one model at most; 0: as many as fit in memory
@@ -47,7 +49,7 @@ class Effort:
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class FeatureRef:
     """Names of features, by which another process finds the same."""
 
     home: Path
@@ -69,12 +71,12 @@ class Part(NamedTuple):
 class Job:
     """Runs to train together, or to continue until an epoch of the last phase is validated."""
 
-    place: Place
+    place: FeatureRef
     method: str
     seed: int
     parts: tuple[Part, ...]
     limit: float  # epochs; inf: to the end
-    effort: Effort
+    effort: SearchOptions
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,14 +111,14 @@ def sweep(
             "--lanes are cells of one model, and --strategy processes trains every cell by itself: give one of them"
         )
     folder = grid.create()
-    board = Board(grid, folder)
+    board = Leaderboard(grid, folder)
     left = sum(not head.run.is_done for head in grid.heads.values())
     number = num_processes(workers, left, grid.features.num_bytes)
-    with hands(scheduler if left else "local", number) as crew:
+    with open_executor(scheduler if left else "local", number) as crew:
         stacked = strategy == "stacked" or (strategy == "auto" and crew.on_gpu)
-        _say(f"{_size(grid, left)}: {_who(scheduler, crew)}, {_how(strategy, scheduler, stacked)}, {_products(grid)}")
-        near = crew.number if scheduler == "local" else 1
-        effort = Effort(lanes if stacked else 1, near, progress=stacked and crew.do is here)
+        logger.info(f"{_size(grid, left)}: {_who(scheduler, crew)}, {_how(strategy, scheduler, stacked)}, {_products(grid)}")
+        near = crew.num_workers if scheduler == "local" else 1
+        effort = SearchOptions(lanes if stacked else 1, near, progress=stacked and crew.map is run_here)
         trainer = Trainer(board, crew, effort)
         trainer.train(trainer.survivors() if grid.search == "optuna" else list(grid.heads), math.inf)
         failed = {str(board.run(*pair).path): each.reason for pair, each in board.outcomes.items() if each.state == "failed"}
@@ -137,7 +139,7 @@ def train_group(job: Job) -> dict[Path, str]:
     with _ONE_RUN:
         try:
             features = _features(job.place, job.method)
-            heads = [plan_head(features, job.method, part.settings, part.training, job.seed) for part in job.parts]
+            heads = [plan_head_on(features, job.method, part.settings, part.training, job.seed) for part in job.parts]
             for head, part in zip(heads, job.parts, strict=True):
                 if head.run.path != part.path:
                     raise ValueError(f"a worker would train {head.run.path} instead of {part.path}: its files are not the same")
@@ -148,9 +150,9 @@ def train_group(job: Job) -> dict[Path, str]:
     return {run.path: str(error) for run, error in failed.items()}
 
 
-def _train_pieces(pieces: Sequence[Sequence[Head]], job: Job) -> dict[Run, ValueError]:
+def _train_pieces(pieces: Sequence[Sequence[HeadPlan]], job: Job) -> dict[RunFolder, ValueError]:
     """Train each of the pieces as one model, and by halves where torch gives up: memory may be short, or one run to blame."""
-    failed: dict[Run, ValueError] = {}
+    failed: dict[RunFolder, ValueError] = {}
     left = list(pieces)
     while left:
         some = left.pop(0)
@@ -177,7 +179,7 @@ def _pieces(items: Sequence[Item], size: int) -> list[Sequence[Item]]:
 
 
 @lru_cache(maxsize=1)
-def _features(place: Place, method: str) -> Features:
+def _features(place: FeatureRef, method: str) -> FeatureSet:
     """The features of a place; the last ones stay in memory, for the next run."""
     return open_features(place.home, place.dataset, method, dict(place.caches), place.aggregate)
 
@@ -187,7 +189,7 @@ def evaluate_run(job: tuple[Path, Path]) -> dict[str, float]:
     home, path = job
     with _ONE_RUN:
         try:
-            return evaluate(home, Run.at(path), "test", {})["metrics"]
+            return evaluate(home, RunFolder.at(path), "test", {})["metrics"]
         except (RuntimeError, MemoryError) as error:
             raise _named(path, error) from error
 
@@ -196,9 +198,9 @@ def evaluate_run(job: tuple[Path, Path]) -> dict[str, float]:
 class Trainer:
     """Brings the runs of a grid to where they shall be."""
 
-    board: Board
-    crew: Hands
-    effort: Effort
+    board: Leaderboard
+    crew: Executor
+    effort: SearchOptions
 
     def train(self, pairs: Sequence[tuple[int, int]], limit: float) -> None:
         """Bring runs to an epoch, or to their end, and note what becomes of them."""
@@ -212,9 +214,9 @@ class Trainer:
         groups = self._groups(pending)
         jobs = [self._job(group, limit) for group in groups]
         title = "grid" if limit == math.inf else f"to epoch {limit}"
-        with tqdm(desc=title, total=len(pairs), initial=len(pairs) - len(pending), unit="run", file=sys.stderr) as bar:
+        with ProgressBar(label=title, total=len(pairs), initial=len(pairs) - len(pending), unit="run") as bar:
             bar.set_postfix_str(board.best())
-            for number, finish in self.crew.do(train_group, jobs):
+            for number, finish in self.crew.map(train_group, jobs):
                 try:
                     failed = finish()
                 except ValueError as error:
@@ -222,7 +224,7 @@ class Trainer:
                 for cell, seed in groups[number]:
                     run = board.run(cell, seed)
                     lost = run.path in failed and not run.is_done
-                    board.add(cell, seed, Outcome("failed", failed[run.path]) if lost else board.read(cell, seed))
+                    board.add(cell, seed, RunOutcome("failed", failed[run.path]) if lost else board.read(cell, seed))
                 if board.is_due:
                     board.save()
                     bar.set_postfix_str(board.best(), refresh=False)
@@ -250,12 +252,14 @@ class Trainer:
         for cell, seed in pairs:
             alike.setdefault((self.board.grid.structures[cell], seed), []).append((cell, seed))
         most = self.effort.lanes or len(pairs)
-        return [group for same in alike.values() for group in _pieces(same, min(most, math.ceil(len(same) / self.crew.number)))]
+        return [
+            group for same in alike.values() for group in _pieces(same, min(most, math.ceil(len(same) / self.crew.num_workers)))
+        ]
 
     def _job(self, pairs: Sequence[tuple[int, int]], limit: float) -> Job:
         grid = self.board.grid
         heads = [grid.heads[pair] for pair in pairs]
-        place = Place(
+        place = FeatureRef(
             home=grid.features.home,
             dataset=grid.features.manifest.dataset,
             manifest=grid.features.manifest.fingerprint(),
@@ -279,42 +283,44 @@ class Trainer:
                 if at:
                     reason = f"pruned at epoch {at}"
                     last = up_to(board.seen(cell, first), limit)[-1]
-                    board.add(cell, first, Outcome("pruned", reason, last.metric, last.loss))
+                    board.add(cell, first, RunOutcome("pruned", reason, last.metric, last.loss))
                     _give_up(board.run(cell, first))
                 if reason:
                     alive.remove(cell)
                     for seed in others:
-                        board.add(cell, seed, Outcome("pruned", reason))
+                        board.add(cell, seed, RunOutcome("pruned", reason))
             board.save()
         return [(cell, seed) for cell in alive for seed in board.grid.seeds]
 
 
-def _give_up(run: Run) -> None:
+def _give_up(run: RunFolder) -> None:
     """Free the disk of a pruned run's state, unless somebody else trains it; where it is wanted after all, it starts anew."""
     if not run.is_done:
         with suppress(ValueError), lock(run.path):
             drop_state(run)
 
 
-def _is_decided(board: Board) -> bool:
+def _is_decided(board: Leaderboard) -> bool:
     """Whether no run can change the winner any more; otherwise it says that the test split is left alone."""
     open_runs = [pair for pair, outcome in board.outcomes.items() if outcome.is_open]
     if open_runs:
-        _say(f"the test split is not read: {len(open_runs)} runs failed, and with them another cell may win; run it again")
+        logger.info(
+            f"the test split is not read: {len(open_runs)} runs failed, and with them another cell may win; run it again"
+        )
     return not open_runs
 
 
-def _test(board: Board, crew: Hands, cell: int) -> tuple[dict[int, Mapping[str, float]], dict[str, str]]:
+def _test(board: Leaderboard, crew: Executor, cell: int) -> tuple[dict[int, Mapping[str, float]], dict[str, str]]:
     """The winner's metrics on the test split by seed, and why there are none by run."""
     seeds, runs = board.grid.seeds, [board.run(cell, seed) for seed in board.grid.seeds]
     read = {head.run for head in board.grid.heads.values() if (head.run.path / "test_reads.jsonl").is_file()}
     others = len(read.difference(runs))
     once = "was read before" if read.intersection(runs) else "is read" if others else "is read once"
     more = f"; it was read before for {others} runs of other cells" if others else ""
-    _say(f"the test split {once}, for the winner: {board.grid.cells[cell].label}{more}")
+    logger.info(f"the test split {once}, for the winner: {board.grid.cells[cell].label}{more}")
     tests: dict[int, Mapping[str, float]] = {}
     failed: dict[str, str] = {}
-    for number, finish in crew.do(evaluate_run, [(board.grid.features.home, run.path) for run in runs]):
+    for number, finish in crew.map(evaluate_run, [(board.grid.features.home, run.path) for run in runs]):
         try:
             tests[seeds[number]] = finish()
         except ValueError as error:
@@ -327,10 +333,10 @@ def _size(grid: Grid, left: int) -> str:
     return size if left == len(grid.heads) else f"{size}, {len(grid.heads) - left} of {len(grid.heads)} runs are there already"
 
 
-def _who(scheduler: str, crew: Hands) -> str:
+def _who(scheduler: str, crew: Executor) -> str:
     if scheduler != "local":
-        return f"the {crew.number} workers of {scheduler}"
-    return "this process alone" if crew.do is here else f"{crew.number} single-threaded processes"
+        return f"the {crew.num_workers} workers of {scheduler}"
+    return "this process alone" if crew.map is run_here else f"{crew.num_workers} single-threaded processes"
 
 
 def _how(strategy: Strategy, scheduler: str, stacked: bool) -> str:
@@ -342,7 +348,3 @@ def _how(strategy: Strategy, scheduler: str, stacked: bool) -> str:
 def _products(grid: Grid) -> str:
     formats = {"float32": "float32", "mixed": "bfloat16"}
     return " and ".join(sorted({formats[cell.training.precision] for cell in grid.cells})) + " products"
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr)

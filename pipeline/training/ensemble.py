@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.utils.rnn import pad_sequence
 
-from pipeline.nn.layers import Table
-from pipeline.runtime.rng import Streams
+from pipeline.nn.layers import LookupTable
+from pipeline.runtime.rng import KeyedRNG
 from pipeline.types import Batch, Method
 
 _OF_EVERY_MODULE = frozenset(vars(nn.Module()))
@@ -30,7 +30,7 @@ def structure(method: Method) -> Hashable:
     for name, module in _module(method).named_modules():
         attributes = {key: _value(value) for key, value in vars(module).items() if key not in _OF_EVERY_MODULE}
         tensors = chain(module.named_parameters(recurse=False), module.named_buffers(recurse=False))
-        free = 1 if isinstance(module, Table) else 0  # dimensions in which stacked methods may differ
+        free = 1 if isinstance(module, LookupTable) else 0  # dimensions in which stacked methods may differ
         shapes = tuple((key, tensor.dtype, tensor.shape[free:]) for key, tensor in tensors)
         parts.append((name, type(module), tuple(attributes.items()), shapes))
     return tuple(parts)
@@ -47,7 +47,7 @@ def _value(value: Any) -> Hashable:
     return type(value), value
 
 
-class Stack:
+class ModelEnsemble:
     """K methods of one structure as one: it has one loss and one prediction, of all of them at once.
 
     The methods go on working: their parameters and buffers become views of the stack's.
@@ -69,11 +69,11 @@ class Stack:
         """As of a module."""
         self._whole.train(mode)
 
-    def loss(self, batch: Batch, rng: Streams, phase: str) -> Batch:
+    def loss(self, batch: Batch, rng: KeyedRNG, phase: str) -> Batch:
         """The losses [K] of the same batch and the same random numbers, and their parts."""
         return self._each(lambda method: method.loss(batch, rng, phase))
 
-    def predict(self, image: Tensor, rng: Streams) -> Tensor:
+    def predict(self, image: Tensor, rng: KeyedRNG) -> Tensor:
         """Logits [K,B,C]."""
         return self._each(lambda method: method.predict(image, rng))
 
@@ -117,7 +117,7 @@ def clip_each(gradients: Sequence[Tensor], limits: Tensor) -> None:
         each.mul_(scale.reshape(-1, *(1 for _ in each.shape[1:])))
 
 
-def lane_bytes(method: Method, batch: Batch, rng: Streams, num_rows: int) -> int:
+def lane_bytes(method: Method, batch: Batch, rng: KeyedRNG, num_rows: int) -> int:
     """The memory of one more method in a stack: weights, gradients, Adam's two moments, and what `num_rows` rows leave behind.
 
     The last is found by computing the loss of a batch, in every phase.

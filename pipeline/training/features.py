@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import sys
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -12,18 +12,20 @@ from typing import TypeVar
 from pipeline.cache import Cache
 from pipeline.cache.reader import find_cache
 from pipeline.cache.streaming import open_rows, sample_bytes
-from pipeline.cache.table import Rows, Table, load
+from pipeline.cache.table import FeatureSource, FeatureTable, load
 from pipeline.data import manifest as manifests
 from pipeline.data.manifest import Manifest
 from pipeline.runtime import plugins
 from pipeline.runtime.device import default_device
 from pipeline.types import Split
 
-Kind = TypeVar("Kind", bound=Rows)
+logger = logging.getLogger(__name__)
+
+Kind = TypeVar("Kind", bound=FeatureSource)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Features:
+class FeatureSet:
     """What heads are trained on: a manifest and caches, opened once for any number of heads.
 
     Nothing is read but the manifest and the caches' identities; a split is loaded when it is first asked for, and kept.
@@ -35,12 +37,12 @@ class Features:
     aggregate: str
 
     @cached_property
-    def train(self) -> Table:
+    def train(self) -> FeatureTable:
         """The training split with everything that methods may read, in memory."""
         return _told("train", load(self.manifest, self.caches, "train", default_device(), self.aggregate))
 
     @cached_property
-    def val(self) -> Table:
+    def val(self) -> FeatureTable:
         """The validation split without texts, in memory."""
         return _told("val", load(self.manifest, self._images, "val", default_device(), self.aggregate))
 
@@ -48,7 +50,7 @@ class Features:
     def _images(self) -> Mapping[str, Cache]:
         return {"image": self.caches["image"]}
 
-    def splits(self, window: int) -> tuple[Rows, Rows]:
+    def splits(self, window: int) -> tuple[FeatureSource, FeatureSource]:
         """`train` and `val`, with at most `window` samples in memory; 0: all of them."""
         if not window:
             return self.train, self.val
@@ -60,7 +62,7 @@ class Features:
         return self._windows[window]
 
     @cached_property
-    def _windows(self) -> dict[int, tuple[Rows, Rows]]:
+    def _windows(self) -> dict[int, tuple[FeatureSource, FeatureSource]]:
         return {}
 
     @property
@@ -80,20 +82,20 @@ def _told(split: Split, rows: Kind) -> Kind:
     """The rows of a split, after saying which samples are not among them."""
     if rows.excluded:
         count, first = len(rows.excluded), rows.excluded[0]
-        print(f"{split}: {count} samples without an image feature are left out: {first} …", file=sys.stderr)
+        logger.warning("%s: %d samples without an image feature are left out: %s …", split, count, first)
     return rows
 
 
-def open_features(home: Path, dataset: str, method: str, encoders: Mapping[str, str], aggregate: str = "") -> Features:
+def open_features(home: Path, dataset: str, method: str, encoders: Mapping[str, str], aggregate: str = "") -> FeatureSet:
     """The features that a method needs; `ValueError` when they are not there.
 
     `encoders` names the caches by batch key ("image", "text"); only the keys the method needs are opened. `aggregate` says how
     several texts of a sample become one vector: mean, first or random (another one each epoch); "" is the dataset's way.
     """
-    manifest = manifests.read(home, dataset)
+    manifest = manifests.read_manifest(home, dataset)
     needs = plugins.get("methods", method).NEEDS
     caches = {key: find_cache(home, manifest, name) for key, name in encoders.items() if key in needs}
-    return Features(home=home, manifest=manifest, caches=caches, aggregate=aggregate or manifest.meta["text"]["aggregate"])
+    return FeatureSet(home=home, manifest=manifest, caches=caches, aggregate=aggregate or manifest.meta["text"]["aggregate"])
 
 
 def cache_names(dataset: str, image: str, text: str) -> dict[str, str]:

@@ -21,20 +21,20 @@ from pipeline.nn import losses
 from pipeline.runtime import plugins
 from pipeline.runtime.device import default_device, free_bytes, reproducible
 from pipeline.runtime.files import lock
-from pipeline.runtime.rng import Streams
-from pipeline.runtime.runs import Run, RunConfig
+from pipeline.runtime.rng import KeyedRNG
+from pipeline.runtime.runs import RunConfig, RunFolder
 from pipeline.training.config import PRESETS, TrainConfig
 from pipeline.training.ensemble import lane_bytes
-from pipeline.training.features import Features, open_features
+from pipeline.training.features import FeatureSet, open_features
 from pipeline.training.loop import train
-from pipeline.training.state import Lane, Score, Watch, drop_state, never
+from pipeline.training.state import Score, TrainState, Watch, drop_state, never
 from pipeline.types import Method, Predictor
 
 MEMORY_SHARE = 0.8  # of the free memory that heads trained together may take
 KEPT = 5  # times its weights: what a lane keeps on the CPU, which is its best ones and what is being saved
 
 
-def resolve(
+def resolve_settings(
     dataset: str, method: str, preset: str, settings: Mapping[str, Any], training: Mapping[str, Any]
 ) -> tuple[Any, TrainConfig]:
     """The method's config and the training config: defaults, then the preset, then what was given.
@@ -57,17 +57,17 @@ def resolve(
 
 
 @dataclass(frozen=True, kw_only=True)
-class Head:
+class HeadPlan:
     """What it takes to train one head."""
 
-    run: Run
+    run: RunFolder
     config: RunConfig
     settings: Any  # the method's Config
     training: TrainConfig
-    features: Features
+    features: FeatureSet
 
 
-def plan_head(features: Features, method: str, settings: Any, training: TrainConfig, seed: int) -> Head:
+def plan_head_on(features: FeatureSet, method: str, settings: Any, training: TrainConfig, seed: int) -> HeadPlan:
     """The run of a head on opened features, finished or not; features that do not fit in memory are read in windows."""
     if not training.window:
         training = replace(training, window=fitting(features.caches, features.aggregate, default_device()))
@@ -81,11 +81,11 @@ def plan_head(features: Features, method: str, settings: Any, training: TrainCon
         text_aggregate=features.aggregate,
         manifest=features.manifest.fingerprint(),
     )
-    run = Run.of(features.home, config, seed)
-    return Head(run=run, config=config, settings=settings, training=training, features=features)
+    run = RunFolder.of(features.home, config, seed)
+    return HeadPlan(run=run, config=config, settings=settings, training=training, features=features)
 
 
-def plan(
+def plan_head(
     home: Path,
     dataset: str,
     method: str,
@@ -94,19 +94,19 @@ def plan(
     seed: int,
     encoders: Mapping[str, str],
     aggregate: str = "",
-) -> Head:
+) -> HeadPlan:
     """The run of a head, finished or not; see `open_features`."""
-    return plan_head(open_features(home, dataset, method, encoders, aggregate), method, settings, training, seed)
+    return plan_head_on(open_features(home, dataset, method, encoders, aggregate), method, settings, training, seed)
 
 
-def train_head(head: Head, progress: bool, watch: Watch = never) -> Run:
+def train_head(head: HeadPlan, progress: bool, watch: Watch = never) -> RunFolder:
     """Train a head; a finished run is returned as it is, an interrupted one goes on, until `watch` wants no more of it."""
     for error in train_heads([head], progress, watch).values():
         raise error
     return head.run
 
 
-def train_heads(heads: Sequence[Head], progress: bool, watch: Watch = never) -> dict[Run, ValueError]:
+def train_heads(heads: Sequence[HeadPlan], progress: bool, watch: Watch = never) -> dict[RunFolder, ValueError]:
     """Train heads on the same features as one model, all of one `stack.structure`, seed and `lane.SHARED`; see `train_head`.
 
     Returns the runs that failed, and why; the others are not disturbed.
@@ -124,17 +124,17 @@ def train_heads(heads: Sequence[Head], progress: bool, watch: Watch = never) -> 
                     held.close()
                 else:
                     head.run.create(head.config)
-                    lanes.append(Lane(method=method, run=head.run, config=head.training, watch=watch, held=held))
+                    lanes.append(TrainState(method=method, run=head.run, config=head.training, watch=watch, held=held))
         return _train(heads[0], lanes, progress) if lanes else {}
 
 
-def _build(head: Head, device: torch.device) -> Method:
+def _build(head: HeadPlan, device: torch.device) -> Method:
     torch.manual_seed(head.run.seed)
     method: Method = plugins.get("methods", head.config.method).build(head.settings, head.features.shapes)
     return method.to(device)
 
 
-def _train(head: Head, lanes: Sequence[Lane], progress: bool) -> dict[Run, ValueError]:
+def _train(head: HeadPlan, lanes: Sequence[TrainState], progress: bool) -> dict[RunFolder, ValueError]:
     """Train lanes on the features of this head, with what they share."""
     seed, training = head.run.seed, head.training
     rows, val = head.features.splits(training.window)
@@ -152,11 +152,11 @@ def score(logits: Tensor, label: Tensor) -> Score:
     """The metric that selects, and the loss of logits [N,C]; both NaN when one of these is not finite: that ranks nothing."""
     if not logits.isfinite().all():
         return Score(math.nan, math.nan)
-    metric = metrics.summary(logits, label)["acc1" if label.ndim == 1 else "map"]
+    metric = metrics.summary_metrics(logits, label)["acc1" if label.ndim == 1 else "map"]
     return Score(metric, float(losses.classification(logits, label, "softmax_kl")))
 
 
-def capacity(head: Head) -> int:
+def capacity(head: HeadPlan) -> int:
     """How many heads like this one can be trained together in the free memory of the device and this machine; at least 1."""
     device, training = default_device(), head.training
     size = training.batch_size
@@ -165,7 +165,7 @@ def capacity(head: Head) -> int:
     computed = 2 * size + PREDICTED  # a gradient is not larger than what it is taken of
     with reproducible(device, training.precision):
         method = _build(head, device)
-        each = {device.type: lane_bytes(method, batch, Streams.seeded(head.run.seed, batch["key"]), computed)}
+        each = {device.type: lane_bytes(method, batch, KeyedRNG.seeded(head.run.seed, batch["key"]), computed)}
     weights = sum(tensor.nbytes for tensor in method.state_dict().values())
     each[device.type] += weights * (training.weight_average > 0)
     each["cpu"] = each.get("cpu", 0) + KEPT * weights

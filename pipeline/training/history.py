@@ -6,7 +6,7 @@ import csv
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from pipeline.runtime.runs import Run
+from pipeline.runtime.runs import RunFolder
 
 
 class Validation(NamedTuple):
@@ -23,7 +23,7 @@ class Validation(NamedTuple):
         return (self.metric, -self.loss) if select == "metric" else (-self.loss, self.metric)
 
 
-def validations(run: Run) -> list[Validation]:
+def validations(run: RunFolder) -> list[Validation]:
     """The validated epochs of a run, as far as its history has been saved, in order; a finished run has at least one.
 
     `ValueError` when the history is damaged, or missing.

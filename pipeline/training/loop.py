@@ -10,13 +10,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from pipeline.runtime.device import computing
-from pipeline.runtime.rng import Streams
-from pipeline.runtime.runs import Run
-from pipeline.training.optim import Learner
-from pipeline.training.state import Lane, Score
+from pipeline.runtime.logs import ProgressBar
+from pipeline.runtime.rng import KeyedRNG
+from pipeline.runtime.runs import RunFolder
+from pipeline.training.optim import EnsembleOptimizer
+from pipeline.training.state import Score, TrainState
 from pipeline.types import Batch, Predictor, Source
 
 STATE_SECONDS = 20.0  # between two saves of the resumable state, besides
@@ -25,15 +25,15 @@ Validate = Callable[[Predictor], Sequence[Score]]  # of every method in the mode
 
 
 def train(
-    lanes: Sequence[Lane], source: Source, train_pass: Callable[[], Iterator[Batch]], validate: Validate, progress: bool
-) -> dict[Run, ValueError]:
+    lanes: Sequence[TrainState], source: Source, train_pass: Callable[[], Iterator[Batch]], validate: Validate, progress: bool
+) -> dict[RunFolder, ValueError]:
     """Train runs through their methods' phases, keep of each the epoch that is best on validation, write their checkpoints.
 
     Several lanes are of one `stack.structure`, one seed and equal `lane.SHARED`: those at the same epoch are trained as one
     model. Returns the runs that failed, and why; the others are not disturbed. After any interruption, and after a stop by its
     watch, a run goes on in the same call, beside any others; one that is always alone ends in the same weights, bit for bit.
     """
-    failed: dict[Run, ValueError] = {}
+    failed: dict[RunFolder, ValueError] = {}
     left = list(lanes)
     for lane in lanes:
         _attempt(lane, lane.resume, failed)
@@ -47,7 +47,7 @@ def train(
     return failed
 
 
-def _attempt(lane: Lane, do: Callable[[], None], failed: dict[Run, ValueError]) -> None:
+def _attempt(lane: TrainState, do: Callable[[], None], failed: dict[RunFolder, ValueError]) -> None:
     """Do something for a lane, or note why it fails."""
     try:
         do()
@@ -55,7 +55,7 @@ def _attempt(lane: Lane, do: Callable[[], None], failed: dict[Run, ValueError]) 
         failed[lane.run] = error
 
 
-def _stays(lane: Lane, failed: dict[Run, ValueError]) -> bool:
+def _stays(lane: TrainState, failed: dict[RunFolder, ValueError]) -> bool:
     """Whether there is more to train; a lane that leaves has written what it has, and lets go of its folder."""
     if lane.run not in failed:
         if lane.stopped:
@@ -69,13 +69,13 @@ def _stays(lane: Lane, failed: dict[Run, ValueError]) -> bool:
 
 
 def _train_team(
-    lanes: Sequence[Lane],
+    lanes: Sequence[TrainState],
     until: int,
     source: Source,
     train_pass: Callable[[], Iterator[Batch]],
     validate: Validate,
-    bar: tqdm[Any],
-    failed: dict[Run, ValueError],
+    bar: ProgressBar,
+    failed: dict[RunFolder, ValueError],
 ) -> None:
     """Train lanes that stand at the same epoch up to another one of their phase, or until one of them leaves."""
     for lane in lanes:
@@ -83,7 +83,7 @@ def _train_team(
     team = [lane for lane in lanes if lane.run not in failed]
     if not team:
         return
-    learner, saved_at, save_seconds = Learner(team), time.monotonic(), 0.0
+    learner, saved_at, save_seconds = EnsembleOptimizer(team), time.monotonic(), 0.0
     for _ in range(team[0].state.epoch, until):
         started = time.monotonic()
         losses = _epoch(learner, source, validate, failed)
@@ -104,7 +104,7 @@ def _train_team(
     learner.store()
 
 
-def _epoch(learner: Learner, source: Source, validate: Validate, failed: dict[Run, ValueError]) -> list[float]:
+def _epoch(learner: EnsembleOptimizer, source: Source, validate: Validate, failed: dict[RunFolder, ValueError]) -> list[float]:
     """One pass over the source, and validation when it is due, noted in the lanes; returns their losses."""
     rows = _pass(learner, source)
     for lane, row in zip(learner.lanes, rows, strict=True):
@@ -117,7 +117,7 @@ def _epoch(learner: Learner, source: Source, validate: Validate, failed: dict[Ru
     return [row["loss"] for row in rows]
 
 
-def _pass(learner: Learner, source: Source) -> list[dict[str, Any]]:
+def _pass(learner: EnsembleOptimizer, source: Source) -> list[dict[str, Any]]:
     """One pass over the source; returns every lane's row of the history. One host synchronisation, at the end."""
     learner.model.train()
     lead = learner.lanes[0]
@@ -126,7 +126,7 @@ def _pass(learner: Learner, source: Source) -> list[dict[str, Any]]:
     steps = 0
     # Epochs of all phases are counted through, so that no two phases see the same permutation or the same caption.
     for batch in source(len(lead.state.history)):
-        rng = Streams.seeded(lead.run.seed, batch["key"]).at("train", phase, epoch, steps)
+        rng = KeyedRNG.seeded(lead.run.seed, batch["key"]).at("train", phase, epoch, steps)
         with computing(lead.config.precision, batch["key"].device):
             parts = learner.loss(batch, rng, phase)
         learner.step(parts["loss"])
@@ -142,9 +142,9 @@ def _pass(learner: Learner, source: Source) -> list[dict[str, Any]]:
     return rows
 
 
-def _bar(lanes: Sequence[Lane], progress: bool) -> tqdm[Any]:
+def _bar(lanes: Sequence[TrainState], progress: bool) -> ProgressBar:
     """Epochs of all lanes together."""
     run = lanes[0].run
     title = f"{run.path.parent.name.rsplit('-', 1)[0]} seed {run.seed}{f' × {len(lanes)}' if len(lanes) > 1 else ''}"
     total, done = sum(sum(lane.epochs()) for lane in lanes), sum(len(lane.state.history) for lane in lanes)
-    return tqdm(desc=title, total=total, initial=done, unit="epoch", disable=not progress, leave=None)
+    return ProgressBar(label=title, total=total, initial=done, unit="epoch", show=progress, leave=None)

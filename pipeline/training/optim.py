@@ -14,35 +14,35 @@ from torch._dynamo.exc import TorchDynamoException
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from pipeline.runtime.device import default_device
-from pipeline.runtime.rng import Streams
+from pipeline.runtime.rng import KeyedRNG
 from pipeline.training.config import TrainConfig
-from pipeline.training.ensemble import Stack, clip_each
-from pipeline.training.state import Lane
+from pipeline.training.ensemble import ModelEnsemble, clip_each
+from pipeline.training.state import TrainState
 from pipeline.types import Batch
 
 BACKEND = "inductor"  # of torch.compile
 
 
-class Learner:
+class EnsembleOptimizer:
     """Lanes at the same position as one model, the method itself when there is one; lanes of equal settings stand together."""
 
-    def __init__(self, lanes: Sequence[Lane]) -> None:
+    def __init__(self, lanes: Sequence[TrainState]) -> None:
         self.lanes = lanes
         alone = len(lanes) == 1
-        self.model = lanes[0].method if alone else Stack([lane.method for lane in lanes])
+        self.model = lanes[0].method if alone else ModelEnsemble([lane.method for lane in lanes])
         trained = {name: parameter for name, parameter in self.model.named_parameters() if parameter.requires_grad}
         self._compiled = _compiled(self.model) if lanes[0].config.compiled else None
         self._leaves, factors = list(trained.values()), [lanes[0].phase.rate(name) for name in trained]
         self._limits = torch.tensor([lane.config.grad_clip for lane in lanes], device=self._leaves[0].device)
-        self._ties: list[_Tie] = []
+        self._ties: list[OptimizerGroup] = []
         start = 0
         for config, tied in groupby(lanes, lambda lane: lane.config):
             members = list(tied)
             rows = ... if alone else slice(start, start + len(members))
-            self._ties.append(_Tie(config, members, self._leaves, rows, factors))
+            self._ties.append(OptimizerGroup(config, members, self._leaves, rows, factors))
             start += len(members)
 
-    def loss(self, batch: Batch, rng: Streams, phase: str) -> Batch:
+    def loss(self, batch: Batch, rng: KeyedRNG, phase: str) -> Batch:
         """The model's losses, with no gradient left of the step before; the tensors of a compiled one live for a step."""
         for leaf in self._leaves:
             leaf.grad = None
@@ -100,19 +100,19 @@ def _compiled(model: Any) -> Callable[..., Batch]:
     torch.compiler.reset()
 
     def loss(batch: Batch, key: Tensor, phase: str) -> Batch:
-        return model.loss(batch, Streams(key, batch["key"]), phase)
+        return model.loss(batch, KeyedRNG(key, batch["key"]), phase)
 
     mode = "reduce-overhead" if default_device().type == "cuda" else None
     return torch.compile(loss, fullgraph=True, backend=BACKEND, mode=mode)
 
 
-class _Tie:
+class OptimizerGroup:
     """Lanes of equal settings: rows of the leaves that one Adam steps, which treats every number by itself."""
 
     def __init__(
         self,
         config: TrainConfig,
-        lanes: Sequence[Lane],
+        lanes: Sequence[TrainState],
         leaves: Sequence[Tensor],
         rows: slice | EllipsisType,
         factors: Sequence[float],
@@ -127,7 +127,7 @@ class _Tie:
         self.optimizer = torch.optim.Adam(rates, lr=config.lr, weight_decay=config.weight_decay, fused=True)
         self.scheduler = torch.optim.lr_scheduler.StepLR(self.optimizer, config.lr_step, config.lr_gamma)
         averages = config.weight_average > 0 and lanes[0].is_last_phase  # the one that is validated
-        self.average = _Average(self._weights, config.weight_average) if averages else None
+        self.average = WeightAverage(self._weights, config.weight_average) if averages else None
         if lanes[0].learned:
             states = [lane.learned["optimizer"] for lane in lanes]
             self.optimizer.load_state_dict(states[0] if rows is ... else _joined(states))
@@ -153,7 +153,7 @@ class _Tie:
             lane.learned = {"optimizer": part, "scheduler": self.scheduler.state_dict(), "average": average}
 
 
-class _Average:
+class WeightAverage:
     """The exponential moving average of weights; at first its decay is lower, (1 + n) / (10 + n) at step n."""
 
     def __init__(self, weights: Sequence[Tensor], decay: float) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 import math
@@ -17,8 +16,8 @@ import torch
 from safetensors.torch import save as safetensors_bytes
 from torch import Tensor
 
-from pipeline.runtime.files import write_atomic
-from pipeline.runtime.runs import Run
+from pipeline.runtime.files import sha256, write_atomic
+from pipeline.runtime.runs import RunFolder
 from pipeline.training.config import TrainConfig
 from pipeline.training.history import Validation
 from pipeline.types import Batch, Method, Phase
@@ -53,11 +52,11 @@ class State:
 
 
 @dataclass(eq=False, slots=True, kw_only=True)
-class Lane:
+class TrainState:
     """A run that is trained, alone or beside others."""
 
     method: Method
-    run: Run
+    run: RunFolder
     config: TrainConfig
     watch: Watch = never
     held: ExitStack = field(default_factory=ExitStack)  # closed when the run is left: the lock of its folder
@@ -157,7 +156,7 @@ class Lane:
         weights = safetensors_bytes(self.state.best)
         write_atomic(self.run.path / "checkpoint.safetensors", weights)
         self._write_history()
-        facts = {"seconds": round(self.state.seconds, 3), "checkpoint_sha256": hashlib.sha256(weights).hexdigest()}
+        facts = {"seconds": round(self.state.seconds, 3), "checkpoint_sha256": sha256(weights)}
         write_atomic(self.run.path / "done", json.dumps(facts))
         drop_state(self.run)
 
@@ -165,7 +164,7 @@ class Lane:
         write_atomic(self.run.path / "history.csv", pd.DataFrame(self.state.history).to_csv(index=False))
 
 
-def drop_state(run: Run) -> None:
+def drop_state(run: RunFolder) -> None:
     """Free the disk of the resumable state of a run that has ended, or of one that was killed at its end."""
     path = run.path / "state.pt"
     if path.is_file():  # in a folder that may be read only, there is none

@@ -20,7 +20,7 @@ from helpers.feature_caches import make_cache, make_manifest
 from safetensors.numpy import save_file
 
 from pipeline.cache import verify
-from pipeline.cache.transfer import export, import_features
+from pipeline.cache.transfer import export_cache, import_features
 from pipeline.data.manifest import Manifest
 
 NUM = 600
@@ -286,7 +286,7 @@ def test_a_bad_file_is_one_line_and_leaves_no_cache(
 def test_damage_on_the_way_is_found(home: Path, manifest: Manifest, tmp_path: Path, suffix: str) -> None:
     features = np.random.default_rng(0).normal(size=(NUM, 4)).astype(np.float16).astype(np.float32)
     path = make_cache(tmp_path / "source", make_manifest(tmp_path / "source", NUM), features)
-    file = export(path, tmp_path / f"file{suffix}")
+    file = export_cache(path, tmp_path / f"file{suffix}")
     whole = file.read_bytes()
     rng = np.random.default_rng(1)
     damaged = [whole[:cut] for cut in rng.integers(0, len(whole), 15).tolist()]
@@ -351,7 +351,7 @@ RECORDS: dict[str, Callable[[dict[str, Any]], object]] = {
 @pytest.mark.parametrize("case", RECORDS)
 def test_a_forged_record_is_refused(tmp_path: Path, case: str) -> None:
     path = make_cache(tmp_path / "source", make_manifest(tmp_path / "source", NUM), GOOD)
-    file = export(path, tmp_path / "file.npy")
+    file = export_cache(path, tmp_path / "file.npy")
     beside = file.with_suffix(".json")
     described = json.loads(beside.read_text())
     RECORDS[case](described["about"])

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from pipeline.cache import info, open_cache, verify
 from pipeline.cache.reader import find_cache, read_commits
 from pipeline.cache.table import load
-from pipeline.cache.transfer import export, import_features
+from pipeline.cache.transfer import export_cache, import_features
 from pipeline.data.manifest import Manifest
 
 SUFFIXES = (".h5", ".npy", ".parquet", ".safetensors")
@@ -56,7 +56,7 @@ def test_round_trip_is_exact(
     rows = int(offsets[-1]) if offsets is not None else NUM
     features = stored_numbers(np.random.default_rng(1), (rows, *shape), store_dtype)
     path = make_cache(tmp_path / "home", manifest, features, offsets=offsets, store_dtype=store_dtype, shard_rows=512)
-    file = export(path, tmp_path / f"out{suffix}")
+    file = export_cache(path, tmp_path / f"out{suffix}")
     done = import_features(file, tmp_path / "other")
     assert done.path == tmp_path / "other" / path.relative_to(tmp_path / "home")
     assert (done.samples, done.failed, done.unknown) == (NUM, 1, 0)
@@ -101,7 +101,9 @@ def test_any_library_reads_an_export(
     manifest: Manifest, tmp_path: Path, suffix: str, read: Callable[[Path], tuple[Any, ...]]
 ) -> None:
     features = stored_numbers(np.random.default_rng(2), (NUM, 4), "float16")
-    found, ids, splits, labels = read(export(make_cache(tmp_path / "home", manifest, features), tmp_path / f"out{suffix}"))
+    found, ids, splits, labels = read(
+        export_cache(make_cache(tmp_path / "home", manifest, features), tmp_path / f"out{suffix}")
+    )
     assert found.dtype == np.float16
     np.testing.assert_array_equal(found, features.astype(np.float16))
     assert ids == [sample.id for sample in manifest.samples]
@@ -112,7 +114,7 @@ def test_any_library_reads_an_export(
 def test_bfloat16_is_bfloat16_to_torch(manifest: Manifest, tmp_path: Path) -> None:
     features = np.random.default_rng(3).normal(size=(NUM, 4)).astype(np.float32)
     path = make_cache(tmp_path / "home", manifest, features, store_dtype="bfloat16")
-    found = load_file(export(path, tmp_path / "out.safetensors"))["features"]
+    found = load_file(export_cache(path, tmp_path / "out.safetensors"))["features"]
     torch.testing.assert_close(found, torch.from_numpy(features).bfloat16(), rtol=0, atol=0)
 
 
@@ -239,7 +241,7 @@ def test_an_import_completes_what_was_begun_and_takes_back_only_its_own(manifest
     home = tmp_path / "home"
     features = np.random.default_rng(6).normal(size=(NUM, 4)).astype(np.float32)
     path = make_cache(home, manifest, features, shard_rows=512)
-    file = export(path, tmp_path / "out.h5")
+    file = export_cache(path, tmp_path / "out.h5")
     other = make_cache(tmp_path / "other", manifest, features, shard_rows=1024, shards=[1])
     with h5py.File(file, "r+") as opened:
         rows = opened["features"]
@@ -261,16 +263,16 @@ def test_what_cannot_be_exported_is_refused(manifest: Manifest, tmp_path: Path) 
     home = tmp_path / "home"
     path = make_cache(home, manifest, np.ones((NUM, 2), np.float32))
     with pytest.raises(ValueError, match=r"choose one of: \.h5, \.hdf5, \.npy, \.parquet, \.safetensors"):
-        export(path, tmp_path / "out.csv")
+        export_cache(path, tmp_path / "out.csv")
     (tmp_path / "out.json").write_text("{}")
     with pytest.raises(ValueError, match=r"out.json is there already; remove it, or export to another name"):
-        export(path, tmp_path / "out.npy")
+        export_cache(path, tmp_path / "out.npy")
     part = make_cache(home, manifest, np.ones((NUM, 2), np.float32), store_dtype="float32", shards=[])
     with pytest.raises(ValueError, match="is incomplete: 0 of 1 shards"):
-        export(part, tmp_path / "part.npy")
+        export_cache(part, tmp_path / "part.npy")
     make_manifest(home, NUM + 1)
     with pytest.raises(ValueError, match=f"belongs to another manifest of toy .* {COMMAND}"):
-        export(path, tmp_path / "new.npy")
+        export_cache(path, tmp_path / "new.npy")
     assert sorted(file.name for file in tmp_path.iterdir()) == ["home", "out.json"]
 
 

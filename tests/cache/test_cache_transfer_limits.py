@@ -17,7 +17,7 @@ from helpers.feature_caches import assert_same_cache, make_cache, make_manifest
 
 from pipeline.cache import info
 from pipeline.cache.reader import find_cache
-from pipeline.cache.transfer import export, import_features
+from pipeline.cache.transfer import export_cache, import_features
 
 SUFFIXES = (".h5", ".npy", ".parquet", ".safetensors")
 
@@ -47,7 +47,7 @@ def test_memory_does_not_grow_with_the_rows(tmp_path: Path, suffix: str, monkeyp
         offsets = np.arange(0, 200 * texts + 1, texts)
         path = make_cache(tmp_path, manifest, features, offsets=offsets, name=f"toy{texts}", shard_rows=512)
         file = tmp_path / f"{texts}{suffix}"
-        peaks.append((peak(partial(export, path, file)), peak(partial(import_features, file, tmp_path / "other"))))
+        peaks.append((peak(partial(export_cache, path, file)), peak(partial(import_features, file, tmp_path / "other"))))
     for few, many in zip(*peaks, strict=True):
         assert many < few + 2**20
 
@@ -87,10 +87,10 @@ def test_a_full_disk_is_one_line_and_the_same_command_goes_on(tmp_path: Path, su
     path = make_cache(tmp_path / "home", manifest, features, shard_rows=1024)
     (tmp_path / "out").mkdir()
     with pytest.raises(OSError, match=r"File too large|Input/output") as error, full_disk(200_000):
-        export(path, tmp_path / "out" / f"out{suffix}")
+        export_cache(path, tmp_path / "out" / f"out{suffix}")
     assert "\n" not in str(error.value.strerror)
     assert not list((tmp_path / "out").iterdir())
-    file = export(path, tmp_path / "out" / f"out{suffix}")
+    file = export_cache(path, tmp_path / "out" / f"out{suffix}")
     with pytest.raises(OSError, match="File too large"), full_disk(200_000):
         import_features(file, tmp_path / "other")
     begun = next((tmp_path / "other" / "caches" / "toy").iterdir())

@@ -17,17 +17,17 @@ from helpers.tiny_heads import SMALL, caches_by_key
 
 from pipeline.cache import Cache, streaming
 from pipeline.cache.reader import find_cache
-from pipeline.cache.streaming import Windows, open_rows, sample_bytes
-from pipeline.cache.table import Table, load, ordered, shuffled
+from pipeline.cache.streaming import StreamedFeatures, open_rows, sample_bytes
+from pipeline.cache.table import FeatureTable, load, ordered, shuffled
 from pipeline.data.manifest import Manifest
 from pipeline.evaluation.evaluate import evaluate
-from pipeline.extraction.extract import Effort, extract
+from pipeline.extraction.extract import ExtractOptions, extract
 from pipeline.runtime.executor import num_processes
-from pipeline.runtime.runs import Run
+from pipeline.runtime.runs import RunFolder
 from pipeline.training.features import open_features
-from pipeline.training.heads import plan, plan_head, resolve, train_head
-from pipeline.training.joint.finetune import resolve as resolve_joint
-from pipeline.training.state import Lane
+from pipeline.training.heads import plan_head, plan_head_on, resolve_settings, train_head
+from pipeline.training.joint.finetune import resolve_joint_settings as resolve_joint
+from pipeline.training.state import TrainState
 
 CPU = torch.device("cpu")
 
@@ -46,15 +46,15 @@ def world(tiny_manifest: Manifest, tmp_path_factory: pytest.TempPathFactory) -> 
     caches = {}
     for key, width in (("image", "16"), ("text", "12")):
         settings = {"modality": key, "width": width}
-        path = extract(manifest, "random_projection", settings, home, effort=Effort(progress=False, max_failures=0.5))
+        path = extract(manifest, "random_projection", settings, home, effort=ExtractOptions(progress=False, max_failures=0.5))
         caches[key] = find_cache(home, manifest, path.name)
     return manifest, caches
 
 
-def windows_of(world: tuple[Manifest, dict[str, Cache]], aggregate: str, window: int) -> Windows:
+def windows_of(world: tuple[Manifest, dict[str, Cache]], aggregate: str, window: int) -> StreamedFeatures:
     manifest, caches = world
     rows = open_rows(manifest, caches, "train", CPU, aggregate, window)
-    assert isinstance(rows, Windows)
+    assert isinstance(rows, StreamedFeatures)
     return rows
 
 
@@ -128,7 +128,7 @@ def test_two_windows_are_in_memory_and_no_more(world: Any, monkeypatch: pytest.M
     alive: weakref.WeakSet[Any] = weakref.WeakSet()
     gather = streaming.gather
 
-    def counted(*arguments: Any) -> Table:
+    def counted(*arguments: Any) -> FeatureTable:
         table = gather(*arguments)
         assert len(table) <= 4
         alive.add(table.columns["image"])
@@ -148,15 +148,17 @@ def test_a_reader_that_fails_or_is_left_alone_ends(world: Any, monkeypatch: pyte
         list(shuffled(rows, 2, seed=0)(0))
 
 
-def trained(home: Path, method: str, **training: Any) -> Run:
-    settings, config = resolve("tiny", method, "head", SMALL.get(method, {}), {"epochs": 3, "batch_size": 8, **training})
-    return train_head(plan(home, "tiny", method, settings, config, 0, caches_by_key(home)), progress=False)
+def trained(home: Path, method: str, **training: Any) -> RunFolder:
+    settings, config = resolve_settings(
+        "tiny", method, "head", SMALL.get(method, {}), {"epochs": 3, "batch_size": 8, **training}
+    )
+    return train_head(plan_head(home, "tiny", method, settings, config, 0, caches_by_key(home)), progress=False)
 
 
-def interrupted(save: Callable[[Lane], None]) -> Callable[[Lane], None]:
+def interrupted(save: Callable[[TrainState], None]) -> Callable[[TrainState], None]:
     """Save, and stop there."""
 
-    def save_and_stop(lane: Lane) -> None:
+    def save_and_stop(lane: TrainState) -> None:
         save(lane)
         raise KeyboardInterrupt
 
@@ -172,7 +174,7 @@ def test_runs_over_windows_repeat_their_bits_and_predict_as_a_table_does(
     home = Path(shutil.copytree(tiny_home, tmp_path / "other"))
     monkeypatch.setattr("pipeline.training.loop.STATE_SECONDS", -math.inf)
     with monkeypatch.context() as patch:
-        patch.setattr(Lane, "save", interrupted(Lane.save))
+        patch.setattr(TrainState, "save", interrupted(TrainState.save))
         with pytest.raises(KeyboardInterrupt):
             trained(home, method, window=9)
     run = trained(home, method, window=9)
@@ -194,19 +196,19 @@ def test_runs_over_windows_repeat_their_bits_and_predict_as_a_table_does(
 
 def test_features_that_do_not_fit_are_read_in_windows(tiny_home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     features = open_features(tiny_home, "tiny", "ema", caches_by_key(tiny_home))
-    settings, training = resolve("tiny", "ema", "head", {}, {"batch_size": 4})
+    settings, training = resolve_settings("tiny", "ema", "head", {}, {"batch_size": 4})
     assert sample_bytes(features.caches, "mean") == 4 * (32 + 24)
     assert features.num_bytes == 40 * 4 * (32 + 24)
     assert sample_bytes(features.caches, "random") == 4 * (32 + 2 * 24)  # the mean, and every text: one each
-    assert plan_head(features, "ema", settings, training, 0).training.window == 0
+    assert plan_head_on(features, "ema", settings, training, 0).training.window == 0
     monkeypatch.setattr(streaming, "total_bytes", lambda device: 2 * features.num_bytes)
-    assert plan_head(features, "ema", settings, training, 0).training.window == 0
+    assert plan_head_on(features, "ema", settings, training, 0).training.window == 0
     monkeypatch.setattr(streaming, "total_bytes", lambda device: 2 * features.num_bytes - 2)
-    head = plan_head(features, "ema", settings, training, 0)
+    head = plan_head_on(features, "ema", settings, training, 0)
     assert head.training.window == 16  # a power of two; two windows are in memory, of 40 samples
     assert head.config.training["window"] == 16
     with pytest.raises(ValueError, match="a window of 16 samples holds no batch of 64: raise window, or lower batch_size"):
-        plan_head(features, "ema", settings, replace(training, batch_size=64), 0)
+        plan_head_on(features, "ema", settings, replace(training, batch_size=64), 0)
 
 
 def test_processes_are_as_many_as_memory_holds(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,7 @@ from pipeline.cache import Cache
 from pipeline.cache.reader import find_cache
 from pipeline.cache.table import load
 from pipeline.data.manifest import Manifest
-from pipeline.extraction.extract import Effort, extract
+from pipeline.extraction.extract import ExtractOptions, extract
 from pipeline.types import Split
 
 CPU = torch.device("cpu")
@@ -22,7 +22,7 @@ CPU = torch.device("cpu")
 def caches_of(manifest: Manifest, home: Path) -> dict[str, Cache]:
     """Image and text features of a manifest, extracted here."""
     for modality in ("image", "text"):
-        extract(manifest, "random_projection", {"modality": modality, "width": 8}, home, effort=Effort(progress=False))
+        extract(manifest, "random_projection", {"modality": modality, "width": 8}, home, effort=ExtractOptions(progress=False))
     folders = sorted((home / "caches" / manifest.dataset).iterdir())
     caches = [find_cache(home, manifest, folder.name) for folder in folders]
     return {cache.identity["encoder"]["modality"]: cache for cache in caches}

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from pipeline.commands.app import app
 from pipeline.data.manifest import Manifest
 from pipeline.studies.ablation import strategies
-from pipeline.training.joint.trainer import Work
+from pipeline.training.joint.trainer import JointOptions
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +63,7 @@ def test_what_does_not_fit_is_refused(options: list[str], message: str, home: Pa
 
 def test_strategies_are_compared_over_seeds(home: Path) -> None:
     joint, training = {"encoder_lr": 1e-3}, {"epochs": 2, "batch_size": 8}
-    work = Work(workers=0, progress=False)
+    work = JointOptions(workers=0, progress=False)
     table = strategies(home, "tiny", "ema", "head", [0, 1], joint_home.caches(home), joint, training, work)
     assert table["strategy"].tolist() == ["freeze both", "train visual", "train both"]
     assert table["acc1"].str.contains(" ± ").all()

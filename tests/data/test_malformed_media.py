@@ -14,7 +14,7 @@ from helpers.malformed_media import GREYS, NOISE, clips, no_files, pictures
 from pipeline.cache import open_cache, verify
 from pipeline.data.manifest import Manifest
 from pipeline.encoders._factory import build_encoder
-from pipeline.extraction.extract import Effort, extract
+from pipeline.extraction.extract import ExtractOptions, extract
 from pipeline.types import Sample
 
 CLIPS = {"encoder": "random_projection", "settings": "width=8", "num_frames": "3"}
@@ -58,7 +58,7 @@ def test_malformed_media_are_all_in_the_ledger(
         write_video(folder / good, "libx264", GREYS)
     names = among_good([*bad, *no_files(folder)], good)
     manifest = make_manifest(names, folder, media_type)
-    efforts = [Effort(workers=workers, max_failures=1, progress=False) for workers in (0, 2)]
+    efforts = [ExtractOptions(workers=workers, max_failures=1, progress=False) for workers in (0, 2)]
     paths = [extract(manifest, encoder, settings, tmp_path / str(effort.workers), effort=effort) for effort in efforts]
     assert content(paths[0]) == content(paths[1])
     assert verify(paths[0]) == []

@@ -47,14 +47,14 @@ def replaced(manifest: Manifest, row: int, **changes: Any) -> Manifest:
 
 def test_reading_gives_what_was_written(tmp_path: Path) -> None:
     manifest = small(tmp_path)
-    manifests.write(manifest, tmp_path)
-    assert manifests.read(tmp_path, "small") == manifest
+    manifests.write_manifest(manifest, tmp_path)
+    assert manifests.read_manifest(tmp_path, "small") == manifest
 
 
 def test_files_are_byte_stable_and_say_nothing_about_the_machine(tmp_path: Path) -> None:
     for home, root in (("one", "here"), ("two", "there")):
         (tmp_path / root).mkdir()
-        manifests.write(small(tmp_path / root), tmp_path / home)
+        manifests.write_manifest(small(tmp_path / root), tmp_path / home)
     for suffix in ("parquet", "csv", "meta.json"):
         first, second = ((tmp_path / home / "manifests" / f"small.{suffix}").read_bytes() for home in ("one", "two"))
         assert first == second
@@ -64,7 +64,7 @@ def test_files_are_byte_stable_and_say_nothing_about_the_machine(tmp_path: Path)
 
 
 def test_csv_is_a_lossless_twin(tmp_path: Path) -> None:
-    path = manifests.write(small(tmp_path), tmp_path)
+    path = manifests.write_manifest(small(tmp_path), tmp_path)
     table = pd.read_parquet(path)
     twin = pd.read_csv(path.with_suffix(".csv"), dtype=str, keep_default_na=False, na_values=[])
     assert list(twin.columns) == list(table.columns)
@@ -78,7 +78,7 @@ def test_csv_is_a_lossless_twin(tmp_path: Path) -> None:
 
 
 def test_sidecar_counts(tmp_path: Path) -> None:
-    manifests.write(small(tmp_path), tmp_path)
+    manifests.write_manifest(small(tmp_path), tmp_path)
     sidecar = json.loads((tmp_path / "manifests" / "small.meta.json").read_text())
     assert sidecar["counts"] == {"train": 2, "val": 1, "test": 1}
     assert sidecar["class_counts"]["train"] == {"sky": 1, "sea": 2, "sun": 1}
@@ -124,7 +124,7 @@ def test_fingerprint_is_the_meaning(tmp_path: Path) -> None:
 )
 def test_faults_are_named_by_row(tmp_path: Path, change: dict[str, Any], fault: str) -> None:
     with pytest.raises(ValueError, match="dataset 'small', ") as raised:
-        manifests.write(replaced(small(tmp_path), 1, **change), tmp_path)
+        manifests.write_manifest(replaced(small(tmp_path), 1, **change), tmp_path)
     assert fault in str(raised.value)
     assert not (tmp_path / "manifests").exists()
 
@@ -137,7 +137,7 @@ def test_faults_of_the_whole(tmp_path: Path) -> None:
         ({"label_kind": "single"}, "exactly one label, found 2"),
     ):
         with pytest.raises(ValueError, match=fault):
-            manifests.check(small(tmp_path, **change))
+            manifests.check_manifest(small(tmp_path, **change))
 
 
 def test_counts_are_enforced(tmp_path: Path) -> None:
@@ -155,18 +155,18 @@ def test_split_selects_in_order(tmp_path: Path) -> None:
 def test_missing_torn_and_edited_files_name_the_remedy(tmp_path: Path) -> None:
     manifest = small(tmp_path)
     for suffix in ("parquet", "meta.json", "location.json"):
-        path = manifests.write(manifest, tmp_path).with_name(f"small.{suffix}")
+        path = manifests.write_manifest(manifest, tmp_path).with_name(f"small.{suffix}")
         path.write_bytes(path.read_bytes()[:-20])
         with pytest.raises(ValueError, match="run: diffalign prepare small"):
-            manifests.read(tmp_path, "small")
+            manifests.read_manifest(tmp_path, "small")
         path.unlink()
         with pytest.raises(ValueError, match=f"{suffix} is missing; run: diffalign prepare small"):
-            manifests.read(tmp_path, "small")
-    manifests.write(replaced(manifest, 0, split="train"), tmp_path / "other")
-    manifests.write(manifest, tmp_path)
+            manifests.read_manifest(tmp_path, "small")
+    manifests.write_manifest(replaced(manifest, 0, split="train"), tmp_path / "other")
+    manifests.write_manifest(manifest, tmp_path)
     shutil.copy(tmp_path / "other" / "manifests" / "small.parquet", tmp_path / "manifests")
     with pytest.raises(ValueError, match="changed or half written; run: diffalign prepare small"):
-        manifests.read(tmp_path, "small")
+        manifests.read_manifest(tmp_path, "small")
 
 
 def test_media_stay_inside_their_root(tmp_path: Path) -> None:

@@ -73,7 +73,7 @@ GOOD = Sample("one", "train", Path("one.jpg"), ("a red cat", "sleeping"), (0,), 
 )
 def test_refused_rows_have_file_and_line(tmp_path: Path, second: Sample, fault: str) -> None:
     with pytest.raises(ValueError, match=r"dataset 'mine', list\.txt, line 2, sample") as raised:
-        manifests.write(of(tmp_path, GOOD, second), tmp_path)
+        manifests.write_manifest(of(tmp_path, GOOD, second), tmp_path)
     assert fault in str(raised.value)
     assert len(str(raised.value)) < 500
     assert not (tmp_path / "manifests").exists()
@@ -82,10 +82,10 @@ def test_refused_rows_have_file_and_line(tmp_path: Path, second: Sample, fault: 
 def test_facts_and_class_names_are_checked_too(tmp_path: Path) -> None:
     for facts, fault in ((HUGE, "a field has more than"), ("\ud800", "a text holds a lone surrogate")):
         with pytest.raises(ValueError, match=rf"list\.txt, line 1, sample 'one': {fault}"):
-            manifests.check(dataclasses.replace(of(tmp_path, GOOD), extra={"one": facts}))
+            manifests.check_manifest(dataclasses.replace(of(tmp_path, GOOD), extra={"one": facts}))
     for name in ("", "a\nb", "\ud800"):
         with pytest.raises(ValueError, match="which is empty or unprintable"):
-            manifests.check(dataclasses.replace(of(tmp_path, GOOD), class_names=("a", name)))
+            manifests.check_manifest(dataclasses.replace(of(tmp_path, GOOD), class_names=("a", name)))
 
 
 @pytest.mark.parametrize("line", [0, 1, 2])
@@ -95,7 +95,7 @@ def test_a_leak_is_named_wherever_the_test_sample_stands(tmp_path: Path, line: i
     with pytest.raises(
         ValueError, match=rf"list\.txt, line {line + 1}, sample 'x': has the texts of list\.txt, line {1 + (line == 0)}:"
     ):
-        manifests.check(of(tmp_path, *samples))
+        manifests.check_manifest(of(tmp_path, *samples))
 
 
 def test_texts_that_recur_are_counted_as_by_hand(tmp_path: Path) -> None:
@@ -114,47 +114,47 @@ def test_a_faulty_manifest_is_refused_when_it_is_read_even_if_its_fingerprint_fi
 ) -> None:
     leak = Sample("two", "test", Path("2.jpg"), GOOD.texts, (0,), "")
     with monkeypatch.context() as patch:
-        patch.setattr(manifests, "check", lambda manifest: None)
-        manifests.write(of(tmp_path, GOOD, leak), tmp_path)
+        patch.setattr(manifests, "check_manifest", lambda manifest: None)
+        manifests.write_manifest(of(tmp_path, GOOD, leak), tmp_path)
     with pytest.raises(ValueError, match=r"list\.txt, line 2, sample 'two': has the texts of list\.txt, line 1"):
-        manifests.read(tmp_path, "mine")
+        manifests.read_manifest(tmp_path, "mine")
 
 
 def test_counts_are_checked_after_the_schema_and_before_leaks(tmp_path: Path) -> None:
     leak = Sample("two", "test", Path("2.jpg"), (), (0,), "g")
     with pytest.raises(ValueError, match="unexpected counts: all 2"):
-        manifests.check(of(tmp_path, GOOD, leak), {"all": 3})
+        manifests.check_manifest(of(tmp_path, GOOD, leak), {"all": 3})
     with pytest.raises(ValueError, match="unknown split"):
-        manifests.check(of(tmp_path, GOOD, Sample("two", "dev", Path("2.jpg"), (), (0,), "")), {"all": 3})
+        manifests.check_manifest(of(tmp_path, GOOD, Sample("two", "dev", Path("2.jpg"), (), (0,), "")), {"all": 3})
     with pytest.raises(ValueError, match="group"):
-        manifests.check(of(tmp_path, GOOD, leak), {"all": 2})
+        manifests.check_manifest(of(tmp_path, GOOD, leak), {"all": 2})
 
 
 def test_a_leak_is_seen_behind_a_validation_sample_with_the_same_texts(tmp_path: Path) -> None:
     same = [Sample(split, split, Path(split), GOOD.texts, (0,), "") for split in ("val", "train", "test")]
-    manifests.check(of(tmp_path, *same[:2]))
+    manifests.check_manifest(of(tmp_path, *same[:2]))
     with pytest.raises(ValueError, match=r"line 3, sample 'test': has the texts of list\.txt, line 2: test texts leak"):
-        manifests.check(of(tmp_path, *same))
+        manifests.check_manifest(of(tmp_path, *same))
 
 
 def test_texts_that_recur_by_their_nature_are_let_through(tmp_path: Path) -> None:
     same = Sample("two", "test", Path("2.jpg"), GOOD.texts, (0,), "")
-    manifests.check(of(tmp_path, GOOD, same, texts_recur=True))
-    manifests.check(of(tmp_path, GOOD, Sample("two", "train", Path("2.jpg"), GOOD.texts, (0,), "")))
-    manifests.check(of(tmp_path, GOOD, Sample("two", "test", Path("2.jpg"), GOOD.texts[:1], (0,), "")))
+    manifests.check_manifest(of(tmp_path, GOOD, same, texts_recur=True))
+    manifests.check_manifest(of(tmp_path, GOOD, Sample("two", "train", Path("2.jpg"), GOOD.texts, (0,), "")))
+    manifests.check_manifest(of(tmp_path, GOOD, Sample("two", "test", Path("2.jpg"), GOOD.texts[:1], (0,), "")))
 
 
 def test_a_manifest_changed_by_hand_is_refused(tmp_path: Path) -> None:
-    path = manifests.write(of(tmp_path, GOOD, Sample("two", "test", Path("2.jpg"), (), (0,), "")), tmp_path)
+    path = manifests.write_manifest(of(tmp_path, GOOD, Sample("two", "test", Path("2.jpg"), (), (0,), "")), tmp_path)
     sidecar = path.with_suffix(".meta.json")
     sidecar.write_text(sidecar.read_text().replace('"a",', '"c",'))
     with pytest.raises(ValueError, match="does not fit"):
-        manifests.read(tmp_path, "mine")
+        manifests.read_manifest(tmp_path, "mine")
 
 
 def test_the_csv_holds_no_formula(tmp_path: Path) -> None:
     texts = ("=1+1", "@home", "-2", "\tx", '"quoted", yes')
-    path = manifests.write(of(tmp_path, Sample("a", "train", Path("a.jpg"), texts, (0,), "")), tmp_path)
+    path = manifests.write_manifest(of(tmp_path, Sample("a", "train", Path("a.jpg"), texts, (0,), "")), tmp_path)
     cells = [cell for _, line in csv_rows(path.with_suffix(".csv")) for cell in line]
     assert not any(map(formula_like, cells))
 

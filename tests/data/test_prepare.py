@@ -72,7 +72,7 @@ def test_bytes_are_the_same_everywhere(official: dict[str, Path], tmp_path: Path
 @pytest.mark.parametrize("name", MAKERS)
 def test_what_is_written_reads_back_and_the_csv_is_its_twin(official: dict[str, Path], tmp_path: Path, name: str) -> None:
     report = prepare(name, official[name], tmp_path, settings_of(name))
-    manifest = manifests.read(tmp_path, name)
+    manifest = manifests.read_manifest(tmp_path, name)
     assert manifest.fingerprint() == report.fingerprint
     table = pd.read_parquet(report.path)
     twin = pd.read_csv(report.path.with_suffix(".csv"), dtype=str, keep_default_na=False, na_values=[])
@@ -81,7 +81,7 @@ def test_what_is_written_reads_back_and_the_csv_is_its_twin(official: dict[str, 
     for column in ("sample_id", "split", "media_path", "source_row", "extra"):
         assert twin[column].tolist() == table[column].astype(str).tolist()
     assert twin["group_id"].tolist() == table["group_id"].fillna("").tolist()
-    manifests.write(manifest, tmp_path / "again")
+    manifests.write_manifest(manifest, tmp_path / "again")
     assert (tmp_path / "again" / "manifests" / f"{name}.parquet").read_bytes() == report.path.read_bytes()
 
 
@@ -99,7 +99,7 @@ def test_missing_files_are_listed_and_refused_unless_allowed(official: dict[str,
     assert not (tmp_path / "manifests" / "nuswide.parquet").exists()
     report = prepare("nuswide", official["nuswide"], tmp_path, settings_of("nuswide"))
     assert (report.missing, report.missing_list) == (1, str(listed))
-    manifest = manifests.read(tmp_path, "nuswide")
+    manifest = manifests.read_manifest(tmp_path, "nuswide")
     assert len(manifest.samples) == 8
     assert manifest.meta["missing_media"] == ["sun/0001_300000007"]
     found = {row["count"]: row["found"] for row in report.counts}
@@ -113,7 +113,7 @@ def test_a_partial_collection_elsewhere_is_counted(official: dict[str, Path], tm
     settings = settings_of("nuswide")
     report = prepare("nuswide", official["nuswide"], tmp_path, settings, image_root=tmp_path / "few")
     assert report.missing == 8
-    assert [sample.id for sample in manifests.read(tmp_path, "nuswide").samples] == ["cat/0001_300000003"]
+    assert [sample.id for sample in manifests.read_manifest(tmp_path, "nuswide").samples] == ["cat/0001_300000003"]
     (tmp_path / "none").mkdir()
     with pytest.raises(ValueError, match="there is nothing to prepare"):
         prepare("nuswide", official["nuswide"], tmp_path, settings, image_root=tmp_path / "none")
@@ -225,10 +225,10 @@ def test_a_missing_validation_split_is_told_with_a_remedy_that_helps(
 ) -> None:
     report = prepare(name, official[name], tmp_path, {**settings_of(name), **settings})
     assert f"the val split is empty, and heads are selected on it; prepare with {remedy}" in report.warnings
-    assert manifests.read(tmp_path, name).meta["val_remedy"] == remedy
+    assert manifests.read_manifest(tmp_path, name).meta["val_remedy"] == remedy
     report = prepare(name, official[name], tmp_path, {**settings_of(name), **filled})
     assert not any("val split" in warning for warning in report.warnings)
-    assert manifests.read(tmp_path, name).split("val")
+    assert manifests.read_manifest(tmp_path, name).split("val")
 
 
 # By hand: NUS-WIDE's row 11 has the tags of row 10; both test dishes of Ingredients-101 are dishes of training.
@@ -265,7 +265,7 @@ def test_samples_without_label_are_told(official: dict[str, Path], tmp_path: Pat
 def test_how_texts_become_one_vector_can_be_set(official: dict[str, Path], tmp_path: Path) -> None:
     asked = {**FIXTURE, "aggregate": "mean", "sep": "; ", "empty": "no ingredients"}
     prepare("vireo172", official["vireo172"], tmp_path, asked)
-    text = manifests.read(tmp_path, "vireo172").meta["text"]
+    text = manifests.read_manifest(tmp_path, "vireo172").meta["text"]
     assert text == {"kind": "ingredients", "aggregate": "mean", "sep": "; ", "empty": "no ingredients"}
     with pytest.raises(ValueError, match="aggregate is 'median'; choose one of: join, mean, first, random"):
         prepare("vireo172", official["vireo172"], tmp_path, {**FIXTURE, "aggregate": "median"})

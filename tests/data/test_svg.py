@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from pipeline.data import svg as drawings
-from pipeline.data.svg import render
+from pipeline.data.svg import draw_svg
 
 SVG = '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 20 20">{}</svg>'
 GOOD = SVG.format('<rect width="20" height="20" fill="red"/>')
@@ -21,30 +21,30 @@ BAD = {
 
 @pytest.mark.parametrize("name", BAD)
 def test_what_brings_the_renderer_down_is_an_error(name: str) -> None:
-    expected = render(GOOD, 8)
+    expected = draw_svg(GOOD, 8)
     with pytest.raises(ValueError, match=r"^it brings its renderer down$"):
-        render(BAD[name], 8)
-    assert render(GOOD, 8) == expected
+        draw_svg(BAD[name], 8)
+    assert draw_svg(GOOD, 8) == expected
 
 
 def test_what_has_no_end_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    expected = render(GOOD, 8)
+    expected = draw_svg(GOOD, 8)
     monkeypatch.setattr(drawings, "DRAWING_SECONDS", 0.5)
     with pytest.raises(ValueError, match=r"^drawing it takes more than 0\.5 seconds$"):
-        render(SVG.format(ENDLESS + '<rect width="20" height="20" filter="url(#f)"/>'), 64)
-    assert render(GOOD, 8) == expected
+        draw_svg(SVG.format(ENDLESS + '<rect width="20" height="20" filter="url(#f)"/>'), 64)
+    assert draw_svg(GOOD, 8) == expected
 
 
 def test_what_is_no_drawing_is_an_error_of_the_renderer() -> None:
     with pytest.raises(ValueError, match="SVG data parsing failed"):
-        render("<html/>", 8)
+        draw_svg("<html/>", 8)
 
 
 def test_every_process_and_every_thread_has_its_own_renderer() -> None:
     """Of 4 forked processes and 4 threads, each draws its own sizes at the same time."""
     sizes = [8 * (number + 1) for number in range(40)]
-    expected = [render(GOOD, size) for size in sizes]
+    expected = [draw_svg(GOOD, size) for size in sizes]
     with multiprocessing.get_context("fork").Pool(4) as pool:
-        assert pool.starmap(render, [(GOOD, size) for size in sizes], chunksize=1) == expected
+        assert pool.starmap(draw_svg, [(GOOD, size) for size in sizes], chunksize=1) == expected
     with ThreadPoolExecutor(4) as threads:
-        assert list(threads.map(lambda size: render(GOOD, size), sizes)) == expected
+        assert list(threads.map(lambda size: draw_svg(GOOD, size), sizes)) == expected

@@ -25,7 +25,7 @@ from pipeline.data.manifest import Manifest
 from pipeline.data.media import open_image
 from pipeline.encoders import efficientnet_lite, random_projection
 from pipeline.encoders._factory import build_encoder
-from pipeline.extraction.extract import Effort, extract
+from pipeline.extraction.extract import ExtractOptions, extract
 from pipeline.runtime import plugins
 from pipeline.types import Encoder, Sample
 
@@ -138,7 +138,7 @@ def test_cached_vectors_equal_live_ones(
     name, settings = case
     manifest = clips if encoder.modality == "video" else tiny_manifest
     few = replace(manifest, samples=manifest.samples[:3])
-    cache = open_cache(extract(few, name, settings, tmp_path, effort=Effort(batch_size=2, progress=False)))
+    cache = open_cache(extract(few, name, settings, tmp_path, effort=ExtractOptions(batch_size=2, progress=False)))
     raw = tuple(sample.texts[0] if encoder.modality == "text" else few.media_path(sample) for sample in few.samples)
     torch.testing.assert_close(torch.from_numpy(cache.read(cache.ids)), encode(encoder, raw), rtol=1e-3, atol=1e-4)
 

@@ -48,7 +48,7 @@ def indicator(z: Tensor, k: int) -> np.ndarray:
 def test_accuracy_is_sklearns(k: int) -> None:
     z, label = logits(), single()
     expected = 100 * top_k_accuracy_score(label.numpy(), z.numpy(), k=k, labels=range(CLASSES))
-    assert metrics.summary(z, label, (k,)) == {f"acc{k}": pytest.approx(expected)}
+    assert metrics.summary_metrics(z, label, (k,)) == {f"acc{k}": pytest.approx(expected)}
 
 
 @pytest.mark.parametrize("ties", [False, True])
@@ -65,7 +65,7 @@ def test_precision_and_recall_are_sklearns(k: int, ties: bool) -> None:
         f"per_class_pre{k}": precision_score(truth, predicted, average="macro", **NEVER_PREDICTED),
         f"per_class_rec{k}": recall_score(truth, predicted, average="macro", labels=present),
     }
-    result = metrics.summary(z, label, (k,))
+    result = metrics.summary_metrics(z, label, (k,))
     assert result.pop("map") > 0
     assert result == {name: pytest.approx(100 * float(value)) for name, value in expected.items()}
 
@@ -87,25 +87,25 @@ def test_a_class_that_is_never_predicted_has_precision_0() -> None:
 
 
 def test_names_of_a_single_label_summary() -> None:
-    assert list(metrics.summary(logits(), single())) == ["acc1", "acc5"]
+    assert list(metrics.summary_metrics(logits(), single())) == ["acc1", "acc5"]
 
 
 def test_names_of_a_multi_label_summary() -> None:
     words = "pre1 pre5 rec1 rec5 map overall_pre1 overall_rec1 overall_pre5 overall_rec5"
     words += " per_class_pre1 per_class_rec1 per_class_pre5 per_class_rec5"
-    assert list(metrics.summary(logits(), multi())) == words.split()
+    assert list(metrics.summary_metrics(logits(), multi())) == words.split()
 
 
 def test_perfect_logits_score_100() -> None:
-    assert metrics.summary(torch.eye(6), torch.arange(6)) == {"acc1": 100.0, "acc5": 100.0}
-    result = metrics.summary(torch.eye(6), torch.eye(6))
+    assert metrics.summary_metrics(torch.eye(6), torch.arange(6)) == {"acc1": 100.0, "acc5": 100.0}
+    result = metrics.summary_metrics(torch.eye(6), torch.eye(6))
     assert {result[name] for name in ("pre1", "rec1", "rec5", "map", "overall_pre1", "per_class_pre1")} == {100.0}
     assert result["pre5"] == pytest.approx(20.0)
 
 
 @pytest.mark.parametrize("label", [single(), multi()], ids=["single", "multi"])
 def test_the_mean_of_the_terms_is_the_summary(label: Tensor) -> None:
-    terms, result = metrics.per_example(logits(), label), metrics.summary(logits(), label)
+    terms, result = metrics.per_example(logits(), label), metrics.summary_metrics(logits(), label)
     for name, term in terms.items():
         assert term.shape == (ROWS,)
         assert float(term.mean()) == result[name]
@@ -115,13 +115,13 @@ def test_the_mean_of_the_terms_is_the_summary(label: Tensor) -> None:
 def test_the_order_of_rows_does_not_matter(label: Tensor) -> None:
     order = torch.randperm(ROWS, generator=torch.Generator().manual_seed(1))
     z = logits(ties=True)
-    assert metrics.summary(z[order], label[order]) == pytest.approx(metrics.summary(z, label), rel=1e-12)
+    assert metrics.summary_metrics(z[order], label[order]) == pytest.approx(metrics.summary_metrics(z, label), rel=1e-12)
 
 
 @pytest.mark.parametrize("k", [1, 5])
 def test_overall_metrics_obey_their_identities(k: int) -> None:
     z, label = logits(), multi()
-    result = metrics.summary(z, label, (k,))
+    result = metrics.summary_metrics(z, label, (k,))
     assert result[f"overall_pre{k}"] == pytest.approx(result[f"pre{k}"])
     assert result[f"overall_rec{k}"] / result[f"overall_pre{k}"] == pytest.approx(k * ROWS / int(label.sum()))
 
@@ -133,8 +133,8 @@ def test_equal_logits_are_ranked_by_class_number() -> None:
 
 def test_k_beyond_the_classes_is_all_classes() -> None:
     label = torch.eye(3)
-    assert metrics.summary(torch.randn(3, 3), torch.arange(3), (5,)) == {"acc5": 100.0}
-    result = metrics.summary(torch.randn(3, 3), label, (5,))
+    assert metrics.summary_metrics(torch.randn(3, 3), torch.arange(3), (5,)) == {"acc5": 100.0}
+    result = metrics.summary_metrics(torch.randn(3, 3), label, (5,))
     assert (result["pre5"], result["rec5"]) == (pytest.approx(100 / 3), 100.0)
 
 
@@ -142,11 +142,11 @@ def test_logits_that_are_not_finite_are_refused() -> None:
     z = logits()
     z[3, 2] = math.nan
     with pytest.raises(ValueError, match="logits of row 3 are not finite"):
-        metrics.summary(z, single())
+        metrics.summary_metrics(z, single())
 
 
 def test_samples_without_label_are_refused() -> None:
     label = multi()
     label[5] = 0
     with pytest.raises(ValueError, match="row 5 has no label"):
-        metrics.summary(logits(), label)
+        metrics.summary_metrics(logits(), label)

@@ -19,7 +19,7 @@ from helpers.fault_cases import TEXT, content, fill, num_commits, write_texts
 
 from pipeline.cache import verify
 from pipeline.data.manifest import Manifest
-from pipeline.extraction.distributed import Order, extract_on, extract_with
+from pipeline.extraction.distributed import ExtractionSpec, extract_on, extract_with
 
 NUM_WORKERS = 4
 NUM_SHARDS = 16
@@ -43,7 +43,7 @@ def whole(texts: Manifest, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def order(tmp_path: Path) -> Order:
+def order(tmp_path: Path) -> ExtractionSpec:
     """An order for a home of its own."""
     write_texts(tmp_path, 340)
     return order_for(tmp_path)
@@ -56,7 +56,7 @@ def pids_of(client: Client) -> list[int]:
 
 
 def test_four_processes_and_two_workers_write_the_bytes_of_one_process(
-    client: Client, texts: Manifest, whole: Path, order: Order, tmp_path: Path
+    client: Client, texts: Manifest, whole: Path, order: ExtractionSpec, tmp_path: Path
 ) -> None:
     assert len({*pids_of(client), os.getpid()}) == NUM_WORKERS + 1
     path = extract_on(client, order)
@@ -67,7 +67,7 @@ def test_four_processes_and_two_workers_write_the_bytes_of_one_process(
 
 @pytest.mark.parametrize("after", [0, 1, 5, 9])
 def test_a_killed_worker_is_replaced(
-    after: int, client: Client, order: Order, whole: Path, capsys: pytest.CaptureFixture[str]
+    after: int, client: Client, order: ExtractionSpec, whole: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = order.home / "caches" / "texts" / whole.name
     pids = pids_of(client)
@@ -93,7 +93,9 @@ def test_a_killed_worker_is_replaced(
         (1, r"a worker process was killed \(SIGKILL\) at sample 's\d{3}'"),
     ],
 )
-def test_what_kills_every_worker_is_named(children: int, message: str, order: Order, texts: Manifest, whole: Path) -> None:
+def test_what_kills_every_worker_is_named(
+    children: int, message: str, order: ExtractionSpec, texts: Manifest, whole: Path
+) -> None:
     own = dataclasses.replace(order, effort=dataclasses.replace(order.effort, workers=children))
     with cluster(2) as client:
         client.register_plugin(Poison())
@@ -117,7 +119,7 @@ def serve(address: Any) -> None:
     asyncio.run(run())
 
 
-def test_a_scheduler_elsewhere_may_be_lost(order: Order, texts: Manifest, whole: Path) -> None:
+def test_a_scheduler_elsewhere_may_be_lost(order: ExtractionSpec, texts: Manifest, whole: Path) -> None:
     context = multiprocessing.get_context("forkserver")
     receiver, sender = context.Pipe(duplex=False)
     server = context.Process(target=serve, args=(sender,), daemon=True)

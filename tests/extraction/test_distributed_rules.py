@@ -20,9 +20,9 @@ from helpers.fault_cases import content, fill, num_commits, write_texts
 
 from pipeline.cache import open_cache, verify
 from pipeline.extraction import extract as extraction
-from pipeline.extraction.distributed import _answer, extract_on
-from pipeline.runtime.executor import device_names
-from pipeline.runtime.files import lock, together
+from pipeline.extraction.distributed import extract_on
+from pipeline.runtime.executor import _result, cuda_visible_devices
+from pipeline.runtime.files import lock, lock_shared
 
 NUM_SHARDS = 8
 
@@ -117,9 +117,9 @@ def is_free(path: Path) -> bool:
 
 
 def test_those_who_write_together_keep_out_who_writes_alone(tmp_path: Path) -> None:
-    with lock(tmp_path), pytest.raises(ValueError, match="another process is writing"), together(tmp_path):
+    with lock(tmp_path), pytest.raises(ValueError, match="another process is writing"), lock_shared(tmp_path):
         pass
-    with together(tmp_path), together(tmp_path):
+    with lock_shared(tmp_path), lock_shared(tmp_path):
         assert not is_free(tmp_path)
     assert is_free(tmp_path)
 
@@ -140,7 +140,7 @@ def test_a_lost_scheduler_is_one_line_however_it_is_noticed(error: BaseException
 
     future: Any = SimpleNamespace(result=result, status="cancelled")
     with pytest.raises(ValueError, match=r"^the scheduler was lost; the same command goes on from here$"):
-        _answer(future, "shard 0")
+        _result(future, "shard 0")
 
 
 def test_a_full_disk_of_a_worker_is_no_lost_scheduler() -> None:
@@ -149,7 +149,7 @@ def test_a_full_disk_of_a_worker_is_no_lost_scheduler() -> None:
 
     future: Any = SimpleNamespace(result=result, status="error")
     with pytest.raises(OSError, match="No space left") as raised:
-        _answer(future, "shard 0")
+        _result(future, "shard 0")
     assert raised.value.filename == "/home/x"
 
 
@@ -166,21 +166,21 @@ def test_a_full_disk_of_a_worker_is_no_lost_scheduler() -> None:
 def test_gpus_are_counted_among_those_that_may_be_seen(
     gpus: list[int], num_gpus: int, visible: str, expected: list[str]
 ) -> None:
-    assert device_names(gpus, num_gpus, visible) == expected
+    assert cuda_visible_devices(gpus, num_gpus, visible) == expected
 
 
 @pytest.mark.parametrize(("gpu", "num_gpus"), [(0, 0), (2, 2), (-1, 2)])
 def test_a_gpu_that_is_not_there_is_named(gpu: int, num_gpus: int) -> None:
     with pytest.raises(ValueError, match=f"--workers-gpu names GPU {gpu}, but torch sees {num_gpus}"):
-        device_names([gpu], num_gpus, "4,5")
+        cuda_visible_devices([gpu], num_gpus, "4,5")
 
 
 def test_seconds_of_all_workers_make_one_verdict() -> None:
     """Two tasks of two workers each had 100 seconds."""
-    pace = extraction.Pace(2, "cpu", cores=4, spread=2)
+    pace = extraction.ThroughputMeter(2, "cpu", cores=4, spread=2)
     pace.started -= 100
     for _ in range(2):
-        spent = extraction.Pace(2, "cuda")
+        spent = extraction.ThroughputMeter(2, "cuda")
         spent.prepare, spent.encode = 150.0, 60.0
         spent.waited = {"items": 60.0, "disk": 5.0}
         pace.join(spent)

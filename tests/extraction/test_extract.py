@@ -24,12 +24,12 @@ from pipeline.cache import info, layout, open_cache, verify
 from pipeline.data import manifest as manifests
 from pipeline.data.manifest import Manifest
 from pipeline.encoders import random_projection
-from pipeline.extraction.extract import Effort, extract
+from pipeline.extraction.extract import ExtractOptions, extract
 from pipeline.extraction.inputs import texts_of
 from pipeline.runtime.files import lock
 from pipeline.types import Sample
 
-QUIET = Effort(progress=False)
+QUIET = ExtractOptions(progress=False)
 TEXT = {"modality": "text", "width": 8}
 
 
@@ -69,7 +69,7 @@ def test_bytes_depend_on_nothing_but_the_command(tiny_manifest: Manifest, tmp_pa
             "random_projection",
             settings,
             tmp_path / str(workers),
-            effort=Effort(batch_size=7, workers=workers, progress=False),
+            effort=ExtractOptions(batch_size=7, workers=workers, progress=False),
         )
         for workers in (0, 2)
     ]
@@ -90,7 +90,7 @@ def test_killed_at_every_rename_it_resumes_to_the_same_bytes(
 ) -> None:
     """Files appear by renames only: a copy of the folder before and after each is all that a kill can leave; two shards."""
     monkeypatch.setattr(layout, "SHARD_ROWS", 512)
-    effort = Effort(workers=0, progress=False)
+    effort = ExtractOptions(workers=0, progress=False)
     states: list[Path] = []
 
     def rename(source: Any, target: Any) -> None:
@@ -149,7 +149,9 @@ def flawed(tiny_manifest: Manifest, tmp_path: Path) -> Manifest:
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_undecodable_images_are_recorded_never_zeros(flawed: Manifest, tmp_path: Path, workers: int) -> None:
-    path = extract(flawed, "random_projection", {}, tmp_path, effort=Effort(max_failures=0.1, workers=workers, progress=False))
+    path = extract(
+        flawed, "random_projection", {}, tmp_path, effort=ExtractOptions(max_failures=0.1, workers=workers, progress=False)
+    )
     cache = open_cache(path)
     failed = {"red-1", "blue-2", "grey-3"}
     assert cache.failed_ids == failed
@@ -166,17 +168,17 @@ def test_undecodable_images_are_recorded_never_zeros(flawed: Manifest, tmp_path:
 def test_too_many_failures_stop(flawed: Manifest, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"3 of 40 items failed, more than --max-failures 0\.05 allows; .*'grey-3'"):
         extract(flawed, "random_projection", {}, tmp_path, effort=QUIET)
-    extract(flawed, "random_projection", {}, tmp_path, effort=Effort(max_failures=3 / 40, progress=False))
+    extract(flawed, "random_projection", {}, tmp_path, effort=ExtractOptions(max_failures=3 / 40, progress=False))
 
 
 def test_failed_items_can_be_tried_again(flawed: Manifest, tiny_manifest: Manifest, tmp_path: Path) -> None:
-    path = extract(flawed, "random_projection", {}, tmp_path, effort=Effort(max_failures=1, progress=False))
+    path = extract(flawed, "random_projection", {}, tmp_path, effort=ExtractOptions(max_failures=1, progress=False))
     (flawed.media_root / "grey-3.png").unlink()
     for name in ("red-1.png", "blue-2.png", "grey-3.png"):
         (flawed.media_root / name).write_bytes((tiny_manifest.media_root / name).read_bytes())
     extract(flawed, "random_projection", {}, tmp_path, effort=QUIET)
     assert len(open_cache(path).failed_ids) == 3
-    extract(flawed, "random_projection", {}, tmp_path, effort=Effort(retry_failed=True, progress=False))
+    extract(flawed, "random_projection", {}, tmp_path, effort=ExtractOptions(retry_failed=True, progress=False))
     assert open_cache(path).failed_ids == frozenset()
     assert content(path) == content(extract(tiny_manifest, "random_projection", {}, tmp_path / "good", effort=QUIET))
 
@@ -190,12 +192,12 @@ def test_features_beyond_float16_are_failures(texts: Manifest, tmp_path: Path, m
         return features
 
     monkeypatch.setattr(random_projection.RandomProjection, "forward", overflowing)
-    path = extract(texts, "random_projection", TEXT, tmp_path, effort=Effort(batch_size=100, progress=False))
+    path = extract(texts, "random_projection", TEXT, tmp_path, effort=ExtractOptions(batch_size=100, progress=False))
     table = pd.read_parquet(path / "failures.parquet")
     assert len(table) == 7
     assert set(table["error"]) == {"a feature is not finite as float16"}
     wide = extract(
-        texts, "random_projection", TEXT, tmp_path, store_dtype="float32", effort=Effort(batch_size=100, progress=False)
+        texts, "random_projection", TEXT, tmp_path, store_dtype="float32", effort=ExtractOptions(batch_size=100, progress=False)
     )
     assert open_cache(wide).failed_ids == frozenset()
 
@@ -239,10 +241,10 @@ def test_user_errors_are_one_line(tiny_manifest: Manifest, tmp_path: Path) -> No
         (lambda: extract(tiny_manifest, "nonsense", {}, tmp_path), "unknown encoder 'nonsense'; choose one of: efficientnet"),
         (lambda: extract(tiny_manifest, "random_projection", {"size": 1}, tmp_path), "unknown setting 'size'; choose one of"),
         (
-            lambda: extract(tiny_manifest, "random_projection", {}, tmp_path, effort=Effort(max_failures=2)),
+            lambda: extract(tiny_manifest, "random_projection", {}, tmp_path, effort=ExtractOptions(max_failures=2)),
             "share of the items",
         ),
-        (lambda: extract(tiny_manifest, "random_projection", {}, tmp_path, effort=Effort(batch_size=-1)), "batch size"),
+        (lambda: extract(tiny_manifest, "random_projection", {}, tmp_path, effort=ExtractOptions(batch_size=-1)), "batch size"),
     ]
     for attempt, message in attempts:
         with pytest.raises(ValueError, match=message) as raised:
@@ -257,15 +259,17 @@ def test_interrupt_leaves_nothing_behind(tmp_path: Path) -> None:
     Image.new("RGB", (64, 64)).save(root / "x.png")
     samples = tuple(Sample(str(row), "train", Path("x.png"), (), (0,), "") for row in range(20_000))
     meta = {"media_type": "image", "text": {"kind": "", "aggregate": "mean", "sep": ""}}
-    manifests.write(Manifest("many", "single", ("only",), samples, meta, root), tmp_path)
+    manifests.write_manifest(Manifest("many", "single", ("only",), samples, meta, root), tmp_path)
     script = f"""
 import signal
 from pathlib import Path
-from pipeline.extraction.extract import Effort, extract
-from pipeline.data.manifest import read
+from pipeline.extraction.extract import ExtractOptions, extract
+from pipeline.data.manifest import read_manifest
+from pipeline.runtime import logs
+logs.SPARSE_SECONDS = 0.1
 signal.signal(signal.SIGINT, signal.default_int_handler)  # whoever runs the tests in the background has it ignored
 home = Path({str(tmp_path)!r})
-extract(read(home, "many"), "random_projection", {{}}, home, effort=Effort(workers=2))
+extract(read_manifest(home, "many"), "random_projection", {{}}, home, effort=ExtractOptions(workers=2))
 """
     process = subprocess.Popen([sys.executable, "-c", script], stderr=subprocess.PIPE, start_new_session=True)
     assert process.stderr is not None

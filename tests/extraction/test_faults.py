@@ -32,7 +32,7 @@ from pipeline.commands import app as cli
 from pipeline.data import manifest as manifests
 from pipeline.data.manifest import Manifest
 from pipeline.encoders.random_projection import RandomProjection
-from pipeline.extraction.extract import Effort
+from pipeline.extraction.extract import ExtractOptions
 from pipeline.extraction.repair import repair
 from pipeline.runtime.files import lock
 
@@ -50,7 +50,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def texts(home: Path) -> Manifest:
-    return manifests.read(home, "texts")
+    return manifests.read_manifest(home, "texts")
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +68,7 @@ def expected(whole: Path) -> dict[str, bytes]:
 
 
 def mend(path: Path) -> list[str]:
-    return repair(path, Effort(workers=0, progress=False))
+    return repair(path, ExtractOptions(workers=0, progress=False))
 
 
 def spoil(whole: Path, home: Path) -> None:

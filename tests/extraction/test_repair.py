@@ -17,10 +17,10 @@ from pipeline.cache import open_cache, verify
 from pipeline.cache.layout import StoreDtype
 from pipeline.data import manifest as manifests
 from pipeline.data.manifest import Manifest
-from pipeline.extraction.extract import Effort, extract
+from pipeline.extraction.extract import ExtractOptions, extract
 from pipeline.extraction.repair import repair
 
-EFFORT = Effort(workers=0, shard_rows=SHARD_ROWS, max_failures=0.2, progress=False)
+EFFORT = ExtractOptions(workers=0, shard_rows=SHARD_ROWS, max_failures=0.2, progress=False)
 NUM_DAMAGES = 100
 
 
@@ -33,7 +33,7 @@ def caches(tiny_manifest: Manifest, tmp_path_factory: pytest.TempPathFactory) ->
     for name in ("red-1.png", "grey-3.png"):
         (home / name).write_bytes((home / name).read_bytes()[:200])
     tiny = dataclasses.replace(tiny_manifest, media_root=home)
-    manifests.write(tiny, home)
+    manifests.write_manifest(tiny, home)
     texts = write_texts(home, 30)
     paths = []
     for dtype in get_args(StoreDtype):

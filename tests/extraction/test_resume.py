@@ -16,12 +16,12 @@ from pipeline.cache import info, layout, open_cache, provenance, verify, writer
 from pipeline.data import manifest as manifests
 from pipeline.data.manifest import Manifest
 from pipeline.encoders.random_projection import RandomProjection
-from pipeline.extraction.extract import Effort, extract
+from pipeline.extraction.extract import ExtractOptions, extract
 from pipeline.extraction.repair import repair
 from pipeline.runtime.files import write_atomic
 from pipeline.types import Sample
 
-QUIET = Effort(workers=0, progress=False)
+QUIET = ExtractOptions(workers=0, progress=False)
 Again = Callable[[Manifest, Path], object]
 
 
@@ -52,7 +52,7 @@ def pictures(tiny_manifest: Manifest, tmp_path: Path) -> Manifest:
         (root / name).write_bytes((root / name).read_bytes()[:200])
     (root / "blue-2.png").unlink()
     manifest = dataclasses.replace(tiny_manifest, media_root=root)
-    manifests.write(manifest, tmp_path)
+    manifests.write_manifest(manifest, tmp_path)
     return manifest
 
 
@@ -141,7 +141,7 @@ def many(tmp_path: Path, tiny_manifest: Manifest) -> Manifest:
     files = [sample.media for sample in tiny_manifest.samples]
     samples = tuple(Sample(f"{row}", "train", files[row % 10 + 20 * (row >= 512)], (), (0,), "") for row in range(600))
     manifest = Manifest("many", "single", ("only",), samples, tiny_manifest.meta, root)
-    manifests.write(manifest, tmp_path)
+    manifests.write_manifest(manifest, tmp_path)
     return manifest
 
 

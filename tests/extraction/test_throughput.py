@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pipeline.extraction import throughput as pace
 from pipeline.extraction.inputs import Encoded, Forward
-from pipeline.extraction.throughput import Pace
+from pipeline.extraction.throughput import ThroughputMeter
 
 RAISE = "raise --workers (there are 4 cores)"
 ALL_AT_WORK = "all 4 cores are at work; a GPU, or more machines with --scheduler, would help"
@@ -22,9 +22,9 @@ DISK = "disk-bound: the encoder waited {} for shards to be written: choose a fas
 GPUS = "raise --batch-size, or spread over several GPUs with --workers-gpu"
 
 
-def make_pace(workers: int, device: str, prepare: float, encode: float, **waited: float) -> Pace:
+def make_pace(workers: int, device: str, prepare: float, encode: float, **waited: float) -> ThroughputMeter:
     """The pace of a run of 100 seconds on four cores; seconds of all workers together, and of this process."""
-    found = Pace(workers, device, 4, started=time.monotonic() - 100)
+    found = ThroughputMeter(workers, device, 4, started=time.monotonic() - 100)
     found.add(Encoded(np.arange(1), np.zeros((1, 1)), [], prepare, encode))
     found.waited = {"items": waited.get("items", 0.0), "disk": waited.get("disk", 0.0)}
     return found
@@ -64,7 +64,7 @@ def test_idle_and_unused_gpus_are_warned_about(tmp_path: Path, monkeypatch: pyte
 
 @pytest.mark.parametrize("activity", ["items", "disk"])
 def test_waiting_is_timed(activity: Literal["items", "disk"]) -> None:
-    found = Pace(0, "cpu")
+    found = ThroughputMeter(0, "cpu")
     with found.waiting(activity):
         time.sleep(0.05)
     assert 0.05 <= found.waited.pop(activity) < 1

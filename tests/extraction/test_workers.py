@@ -20,9 +20,9 @@ from pipeline.cache import layout
 from pipeline.cache.writer import Writer
 from pipeline.data.manifest import Manifest
 from pipeline.encoders.random_projection import RandomProjection
-from pipeline.extraction.extract import Effort, Task, extract, gpu_batch_size, plan
+from pipeline.extraction.extract import ExtractOptions, Task, extract, gpu_batch_size, plan_extraction
 from pipeline.extraction.inputs import Forward, Items
-from pipeline.extraction.throughput import Pace
+from pipeline.extraction.throughput import ThroughputMeter
 from pipeline.extraction.workers import allowed_workers, encoded_batches
 
 NUM_SHARDS = 8
@@ -95,7 +95,7 @@ def test_a_batch_of_clips_has_fewer_items(shape: tuple[int, ...], itemsize: int,
 
 
 def test_an_item_is_measured_when_one_can_be_prepared(tiny_manifest: Manifest, tmp_path: Path) -> None:
-    task = plan(tiny_manifest, "random_projection", {}, tmp_path, "float16", False, Effort())
+    task = plan_extraction(tiny_manifest, "random_projection", {}, tmp_path, "float16", False, ExtractOptions())
     assert task.items.item_bytes() == task.items.prepare(np.arange(1)).good.nbytes == 3 * 16 * 16 * 4
     assert task.target.provenance["batch_size"] == 16
 
@@ -104,7 +104,7 @@ def extract_as_daemon(texts: Manifest, home: Path) -> None:
     """Extract with workers in a process that may have none."""
     assert multiprocessing.current_process().daemon
     assert allowed_workers(2) == 0
-    extract(texts, "random_projection", TEXT, home, effort=Effort(workers=2, shard_rows=SHARD_ROWS, progress=False))
+    extract(texts, "random_projection", TEXT, home, effort=ExtractOptions(workers=2, shard_rows=SHARD_ROWS, progress=False))
 
 
 def test_a_daemonic_process_does_everything_itself(texts: Manifest, tmp_path: Path) -> None:
@@ -139,10 +139,10 @@ def test_a_full_disk_is_told_before_the_next_shard_is_encoded(
 
 
 def test_workers_and_this_process_encode_alike(texts: Manifest, tmp_path: Path) -> None:
-    task: Task = plan(texts, "random_projection", TEXT, tmp_path, "float16", False, Effort())
+    task: Task = plan_extraction(texts, "random_projection", TEXT, tmp_path, "float16", False, ExtractOptions())
     batches = task.batches(range(100))
     alone, spread = (
-        [batch.features for batch in encoded_batches(task.items, batches, task.forward, Pace(workers, "cpu"))]
+        [batch.features for batch in encoded_batches(task.items, batches, task.forward, ThroughputMeter(workers, "cpu"))]
         for workers in (0, 3)
     )
     assert len(batches) == 7

@@ -18,9 +18,9 @@ from torch import Tensor
 
 from helpers.fault_cases import SHARD_ROWS, TEXT
 from pipeline.encoders.random_projection import RandomProjection
-from pipeline.extraction.distributed import Order
-from pipeline.extraction.extract import Effort
-from pipeline.runtime.executor import processes
+from pipeline.extraction.distributed import ExtractionSpec
+from pipeline.extraction.extract import ExtractOptions
+from pipeline.runtime.executor import local_cluster
 
 
 @contextmanager
@@ -28,14 +28,14 @@ def cluster(num_workers: int) -> Iterator[Client]:
     """A cluster of processes that share nothing with this one, made by one that has imported torch for all of them."""
     with dask_config.set({"distributed.worker.multiprocessing-method": "forkserver"}):
         get_mp_context().set_forkserver_preload(["pipeline.extraction.distributed", "pipeline.encoders.random_projection"])
-        with processes([{"OMP_NUM_THREADS": "1"}] * num_workers) as client:
+        with local_cluster([{"OMP_NUM_THREADS": "1"}] * num_workers) as client:
             yield client
 
 
-def order_for(home: Path, **changes: object) -> Order:
+def order_for(home: Path, **changes: object) -> ExtractionSpec:
     """An order for the texts of a home, with changes of its effort."""
-    effort = Effort(workers=0, shard_rows=SHARD_ROWS, progress=False)
-    return Order(
+    effort = ExtractOptions(workers=0, shard_rows=SHARD_ROWS, progress=False)
+    return ExtractionSpec(
         home=home,
         dataset="texts",
         encoder="random_projection",

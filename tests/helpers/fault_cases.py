@@ -20,7 +20,7 @@ from pipeline.cache import layout
 from pipeline.commands import app as cli
 from pipeline.data import manifest as manifests
 from pipeline.data.manifest import Manifest
-from pipeline.extraction.extract import Effort, extract
+from pipeline.extraction.extract import ExtractOptions, extract
 from pipeline.types import Sample
 
 FORK = multiprocessing.get_context("fork")  # children that need not import torch again
@@ -37,13 +37,13 @@ def write_texts(home: Path, num_samples: int) -> Manifest:
     )
     meta = {"media_type": "image", "text": {"kind": "caption", "aggregate": "mean", "sep": " "}, "licence": "generated"}
     manifest = Manifest("texts", "single", ("only",), samples, meta, home)
-    manifests.write(manifest, home)
+    manifests.write_manifest(manifest, home)
     return manifest
 
 
 def fill(manifest: Manifest, home: Path, workers: int = 0, **settings: str) -> Path:
     """Extract the texts of a manifest in shards of 512 rows; returns the cache."""
-    effort = Effort(workers=workers, shard_rows=SHARD_ROWS, progress=False)
+    effort = ExtractOptions(workers=workers, shard_rows=SHARD_ROWS, progress=False)
     return extract(manifest, "random_projection", {**TEXT, **settings}, home, effort=effort)
 
 

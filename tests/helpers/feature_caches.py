@@ -29,7 +29,7 @@ def make_manifest(home: Path, num_samples: int, labels: Sequence[tuple[int, ...]
     meta = {"media_type": "image", "text": {"kind": "caption", "aggregate": "mean", "sep": " "}, "licence": "generated"}
     kind = "single" if all(len(own) == 1 for own in labels) else "multi"
     manifest = Manifest("toy", kind, tuple("abcde"), samples, meta, home)
-    manifests.write(manifest, home)
+    manifests.write_manifest(manifest, home)
     return manifest
 
 

@@ -13,27 +13,27 @@ from pipeline.data import manifest as manifests
 from pipeline.data.manifest import Manifest
 from pipeline.encoders._weights import seeded
 from pipeline.evaluation.evaluate import load_method
-from pipeline.extraction.extract import Effort, extract
+from pipeline.extraction.extract import ExtractOptions, extract
 from pipeline.runtime import plugins
-from pipeline.runtime.runs import Run
+from pipeline.runtime.runs import RunFolder
 from pipeline.training.config import TrainConfig
 from pipeline.training.features import open_features
-from pipeline.training.heads import plan, train_head
-from pipeline.training.heads import resolve as resolve_head
-from pipeline.training.joint.ddp import Ranks
-from pipeline.training.joint.finetune import Outcome, finetune, resolve
+from pipeline.training.heads import plan_head, train_head
+from pipeline.training.heads import resolve_settings as resolve_head
+from pipeline.training.joint.ddp import DistributedContext
+from pipeline.training.joint.finetune import FinetuneResult, finetune, resolve_joint_settings
 from pipeline.training.joint.model import Joint
-from pipeline.training.joint.trainer import JointConfig, Live, Together, Work, assemble, open_live
+from pipeline.training.joint.trainer import JointConfig, JointOptions, Together, TrainableEncoder, assemble, open_live
 
-ALONE, QUIET = Ranks(), Work(workers=0, progress=False)
+ALONE, QUIET = DistributedContext(), JointOptions(workers=0, progress=False)
 IMAGE = {"model": "test_vit", "weights": "random", "compute_dtype": "float32"}
 SHORT = {"epochs": "2", "batch_size": "8", "lr": "1e-3"}
 
 
 def make_home(manifest: Manifest, home: Path, store_dtype: StoreDtype = "float32", max_failures: float = 0.05) -> Path:
     """Prepare and extract; image [64] and text [32] features, by default stored as float32 like they are computed."""
-    manifests.write(manifest, home)
-    quick = Effort(progress=False, workers=0, max_failures=max_failures)
+    manifests.write_manifest(manifest, home)
+    quick = ExtractOptions(progress=False, workers=0, max_failures=max_failures)
     extract(manifest, "timm", IMAGE, home, store_dtype=store_dtype, effort=quick)
     folder = home.parent / "bert"
     folder.mkdir()
@@ -50,13 +50,13 @@ def caches(home: Path) -> dict[str, str]:
     return {cache.identity["encoder"]["modality"]: cache.fingerprint for cache in first}
 
 
-def head(home: Path, method: str, epochs: int = 3, aggregate: str = "") -> Run:
+def head(home: Path, method: str, epochs: int = 3, aggregate: str = "") -> RunFolder:
     """A small run of stage 2."""
     settings, training = resolve_head("tiny", method, "head", SMALL[method], {"epochs": epochs, "batch_size": 8})
-    return train_head(plan(home, "tiny", method, settings, training, 0, caches(home), aggregate), progress=False)
+    return train_head(plan_head(home, "tiny", method, settings, training, 0, caches(home), aggregate), progress=False)
 
 
-def together(home: Path, init: Run, joint: JointConfig, training: TrainConfig) -> Together:
+def together(home: Path, init: RunFolder, joint: JointConfig, training: TrainConfig) -> Together:
     """What `finetune` trains."""
     config = init.config()
     features = open_features(home, "tiny", config.method, config.caches, config.text_aggregate)
@@ -67,12 +67,12 @@ def together(home: Path, init: Run, joint: JointConfig, training: TrainConfig) -
     return Together(config=config, joint=joint, training=training, head=loaded, init=init, run=run, features=features)
 
 
-def assembled(plan: Together, work: Work = QUIET) -> tuple[Joint, dict[str, Live]]:
+def assembled(plan: Together, work: JointOptions = QUIET) -> tuple[Joint, dict[str, TrainableEncoder]]:
     """The method that is trained, and its live encoders."""
     live = {key: open_live(plan, key, work, ALONE) for key in plan.joint.live}
     return assemble(plan, live, ALONE), live
 
 
-def tuned(home: Path, init: Run, joint: JointConfig, **training: str) -> Outcome:
+def tuned(home: Path, init: RunFolder, joint: JointConfig, **training: str) -> FinetuneResult:
     """The outcome of a short joint training."""
-    return finetune(home, init, joint, resolve(init, {**SHORT, **training}), QUIET)
+    return finetune(home, init, joint, resolve_joint_settings(init, {**SHORT, **training}), QUIET)

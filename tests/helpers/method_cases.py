@@ -12,7 +12,7 @@ from scipy.special import log_softmax
 from torch import Tensor, nn
 
 from pipeline.runtime import plugins
-from pipeline.runtime.rng import Streams, sample_keys
+from pipeline.runtime.rng import KeyedRNG, sample_keys
 from pipeline.types import Batch, Phase, Shapes
 
 ROWS, WIDTH, CLASSES = 64, 16, 5
@@ -94,8 +94,8 @@ def passes(batch: Batch, size: int = 24) -> Callable[[], Iterator[Batch]]:
     return train
 
 
-def streams(seed: int = 0, samples: Tensor | None = None) -> Streams:
-    return Streams.seeded(seed, ids() if samples is None else samples)
+def streams(seed: int = 0, samples: Tensor | None = None) -> KeyedRNG:
+    return KeyedRNG.seeded(seed, ids() if samples is None else samples)
 
 
 def freeze(method: nn.Module, phase: Phase) -> None:
@@ -141,7 +141,7 @@ class Stub(nn.Module):
     def time(self, n: Tensor) -> Tensor:
         return n
 
-    def forward(self, x_n: Tensor, e: Tensor, context: Tensor, rng: Streams | None, p: Tensor) -> Tensor:
+    def forward(self, x_n: Tensor, e: Tensor, context: Tensor, rng: KeyedRNG | None, p: Tensor) -> Tensor:
         return context if self.returns == "image" else x_n
 
 

@@ -17,7 +17,7 @@ from pipeline.cache.layout import cache_path
 from pipeline.data import manifest as manifests
 from pipeline.data.manifest import Manifest
 from pipeline.runtime.files import fingerprint, lock
-from pipeline.runtime.runs import Run, RunConfig
+from pipeline.runtime.runs import RunConfig, RunFolder
 from pipeline.types import Sample
 
 WIDTH = 12  # of the image features
@@ -57,9 +57,9 @@ class Home:
             manifest=self.manifest.fingerprint(),
         )
 
-    def train(self, config: RunConfig, seed: int, scores: Sequence[float] = (40.0, 55.0, 52.0, 51.0)) -> Run:
+    def train(self, config: RunConfig, seed: int, scores: Sequence[float] = (40.0, 55.0, 52.0, 51.0)) -> RunFolder:
         """A finished run without evaluations; `scores` are its validation metric by epoch."""
-        run = Run.of(self.path, config, seed)
+        run = RunFolder.of(self.path, config, seed)
         run.create(config)
         rows = [{"phase": "adapt", "epoch": epoch, "lr": 1e-3, "loss": 3.0 / (epoch + 1)} for epoch in (0, 1)]
         for k, score in enumerate(scores):
@@ -69,7 +69,9 @@ class Home:
         (run.path / "done").write_text(f"{2.0 + seed:.3f}\n")
         return run
 
-    def evaluate(self, run: Run, logits: np.ndarray, name: str = "test", terms: dict[str, np.ndarray] | None = None) -> None:
+    def evaluate(
+        self, run: RunFolder, logits: np.ndarray, name: str = "test", terms: dict[str, np.ndarray] | None = None
+    ) -> None:
         """Predictions and record of an evaluation; single-label terms are computed here, multi-label ones are given."""
         if terms is None:
             rank = (logits > logits[np.arange(len(logits)), self.label][:, None]).sum(axis=1)
@@ -119,7 +121,7 @@ def make_home(folder: Path, class_names: Sequence[str], num_test: int = 60, id_p
     fields: dict[str, Any] = {"dataset": "toy", "label_kind": "single", "meta": meta, "media_root": media}
     fields |= {"class_names": tuple(class_names), "samples": tuple(samples)}
     manifest = Manifest(**{**fields, **changes})
-    manifests.write(manifest, folder)
+    manifests.write_manifest(manifest, folder)
     home = Home(folder, manifest)
     ids = [sample.id for sample in manifest.samples]
     for key in ("image", "text"):

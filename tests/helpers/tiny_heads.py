@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from pipeline.cache import find_caches, open_cache
-from pipeline.runtime.runs import Run
-from pipeline.training.heads import plan, resolve, train_head
+from pipeline.runtime.runs import RunFolder
+from pipeline.training.heads import plan_head, resolve_settings, train_head
 
 SMALL: dict[str, dict[str, object]] = {
     "baseline": {},
@@ -31,7 +31,7 @@ def caches_by_key(home: Path) -> dict[str, str]:
     return {open_cache(path).identity["encoder"]["modality"]: path.name for path in find_caches(home, "tiny")}
 
 
-def train_tiny(home: Path, method: str, seed: int = 0, training: dict[str, object] | None = None) -> Run:
+def train_tiny(home: Path, method: str, seed: int = 0, training: dict[str, object] | None = None) -> RunFolder:
     """A small run of a method on the tiny dataset."""
-    settings, config = resolve("tiny", method, "head", SMALL.get(method, {}), {**FAST, **(training or {})})
-    return train_head(plan(home, "tiny", method, settings, config, seed, caches_by_key(home)), progress=False)
+    settings, config = resolve_settings("tiny", method, "head", SMALL.get(method, {}), {**FAST, **(training or {})})
+    return train_head(plan_head(home, "tiny", method, settings, config, seed, caches_by_key(home)), progress=False)

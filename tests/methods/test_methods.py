@@ -27,8 +27,8 @@ from helpers.method_cases import (
 from torch import Tensor
 
 from pipeline.runtime import plugins
-from pipeline.runtime.rng import Streams
-from pipeline.training.ensemble import Stack, structure
+from pipeline.runtime.rng import KeyedRNG
+from pipeline.training.ensemble import ModelEnsemble, structure
 from pipeline.types import Batch
 
 VARIANTS = variants()
@@ -143,13 +143,13 @@ def test_a_prediction_is_a_function_of_its_own_sample(variant: tuple[str, dict[s
         for start in (0, 7, ROWS - size):
             rows = slice(start, start + size)
             torch.testing.assert_close(
-                method.predict(image[rows], Streams.seeded(0, keys[rows])), whole[rows], atol=1e-5, rtol=0
+                method.predict(image[rows], KeyedRNG.seeded(0, keys[rows])), whole[rows], atol=1e-5, rtol=0
             )
     others = image.clone()
     others[1:] = -100.0 * others[1:].flip(0)
     torch.testing.assert_close(method.predict(others, streams())[0], whole[0], atol=1e-5, rtol=0)
     order = torch.randperm(ROWS, generator=torch.Generator().manual_seed(1))
-    torch.testing.assert_close(method.predict(image[order], Streams.seeded(0, keys[order])), whole[order], atol=1e-5, rtol=0)
+    torch.testing.assert_close(method.predict(image[order], KeyedRNG.seeded(0, keys[order])), whole[order], atol=1e-5, rtol=0)
 
 
 @over_variants
@@ -218,10 +218,10 @@ def test_stacked_models_compute_what_each_does_alone(variant: tuple[str, dict[st
             gradients = torch.autograd.grad(value["loss"], list(trained.values()), allow_unused=True, materialize_grads=True)
             alone.append((value, dict(zip(trained, gradients, strict=True))))
         if structure(models[0]) == structure(models[1]):
-            _assert_stacked(Stack(models), alone, predicted, phase.name)
+            _assert_stacked(ModelEnsemble(models), alone, predicted, phase.name)
 
 
-def _assert_stacked(stack: Stack, alone: list[tuple[Batch, Batch]], predicted: list[Tensor], phase: str) -> None:
+def _assert_stacked(stack: ModelEnsemble, alone: list[tuple[Batch, Batch]], predicted: list[Tensor], phase: str) -> None:
     """Losses, their parts, gradients and predictions are those of each model by itself."""
     torch.testing.assert_close(stack.predict(data()["image"], streams()), torch.stack(predicted), atol=1e-4, rtol=1e-4)
     stack.train()

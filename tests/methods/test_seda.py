@@ -26,7 +26,7 @@ from scipy import stats
 from torch import Tensor
 from torch.func import vmap
 
-from pipeline.runtime.rng import Streams
+from pipeline.runtime.rng import KeyedRNG
 from pipeline.types import Batch
 
 T, STEP = 12, 4  # T and t of the tiny settings
@@ -37,7 +37,7 @@ over_kinds = pytest.mark.parametrize("kind", KINDS)
 def drawn(method: Any, draws: int) -> tuple[np.ndarray, np.ndarray]:
     """Steps and stages of one sample in many batches, each drawn on its own."""
     keys = streams(7, ids(draws)).bits()
-    n, learner = vmap(lambda key: method.draw_steps(Streams(key, ids(1))))(keys)
+    n, learner = vmap(lambda key: method.draw_steps(KeyedRNG(key, ids(1))))(keys)
     return n[:, 0].numpy(), learner[:, 0].numpy()
 
 
@@ -94,7 +94,7 @@ class TestDrawing:
         assert (n.min(), n.max(), len(set(n))) == (0, 1499, 1500)
 
 
-def one_step(method: Any, batch: Batch, rng: Streams) -> tuple[Tensor, np.ndarray, np.ndarray, np.ndarray]:
+def one_step(method: Any, batch: Batch, rng: KeyedRNG) -> tuple[Tensor, np.ndarray, np.ndarray, np.ndarray]:
     """The prediction, x_v, x_s (eq. 1 by hand) and the steps behind a loss."""
     x_v, x_s = array(method.space.image(batch["image"])), array(method.space.text(batch["text"]))
     n = method.draw_steps(rng)[0].numpy()

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from pipeline.nn.denoisers import PFIN, ConcatMLP, CrossAttention, Denoiser, Interaction
 from pipeline.nn.unet import UNet
-from pipeline.runtime.rng import Streams
+from pipeline.runtime.rng import KeyedRNG
 
 WIDTH, ROWS = 32, 9
 NO_DROPOUT = torch.tensor(0.0)
@@ -38,7 +38,7 @@ class Whole(nn.Module):
         super().__init__()
         self.denoiser = denoiser
 
-    def forward(self, x_n: Tensor, n: Tensor, x_v: Tensor, rng: Streams | None = None, p: Tensor = NO_DROPOUT) -> Tensor:
+    def forward(self, x_n: Tensor, n: Tensor, x_v: Tensor, rng: KeyedRNG | None = None, p: Tensor = NO_DROPOUT) -> Tensor:
         return self.denoiser(x_n, self.denoiser.time(n), self.denoiser.condition(x_v), rng, p)
 
 
@@ -89,7 +89,7 @@ def test_a_row_of_the_time_table_serves_the_whole_batch(name: str) -> None:
 @denoisers
 def test_dropout_comes_from_the_stream_and_only_in_training(name: str) -> None:
     model, (x_n, n, x_v) = build(name), data()
-    rng, half = Streams.seeded(0, torch.arange(ROWS)), torch.tensor(0.5)
+    rng, half = KeyedRNG.seeded(0, torch.arange(ROWS)), torch.tensor(0.5)
     clean = model(x_n, n, x_v)
     dropped = model(x_n, n, x_v, rng, half)
     assert not torch.allclose(dropped, clean)
@@ -103,17 +103,17 @@ def test_dropout_comes_from_the_stream_and_only_in_training(name: str) -> None:
 @denoisers
 def test_stacked_models_and_their_gradients_equal_a_loop(name: str) -> None:
     models, (x_n, n, x_v) = [build(name, seed) for seed in range(3)], data()
-    keys = torch.tensor([Streams.seeded(seed, torch.arange(ROWS)).key for seed in range(3)])
+    keys = torch.tensor([KeyedRNG.seeded(seed, torch.arange(ROWS)).key for seed in range(3)])
     ps = torch.tensor([0.0, 0.1, 0.5])
 
     def loss(parameters: dict[str, Tensor], key: Tensor, p: Tensor) -> Tensor:
-        rng = Streams(key, torch.arange(ROWS))
+        rng = KeyedRNG(key, torch.arange(ROWS))
         return torch.func.functional_call(models[0], parameters, (x_n, n, x_v, rng, p)).square().mean()
 
     stacked, _ = torch.func.stack_module_state(models)
     gradients, losses = torch.func.vmap(torch.func.grad_and_value(loss))(stacked, keys, ps)
     for i, model in enumerate(models):
-        value = model(x_n, n, x_v, Streams(keys[i], torch.arange(ROWS)), ps[i]).square().mean()
+        value = model(x_n, n, x_v, KeyedRNG(keys[i], torch.arange(ROWS)), ps[i]).square().mean()
         value.backward()
         torch.testing.assert_close(losses[i], value.detach(), atol=1e-6, rtol=1e-5)
         for key, parameter in model.named_parameters():

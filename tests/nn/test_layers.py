@@ -14,13 +14,13 @@ from sklearn.preprocessing import StandardScaler
 from torch import Tensor, nn
 
 from pipeline.nn import layers as nets
-from pipeline.runtime.rng import Streams
+from pipeline.runtime.rng import KeyedRNG
 
 KEEP_ALL = torch.tensor(0.0)
 
 
-def streams(rows: int, seed: int = 0) -> Streams:
-    return Streams.seeded(seed, torch.arange(rows))
+def streams(rows: int, seed: int = 0) -> KeyedRNG:
+    return KeyedRNG.seeded(seed, torch.arange(rows))
 
 
 def skewed(rows: int = 200, width: int = 6, seed: int = 0) -> Tensor:
@@ -50,14 +50,14 @@ class TestDropout:
     def test_a_mask_belongs_to_its_sample_and_its_name(self) -> None:
         x, p, rng = torch.ones(8, 100), torch.tensor(0.5), streams(8)
         whole = nets.dropout(x, p, rng, training=True)
-        assert torch.equal(nets.dropout(x[3:5], p, Streams(rng.key, rng.samples[3:5]), training=True), whole[3:5])
+        assert torch.equal(nets.dropout(x[3:5], p, KeyedRNG(rng.key, rng.samples[3:5]), training=True), whole[3:5])
         assert not torch.equal(nets.dropout(x, p, rng.at("other"), training=True), whole)
         assert not torch.equal(whole[0], whole[1])
 
 
 def test_hyperparameters_are_scalar_buffers_outside_the_checkpoint() -> None:
     module = nn.Linear(2, 2)
-    nets.hyper(module, tau=0.07, w_ce=1)
+    nets.register_hyperparameters(module, tau=0.07, w_ce=1)
     buffers = dict(module.named_buffers())
     assert {name: (tuple(b.shape), b.dtype) for name, b in buffers.items()} == {
         "tau": ((), torch.float32),
@@ -92,7 +92,7 @@ class TestMLP:
         ps = torch.tensor([0.0, 0.2, 0.6])
 
         def run(parameters: dict[str, Tensor], key: Tensor, p: Tensor) -> Tensor:
-            return torch.func.functional_call(mlps[0], parameters, (x, Streams(key, torch.arange(20)), p))
+            return torch.func.functional_call(mlps[0], parameters, (x, KeyedRNG(key, torch.arange(20)), p))
 
         expected = torch.stack([mlp(x, streams(20, i), ps[i]) for i, mlp in enumerate(mlps)])
         torch.testing.assert_close(torch.func.vmap(run)(params, keys, ps), expected)

@@ -11,7 +11,7 @@ from helpers.method_cases import ROWS, WIDTH, Stub, array, fitted, noise_levels,
 from scipy import stats
 from torch import Tensor
 
-from pipeline.runtime.rng import Streams
+from pipeline.runtime.rng import KeyedRNG
 from pipeline.types import Batch
 
 T = 12  # of the tiny settings
@@ -31,13 +31,13 @@ def test_the_start_is_named_by_seed_sample_and_draw(name: str) -> None:
     method, batch = fitted(name, sample_steps=1)
     method.denoiser = Stub("input")
     image, keys = batch["image"], batch["key"]
-    start = method.feature(image, Streams.seeded(3, keys), 2)
+    start = method.feature(image, KeyedRNG.seeded(3, keys), 2)
     assert stats.kstest(start.flatten().numpy(), "norm").pvalue > 0.01
-    assert torch.equal(method.feature(0 * image[9:10], Streams.seeded(3, keys[9:10]), 2), start[9:10])
+    assert torch.equal(method.feature(0 * image[9:10], KeyedRNG.seeded(3, keys[9:10]), 2), start[9:10])
     for other in (
-        method.feature(image, Streams.seeded(4, keys), 2),
-        method.feature(image, Streams.seeded(3, keys), 1),
-        method.feature(image, Streams.seeded(3, keys.roll(1)), 2),
+        method.feature(image, KeyedRNG.seeded(4, keys), 2),
+        method.feature(image, KeyedRNG.seeded(3, keys), 1),
+        method.feature(image, KeyedRNG.seeded(3, keys.roll(1)), 2),
     ):
         assert abs(np.corrcoef(start.flatten(), other.flatten())[0, 1]) < 4 / np.sqrt(start.numel())
 

@@ -20,7 +20,7 @@ from pipeline.report import evidence, numbers, write_report
 from pipeline.report.figures import confusions
 from pipeline.report.markdown import escape
 from pipeline.report.results import TEXT_ONLY, collect
-from pipeline.training.heads import plan, resolve, train_head
+from pipeline.training.heads import plan_head, resolve_settings, train_head
 
 CLASSES = [f"class {k}" for k in range(8)]
 
@@ -227,9 +227,9 @@ def test_report_reads_what_the_stages_write(tiny_home: Path, tmp_path: Path) -> 
     caches = {open_cache(path).kind: path.name for path in find_caches(home, "tiny")}
     expected = {}
     for method, changes, image in (("baseline", {}, "dense"), ("ema", {"width": 16}, "dense"), ("baseline", {}, "ragged")):
-        settings, training = resolve("tiny", method, "head", changes, {"epochs": 2, "batch_size": 8})
+        settings, training = resolve_settings("tiny", method, "head", changes, {"epochs": 2, "batch_size": 8})
         encoders = {"image": caches[image], "text": caches["ragged"]}
-        run = train_head(plan(home, "tiny", method, settings, training, 0, encoders), progress=False)
+        run = train_head(plan_head(home, "tiny", method, settings, training, 0, encoders), progress=False)
         label = method if image == "dense" else TEXT_ONLY
         expected[label] = evaluate(home, run, "test", {})["metrics"]
     frame = numbers(home, "tiny")

@@ -6,11 +6,11 @@ import os
 import signal
 from pathlib import Path
 
-from pipeline.runtime.files import lock, together
+from pipeline.runtime.files import lock, lock_shared
 
 
 def test_a_forked_process_does_not_keep_the_lock(tmp_path: Path) -> None:
-    for held in (lock, together):
+    for held in (lock, lock_shared):
         with lock(tmp_path):
             pass
         with held(tmp_path):

@@ -7,13 +7,13 @@ import pytest
 import torch
 from scipy import stats
 
-from pipeline.runtime.rng import Streams, sample_keys
+from pipeline.runtime.rng import KeyedRNG, sample_keys
 
 SAMPLES = sample_keys(f"image-{i}" for i in range(64))
 
 
 def test_uniform_is_uniform() -> None:
-    x = Streams.seeded(0, SAMPLES).at("u").uniform(2000).numpy()
+    x = KeyedRNG.seeded(0, SAMPLES).at("u").uniform(2000).numpy()
     assert x.min() >= 0.0
     assert x.max() < 1.0
     assert stats.kstest(x.ravel(), "uniform").pvalue > 0.01
@@ -21,7 +21,7 @@ def test_uniform_is_uniform() -> None:
 
 
 def test_normal_is_normal() -> None:
-    x = Streams.seeded(0, SAMPLES).at("n").normal(2000).numpy()
+    x = KeyedRNG.seeded(0, SAMPLES).at("n").normal(2000).numpy()
     assert np.isfinite(x).all()
     assert stats.kstest(x.ravel(), "norm").pvalue > 0.01
     assert abs(stats.kurtosis(x.ravel())) < 0.05
@@ -29,13 +29,13 @@ def test_normal_is_normal() -> None:
 
 @pytest.mark.parametrize("other", ["position", "sample", "name", "seed", "step"])
 def test_neighbouring_numbers_are_uncorrelated(other: str) -> None:
-    streams = Streams.seeded(0, SAMPLES)
+    streams = KeyedRNG.seeded(0, SAMPLES)
     x = streams.at("a", 0).normal(1001)
     y = {
         "position": x.roll(1, 1),
         "sample": x.roll(1, 0),
         "name": streams.at("b", 0).normal(1001),
-        "seed": Streams.seeded(1, SAMPLES).at("a", 0).normal(1001),
+        "seed": KeyedRNG.seeded(1, SAMPLES).at("a", 0).normal(1001),
         "step": streams.at("a", 1).normal(1001),
     }[other]
     correlation = np.corrcoef(x.flatten().numpy(), y.flatten().numpy())[0, 1]
@@ -43,57 +43,57 @@ def test_neighbouring_numbers_are_uncorrelated(other: str) -> None:
 
 
 def test_shared_uniform_is_uniform_over_steps_and_ignores_the_samples() -> None:
-    draws = [float(Streams.seeded(0, SAMPLES).at("stage", step).shared_uniform()) for step in range(2000)]
+    draws = [float(KeyedRNG.seeded(0, SAMPLES).at("stage", step).shared_uniform()) for step in range(2000)]
     assert stats.kstest(draws, "uniform").pvalue > 0.01
-    alone = Streams.seeded(0, SAMPLES[:1]).at("stage", 7).shared_uniform()
+    alone = KeyedRNG.seeded(0, SAMPLES[:1]).at("stage", 7).shared_uniform()
     assert float(alone) == draws[7]
 
 
 def test_draws_do_not_depend_on_batch_order_or_size() -> None:
-    whole = Streams.seeded(3, SAMPLES).at("x", 5).normal(7)
+    whole = KeyedRNG.seeded(3, SAMPLES).at("x", 5).normal(7)
     order = torch.randperm(64, generator=torch.Generator().manual_seed(0))
-    assert torch.equal(Streams.seeded(3, SAMPLES[order]).at("x", 5).normal(7), whole[order])
+    assert torch.equal(KeyedRNG.seeded(3, SAMPLES[order]).at("x", 5).normal(7), whole[order])
     for i in (0, 13, 63):
-        assert torch.equal(Streams.seeded(3, SAMPLES[i : i + 1]).at("x", 5).normal(7), whole[i : i + 1])
+        assert torch.equal(KeyedRNG.seeded(3, SAMPLES[i : i + 1]).at("x", 5).normal(7), whole[i : i + 1])
 
 
 def test_a_longer_draw_begins_with_the_shorter() -> None:
-    streams = Streams.seeded(0, SAMPLES)
+    streams = KeyedRNG.seeded(0, SAMPLES)
     assert torch.equal(streams.bits(12)[:, :5], streams.bits(5))
     assert torch.equal(streams.bits(3, 4).flatten(1), streams.bits(12))
     assert streams.uniform().shape == (64,)
 
 
 def test_vmap_over_keys_is_a_loop() -> None:
-    seeds = [Streams.seeded(seed, SAMPLES) for seed in range(5)]
+    seeds = [KeyedRNG.seeded(seed, SAMPLES) for seed in range(5)]
     keys = torch.tensor([streams.key for streams in seeds])
 
     def draw(key: torch.Tensor) -> torch.Tensor:
-        return Streams(key, SAMPLES).at("noise", 3).normal(4, 2)
+        return KeyedRNG(key, SAMPLES).at("noise", 3).normal(4, 2)
 
     assert torch.equal(torch.func.vmap(draw)(keys), torch.stack([streams.at("noise", 3).normal(4, 2) for streams in seeds]))
 
 
 def test_a_step_may_be_a_tensor() -> None:
-    streams = Streams.seeded(0, SAMPLES)
+    streams = KeyedRNG.seeded(0, SAMPLES)
     assert int(streams.at("noise", torch.tensor(9)).key) == streams.at("noise", 9).key
 
 
 def test_names_do_not_collide() -> None:
-    root = Streams.seeded(0, SAMPLES)
+    root = KeyedRNG.seeded(0, SAMPLES)
     names: list[tuple[int | str, ...]] = [(word, i, j) for word in ("noise", "dropout") for i in range(30) for j in range(30)]
     names += [("noise",), ("dropout",), ("1",), (1,), (), (0,), (0, 0), ("a", "b"), ("b", "a"), ("ab",), (-1,)]
-    keys = {int(root.at(*name).key) for name in names} | {int(Streams.seeded(seed, SAMPLES).key) for seed in range(1, 100)}
+    keys = {int(root.at(*name).key) for name in names} | {int(KeyedRNG.seeded(seed, SAMPLES).key) for seed in range(1, 100)}
     assert len(keys) == len(names) + 99
 
 
 def test_names_may_be_given_one_by_one() -> None:
-    root = Streams.seeded(0, SAMPLES)
+    root = KeyedRNG.seeded(0, SAMPLES)
     assert int(root.at("a").at(2, "b").key) == int(root.at("a", 2, "b").key)
 
 
 def test_bits_do_not_collide_across_samples_and_positions() -> None:
-    assert len(torch.unique(Streams.seeded(0, SAMPLES).bits(5000))) == 64 * 5000
+    assert len(torch.unique(KeyedRNG.seeded(0, SAMPLES).bits(5000))) == 64 * 5000
 
 
 def test_sample_keys_are_those_of_the_id() -> None:

@@ -14,7 +14,7 @@ from PIL import Image
 from pipeline.commands import app as cli
 from pipeline.runtime import plugins
 from pipeline.studies.demo import DATASET, EXTRA, METHODS
-from pipeline.training.heads import resolve
+from pipeline.training.heads import resolve_settings
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -25,7 +25,7 @@ COMMANDS = [
 
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_of_the_demo_has_tuned_settings(method: str) -> None:
-    settings, training = resolve(DATASET, method, "tuned", {}, {})
+    settings, training = resolve_settings(DATASET, method, "tuned", {}, {})
     assert training.epochs > 0
     for overrides in EXTRA.get(method, ()):
         assert set(overrides) <= set(plugins.get("methods", method).PREDICTION)

@@ -17,7 +17,7 @@ from pipeline.runtime.device import default_device, resolve_dtype
 from pipeline.runtime.files import canonical_json, fingerprint
 from pipeline.studies.grid import Precision, plan_grid, read_axes, read_cells
 from pipeline.training.config import TrainConfig
-from pipeline.training.heads import plan, resolve
+from pipeline.training.heads import plan_head, resolve_settings
 
 
 def test_axes_are_read_by_letter_and_by_name_from_options_and_files(tmp_path: Path) -> None:
@@ -148,8 +148,8 @@ def test_a_grid_that_cannot_be_listed_is_refused_or_drawn_from() -> None:
 def test_a_cell_is_the_run_of_train_head(tiny_home: Path) -> None:
     grid = tiny_grid(tiny_home, pairs=("T=20,30", "t=0,5", "lr=1e-3,1e-2"), seeds=(0, 3))
     assert len(grid.heads) == 16
-    settings, training = resolve("tiny", "seda", "head", {**SMALL["seda"], "num_steps": 30}, {**FAST, "lr": 0.01})
-    alone = plan(tiny_home, "tiny", "seda", settings, training, 3, caches_by_key(tiny_home))
+    settings, training = resolve_settings("tiny", "seda", "head", {**SMALL["seda"], "num_steps": 30}, {**FAST, "lr": 0.01})
+    alone = plan_head(tiny_home, "tiny", "seda", settings, training, 3, caches_by_key(tiny_home))
     assert grid.heads[7, 3].run == alone.run
     assert grid.heads[7, 3].config == alone.config
     assert len({head.run.path for head in grid.heads.values()}) == 16

@@ -15,7 +15,7 @@ from helpers.tiny_heads import SMALL, train_tiny
 
 from pipeline.evaluation.evaluate import evaluate, read_metrics
 from pipeline.report import write_report
-from pipeline.runtime.runs import Run
+from pipeline.runtime.runs import RunFolder
 from pipeline.studies.sampler_curve import Point, points, sampler_curve
 
 
@@ -53,7 +53,7 @@ def test_accuracies_are_those_of_evaluate(method: str, home: Path, tmp_path: Pat
     assert curve.table == run.path / "sampler-curve-val.csv"
     pd.testing.assert_frame_equal(pd.read_csv(curve.table), curve.rows)
     assert len(curve.rows) == 2 * (5 + 1)
-    same = Run.at(other / run.path.relative_to(home))
+    same = RunFolder.at(other / run.path.relative_to(home))
     for row in curve.rows.to_dict("records"):
         steps = {"sample_steps": str(row["steps"])} if row["sampler"] == "ddim" else {}
         alone = evaluate(other, same, "val", {"sampler": str(row["sampler"]), "draws": str(row["draws"]), **steps})

@@ -29,14 +29,14 @@ from safetensors.torch import load_file
 from pipeline.cache.table import load
 from pipeline.commands import app as cli
 from pipeline.evaluation.evaluate import evaluate
-from pipeline.evaluation.statistics import deviation
+from pipeline.evaluation.statistics import sample_std
 from pipeline.runtime import files, plugins
-from pipeline.runtime.executor import hands, processes
-from pipeline.runtime.runs import Run
+from pipeline.runtime.executor import local_cluster, open_executor
+from pipeline.runtime.runs import RunFolder
 from pipeline.studies.grid import Grid
 from pipeline.studies.halving import FACTOR, Halving
 from pipeline.studies.search import sweep
-from pipeline.training.heads import plan_head, train_head
+from pipeline.training.heads import plan_head_on, train_head
 from pipeline.training.history import kept, validations
 
 VALUES: dict[str, tuple[Any, ...]] = {
@@ -64,7 +64,7 @@ def axes_of(method: str) -> list[str]:
 @pytest.fixture(scope="module")
 def address() -> Iterator[str]:
     """A dask cluster of two processes."""
-    with processes([{}, {}]) as client:
+    with local_cluster([{}, {}]) as client:
         assert client.scheduler is not None
         yield str(client.scheduler.address)
 
@@ -87,7 +87,7 @@ def alone(grid: Grid, home: Path) -> dict[str, bytes]:
     features = replace(grid.features, home=home)
     for cell in grid.cells:
         for seed in grid.seeds:
-            train_head(plan_head(features, grid.method, cell.settings, cell.training, seed), progress=False)
+            train_head(plan_head_on(features, grid.method, cell.settings, cell.training, seed), progress=False)
     return results(home)
 
 
@@ -124,7 +124,7 @@ def _assert_same_predictions(grid: Grid, run: str, other: Path) -> None:
     for name in ("caches", "manifests"):
         if not (other / name).exists():
             shutil.copytree(grid.features.home / name, other / name)
-    evaluate(other, Run.at(other / run), "test", {})
+    evaluate(other, RunFolder.at(other / run), "test", {})
     ours, theirs = (np.load(home / run / "predictions-test.npz") for home in (grid.features.home, other))
     assert all(np.array_equal(ours[name], theirs[name]) for name in ("ids", "logits", "feature"))
 
@@ -159,13 +159,13 @@ def test_in_this_process_and_after_kills_the_results_are_the_same(
 
 
 def test_the_processes_of_this_machine_have_one_thread_and_end(tmp_path: Path) -> None:
-    with hands("local", 2) as crew:
-        done = {number: finish for number, finish in crew.do(square, [3, -1, 5])}
+    with open_executor("local", 2) as crew:
+        done = {number: finish for number, finish in crew.map(square, [3, -1, 5])}
         (value, worker, num_threads), (other, *_) = done[0](), done[2]()
         assert (value, other, num_threads) == (9, 25, "1")
         with pytest.raises(ValueError, match="-1 has no square here"):
             done[1]()
-        ((_, finish),) = crew.do(dies_once, [tmp_path / "died"])  # another process does what the killed one had begun
+        ((_, finish),) = crew.map(dies_once, [tmp_path / "died"])  # another process does what the killed one had begun
         assert finish() != os.getpid()
     with pytest.raises(ProcessLookupError):
         os.kill(worker, 0)
@@ -204,7 +204,7 @@ def test_the_test_split_is_read_once_and_for_the_winner_alone(home: Path, capsys
         reads = {str(path.parent.relative_to(home)): path.read_text() for path in home.glob("runs/**/test_reads.jsonl")}
         assert sorted(reads) == sorted(swept.winner["runs"])
         assert all(text.count("\n") == 1 for text in reads.values())
-    own = [evaluate(home, Run.at(home / run), "test", {})["metrics"]["acc1"] for run in swept.winner["runs"]]
+    own = [evaluate(home, RunFolder.at(home / run), "test", {})["metrics"]["acc1"] for run in swept.winner["runs"]]
     assert swept.winner["test"]["acc1"]["values"] == own
     assert json.loads((swept.folder / "winner.json").read_text()) == swept.winner
 
@@ -249,7 +249,7 @@ def test_cells_are_ranked_by_what_evaluation_says(select: str, home: Path) -> No
     rows = pd.read_csv(swept.folder / "cells.csv")
     val = load(grid.features.manifest, {"image": grid.features.caches["image"]}, "val", torch.device("cpu"), "mean")
     for row in rows.to_dict("records"):
-        run = Run.at(home / str(row["run"]))
+        run = RunFolder.at(home / str(row["run"]))
         assert evaluate(home, run, "val", {})["metrics"]["acc1"] == row["val_acc1"]
         logits = torch.from_numpy(np.load(run.path / "predictions-val.npz")["logits"])
         assert float(F.cross_entropy(logits, val.columns["label"])) == pytest.approx(row["val_loss"], rel=1e-5)
@@ -262,7 +262,7 @@ def test_cells_are_ranked_by_what_evaluation_says(select: str, home: Path) -> No
         tuple(grid.cells[cell].point.values()) for cell in order
     ]
     assert swept.winner["val"]["acc1"]["std"] == pytest.approx(groups["val_acc1"].std()[order[0]])
-    assert np.isnan(deviation(np.array([1.0])))
+    assert np.isnan(sample_std(np.array([1.0])))
 
 
 def test_a_stopped_run_goes_on_to_the_same_weights(home: Path, tmp_path: Path) -> None:
@@ -292,7 +292,7 @@ def test_successive_halving_prunes_the_same_cells_anywhere(home: Path, tmp_path:
     swept = sweep(grid, workers=0)
     rows = pd.read_csv(swept.folder / "cells.csv")
     pruned = {int(cell): reason for cell, reason in rows[rows["state"] == "pruned"][["cell", "reason"]].to_numpy()}
-    paths = [Run.at(other / head.run.path.relative_to(home)) for (_, seed), head in grid.heads.items() if seed == 0]
+    paths = [RunFolder.at(other / head.run.path.relative_to(home)) for (_, seed), head in grid.heads.items() if seed == 0]
     assert pruned == {cell: f"pruned at epoch {epoch}" for cell, epoch in _halved([validations(run) for run in paths]).items()}
     assert 2 <= len(pruned) < 8
     assert not list(home.glob("runs/**/state.pt"))

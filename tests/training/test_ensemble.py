@@ -27,14 +27,14 @@ from helpers.method_cases import (
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pipeline.nn.layers import Table, hyper
+from pipeline.nn.layers import LookupTable, register_hyperparameters
 from pipeline.runtime import plugins
-from pipeline.runtime.rng import Streams
-from pipeline.runtime.runs import Run
+from pipeline.runtime.rng import KeyedRNG
+from pipeline.runtime.runs import RunFolder
 from pipeline.training.config import TrainConfig
-from pipeline.training.ensemble import Stack, clip_each, lane_bytes, structure
-from pipeline.training.optim import Learner
-from pipeline.training.state import Lane
+from pipeline.training.ensemble import ModelEnsemble, clip_each, lane_bytes, structure
+from pipeline.training.optim import EnsembleOptimizer
+from pipeline.training.state import TrainState
 
 # Settings that are numbers in tensors; all others decide about code or shapes.
 FREE = ("num_steps", "stage_step", "schedule", "train_min_step", "ce_min_step", "tau", "w_", "dropout")
@@ -116,8 +116,8 @@ class Lookup(nn.Module):
         super().__init__()
         self.needs, self.phases = (), ()
         self.layer = nn.Linear(1, 1)
-        self.table = Table(torch.arange(1.0, length + 1))
-        hyper(self, last=length - 1)
+        self.table = LookupTable(torch.arange(1.0, length + 1))
+        register_hyperparameters(self, last=length - 1)
         self.register_buffer("seen", torch.zeros(()))
 
     def loss(self, batch: Any, rng: Any, phase: str) -> Any:
@@ -130,7 +130,7 @@ class Lookup(nn.Module):
 def test_shorter_tables_are_filled_up_with_nan_and_every_method_keeps_its_own() -> None:
     methods: list[Any] = [Lookup(length) for length in (5, 3, 4)]
     alone = [method.loss({}, None, "") for method in methods]
-    stack = Stack(methods)
+    stack = ModelEnsemble(methods)
     values = stack.loss({}, streams(), "")
     torch.testing.assert_close(values["loss"], torch.stack([value["loss"] for value in alone]))
     assert values["whole"].isnan().tolist() == [False, True, True]  # NaN is what a table must not be read for
@@ -141,7 +141,7 @@ def test_shorter_tables_are_filled_up_with_nan_and_every_method_keeps_its_own() 
 
 def test_methods_see_the_steps_of_their_stack() -> None:
     methods = [build("baseline", seed=seed) for seed in range(3)]
-    stack = Stack(methods)
+    stack = ModelEnsemble(methods)
     with torch.no_grad():
         for _, leaf in stack.named_parameters():
             leaf.mul_(torch.tensor([1.0, 2.0, 3.0]).reshape(-1, *(1 for _ in leaf.shape[1:])))
@@ -214,18 +214,18 @@ def test_neither_a_step_nor_a_prediction_waits_for_the_device(variant: tuple[str
     for number in (1,) if changes else (1, 2):
         methods = [fitted(name, **changes)[0] for _ in range(number)]
         for phase in range(len(methods[0].phases)):
-            lanes = [Lane(method=method, run=Run(tmp_path, 0), config=TrainConfig()) for method in methods]
+            lanes = [TrainState(method=method, run=RunFolder(tmp_path, 0), config=TrainConfig()) for method in methods]
             for lane in lanes:
                 lane.state.phase = phase
                 lane.begin(passes(batch))
-            learner = Learner(lanes)
+            learner = EnsembleOptimizer(lanes)
             with NoWaiting():
                 for step in range(2):
-                    rng = Streams.seeded(0, batch["key"]).at(step)
+                    rng = KeyedRNG.seeded(0, batch["key"]).at(step)
                     learner.step(learner.loss(batch, rng, lanes[0].phase.name)["loss"])
                 learner.model.train(False)
                 with torch.no_grad():
-                    learner.model.predict(batch["image"], Streams.seeded(0, batch["key"]))
+                    learner.model.predict(batch["image"], KeyedRNG.seeded(0, batch["key"]))
 
 
 def _held(loss: Callable[[], Tensor], known_tensors: Sequence[Tensor]) -> int:

@@ -23,14 +23,14 @@ from torch._dynamo.utils import counters
 
 from pipeline.evaluation.evaluate import evaluate
 from pipeline.runtime import files, plugins
-from pipeline.runtime.runs import Run
+from pipeline.runtime.runs import RunFolder
 from pipeline.studies.search import sweep
 from pipeline.training import heads as heads_module
 from pipeline.training.ensemble import structure
-from pipeline.training.features import Features, open_features
-from pipeline.training.heads import Head, capacity, plan_head, resolve, train_head, train_heads
+from pipeline.training.features import FeatureSet, open_features
+from pipeline.training.heads import HeadPlan, capacity, plan_head_on, resolve_settings, train_head, train_heads
 from pipeline.training.history import validations
-from pipeline.training.state import Lane
+from pipeline.training.state import TrainState
 
 # Products of stacked matrices are summed in another order. Over all heads of these tests the float32 logits differ by up to
 # 9e-7. With bfloat16 products they differ by up to 0.05, as those of a head alone do from its float32 ones (0.02).
@@ -53,23 +53,25 @@ def other_home(tiny_home: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(tiny_home, tmp_path / "other"))
 
 
-def opened(home: Path, method: str) -> Features:
+def opened(home: Path, method: str) -> FeatureSet:
     return open_features(home, "tiny", method, caches_by_key(home))
 
 
-def planned(features: Features, method: str, changes: Mapping[str, Any], training: Mapping[str, Any], seed: int = 0) -> Head:
+def planned(
+    features: FeatureSet, method: str, changes: Mapping[str, Any], training: Mapping[str, Any], seed: int = 0
+) -> HeadPlan:
     """A small head with some settings changed."""
-    settings, config = resolve("tiny", method, "head", {**SMALL[method], **changes}, {**FAST, **training})
-    return plan_head(features, method, settings, config, seed)
+    settings, config = resolve_settings("tiny", method, "head", {**SMALL[method], **changes}, {**FAST, **training})
+    return plan_head_on(features, method, settings, config, seed)
 
 
 def evaluated(home: Path, place: Path) -> tuple[np.ndarray, dict[str, float]]:
     """Logits [N,C] and metrics of a run on the test split."""
-    metrics = evaluate(home, Run.at(home / place), "test", {})["metrics"]
+    metrics = evaluate(home, RunFolder.at(home / place), "test", {})["metrics"]
     return np.load(home / place / "predictions-test.npz")["logits"], metrics
 
 
-def assert_same(head: Head, home: Path, other_home: Path) -> None:
+def assert_same(head: HeadPlan, home: Path, other_home: Path) -> None:
     """A run in both homes has the same predictions, metrics and history."""
     place = head.run.path.relative_to(head.features.home)
     tolerance = TOLERANCE[head.training.precision]
@@ -81,7 +83,7 @@ def assert_same(head: Head, home: Path, other_home: Path) -> None:
     assert not (home / place / "state.pt").exists()
 
 
-def variations(features: Features, method: str, training: Mapping[str, Any]) -> list[Head]:
+def variations(features: FeatureSet, method: str, training: Mapping[str, Any]) -> list[HeadPlan]:
     """The default, every other setting that leaves the structure as it is, all of them at once, and others of training."""
     module = plugins.get("methods", method)
     hints = get_type_hints(module.Config)
@@ -105,7 +107,7 @@ def test_heads_trained_together_are_those_trained_alone(method: str, precision: 
     assert len(heads) >= 4
     assert train_heads(heads, progress=False) == {}
     for head in heads:
-        train_head(plan_head(apart, method, head.settings, head.training, 0), progress=False)
+        train_head(plan_head_on(apart, method, head.settings, head.training, 0), progress=False)
         assert_same(head, home, other_home)
 
 
@@ -138,7 +140,7 @@ def test_a_lane_that_diverges_fails_as_alone_and_disturbs_nobody(home: Path, oth
     assert str(failed[heads[1].run]) == str(alone.value)
     assert not heads[1].run.is_done
     for head in (heads[0], *heads[2:]):
-        train_head(plan_head(apart, "seda", head.settings, head.training, 0), progress=False)
+        train_head(plan_head_on(apart, "seda", head.settings, head.training, 0), progress=False)
         assert_same(head, home, other_home)
     assert all(is_free(head.run) for head in heads)
 
@@ -159,7 +161,7 @@ def test_a_run_that_another_process_finished_is_let_go(home: Path, monkeypatch: 
     first, second = sorted((head.run for head in heads), key=lambda run: run.path)
     build, free = heads_module._build, []
 
-    def finished_meanwhile(head: Head, device: torch.device) -> Any:
+    def finished_meanwhile(head: HeadPlan, device: torch.device) -> Any:
         if head.run == first:
             first.path.mkdir(parents=True)
             (first.path / "done").write_text("{}")
@@ -179,7 +181,7 @@ def test_an_error_of_torch_fails_its_run_alone(strategy: Any, home: Path, monkey
     grid = tiny_grid(home, "ema", ("tau=0.07,0.1,0.2,0.3",))
     bad = grid.heads[2, 0].run
 
-    def limited(heads: list[Head], *arguments: Any, **options: Any) -> Any:
+    def limited(heads: list[HeadPlan], *arguments: Any, **options: Any) -> Any:
         if any(head.run == bad for head in heads):
             raise RuntimeError("did not converge\nat all")
         return train_heads(heads, *arguments, **options)
@@ -190,7 +192,7 @@ def test_an_error_of_torch_fails_its_run_alone(strategy: Any, home: Path, monkey
     assert [head.run.is_done for head in grid.heads.values()] == [True, True, False, True]
 
 
-def is_free(run: Run) -> bool:
+def is_free(run: RunFolder) -> bool:
     """Whether nobody writes to a run."""
     try:
         with files.lock(run.path):
@@ -212,7 +214,7 @@ def test_lanes_come_and_go(home: Path, other_home: Path) -> None:
     assert train_heads(heads, progress=False) == {}
     assert (heads[1].run.path / "done").stat().st_mtime_ns == done
     for head in heads:
-        train_head(plan_head(apart, "seda", head.settings, head.training, 0), progress=False)
+        train_head(plan_head_on(apart, "seda", head.settings, head.training, 0), progress=False)
         assert_same(head, home, other_home)
 
 
@@ -221,9 +223,9 @@ def test_a_team_that_is_interrupted_while_it_is_saved_catches_up(
 ) -> None:
     features, apart = opened(home, "marnet"), opened(other_home, "marnet")
     heads = [planned(features, "marnet", {"w_ita": weight}, {}) for weight in (0.1, 0.3, 1.0, 3.0)]
-    save, saves = Lane.save, 0
+    save, saves = TrainState.save, 0
 
-    def save_and_die(lane: Lane) -> None:
+    def save_and_die(lane: TrainState) -> None:
         nonlocal saves
         saves += 1
         if saves in deadly:
@@ -231,14 +233,14 @@ def test_a_team_that_is_interrupted_while_it_is_saved_catches_up(
         save(lane)
 
     monkeypatch.setattr("pipeline.training.loop.STATE_SECONDS", -math.inf)
-    monkeypatch.setattr(Lane, "save", save_and_die)
+    monkeypatch.setattr(TrainState, "save", save_and_die)
     deadly = (7, 8, 19)  # some lanes of a team are an epoch further than the others
     for _ in deadly:
         with pytest.raises(KeyboardInterrupt):
             train_heads(heads, progress=False)
     assert train_heads(heads, progress=False) == {}
     for head in heads:
-        train_head(plan_head(apart, "marnet", head.settings, head.training, 0), progress=False)
+        train_head(plan_head_on(apart, "marnet", head.settings, head.training, 0), progress=False)
         assert_same(head, home, other_home)
 
 
@@ -269,7 +271,7 @@ def sizes_of_teams(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many heads each call of the grid trains together, in this process."""
     sizes: list[int] = []
 
-    def counted(heads: list[Head], *arguments: Any, **options: Any) -> Any:
+    def counted(heads: list[HeadPlan], *arguments: Any, **options: Any) -> Any:
         sizes.append(len(heads))
         return train_heads(heads, *arguments, **options)
 
@@ -350,7 +352,7 @@ def test_lanes_are_as_many_as_memory_allows(home: Path, monkeypatch: pytest.Monk
 def test_a_team_that_does_not_fit_is_halved(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sizes: list[int] = []
 
-    def too_much(heads: list[Head], *arguments: Any, **options: Any) -> Any:
+    def too_much(heads: list[HeadPlan], *arguments: Any, **options: Any) -> Any:
         sizes.append(len(heads))
         if len(heads) > 1:
             raise torch.OutOfMemoryError("CUDA out of memory")  # what a GPU would say

@@ -25,13 +25,13 @@ from pipeline.cache import open_cache
 from pipeline.cache.table import Captions, load, shuffled
 from pipeline.evaluation.evaluate import evaluate, predict, read_metrics
 from pipeline.runtime import files, plugins
-from pipeline.runtime.rng import Streams
-from pipeline.runtime.runs import Run
+from pipeline.runtime.rng import KeyedRNG
+from pipeline.runtime.runs import RunFolder
 from pipeline.training import loop as train
 from pipeline.training.config import TrainConfig
-from pipeline.training.heads import resolve
-from pipeline.training.optim import Learner
-from pipeline.training.state import Lane, Score
+from pipeline.training.heads import resolve_settings
+from pipeline.training.optim import EnsembleOptimizer
+from pipeline.training.state import Score, TrainState
 from pipeline.types import Batch, Phase, Predictor
 
 
@@ -65,16 +65,16 @@ def test_resume_is_bitwise(method: str, home: Path, tmp_path: Path, monkeypatch:
     undisturbed = train_tiny(Path(shutil.copytree(home, tmp_path / "undisturbed")), method, training=averaging)
     monkeypatch.setattr(train, "STATE_SECONDS", -math.inf)
     saves = 0
-    save = Lane.save
+    save = TrainState.save
 
-    def save_and_die(lane: Lane) -> None:
+    def save_and_die(lane: TrainState) -> None:
         nonlocal saves
         save(lane)
         saves += 1
         if saves % 2 == 1:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(Lane, "save", save_and_die)
+    monkeypatch.setattr(TrainState, "save", save_and_die)
     while True:
         try:
             run = train_tiny(home, method, training=averaging)
@@ -131,15 +131,15 @@ class TwoPhases(nn.Module):
 
     def begin(self, phase: str, train: object) -> None: ...
 
-    def loss(self, batch: Batch, rng: Streams, phase: str) -> Batch:
+    def loss(self, batch: Batch, rng: KeyedRNG, phase: str) -> Batch:
         hidden = torch.tanh(self.a(batch["image"]))
         error = (hidden.sum(dim=1) - batch["label"]).square().mean() if phase == "a" else self.b(hidden).square().mean() * 100
         return {"loss": error}
 
-    def predict(self, image: Tensor, rng: Streams) -> Tensor:
+    def predict(self, image: Tensor, rng: KeyedRNG) -> Tensor:
         return self.b(torch.tanh(self.a(image)))
 
-    def feature(self, image: Tensor, rng: Streams) -> Tensor:
+    def feature(self, image: Tensor, rng: KeyedRNG) -> Tensor:
         return torch.tanh(self.a(image))
 
 
@@ -158,8 +158,8 @@ def test_the_loop_is_adam_with_steps_clipping_and_frozen_phases(tmp_path: Path) 
     ours = TwoPhases()
     oracle = TwoPhases()
     oracle.load_state_dict(ours.state_dict())
-    run = Run(tmp_path / "two-0" / "seed0", 0)
-    lane = Lane(method=ours, run=run, config=config)
+    run = RunFolder(tmp_path / "two-0" / "seed0", 0)
+    lane = TrainState(method=ours, run=run, config=config)
     assert not train.train([lane], two_phase_source, lambda: iter(()), lambda model: [Score(0.0, 0.0)], progress=False)
     epoch = 0
     for module, phase, epochs in ((oracle.a, "a", 6), (oracle.b, "b", 3)):
@@ -168,7 +168,7 @@ def test_the_loop_is_adam_with_steps_clipping_and_frozen_phases(tmp_path: Path) 
             optimizer.param_groups[0]["lr"] = 0.05 * 0.5 ** (number // 2)
             for batch in two_phase_source(epoch):
                 oracle.zero_grad()
-                oracle.loss(batch, Streams.seeded(0, batch["key"]), phase)["loss"].backward()
+                oracle.loss(batch, KeyedRNG.seeded(0, batch["key"]), phase)["loss"].backward()
                 norm = torch.sqrt(
                     sum((p.grad.square().sum() for p in module.parameters() if p.grad is not None), torch.zeros(()))
                 )
@@ -184,18 +184,18 @@ def test_the_loop_is_adam_with_steps_clipping_and_frozen_phases(tmp_path: Path) 
 
 def test_what_is_kept_is_the_moving_average_of_the_weights(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path: list[dict[str, np.ndarray]] = []
-    step = Learner.step
+    step = EnsembleOptimizer.step
 
-    def weights(learner: Learner) -> dict[str, np.ndarray]:
+    def weights(learner: EnsembleOptimizer) -> dict[str, np.ndarray]:
         return {name: value.detach().double().numpy().copy() for name, value in learner.lanes[0].method.named_parameters()}
 
-    def watched(learner: Learner, loss: Tensor) -> None:
+    def watched(learner: EnsembleOptimizer, loss: Tensor) -> None:
         if not path:
             path.append(weights(learner))
         step(learner, loss)
         path.append(weights(learner))
 
-    monkeypatch.setattr(Learner, "step", watched)
+    monkeypatch.setattr(EnsembleOptimizer, "step", watched)
     run = train_tiny(home, "baseline", training={"weight_average": 0.6, "select": "last"})
     average = dict(path[0])
     for number, after in enumerate(path[1:], start=1):
@@ -224,8 +224,8 @@ def test_the_epoch_is_chosen_on_validation(select: str, best: int, tmp_path: Pat
         return [Score(*next(scores))]
 
     config = plugins.configure(TrainConfig, {"lr": 0.05, "epochs": 12, "select": select})
-    run = Run(tmp_path / "two-0" / "seed0", 0)
-    lane = Lane(method=method, run=run, config=config)
+    run = RunFolder(tmp_path / "two-0" / "seed0", 0)
+    lane = TrainState(method=method, run=run, config=config)
     assert not train.train([lane], two_phase_source, lambda: iter(()), validate, progress=False)
     kept = load_file(run.path / "checkpoint.safetensors")
     assert len(seen) == 6  # the last phase only
@@ -352,7 +352,7 @@ def test_a_diverging_loss_stops_with_its_place(home: Path) -> None:
 def test_shuffling_is_named_by_seed_epoch_and_sample(tiny_home: Path) -> None:
     from pipeline.data import manifest as manifests
 
-    manifest = manifests.read(tiny_home, "tiny")
+    manifest = manifests.read_manifest(tiny_home, "tiny")
     image = open_cache(tiny_home / "caches" / "tiny" / caches_by_key(tiny_home)["image"])
     table = load(manifest, {"image": image}, "train", torch.device("cpu"), "mean")
     epochs = {
@@ -372,7 +372,7 @@ def test_predictions_do_not_depend_on_batches(home: Path) -> None:
 
     run = train_tiny(home, "seda")
     image = open_cache(home / "caches" / "tiny" / caches_by_key(home)["image"])
-    table = load(manifests.read(home, "tiny"), {"image": image}, "test", torch.device("cpu"), "mean")
+    table = load(manifests.read_manifest(home, "tiny"), {"image": image}, "test", torch.device("cpu"), "mean")
     settings, changes = overridden(run.config(), {"draws": "2"})
     assert changes == {"draws": 2}
     method = load_method(run, run.config(), settings)
@@ -385,9 +385,9 @@ def test_settings_out_of_range_are_refused() -> None:
     with pytest.raises(ValueError, match="'lr' must be positive"):
         TrainConfig(lr=0.0)
     with pytest.raises(ValueError, match="unknown preset 'fast'; choose one of: paper, head, tuned"):
-        resolve("tiny", "ema", "fast", {}, {})
+        resolve_settings("tiny", "ema", "fast", {}, {})
     with pytest.raises(ValueError, match=r"unknown setting 'depth'; choose one of: denoiser, .*T \(= num_steps\)"):
-        resolve("tiny", "cdr", "head", {"depth": 3}, {})
+        resolve_settings("tiny", "cdr", "head", {"depth": 3}, {})
 
 
 def test_random_captions_are_drawn_by_epoch_and_sample() -> None:

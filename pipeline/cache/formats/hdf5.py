@@ -15,7 +15,7 @@ import numpy as np
 from pipeline.cache.exchange import (
     ID_LIMIT,
     NO_OFFSETS,
-    Features,
+    FeatureFile,
     blame,
     check_declared,
     document,
@@ -33,7 +33,7 @@ SMALL_ID_BLOCK = 16  # when each could be so long as the file is
 ID_BLOCK_BYTES = 2**28
 
 
-def write(path: Path, features: Features, samples: Sequence[Sample]) -> None:
+def write(path: Path, features: FeatureFile, samples: Sequence[Sample]) -> None:
     """Write features, shard by shard, and what is known of their samples; `OSError` when the disk does not take it."""
     try:
         _write(path, features, samples)
@@ -42,7 +42,7 @@ def write(path: Path, features: Features, samples: Sequence[Sample]) -> None:
         raise OSError(number, os.strerror(number), str(path)) from error
 
 
-def _write(path: Path, features: Features, samples: Sequence[Sample]) -> None:
+def _write(path: Path, features: FeatureFile, samples: Sequence[Sample]) -> None:
     text = h5py.string_dtype()
     labels = np.empty(len(samples), dtype=object)
     for row, sample in enumerate(samples):
@@ -62,7 +62,7 @@ def _write(path: Path, features: Features, samples: Sequence[Sample]) -> None:
 
 
 @contextmanager
-def read(path: Path) -> Iterator[Features]:
+def read(path: Path) -> Iterator[FeatureFile]:
     """The features of a file of `write`, or of any with datasets `features` and `ids`; `ValueError` when it cannot be read."""
     with ExitStack() as stack:
         with blame(path, RuntimeError):
@@ -81,7 +81,7 @@ def read(path: Path) -> Iterator[Features]:
                     block = rows[start:stop]
                 yield block
 
-        yield Features(ids, offsets, tuple(rows.shape), dtype, about, blocks)
+        yield FeatureFile(ids, offsets, tuple(rows.shape), dtype, about, blocks)
 
 
 def _dataset(file: h5py.File, name: str) -> h5py.Dataset:

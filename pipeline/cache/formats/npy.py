@@ -10,11 +10,11 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.cache.exchange import Features, blame, check_declared, id_strings, offsets_of, sidecar, spans, stored_dtype
+from pipeline.cache.exchange import FeatureFile, blame, check_declared, id_strings, offsets_of, sidecar, spans, stored_dtype
 from pipeline.types import Sample
 
 
-def write(path: Path, features: Features, samples: Sequence[Sample]) -> None:
+def write(path: Path, features: FeatureFile, samples: Sequence[Sample]) -> None:
     """Write features, shard by shard, and beside them what is known of their samples."""
     described = {
         "ids": features.ids,
@@ -32,7 +32,7 @@ def write(path: Path, features: Features, samples: Sequence[Sample]) -> None:
 
 
 @contextmanager
-def read(path: Path) -> Iterator[Features]:
+def read(path: Path) -> Iterator[FeatureFile]:
     """The features of a file of `write`, or of any with ids beside it (`sidecar`); `ValueError` when it cannot be read."""
     with blame(path):
         described = sidecar(path)
@@ -45,7 +45,7 @@ def read(path: Path) -> Iterator[Features]:
         for start, stop in spans(block_ends):
             yield np.array(raw[start:stop])
 
-    yield Features(ids, offsets, raw.shape, stored_dtype(path, raw.dtype, about), about, blocks)
+    yield FeatureFile(ids, offsets, raw.shape, stored_dtype(path, raw.dtype, about), about, blocks)
 
 
 def _map(path: Path, about: dict[str, object]) -> np.ndarray:

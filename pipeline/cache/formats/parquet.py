@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pipeline.cache.exchange import NO_OFFSETS, Features, blame, check_declared, document, id_strings, spans, stored_dtype
+from pipeline.cache.exchange import NO_OFFSETS, FeatureFile, blame, check_declared, document, id_strings, spans, stored_dtype
 from pipeline.cache.incoming import check_id_bytes
 from pipeline.types import Sample
 
@@ -24,7 +24,7 @@ ID_BATCH = 4096  # ids that are decoded at a time
 SMALL_ID_BATCH = 64  # when a few bytes may stand for each of them
 
 
-def write(path: Path, features: Features, samples: Sequence[Sample]) -> None:
+def write(path: Path, features: FeatureFile, samples: Sequence[Sample]) -> None:
     """Write features, a row group per shard, with what is known of their samples."""
     width, is_ragged = prod(features.shape[1:]), len(features.offsets) > 0
     vector = pa.list_(pa.from_numpy_dtype(features.array_dtype), width)
@@ -57,7 +57,7 @@ def _groups(offsets: np.ndarray, num_rows: int) -> list[int]:
 
 
 @contextmanager
-def read(path: Path) -> Iterator[Features]:
+def read(path: Path) -> Iterator[FeatureFile]:
     """The features of a file of `write`, or of any with `id` and either `features`, lists of numbers, or columns of floats.
 
     `ValueError` when it cannot be read.
@@ -90,7 +90,7 @@ def read(path: Path) -> Iterator[Features]:
                 batches = file.iter_batches(batch_size=batch_rows, columns=columns)
             return _regroup(path, _arrays(path, batches, width), block_ends, shape[1:])
 
-        yield Features(ids, offsets, shape, dtype, about, blocks)
+        yield FeatureFile(ids, offsets, shape, dtype, about, blocks)
 
 
 def _ids(path: Path, metadata: pq.FileMetaData) -> list[str]:

@@ -11,7 +11,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from pipeline.cache.exchange import (
-    Features,
+    FeatureFile,
     blame,
     check_declared,
     document,
@@ -38,7 +38,7 @@ DTYPES = {
 MAX_HEADER = 100_000_000  # bytes; the library refuses larger ones
 
 
-def write(path: Path, features: Features, samples: Sequence[Sample]) -> None:
+def write(path: Path, features: FeatureFile, samples: Sequence[Sample]) -> None:
     """Write features, shard by shard, and what is known of their samples: the library's own writer needs them all in memory.
 
     `ValueError` when ids and labels are more than the format's header can hold.
@@ -70,7 +70,7 @@ def write(path: Path, features: Features, samples: Sequence[Sample]) -> None:
 
 
 @contextmanager
-def read(path: Path) -> Iterator[Features]:
+def read(path: Path) -> Iterator[FeatureFile]:
     """The features of a file of `write`, or of any with a tensor `features` and ids in metadata or `sidecar`.
 
     `ValueError` when it cannot be read.
@@ -89,11 +89,11 @@ def read(path: Path) -> Iterator[Features]:
         for start, stop in spans(block_ends):
             yield np.array(rows[start:stop])
 
-    yield Features(ids, offsets, rows.shape, dtype, about, blocks)
+    yield FeatureFile(ids, offsets, rows.shape, dtype, about, blocks)
 
 
 def _map(path: Path) -> tuple[str, np.ndarray]:
-    """`Features.dtype`, and the features, not read yet: NumPy has no bfloat16, so the library cannot hand them out."""
+    """`FeatureFile.dtype`, and the features, not read yet: NumPy has no bfloat16, so the library cannot hand them out."""
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         tensor = json.loads(file.read(length))["features"]

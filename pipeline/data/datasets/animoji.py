@@ -17,9 +17,9 @@ from PIL import Image
 
 from pipeline.data import fetch, splits
 from pipeline.data.annotations import Emoji, emoji_list, packaged
-from pipeline.data.manifest import Manifest, check
-from pipeline.data.readers import sha256
-from pipeline.data.spec import describe, enforced_counts
+from pipeline.data.manifest import Manifest, check_manifest
+from pipeline.data.spec import describe_spec, enforced_counts
+from pipeline.runtime.files import file_sha256
 from pipeline.types import Sample
 
 _SELECTOR = "FE0F"  # asks for the coloured picture; file names and lists disagree on where it is written
@@ -53,14 +53,14 @@ def build(spec: Mapping[str, Any], root: Path | None) -> Manifest:
     classes, small = _classes(clips, spec["select"])
     _check_languages(spec["languages"])
     samples = _samples([clip for clip in clips if clip.emoji.subgroup in classes], classes, spec)
-    meta = describe(
+    meta = describe_spec(
         spec,
         sources=_sources(spec, root, names_file),
         left_out={"small_classes": small},
         counts={"pictures": len(files), "animated": len(animated), "groups": len({sample.group for sample in samples})},
     )
     manifest = Manifest(spec["name"], spec["label_kind"], classes, samples, meta, folder)
-    check(manifest, enforced_counts(spec))
+    check_manifest(manifest, enforced_counts(spec))
     return manifest
 
 
@@ -147,7 +147,7 @@ def _texts(shown: Emoji, languages: Iterable[str]) -> tuple[str, ...]:
 
 def _sources(spec: Mapping[str, Any], root: Path, names_file: Path) -> dict[str, str]:
     """SHA-256 of the archive (when `fetch` unpacked it) and of the names; the version of the translations."""
-    sources = {names_file.name: sha256(names_file), "emoji": importlib.metadata.version("emoji")}
+    sources = {names_file.name: file_sha256(names_file), "emoji": importlib.metadata.version("emoji")}
     if (root / fetch.RECORD).is_file():
         sources[spec["archive"]["package"]] = fetch.record(root)["sha256"]
     return sources

@@ -7,20 +7,20 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pipeline.data.manifest import Manifest, check
+from pipeline.data.manifest import Manifest, check_manifest
 from pipeline.data.readers import (
     fault,
     listing,
     locate,
     locate_all,
     media_path,
-    names,
+    read_names,
     rows,
     source_name,
     sources,
     whole_number,
 )
-from pipeline.data.spec import describe, enforced_counts, official_root, target_splits
+from pipeline.data.spec import describe_spec, enforced_counts, official_root, target_splits
 from pipeline.types import Sample
 
 SPLIT_NAMES = ("train", "val", "test")
@@ -44,7 +44,7 @@ def build(spec: Mapping[str, Any], root: Path | None) -> Manifest:
     wanted += [[f"{split}_{kind}s.txt", f"{short}_{split}.txt"] for kind, short in LIST_NAMES for split in SPLIT_NAMES]
     classes, ingredients, *split_lists = locate_all(folder, wanted, "official lists")
     images, labels = (dict(zip(SPLIT_NAMES, own, strict=True)) for own in (split_lists[:3], split_lists[3:]))
-    class_names = [name.lower().replace(" ", "_") for name in names(classes)]
+    class_names = [name.lower().replace(" ", "_") for name in read_names(classes)]
     texts = _ingredients(ingredients, len(class_names))
     pictures = [each for split in SPLIT_NAMES for each in _pictures(split, images[split], labels[split], class_names)]
     sizes = Counter(picture.split for picture in pictures)
@@ -58,7 +58,7 @@ def build(spec: Mapping[str, Any], root: Path | None) -> Manifest:
             Sample(picture.name, target[picture.split], Path(f"{picture.name}.jpg"), texts[picture.label], (picture.label,), "")
             for picture in pictures
         ),
-        meta=describe(
+        meta=describe_spec(
             spec,
             sources=sources([classes, ingredients, *images.values(), *labels.values()], root),
             lists=[listing(path, root, sizes[split]) for split, path in images.items()],
@@ -72,7 +72,7 @@ def build(spec: Mapping[str, Any], root: Path | None) -> Manifest:
         ),
         media_root=media_root,
     )
-    check(manifest, enforced_counts(spec))
+    check_manifest(manifest, enforced_counts(spec))
     return manifest
 
 

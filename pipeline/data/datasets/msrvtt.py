@@ -9,9 +9,9 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pipeline.data.manifest import Manifest, check
+from pipeline.data.manifest import Manifest, check_manifest
 from pipeline.data.readers import fault, json_records, listing, locate, rows, sources, whole_number
-from pipeline.data.spec import describe, enforced_counts, official_root, target_splits
+from pipeline.data.spec import describe_spec, enforced_counts, official_root, target_splits
 from pipeline.types import Sample
 
 SPLIT_NAMES = {"train": "train", "validate": "validate", "val": "validate", "validation": "validate", "test": "test"}
@@ -54,7 +54,7 @@ def build(spec: Mapping[str, Any], root: Path | None) -> Manifest:
             Sample(name, target[clip.split], media[name], tuple(captions[name]), (clip.category,), _group(clip))
             for name, clip in clips.items()
         ),
-        meta=describe(
+        meta=describe_spec(
             spec,
             sources=sources([*annotations, *categories], root),
             lists=[listing(path, root, sizes[path], unit="video") for path in annotations],
@@ -64,7 +64,7 @@ def build(spec: Mapping[str, Any], root: Path | None) -> Manifest:
         media_root=media_root,
         extra={name: json.dumps(clip.extra, sort_keys=True, ensure_ascii=False) for name, clip in clips.items()},
     )
-    check(manifest, enforced_counts(spec))
+    check_manifest(manifest, enforced_counts(spec))
     return manifest
 
 

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.data.annotations import indicators, named, numbers, words_by_id
-from pipeline.data.manifest import Manifest, check
+from pipeline.data.manifest import Manifest, check_manifest
 from pipeline.data.readers import (
     binary_column,
     binary_rows,
@@ -26,11 +26,11 @@ from pipeline.data.readers import (
     locate,
     locate_all,
     media_path,
-    names,
+    read_names,
     rows,
     sources,
 )
-from pipeline.data.spec import describe, enforced_counts, held_out_percent, official_root
+from pipeline.data.spec import describe_spec, enforced_counts, held_out_percent, official_root
 from pipeline.data.splits import is_held_out
 from pipeline.types import SPLITS, Sample
 
@@ -97,7 +97,7 @@ def build(spec: Mapping[str, Any], root: Path | None) -> Manifest:
         label_kind=spec["label_kind"],
         class_names=tuple(photos.class_names),
         samples=tuple(_samples(photos, kept, split, set(straddling))),
-        meta=describe(
+        meta=describe_spec(
             spec,
             sources=sources(files, root),
             lists=listed,
@@ -108,7 +108,7 @@ def build(spec: Mapping[str, Any], root: Path | None) -> Manifest:
         media_root=locate(root, spec["layout"]["image_root"], "the folder of images"),
         rows=() if keep.all() else tuple(kept.tolist()),
     )
-    check(manifest, enforced_counts(spec))
+    check_manifest(manifest, enforced_counts(spec))
     return manifest
 
 
@@ -194,12 +194,12 @@ def _official(layout: Mapping[str, Any], root: Path) -> tuple[Photos, list[dict[
     concepts = locate(root, layout["concepts"], "the list of concepts")
     tag_dir = locate(root, layout["tags_dir"], "the folder of tags")
     vocabulary = locate(tag_dir, ["TagList1k.txt"], "the list of tags")
-    class_names = names(concepts)
+    class_names = read_names(concepts)
     label_dir = locate(root, layout["labels_dir"], "the folder AllLabels")
     label_files = locate_all(label_dir, [[f"Labels_{name}.txt"] for name in class_names], "label files")
     index, photo_ids = _image_list(whole)
     order = {TRAIN: _positions(train, index), TEST: _positions(test, index)}
-    tags, tag_files = _tags(tag_dir, len(names(vocabulary)), order, len(index))
+    tags, tag_files = _tags(tag_dir, len(read_names(vocabulary)), order, len(index))
     photos = Photos(
         paths=list(index),
         split=_splits(order, whole, test, len(index)),
@@ -207,7 +207,7 @@ def _official(layout: Mapping[str, Any], root: Path) -> tuple[Photos, list[dict[
         labels=_labels(label_files, len(index)),
         tags=tags,
         class_names=class_names,
-        vocabulary=names(vocabulary),
+        vocabulary=read_names(vocabulary),
     )
     files = [whole, train, test, concepts, vocabulary, *label_files, *tag_files]
     return photos, [listing(whole, root, len(index))], files
@@ -324,7 +324,7 @@ def _tags_by_id(spec: Mapping[str, Any], root: Path, photo_id: NDArray[np.int64]
             raise ValueError(f"{error}; without it prepare with --set filter=label") from error
         return [], Ragged.of(np.zeros(0, np.int64), np.zeros(0, np.int32), len(photo_id)), []
     words_file = locate(tags_file.parent, ["TagList1k.txt"], "the list of tags")
-    vocabulary = names(words_file)
+    vocabulary = read_names(words_file)
     tags_of = words_by_id(tags_file, vocabulary)
     tags = [tags_of.get(number, []) for number in photo_id.tolist()]
     row = np.repeat(np.arange(len(tags)), [len(own) for own in tags])

@@ -31,12 +31,11 @@ from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 from xml.parsers import expat
 
-from tqdm import tqdm
-
 from pipeline.data import fetch, splits
-from pipeline.data.manifest import Manifest, check
+from pipeline.data.manifest import Manifest, check_manifest
 from pipeline.data.media import SVG_LIMIT, open_image
-from pipeline.data.spec import describe, enforced_counts
+from pipeline.data.spec import describe_spec, enforced_counts
+from pipeline.runtime.logs import ProgressBar
 from pipeline.types import Sample
 
 TEXT_LIMIT = 10_000  # characters of one title, description or keyword
@@ -72,7 +71,7 @@ def build(spec: Mapping[str, Any], root: Path | None) -> Manifest:
     looks, problems = _looks(folder, kept)
     drawn = [drawing for drawing in kept if drawing.path in looks]
     classes, samples = _samples(spec, drawn, looks)
-    meta = describe(
+    meta = describe_spec(
         spec,
         sources=_sources(spec, root),
         left_out={**left_out, "series": len(drawings) - len(kept), **problems, "no_concept": len(drawn) - len(samples)},
@@ -83,7 +82,7 @@ def build(spec: Mapping[str, Any], root: Path | None) -> Manifest:
         },
     )
     manifest = Manifest(spec["name"], spec["label_kind"], classes, samples, meta, folder)
-    check(manifest, enforced_counts(spec))
+    check_manifest(manifest, enforced_counts(spec))
     return manifest
 
 
@@ -203,7 +202,7 @@ def _looks(folder: Path, drawings: list[Drawing]) -> tuple[dict[str, str], dict[
         return "flat" if is_flat else hashlib.sha256(image.tobytes()).hexdigest()
 
     with ThreadPoolExecutor(os.cpu_count()) as threads:
-        found = list(tqdm(threads.map(look, drawings), total=len(drawings), desc="draw", unit="drawing", disable=None))
+        found = list(ProgressBar(threads.map(look, drawings), label="draw", total=len(drawings), unit="drawing"))
     problems = {problem: found.count(problem) for problem in ("undrawable", "flat")}
     return {d.path: look for d, look in zip(drawings, found, strict=True) if look not in problems}, problems
 

@@ -15,9 +15,9 @@ from typing import Any
 
 from pipeline.data import splits
 from pipeline.data.annotations import Emoji, emoji_list, packaged
-from pipeline.data.manifest import Manifest, check
-from pipeline.data.readers import sha256
-from pipeline.data.spec import describe, enforced_counts
+from pipeline.data.manifest import Manifest, check_manifest
+from pipeline.data.spec import describe_spec, enforced_counts
+from pipeline.runtime.files import file_sha256
 from pipeline.types import Sample
 
 _VARIATION_SELECTOR = "FE0F"
@@ -42,15 +42,15 @@ def build(spec: Mapping[str, Any], root: Path | None) -> Manifest:
     samples = tuple(
         Sample(_id(e), split_of[_id(e)], Path(file), (e.name,), (classes.index(e.subgroup),), "") for e, file in kept.items()
     )
-    meta = describe(
+    meta = describe_spec(
         spec,
-        sources={**sources, spec["layout"]["names"]: sha256(names)},
+        sources={**sources, spec["layout"]["names"]: file_sha256(names)},
         media_sha256=_media_sha256(images, sorted(kept.values())),
         missing_images=[_id(e) for e in emoji if e not in files],
         small_classes={name: size for name, size in sizes.items() if size < select["min_class_size"]},
     )
     manifest = Manifest(spec["name"], spec["label_kind"], classes, samples, meta, images)
-    check(manifest, enforced_counts(spec))
+    check_manifest(manifest, enforced_counts(spec))
     return manifest
 
 

@@ -31,8 +31,8 @@ import pyarrow.parquet as pq
 
 from pipeline.data import readers as lists
 from pipeline.data import splits
-from pipeline.data.manifest import Manifest, check
-from pipeline.data.spec import describe, enforced_counts, held_out_percent
+from pipeline.data.manifest import Manifest, check_manifest
+from pipeline.data.spec import describe_spec, enforced_counts, held_out_percent
 from pipeline.types import Sample
 
 SPLIT_NAMES = {"train": "train", "val": "val", "valid": "val", "validation": "val", "dev": "val", "test": "test"}
@@ -73,7 +73,7 @@ def build(spec: Mapping[str, Any], root: Path | None) -> Manifest:
         raise ValueError(f"{tables[0] if tables else media_root} has no rows; see the layouts in `diffalign datasets table`")
     names_file = [lists.locate(root, [spec["class_names"]], "the list of class names")] if spec["class_names"] else []
     label_kind = _choice(spec, "labels", "multi" if any(len(set(row.labels)) > 1 for row in rows) else "single")
-    classes, labels = _labels(rows, label_kind, [name for path in names_file for name in lists.names(path)])
+    classes, labels = _labels(rows, label_kind, [name for path in names_file for name in lists.read_names(path)])
     samples = tuple(
         Sample(row.id, split, Path(row.media), row.texts, ids, row.group)
         for row, split, ids in zip(rows, _splits(rows, spec), labels, strict=True)
@@ -81,14 +81,14 @@ def build(spec: Mapping[str, Any], root: Path | None) -> Manifest:
     media_type = _choice(spec, "media", _media_type(rows) if spec["media"] == "auto" else "")
     entries, positions = _listed(rows, root) if tables else ([], ())
     task = "singlelabel" if label_kind == "single" else "multilabel"
-    meta = describe(
+    meta = describe_spec(
         {**spec, "media_type": media_type, "metrics": {"task": task, "topk": [1, 5]}},
         sources=lists.sources([*tables, *names_file], root),
         lists=entries,
         split_rule="as given" if rows[0].split else "by the SHA-256 of group or id",
     )
     manifest = Manifest(spec["name"], label_kind, classes, samples, meta, media_root, positions)
-    check(manifest, enforced_counts(spec))
+    check_manifest(manifest, enforced_counts(spec))
     return manifest
 
 

@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pipeline.data.manifest import Manifest, check
-from pipeline.data.readers import BLANK, fault, listing, locate, locate_all, media_path, names, rows, sources
-from pipeline.data.spec import describe, enforced_counts, official_root, target_splits
+from pipeline.data.manifest import Manifest, check_manifest
+from pipeline.data.readers import BLANK, fault, listing, locate, locate_all, media_path, read_names, rows, sources
+from pipeline.data.spec import describe_spec, enforced_counts, official_root, target_splits
 from pipeline.types import Sample
 
 
@@ -29,7 +29,7 @@ def build(spec: Mapping[str, Any], root: Path | None) -> Manifest:
     wanted = [*spec["lists"].values(), "FoodList.txt", "IngredientList.txt", "IngreLabel.txt"]
     *split_lists, dishes, vocabulary, marks = locate_all(folder, [[name] for name in wanted], "official lists")
     lists = dict(zip(spec["lists"], split_lists, strict=True))
-    class_names, words = _distinct(names(dishes, strip=f"{BLANK};")), names(vocabulary)
+    class_names, words = _distinct(read_names(dishes, strip=f"{BLANK};")), read_names(vocabulary)
     pictures = [picture for split, path in lists.items() for picture in _pictures(split, path, len(class_names))]
     ingredients = _ingredients(marks, len(words))
     _check_marks(pictures, lists, ingredients, marks)
@@ -43,7 +43,7 @@ def build(spec: Mapping[str, Any], root: Path | None) -> Manifest:
             Sample(each.path.removesuffix(".jpg"), target[each.split], Path(each.path), texts[each.path], (each.label,), "")
             for each in pictures
         ),
-        meta=describe(
+        meta=describe_spec(
             spec,
             sources=sources([*lists.values(), dishes, vocabulary, marks], root),
             lists=[listing(path, root, counts[f"images.{split}"]) for split, path in lists.items()],
@@ -57,7 +57,7 @@ def build(spec: Mapping[str, Any], root: Path | None) -> Manifest:
         ),
         media_root=locate(root, layout["image_root"], "the folder of images"),
     )
-    check(manifest, enforced_counts(spec))
+    check_manifest(manifest, enforced_counts(spec))
     return manifest
 
 

@@ -16,7 +16,7 @@ from pipeline.runtime.device import default_device
 
 
 @dataclass(frozen=True)
-class Ranks:
+class DistributedContext:
     """This process among all of them. Every one sees whole batches; what is expensive is done for its share alone."""
 
     rank: int = 0
@@ -60,11 +60,11 @@ class Ranks:
 
 
 @contextmanager
-def joined() -> Iterator[Ranks]:
+def joined() -> Iterator[DistributedContext]:
     """The processes that torchrun started; without it, this one alone."""
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
-        yield Ranks()
+        yield DistributedContext()
         return
     on_gpu = default_device().type == "cuda"
     if on_gpu:
@@ -72,7 +72,7 @@ def joined() -> Iterator[Ranks]:
     # the others wait while the first prepares items
     distributed.init_process_group("nccl" if on_gpu else "gloo", timeout=timedelta(days=1))
     try:
-        yield Ranks(distributed.get_rank(), size)
+        yield DistributedContext(distributed.get_rank(), size)
     finally:
         distributed.destroy_process_group()
 

@@ -13,13 +13,13 @@ import safetensors.torch
 from torch import Tensor
 
 from pipeline.cache import Cache, open_cache
-from pipeline.cache.reader import differences
+from pipeline.cache.reader import identity_differences
 from pipeline.data.manifest import Manifest
 from pipeline.encoders._factory import build_encoder
-from pipeline.extraction.extract import Effort, extract
+from pipeline.extraction.extract import ExtractOptions, extract
 from pipeline.runtime import plugins
 from pipeline.runtime.files import canonical_json, write_atomic
-from pipeline.runtime.runs import Run
+from pipeline.runtime.runs import RunFolder
 
 
 @dataclass(frozen=True)
@@ -49,19 +49,19 @@ def rebuild(cache: Cache) -> Origin:
         settings["compute_dtype"] = precision
     _, encoder = build_encoder(name, settings)
     found = json.loads(canonical_json({"name": name, "modality": encoder.modality, **encoder.identity()}))
-    for field, wanted, have in differences(made_by, found, "encoder."):
+    for field, wanted, have in identity_differences(made_by, found, "encoder."):
         if not field.endswith("compute_dtype"):
             raise ValueError(f"{cache.path} was made with {field} = {wanted!r}, which is {have!r} by now; extract it again")
     return Origin(name, settings, encoder)
 
 
-def joint_weights(run: Run, key: str) -> dict[str, Tensor]:
+def joint_weights(run: RunFolder, key: str) -> dict[str, Tensor]:
     """What a joint run has learned of "head", "image" or "text"; `ValueError` when its checkpoint is not the one it wrote."""
     state = safetensors.torch.load(run.weights())
     return {name.removeprefix(f"{key}."): tensor for name, tensor in state.items() if name.startswith(f"{key}.")}
 
 
-def export(run: Run, key: str) -> Path:
+def export_encoder(run: RunFolder, key: str) -> Path:
     """The tuned weights of a joint run's encoder in a file of their own, which `extract --weights` takes."""
     path = run.path / f"{key}.safetensors"
     if not path.is_file():
@@ -69,7 +69,7 @@ def export(run: Run, key: str) -> Path:
     return path
 
 
-def extract_again(origin: Origin, weights: Path, cache: Cache, manifest: Manifest, home: Path, effort: Effort) -> Cache:
+def extract_again(origin: Origin, weights: Path, cache: Cache, manifest: Manifest, home: Path, effort: ExtractOptions) -> Cache:
     """The next generation of a cache: the same encoder with tuned weights, over the same samples.
 
     What failed in stage 1 may fail again, beside the share that the effort allows.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 from collections.abc import Mapping
@@ -13,24 +12,24 @@ from typing import Any
 import safetensors.torch
 
 from pipeline.evaluation.evaluate import evaluate, load_method
-from pipeline.extraction.extract import Effort
+from pipeline.extraction.extract import ExtractOptions
 from pipeline.runtime import plugins
-from pipeline.runtime.files import lock, write_atomic
-from pipeline.runtime.runs import Run, RunConfig
+from pipeline.runtime.files import lock, sha256, write_atomic
+from pipeline.runtime.runs import RunConfig, RunFolder
 from pipeline.training.config import TrainConfig
-from pipeline.training.features import Features, open_features
+from pipeline.training.features import FeatureSet, open_features
 from pipeline.training.history import kept, validations
 from pipeline.training.joint.ddp import joined
-from pipeline.training.joint.export import export, extract_again, joint_weights, rebuild
-from pipeline.training.joint.trainer import JointConfig, Together, Work, train_together
+from pipeline.training.joint.export import export_encoder, extract_again, joint_weights, rebuild
+from pipeline.training.joint.trainer import JointConfig, JointOptions, Together, train_together
 from pipeline.training.state import drop_state
 
 
 @dataclass(frozen=True)
-class Outcome:
+class FinetuneResult:
     """What joint training has come to."""
 
-    run: Run  # the better one on validation: the joint head on the tuned encoders' cache, or the head of stage 2
+    run: RunFolder  # the better one on validation: the joint head on the tuned encoders' cache, or the head of stage 2
     metric: str
     before: float  # on validation, of stage 2
     after: float  # of the kept joint epoch
@@ -42,7 +41,7 @@ class Outcome:
         return self.after > self.before
 
 
-def resolve(init: Run, training: Mapping[str, Any]) -> TrainConfig:
+def resolve_joint_settings(init: RunFolder, training: Mapping[str, Any]) -> TrainConfig:
     """The training config: the papers' rate for the head, ten epochs, judged by the metric; then what was given."""
     base = {"lr": 1e-4, "epochs": 10, "precision": init.config().training.get("precision", "float32")}
     config = plugins.configure(TrainConfig, {**base, **training})
@@ -55,7 +54,7 @@ def resolve(init: Run, training: Mapping[str, Any]) -> TrainConfig:
     return config
 
 
-def finetune(home: Path, init: Run, joint: JointConfig, training: TrainConfig, work: Work) -> Outcome:
+def finetune(home: Path, init: RunFolder, joint: JointConfig, training: TrainConfig, work: JointOptions) -> FinetuneResult:
     """Train, keep the better of both stages, and leave tuned weights, their caches and an ordinary run on them.
 
     A finished joint run is not repeated and an interrupted one goes on. In a process other than the first of torchrun the
@@ -70,7 +69,9 @@ def finetune(home: Path, init: Run, joint: JointConfig, training: TrainConfig, w
         raise ValueError("principal components turn as the encoder moves; train the head with adapter=classifier, or none")
     changes = {"stage": "joint", **asdict(joint), "init": old.fingerprint()[:12]}
     config = replace(old, training={**asdict(training), **changes})
-    run = Run(home / "joint" / config.dataset / f"{config.method}-{config.fingerprint()[:12]}" / init.path.name, init.seed)
+    run = RunFolder(
+        home / "joint" / config.dataset / f"{config.method}-{config.fingerprint()[:12]}" / init.path.name, init.seed
+    )
     features = open_features(home, config.dataset, config.method, config.caches, config.text_aggregate)
     with joined() as ranks:
         if not run.is_done:
@@ -79,36 +80,38 @@ def finetune(home: Path, init: Run, joint: JointConfig, training: TrainConfig, w
             plan = Together(config=config, joint=joint, training=training, head=head, init=init, run=run, features=features)
             train_together(plan, work, ranks)
         if ranks.rank:
-            return Outcome(init, "", 0.0, 0.0, {})
+            return FinetuneResult(init, "", 0.0, 0.0, {})
     return _outcome(home, init, run, config, features, joint, work)
 
 
-def _outcome(home: Path, init: Run, run: Run, config: RunConfig, features: Features, joint: JointConfig, work: Work) -> Outcome:
+def _outcome(
+    home: Path, init: RunFolder, run: RunFolder, config: RunConfig, features: FeatureSet, joint: JointConfig, work: JointOptions
+) -> FinetuneResult:
     drop_state(run)
     shutil.rmtree(run.path / "items", ignore_errors=True)  # gigabytes, of this process or of one that was killed here
     metrics = evaluate(home, init, "val", {})["metrics"]
     metric = "acc1" if features.manifest.label_kind == "single" else "map"
     after = kept(validations(run), config.training["select"]).metric
-    weights = {key: export(run, key) for key in joint.live}
+    weights = {key: export_encoder(run, key) for key in joint.live}
     if not after > metrics[metric]:
-        return Outcome(init, metric, metrics[metric], after, weights)
-    effort = Effort(workers=work.workers, progress=work.progress)
+        return FinetuneResult(init, metric, metrics[metric], after, weights)
+    effort = ExtractOptions(workers=work.workers, progress=work.progress)
     caches = dict(config.caches)
     for key, path in weights.items():
         cache = features.caches[key]
         caches[key] = extract_again(rebuild(cache), path, cache, features.manifest, home, effort).fingerprint
-    return Outcome(_publish(home, run, replace(config, caches=caches)), metric, metrics[metric], after, weights)
+    return FinetuneResult(_publish(home, run, replace(config, caches=caches)), metric, metrics[metric], after, weights)
 
 
-def _publish(home: Path, joint: Run, config: RunConfig) -> Run:
+def _publish(home: Path, joint: RunFolder, config: RunConfig) -> RunFolder:
     """The joint head as an ordinary run on the tuned encoders' features."""
-    run = Run.of(home, config, joint.seed)
+    run = RunFolder.of(home, config, joint.seed)
     with lock(run.path, wait=True):
         if not run.is_done:
             run.create(config)
             weights = safetensors.torch.save(joint_weights(joint, "head"))
             write_atomic(run.path / "checkpoint.safetensors", weights)
             write_atomic(run.path / "history.csv", (joint.path / "history.csv").read_bytes())
-            facts = {**joint.done(), "checkpoint_sha256": hashlib.sha256(weights).hexdigest()}
+            facts = {**joint.done(), "checkpoint_sha256": sha256(weights)}
             write_atomic(run.path / "done", json.dumps(facts))
     return run

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
-import sys
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
@@ -16,12 +14,13 @@ import numpy as np
 import torch
 from torch import Tensor
 from torchvision.transforms.v2 import functional as pictures
-from tqdm import tqdm
 
 from pipeline.cache.table import Captions
 from pipeline.extraction.inputs import Items
 from pipeline.extraction.workers import prepared_batches
-from pipeline.runtime.rng import Streams
+from pipeline.runtime.files import written_aside
+from pipeline.runtime.logs import ProgressBar
+from pipeline.runtime.rng import KeyedRNG
 from pipeline.types import Batch, Source
 
 Chunks = Generator[Tensor, None, None]  # of rows
@@ -36,15 +35,8 @@ def mapped(path: Path, chunks: Callable[[], Chunks], length: int) -> Tensor:
     """
     if not path.is_file():
         path.parent.mkdir(parents=True, exist_ok=True)
-        aside = path.with_name(f".{path.name}.tmp")  # one name: the next preparation overwrites what a killed one has left
-        try:
-            with closing(chunks()) as given, aside.open("wb") as file:  # closed, a progress bar ends before an error is told
-                _write(file, given, length)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(aside, path)
-        finally:
-            aside.unlink(missing_ok=True)
+        with written_aside(path, alone=True) as aside, aside.open("wb") as file, closing(chunks()) as given:
+            _write(file, given, length)  # closed before an error is told: a progress bar ends its line
     rows = torch.from_numpy(np.load(path, mmap_mode="c"))
     return rows.view(torch.bfloat16) if rows.dtype == torch.int16 else rows
 
@@ -81,7 +73,7 @@ def prepared_items(items: Items, path: Path, workers: int, progress: bool) -> Te
     def chunks() -> Chunks:
         batches = [np.arange(start, min(start + READ, len(items))) for start in range(0, len(items), READ)]
         few = len(items) < 64 * max(workers, 1)  # done before the workers have started
-        with tqdm(total=len(items), desc=path.stem, unit=" items", disable=not progress, file=sys.stderr) as bar:
+        with ProgressBar(total=len(items), label=path.stem, unit=" items", show=progress) as bar:
             for batch in prepared_batches(items, batches, 0 if few else workers):
                 for row, reason in zip(batch.rows, batch.errors, strict=True):
                     if reason:
@@ -114,7 +106,7 @@ class Texts:
         return (self.offsets[rows] - before)[owner] + torch.arange(len(owner)), owner
 
 
-def augmented(items: Tensor, rng: Streams) -> Tensor:
+def augmented(items: Tensor, rng: KeyedRNG) -> Tensor:
     """Images [B, ..., 3, H, W], each cropped at random to at least half its area, resized back, and mirrored half the time.
 
     Ratios of the sides are within 3/4 to 4/3 of what they were. `ValueError` for items that are no pictures.

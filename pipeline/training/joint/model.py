@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from pipeline.nn.feature_space import ADAPT
-from pipeline.runtime.rng import Streams
-from pipeline.training.joint.ddp import Ranks
+from pipeline.runtime.rng import KeyedRNG
+from pipeline.training.joint.ddp import DistributedContext
 from pipeline.types import Batch, Method, Phase
 
 Encode = Callable[[Tensor], Tensor]  # prepared items [B, ...] to features [B, *shape]
@@ -59,7 +59,7 @@ class Joint(nn.Module):
         encode: Mapping[str, Encode],
         trains: tuple[str, ...],
         rates: tuple[tuple[str, float], ...],
-        ranks: Ranks,
+        ranks: DistributedContext,
     ) -> None:
         """`encoders` by batch key, and what runs them in training; names of trained parameters begin with one of `trains`."""
         super().__init__()
@@ -84,7 +84,7 @@ class Joint(nn.Module):
     def begin(self, phase: str, train: Callable[[], Iterator[Batch]]) -> None:
         """Nothing: the head comes with its statistics."""
 
-    def loss(self, batch: Batch, rng: Streams, phase: str) -> Batch:
+    def loss(self, batch: Batch, rng: KeyedRNG, phase: str) -> Batch:
         """The sum of the head's losses on live features; the parts are named by the phase they come from."""
         batch = self.live(batch)
         losses, parts = [], {}
@@ -136,11 +136,11 @@ class Joint(nn.Module):
             self.head.begin(step.name, lambda: iter(seen))
         return {name: float(torch.cat(parts).mean()) for name, parts in cosines.items()}
 
-    def predict(self, image: Tensor, rng: Streams) -> Tensor:
+    def predict(self, image: Tensor, rng: KeyedRNG) -> Tensor:
         """Logits [B,C] of prepared images [B, ...]; text cannot reach it."""
         return self.head.predict(self._image(image), rng)
 
-    def feature(self, image: Tensor, rng: Streams) -> Tensor:
+    def feature(self, image: Tensor, rng: KeyedRNG) -> Tensor:
         """The head's feature [B,D] of prepared images [B, ...]."""
         return self.head.feature(self._image(image), rng)
 

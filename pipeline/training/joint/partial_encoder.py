@@ -15,7 +15,7 @@ class _Reached(Exception):
     """Ends a forward pass at the first trained block."""
 
 
-class Bridge:
+class PartialEncoder:
     """The encoder from its first trained block on.
 
     What comes before it runs on one item, for the sake of what is computed besides (masks, positions); then the stored states

@@ -20,26 +20,26 @@ import torch
 from dask.system import CPU_COUNT
 from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
-from tqdm import tqdm
 
-from pipeline.cache.table import Captions, Table, ordered, shuffled
+from pipeline.cache.table import Captions, FeatureTable, ordered, shuffled
 from pipeline.evaluation.evaluate import predict
 from pipeline.extraction.inputs import Items, texts_of
 from pipeline.runtime.device import computing, default_device
-from pipeline.runtime.files import lock, naming
-from pipeline.runtime.rng import Streams
-from pipeline.runtime.runs import Run, RunConfig
+from pipeline.runtime.files import label_os_errors, lock
+from pipeline.runtime.logs import ProgressBar
+from pipeline.runtime.rng import KeyedRNG
+from pipeline.runtime.runs import RunConfig, RunFolder
 from pipeline.training.config import TrainConfig
-from pipeline.training.features import Features
+from pipeline.training.features import FeatureSet
 from pipeline.training.heads import score
-from pipeline.training.joint.ddp import Ranks
+from pipeline.training.joint.ddp import DistributedContext
 from pipeline.training.joint.encoder_blocks import blocks, depths, executed, recomputed
 from pipeline.training.joint.export import rebuild
 from pipeline.training.joint.inputs import READ, Chunks, Texts, augmented, mapped, picked, prepared_items, to_device, with_items
 from pipeline.training.joint.model import Encode, Joint, Parts
-from pipeline.training.joint.partial_encoder import Bridge
+from pipeline.training.joint.partial_encoder import PartialEncoder
 from pipeline.training.loop import train
-from pipeline.training.state import Lane, Score
+from pipeline.training.state import Score, TrainState
 from pipeline.types import Batch, Method, Predictor, Sample, Source, Split
 
 Row = tuple[Sample, str]  # a sample and one of its texts, or "" for its media
@@ -77,7 +77,7 @@ class JointConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Work:
+class JointOptions:
     """How the training is carried out; no field changes a number beyond the rounding of its last bits."""
 
     accumulate: int = 1  # parts in which a batch goes through the encoders, one in memory at a time
@@ -94,12 +94,12 @@ class Together:
     joint: JointConfig
     training: TrainConfig
     head: Method
-    init: Run
-    run: Run
-    features: Features
+    init: RunFolder
+    run: RunFolder
+    features: FeatureSet
 
 
-def train_together(plan: Together, work: Work, ranks: Ranks) -> None:
+def train_together(plan: Together, work: JointOptions, ranks: DistributedContext) -> None:
     """Train a joint run from where it stands, with all processes of it; only the first one writes to its folder.
 
     `ValueError` for encoders that cannot be tuned, a loss that is not finite, and too little memory.
@@ -115,14 +115,14 @@ def train_together(plan: Together, work: Work, ranks: Ranks) -> None:
         if plan.run.is_done:  # another process has finished it while we waited
             return
         held.enter_context(_within_memory())
-        held.enter_context(naming(run.path))
+        held.enter_context(label_os_errors(run.path))
         if ranks.rank and (plan.run.path / "state.pt").is_file():
             shutil.copy(plan.run.path / "state.pt", run.path)
         ranks.wait()
         live = {key: open_live(plan, key, work, ranks) for key in plan.joint.live}
         model = assemble(plan, live, ranks)
         progress = work.progress and not ranks.rank
-        lane = Lane(method=model, run=run, config=plan.training)
+        lane = TrainState(method=model, run=run, config=plan.training)
         judge = partial(validate, plan, live, ranks)
         source = source_of(plan, model, live, ranks, progress)
         held.enter_context(repeatable(default_device()))
@@ -131,7 +131,7 @@ def train_together(plan: Together, work: Work, ranks: Ranks) -> None:
 
 
 @dataclass(frozen=True)
-class Live:
+class TrainableEncoder:
     """An encoder that is trained, what runs it, and what it runs on."""
 
     encoder: nn.Module
@@ -143,7 +143,7 @@ class Live:
     texts: Texts | None  # whose the items are; None: there is one of each sample
 
 
-def open_live(plan: Together, key: str, work: Work, ranks: Ranks) -> Live:
+def open_live(plan: Together, key: str, work: JointOptions, ranks: DistributedContext) -> TrainableEncoder:
     """The encoder of a batch key, ready to be trained."""
     joint, encoder = plan.joint, rebuild(plan.features.caches[key]).encoder
     rows, texts = _texts(plan.features) if key == "text" else (_media(plan.features), None)
@@ -155,14 +155,14 @@ def open_live(plan: Together, key: str, work: Work, ranks: Ranks) -> Live:
     encode: Encode = encoder
     trains: tuple[str, ...] = (f"{key}.",)
     if joint.num_blocks:
-        encode = bridge = Bridge(encoder, parts, joint.num_blocks, first)
+        encode = bridge = PartialEncoder(encoder, parts, joint.num_blocks, first)
         names = {module: name for name, module in encoder.named_modules()}
         trains = tuple(f"{key}.{names[block]}." for block in bridge.trained)
     items = {}
     for split, own in rows.items():
         path = plan.run.path / "items" / f"{key}-{split}.npy"
         make = partial(_prepared, plan, encoder, own, path, work)
-        if isinstance(encode, Bridge):
+        if isinstance(encode, PartialEncoder):
             make = partial(_captured, encode, make, path, len(own), work)
         items[split] = _shared(make, ranks)
     if work.checkpointing:
@@ -170,17 +170,17 @@ def open_live(plan: Together, key: str, work: Work, ranks: Ranks) -> Live:
     for name, parameter in encoder.named_parameters():
         parameter.requires_grad_(f"{key}.{name}".startswith(trains))
     step = ranks.wrap(Parts(encoder, encode, work.accumulate))
-    return Live(encoder, encode, step, trains, _rates(plan, key, encoder, ran, parts), items, texts)
+    return TrainableEncoder(encoder, encode, step, trains, _rates(plan, key, encoder, ran, parts), items, texts)
 
 
-def _media(features: Features) -> dict[Split, list[Row]]:
+def _media(features: FeatureSet) -> dict[Split, list[Row]]:
     """What an image or video encoder reads: every usable sample of the training and the validation split, in order."""
     samples = {sample.id: sample for sample in features.manifest.samples}
-    tables: dict[Split, Table] = {"train": features.train, "val": features.val}
+    tables: dict[Split, FeatureTable] = {"train": features.train, "val": features.val}
     return {split: [(samples[sample_id], "") for sample_id in table.ids] for split, table in tables.items()}
 
 
-def _texts(features: Features) -> tuple[dict[Split, list[Row]], Texts]:
+def _texts(features: FeatureSet) -> tuple[dict[Split, list[Row]], Texts]:
     """What a text encoder reads: the texts of training samples that stage 2 used, and no others."""
     ids = list(features.train.ids)
     samples = {sample.id: sample for sample in features.manifest.split("train")}
@@ -202,18 +202,18 @@ def _texts(features: Features) -> tuple[dict[Split, list[Row]], Texts]:
     return {"train": rows}, Texts(torch.from_numpy(kept), drawn)
 
 
-def _prepared(plan: Together, encoder: Any, rows: Sequence[Row], path: Path, work: Work) -> Tensor:
+def _prepared(plan: Together, encoder: Any, rows: Sequence[Row], path: Path, work: JointOptions) -> Tensor:
     """The prepared items of rows."""
     items = Items(plan.features.manifest, encoder, tuple(rows), "float32")
     return prepared_items(items, path, CPU_COUNT if work.workers < 0 else work.workers, work.progress)
 
 
-def _captured(bridge: Bridge, prepare: Callable[[], Tensor], pixels: Path, length: int, work: Work) -> Tensor:
+def _captured(bridge: PartialEncoder, prepare: Callable[[], Tensor], pixels: Path, length: int, work: JointOptions) -> Tensor:
     """What reaches the trained blocks, of every row, after which the file of `pixels` is not needed any more."""
     path = pixels.with_name(f"blocks-{pixels.name}")
 
     def chunks() -> Chunks:
-        for chunk in tqdm(prepare().split(READ), desc=path.stem, disable=not work.progress, file=sys.stderr, leave=False):
+        for chunk in ProgressBar(prepare().split(READ), label=path.stem, show=work.progress, leave=False):
             yield bridge.capture(chunk)
 
     states = mapped(path, chunks, length)
@@ -221,7 +221,7 @@ def _captured(bridge: Bridge, prepare: Callable[[], Tensor], pixels: Path, lengt
     return states
 
 
-def _shared(make: Callable[[], Tensor], ranks: Ranks) -> Tensor:
+def _shared(make: Callable[[], Tensor], ranks: DistributedContext) -> Tensor:
     """What the first process makes; the others open it when it is there."""
     if ranks.rank == 0:
         make()
@@ -240,7 +240,7 @@ def _rates(
     return tuple((f"{key}.{name}", whole * decay ** (len(parts) - own)) for name, own in depth.items())
 
 
-def assemble(plan: Together, live: Mapping[str, Live], ranks: Ranks) -> Joint:
+def assemble(plan: Together, live: Mapping[str, TrainableEncoder], ranks: DistributedContext) -> Joint:
     """The method that is trained."""
     return Joint(
         plan.head,
@@ -252,13 +252,13 @@ def assemble(plan: Together, live: Mapping[str, Live], ranks: Ranks) -> Joint:
     )
 
 
-def _numbered(table: Table) -> Table:
+def _numbered(table: FeatureTable) -> FeatureTable:
     """The table with the numbers of its rows."""
     rows = torch.arange(len(table), device=table.columns["key"].device)
     return replace(table, columns={**table.columns, "row": rows})
 
 
-def _fetch(plan: Together, live: Mapping[str, Live], ranks: Ranks) -> Callable[[Batch, int], Batch]:
+def _fetch(plan: Together, live: Mapping[str, TrainableEncoder], ranks: DistributedContext) -> Callable[[Batch, int], Batch]:
     """What gets the prepared items of a batch in an epoch; those of epoch -1 are not augmented."""
     seed, device = plan.run.seed, plan.features.train.columns["key"].device
 
@@ -274,20 +274,23 @@ def _fetch(plan: Together, live: Mapping[str, Live], ranks: Ranks) -> Callable[[
             else:
                 items = picked(each.items["train"], here["row"][own])
                 if plan.joint.augment and epoch >= 0:
-                    items = augmented(items, Streams.seeded(seed, here["key"][own]).at("augment", epoch))
+                    items = augmented(items, KeyedRNG.seeded(seed, here["key"][own]).at("augment", epoch))
             fetched[f"{key}_items"] = to_device(items, device)
         return fetched
 
     return fetch
 
 
-def source_of(plan: Together, model: Joint, live: Mapping[str, Live], ranks: Ranks, progress: bool) -> Source:
+def source_of(
+    plan: Together, model: Joint, live: Mapping[str, TrainableEncoder], ranks: DistributedContext, progress: bool
+) -> Source:
     """The batches of stage 2 with prepared items; `ValueError` when a step was not finite."""
     table, size = _numbered(plan.features.train), plan.training.batch_size
     device, batches = table.columns["key"].device, with_items(shuffled(table, size, plan.run.seed), _fetch(plan, live, ranks))
 
     def steps(epoch: int) -> Iterator[Batch]:
-        with tqdm(total=len(table) // min(size, len(table)), unit="batch", disable=not progress, leave=False) as bar:
+        num_batches = len(table) // min(size, len(table))
+        with ProgressBar(total=num_batches, label=f"epoch {epoch}", unit="batch", show=progress, leave=False) as bar:
             for step, batch in enumerate(batches(epoch)):
                 yield batch
                 for what in _not_finite(model):
@@ -322,7 +325,7 @@ def _memory(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def validate(plan: Together, live: Mapping[str, Live], ranks: Ranks, model: Predictor) -> list[Score]:
+def validate(plan: Together, live: Mapping[str, TrainableEncoder], ranks: DistributedContext, model: Predictor) -> list[Score]:
     """The metric and the loss of the head on live features of the validation split, after its statistics have followed.
 
     These are of the training split; no text of the validation split is read.
@@ -340,7 +343,7 @@ def validate(plan: Together, live: Mapping[str, Live], ranks: Ranks, model: Pred
 
 
 @torch.no_grad()
-def features_of(encode: Encode, items: Tensor, batch_size: int, ranks: Ranks) -> Tensor:
+def features_of(encode: Encode, items: Tensor, batch_size: int, ranks: DistributedContext) -> Tensor:
     """Features [N, *shape] of items [N, ...], each process doing its share."""
     own = items[ranks.share(len(items))] if ranks.size > 1 else items
     return ranks.gather(torch.cat([encode(part) for part in own.split(batch_size)]), len(items))

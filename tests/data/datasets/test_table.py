@@ -151,7 +151,7 @@ def test_the_only_table_is_found_when_columns_are_named(tmp_path: Path) -> None:
 def test_the_csv_twin_and_the_parquet_of_a_manifest_are_tables(tmp_path: Path) -> None:
     media(tmp_path, "a/1.jpg", "a/2.jpg", "b/1.jpg")
     write_csv(tmp_path / "m.csv", [{**record, "split": record["part"]} for record in RECORDS])
-    path = manifests.write(build(tmp_path, file="m.csv", **OPTIONS), tmp_path)
+    path = manifests.write_manifest(build(tmp_path, file="m.csv", **OPTIONS), tmp_path)
     for twin in (path, path.with_suffix(".csv")):
         shutil.copy(twin, tmp_path / f"twin{twin.suffix}")
         built = build(tmp_path, file=f"twin{twin.suffix}")
@@ -166,7 +166,7 @@ def test_media_may_lie_in_another_folder(tmp_path: Path) -> None:
     settings = {**OPTIONS, "file": "m.csv", "split_column": "part"}
     report = prepare("table", tmp_path / "tables", tmp_path, settings, image_root=tmp_path / "photos")
     assert report.missing == 0
-    manifest = manifests.read(tmp_path, "table")
+    manifest = manifests.read_manifest(tmp_path, "table")
     assert rows(manifest) == ROWS
     assert manifest.media_root == tmp_path / "photos"
     assert rows(build(tmp_path / "tables", layout={"image_root": ["../photos"]}))[0][0] == "a/1"  # a folder of classes

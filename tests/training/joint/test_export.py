@@ -18,12 +18,12 @@ from pipeline.cache.reader import find_cache
 from pipeline.cache.transfer import import_features
 from pipeline.data import manifest as manifests
 from pipeline.data.manifest import Manifest
-from pipeline.extraction.extract import Effort, extract
+from pipeline.extraction.extract import ExtractOptions, extract
 from pipeline.runtime.files import write_atomic
-from pipeline.runtime.runs import Run
-from pipeline.training.joint.export import export, joint_weights, rebuild
+from pipeline.runtime.runs import RunFolder
+from pipeline.training.joint.export import export_encoder, joint_weights, rebuild
 
-QUICK = Effort(progress=False, workers=0)
+QUICK = ExtractOptions(progress=False, workers=0)
 
 
 def cache_of(manifest: Manifest, home: Path, name: str, settings: dict[str, str]) -> Cache:
@@ -78,7 +78,7 @@ def test_caches_without_an_encoder_to_tune_are_refused(tiny_manifest: Manifest, 
     source = tmp_path / "theirs.npy"
     np.save(source, np.ones((len(ids), 4), dtype=np.float32))
     source.with_suffix(".json").write_text(json.dumps(ids))
-    manifests.write(tiny_manifest, tmp_path / "home")
+    manifests.write_manifest(tiny_manifest, tmp_path / "home")
     imported = import_features(source, tmp_path / "home", dataset="tiny", name="elsewhere")
     with pytest.raises(ValueError, match=r"elsewhere-\w+ was computed elsewhere, .*extract features with an encoder$"):
         rebuild(open_cache(imported.path))
@@ -90,7 +90,7 @@ def test_caches_without_an_encoder_to_tune_are_refused(tiny_manifest: Manifest, 
 
 @pytest.mark.parametrize("content", [b"", b"no tensors", None])
 def test_a_damaged_joint_checkpoint_is_named_with_the_remedy(content: bytes | None, tmp_path: Path) -> None:
-    run = Run(tmp_path / "baseline-0" / "seed0", 0)
+    run = RunFolder(tmp_path / "baseline-0" / "seed0", 0)
     path = run.path / "checkpoint.safetensors"
     weights = save({"head.bias": torch.zeros(2), "image.bias": torch.ones(2)})
     write_atomic(path, weights)
@@ -101,7 +101,7 @@ def test_a_damaged_joint_checkpoint_is_named_with_the_remedy(content: bytes | No
         with pytest.raises(ValueError, match=r"checkpoint.safetensors is damaged .*; delete .*seed0 and run the same command"):
             joint_weights(run, key)
     with pytest.raises(ValueError, match="damaged"):
-        export(run, "image")
+        export_encoder(run, "image")
     assert not (run.path / "image.safetensors").exists()
 
 

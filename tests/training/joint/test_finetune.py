@@ -27,11 +27,11 @@ from pipeline.cache.table import shuffled
 from pipeline.data.manifest import Manifest
 from pipeline.encoders.timm import Timm
 from pipeline.evaluation.evaluate import evaluate
-from pipeline.runtime.rng import Streams, sample_keys
-from pipeline.runtime.runs import Run
+from pipeline.runtime.rng import KeyedRNG, sample_keys
+from pipeline.runtime.runs import RunFolder
 from pipeline.training import loop as train
 from pipeline.training.features import open_features
-from pipeline.training.joint.finetune import resolve
+from pipeline.training.joint.finetune import resolve_joint_settings
 from pipeline.training.joint.trainer import JointConfig
 
 IMAGE, BOTH = JointConfig(train="image", encoder_lr=1e-3), JointConfig(train="both", encoder_lr=1e-3)
@@ -48,12 +48,12 @@ def home(prepared: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(prepared, tmp_path / "home"))
 
 
-def joint_run(home: Path) -> Run:
+def joint_run(home: Path) -> RunFolder:
     (folder,) = (home / "joint" / "tiny").glob("*/seed0")
-    return Run(folder, 0)
+    return RunFolder(folder, 0)
 
 
-def logits(run: Run, split: str) -> np.ndarray:
+def logits(run: RunFolder, split: str) -> np.ndarray:
     return np.load(run.path / f"predictions-{split}.npz")["logits"]
 
 
@@ -69,13 +69,13 @@ def test_tuned_encoders_make_caches_that_the_joint_head_reads(home: Path) -> Non
     assert not (joint.path / "items").exists()
     metrics = evaluate(home, outcome.run, "val", {})["metrics"]
     assert metrics["acc1"] == outcome.after
-    plan = joint_home.together(home, init, BOTH, resolve(init, joint_home.SHORT))
+    plan = joint_home.together(home, init, BOTH, resolve_joint_settings(init, joint_home.SHORT))
     model, live = joint_home.assembled(plan)
     model.load_state_dict(load_file(joint.path / "checkpoint.safetensors"))
     model.train(False)
     keys = sample_keys(plan.features.val.ids)
     with torch.no_grad():
-        found = model.predict(live["image"].items["val"], Streams.seeded(0, keys).at("predict"))
+        found = model.predict(live["image"].items["val"], KeyedRNG.seeded(0, keys).at("predict"))
     np.testing.assert_allclose(logits(outcome.run, "val"), found.numpy(), rtol=1e-4, atol=1e-4)
     history = pd.read_csv(joint.path / "history.csv")
     assert (history["cosine_image"] < 0.999).any()
@@ -88,7 +88,7 @@ def test_tuned_encoders_make_caches_that_the_joint_head_reads(home: Path) -> Non
 def test_killed_and_resumed_it_ends_in_the_same_bits(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     init = joint_home.head(home, "seda", epochs=1)
     undisturbed = Path(shutil.copytree(home, tmp_path / "undisturbed"))
-    joint_home.tuned(undisturbed, Run(undisturbed / init.path.relative_to(home), 0), BOTH, epochs="5")
+    joint_home.tuned(undisturbed, RunFolder(undisturbed / init.path.relative_to(home), 0), BOTH, epochs="5")
     monkeypatch.setattr(train, "STATE_SECONDS", -1.0)
     monkeypatch.setattr(train, "SAVE_SHARE", 0)
     for _ in range(2):
@@ -118,7 +118,7 @@ def test_killed_at_any_write_it_ends_in_the_same_bytes(
     undisturbed = Path(shutil.copytree(home, tmp_path / "undisturbed"))
     monkeypatch.setattr(train, "STATE_SECONDS", -1.0)
     monkeypatch.setattr(train, "SAVE_SHARE", 0)
-    expected = joint_home.tuned(undisturbed, Run(undisturbed / init.path.relative_to(home), 0), joint, epochs="3")
+    expected = joint_home.tuned(undisturbed, RunFolder(undisturbed / init.path.relative_to(home), 0), joint, epochs="3")
     assert expected.is_better
     survived: set[tuple[str, Path]] = set()
 
@@ -240,7 +240,7 @@ def test_two_processes_equal_one(what: str, batch_size: str, home: Path, tmp_pat
     joint = JointConfig(train=what, encoder_lr=1e-3)
     init = joint_home.head(home, "ema", epochs=1)
     alone = Path(shutil.copytree(home, tmp_path / "alone"))
-    joint_home.tuned(alone, Run(alone / init.path.relative_to(home), 0), joint, batch_size=batch_size)
+    joint_home.tuned(alone, RunFolder(alone / init.path.relative_to(home), 0), joint, batch_size=batch_size)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -260,7 +260,7 @@ def test_two_processes_equal_one(what: str, batch_size: str, home: Path, tmp_pat
     np.testing.assert_allclose(*losses, rtol=1e-4)
 
 
-def as_rank(rank: int, port: int, home: Path, init: Run, joint: JointConfig, batch_size: str) -> None:
+def as_rank(rank: int, port: int, home: Path, init: RunFolder, joint: JointConfig, batch_size: str) -> None:
     """A process as torchrun starts it."""
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
@@ -275,7 +275,7 @@ def test_the_last_blocks_alone(home: Path) -> None:
     caches = joint_home.caches(home)
     (cache,) = [open_cache(path) for path in find_caches(home, "tiny") if open_cache(path).fingerprint == caches["image"]]
     tuned = load_file(outcome.weights["image"])
-    plan = joint_home.together(home, init, IMAGE, resolve(init, {}))
+    plan = joint_home.together(home, init, IMAGE, resolve_joint_settings(init, {}))
     _, live = joint_home.assembled(plan)
     moved = {name for name, tensor in live["image"].encoder.state_dict().items() if not torch.equal(tensor, tuned[name])}
     assert cache.identity["encoder"]["name"] == "timm"

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from pipeline.cache.table import shuffled
 from pipeline.data.manifest import Manifest
-from pipeline.runtime.rng import Streams
+from pipeline.runtime.rng import KeyedRNG
 from pipeline.training.config import TrainConfig
-from pipeline.training.joint.ddp import Ranks
+from pipeline.training.joint.ddp import DistributedContext
 from pipeline.training.joint.inputs import Chunks, augmented, mapped, picked, with_items
 from pipeline.training.joint.trainer import JointConfig, source_of
 from pipeline.types import Batch
@@ -52,7 +52,7 @@ def test_live_texts_are_those_of_stage_2(aggregate: str, captioned: Path) -> Non
             for key in ("text", "image"):
                 torch.testing.assert_close(found[key], theirs[key], rtol=1e-4, atol=1e-5)
             drawn.append(len(ours["text_owner"]))
-            model.loss(ours, Streams.seeded(0, ours["key"]), "joint")
+            model.loss(ours, KeyedRNG.seeded(0, ours["key"]), "joint")
     texts = {"mean": 8 * (3 + 1), "first": 8 * 2, "random": 8 * 2}[aggregate]  # of 24 samples a third each
     assert sum(drawn) == 3 * texts
 
@@ -60,12 +60,12 @@ def test_live_texts_are_those_of_stage_2(aggregate: str, captioned: Path) -> Non
 def test_augmentation_is_named_by_the_sample() -> None:
     items = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (6, 3, 20, 30), dtype=np.uint8))
     keys = torch.arange(6)
-    rng = Streams.seeded(0, keys).at("augment", 1)
+    rng = KeyedRNG.seeded(0, keys).at("augment", 1)
     whole = augmented(items, rng)
     assert whole.shape == items.shape
     assert whole.dtype == torch.uint8
-    assert torch.equal(augmented(items[2:4], Streams.seeded(0, keys[2:4]).at("augment", 1)), whole[2:4])
-    assert not torch.equal(augmented(items, Streams.seeded(0, keys).at("augment", 2)), whole)
+    assert torch.equal(augmented(items[2:4], KeyedRNG.seeded(0, keys[2:4]).at("augment", 1)), whole[2:4])
+    assert not torch.equal(augmented(items, KeyedRNG.seeded(0, keys).at("augment", 2)), whole)
     with pytest.raises(ValueError, match="prepared items are pictures"):
         augmented(torch.zeros(6, 768), rng)
 
@@ -75,7 +75,7 @@ def test_augmentation_sees_at_least_half_of_a_picture_and_mirrors_half_of_them()
     size, count = 40, 200
     row, column = torch.meshgrid(torch.arange(size), torch.arange(size), indexing="ij")
     items = torch.stack([row, column, row]).float().expand(count, 3, size, size)
-    seen = augmented(items, Streams.seeded(0, torch.arange(count)))
+    seen = augmented(items, KeyedRNG.seeded(0, torch.arange(count)))
     height = (seen[:, 0].amax(dim=(1, 2)) - seen[:, 0].amin(dim=(1, 2)) + 1) / size
     width = (seen[:, 1].amax(dim=(1, 2)) - seen[:, 1].amin(dim=(1, 2)) + 1) / size
     assert (height * width).min() > 0.45
@@ -110,7 +110,7 @@ def test_items_come_one_batch_ahead_and_errors_come_out() -> None:
 @pytest.mark.parametrize("count", [1, 5, 7, 8])
 @pytest.mark.parametrize("size", [1, 2, 3, 4])
 def test_shares_are_equal_and_cover_a_batch_in_order(count: int, size: int) -> None:
-    shares = [Ranks(rank, size).share(count) for rank in range(size)]
+    shares = [DistributedContext(rank, size).share(count) for rank in range(size)]
     assert len({len(share) for share in shares}) == 1
     joined: Tensor = torch.cat(shares)
     assert torch.equal(joined[:count], torch.arange(count))

@@ -15,13 +15,13 @@ from pipeline.cache.table import shuffled
 from pipeline.data.manifest import Manifest
 from pipeline.runtime import plugins
 from pipeline.runtime.device import Precision, computing
-from pipeline.runtime.rng import Streams
-from pipeline.runtime.runs import Run
+from pipeline.runtime.rng import KeyedRNG
+from pipeline.runtime.runs import RunFolder
 from pipeline.training.config import TrainConfig
 from pipeline.training.joint.model import Joint
-from pipeline.training.joint.trainer import JointConfig, Work, source_of, validate
-from pipeline.training.optim import Learner
-from pipeline.training.state import Lane
+from pipeline.training.joint.trainer import JointConfig, JointOptions, source_of, validate
+from pipeline.training.optim import EnsembleOptimizer
+from pipeline.training.state import TrainState
 from pipeline.types import Batch, Phase
 
 CPU = torch.device("cpu")
@@ -34,7 +34,7 @@ def home(tiny_manifest: Manifest, tmp_path_factory: pytest.TempPathFactory) -> P
     return joint_home.make_home(tiny_manifest, tmp_path_factory.mktemp("joint") / "home")
 
 
-def first_batch(plan: joint_home.Together, live: dict[str, joint_home.Live]) -> Batch:
+def first_batch(plan: joint_home.Together, live: dict[str, joint_home.TrainableEncoder]) -> Batch:
     model = joint_home.assemble(plan, live, joint_home.ALONE)
     return next(source_of(plan, model, live, joint_home.ALONE, progress=False)(0))
 
@@ -47,7 +47,7 @@ def first_losses(home: Path, method: str, precision: Precision) -> tuple[Joint, 
     batch = first_batch(plan, live)
     cached = next(shuffled(plan.features.train, 8, 0)(0))
     assert torch.equal(batch["key"], cached["key"])
-    rng = Streams.seeded(0, batch["key"]).at("train", "joint", 0, 0)
+    rng = KeyedRNG.seeded(0, batch["key"]).at("train", "joint", 0, 0)
     model.train()
     with computing(precision, CPU):
         loss = model.loss(batch, rng, "joint")["loss"]
@@ -81,10 +81,10 @@ def test_the_first_loss_is_that_of_stage_2_within_the_formats(
     torch.testing.assert_close(loss, expected, rtol=2**-8, atol=0)
 
 
-def gradients(plan: joint_home.Together, work: Work) -> dict[str, Tensor]:
+def gradients(plan: joint_home.Together, work: JointOptions) -> dict[str, Tensor]:
     model, live = joint_home.assembled(plan, work)
     batch = first_batch(plan, live)
-    model.loss(batch, Streams.seeded(0, batch["key"]), "joint")["loss"].backward()
+    model.loss(batch, KeyedRNG.seeded(0, batch["key"]), "joint")["loss"].backward()
     return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
 
 
@@ -93,7 +93,10 @@ def test_parts_and_recomputation_change_no_gradient(home: Path) -> None:
     plan = joint_home.together(home, joint_home.head(home, "ema"), BOTH, TRAINING)
     expected = gradients(plan, joint_home.QUIET)
     assert {name.partition(".")[0] for name in expected} == {"head", "image", "text"}
-    for work in (Work(accumulate=3, workers=0, progress=False), Work(checkpointing=True, workers=0, progress=False)):
+    for work in (
+        JointOptions(accumulate=3, workers=0, progress=False),
+        JointOptions(checkpointing=True, workers=0, progress=False),
+    ):
         found = gradients(plan, work)
         assert found.keys() == expected.keys()
         for name, gradient in expected.items():
@@ -157,13 +160,13 @@ class Two(nn.Module):
 
     def begin(self, phase: str, train: object) -> None: ...
 
-    def loss(self, batch: Batch, rng: Streams, phase: str) -> Batch:
+    def loss(self, batch: Batch, rng: KeyedRNG, phase: str) -> Batch:
         return {"loss": self.slow(torch.tanh(self.fast(batch["x"]))).square().sum()}
 
-    def predict(self, image: Tensor, rng: Streams) -> Tensor:
+    def predict(self, image: Tensor, rng: KeyedRNG) -> Tensor:
         return image
 
-    def feature(self, image: Tensor, rng: Streams) -> Tensor:
+    def feature(self, image: Tensor, rng: KeyedRNG) -> Tensor:
         return image
 
 
@@ -172,7 +175,7 @@ def test_the_loop_learns_at_each_groups_rate_and_clips_them_together(tmp_path: P
     ours, oracle = Two(), Two()
     oracle.load_state_dict(ours.state_dict())
     config = TrainConfig(lr=0.1, weight_decay=0.0, grad_clip=0.5)
-    learner = Learner([Lane(method=ours, run=Run(tmp_path / "two-0" / "seed0", 0), config=config)])
+    learner = EnsembleOptimizer([TrainState(method=ours, run=RunFolder(tmp_path / "two-0" / "seed0", 0), config=config)])
     groups: list[dict[str, object]] = [
         {"params": [*oracle.fast.parameters()]},
         {"params": [*oracle.slow.parameters()], "lr": 0.01},
@@ -180,9 +183,9 @@ def test_the_loop_learns_at_each_groups_rate_and_clips_them_together(tmp_path: P
     optimizer = torch.optim.Adam(groups, lr=0.1)
     x = torch.randn(5, 3)
     for _ in range(4):
-        learner.step(learner.loss({"x": x}, Streams.seeded(0, torch.arange(5)), "only")["loss"])
+        learner.step(learner.loss({"x": x}, KeyedRNG.seeded(0, torch.arange(5)), "only")["loss"])
         optimizer.zero_grad()
-        oracle.loss({"x": x}, Streams.seeded(0, torch.arange(5)), "only")["loss"].backward()
+        oracle.loss({"x": x}, KeyedRNG.seeded(0, torch.arange(5)), "only")["loss"].backward()
         nn.utils.clip_grad_norm_(oracle.parameters(), 0.5)
         optimizer.step()
     for name, tensor in oracle.state_dict().items():

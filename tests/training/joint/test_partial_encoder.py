@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from pipeline.encoders._factory import build_encoder
 from pipeline.training.joint.encoder_blocks import blocks, depths, executed, recomputed
 from pipeline.training.joint.inputs import Chunks, mapped
-from pipeline.training.joint.partial_encoder import Bridge
+from pipeline.training.joint.partial_encoder import PartialEncoder
 
 KINDS = ("vit", "siglip")
 IMAGES = ["efficientnet_lite", "openclip image", "timm vit", "timm resnet", *(f"transformers_image {kind}" for kind in KINDS)]
@@ -91,7 +91,7 @@ def gradients(encoder: nn.Module, features: Tensor) -> dict[str, Tensor]:
 def test_stored_states_train_the_last_blocks_as_pictures_do(case: str, checkpointing: bool, tmp_path: Path) -> None:
     encoder, items = built(case, tmp_path)
     parts = blocks(executed(encoder, items[:1]))
-    bridge = Bridge(encoder, parts, 1, items[:1])
+    bridge = PartialEncoder(encoder, parts, 1, items[:1])
     states = bridge.capture(items)
     for parameter in encoder.parameters():
         parameter.requires_grad_(False)
@@ -115,7 +115,7 @@ def test_stored_states_train_the_last_blocks_as_pictures_do(case: str, checkpoin
 def test_encoders_that_meet_several_pictures_are_refused(case: str, tmp_path: Path) -> None:
     encoder, items = built(case, tmp_path)
     with pytest.raises(ValueError, match="choose --train image"):
-        Bridge(encoder, blocks(executed(encoder, items[:1])), 1, items[:1])
+        PartialEncoder(encoder, blocks(executed(encoder, items[:1])), 1, items[:1])
 
 
 class Toy(nn.Module):
@@ -167,10 +167,10 @@ def test_last_blocks_that_need_more_than_their_states_are_refused(kind: str, ite
     torch.manual_seed(0)
     encoder = Toy(kind)
     if kind == "nothing":
-        Bridge(encoder, [*encoder.blocks], 1, item)
+        PartialEncoder(encoder, [*encoder.blocks], 1, item)
         return
     with pytest.raises(ValueError, match="cannot be trained on their own; choose --train image"):
-        Bridge(encoder, [*encoder.blocks], 1, item)
+        PartialEncoder(encoder, [*encoder.blocks], 1, item)
 
 
 def test_a_real_encoder_with_tuples_between_its_blocks_is_refused() -> None:
@@ -178,7 +178,7 @@ def test_a_real_encoder_with_tuples_between_its_blocks_is_refused() -> None:
     item = torch.zeros(1, 3, 224, 224, dtype=torch.uint8)
     assert isinstance(encoder, nn.Module)
     with pytest.raises(ValueError, match="choose --train image"):
-        Bridge(encoder, blocks(executed(encoder, item)), 1, item)
+        PartialEncoder(encoder, blocks(executed(encoder, item)), 1, item)
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int32, torch.float32, torch.bfloat16])

@@ -1,0 +1,73 @@
+"""What the program says while it works: log messages and progress bars, both on standard error."""
+
+from __future__ import annotations
+
+import io
+import logging
+import sys
+from collections.abc import Iterable
+from typing import Any
+
+from tqdm import tqdm
+
+SPARSE_SECONDS = 10.0  # between two lines of progress when standard error is no terminal
+
+
+class _Handler(logging.Handler):
+    """Prints messages as plain lines; a warning says that it is one. A progress bar on the screen stays whole."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        level = f"{record.levelname.lower()}: " if record.levelno >= logging.WARNING else ""
+        line = f"{level}{record.getMessage()}"
+        if sys.stderr.isatty():
+            tqdm.write(line, file=sys.stderr)
+        else:
+            print(line, file=sys.stderr, flush=True)
+
+
+def set_up_logging(level: int = logging.INFO) -> None:
+    """Print this package's messages of a level and above, and at INFO and below progress bars too.
+
+    Calling it again changes the level.
+    """
+    logger = logging.getLogger("pipeline")
+    logger.setLevel(level)
+    logger.propagate = False
+    if not any(isinstance(handler, _Handler) for handler in logger.handlers):
+        logger.addHandler(_Handler())
+
+
+class ProgressBar(tqdm):
+    """A labelled progress bar: drawn in place on a terminal, elsewhere a line now and then; none when logging is quiet."""
+
+    def __init__(self, iterable: Iterable[Any] | None = None, *, label: str, show: bool = True, **options: Any) -> None:
+        self._is_sparse = not sys.stderr.isatty()
+        if self._is_sparse:
+            options |= {"mininterval": SPARSE_SECONDS, "maxinterval": SPARSE_SECONDS, "ncols": 100}
+        is_quiet = logging.getLogger("pipeline").level > logging.INFO
+        super().__init__(iterable, desc=label, disable=not show or is_quiet, file=sys.stderr, **options)
+
+    def close(self) -> None:
+        """Show the final state and end."""
+        if self._is_sparse and not self.disable and self.last_print_t >= self.start_t + (self.delay or 0):
+            self.display()
+        if self._is_sparse:
+            self.fp = io.StringIO()  # tqdm would end the line, which has been ended
+            self.sp = _print_nothing
+        super().close()
+
+    @staticmethod
+    def status_printer(file: Any) -> Any:
+        """What prints a state of the bar: in place on a terminal, elsewhere as a line of its own."""
+        if file.isatty():
+            return tqdm.status_printer(file)
+
+        def print_line(text: str) -> None:
+            if text.strip():
+                print(text.strip(), file=file, flush=True)
+
+        return print_line
+
+
+def _print_nothing(text: str) -> None:
+    pass
