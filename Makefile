@@ -6,7 +6,7 @@ DATASET ?= openmoji
 METHOD ?= seda
 ARGS ?=
 
-.PHONY: help setup demo test check extract train-head grid finetune demo-joint report bench lock clean
+.PHONY: help setup demo test check docs extract train-head grid finetune demo-joint report bench lock clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
@@ -56,6 +56,9 @@ report: setup ## tables and pictures of all runs of DATASET
 bench: setup ## the ratios of benchmarks/RESULTS.md, on a machine with nothing else to do
 	$(RUN)python benchmarks/extract.py
 	$(RUN)python benchmarks/grid.py
+
+docs: setup ## draw the picture of the rooms from the import contract
+	$(RUN)python docs/draw_rooms.py
 
 lock: ## renew requirements.lock from pyproject.toml
 	$(RUN)uv pip compile pyproject.toml --all-extras --universal --python-version 3.11 --no-emit-index-url --no-header --no-annotate --quiet --upgrade -o requirements.lock

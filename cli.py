@@ -1,4 +1,4 @@
-"""`python cli.py …` is `diffalign …`."""
+"""The entry point of `python cli.py …`, the same as `diffalign …`."""
 
 from pipeline.commands.app import main
 

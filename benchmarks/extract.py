@@ -1,14 +1,14 @@
-"""How close extraction comes to what the machine can do, as ratios of one run: see RESULTS.md.
+"""Compare the speed of extraction with what the machine can do, as ratios measured in one run; results are in RESULTS.md.
 
     python benchmarks/extract.py [--parts bound,loop,store,overhead,memory] [--images 384]
     python benchmarks/extract.py --parts peer --peer PYTHON     # PYTHON of an environment with clip-retrieval and setuptools<70
 
 bound     wall time over the lower bound max(decode alone, forward alone, core-seconds / cores)
-loop      against the loop of timm's documentation: float32, one image after another, DataLoader with workers=0
+loop      images per second over those of the loop in timm's documentation: float32, one image at a time, DataLoader(workers=0)
 store     MB/s of writing a cache, and of reading all of it over numpy.fromfile on the same bytes, from the disk and from memory
 overhead  share of an extraction's time that sha256 and fsync take
-memory    peak memory with ten times the rows over that with one time
-peer      images per second over those of `clip-retrieval inference`, same pictures, same weights
+memory    peak memory with ten times as many rows over that with the smaller number
+peer      images per second over those of `clip-retrieval inference`, with the same pictures and the same weights
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from pipeline.data.manifest import Manifest
 from pipeline.encoders.efficientnet_lite import load_weights
 from pipeline.extraction.extract import ExtractOptions, extract, plan_extraction
 from pipeline.extraction.throughput import ThroughputMeter
-from pipeline.extraction.workers import encoded_batches
+from pipeline.extraction.workers import encode_batches
 from pipeline.runtime.device import default_device
 from pipeline.types import Sample
 
@@ -55,8 +55,8 @@ PEER_MODEL = "ViT-B-32"
 QUIET = ExtractOptions(progress=False)
 
 
-def pictures(folder: Path, count: int) -> None:
-    """JPEGs of 500 x 667 pixels with the spectrum of photographs: noise whose amplitude falls with its frequency."""
+def write_pictures(folder: Path, count: int) -> None:
+    """Write JPEGs of 500 x 667 pixels with the spectrum of photographs: noise whose amplitude falls with its frequency."""
     folder.mkdir()
     shape = (SIDE, SIDE * 4 // 3)
     frequency = np.hypot(*np.meshgrid(np.fft.fftfreq(shape[0]), np.fft.rfftfreq(shape[1]), indexing="ij")) + 1e-3
@@ -68,50 +68,51 @@ def pictures(folder: Path, count: int) -> None:
         Image.fromarray(scaled.clip(0, 255).astype(np.uint8)).save(folder / f"{number:05d}.jpg", quality=90)
 
 
-def manifest_of(folder: Path, count: int) -> Manifest:
-    """That many samples, from the pictures of a folder in turn."""
+def make_manifest(folder: Path, count: int) -> Manifest:
+    """Return a manifest of `count` samples that use the pictures of a folder in turn."""
     files = sorted(path.name for path in folder.iterdir())
     samples = (Sample(f"{row:07d}", "train", Path(files[row % len(files)]), (), (0,), "") for row in range(count))
     meta = {"media_type": "image", "text": {"kind": "", "aggregate": "mean", "sep": ""}}
     return Manifest("bench", "single", ("only",), tuple(samples), meta, folder)
 
 
-def seconds(work: Callable[[], Any]) -> float:
-    """Wall time of some work."""
+def seconds(function: Callable[[], Any]) -> float:
+    """Return the wall time of a call."""
     started = time.perf_counter()
-    work()
+    function()
     return time.perf_counter() - started
 
 
 def bound(folder: Path, home: Path, count: int) -> None:
-    """Wall time of an extraction over its lower bound."""
-    manifest = manifest_of(folder, count)
+    """Print the wall time of an extraction over its lower bound."""
+    manifest = make_manifest(folder, count)
     for label, (name, settings) in ENCODERS.items():
         task = plan_extraction(manifest, name, settings, home, "float16", False, QUIET)
         batches = task.batches(range(count))
-        ready = [task.items.prepare(rows) for rows in batches]
+        ready = [task.inputs.prepare(rows) for rows in batches]
         device = default_device().type
 
         def forward_all(task: Any = task, ready: Any = ready) -> None:
             with torch.inference_mode():
                 for prepared in ready:
-                    task.forward(torch.from_numpy(prepared.good)).cpu()
+                    task.encoder(torch.from_numpy(prepared.items)).cpu()
 
-        forward_all()  # warm
+        forward_all()  # warm-up
         decode_seconds = seconds(lambda task=task, batches=batches: decode_alone(task, batches))
         forward_seconds = seconds(forward_all)
-        pace = ThroughputMeter(CPU_COUNT, device)
+        meter = ThroughputMeter(CPU_COUNT, device)
 
-        def run(task: Any = task, batches: Any = batches, pace: Any = pace) -> None:
-            for batch in encoded_batches(task.items, batches, task.forward, pace):
-                pace.add(batch)
+        def run(task: Any = task, batches: Any = batches, meter: Any = meter) -> None:
+            for batch in encode_batches(task.inputs, batches, task.encoder, meter):
+                meter.add(batch)
 
         wall = seconds(run)
-        core_seconds = alone_on_one_core(name, settings, folder, home, count)
+        core_seconds = seconds_on_one_core(name, settings, folder, home, count)
         lower = max(decode_seconds, forward_seconds, core_seconds / CPU_COUNT)
         print(
             f"bound {label}: wall {wall:.1f} s, decode alone {decode_seconds:.1f}, forward alone {forward_seconds:.1f}, "
-            f"core-seconds / cores {core_seconds / CPU_COUNT:.1f}: ratio {wall / lower:.2f} (wanted <= 1.15); {pace.verdict()}",
+            f"core-seconds / cores {core_seconds / CPU_COUNT:.1f}: ratio {wall / lower:.2f} (wanted <= 1.15); "
+            f"{meter.verdict()}",
             flush=True,
         )
 
@@ -119,20 +120,20 @@ def bound(folder: Path, home: Path, count: int) -> None:
 def decode_alone(task: Any, batches: list[np.ndarray]) -> None:
     """Prepare every batch with one process per core, and encode none."""
     with get_context("fork").Pool(CPU_COUNT, torch.set_num_threads, (1,)) as pool:
-        for _ in pool.imap(task.items.prepare, batches):
+        for _ in pool.imap(task.inputs.prepare, batches):
             pass
 
 
-def alone_on_one_core(name: str, settings: dict[str, str], folder: Path, home: Path, count: int) -> float:
-    """Core-seconds of the whole work: a quarter of it in one process on one thread, times four."""
-    manifest = manifest_of(folder, count // 4)
+def seconds_on_one_core(name: str, settings: dict[str, str], folder: Path, home: Path, count: int) -> float:
+    """Return the core-seconds of the whole extraction: the time of a quarter of it in one process on one thread, times four."""
+    manifest = make_manifest(folder, count // 4)
     task = plan_extraction(manifest, name, settings, home, "float16", False, QUIET)
-    pace = ThroughputMeter(0, "cpu")
-    return 4 * seconds(lambda: list(encoded_batches(task.items, task.batches(range(count // 4)), task.forward, pace)))
+    meter = ThroughputMeter(0, "cpu")
+    return 4 * seconds(lambda: list(encode_batches(task.inputs, task.batches(range(count // 4)), task.encoder, meter)))
 
 
 def loop(folder: Path, home: Path, count: int) -> None:
-    """Against one image after another, as timm's documentation shows it."""
+    """Print images per second over those of the loop in timm's documentation, which takes one image at a time."""
     network = timm.create_model("tf_efficientnet_lite0", pretrained=False, num_classes=1000).eval()
     network.load_state_dict(load_weights("package"))
     transform: Any = create_transform(**resolve_data_config({}, model=network))
@@ -151,12 +152,12 @@ def loop(folder: Path, home: Path, count: int) -> None:
                 nn.Module.__call__(network, batch)
 
     plain_rate = len(files) / seconds(plain)
-    ours = count / seconds(lambda: extract(manifest_of(folder, count), "efficientnet_lite", {}, home / "loop", effort=QUIET))
+    ours = count / seconds(lambda: extract(make_manifest(folder, count), "efficientnet_lite", {}, home / "loop", options=QUIET))
     print(f"loop: {ours:.0f} images/s over {plain_rate:.0f}: ratio {ours / plain_rate:.2f} (wanted >= 3)", flush=True)
 
 
 def store(folder: Path, home: Path, count: int) -> None:
-    """Write and read 65,536 rows of 2,048 float16 numbers, with and without the system's page cache."""
+    """Print MB/s of writing and reading 65,536 rows of 2,048 float16 numbers, with and without the page cache of the system."""
     rows, width = 8 * layout.SHARD_ROWS, 2048
     ids = [str(row) for row in range(rows)]
     identity = {"store_dtype": "float16"}
@@ -182,16 +183,16 @@ def store(folder: Path, home: Path, count: int) -> None:
         np.asarray(zarr.open_array(path / "features", mode="r")[:])
 
     print(f"store: write {num_bytes / write_seconds / 1e6:.0f} MB/s (wanted >= 500)", flush=True)
-    for place, forgets in (("disk", True), ("memory", False)):
-        took = []
-        for work in (read_plain, read_stored, lambda: cache.read(ids)):
+    for place, is_cold in (("disk", True), ("memory", False)):
+        read_seconds = []
+        for read in (read_plain, read_stored, lambda: cache.read(ids)):
             repeats = []
             for _ in range(3):
-                if forgets:
-                    forget([home / "plain.bin", *path.rglob("*")])
-                repeats.append(seconds(work))
-            took.append(min(repeats))
-        plain_rate, raw_rate, read_rate = (num_bytes / each / 1e6 for each in took)
+                if is_cold:
+                    drop_from_page_cache([home / "plain.bin", *path.rglob("*")])
+                repeats.append(seconds(read))
+            read_seconds.append(min(repeats))
+        plain_rate, raw_rate, read_rate = (num_bytes / each / 1e6 for each in read_seconds)
         print(
             f"store: read from {place} {raw_rate:.0f} MB/s as stored over {plain_rate:.0f} by numpy.fromfile: "
             f"ratio {raw_rate / plain_rate:.2f} (wanted >= 0.6); by id as float32 {read_rate:.0f} MB/s",
@@ -199,8 +200,8 @@ def store(folder: Path, home: Path, count: int) -> None:
         )
 
 
-def forget(files: Iterable[Path]) -> None:
-    """Have the system drop files from its page cache."""
+def drop_from_page_cache(files: Iterable[Path]) -> None:
+    """Ask the system to drop files from its page cache."""
     for file in files:
         if file.is_file():
             with file.open("rb") as handle:
@@ -209,11 +210,11 @@ def forget(files: Iterable[Path]) -> None:
 
 
 def overhead(folder: Path, home: Path, count: int) -> None:
-    """The checksum and the fsync of a full shard, over the time it takes to encode a shard's rows."""
-    encode_seconds = seconds(lambda: extract(manifest_of(folder, count), "efficientnet_lite", {}, home / "o", effort=QUIET))
+    """Print the time of the checksum and the fsync of a full shard, over the time that encoding the rows of a shard takes."""
+    encode_seconds = seconds(lambda: extract(make_manifest(folder, count), "efficientnet_lite", {}, home / "o", options=QUIET))
     data = os.urandom(layout.SHARD_ROWS * 1280 * 2)
     file = home / "shard.bin"
-    plain = seconds(lambda: file.write_bytes(data))
+    plain_seconds = seconds(lambda: file.write_bytes(data))
 
     def careful() -> None:
         with (home / "careful.bin").open("wb") as handle:
@@ -222,19 +223,19 @@ def overhead(folder: Path, home: Path, count: int) -> None:
             os.fsync(handle.fileno())
         layout.file_sha256(home / "careful.bin")
 
-    extra = seconds(careful) - plain
+    extra = seconds(careful) - plain_seconds
     whole = encode_seconds / count * layout.SHARD_ROWS
     print(f"overhead: {extra:.2f} s of {whole:.0f} s a shard: {extra / whole:.2%} (wanted < 3 %)", flush=True)
 
 
 def memory(folder: Path, home: Path, count: int) -> None:
-    """Peak memory of extractions of 2,000 and 20,000 rows, each in a process of its own."""
+    """Print the peak memory of extractions of 2,000 and 20,000 rows, each in its own process."""
     peaks = []
     for rows in (2_000, 20_000):
         script = (
             "import sys; from pathlib import Path; sys.path.insert(0, sys.argv[1]); import extract as bench\n"
-            "bench.extract(bench.manifest_of(Path(sys.argv[2]), int(sys.argv[4])), 'random_projection', {'width': '768'},"
-            " Path(sys.argv[3]), effort=bench.Effort(progress=False, workers=0, shard_rows=512))\n"
+            "bench.extract(bench.make_manifest(Path(sys.argv[2]), int(sys.argv[4])), 'random_projection', {'width': '768'},"
+            " Path(sys.argv[3]), options=bench.ExtractOptions(progress=False, workers=0, shard_rows=512))\n"
             "print(next(line.split()[1] for line in open('/proc/self/status') if line.startswith('VmHWM')))"
         )
         arguments = [str(Path(__file__).parent), str(folder), str(home / f"m{rows}"), str(rows)]
@@ -247,7 +248,10 @@ def memory(folder: Path, home: Path, count: int) -> None:
 
 
 def peer(folder: Path, home: Path, count: int, python: Path) -> None:
-    """Against `clip-retrieval inference` with a random OpenCLIP model; both start at their first batch."""
+    """Print images per second over those of `clip-retrieval inference` with a random OpenCLIP model.
+
+    Both are timed from their first batch.
+    """
     import open_clip
 
     torch.manual_seed(0)
@@ -265,12 +269,12 @@ def peer(folder: Path, home: Path, count: int, python: Path) -> None:
         raise SystemExit(done.stderr[-2000:])
     stats = [json.loads(file.read_text()) for file in sorted((home / "peer" / "stats").glob("*.json"))]
     span = max(each["end_time"] for each in stats) - min(each["start_time"] for each in stats)
-    theirs = sum(each["sample_count"] for each in stats) / span
+    peer_rate = sum(each["sample_count"] for each in stats) / span
     settings = {"model": PEER_MODEL, "weights": str(weights)}
-    task = plan_extraction(manifest_of(folder, count), "openclip", settings, home, "float16", False, QUIET)
-    pace = ThroughputMeter(CPU_COUNT, default_device().type)
-    ours = count / seconds(lambda: list(encoded_batches(task.items, task.batches(range(count)), task.forward, pace)))
-    print(f"peer: {ours:.1f} images/s over {theirs:.1f}: ratio {ours / theirs:.2f} (wanted >= 2.5)", flush=True)
+    task = plan_extraction(make_manifest(folder, count), "openclip", settings, home, "float16", False, QUIET)
+    meter = ThroughputMeter(CPU_COUNT, default_device().type)
+    ours = count / seconds(lambda: list(encode_batches(task.inputs, task.batches(range(count)), task.encoder, meter)))
+    print(f"peer: {ours:.1f} images/s over {peer_rate:.1f}: ratio {ours / peer_rate:.2f} (wanted >= 2.5)", flush=True)
     print(f"peer's own account: {stats}", file=sys.stderr)
 
 
@@ -289,7 +293,7 @@ def main() -> None:
     print(f"torch {torch.__version__}, {device}", flush=True)
     with tempfile.TemporaryDirectory() as scratch:
         folder, home = Path(scratch) / "pictures", Path(scratch) / "home"
-        pictures(folder, arguments.images)
+        write_pictures(folder, arguments.images)
         home.mkdir()
         for part in arguments.parts.split(","):
             parts[part](folder, home, arguments.images)

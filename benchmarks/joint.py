@@ -1,11 +1,11 @@
-"""What joint training costs beside the encoder itself, as ratios of one run: see RESULTS.md.
+"""Measure what joint training costs in addition to the encoder, as ratios measured in one run; results are in RESULTS.md.
 
     python benchmarks/joint.py [--encoder efficientnet_lite] [--set side=224] [--images 256] [--batch 32] [--last 2]
 
-step    images/s of joint training (decoded items, gathering, head, clipping, Adam) over those of the encoder's bare forward and
-        backward passes on ready tensors; and the time of the statistics before a validation, in such epochs
+step    images/s of joint training (gathering prepared items, head, clipping, Adam) over those of the encoder's forward and
+        backward passes alone, on tensors that are ready; and the time of the statistics before a validation, in epochs
 memory  peak memory of one step: plain, with --checkpointing, with --accumulate 4
-last    seconds of an epoch of the whole encoder over those of its last K blocks from stored states, and what storing takes
+last    seconds of an epoch of the whole encoder over those of its last K blocks from stored states, and the time of storing
 """
 
 from __future__ import annotations
@@ -25,37 +25,29 @@ import numpy as np
 import torch
 from PIL import Image
 
-from pipeline.data import manifest as manifests
 from pipeline.data.manifest import Manifest
+from pipeline.data.manifest_files import write_manifest
 from pipeline.evaluation.evaluate import load_method
 from pipeline.extraction.extract import ExtractOptions, extract
 from pipeline.runtime import plugins
 from pipeline.runtime.device import default_device
-from pipeline.training.heads import plan_head, resolve_settings, train_head
+from pipeline.training.heads import plan_head, resolve_head_settings, train_head
 from pipeline.training.joint.ddp import DistributedContext
-from pipeline.training.joint.trainer import (
-    JointConfig,
-    JointOptions,
-    Together,
-    TrainableEncoder,
-    assemble,
-    open_live,
-    repeatable,
-    source_of,
-    validate,
-)
-from pipeline.training.loop import _pass
+from pipeline.training.joint.plan import JointConfig, JointOptions, JointPlan
+from pipeline.training.joint.trainable_encoder import TrainableEncoder, build_joint_method, open_trainable_encoder
+from pipeline.training.joint.trainer import deterministic_algorithms, joint_source, validate_joint
+from pipeline.training.loop import train_epoch
 from pipeline.training.optim import EnsembleOptimizer
 from pipeline.training.state import TrainState
 from pipeline.types import Sample
 
-ALONE = DistributedContext()
-PICTURES = 32  # files; samples share them
-REPEATS = 3  # the fastest counts
+SINGLE_PROCESS = DistributedContext()
+PICTURES = 32  # number of files; samples share them
+REPEATS = 3  # the fastest of these is reported
 
 
-def make_plan(home: Path, encoder: str, settings: dict[str, str], images: int, batch: int) -> Together:
-    """A home with a head of one epoch on random pictures, and the joint training that starts from it."""
+def make_plan(home: Path, encoder: str, settings: dict[str, str], images: int, batch: int) -> JointPlan:
+    """Make a home with a head trained for one epoch on random pictures, and plan the joint training that starts from it."""
     folder = home / "pictures"
     folder.mkdir(parents=True)
     for number in range(PICTURES + 1):
@@ -65,68 +57,81 @@ def make_plan(home: Path, encoder: str, settings: dict[str, str], images: int, b
     samples.append(Sample("val", "val", Path(f"{PICTURES}.png"), (), (0,), ""))
     meta = {"media_type": "image", "text": {"kind": "", "aggregate": "mean", "sep": ""}, "licence": "generated"}
     manifest = Manifest("bench", "single", tuple(map(str, range(10))), tuple(samples), meta, folder)
-    manifests.write_manifest(manifest, home)
-    cache = extract(manifest, encoder, settings, home, effort=ExtractOptions(progress=False)).name
-    config, training = resolve_settings("bench", "baseline", "head", {}, {"epochs": 1, "batch_size": batch})
+    write_manifest(manifest, home)
+    cache = extract(manifest, encoder, settings, home, options=ExtractOptions(progress=False)).name
+    config, training = resolve_head_settings("bench", "baseline", "head", {}, {"epochs": 1, "batch_size": batch})
     head = plan_head(home, "bench", "baseline", config, training, 0, {"image": cache})
     init = train_head(head, progress=False)
     loaded = load_method(init, head.config, plugins.configure(type(config), head.config.settings))
     run = replace(init, path=home / "joint" / "bench" / "x-0" / "seed0")
     joint = JointConfig()
-    return Together(config=head.config, joint=joint, training=training, head=loaded, init=init, run=run, features=head.features)
+    return JointPlan(
+        config=head.config, joint=joint, training=training, head=loaded, init=init, run=run, features=head.features
+    )
 
 
-def joint_epoch(together: Together, work: JointOptions) -> tuple[Callable[[], object], Callable[[], object], TrainableEncoder]:
-    """An epoch of joint training, its statistics with one validation image, and the encoder that it trains."""
-    live = {"image": open_live(together, "image", work, ALONE)}
-    model = assemble(together, live, ALONE)
-    source = source_of(together, model, live, ALONE, progress=False)
-    learner = EnsembleOptimizer([TrainState(method=model, run=together.run, config=together.training)])
-    return lambda: _pass(learner, source), lambda: validate(together, live, ALONE, model), live["image"]
+def joint_epoch(plan: JointPlan, options: JointOptions) -> tuple[Callable[[], object], Callable[[], object], TrainableEncoder]:
+    """Set up joint training.
+
+    Returns:
+        A function that trains one epoch, one that computes the statistics and validates one image, and the trained encoder.
+    """
+    encoders = {"image": open_trainable_encoder(plan, "image", options, SINGLE_PROCESS)}
+    model = build_joint_method(plan, encoders, SINGLE_PROCESS)
+    source = joint_source(plan, model, encoders, SINGLE_PROCESS, progress=False)
+    optimizer = EnsembleOptimizer([TrainState(method=model, run=plan.run, config=plan.training)])
+    return (
+        lambda: train_epoch(optimizer, source),
+        lambda: validate_joint(plan, encoders, SINGLE_PROCESS, model),
+        encoders["image"],
+    )
 
 
-def bare_epoch(live: TrainableEncoder, steps: int, batch: int) -> Callable[[], object]:
-    """As many forward and backward passes of the encoder, on one batch that is there already."""
-    items = live.items["train"][:batch].to(default_device())
+def bare_epoch(trained: TrainableEncoder, steps: int, batch: int) -> Callable[[], object]:
+    """Return a function that runs `steps` forward and backward passes of the encoder alone, on one batch that is ready."""
+    items = trained.items["train"][:batch].to(default_device())
 
     def epoch() -> None:
         for _ in range(steps):
-            live.encoder.zero_grad(set_to_none=True)
-            live.encoder(items).sum().backward()
+            trained.encoder.zero_grad(set_to_none=True)
+            trained.encoder(items).sum().backward()
 
     return epoch
 
 
 def fastest(*epochs: Callable[[], object]) -> list[float]:
-    """Wall time of each, measured in turns, so that what else the machine does meets all of them."""
-    rounds = [[timed(epoch) for epoch in epochs] for _ in range(REPEATS)]
+    """Return the smallest wall time of each function.
+
+    They run in turns, so that other work on the machine affects all of them.
+    """
+    rounds = [[seconds(epoch) for epoch in epochs] for _ in range(REPEATS)]
     return [min(column) for column in zip(*rounds, strict=True)]
 
 
-def timed(work: Callable[[], object]) -> float:
-    """Wall time, with the device's work done."""
+def seconds(function: Callable[[], object]) -> float:
+    """Return the wall time of a call, until the device has finished."""
     started = time.perf_counter()
-    work()
+    function()
     if default_device().type == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter() - started
 
 
-def peak_bytes(together: Together, work: JointOptions) -> int:
-    """Peak memory of a process that trains one epoch."""
-    epoch, _, _ = joint_epoch(together, work)
+def peak_bytes(plan: JointPlan, options: JointOptions) -> int:
+    """Return the peak memory of a process that trains one epoch."""
+    epoch, _, _ = joint_epoch(plan, options)
     if default_device().type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     epoch()
     if default_device().type == "cuda":
         return torch.cuda.max_memory_allocated()
-    # not ru_maxrss, which a process inherits from the one that started it
+    # ru_maxrss is of no use: a process inherits it from its parent
     (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")]
     return int(line.split()[1]) * 1024
 
 
 def main() -> None:
-    """Print the figures as JSON."""
+    """Print the results as JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--encoder", default="efficientnet_lite")
     parser.add_argument("--set", action="append", default=["weights=random"], dest="settings")
@@ -138,30 +143,33 @@ def main() -> None:
     settings = dict(pair.split("=", 1) for pair in options.settings)
     with tempfile.TemporaryDirectory() as folder:
         images = options.batch if options.peak else options.images
-        together = make_plan(Path(folder) / "home", options.encoder, settings, images, options.batch)
+        plan = make_plan(Path(folder) / "home", options.encoder, settings, images, options.batch)
         if options.peak:
-            works = {"plain": JointOptions(progress=False), "checkpointing": JointOptions(progress=False, checkpointing=True)}
-            works["accumulate"] = JointOptions(progress=False, accumulate=4)
-            with repeatable(default_device()):
-                print(peak_bytes(together, works[options.peak]))
+            variants = {
+                "plain": JointOptions(progress=False),
+                "checkpointing": JointOptions(progress=False, checkpointing=True),
+            }
+            variants["accumulate"] = JointOptions(progress=False, accumulate=4)
+            with deterministic_algorithms(default_device()):
+                print(peak_bytes(plan, variants[options.peak]))
             return
         steps = options.images // options.batch
-        with repeatable(default_device()):
-            epoch, statistics, live = joint_epoch(together, JointOptions(progress=False))
-            whole, bare, following = fastest(epoch, bare_epoch(live, steps, options.batch), statistics)
-            last = replace(together, joint=JointConfig(train=f"last:{options.last}"))
+        with deterministic_algorithms(default_device()):
+            epoch, statistics, trained = joint_epoch(plan, JointOptions(progress=False))
+            whole, bare, statistics_time = fastest(epoch, bare_epoch(trained, steps, options.batch), statistics)
+            last = replace(plan, joint=JointConfig(train=f"last:{options.last}"))
             started = time.perf_counter()
             epoch, _, _ = joint_epoch(last, JointOptions(progress=False))
             storing = time.perf_counter() - started
-            (bridged,) = fastest(epoch)
+            (partial,) = fastest(epoch)
     figures = {
         "device": torch.cuda.get_device_name() if default_device().type == "cuda" else f"{platform.machine()} cpu",
         "encoder": {options.encoder: settings},
         "joint images/s": round(steps * options.batch / whole, 1),
         "bare images/s": round(steps * options.batch / bare, 1),
         "step ratio": round(bare / whole, 3),
-        "statistics, in epochs": round(following / whole, 2),
-        f"last:{options.last} speed-up of an epoch": round(whole / bridged, 2),
+        "statistics, in epochs": round(statistics_time / whole, 2),
+        f"last:{options.last} speed-up of an epoch": round(whole / partial, 2),
         f"last:{options.last} storing, in epochs of the whole encoder": round(storing / whole, 2),
     }
     for kind in ("plain", "checkpointing", "accumulate"):

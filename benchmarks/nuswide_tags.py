@@ -1,9 +1,9 @@
-"""How fast and in how much memory NUS-WIDE's tags are read, and a whole manifest is made, at full size or many times that.
+"""Measure time and memory of reading NUS-WIDE's tags, or of making its whole manifest, at full size or many times that.
 
     python benchmarks/nuswide_tags.py [--scale 1] [--manifest]
 
-Generates official files with the official numbers of photos, tags and labels, reads them in a process of its own, and prints
-rows/s, seconds and peak memory.
+Generates files with the official numbers of photos, tags and labels, reads them in a separate process, and prints rows/s,
+seconds and peak memory.
 """
 
 from __future__ import annotations
@@ -18,17 +18,18 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.data.manifest import load_spec, write_manifest
+from pipeline.data.manifest_files import write_manifest
 from pipeline.data.readers import binary_rows
+from pipeline.data.spec import load_spec
 
 NUM_TRAIN, NUM_TEST, WIDTH = 161_789, 107_859, 1_000
-TAG_SHARE = 1_559_464 / (269_648 * WIDTH)  # of the marks that are 1
+TAG_SHARE = 1_559_464 / (269_648 * WIDTH)  # share of the marks that are 1
 LABEL_SHARE = 503_848 / (269_648 * 81)
-CHUNK = 4_096  # rows generated at a time
+CHUNK = 4_096  # rows that are generated at a time
 
 
 def generate_tags(path: Path, num_rows: int, rng: np.random.Generator) -> None:
-    """Rows of zeros and ones, each followed by a tab, as in the official .dat files."""
+    """Write rows of zeros and ones, each followed by a tab, as in the official .dat files."""
     with path.open("wb") as file:
         for start in range(0, num_rows, CHUNK):
             marks = rng.random((min(CHUNK, num_rows - start), WIDTH), np.float32) < TAG_SHARE
@@ -39,7 +40,10 @@ def generate_tags(path: Path, num_rows: int, rng: np.random.Generator) -> None:
 
 
 def generate(root: Path, scale: int, whole: bool) -> None:
-    """The two files of tags below `root`, and with `whole` every other official file that is read, but no images."""
+    """Write the two files of tags below `root`.
+
+    With `whole`, also write every other official file that is read, except the images.
+    """
     rng = np.random.default_rng(0)
     sizes = {"Train": NUM_TRAIN * scale, "Test": NUM_TEST * scale}
     for name in ("NUS_WID_Tags", "ImageList", "Groundtruth/AllLabels", "ConceptsList", "Flickr"):
@@ -63,7 +67,7 @@ def generate(root: Path, scale: int, whole: bool) -> None:
 
 
 def read_tags(root: Path) -> int:
-    """Stream both files, as the builder does; returns the number of rows."""
+    """Read both files as a stream, as the builder does, and return the number of rows."""
     num_rows = 0
     for split in ("Train", "Test"):
         num_rows += sum(1 for _ in binary_rows(root / "NUS_WID_Tags" / f"{split}_Tags1k.dat", WIDTH))
@@ -71,7 +75,7 @@ def read_tags(root: Path) -> int:
 
 
 def make_manifest(root: Path) -> int:
-    """Build, check and write the manifest; returns the number of photos."""
+    """Build, check and write the manifest, and return the number of photos."""
     from pipeline.data.datasets import nuswide
 
     manifest = nuswide.build({**load_spec("nuswide"), "counts_profile": "fixture", "filter": "none"}, root)
@@ -80,7 +84,7 @@ def make_manifest(root: Path) -> int:
 
 
 def main() -> None:
-    """Generate here, measure in a fresh process, print one line."""
+    """Generate the files here, measure in a new process, and print one line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--scale", type=int, default=1, help="times the official number of photos")
     parser.add_argument("--manifest", action="store_true", help="make the whole manifest instead of reading the tags alone")

@@ -1,8 +1,9 @@
-"""Choose the settings of methods without opening the test split: on the validation split, or by cross-validation with train.
+"""Choose settings of methods without reading the test split: on the validation split, or by cross-validation.
 
-Random search with halving: `--points` random settings on the first trials, the best third of them on all. A trial is a fold of
-train and val together (`--by folds`; for single-label data without near-duplicates), or a seed scored on val (`--by val`).
-Prints the `tuned:` entry of `data_manifests/<dataset>.yaml`. MARNet's branches take what the yaml holds for EMA and CDR.
+A random search with halving: `--points` random settings run on the first trials, and the best third of them on all trials. A
+trial is a fold of the training and validation splits together (`--by folds`; for single-label data without near-duplicates),
+or a seed that is scored on the validation split (`--by val`). Prints the `tuned:` entry of `data_manifests/<dataset>.yaml`. The
+branches of MARNet use the settings that the yaml holds for EMA and CDR.
 
     python benchmarks/select_settings.py --home artifacts --dataset openmoji --method ema
 """
@@ -23,8 +24,9 @@ import torch
 import yaml
 
 from pipeline.cache.reader import find_cache
-from pipeline.cache.table import FeatureTable, load, ordered, shuffled
-from pipeline.data import manifest as manifests
+from pipeline.cache.table import FeatureTable, load_split, ordered_batches, shuffled_batches
+from pipeline.data.manifest_files import read_manifest
+from pipeline.data.spec import load_spec
 from pipeline.evaluation import metrics
 from pipeline.evaluation.evaluate import predict
 from pipeline.runtime import plugins
@@ -57,7 +59,7 @@ SPACES: dict[str, dict[str, tuple[Any, ...]]] = {
     "baseline": {"dropout": (0.0, 0.2, 0.5)},
     "ema": {"dropout": (0.0, 0.2, 0.5), "w_ita": (0.1, 0.3, 1.0), "tau": (0.03, 0.07, 0.2), "width": (384, 768)},
     "cdr": {**DIFFUSION, "hidden": (512, 1024), "w_ce": (1.0,)},
-    "marnet": {},  # what was chosen for EMA and CDR; the operator is chosen on the same trials
+    "marnet": {},  # uses the settings of EMA and CDR; the fusion operator is chosen on the same trials
     "seda": {
         **DIFFUSION,
         "sample_steps": (20,),
@@ -76,7 +78,7 @@ FUSIONS = ("concat", "add", "mul", "sum", "hm")
 
 
 def main() -> None:
-    """Search one method and print its best settings."""
+    """Search the settings of one method and print the best ones."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--home", type=Path, default=Path("artifacts"))
     parser.add_argument("--dataset", default="openmoji")
@@ -111,10 +113,12 @@ def main() -> None:
 
 
 def load_table(home: Path, dataset: str) -> tuple[FeatureTable, int, dict[str, tuple[int, ...]]]:
-    """The train and validation splits as one table, the number of rows for training, and the feature shapes."""
-    manifest = manifests.read_manifest(home, dataset)
-    caches = {key: find_cache(home, manifest, name) for key, name in manifests.load_spec(dataset)["encoders"].items()}
-    parts = [load(manifest, caches, split, default_device(), manifest.meta["text"]["aggregate"]) for split in ("train", "val")]
+    """Return the training and validation splits as one table, the number of training rows, and the feature shapes."""
+    manifest = read_manifest(home, dataset)
+    caches = {key: find_cache(home, manifest, name) for key, name in load_spec(dataset)["encoders"].items()}
+    parts = [
+        load_split(manifest, caches, split, default_device(), manifest.meta["text"]["aggregate"]) for split in ("train", "val")
+    ]
     columns = {key: torch.cat([part.columns[key] for part in parts]) for key in parts[0].columns}
     classes = len(manifest.class_names)
     label = () if manifest.label_kind == "single" else (classes,)
@@ -123,7 +127,10 @@ def load_table(home: Path, dataset: str) -> tuple[FeatureTable, int, dict[str, t
 
 
 def split_folds(table: FeatureTable) -> list[torch.Tensor]:
-    """The rows [N] of every fold: each class is dealt out in an order named by the sample ids."""
+    """Return the rows [N] of every fold.
+
+    The rows of each class are dealt to the folds in an order that follows from the sample ids.
+    """
     bits = KeyedRNG.seeded(0, table.columns["key"]).at("folds").bits()
     order = sorted(range(len(table)), key=lambda row: (int(table.columns["label"][row]), int(bits[row])))
     folds = torch.empty(len(table), dtype=torch.int64)
@@ -132,8 +139,11 @@ def split_folds(table: FeatureTable) -> list[torch.Tensor]:
 
 
 def draw_points(dataset: str, method: str, count: int) -> list[tuple[dict[str, Any], dict[str, Any]]]:
-    """Distinct random (settings, training) pairs, the same for the same method; fewer where there are not so many."""
-    tuned = manifests.load_spec(dataset).get("tuned", {})
+    """Draw distinct random pairs (settings, training).
+
+    The pairs are the same each time for the same method. There are fewer than `count` if the space is too small.
+    """
+    tuned = load_spec(dataset).get("tuned", {})
     space = SPACES[method]
     if method == "marnet":
         chosen = {key: tuned[branch]["settings"][key] for branch, keys in BRANCH_SETTINGS.items() for key in keys}
@@ -157,7 +167,11 @@ def run_trial(
     seed: int,
     shapes: dict[str, tuple[int, ...]],
 ) -> dict[str, float]:
-    """Acc-1 (multi-label: mAP) on the rows held out of a head trained on the others; for MARNet by operator, else under ""."""
+    """Train a head on the rows that are not held out, and score it on the held-out rows.
+
+    Returns:
+        Acc-1 (multi-label: mAP); for MARNet by fusion operator, else under "".
+    """
     inside, outside = (_rows(table, rows) for rows in (~held_out, held_out))
     module = plugins.get("methods", name)
     torch.manual_seed(seed)
@@ -166,18 +180,18 @@ def run_trial(
     scores: dict[str, float] = {}
 
     def validate(model: Predictor) -> list[Score]:
-        return [Score(0.0, 0.0)]  # the last epoch is kept
+        return [Score(0.0, 0.0)]  # no score: the last epoch is kept
 
     with tempfile.TemporaryDirectory() as folder:
         run = RunFolder(Path(folder) / "select-0" / "seed0", seed)
-        lane = TrainState(method=method, run=run, config=config)
-        source = shuffled(inside, config.batch_size, seed)
-        for error in train([lane], source, ordered(inside, seed), validate, progress=False).values():
+        state = TrainState(method=method, run=run, config=config)
+        source = shuffled_batches(inside, config.batch_size, seed)
+        for error in train([state], source, ordered_batches(inside, seed), validate, progress=False).values():
             raise error
     for fusion in FUSIONS if name == "marnet" else ("",):
         variant = {"fusion": fusion} if fusion else {}
         scored = module.build(module.Config(**settings, **variant), shapes)
-        scored.load_state_dict(lane.state.best)
+        scored.load_state_dict(state.progress.best)
         logits, label = predict(scored.to(default_device()), outside, seed), outside.columns["label"].cpu()
         scores[fusion] = metrics.summary_metrics(logits, label)["acc1" if label.ndim == 1 else "map"]
     print(f"{name} trial {seed} {scores} {settings} {asdict(config)}", file=sys.stderr, flush=True)
@@ -190,7 +204,7 @@ def _rows(table: FeatureTable, mask: torch.Tensor) -> FeatureTable:
 
 
 def best_variant(results: list[dict[str, float]]) -> tuple[dict[str, Any], float]:
-    """The fusion operator (if any) with the best mean over folds, and that mean."""
+    """Return the fusion operator (if any) with the best mean over the trials, and that mean."""
     means = {variant: mean(result[variant] for result in results) for variant in results[0]}
     best = max(means, key=lambda variant: means[variant])
     return ({"fusion": best} if best else {}), means[best]

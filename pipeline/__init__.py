@@ -1,6 +1,7 @@
-"""Align image features with text that exists only in training, with diffusion as the bridge.
+"""Train image classifiers on cached features, with the help of texts that exist only for training images.
 
-The pipeline has three stages and one direction: encoders turn official files into a feature cache that can be trusted
-(`extract`), light heads train on the cached vectors in seconds (`train-head`), and the joint stage (`finetune`) tunes the
-encoders and gives them back to the first stage.
+The pipeline has three stages. Stage 1 (`extract`) runs encoders over the official files of a dataset and stores the features in
+a verified cache. Stage 2 (`train-head`) trains light heads on the cached features in seconds; some methods align the image
+features with the text features by diffusion. Stage 3 (`finetune`) trains the encoders together with a head, and stage 1 can
+extract the features of the tuned encoders again.
 """

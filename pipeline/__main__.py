@@ -1,4 +1,4 @@
-"""`python -m pipeline …` is `diffalign …`; so is `torchrun -m pipeline …`, which needs a module."""
+"""The entry point of `python -m pipeline …`, the same as `diffalign …`. `torchrun -m pipeline …` needs it too."""
 
 from pipeline.commands.app import main
 

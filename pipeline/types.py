@@ -1,4 +1,7 @@
-"""The nouns that every stage shares. Shape letters: B batch, N rows, T tokens, D width, C classes, K grid cells."""
+"""Types that all stages share.
+
+Letters of shapes: B batch, N rows, T tokens, D width, C classes, K cells of a grid.
+"""
 
 from __future__ import annotations
 
@@ -15,8 +18,8 @@ if TYPE_CHECKING:
     from pipeline.runtime.rng import KeyedRNG
 
 Batch = dict[str, "Tensor"]  # "image" [B,Dv], "text" [B,Ds], "paired" [B], "label" [B] or [B,C], "key" [B]
-Shapes = Mapping[str, tuple[int, ...]]  # key -> shape without B; "label": () or (C,) for multi-label; "classes": (C,)
-Source = Callable[[int], Iterator[Batch]]  # epoch -> batches; cached and live encoders look the same
+Shapes = Mapping[str, tuple[int, ...]]  # batch key -> shape without B; "label": () or, if multi-label, (C,); "classes": (C,)
+Source = Callable[[int], Iterator[Batch]]  # epoch -> batches, read from a cache or made by encoders that are trained
 
 Split = Literal["train", "val", "test"]
 SPLITS: tuple[Split, ...] = ("train", "val", "test")
@@ -24,87 +27,99 @@ SPLITS: tuple[Split, ...] = ("train", "val", "test")
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One row of a manifest: an image or a clip, the texts that describe it in training, and its labels."""
+    """One row of a manifest: an image or a video clip, the texts that describe it, and its labels."""
 
     id: str
     split: str
     media: Path  # relative to the manifest's media root
     texts: tuple[str, ...]
     labels: tuple[int, ...]
-    group: str  # samples of one group stay in one split; "" when there is none
+    group: str  # samples of one group are in one split; "": no group
 
 
 class Encoder(Protocol):
-    """A pretrained network with the preprocessing it was trained with."""
+    """A pretrained network, with the preprocessing that it was trained with."""
 
     modality: Literal["image", "video", "text"]
     feature_shape: tuple[int, ...]
 
     def identity(self) -> dict[str, Any]:
-        """Everything that can change the output, as plain JSON values."""
+        """Return everything that can change the features, as plain JSON values."""
         ...
 
     def prepare(self, raw: Path | str) -> Tensor:
-        """One item on the CPU, deterministic and picklable; `ValueError` when it cannot be decoded."""
+        """Preprocess one media file or text on the CPU. The result is deterministic and can be pickled.
+
+        Raises:
+            ValueError: the file cannot be decoded.
+        """
         ...
 
     def __call__(self, prepared: Tensor) -> Tensor:
-        """Features [B, *feature_shape] of stacked items; differentiable."""
+        """Return the features [B, *feature_shape] of a batch of prepared items [B, ...]; they are differentiable."""
         ...
 
 
 class Phase(NamedTuple):
-    """A stretch of training: the parameters whose names start with one of `trains` learn, the rest stand still."""
+    """A phase of training: only the parameters whose names start with one of `trains` are trained."""
 
     name: str
     trains: tuple[str, ...] = ("",)
-    share: float = 1.0  # of the configured epochs
-    rates: tuple[tuple[str, float], ...] = ()  # (beginning of a name, factor of its learning rate); the first that fits
+    share: float = 1.0  # share of the configured epochs
+    rates: tuple[
+        tuple[str, float], ...
+    ] = ()  # (prefix of a parameter name, factor of its learning rate); the first match counts
 
     def rate(self, name: str) -> float:
-        """The factor of a parameter's learning rate."""
-        return next((factor for beginning, factor in self.rates if name.startswith(beginning)), 1.0)
+        """Return the factor of the learning rate of the parameter with this name."""
+        return next((factor for prefix, factor in self.rates if name.startswith(prefix)), 1.0)
 
 
-WHOLE = (Phase("head"),)  # one phase that trains everything
+SINGLE_PHASE = (Phase("head"),)  # trains all parameters
 
 
 class Predictor(Protocol):
-    """What predicts: a method, or several stacked, whose logits are [K,B,C]."""
+    """A method, or an ensemble of K methods, whose logits are [K,B,C]."""
 
     def train(self, mode: bool = True) -> Any: ...
 
     def predict(self, image: Tensor, rng: KeyedRNG) -> Tensor:
-        """Logits [B,C] from image features [B,Dv] alone."""
+        """Return logits [B,C] from image features [B,Dv] alone."""
         ...
 
 
 class Method(Protocol):
-    """A head on features; always an `nn.Module`. Text is an argument of training only (LUPI)."""
+    """A head on features; always an `nn.Module`. Only training reads text (learning using privileged information, LUPI)."""
 
-    needs: tuple[str, ...]  # batch keys it reads in training
-    phases: tuple[Phase, ...]  # trained one after another, each with a fresh optimiser
+    needs: tuple[str, ...]  # batch keys that it reads in training
+    phases: tuple[Phase, ...]  # trained one after another, each with a new optimiser
 
     def begin(self, phase: str, train: Callable[[], Iterator[Batch]]) -> None:
-        """Before a phase: take statistics of the whole training split into buffers, in one or more ordered passes."""
+        """Prepare for a phase: compute statistics of the training split and store them in buffers.
+
+        Args:
+            phase: name of the phase that is about to start.
+            train: starts an ordered pass over the training split; it may be called more than once.
+        """
         ...
 
     def loss(self, batch: Batch, rng: KeyedRNG, phase: str) -> Batch:
-        """{"loss": scalar, ...parts}; the parts are logged.
+        """Return {"loss": scalar, ...parts}; the parts are logged.
 
-        Methods that are stacked run as one: nothing but operations on tensors, no number read back, no attribute assigned.
+        An ensemble runs several methods as one. Therefore only operations on tensors are allowed here: read no number back
+        from a tensor, and assign no attribute.
         """
         ...
 
     def predict(self, image: Tensor, rng: KeyedRNG) -> Tensor:
-        """Logits [B,C] from image features [B,Dv] alone."""
+        """Return logits [B,C] from image features [B,Dv] alone."""
         ...
 
     def feature(self, image: Tensor, rng: KeyedRNG) -> Tensor:
-        """The vector [B,D] that the classifier reads, for pictures of the feature space; from images alone."""
+        """Return the vectors [B,D] that the classifier reads, from image features alone; used to draw the feature space."""
         ...
 
-    # What it has from nn.Module and the stages use.
+    # Methods of nn.Module that the stages use.
     def train(self, mode: bool = True) -> Any: ...
     def named_parameters(self) -> Iterator[tuple[str, Parameter]]: ...
     def state_dict(self) -> dict[str, Tensor]: ...

@@ -1,4 +1,4 @@
-"""A tiny image-and-text dataset, and a home in which it is prepared and extracted."""
+"""Fixtures for all tests: a tiny dataset of images and texts, and a home folder with its manifest and feature caches."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ import pytest
 import torch
 from PIL import Image
 
-from pipeline.data import manifest as manifests
 from pipeline.data.manifest import Manifest
+from pipeline.data.manifest_files import write_manifest
 from pipeline.extraction.extract import ExtractOptions, extract
 from pipeline.runtime.logs import set_up_logging
 from pipeline.types import Sample
 
-set_up_logging()  # as the command line does: tests read what is printed
-torch.set_num_threads(1)  # the tensors of tests are tiny: threads would only wait for each other
+set_up_logging()  # as the command line does, because tests read the messages
+torch.set_num_threads(1)  # the tensors of tests are so small that threads would only wait for each other
 
 COLOURS = {"red": (200, 30, 30), "green": (30, 180, 40), "blue": (40, 50, 210), "grey": (128, 128, 128)}
-SPLIT_OF = ("train",) * 6 + ("val",) * 1 + ("test",) * 3  # of the ten images of a class
+SPLIT_OF = ("train",) * 6 + ("val",) * 1 + ("test",) * 3  # split of each of the ten images of a class
 
 
 @pytest.fixture(scope="session")
 def tiny_manifest(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
-    """Forty 24 x 24 PNG images in four classes, with one text each; 24 train, 4 val, 12 test."""
+    """Forty PNG images of 24 x 24 pixels in four classes, with one text each: 24 train, 4 val, 12 test."""
     root = tmp_path_factory.mktemp("tiny_media")
     rng = np.random.default_rng(0)
     samples = []
@@ -41,9 +41,11 @@ def tiny_manifest(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
 
 @pytest.fixture(scope="session")
 def tiny_home(tiny_manifest: Manifest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A home with `tiny` prepared and extracted by random_projection, image [32] and text [24]; read it, never write to it."""
+    """A home with the manifest of `tiny` and its features by random_projection: image [32], text [24]. Tests only read it."""
     home = tmp_path_factory.mktemp("tiny_home")
-    manifests.write_manifest(tiny_manifest, home)
-    extract(tiny_manifest, "random_projection", {"modality": "image", "width": 32}, home, effort=ExtractOptions(progress=False))
-    extract(tiny_manifest, "random_projection", {"modality": "text", "width": 24}, home, effort=ExtractOptions(progress=False))
+    write_manifest(tiny_manifest, home)
+    extract(
+        tiny_manifest, "random_projection", {"modality": "image", "width": 32}, home, options=ExtractOptions(progress=False)
+    )
+    extract(tiny_manifest, "random_projection", {"modality": "text", "width": 24}, home, options=ExtractOptions(progress=False))
     return home

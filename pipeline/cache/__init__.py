@@ -1,4 +1,4 @@
-"""The feature cache: a Zarr v3 group whose shards are real only once a commit record says so."""
+"""The feature cache: encoded features in a Zarr v3 group. A shard of it counts only when its commit record is written."""
 
 from pipeline.cache.reader import Cache, find_caches, info, open_cache
 from pipeline.cache.verify import verify

@@ -1,4 +1,4 @@
-"""A file of features, whatever its format: what it holds, and what it must fulfil before it is believed."""
+"""A single file of features, in any format: what it holds, and the checks that it must pass before it is used."""
 
 from __future__ import annotations
 
@@ -15,76 +15,102 @@ import numpy as np
 
 from pipeline.cache import layout
 
-MAX_COMPRESSION = 1000  # bytes of features that a byte of a file may stand for: more than any codec does
-ID_LIMIT = 4096  # characters
-BLOCK_BYTES = 2**26  # of features that are read and written at a time; at least a chunk
+# Largest number of feature bytes per byte of a file. No codec compresses more, so a file that declares more is forged.
+MAX_FEATURE_COMPRESSION = 1000
+MAX_ID_CHARACTERS = 4096
+EXCHANGE_BLOCK_BYTES = 2**26  # of features that are read and written at a time; at least one chunk
 NO_OFFSETS = np.zeros(0, np.int64)
 
 
 @dataclass(frozen=True)
 class FeatureFile:
-    """Features with their ids, of a cache or of a file."""
+    """Features with their ids, of a cache or of a file. The features are read only when `read_blocks` is called."""
 
     ids: list[str]  # of the samples, in row order
     offsets: np.ndarray  # [N+1] int64: rows of sample i are offsets[i] .. offsets[i+1]; [0] when each sample has one row
     shape: tuple[int, ...]  # of all features: [M, *feature_shape]
     dtype: str  # as stored; bfloat16 comes as its bits in uint16
-    about: Mapping[str, Any]  # identity, provenance, failures, sha256; {} when the features were computed elsewhere
-    blocks: Callable[[Sequence[int]], Iterator[np.ndarray]]  # consecutive blocks, each up to one of these rows
+    record: Mapping[str, Any]  # identity, provenance, failures, sha256 of an exported cache; {} for other features
+    read_blocks: Callable[[Sequence[int]], Iterator[np.ndarray]]  # ends of blocks -> consecutive blocks [rows, *feature_shape]
 
     @property
     def array_dtype(self) -> np.dtype:
-        """Little-endian dtype of the blocks."""
+        """The little-endian dtype of the blocks."""
         return np.dtype("<u2") if self.dtype == "bfloat16" else np.dtype(self.dtype).newbyteorder("<")
 
     @property
     def block_ends(self) -> list[int]:
-        """Where blocks of whole chunks end that fit into memory."""
+        """The ends of blocks that consist of whole chunks and fit into memory."""
         chunk_bytes = layout.CHUNK_ROWS * prod(self.shape[1:]) * self.array_dtype.itemsize
-        return ends(self.shape[0], max(1, BLOCK_BYTES // chunk_bytes) * layout.CHUNK_ROWS)
+        return make_block_ends(self.shape[0], max(1, EXCHANGE_BLOCK_BYTES // chunk_bytes) * layout.CHUNK_ROWS)
 
 
-def ends(num_rows: int, step: int) -> list[int]:
-    """Where blocks of `step` rows end."""
-    return [*range(step, num_rows, step), num_rows]
+def make_block_ends(num_rows: int, block_rows: int) -> list[int]:
+    """Return the row after the last of each block, when `num_rows` rows are read in blocks of `block_rows`."""
+    return [*range(block_rows, num_rows, block_rows), num_rows]
 
 
-def spans(block_ends: Iterable[int]) -> Iterator[tuple[int, int]]:
-    """(first row, row after the last) of consecutive blocks."""
+def block_ranges(block_ends: Iterable[int]) -> Iterator[tuple[int, int]]:
+    """Yield (first row, row after the last) of consecutive blocks that end at `block_ends`."""
     return pairwise([0, *block_ends])
 
 
 @contextmanager
-def blame(path: Path, *errors: type[Exception]) -> Iterator[None]:
-    """Turn what a library says about a file it cannot read into a `ValueError` that names the file."""
+def label_read_errors(path: Path, *errors: type[Exception]) -> Iterator[None]:
+    """Turn the error of a library that cannot read a file into a `ValueError` that names the file.
+
+    Args:
+        path: the file.
+        errors: classes of errors that the library raises, besides those of Python itself.
+    """
     try:
         yield
     except (*errors, OSError, ValueError, TypeError, KeyError, OverflowError, RecursionError, EOFError) as error:
-        said = str(error)
-        raise ValueError(said if str(path) in said else f"{path} cannot be read: {said or type(error).__name__}") from error
+        message = str(error)
+        if str(path) not in message:
+            message = f"{path} cannot be read: {message or type(error).__name__}"
+        raise ValueError(message) from error
 
 
-def check_declared(path: Path, shape: Sequence[int], itemsize: int) -> None:
-    """`ValueError` unless features of this shape [N, ...] can be in the file: memory is asked for before anything is read."""
+def check_declared_shape(path: Path, shape: Sequence[int], itemsize: int) -> None:
+    """Check that a file can hold the features that it declares. This is done before memory is allocated for them.
+
+    Args:
+        path: the file.
+        shape: [rows, ...] as declared.
+        itemsize: bytes of a number.
+
+    Raises:
+        ValueError: the shape is not one of features, or too large for the size of the file.
+    """
     if len(shape) < 2 or min(shape) < 1:
         raise ValueError(f"{path}: features must be [rows, width] or [rows, ..., width], not {list(shape)}")
     size = path.stat().st_size
-    if shape[0] > size or prod(shape) * itemsize > MAX_COMPRESSION * size:
+    if shape[0] > size or prod(shape) * itemsize > MAX_FEATURE_COMPRESSION * size:
         raise ValueError(f"{path} declares features of shape {list(shape)}, which its {size} bytes cannot hold")
 
 
-def stored_dtype(path: Path, raw: np.dtype, about: Mapping[str, Any]) -> str:
-    """`FeatureFile.dtype` of an array in a file; `ValueError` when it holds no numbers."""
+def stored_dtype(path: Path, raw: np.dtype, record: Mapping[str, Any]) -> str:
+    """Return the `FeatureFile.dtype` of an array in a file.
+
+    Args:
+        path: the file.
+        raw: the dtype of the array.
+        record: the `FeatureFile.record`; it says whether uint16 is really bfloat16.
+
+    Raises:
+        ValueError: the array does not hold numbers of at most 8 bytes.
+    """
     if raw.kind not in "fiu" or raw.itemsize > 8:
         raise ValueError(f"{path}: features must be numbers, not {raw}")
-    identity = about.get("identity")
+    identity = record.get("identity")
     if raw.newbyteorder("=") == np.uint16 and isinstance(identity, dict) and identity.get("store_dtype") == "bfloat16":
         return "bfloat16"
     return raw.newbyteorder("=").name
 
 
 def as_float32(block: np.ndarray, dtype: str) -> np.ndarray:
-    """A block as float32 numbers; what is beyond float32 becomes infinite."""
+    """Convert a block of features to float32; numbers beyond its range become infinite."""
     if dtype == "bfloat16":
         return layout.from_stored(block, dtype)
     with np.errstate(over="ignore"):
@@ -92,11 +118,15 @@ def as_float32(block: np.ndarray, dtype: str) -> np.ndarray:
 
 
 def check_feature_file(features: FeatureFile, path: Path) -> None:
-    """`ValueError` unless there is an id for every sample, no id comes twice, and the offsets cover the rows."""
+    """Check the ids and offsets of a file of features.
+
+    Raises:
+        ValueError: a sample has no id, an id is too long or occurs twice, or the offsets do not cover the rows.
+    """
     seen: dict[str, int] = {}
     for row, sample_id in enumerate(features.ids):
-        if not sample_id or len(sample_id) > ID_LIMIT:
-            raise ValueError(f"{path}: the id of row {row} must have 1 to {ID_LIMIT} characters")
+        if not sample_id or len(sample_id) > MAX_ID_CHARACTERS:
+            raise ValueError(f"{path}: the id of row {row} must have 1 to {MAX_ID_CHARACTERS} characters")
         if seen.setdefault(sample_id, row) != row:
             raise ValueError(f"{path}: rows {seen[sample_id]} and {row} have the same id {sample_id!r}; keep one of them")
     rows, offsets = features.shape[0], features.offsets
@@ -109,7 +139,11 @@ def check_feature_file(features: FeatureFile, path: Path) -> None:
 
 
 def id_strings(values: Iterable[Any]) -> list[str]:
-    """Ids as strings; `TypeError` for anything but strings and whole numbers."""
+    """Return ids as strings.
+
+    Raises:
+        TypeError: an id is neither a string nor a whole number.
+    """
     ids = list(values)
     for value in ids:
         if isinstance(value, bool) or not isinstance(value, (str, int)):
@@ -117,32 +151,47 @@ def id_strings(values: Iterable[Any]) -> list[str]:
     return [str(value) for value in ids]
 
 
-def document(text: str | bytes) -> dict[str, Any]:
-    """A JSON object; `ValueError` or `TypeError` for anything else."""
+def parse_json_object(text: str | bytes) -> dict[str, Any]:
+    """Return the JSON object in a text.
+
+    Raises:
+        ValueError: the text is not JSON.
+        TypeError: it is JSON, but not an object.
+    """
     value = json.loads(text)
     if not isinstance(value, dict):
         raise TypeError("its JSON document is no object")
     return value
 
 
-def offsets_of(values: Any) -> np.ndarray:
-    """Offsets [N+1] int64 from whole numbers, [0] from none."""
+def parse_offsets(values: Any) -> np.ndarray:
+    """Return offsets as an array, [N+1] int64; an empty list gives [0].
+
+    Raises:
+        ValueError: the values are not a list of whole numbers.
+    """
     offsets = np.asarray(values)
     if offsets.ndim != 1 or (len(offsets) and offsets.dtype.kind not in "iu"):
         raise ValueError("its offsets are no list of whole numbers")
     return offsets.astype(np.int64)
 
 
-def sidecar(path: Path) -> dict[str, Any]:
-    """What lies beside a file without ids: <stem>.json, a list or an object with `ids`, or <stem>.txt, one on each line."""
-    beside = path.with_suffix(".json")
-    if beside.is_file():
-        value = json.loads(beside.read_text(encoding="utf-8"))
+def read_sidecar(path: Path) -> dict[str, Any]:
+    """Return the ids, and what else is known, from the file beside a file of features that has no ids itself.
+
+    The sidecar is <stem>.json, a list of ids or an object with `ids`, or <stem>.txt with one id on each line.
+
+    Raises:
+        ValueError: there is no sidecar, or it is not of this form.
+    """
+    json_file = path.with_suffix(".json")
+    if json_file.is_file():
+        value = json.loads(json_file.read_text(encoding="utf-8"))
         described = {"ids": value} if isinstance(value, list) else value
         if not isinstance(described, dict) or not isinstance(described.get("about", {}), dict):
-            raise ValueError(f"{beside} must be a JSON list of ids, or an object with `ids`")
+            raise ValueError(f"{json_file} must be a JSON list of ids, or an object with `ids`")
         return described
-    lines = path.with_suffix(".txt")
-    if lines.is_file():
-        return {"ids": lines.read_text(encoding="utf-8").removesuffix("\n").split("\n")}
-    raise ValueError(f"{path} has no ids: put them into {beside.name}, a JSON list, or {lines.name}, one on each line")
+    text_file = path.with_suffix(".txt")
+    if text_file.is_file():
+        return {"ids": text_file.read_text(encoding="utf-8").removesuffix("\n").split("\n")}
+    raise ValueError(f"{path} has no ids: put them into {json_file.name}, a JSON list, or {text_file.name}, one on each line")

@@ -1,4 +1,4 @@
-"""Which caches there are, and how to be rid of one."""
+"""List the caches of a home, and remove a cache."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.cache.reader import find_caches, info
-from pipeline.cache.samples import home_of
+from pipeline.cache.samples import cache_home
 from pipeline.runtime.files import lock, sync_folder
 
 
 @dataclass(frozen=True)
-class Contents:
-    """What is in a folder that `rm` would remove."""
+class RemovalSummary:
+    """A cache folder, and the number and total size of its files."""
 
     path: Path
     files: int
@@ -22,52 +22,59 @@ class Contents:
 
 
 def ls(home: Path) -> list[dict[str, Any]]:
-    """Every cache of a home, complete or not, with its encoder, size and the command that made it, as JSON values."""
+    """Return one line per cache, complete or not: its encoder, its size and the command that made it, as JSON values."""
     folders = sorted(folder for folder in (home / "caches").glob("*") if folder.is_dir())
-    return [_line(path) for folder in folders for path in find_caches(home, folder.name)]
+    return [_describe_cache(path) for folder in folders for path in find_caches(home, folder.name)]
 
 
-def _line(path: Path) -> dict[str, Any]:
+def _describe_cache(path: Path) -> dict[str, Any]:
     line = {"dataset": path.parent.name, "name": path.name, "problem": ""}
     try:
         facts = info(path)
     except ValueError as error:
         return {**line, "complete": False, "problem": str(error)}
-    same = {key: facts[key] for key in ("samples", "rows", "feature_shape", "store_dtype", "bytes", "failed", "complete")}
-    return {**line, "encoder": facts["identity"]["encoder"]["name"], **same, "command": facts["provenance"]["command"]}
+    numbers = {key: facts[key] for key in ("samples", "rows", "feature_shape", "store_dtype", "bytes", "failed", "complete")}
+    return {**line, "encoder": facts["identity"]["encoder"]["name"], **numbers, "command": facts["provenance"]["command"]}
 
 
-def contents(path: Path) -> Contents:
-    """What `rm` would remove; `ValueError` when the folder is not a cache in <home>/caches/<dataset>/, or a symbolic link."""
-    whole = path.absolute()  # "." has no name
-    folder = home_of(path) / "caches" / whole.parent.name / whole.name
+def preview_removal(path: Path) -> RemovalSummary:
+    """Return what `rm` would remove.
+
+    Raises:
+        ValueError: the folder is not a cache in <home>/caches/<dataset>/, or it is reached by a symbolic link.
+    """
+    absolute = path.absolute()  # "." has no name
+    folder = cache_home(path) / "caches" / absolute.parent.name / absolute.name
     if path.is_symlink() or folder.parent.is_symlink():
         raise ValueError(f"{path} is reached by a symbolic link; give the folder itself")
-    if folder not in find_caches(home_of(path), folder.parent.name) and not _leftover(folder).is_dir():
+    if folder not in find_caches(cache_home(path), folder.parent.name) and not _removal_path(folder).is_dir():
         raise ValueError(f"{path} is not a feature cache; diffalign cache ls shows them")
     files = [
-        file for each in (folder, _leftover(folder)) for file in each.rglob("*") if file.is_file() and not file.is_symlink()
+        file for root in (folder, _removal_path(folder)) for file in root.rglob("*") if file.is_file() and not file.is_symlink()
     ]
-    return Contents(folder, len(files), sum(file.stat().st_size for file in files))
+    return RemovalSummary(folder, len(files), sum(file.stat().st_size for file in files))
 
 
-def rm(path: Path) -> Contents:
-    """Remove a cache and say what it was; errors as in `contents`, and when another process writes to it.
+def rm(path: Path) -> RemovalSummary:
+    """Remove a cache, and return what it was.
 
-    The folder is renamed first: killed at any moment, this leaves a whole cache or none, and the same command goes on.
+    The folder is renamed first. If the process is killed, the whole cache is left or none of it. The same command then goes on.
+
+    Raises:
+        ValueError: as in `preview_removal`, or another process writes to the cache.
     """
-    removed = contents(path)
-    leftover = _leftover(removed.path)
+    removed = preview_removal(path)
+    renamed = _removal_path(removed.path)
     if removed.path.is_dir():
         with lock(removed.path):
-            if leftover.is_dir():
-                shutil.rmtree(leftover)
-            removed.path.rename(leftover)
-            sync_folder(leftover.parent)
-    shutil.rmtree(leftover)
+            if renamed.is_dir():
+                shutil.rmtree(renamed)
+            removed.path.rename(renamed)
+            sync_folder(renamed.parent)
+    shutil.rmtree(renamed)
     return removed
 
 
-def _leftover(path: Path) -> Path:
-    """The name of a cache that is being removed, which no cache has."""
+def _removal_path(path: Path) -> Path:
+    """Return the folder to which a cache is renamed while it is removed. No cache has such a name."""
     return path.with_name(f"{path.name}.removed")

@@ -1,8 +1,8 @@
-"""Where everything in a cache folder lies, and the records that make it real.
+"""The files of a cache folder, the number formats of its features, and the records that say which shards are complete.
 
 <home>/caches/<dataset>/<encoder>-<fingerprint12>/
   zarr.json                 attributes: kind, identity, provenance, sha256 of the ids
-  features/                 [N, *shape], or [M, *shape] beside offsets/ [N+1] when samples have several texts
+  features/                 [N, *shape], or [M, *shape] with offsets/ [N+1] when samples have several texts
   ids/                      sample ids in row order
   commits/arrays.json       sha256 of the metadata, ids and offsets
   commits/<shard>.json      sha256 and statistics of one shard of features
@@ -24,25 +24,26 @@ from pipeline.runtime.files import canonical_json, file_sha256, fingerprint, sha
 StoreDtype = Literal["float16", "float32", "bfloat16"]
 STORE_DTYPES: tuple[str, ...] = get_args(StoreDtype)
 SHARD_ROWS = 8192
-SHARD_BYTES = 2**28  # a shard is encoded, converted and written in memory
+MAX_SHARD_BYTES = 2**28  # a shard is encoded, converted and written in memory
 CHUNK_ROWS = 512
 BFLOAT16_NAN = 0x7FC0
-NORM_NUMBERS = 2**15  # at a time: they stay in the processor's cache, and torch starts no threads for so few
+# Values whose norms are computed at a time. They stay in the processor's cache, and torch starts no threads for so few.
+NORM_BLOCK_VALUES = 2**15
 
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """An item without features: the row stays NaN."""
+    """An item that has no features: its row stays NaN."""
 
     row: int  # row of features
     id: str  # sample
-    stage: str  # prepare or encode
+    stage: str  # prepare, encode or import
     error: str
 
 
 @dataclass(frozen=True, slots=True)
 class Commit:
-    """What makes a shard real; `seconds`, `batch_size` and `device` are provenance, the rest follows from the shard."""
+    """The commit record of a shard. `seconds`, `batch_size` and `device` are provenance; the rest follows from the shard."""
 
     shard: int
     rows: int
@@ -56,36 +57,51 @@ class Commit:
     batch_size: int
     device: str
     failures: tuple[Failure, ...]
-    media_sizes: str = ""  # `items.Rows.media_sizes` when they were encoded
+    media_sizes: str = ""  # digest of the sizes of the media files when they were encoded; "": not known
 
 
-Record = TypeVar("Record", Failure, Commit)
+_RecordT = TypeVar("_RecordT", Failure, Commit)
 
 
 def cache_path(home: Path, dataset: str, encoder: str, identity: Mapping[str, Any]) -> Path:
-    """The folder of a cache: its name holds the hash of its identity."""
+    """Return the folder of a cache. Its name ends with 12 digits of the hash of the cache's identity."""
     return home / "caches" / dataset / f"{encoder}-{fingerprint(identity)[:12]}"
 
 
 def shard_path(path: Path, shard: int, num_dims: int) -> Path:
-    """The file Zarr keeps a shard of features in."""
+    """Return the file in which Zarr keeps a shard of features.
+
+    Args:
+        path: the folder of the cache.
+        shard: the number of the shard.
+        num_dims: dimensions of the array of features, rows included.
+    """
     return path / "features" / "c" / str(shard) / "/".join(["0"] * (num_dims - 1))
 
 
-def shard_rows(num_rows: int, row_bytes: int, wanted: int) -> int:
-    """Rows per shard, whole chunks: `wanted` (0: 8,192), fewer where a shard would pass 256 MiB or the cache is smaller."""
+def rows_per_shard(num_rows: int, row_bytes: int, wanted: int) -> int:
+    """Return the number of rows per shard, a multiple of 512 (the rows of a chunk).
+
+    Args:
+        num_rows: rows of the whole cache; a shard is not larger than these need.
+        row_bytes: bytes of a row of features; a shard has at most 256 MiB, but at least one chunk.
+        wanted: the number that the user asked for; 0: 8,192.
+    """
     chunks = max(1, -(-num_rows // CHUNK_ROWS))
-    affordable = max(1, SHARD_BYTES // (row_bytes * CHUNK_ROWS))
+    affordable = max(1, MAX_SHARD_BYTES // (row_bytes * CHUNK_ROWS))
     return min((wanted or SHARD_ROWS), affordable * CHUNK_ROWS, chunks * CHUNK_ROWS)
 
 
 def ids_sha256(ids: Sequence[str]) -> str:
-    """SHA-256 of the ids in row order."""
+    """Return the SHA-256 of the ids in row order."""
     return sha256(canonical_json(list(ids)))
 
 
 def to_stored(features: np.ndarray, dtype: str) -> np.ndarray:
-    """Features float32 as they are stored; values beyond the range of float16 become infinite."""
+    """Convert float32 features to the number format of the store: bfloat16 as its bits in uint16.
+
+    Values beyond the range of float16 become infinite.
+    """
     if dtype == "bfloat16":  # round to nearest, ties to even
         bits = np.ascontiguousarray(features, dtype=np.float32).view(np.uint32)
         rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
@@ -95,54 +111,66 @@ def to_stored(features: np.ndarray, dtype: str) -> np.ndarray:
 
 
 def from_stored(stored: np.ndarray, dtype: str) -> np.ndarray:
-    """Stored features as float32."""
+    """Convert stored features, of the number format `dtype`, to float32."""
     if dtype == "bfloat16":
         return (stored.astype(np.uint32) << 16).view(np.float32)
     return stored.astype(np.float32)
 
 
-def norms(stored: np.ndarray, dtype: str) -> np.ndarray:
-    """Euclidean length of every row of stored features, float64 [rows]; not finite where a feature is not."""
-    import torch  # several times as fast as NumPy here; whoever only lists caches need not wait for it
+def row_norms(stored: np.ndarray, dtype: str) -> np.ndarray:
+    """Return the Euclidean norm of every row of stored features, float64 [rows].
+
+    A norm is not finite where a feature of the row is not finite.
+    """
+    import torch  # several times as fast as NumPy here; imported late, so that listing caches does not wait for it
 
     rows = torch.from_numpy(stored.reshape(len(stored), -1))
     rows = rows.view(torch.bfloat16) if dtype == "bfloat16" else rows
-    blocks = rows.split(max(1, NORM_NUMBERS // max(1, rows.shape[1])))
+    blocks = rows.split(max(1, NORM_BLOCK_VALUES // max(1, rows.shape[1])))
     return torch.cat([torch.linalg.vector_norm(block.float(), dim=1, dtype=torch.float64) for block in blocks]).numpy()
 
 
 def write_record(path: Path, record: Mapping[str, Any]) -> None:
-    """Write a JSON record with a checksum of itself."""
-    write_atomic(path, _spelled(record))
+    """Write a JSON record together with its own checksum."""
+    write_atomic(path, _encode_record(record))
 
 
-def _spelled(record: Mapping[str, Any]) -> bytes:
-    """The one spelling of a record: no byte of it can change unnoticed."""
+def _encode_record(record: Mapping[str, Any]) -> bytes:
+    """Return the only valid bytes of a record. `read_record` compares with them, so it notices any changed byte."""
     checked = {**record, "check": fingerprint(record)}
     return (json.dumps(checked, indent=1, sort_keys=True, ensure_ascii=False) + "\n").encode()
 
 
 def read_record(path: Path) -> dict[str, Any]:
-    """A record of `write_record`; `ValueError` when it is damaged, `FileNotFoundError` when there is none."""
+    """Return a record that `write_record` has written, without its checksum.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the record is damaged.
+    """
     data = path.read_bytes()
     try:
         record = json.loads(data)
         del record["check"]
-        intact = _spelled(record) == data
+        is_intact = _encode_record(record) == data
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is damaged ({error})") from error
-    if not intact:
+    if not is_intact:
         raise ValueError(f"{path} is damaged (its checksum does not fit)")
     return record
 
 
 def write_digests(path: Path, name: str, files: Sequence[str]) -> None:
-    """Record commits/<name>.json: the sha256 of these files of the cache."""
+    """Write the record commits/<name>.json: the SHA-256 of each of these files of the cache."""
     write_record(path / "commits" / f"{name}.json", {file: file_sha256(path / file) for file in files})
 
 
 def file_problems(path: Path, name: str) -> list[str]:
-    """What is wrong with the files of the record commits/<name>.json, one line each."""
+    """Compare files of a cache with their record commits/<name>.json.
+
+    Returns:
+        One line per file, or record, that is missing or damaged; empty if all are as recorded.
+    """
     try:
         record = read_record(path / "commits" / f"{name}.json")
     except FileNotFoundError:
@@ -155,20 +183,26 @@ def file_problems(path: Path, name: str) -> list[str]:
 
 
 def commit_path(path: Path, shard: int) -> Path:
-    """The commit record of a shard."""
+    """Return the file of the commit record of a shard."""
     return path / "commits" / f"{shard:05d}.json"
 
 
 def write_commit(path: Path, commit: Commit) -> None:
-    """Make a shard real."""
+    """Write the commit record of a shard. From then on the shard counts as complete."""
     write_record(commit_path(path, commit.shard), asdict(commit))
 
 
 def read_commit(path: Path, shard: int) -> Commit:
-    """The commit of a shard; `ValueError` when it is damaged, `FileNotFoundError` when the shard is not committed."""
+    """Return the commit record of a shard.
+
+    Raises:
+        FileNotFoundError: the shard is not committed.
+        ValueError: the record is damaged, or belongs to another shard.
+    """
     record = read_record(commit_path(path, shard))
     try:
-        commit = typed(Commit, {**record, "failures": tuple(typed(Failure, failure) for failure in record["failures"])})
+        failures = tuple(dataclass_from_json(Failure, failure) for failure in record["failures"])
+        commit = dataclass_from_json(Commit, {**record, "failures": failures})
     except (KeyError, TypeError) as error:
         raise ValueError(f"{commit_path(path, shard)} is no record of a shard ({error})") from error
     if commit.shard != shard:
@@ -176,11 +210,16 @@ def read_commit(path: Path, shard: int) -> Commit:
     return commit
 
 
-def typed(kind: type[Record], values: Mapping[str, Any]) -> Record:
-    """A dataclass of these values; `TypeError` for a field that is missing, unknown, or not of its type."""
+def dataclass_from_json(kind: type[_RecordT], values: Mapping[str, Any]) -> _RecordT:
+    """Return a `Failure` or `Commit` with these values.
+
+    Raises:
+        TypeError: a field is missing, unknown, or not of its type.
+    """
     record = kind(**values)
     for name, hint in get_type_hints(kind).items():
-        value, wanted = getattr(record, name), get_origin(hint) or hint
-        if not isinstance(value, (int, float) if wanted is float else wanted) or isinstance(value, bool):
+        value, expected_type = getattr(record, name), get_origin(hint) or hint
+        is_right_type = isinstance(value, (int, float) if expected_type is float else expected_type)
+        if not is_right_type or isinstance(value, bool):
             raise TypeError(f"{name} is {str(value)[:40]!r}")
     return record

@@ -1,4 +1,4 @@
-"""The closest rows of two groups by cosine, block by block: memory holds a block of each and their cosines."""
+"""Find the closest rows of two groups by cosine. Memory holds only blocks of rows and their cosines."""
 
 from __future__ import annotations
 
@@ -10,52 +10,63 @@ import numpy as np
 from dask.base import compute
 from dask.delayed import delayed
 
-ROUNDING = 1e-6  # of cosines in float32
-PAIR_ROWS = 2048  # rows of a block; a pair of blocks has 16 MiB of cosines
+COSINE_ROUNDING = 1e-6  # error of a cosine in float32
+PAIR_BLOCK_ROWS = 2048  # rows of a block; two blocks have 16 MiB of cosines
 
-Pair = tuple[float, int, int]  # cosine, row of the first group, row of the second
+ClosePair = tuple[float, int, int]  # cosine, row of the first group, row of the second
 
 
 def close_pairs(
     features: da.Array, first: np.ndarray, second: np.ndarray, threshold: float, top: int
-) -> tuple[int, list[Pair]]:
-    """How many pairs of rows of `first` and `second`, ascending, have a cosine of at least `threshold`, and the `top` closest.
+) -> tuple[int, list[ClosePair]]:
+    """Find the pairs of a row of `first` and a row of `second` that have at least a given cosine.
 
-    A row of zeros has cosine 0 to every other. Pairs are sorted by cosine, then by row.
+    A row of zeros has cosine 0 to every other row.
+
+    Args:
+        features: all rows [M, width].
+        first: row numbers of the first group, ascending.
+        second: row numbers of the second group, ascending.
+        threshold: the cosine.
+        top: how many pairs are returned.
+
+    Returns:
+        The number of pairs, and the `top` closest of them, sorted by cosine, then by row.
     """
     total, best = 0, [(0.0, 0, 0)][:0]
     if not (len(first) and len(second)):
         return total, best
-    search: Any = delayed(_search)
-    ones = list(_blocks(features, first))
-    for others, held_rows in _blocks(features, second):
-        held = _unit(others.compute())
-        found = compute(*(search(block, held, threshold, top) for block, _ in ones))
-        for (count, pairs), (_, rows) in zip(found, ones, strict=True):
+    search: Any = delayed(_search_block_pair)
+    first_blocks = list(_blocks(features, first))
+    for block, second_rows in _blocks(features, second):
+        second_unit = _normalised(block.compute())
+        found = compute(*(search(first_block, second_unit, threshold, top) for first_block, _ in first_blocks))
+        for (count, pairs), (_, first_rows) in zip(found, first_blocks, strict=True):
             total += count
-            best += [(cosine, int(rows[one]), int(held_rows[other])) for cosine, one, other in pairs]
+            best += [(cosine, int(first_rows[i]), int(second_rows[j])) for cosine, i, j in pairs]
         best = sorted(best, key=lambda pair: (-pair[0], *pair[1:]))[:top]
     return total, best
 
 
 def _blocks(features: da.Array, rows: np.ndarray) -> Iterator[tuple[Any, np.ndarray]]:
-    """These rows as delayed blocks, with the rows that are in each."""
-    size = min(PAIR_ROWS, int(features.chunks[0][0]))
-    for start in range(0, len(rows), size):
-        some = rows[start : start + size]
-        yield delayed(features[some]), some
+    """Yield these rows as delayed blocks, each with its row numbers."""
+    block_rows = min(PAIR_BLOCK_ROWS, int(features.chunks[0][0]))
+    for start in range(0, len(rows), block_rows):
+        in_block = rows[start : start + block_rows]
+        yield delayed(features[in_block]), in_block
 
 
-def _unit(rows: np.ndarray) -> np.ndarray:
+def _normalised(rows: np.ndarray) -> np.ndarray:
+    """Scale each row to length 1; a row of zeros stays zero."""
     lengths = np.linalg.norm(rows, axis=1, keepdims=True)
     return np.divide(rows, lengths, out=np.zeros_like(rows), where=lengths > 0)
 
 
-def _search(rows: np.ndarray, held: np.ndarray, threshold: float, top: int) -> tuple[int, list[Pair]]:
-    """The pairs of one block with another, by their places in the blocks."""
-    cosines = _unit(rows) @ held.T
-    close = np.flatnonzero(cosines >= threshold - ROUNDING)
+def _search_block_pair(rows: np.ndarray, second_unit: np.ndarray, threshold: float, top: int) -> tuple[int, list[ClosePair]]:
+    """Return the close pairs of two blocks, with the positions in the blocks. The second block is normalised already."""
+    cosines = _normalised(rows) @ second_unit.T
+    close = np.flatnonzero(cosines >= threshold - COSINE_ROUNDING)
     values = np.minimum(cosines.ravel()[close], 1.0)
     order = np.argsort(-values, kind="stable")[:top]
-    one, other = np.divmod(close[order], cosines.shape[1])
-    return len(close), list(zip(values[order].tolist(), one.tolist(), other.tolist(), strict=True))
+    first, second = np.divmod(close[order], cosines.shape[1])
+    return len(close), list(zip(values[order].tolist(), first.tolist(), second.tolist(), strict=True))

@@ -1,4 +1,4 @@
-"""Where features come from, beside their identity: the command that makes them, their batches, the libraries at work."""
+"""The provenance of a cache: the command that makes it, its batch size, and the versions of the libraries."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-MEDIA = ("image", "video")
-ALL = (*MEDIA, "text")
-LIBRARIES: Mapping[str, tuple[str, ...]] = {  # and the modalities whose features they can change
-    "torch": ALL,
-    "torchvision": MEDIA,
-    "timm": MEDIA,
-    "open_clip_torch": ALL,
-    "transformers": ALL,
+MEDIA_MODALITIES = ("image", "video")
+ALL_MODALITIES = (*MEDIA_MODALITIES, "text")
+FEATURE_LIBRARIES: Mapping[str, tuple[str, ...]] = {  # library -> modalities whose features it can change
+    "torch": ALL_MODALITIES,
+    "torchvision": MEDIA_MODALITIES,
+    "timm": MEDIA_MODALITIES,
+    "open_clip_torch": ALL_MODALITIES,
+    "transformers": ALL_MODALITIES,
     "tokenizers": ("text",),
-    "numpy": ALL,
-    "pillow": MEDIA,
+    "numpy": ALL_MODALITIES,
+    "pillow": MEDIA_MODALITIES,
     "resvg-py": ("image",),
     "av": ("video",),
     "zarr": (),
@@ -36,7 +36,20 @@ def make_provenance(
     shard_rows: int,
     batch_size: int,
 ) -> dict[str, Any]:
-    """The command that completes a cache, the same as values, and the libraries; `settings` are those that are no defaults."""
+    """Return the provenance of a new cache as JSON values.
+
+    Args:
+        dataset: the dataset.
+        encoder: the encoder.
+        settings: its settings that are not the defaults.
+        store_dtype: number format of the cache.
+        compiled: whether the encoder is compiled.
+        shard_rows: rows per shard.
+        batch_size: items that are encoded at a time.
+
+    Returns:
+        The command that completes the cache, the settings, both sizes, and the versions of the libraries.
+    """
     options = [part for key, value in settings.items() for part in ("--set", f"{key}={value}")]
     options += ["--store-dtype", store_dtype] if store_dtype != "float16" else []
     options += ["--compile"] if compiled else []
@@ -51,44 +64,56 @@ def make_provenance(
 
 @cache
 def _versions() -> Mapping[str, str]:
-    """Versions of the installed libraries that turn bytes into features; they are looked up once, which takes its time."""
+    """Return the versions of the installed libraries that compute features. The look-up is slow, so it is done once."""
     versions = {}
-    for name in LIBRARIES:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):  # drawings have a renderer of their own
+    for name in FEATURE_LIBRARIES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):  # resvg-py is installed only for drawings
             versions[name] = importlib.metadata.version(name)
     return versions
 
 
 def check_libraries(path: Path, recorded: Mapping[str, str], modality: str) -> list[str]:
-    """Whether features of a modality can be added here to a cache that was begun with the `recorded` versions.
+    """Check that features can be added to a cache with the libraries that are installed here.
 
-    Only libraries that compute such features count: the store's own cannot change a number. Another patch release of one (the
-    third number) is a warning, which is returned: it mends faults, and should not keep hours of work from being completed.
-    Another release is a `ValueError` with the remedy: it may decode, scale or multiply otherwise, and one cache would hold
-    features of two kinds.
+    Only libraries that compute features of this modality count; those of the store cannot change a number. Another patch
+    release (the third number) gives a warning: it corrects faults, and should not keep hours of work from being completed.
+    Another release is an error: it may decode, scale or multiply in another way, and one cache would hold features of two
+    kinds.
+
+    Args:
+        path: the folder of the cache, for messages.
+        recorded: the versions with which the cache was begun.
+        modality: image, video or text.
+
+    Returns:
+        The warnings.
+
+    Raises:
+        ValueError: a library has another release; the message has the remedy.
     """
-    here = _versions()
+    installed = _versions()
     changed = {
         name: version
         for name, version in recorded.items()
-        if modality in LIBRARIES.get(name, ()) and version != here.get(name, "none")
+        if modality in FEATURE_LIBRARIES.get(name, ()) and version != installed.get(name, "none")
     }
     if not changed:
         return []
-    told = f"{path} was begun with {_listed(changed)}; here is {_listed({name: here.get(name, 'none') for name in changed})}"
-    if all(_release(version) == _release(here.get(name, "none")) for name, version in changed.items()):
-        return [f"{told}: the last bits of what is added may differ"]
+    current = {name: installed.get(name, "none") for name in changed}
+    message = f"{path} was begun with {_format_versions(changed)}; here is {_format_versions(current)}"
+    if all(_release_of(version) == _release_of(current[name]) for name, version in changed.items()):
+        return [f"{message}: the last bits of what is added may differ"]
     pins = " ".join(f"{name}=={version}" for name, version in changed.items())
     raise ValueError(
-        f"{told}: one cache would hold features of two kinds; run: pip install {pins}, "
+        f"{message}: one cache would hold features of two kinds; run: pip install {pins}, "
         f"or remove it (diffalign cache rm {path}) and extract it anew"
     )
 
 
-def _listed(versions: Mapping[str, str]) -> str:
+def _format_versions(versions: Mapping[str, str]) -> str:
     return ", ".join(f"{name} {version}" for name, version in versions.items())
 
 
-def _release(version: str) -> list[str]:
-    """2.11.1+cu128 is a patch of release 2.11."""
+def _release_of(version: str) -> list[str]:
+    """Return the first two numbers of a version: 2.11.1+cu128 is a patch of release 2.11."""
     return version.partition("+")[0].split(".")[:2]

@@ -1,4 +1,4 @@
-"""Read a cache by sample id: only the right one, only a whole one, and never a damaged byte."""
+"""Find, open and read feature caches. Features are read by sample id; wrong, incomplete or damaged caches are refused."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from pipeline.cache.layout import Commit
 from pipeline.data.manifest import Manifest
 from pipeline.runtime.files import fingerprint
 
-AT_ONCE = 8192  # samples whose rows are joined at a time
+SAMPLES_PER_READ = 8192  # samples whose rows are read and aggregated at a time
 
 
 @dataclass(frozen=True)
 class Cache:
-    """A complete feature cache; rows are found by sample id, never by position."""
+    """A complete feature cache. Its rows are found by sample id, never by position."""
 
     path: Path
     kind: Literal["dense", "ragged"]  # one row per sample, or any number of rows
@@ -39,40 +39,59 @@ class Cache:
     offsets: np.ndarray  # rows of sample i: offsets[i] .. offsets[i+1]
 
     def read(self, ids: Sequence[str], aggregate: Literal["mean", "first"] = "mean") -> np.ndarray:
-        """Features float32 [len(ids), *shape] of these samples, in this order.
+        """Return one feature per sample.
 
-        NaN where a sample has no features: it failed, or has no text. `aggregate` joins the rows of a sample that has
-        several. `ValueError` when ids are unknown or a shard is damaged.
+        Args:
+            ids: the samples, in the order of the result; an id may occur several times.
+            aggregate: how several rows of a sample become one: their mean, or the first of them.
+
+        Returns:
+            float32 [len(ids), *shape]; NaN for a sample that failed, or that has no text.
+
+        Raises:
+            ValueError: an id is unknown, or a shard is damaged or missing.
         """
         if self.kind == "dense":
-            return self.read_each(ids)[0]
+            return self.read_rows(ids)[0]
         result = np.full((len(ids), *self.feature_shape), np.nan, dtype=np.float32)
-        for start in range(0, len(ids), AT_ONCE):  # memory holds the rows of so many samples
-            features, counts = self.read_each(ids[start : start + AT_ONCE], first_only=aggregate == "first")
-            filled = counts > 0
-            if filled.any():
-                sums = np.add.reduceat(features, (np.cumsum(counts) - counts)[filled], axis=0)
-                result[start : start + AT_ONCE][filled] = sums / counts[filled].reshape(-1, *(1 for _ in self.feature_shape))
+        for start in range(0, len(ids), SAMPLES_PER_READ):  # memory holds only the rows of these samples
+            features, counts = self.read_rows(ids[start : start + SAMPLES_PER_READ], first_only=aggregate == "first")
+            has_rows = counts > 0
+            if has_rows.any():
+                sums = np.add.reduceat(features, (np.cumsum(counts) - counts)[has_rows], axis=0)
+                divisors = counts[has_rows].reshape(-1, *(1 for _ in self.feature_shape))
+                result[start : start + SAMPLES_PER_READ][has_rows] = sums / divisors
         return result
 
-    def read_each(self, ids: Sequence[str], first_only: bool = False) -> tuple[np.ndarray, np.ndarray]:
-        """Every row of these samples, float32 [M, *shape], and how many each sample has [len(ids)]; errors as in `read`."""
-        unknown = [sample_id for sample_id in ids if sample_id not in self._row_of]
+    def read_rows(self, ids: Sequence[str], first_only: bool = False) -> tuple[np.ndarray, np.ndarray]:
+        """Return all rows of these samples.
+
+        Args:
+            ids: the samples, in the order of the result.
+            first_only: read only the first row of each sample.
+
+        Returns:
+            The rows, float32 [M, *shape], and the number of rows of each sample [len(ids)].
+
+        Raises:
+            ValueError: as in `read`.
+        """
+        unknown = [sample_id for sample_id in ids if sample_id not in self._index_of]
         if unknown:
             raise ValueError(f"{len(unknown)} ids are not in {self.path}, the first: {', '.join(map(repr, unknown[:3]))}")
-        samples = np.fromiter((self._row_of[sample_id] for sample_id in ids), dtype=np.int64, count=len(ids))
+        samples = np.fromiter((self._index_of[sample_id] for sample_id in ids), dtype=np.int64, count=len(ids))
         starts, counts = self.offsets[samples], np.diff(self.offsets)[samples]
         if first_only:
             counts = np.minimum(counts, 1)
         rows = np.arange(counts.sum()) + np.repeat(starts - (np.cumsum(counts) - counts), counts)
-        return self._read_rows(rows), counts
+        return self._read_positions(rows), counts
 
     @cached_property
-    def _row_of(self) -> dict[str, int]:
-        return {sample_id: row for row, sample_id in enumerate(self.ids)}
+    def _index_of(self) -> dict[str, int]:
+        return {sample_id: index for index, sample_id in enumerate(self.ids)}
 
-    def _read_rows(self, rows: np.ndarray) -> np.ndarray:
-        """Rows of features, float32 [len(rows), *shape]; each shard that is touched is read once, in one piece."""
+    def _read_positions(self, rows: np.ndarray) -> np.ndarray:
+        """Return the features at these row numbers, float32 [len(rows), *shape]. Each shard is read at most once."""
         array = zarr.open_array(self.path / "features", mode="r")
         assert array.shards is not None
         store_dtype = self.identity["store_dtype"]
@@ -83,23 +102,28 @@ class Cache:
             low, high = int(rows[picked].min()), int(rows[picked].max()) + 1
             file = layout.shard_path(self.path, int(shard), array.ndim)
             if not file.is_file():  # Zarr would read it as fill values
-                raise self._damaged(file, "there is no such file")
+                raise self._damage_error(file, "there is no such file")
             try:
                 block = np.asarray(array[low:high])
             except (ValueError, OSError) as error:
-                raise self._damaged(file, error) from error
+                raise self._damage_error(file, error) from error
             result[picked] = layout.from_stored(block[rows[picked] - low], store_dtype)
         return result
 
-    def _damaged(self, file: Path, reason: object) -> ValueError:
+    def _damage_error(self, file: Path, reason: object) -> ValueError:
         return ValueError(f"{file} is damaged or missing ({reason}); to redo it, run: {self.provenance['command']}")
 
 
 def open_cache(path: Path, expect: Mapping[str, Any] | None = None) -> Cache:
     """Open a complete cache.
 
-    `expect` are fields of the identity, nested as there, that must have these values.
-    `ValueError` when it is no cache, another one than expected (names the field), incomplete or visibly damaged.
+    Args:
+        path: the folder of the cache.
+        expect: fields that the identity must have, with these values; nested as in the identity.
+
+    Raises:
+        ValueError: there is no cache, a field of its identity has another value (the message names it), it is incomplete,
+            or a file is missing or has the wrong size.
     """
     attributes = read_attributes(path)
     identity, command = attributes["identity"], attributes["provenance"]["command"]
@@ -112,8 +136,8 @@ def open_cache(path: Path, expect: Mapping[str, Any] | None = None) -> Cache:
         state = f"{len(commits)} of {len(commits) + len(problems)} shards are complete ({unfinished[0]})"
         raise ValueError(f"{path} is incomplete: {state}; to complete it, run: {command}")
     ids = [str(sample_id) for sample_id in np.asarray(zarr.open_array(path / "ids", mode="r")[:])]
-    ragged = attributes["kind"] == "ragged"
-    offsets = np.asarray(zarr.open_array(path / "offsets", mode="r")[:]) if ragged else np.arange(len(ids) + 1)
+    is_ragged = attributes["kind"] == "ragged"
+    offsets = np.asarray(zarr.open_array(path / "offsets", mode="r")[:]) if is_ragged else np.arange(len(ids) + 1)
     return Cache(
         path=path,
         kind=attributes["kind"],
@@ -128,13 +152,17 @@ def open_cache(path: Path, expect: Mapping[str, Any] | None = None) -> Cache:
 
 
 def find_caches(home: Path, dataset: str) -> list[Path]:
-    """The cache folders of a dataset, complete or not, sorted by name."""
+    """Return the cache folders of a dataset, complete or not, sorted by name."""
     folders = (file.parent for file in (home / "caches" / dataset).glob("*/zarr.json"))
     return sorted(folder for folder in folders if re.search(r"-[0-9a-f]{12}$", folder.name))
 
 
 def info(path: Path) -> dict[str, Any]:
-    """What a cache holds and how far it is, as JSON values; it may be incomplete."""
+    """Return what a cache holds and how much of it is complete, as JSON values. The cache may be incomplete.
+
+    Raises:
+        ValueError: as in `read_attributes`.
+    """
     attributes = read_attributes(path)
     array = zarr.open_array(path / "features", mode="r")
     commits, problems = read_commits(path)
@@ -159,15 +187,23 @@ def info(path: Path) -> dict[str, Any]:
 
 
 def read_attributes(path: Path) -> dict[str, Any]:
-    """The group's attributes; `ValueError` when there is no cache, or anything but the features is not as it was written."""
-    attributes = read_group(path)
+    """Return the attributes of a cache, after checking its metadata, ids and offsets against their record.
+
+    Raises:
+        ValueError: there is no cache, or one of these files is missing or damaged. The shards are not looked at.
+    """
+    attributes = read_zarr_attributes(path)
     for problem in layout.file_problems(path, "arrays"):
         raise ValueError(f"{path}: {problem}; to redo it, run: {attributes['provenance']['command']}")
     return attributes
 
 
-def read_group(path: Path) -> dict[str, Any]:
-    """The group's attributes, if they are those that named the folder; nothing else is looked at."""
+def read_zarr_attributes(path: Path) -> dict[str, Any]:
+    """Return the attributes in zarr.json. No other file is read.
+
+    Raises:
+        ValueError: there is no cache, zarr.json is damaged, or its identity does not hash to the name of the folder.
+    """
     try:
         attributes = json.loads((path / "zarr.json").read_bytes())["attributes"]
         name, command = fingerprint(dict(attributes["identity"]))[:12], dict(attributes["provenance"])["command"]
@@ -181,7 +217,7 @@ def read_group(path: Path) -> dict[str, Any]:
 
 
 def read_commits(path: Path) -> tuple[list[Commit], list[str]]:
-    """The commits whose shard is there at its full size, and one problem for every other shard."""
+    """Return the commits of all shards whose file has its full size, and one problem for every other shard."""
     array = zarr.open_array(path / "features", mode="r")
     assert array.shards is not None
     commits, problems = [], []
@@ -202,52 +238,72 @@ def read_commits(path: Path) -> tuple[list[Commit], list[str]]:
     return commits, problems
 
 
-def known_failures(path: Path) -> frozenset[str]:
-    """The samples that are known to have failed, by what is left of failures.parquet and of the shards' records."""
-    listed: list[str] = []
+def read_failed_ids(path: Path) -> frozenset[str]:
+    """Return the ids of the samples that are recorded as failed. The cache may be damaged.
+
+    They come from failures.parquet and from the commit records, as far as these are undamaged.
+    """
+    failed_ids: list[str] = []
     if not layout.file_problems(path, "failures"):
-        listed += pq.read_table(path / "failures.parquet", columns=["id"]).column("id").to_pylist()
+        failed_ids += pq.read_table(path / "failures.parquet", columns=["id"]).column("id").to_pylist()
     for file in (path / "commits").glob("[0-9]*.json"):
         with contextlib.suppress(ValueError):
-            listed += [failure.id for failure in layout.read_commit(path, int(file.stem)).failures]
-    return frozenset(listed)
+            failed_ids += [failure.id for failure in layout.read_commit(path, int(file.stem)).failures]
+    return frozenset(failed_ids)
 
 
 def identity_differences(expected: Mapping[str, Any], found: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any, Any]]:
-    """(field, expected, found) of every expected field that an identity has otherwise; what it has beside them is allowed."""
+    """Compare the expected fields of an identity with an identity, which may have more fields.
+
+    Args:
+        expected: field -> value, nested as in the identity.
+        found: the identity.
+        prefix: put before the names of the fields; for the recursion.
+
+    Returns:
+        (field, expected value, found value) of every field that differs; a nested field is named "outer.inner".
+    """
     result: list[tuple[str, Any, Any]] = []
-    for key, wanted in expected.items():
-        have = found.get(key, "nothing")
-        if isinstance(wanted, Mapping) and isinstance(have, Mapping):
-            result += identity_differences(wanted, have, f"{prefix}{key}.")
-        elif wanted != have:
-            result.append((f"{prefix}{key}", wanted, have))
+    for key, expected_value in expected.items():
+        found_value = found.get(key, "nothing")
+        if isinstance(expected_value, Mapping) and isinstance(found_value, Mapping):
+            result += identity_differences(expected_value, found_value, f"{prefix}{key}.")
+        elif expected_value != found_value:
+            result.append((f"{prefix}{key}", expected_value, found_value))
     return result
 
 
 def find_cache(home: Path, manifest: Manifest, name: str) -> Cache:
-    """The manifest's cache of that encoder, folder name or fingerprint; `ValueError` names the choices, or what has changed.
+    """Open the cache of a manifest that has this name.
 
-    Of several caches of an encoder its name means the one made with its default settings, unless some are of another modality.
+    Args:
+        home: the folder that holds caches/.
+        manifest: the prepared dataset.
+        name: an encoder, the folder name of a cache, or a fingerprint of 12 or 64 digits. If several caches of an encoder
+            fit, its name means the one with default settings, unless the caches are of different modalities.
+
+    Raises:
+        ValueError: no cache or several caches fit (the message names the choices), or the caches of that name were made from
+            another manifest.
     """
     folders = find_caches(home, manifest.dataset)
-    named = [path for path in folders if _is_named(path.name, name)]
+    named = [path for path in folders if _matches_name(path.name, name)]
     wanted = manifest.fingerprint()
-    fitting = [path for path in named if read_attributes(path)["identity"]["manifest"] == wanted]
-    if len(fitting) > 1:
-        about = [read_attributes(path) for path in fitting]
-        default = [path for path, each in zip(fitting, about, strict=True) if not each["provenance"].get("settings")]
-        alike = len({each["identity"]["encoder"].get("modality") for each in about}) == 1
-        fitting = default if len(default) == 1 and alike else fitting
-    if len(fitting) == 1 or (named and not fitting):
-        return open_cache((fitting or named)[0], {"manifest": wanted})
-    problem = "several caches" if fitting else "no cache"
-    choices = ", ".join(path.name for path in fitting or folders) or "none yet"
+    matching = [path for path in named if read_attributes(path)["identity"]["manifest"] == wanted]
+    if len(matching) > 1:
+        attributes = [read_attributes(path) for path in matching]
+        default = [path for path, each in zip(matching, attributes, strict=True) if not each["provenance"].get("settings")]
+        is_same_modality = len({each["identity"]["encoder"].get("modality") for each in attributes}) == 1
+        matching = default if len(default) == 1 and is_same_modality else matching
+    if len(matching) == 1 or (named and not matching):
+        return open_cache((matching or named)[0], {"manifest": wanted})
+    problem = "several caches" if matching else "no cache"
+    choices = ", ".join(path.name for path in matching or folders) or "none yet"
     command = f"diffalign extract {manifest.dataset}"
     raise ValueError(f"{problem} of {manifest.dataset} named {name!r} (there are: {choices}); make one with: {command}")
 
 
-def _is_named(folder: str, name: str) -> bool:
-    """Whether a cache's folder is meant by an encoder, by its own name, or by a fingerprint of 12 or 64 digits."""
+def _matches_name(folder: str, name: str) -> bool:
+    """Whether a name means a cache's folder: by its encoder, its own name, or its fingerprint of 12 or 64 digits."""
     encoder, _, digits = folder.rpartition("-")
     return name in (folder, encoder, digits) or (len(name) == 64 and name.startswith(digits))

@@ -1,4 +1,4 @@
-"""What the manifest says about the samples of a cache: splits and labels are not in the cache itself."""
+"""Find the manifest of a cache. It has the splits and labels of the samples, which are not in the cache itself."""
 
 from __future__ import annotations
 
@@ -6,22 +6,30 @@ import os
 from pathlib import Path
 
 from pipeline.cache.reader import Cache
-from pipeline.data import manifest as manifests
 from pipeline.data.manifest import Manifest
+from pipeline.data.manifest_files import read_manifest
 from pipeline.types import Sample
 
 
-def home_of(path: Path) -> Path:
-    """The home of a cache folder <home>/caches/<dataset>/<name>; `ValueError` when it lies elsewhere."""
-    whole = Path(os.path.abspath(path))  # not resolved: a symbolic link stays the link that was named
-    if whole.parent.parent.name != "caches":
+def cache_home(path: Path) -> Path:
+    """Return <home> of a cache folder <home>/caches/<dataset>/<name>.
+
+    Raises:
+        ValueError: the folder is not at such a place.
+    """
+    absolute = Path(os.path.abspath(path))  # symbolic links are not resolved
+    if absolute.parent.parent.name != "caches":
         raise ValueError(f"{path} is not in <home>/caches/<dataset>/, where feature caches lie; diffalign cache ls shows them")
-    return whole.parents[2]
+    return absolute.parents[2]
 
 
-def manifest_of(cache: Cache) -> tuple[Manifest, list[Sample]]:
-    """The manifest in the cache's home, and its samples in the cache's order; `ValueError` when it is another one by now."""
-    manifest = manifests.read_manifest(home_of(cache.path), str(cache.identity["dataset"]))
+def read_cache_manifest(cache: Cache) -> tuple[Manifest, list[Sample]]:
+    """Return the manifest of a cache, and its samples in the order of the cache.
+
+    Raises:
+        ValueError: there is no manifest in the cache's home, or it is not the one that the cache was made from.
+    """
+    manifest = read_manifest(cache_home(cache.path), str(cache.identity["dataset"]))
     if cache.identity.get("manifest") != manifest.fingerprint():
         raise ValueError(
             f"{cache.path} belongs to another manifest of {manifest.dataset} than the one that is prepared; "

@@ -1,4 +1,4 @@
-"""A split that is larger than memory: read stretch by stretch from the caches, the next one while this one is used."""
+"""Read a split that is larger than memory, one window of samples at a time. The next window is read ahead."""
 
 from __future__ import annotations
 
@@ -11,64 +11,95 @@ import torch
 from torch import Tensor
 
 from pipeline.cache import Cache
-from pipeline.cache.table import FeatureSource, FeatureTable, check_usable, gather, labels, load, samples_of
+from pipeline.cache.table import (
+    FeatureSource,
+    FeatureTable,
+    check_split_usable,
+    label_tensor,
+    load_split,
+    read_table,
+    split_samples,
+)
 from pipeline.data.manifest import Manifest
 from pipeline.runtime.device import total_bytes
 from pipeline.runtime.logs import ProgressBar
 from pipeline.runtime.rng import KeyedRNG
 from pipeline.types import Sample, Split
 
-MEMORY_SHARE = 0.5  # of the device's memory, and of this machine's, that features may take
-BLOCKS = 16  # stretches of the split that meet in a window
+FEATURE_MEMORY_SHARE = 0.5  # of the device's memory, and of this machine's, that features may take
+BLOCKS_PER_WINDOW = 16  # blocks of neighbouring samples that are shuffled together in a window
 
 
-def fitting(caches: Mapping[str, Cache], aggregate: str, device: torch.device) -> int:
-    """How many samples of these caches may be in memory at a time; 0: all of them fit."""
-    size = sample_bytes(caches, aggregate)
-    budget = int(MEMORY_SHARE * min(total_bytes(device), total_bytes(torch.device("cpu"))))
-    if size * len(caches["image"].ids) <= budget:
+def choose_window(caches: Mapping[str, Cache], aggregate: str, device: torch.device) -> int:
+    """Return how many samples of these caches may be in memory at a time; 0: all of them fit.
+
+    Args:
+        caches: by batch key.
+        aggregate: see `load_split`.
+        device: where the features will be.
+
+    Returns:
+        0, or a window that is a power of two.
+    """
+    sample_bytes = bytes_per_sample(caches, aggregate)
+    max_bytes = int(FEATURE_MEMORY_SHARE * min(total_bytes(device), total_bytes(torch.device("cpu"))))
+    if sample_bytes * len(caches["image"].ids) <= max_bytes:
         return 0
-    most = max(1, budget // size // 2)  # one window is in use, and one is being read
-    return 1 << (most.bit_length() - 1)  # the same on machines of about the same memory
+    most = max(1, max_bytes // sample_bytes // 2)  # one window is in use, and one is being read
+    return 1 << (most.bit_length() - 1)  # so that machines of about the same memory get the same window
 
 
-def sample_bytes(caches: Mapping[str, Cache], aggregate: str) -> int:
-    """Memory of a sample's features, on average."""
+def bytes_per_sample(caches: Mapping[str, Cache], aggregate: str) -> int:
+    """Return the bytes that the features of a sample take in memory, on average."""
     rows = {key: 1.0 for key in caches}
     if aggregate == "random" and "text" in caches:
         rows["text"] += float(caches["text"].offsets[-1]) / len(caches["text"].ids)
     return max(1, round(sum(4 * prod(cache.feature_shape) * rows[key] for key, cache in caches.items())))
 
 
-def open_rows(
+def open_split(
     manifest: Manifest, caches: Mapping[str, Cache], split: Split, device: torch.device, aggregate: str, window: int
 ) -> FeatureSource:
-    """A split as `sources.load` reads it, of which at most `window` samples are used at a time; 0: all of them."""
-    samples = samples_of(manifest, split)
+    """Open a split, as `load_split` does, but with at most `window` samples in use at a time.
+
+    The whole split is read once, to find the samples without features and the mean text.
+
+    Args:
+        manifest: the dataset.
+        caches: by batch key.
+        split: the split.
+        device: where the tables are.
+        aggregate: see `load_split`.
+        window: samples; 0: all of them are loaded.
+
+    Raises:
+        ValueError: as in `load_split`.
+    """
+    samples = split_samples(manifest, split)
     if not 0 < window < len(samples):
-        return load(manifest, caches, split, device, aggregate)
-    stretch = Stretches(manifest, caches, device, aggregate)
+        return load_split(manifest, caches, split, device, aggregate)
+    reader = WindowReader(manifest, caches, device, aggregate)
     ids: list[str] = []
     excluded: list[str] = []
-    total, paired = torch.zeros(()), 0
+    text_sum, num_paired = torch.zeros(()), 0
     starts = ProgressBar(range(0, len(samples), window), label=f"reading {split}", unit="window", delay=2)
-    for table in stretch.ahead([samples[start : start + window] for start in starts]):
+    for table in reader.prefetch([samples[start : start + window] for start in starts]):
         ids += table.ids
         excluded += table.excluded
         if "paired" in table.columns:
-            here = table.columns["paired"] > 0
-            total = total + table.columns["text"][here].sum(dim=0, dtype=torch.float64).cpu()
-            paired += int(here.sum())
-    check_usable(manifest, split, len(ids), "text" not in caches or paired > 0)
-    mean = (total / paired).float() if paired else None
-    left_out = set(excluded)
-    usable = tuple(sample for sample in samples if sample.id not in left_out)
-    return StreamedFeatures(Stretches(manifest, caches, device, aggregate, mean), usable, tuple(excluded), window)
+            is_paired = table.columns["paired"] > 0
+            text_sum = text_sum + table.columns["text"][is_paired].sum(dim=0, dtype=torch.float64).cpu()
+            num_paired += int(is_paired.sum())
+    check_split_usable(manifest, split, len(ids), "text" not in caches or num_paired > 0)
+    mean_text = (text_sum / num_paired).float() if num_paired else None
+    excluded_ids = set(excluded)
+    usable = tuple(sample for sample in samples if sample.id not in excluded_ids)
+    return StreamedFeatures(WindowReader(manifest, caches, device, aggregate, mean_text), usable, tuple(excluded), window)
 
 
 @dataclass(frozen=True, slots=True)
-class Stretches:
-    """Reads some samples at a time."""
+class WindowReader:
+    """Reads the features of some samples of a split at a time."""
 
     manifest: Manifest
     caches: Mapping[str, Cache]
@@ -77,29 +108,29 @@ class Stretches:
     mean_text: Tensor | None = None  # of the whole split
 
     def read(self, samples: Sequence[Sample]) -> FeatureTable:
-        return gather(self.manifest, self.caches, samples, self.device, self.aggregate, self.mean_text)
+        return read_table(self.manifest, self.caches, samples, self.device, self.aggregate, self.mean_text)
 
-    def ahead(self, parts: Sequence[Sequence[Sample]]) -> Iterator[FeatureTable]:
-        """The tables of some parts; when one is handed out, the next is being read."""
-        with ThreadPoolExecutor(1) as reader:
-            coming = reader.submit(self.read, parts[0])
-            for following in (*parts[1:], None):
-                table = coming.result()
+    def prefetch(self, windows: Sequence[Sequence[Sample]]) -> Iterator[FeatureTable]:
+        """Yield the table of each window. While one is used, a thread reads the next one."""
+        with ThreadPoolExecutor(1) as executor:
+            pending = executor.submit(self.read, windows[0])
+            for following in (*windows[1:], None):
+                table = pending.result()
                 if following is not None:
-                    coming = reader.submit(self.read, following)
+                    pending = executor.submit(self.read, following)
                 yield table
-                del table
+                del table  # so that at most two tables are in memory
 
 
 @dataclass(frozen=True, slots=True)
 class StreamedFeatures:
-    """`sources.Rows` of which a window is in memory, and the next one.
+    """A `FeatureSource` of which two windows are in memory: one in use and the next one.
 
-    An epoch shuffles blocks of neighbouring samples, and then the samples of as many blocks as a window holds. The order is
-    named by (seed, epoch, window): a window of the whole split has the batches of a table.
+    An epoch shuffles blocks of neighbouring samples, and then the samples of as many blocks as a window holds. The order is a
+    function of (seed, epoch, window). With a window of the whole split, the batches are those of a `FeatureTable`.
     """
 
-    stretches: Stretches
+    reader: WindowReader
     samples: tuple[Sample, ...]
     excluded: tuple[str, ...]
     window: int  # samples
@@ -110,20 +141,20 @@ class StreamedFeatures:
 
     @property
     def label(self) -> Tensor:
-        return labels([sample.labels for sample in self.samples], self.stretches.manifest)
+        return label_tensor([sample.labels for sample in self.samples], self.reader.manifest)
 
-    def pieces(self) -> Iterator[FeatureTable]:
+    def tables(self) -> Iterator[FeatureTable]:
         starts = range(0, len(self.samples), self.window)
-        return self.stretches.ahead([self.samples[start : start + self.window] for start in starts])
+        return self.reader.prefetch([self.samples[start : start + self.window] for start in starts])
 
-    def windows(self, size: int, seed: int, epoch: int) -> Iterator[FeatureTable]:
-        block = max(1, self.window // BLOCKS // size) * size
-        starts = torch.arange(0, len(self.samples), block)
+    def windows(self, batch_size: int, seed: int, epoch: int) -> Iterator[FeatureTable]:
+        block_size = max(1, self.window // BLOCKS_PER_WINDOW // batch_size) * batch_size
+        starts = torch.arange(0, len(self.samples), block_size)
         order = torch.argsort(KeyedRNG.seeded(seed, starts).at("windows", epoch).bits())
-        parts: list[list[Sample]] = [[]]
+        windows: list[list[Sample]] = [[]]
         for start in starts[order].tolist():
-            some = self.samples[start : start + block]
-            if len(parts[-1]) + len(some) > self.window:
-                parts.append([])
-            parts[-1] += some
-        return self.stretches.ahead(parts)
+            block_samples = self.samples[start : start + block_size]
+            if len(windows[-1]) + len(block_samples) > self.window:
+                windows.append([])
+            windows[-1] += block_samples
+        return self.reader.prefetch(windows)

@@ -1,4 +1,4 @@
-"""Cached features as batches: a split is a table on the device, or several in turn, joined by sample id, shuffled by name."""
+"""Turn cached features into batches: features and labels of samples are joined by id into tables, and cut into batches."""
 
 from __future__ import annotations
 
@@ -18,13 +18,24 @@ from pipeline.types import Batch, Sample, Source, Split
 
 @dataclass(frozen=True, slots=True)
 class Captions:
-    """All texts of the samples of a split: `features` [M,D], those of sample i from offsets[i] to offsets[i+1]."""
+    """All text features of the samples of a split, [M,D]. Those of sample i are offsets[i] .. offsets[i+1]."""
 
     features: Tensor
     offsets: Tensor
 
     def draw(self, rows: Tensor, keys: Tensor, seed: int, epoch: int, mean: Tensor) -> Tensor:
-        """One text of each of these rows [B,D], named by (seed, epoch, sample id); `mean` [B,D] where there is none."""
+        """Draw one text feature per sample. The choice is a function of (seed, epoch, sample id).
+
+        Args:
+            rows: the samples [B].
+            keys: their random stream keys [B].
+            seed: the seed of the run.
+            epoch: the epoch.
+            mean: [B,D]: taken for a sample without a usable text.
+
+        Returns:
+            Text features [B,D].
+        """
         counts = (self.offsets[1:] - self.offsets[:-1])[rows]
         uniform = KeyedRNG.seeded(seed, keys).at("caption", epoch).uniform()
         chosen = self.offsets[rows] + torch.floor(uniform * counts).long()
@@ -34,38 +45,44 @@ class Captions:
 
 
 class FeatureSource(Protocol):
-    """The usable samples of a split, all of them in memory or not."""
+    """The usable samples of a split. All of them are in memory, or only some at a time."""
 
     @property
     def ids(self) -> tuple[str, ...]: ...
 
     @property
     def excluded(self) -> tuple[str, ...]:
-        """The ids that had to be left out."""
+        """The ids of the samples that are left out, because they have no image feature."""
         ...
 
     @property
     def label(self) -> Tensor:
-        """Of all samples, on the CPU."""
+        """The labels of all samples, on the CPU; see `label_tensor`."""
         ...
 
-    def pieces(self) -> Iterator[FeatureTable]:
-        """All samples in the manifest's order; a piece is to be let go of before the next one is asked for."""
+    def tables(self) -> Iterator[FeatureTable]:
+        """Yield all samples in the manifest's order. Release each table before asking for the next one, to save memory."""
         ...
 
-    def windows(self, size: int, seed: int, epoch: int) -> Iterator[FeatureTable]:
-        """All samples, each time those that are shuffled among each other: whole batches of this size, but for the last."""
+    def windows(self, batch_size: int, seed: int, epoch: int) -> Iterator[FeatureTable]:
+        """Yield all samples of an epoch in tables. The samples of a table are to be shuffled among each other.
+
+        Args:
+            batch_size: every table but the last holds whole batches.
+            seed: the seed of the run.
+            epoch: the epoch.
+        """
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class FeatureTable:
-    """Samples in memory: their ids, their columns [N, ...] and the ids that had to be left out."""
+    """A `FeatureSource` of which all samples are in memory."""
 
     ids: tuple[str, ...]
-    columns: Batch
-    excluded: tuple[str, ...]
-    captions: Captions | None = None  # when every epoch draws one text of each sample
+    columns: Batch  # [N, ...] each
+    excluded: tuple[str, ...]  # ids of the samples that are left out
+    captions: Captions | None = None  # if one text of each sample is drawn in every epoch
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -74,26 +91,42 @@ class FeatureTable:
     def label(self) -> Tensor:
         return self.columns["label"].cpu()
 
-    def pieces(self) -> Iterator[FeatureTable]:
+    def tables(self) -> Iterator[FeatureTable]:
         yield self
 
-    def windows(self, size: int, seed: int, epoch: int) -> Iterator[FeatureTable]:
+    def windows(self, batch_size: int, seed: int, epoch: int) -> Iterator[FeatureTable]:
         yield self
 
 
-def load(manifest: Manifest, caches: Mapping[str, Cache], split: Split, device: torch.device, aggregate: str) -> FeatureTable:
-    """A split's features by batch key, labels and stream keys; samples without an image feature are left out, by id.
+def load_split(
+    manifest: Manifest, caches: Mapping[str, Cache], split: Split, device: torch.device, aggregate: str
+) -> FeatureTable:
+    """Read a split into memory: features by batch key, labels and random stream keys.
 
-    Several texts of a sample become their mean, the first, or with "random" another one each epoch. A sample without text
-    keeps its image: its text is the mean text of the split, and `paired` [N] is 0 for it.
+    Samples without an image feature are left out. A sample without text keeps its image: its text is the mean text of the
+    split, and `paired` [N] is 0 for it.
+
+    Args:
+        manifest: the dataset.
+        caches: by batch key.
+        split: the split.
+        device: where the table is.
+        aggregate: how several texts of a sample become one: "mean", "first", or "random" (another one in each epoch).
+
+    Raises:
+        ValueError: the split has no samples, or none with an image feature, or none with a text feature.
     """
-    table = gather(manifest, caches, samples_of(manifest, split), device, aggregate)
-    check_usable(manifest, split, len(table), "text" not in caches or bool(table.columns["paired"].any()))
+    table = read_table(manifest, caches, split_samples(manifest, split), device, aggregate)
+    check_split_usable(manifest, split, len(table), "text" not in caches or bool(table.columns["paired"].any()))
     return table
 
 
-def samples_of(manifest: Manifest, split: Split) -> Sequence[Sample]:
-    """The samples of a split; `ValueError` when there are none."""
+def split_samples(manifest: Manifest, split: Split) -> Sequence[Sample]:
+    """Return the samples of a split.
+
+    Raises:
+        ValueError: there are none.
+    """
     samples = manifest.split(split)
     if not samples:
         remedy = manifest.meta.get("val_remedy", "") if split == "val" else ""
@@ -102,15 +135,19 @@ def samples_of(manifest: Manifest, split: Split) -> Sequence[Sample]:
     return samples
 
 
-def check_usable(manifest: Manifest, split: Split, num_images: int, has_text: bool) -> None:
-    """`ValueError` when a split has nothing to read."""
+def check_split_usable(manifest: Manifest, split: Split, num_images: int, has_text: bool) -> None:
+    """Check that a split has something to train on.
+
+    Raises:
+        ValueError: it has no sample with an image feature, or none with a text feature.
+    """
     if not num_images:
         raise ValueError(f"the {split} split of {manifest.dataset} has no sample with an image feature")
     if not has_text:
         raise ValueError(f"no sample of the {split} split has a text feature; extract the texts, or use a method without text")
 
 
-def gather(
+def read_table(
     manifest: Manifest,
     caches: Mapping[str, Cache],
     samples: Sequence[Sample],
@@ -118,7 +155,16 @@ def gather(
     aggregate: str,
     mean_text: Tensor | None = None,
 ) -> FeatureTable:
-    """These samples as a table; without a text they get the mean one, by default that of these samples. See `load`."""
+    """Read some samples into memory, as in `load_split`.
+
+    Args:
+        manifest: the dataset.
+        caches: by batch key.
+        samples: the samples.
+        device: where the table is.
+        aggregate: see `load_split`.
+        mean_text: the text feature of samples without text; None: the mean of these samples' texts.
+    """
     ids = [sample.id for sample in samples]
     arrays = {key: cache.read(ids, aggregate="first" if aggregate == "first" else "mean") for key, cache in caches.items()}
     usable = np.isfinite(arrays["image"]).reshape(len(ids), -1).all(axis=1)
@@ -133,10 +179,10 @@ def gather(
             columns["text"] = torch.where(paired[:, None], columns["text"], mean)
         columns["paired"] = paired.float()
     if "text" in columns and aggregate == "random":
-        features, counts = caches["text"].read_each(kept_ids)
+        features, counts = caches["text"].read_rows(kept_ids)
         offsets = torch.from_numpy(np.concatenate([[0], np.cumsum(counts)]))
         captions = Captions(torch.from_numpy(features).to(device), offsets.to(device))
-    columns["label"] = labels([samples[row].labels for row in kept], manifest)
+    columns["label"] = label_tensor([samples[row].labels for row in kept], manifest)
     columns["key"] = sample_keys(kept_ids)
     return FeatureTable(
         ids=tuple(kept_ids),
@@ -146,8 +192,8 @@ def gather(
     )
 
 
-def labels(sample_labels: list[tuple[int, ...]], manifest: Manifest) -> Tensor:
-    """Class indices [N] int64 of single-label data, or 0/1 indicators [N,C] float32 of multi-label data."""
+def label_tensor(sample_labels: list[tuple[int, ...]], manifest: Manifest) -> Tensor:
+    """Return class indices [N] int64 of a single-label dataset, or 0/1 indicators [N,C] float32 of a multi-label dataset."""
     if manifest.label_kind == "single":
         return torch.tensor([label for (label,) in sample_labels], dtype=torch.int64)
     indicators = torch.zeros(len(sample_labels), len(manifest.class_names))
@@ -156,33 +202,39 @@ def labels(sample_labels: list[tuple[int, ...]], manifest: Manifest) -> Tensor:
     return indicators
 
 
-def shuffled(rows: FeatureSource, batch_size: int, seed: int) -> Source:
-    """Training batches: a permutation named by (seed, epoch, sample id); an incomplete last batch is dropped."""
-    size = min(batch_size, len(rows.ids))
+def shuffled_batches(source: FeatureSource, batch_size: int, seed: int) -> Source:
+    """Return the training batches. The order is a function of (seed, epoch, sample id).
+
+    A batch is not larger than the split. An incomplete last batch is dropped.
+    """
+    size = min(batch_size, len(source.ids))
 
     def batches(epoch: int) -> Iterator[Batch]:
-        for table in rows.windows(size, seed, epoch):
+        for table in source.windows(size, seed, epoch):
             rng = KeyedRNG.seeded(seed, table.columns["key"]).at("shuffle", epoch)
             order = torch.argsort(rng.bits())
             for start in range(0, len(table) - size + 1, size):
-                yield _batch(table, order[start : start + size], seed, epoch)
+                yield _select_batch(table, order[start : start + size], seed, epoch)
 
     return batches
 
 
-def ordered(rows: FeatureSource, seed: int, batch_size: int = 1024) -> Callable[[], Iterator[Batch]]:
-    """Passes over all samples in the manifest's order; texts that are drawn by epoch are those of epoch -1."""
+def ordered_batches(source: FeatureSource, seed: int, batch_size: int = 1024) -> Callable[[], Iterator[Batch]]:
+    """Return a function that starts a pass over all samples in the manifest's order.
+
+    Texts that are drawn anew in each epoch are those of epoch -1.
+    """
 
     def batches() -> Iterator[Batch]:
-        for table in rows.pieces():
+        for table in source.tables():
             for start in range(0, len(table), batch_size):
-                some = torch.arange(start, min(start + batch_size, len(table)), device=table.columns["key"].device)
-                yield _batch(table, some, seed, -1)
+                rows = torch.arange(start, min(start + batch_size, len(table)), device=table.columns["key"].device)
+                yield _select_batch(table, rows, seed, -1)
 
     return batches
 
 
-def _batch(table: FeatureTable, rows: Tensor, seed: int, epoch: int) -> Batch:
+def _select_batch(table: FeatureTable, rows: Tensor, seed: int, epoch: int) -> Batch:
     batch = {key: column[rows] for key, column in table.columns.items()}
     if table.captions:
         batch["text"] = table.captions.draw(rows, batch["key"], seed, epoch, batch["text"])

@@ -1,4 +1,7 @@
-"""Caches to and from single files: what was exported comes back as the same cache, features computed elsewhere as a new one."""
+"""Export a cache to a single file, and import files: an exported cache becomes the same cache again.
+
+Features that were computed elsewhere become a new cache.
+"""
 
 from __future__ import annotations
 
@@ -17,22 +20,22 @@ import numpy as np
 import zarr
 
 from pipeline.cache import layout
-from pipeline.cache.exchange import NO_OFFSETS, FeatureFile, check_feature_file, ends, spans
-from pipeline.cache.incoming import Incoming, digests, elsewhere, exported
+from pipeline.cache.exchange import NO_OFFSETS, FeatureFile, block_ranges, check_feature_file, make_block_ends
+from pipeline.cache.import_plan import ImportPlan, feature_digests, plan_external_import, plan_reimport
 from pipeline.cache.reader import Cache, open_cache, read_commits
-from pipeline.cache.samples import manifest_of
+from pipeline.cache.samples import read_cache_manifest
 from pipeline.cache.writer import Writer
-from pipeline.data import manifest as manifests
+from pipeline.data.manifest_files import read_manifest
 from pipeline.runtime.files import lock, sync_folder
 
-FORMATS = {".h5": "hdf5", ".hdf5": "hdf5", ".npy": "npy", ".parquet": "parquet", ".safetensors": "safetensors"}
+FORMAT_MODULES = {".h5": "hdf5", ".hdf5": "hdf5", ".npy": "npy", ".parquet": "parquet", ".safetensors": "safetensors"}
 
 
 @dataclass(frozen=True)
-class Imported:
-    """What an import has done."""
+class ImportResult:
+    """The cache that an import has made, and how many samples of it have features."""
 
-    path: Path  # of the cache
+    path: Path
     samples: int
     failed: int  # samples, or texts of samples, without features
     unknown: int  # rows of the file whose id belongs to no sample; they are left out
@@ -40,20 +43,27 @@ class Imported:
 
 
 def export_cache(path: Path, target: Path) -> Path:
-    """Write a complete cache into one file whose suffix says the format, and return the file.
+    """Write a complete cache into one file, and return the file.
 
-    It holds the features exactly as stored, ids, splits, labels and the identity; `import_features` makes the same cache
-    of it. `ValueError` when the file is there already, the cache is not complete, or its manifest is gone.
+    The file holds the features exactly as stored, with ids, splits, labels and the identity. `import_features` makes the same
+    cache from it.
+
+    Args:
+        path: the folder of the cache.
+        target: the file to write; its suffix is the format.
+
+    Raises:
+        ValueError: the format is unknown, the file exists, the cache is not complete, or its manifest is gone or has changed.
     """
-    form = _format(target)
-    for made in [target, target.with_suffix(".json")][: 1 + (target.suffix == ".npy")]:
-        if made.exists():
-            raise ValueError(f"{made} is there already; remove it, or export to another name")
+    format_module = _format_module(target)
+    for file in [target, target.with_suffix(".json")][: 1 + (target.suffix == ".npy")]:
+        if file.exists():
+            raise ValueError(f"{file} is there already; remove it, or export to another name")
     cache = open_cache(path)
-    manifest, samples = manifest_of(cache)
-    features, shard_rows = _stored(cache)
+    manifest, samples = read_cache_manifest(cache)
+    features, shard_rows = _open_stored(cache)
     commits, _ = read_commits(path)
-    about = {
+    record = {
         "kind": cache.kind,
         "identity": cache.identity,
         "provenance": cache.provenance,
@@ -61,12 +71,12 @@ def export_cache(path: Path, target: Path) -> Path:
         "shard_rows": shard_rows,
         "class_names": list(manifest.class_names),
         "failures": [asdict(failure) for commit in commits for failure in commit.failures],
-        "sha256": digests(features),
+        "sha256": feature_digests(features),
     }
     target.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as folder:
-        form.write(Path(folder) / target.name, replace(features, about=about), samples)
-        for file in sorted(Path(folder).iterdir(), key=lambda file: file.name == target.name):  # what lies beside it first
+        format_module.write(Path(folder) / target.name, replace(features, record=record), samples)
+        for file in sorted(Path(folder).iterdir(), key=lambda file: file.name == target.name):  # the target last
             with file.open("rb") as written:
                 os.fsync(written.fileno())
             os.rename(file, target.parent / file.name)
@@ -83,87 +93,97 @@ def import_features(
     modality: Literal["media", "text"] = "media",
     store_dtype: Literal["same", "float16", "float32", "bfloat16"] = "same",
     max_failures: float = 0.05,
-) -> Imported:
-    """Make a cache of a file of features.
+) -> ImportResult:
+    """Make a cache from a file of features.
 
-    Without `name` the file must come from `export_cache`, and the cache is the one that was exported. With it the features were
-    computed elsewhere: rows are joined by id to the samples of a prepared `dataset`, and `name` stands for the encoder;
-    `modality` says what was encoded, the samples' media or their text, and "same" keeps the file's number format. Samples
-    without finite features are failures, of which `max_failures` is the largest share (0..1). `ValueError` when the file
-    cannot be read or does not fit; then there is no new cache.
+    Without `name`, the file must come from `export_cache`, and the cache is the one that was exported. With a name, the
+    features were computed elsewhere: rows are joined by id to the samples of a prepared dataset, and samples without finite
+    features are failures.
+
+    Args:
+        source: the file; its suffix is the format.
+        home: the folder for caches/.
+        dataset: the prepared dataset.
+        name: takes the place of the encoder's name.
+        modality: what was encoded: the samples' media or their text.
+        store_dtype: number format of the cache; "same": that of the file.
+        max_failures: the largest share (0..1) of samples that may fail.
+
+    Raises:
+        ValueError: the file cannot be read or does not fit. Then no new cache is left.
     """
-    form = _format(source)
+    format_module = _format_module(source)
     if not source.is_file():
         raise ValueError(f"{source} is no file")
     if not 0 <= max_failures <= 1:
         raise ValueError("max failures must be a share of the samples, from 0 to 1")
     if name and not dataset:
         raise ValueError(f"{name!r} needs a dataset whose samples the features are of: give --dataset")
-    with form.read(source) as features:
+    with format_module.read(source) as features:
         check_feature_file(features, source)
         if name:
-            manifest = manifests.read_manifest(home, dataset)
-            incoming = elsewhere(features, source, manifest, name, modality, store_dtype, max_failures)
+            manifest = read_manifest(home, dataset)
+            plan = plan_external_import(features, source, manifest, name, modality, store_dtype, max_failures)
         else:
-            incoming = exported(features, source)
-        if dataset not in ("", incoming.identity["dataset"]):
-            raise ValueError(f"{source} was exported from {incoming.identity['dataset']}, not from {dataset}")
-        return _write(incoming, home)
+            plan = plan_reimport(features, source)
+        if dataset not in ("", plan.identity["dataset"]):
+            raise ValueError(f"{source} was exported from {plan.identity['dataset']}, not from {dataset}")
+        return _write_cache(plan, home)
 
 
-def _format(path: Path) -> ModuleType:
-    if path.suffix not in FORMATS:
-        raise ValueError(f"{path} has no suffix of a format; choose one of: {', '.join(FORMATS)}")
-    return importlib.import_module(f"pipeline.cache.formats.{FORMATS[path.suffix]}")
+def _format_module(path: Path) -> ModuleType:
+    if path.suffix not in FORMAT_MODULES:
+        raise ValueError(f"{path} has no suffix of a format; choose one of: {', '.join(FORMAT_MODULES)}")
+    return importlib.import_module(f"pipeline.cache.formats.{FORMAT_MODULES[path.suffix]}")
 
 
-def _stored(cache: Cache) -> tuple[FeatureFile, int]:
-    """The features of a cache as they are stored, and its rows per shard."""
+def _open_stored(cache: Cache) -> tuple[FeatureFile, int]:
+    """Return the features of a cache as they are stored, and its rows per shard."""
     array = zarr.open_array(cache.path / "features", mode="r")
     assert array.shards is not None
 
-    def blocks(block_ends: Sequence[int]) -> Iterator[np.ndarray]:
-        for start, stop in spans(block_ends):
+    def read_blocks(block_ends: Sequence[int]) -> Iterator[np.ndarray]:
+        for start, stop in block_ranges(block_ends):
             yield np.asarray(array[start:stop])
 
     offsets = cache.offsets if cache.kind == "ragged" else NO_OFFSETS
-    return FeatureFile(cache.ids, offsets, array.shape, cache.identity["store_dtype"], {}, blocks), array.shards[0]
+    return FeatureFile(cache.ids, offsets, array.shape, cache.identity["store_dtype"], {}, read_blocks), array.shards[0]
 
 
-def _write(incoming: Incoming, home: Path) -> Imported:
-    """Commit what is not committed yet; a cache that was begun here is taken back when the file turns out to be bad."""
-    identity = incoming.identity
+def _write_cache(plan: ImportPlan, home: Path) -> ImportResult:
+    """Write the shards that the cache does not have yet. If the file is damaged, a cache that was started here is removed."""
+    identity = plan.identity
     path = layout.cache_path(home, identity["dataset"], identity["encoder"]["name"], identity)
     with lock(path):
         is_new = not (path / "zarr.json").exists()
         writer = Writer.open(
             path,
-            incoming.ids,
-            incoming.offsets,
-            incoming.feature_shape,
+            plan.ids,
+            plan.offsets,
+            plan.feature_shape,
             identity,
-            incoming.provenance,
-            incoming.shard_rows,
+            plan.provenance,
+            plan.shard_rows,
         )
-        commits = writer.committed()
+        commits = writer.verified_commits()
         try:
             if len(commits) < writer.num_shards:
-                started = time.monotonic()
-                block_ends = ends(incoming.num_rows, writer.shard_rows)
-                for shard, (rows, failures) in enumerate(incoming.shards(path, block_ends)):
+                start_time = time.monotonic()
+                block_ends = make_block_ends(plan.num_rows, writer.shard_rows)
+                for shard, (rows, failures) in enumerate(plan.read_shards(path, block_ends)):
                     if shard not in commits:
-                        seconds = time.monotonic() - started
+                        seconds = time.monotonic() - start_time
                         commits[shard] = writer.commit(shard, rows, failures, seconds=seconds, batch_size=0, device="import")
-                    started = time.monotonic()
+                    start_time = time.monotonic()
         except ValueError:
             if is_new:
                 shutil.rmtree(path)
             raise
         writer.finish(commits)
-    return Imported(
+    return ImportResult(
         path=path,
-        samples=len(incoming.ids),
+        samples=len(plan.ids),
         failed=sum(len(commit.failures) for commit in commits.values()),
-        unknown=len(incoming.unknown),
-        first_unknown=incoming.unknown[0] if incoming.unknown else "",
+        unknown=len(plan.unknown_ids),
+        first_unknown=plan.unknown_ids[0] if plan.unknown_ids else "",
     )

@@ -10,10 +10,11 @@ import zarr
 from pipeline.cache import layout
 from pipeline.cache.layout import Commit
 from pipeline.cache.reader import read_attributes, read_commits
+from pipeline.runtime.files import file_sha256
 
 
 def verify(path: Path) -> list[str]:
-    """Everything that is wrong with a cache, one line each; empty when it is complete and undamaged."""
+    """Return the problems of a cache, one line each; an empty list when it is complete and undamaged."""
     try:
         read_attributes(path)
     except ValueError as error:
@@ -26,17 +27,17 @@ def verify(path: Path) -> list[str]:
 
 
 def _check_shard(path: Path, commit: Commit, array: zarr.Array) -> list[str]:
-    """A shard against its sha256; its rows against the failures."""
+    """Compare a shard with its SHA-256, and its rows that are not finite with the failures of its record."""
     file = layout.shard_path(path, commit.shard, array.ndim)
     name = file.relative_to(path)
-    if layout.file_sha256(file) != commit.sha256:
+    if file_sha256(file) != commit.sha256:
         return [f"{name} is damaged (its sha256 does not fit)"]
     assert array.shards is not None
     start = commit.shard * array.shards[0]
     stored = np.asarray(array[start : start + commit.rows])
     features = layout.from_stored(stored, str(array.attrs["store_dtype"])).reshape(len(stored), -1)
-    empty = (start + np.flatnonzero(~np.isfinite(features).all(axis=1))).tolist()
-    failed = sorted(failure.row for failure in commit.failures)
-    if empty != failed or commit.finite != commit.rows - len(empty):
-        return [f"{name} has {len(empty)} rows that are not finite, its record {len(failed)} failures"]
+    empty_rows = (start + np.flatnonzero(~np.isfinite(features).all(axis=1))).tolist()
+    failed_rows = sorted(failure.row for failure in commit.failures)
+    if empty_rows != failed_rows or commit.finite != commit.rows - len(empty_rows):
+        return [f"{name} has {len(empty_rows)} rows that are not finite, its record {len(failed_rows)} failures"]
     return []

@@ -1,4 +1,4 @@
-"""Write a cache shard by shard so that a kill at any moment loses at most the shard in work."""
+"""Write a cache shard by shard. If the process is killed, at most the shard that it was writing is lost."""
 
 from __future__ import annotations
 
@@ -23,22 +23,22 @@ from zarr.storage import MemoryStore
 
 from pipeline.cache import layout
 from pipeline.cache.layout import Commit, Failure
-from pipeline.runtime.files import sha256, write_atomic
+from pipeline.runtime.files import file_sha256, sha256, write_atomic
 
-LEFTOVERS = ".*.tmp"  # what `write_atomic` calls a file that is not whole yet
+TEMPORARY_FILE_PATTERN = ".*.tmp"  # files that `write_atomic` has not finished
 FAILURE_COLUMNS = pa.schema([("id", pa.string()), ("stage", pa.string()), ("error", pa.string())])
 
 
 @dataclass(frozen=True)
 class Writer:
-    """Writes the shards of one cache; use it under `lock`."""
+    """Writes the shards of one cache. The caller must hold the `lock` of the folder."""
 
     path: Path
     num_rows: int
     shard_rows: int
     feature_shape: tuple[int, ...]
     store_dtype: str
-    arrays: Mapping[str, bytes]  # metadata, ids and offsets as Zarr writes them
+    array_files: Mapping[str, bytes]  # metadata, ids and offsets as Zarr writes them; by path in the cache
 
     @staticmethod
     def open(
@@ -50,77 +50,92 @@ class Writer:
         provenance: Mapping[str, Any],
         shard_rows: int = 0,
     ) -> Writer:
-        """Start a cache, or take up one that was started.
+        """Start a cache, or continue one.
 
-        `offsets` [N+1] int64 says which rows of features belong to which sample; empty [0] when every sample has one row.
-        `provenance` and `shard_rows` (0: 8,192) are for a new cache; one that holds shards keeps its own, and files that are
-        damaged are made again: `ValueError` when that does not give what was there.
+        A cache that already holds shards keeps its own provenance and shard size. If its metadata, ids or offsets are damaged,
+        they are made again.
+
+        Args:
+            path: the folder of the cache.
+            ids: the samples in row order.
+            offsets: [N+1] int64: the rows of sample i are offsets[i] .. offsets[i+1]; [0] when every sample has one row.
+            feature_shape: shape of one row.
+            identity: what the cache is a function of; its hash is in the name of the folder.
+            provenance: where the features come from; for a new cache.
+            shard_rows: rows per shard, for a new cache; 0: 8,192.
+
+        Raises:
+            ValueError: damaged files cannot be made again as they were.
         """
-        remove_leftovers(path)
+        remove_temporary_files(path)
         num_rows = int(offsets[-1]) if len(offsets) else len(ids)
 
-        def encoded(origin: Mapping[str, Any]) -> dict[str, bytes]:
+        def encode(provenance: Mapping[str, Any]) -> dict[str, bytes]:
             attributes = {
                 "kind": "ragged" if len(offsets) else "dense",
                 "identity": identity,
                 "ids_sha256": layout.ids_sha256(ids),
-                "provenance": origin,
+                "provenance": provenance,
             }
             return _encode_arrays(ids, offsets, (num_rows, *feature_shape), attributes, shard_rows)
 
         if not any((path / "commits").glob("[0-9]*.json")):
-            _write_arrays(path, encoded(provenance))
+            _write_arrays(path, encode(provenance))
         elif problems := layout.file_problems(path, "arrays"):
-            again = next((files for files in map(encoded, (_origin(path), provenance)) if _is_what_was(path, files)), None)
-            if again is None:
+            candidates = map(encode, (_read_provenance(path), provenance))
+            restored = next((files for files in candidates if _matches_recorded(path, files)), None)
+            if restored is None:
                 raise ValueError(
                     f"{path}: {problems[0]}, and these options and libraries do not make it again as it was; take those that "
                     f"it was begun with, or remove the folder and run: {provenance['command']}"
                 )
-            _write_arrays(path, again)
-        return Writer.join(path)
+            _write_arrays(path, restored)
+        return Writer.attach(path)
 
     @staticmethod
-    def join(path: Path) -> Writer:
-        """Write to a cache that another process has opened and holds: whole shards, each by one process."""
-        arrays = {name: (path / name).read_bytes() for name in layout.read_record(path / "commits" / "arrays.json")}
+    def attach(path: Path) -> Writer:
+        """Return a writer for a cache that `open` has prepared, perhaps in another process.
+
+        Several processes may write at the same time, each of them other shards. They then hold `lock_shared`.
+        """
+        array_files = {name: (path / name).read_bytes() for name in layout.read_record(path / "commits" / "arrays.json")}
         array = zarr.open_array(path / "features", mode="r")
         assert array.shards is not None
-        return Writer(path, array.shape[0], array.shards[0], array.shape[1:], str(array.attrs["store_dtype"]), arrays)
+        return Writer(path, array.shape[0], array.shards[0], array.shape[1:], str(array.attrs["store_dtype"]), array_files)
 
     @property
     def provenance(self) -> Mapping[str, Any]:
-        """Where the shards come from that it holds."""
-        return json.loads(self.arrays["zarr.json"])["attributes"]["provenance"]
+        """The provenance in zarr.json; it holds for all shards of the cache."""
+        return json.loads(self.array_files["zarr.json"])["attributes"]["provenance"]
 
     @property
     def is_finished(self) -> bool:
-        """Whether `finish` was the last that was done."""
+        """Whether `finish` was called after the last `commit`."""
         return not layout.file_problems(self.path, "failures")
 
     @property
     def num_shards(self) -> int:
-        """Shards of the whole cache."""
+        """The number of shards of the whole cache."""
         return -(-self.num_rows // self.shard_rows)
 
     def rows(self, shard: int) -> range:
-        """The rows of a shard."""
+        """Return the row numbers of a shard."""
         return range(shard * self.shard_rows, min((shard + 1) * self.shard_rows, self.num_rows))
 
-    def records(self) -> dict[int, Commit]:
-        """What was recorded of the shards, whatever has become of them since."""
+    def read_records(self) -> dict[int, Commit]:
+        """Return the undamaged commit records by shard. The shards themselves are not looked at."""
         commits = {}
         for shard in range(self.num_shards):
             with contextlib.suppress(ValueError, FileNotFoundError):
                 commits[shard] = layout.read_commit(self.path, shard)
         return {shard: commit for shard, commit in commits.items() if commit.rows == len(self.rows(shard))}
 
-    def committed(self) -> dict[int, Commit]:
-        """The shards that are real and undamaged; every byte is read."""
+    def verified_commits(self) -> dict[int, Commit]:
+        """Return the commits of all shards that are there and undamaged. Every byte is read."""
         commits = {}
-        for shard, commit in self.records().items():
+        for shard, commit in self.read_records().items():
             with contextlib.suppress(FileNotFoundError):
-                if layout.file_sha256(self._file(shard)) == commit.sha256:
+                if file_sha256(self._shard_path(shard)) == commit.sha256:
                     commits[shard] = commit
         return commits
 
@@ -135,19 +150,26 @@ class Writer:
         device: str,
         media_sizes: str = "",
     ) -> Commit:
-        """Write a whole shard, features float32 [rows, *shape] with NaN where an item failed, then its record.
+        """Write a whole shard, then its commit record. The cache counts as incomplete until `finish` is called.
 
-        From then on the cache counts as incomplete until `finish`.
+        Args:
+            shard: the number of the shard.
+            features: all rows of the shard, float32 [rows, *shape]; NaN where an item failed.
+            failures: the items that failed.
+            seconds: the time that encoding the shard took.
+            batch_size: items that were encoded at a time.
+            device: what encoded them.
+            media_sizes: digest of the sizes of the media files; "": not known.
         """
         (self.path / "commits" / "failures.json").unlink(missing_ok=True)
         stored = layout.to_stored(features, self.store_dtype)
-        lengths = layout.norms(stored, self.store_dtype)
-        finite = np.isfinite(lengths)
-        norms = lengths[finite] if finite.any() else np.zeros(1)
-        data = self._encode(shard, stored)
-        with ThreadPoolExecutor(1) as beside:
-            digest = beside.submit(sha256, data)
-            write_atomic(self._file(shard), data)
+        all_norms = layout.row_norms(stored, self.store_dtype)
+        finite = np.isfinite(all_norms)
+        norms = all_norms[finite] if finite.any() else np.zeros(1)
+        data = self._encode_shard(shard, stored)
+        with ThreadPoolExecutor(1) as executor:  # hash while the disk is busy
+            digest = executor.submit(sha256, data)
+            write_atomic(self._shard_path(shard), data)
         commit = Commit(
             shard=shard,
             rows=len(stored),
@@ -167,31 +189,38 @@ class Writer:
         return commit
 
     def finish(self, commits: Mapping[int, Commit]) -> None:
-        """Gather the failures of all shards into failures.parquet; without it a cache does not open."""
-        remove_leftovers(self.path)
+        """Write failures.parquet with the failures of all shards. Only then can the cache be opened.
+
+        Args:
+            commits: the commit of every shard.
+        """
+        remove_temporary_files(self.path)
         write_atomic(self.path / "failures.parquet", _encode_failures([commits[shard] for shard in sorted(commits)]))
         layout.write_digests(self.path, "failures", ["failures.parquet"])
 
-    def _file(self, shard: int) -> Path:
+    def _shard_path(self, shard: int) -> Path:
         return layout.shard_path(self.path, shard, 1 + len(self.feature_shape))
 
-    def _encode(self, shard: int, stored: np.ndarray) -> memoryview:
-        """The bytes Zarr writes for a shard."""
+    def _encode_shard(self, shard: int, stored: np.ndarray) -> memoryview:
+        """Return the bytes that Zarr writes for a shard."""
         start = self.rows(shard).start
-        store = _memory_store({"features/zarr.json": self.arrays["features/zarr.json"]})
-        with zarr.config.set({"array.write_empty_chunks": True}):  # a shard of nothing but failures has a file too
+        store = _memory_store({"features/zarr.json": self.array_files["features/zarr.json"]})
+        with zarr.config.set({"array.write_empty_chunks": True}):  # a shard that holds only failures has a file too
             zarr.open_array(MemoryStore(store), path="features", mode="r+")[start : start + len(stored)] = stored
-        return store[self._file(shard).relative_to(self.path).as_posix()].as_numpy_array().data
+        return store[self._shard_path(shard).relative_to(self.path).as_posix()].as_numpy_array().data
 
 
-def remove_leftovers(path: Path) -> None:
-    """Remove what writers left that were killed; one that only seemed to be dead fails then, and its shard has been redone."""
-    for leftover in path.rglob(LEFTOVERS):
-        leftover.unlink(missing_ok=True)
+def remove_temporary_files(path: Path) -> None:
+    """Remove the temporary files of writers that were killed.
+
+    A writer that only seemed to be dead then fails. This does no harm: its shard has been written again.
+    """
+    for file in path.rglob(TEMPORARY_FILE_PATTERN):
+        file.unlink(missing_ok=True)
 
 
 def _encode_failures(commits: Sequence[Commit]) -> bytes:
-    """failures.parquet: id, stage, error of every failure in row order."""
+    """Return the bytes of failures.parquet: id, stage and error of every failure, in row order."""
     failures = [failure for commit in commits for failure in commit.failures]
     columns = {name: [getattr(failure, name) for failure in failures] for name in FAILURE_COLUMNS.names}
     file = io.BytesIO()
@@ -199,26 +228,29 @@ def _encode_failures(commits: Sequence[Commit]) -> bytes:
     return file.getvalue()
 
 
-def _origin(path: Path) -> Mapping[str, Any]:
-    """The provenance that stands in zarr.json, whether it is damaged or not."""
+def _read_provenance(path: Path) -> Mapping[str, Any]:
+    """Return the provenance in zarr.json, damaged or not; {} if it cannot be read."""
     try:
         return dict(json.loads((path / "zarr.json").read_bytes())["attributes"]["provenance"])
     except (OSError, ValueError, KeyError, TypeError):
         return {}
 
 
-def _is_what_was(path: Path, files: Mapping[str, bytes]) -> bool:
-    """Whether these are the arrays that the shards were written for: as recorded, or without a record what is left of them."""
+def _matches_recorded(path: Path, files: Mapping[str, bytes]) -> bool:
+    """Whether these are the array files for which the shards were written.
+
+    They are compared with the record commits/arrays.json, or with the files that are left if there is no undamaged record.
+    """
     try:
-        known = layout.read_record(path / "commits" / "arrays.json")
+        recorded = layout.read_record(path / "commits" / "arrays.json")
     except (ValueError, FileNotFoundError):
-        known = {name: layout.file_sha256(path / name) for name in files if (path / name).is_file()}
-    return "zarr.json" in known and all(sha256(files.get(name, b"")) == digest for name, digest in known.items())
+        recorded = {name: file_sha256(path / name) for name in files if (path / name).is_file()}
+    return "zarr.json" in recorded and all(sha256(files.get(name, b"")) == digest for name, digest in recorded.items())
 
 
 def _write_arrays(path: Path, files: Mapping[str, bytes]) -> None:
-    """Write the files that are not there like that already, and the record of them."""
-    for name in sorted(files, key=lambda name: name == "zarr.json"):  # the group last: a folder is a cache once it is there
+    """Write the array files that are missing or different, and their record commits/arrays.json."""
+    for name in sorted(files, key=lambda name: name == "zarr.json"):  # last: with zarr.json the folder is a cache
         if not (path / name).is_file() or (path / name).read_bytes() != files[name]:
             write_atomic(path / name, files[name])
     if layout.file_problems(path, "arrays"):
@@ -228,7 +260,7 @@ def _write_arrays(path: Path, files: Mapping[str, bytes]) -> None:
 def _encode_arrays(
     ids: Sequence[str], offsets: np.ndarray, shape: tuple[int, ...], attributes: Mapping[str, Any], wanted_shard_rows: int
 ) -> dict[str, bytes]:
-    """Every file of the group but the shards of features."""
+    """Return all files of the Zarr group except the shards of features, by path in the cache."""
     store: dict[str, Buffer] = {}
     group = zarr.create_group(MemoryStore(store), zarr_format=3, attributes=dict(attributes))
     checksum: list[BytesBytesCodec] = [Crc32cCodec()]
@@ -240,7 +272,7 @@ def _encode_arrays(
         shape=shape,
         dtype=dtype,
         chunks=(layout.CHUNK_ROWS, *shape[1:]),
-        shards=(layout.shard_rows(shape[0], row_bytes, wanted_shard_rows), *shape[1:]),
+        shards=(layout.rows_per_shard(shape[0], row_bytes, wanted_shard_rows), *shape[1:]),
         compressors=checksum,
         fill_value=layout.BFLOAT16_NAN if store_dtype == "bfloat16" else float("nan"),
         attributes={"store_dtype": store_dtype},

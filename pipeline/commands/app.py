@@ -1,4 +1,7 @@
-"""The command line: every command by its name, and what a mistake looks like. Stages are imported inside the commands."""
+"""The entry point of the command line: it registers all commands and turns errors into one line and an exit code.
+
+The commands import the stages when they run, so that `diffalign --help` is quick.
+"""
 
 from __future__ import annotations
 
@@ -34,10 +37,10 @@ for command in (
     studies.demo_joint,
 ):
     app.command()(command)
-app.add_typer(cache.app, name="cache")
-app.add_typer(studies.ablations, name="ablate")
+app.add_typer(cache.cache_commands, name="cache")
+app.add_typer(studies.ablate_commands, name="ablate")
 
-REMEDIES = {
+REMEDIES = {  # of errors of the operating system
     errno.ENOSPC: "free some space, or take another disk with --home; the same command goes on from here",
     errno.EDQUOT: "free some of your quota, or take another disk with --home; the same command goes on from here",
     errno.EFBIG: "raise the limit of file sizes (ulimit -f), or take smaller --shard-rows",
@@ -46,8 +49,8 @@ REMEDIES = {
 }
 
 
-def _call() -> int:
-    """The exit code of the command; typer returns one for a Ctrl-C, too."""
+def _run_command() -> int:
+    """Run the command and return its exit code; typer returns 130 for a Ctrl-C, which becomes `KeyboardInterrupt` again."""
     code = app(standalone_mode=False) or 0
     if code == 130:
         raise KeyboardInterrupt
@@ -55,19 +58,22 @@ def _call() -> int:
 
 
 def main() -> None:
-    """Exit code 0 done, 2 bad input with one line on stderr, 130 interrupted, 1 anything else."""
+    """Run the command of `sys.argv` and exit.
+
+    The exit code is 0 for success, 2 for bad input (with one line on stderr), 130 after an interruption, else 1.
+    """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     set_up_logging()
     try:
-        sys.exit(_call())
+        sys.exit(_run_command())
     except OSError as error:
-        place = f"{error.filename}: " if error.filename else ""
+        file = f"{error.filename}: " if error.filename else ""
         remedy = REMEDIES.get(error.errno or 0, "give a readable file, or a writable folder with --home")
-        print(f"diffalign: {place}{error.strerror or error}; {remedy}", file=sys.stderr)
+        print(f"diffalign: {file}{error.strerror or error}; {remedy}", file=sys.stderr)
         sys.exit(2)
     except (ValueError, typer.TyperException) as error:
         message = error.format_message() if isinstance(error, typer.TyperException) else str(error)
-        if message.startswith("Usage:"):  # a bare `diffalign` asks for help
+        if message.startswith("Usage:"):  # `diffalign` without a command asks for help
             print(message)
             sys.exit(0)
         print(f"diffalign: {' '.join(message.split())}", file=sys.stderr)

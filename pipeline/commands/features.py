@@ -1,4 +1,4 @@
-"""The commands of stage 1: `extract` and `encoders`. They import what they need when they run."""
+"""The commands of stage 1: `extract` and `encoders`. They import the modules that they use when they run."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from typing import Annotated, Literal
 import typer
 
 from pipeline.commands.options import (
-    HOME,
-    NONE,
+    DEFAULT_HOME,
+    NO_PAIRS,
     AsJson,
     Dataset,
     Home,
     Scheduler,
     SettingOptions,
-    assignments,
     describe_plugin,
+    parse_assignments,
     parse_integers,
     show,
 )
@@ -24,9 +24,9 @@ from pipeline.commands.options import (
 def extract(
     dataset: Dataset,
     encoder: Annotated[
-        list[str], typer.Option("--encoder", help="Encoder to run; default: the dataset's. May be given often.")
-    ] = NONE,
-    settings: SettingOptions = NONE,
+        list[str], typer.Option("--encoder", help="Encoder to run; default: the dataset's. May be given several times.")
+    ] = NO_PAIRS,
+    settings: SettingOptions = NO_PAIRS,
     weights: Annotated[str, typer.Option(help="Weights of the encoder: a file or folder, e.g. of the joint stage.")] = "",
     batch_size: Annotated[
         int,
@@ -34,7 +34,7 @@ def extract(
             min=0, help="Items per batch of a new cache; 0: 16, or up to 256 on a GPU, where a batch is halved until it fits."
         ),
     ] = 0,
-    workers: Annotated[int, typer.Option(min=-1, help="Processes; -1: one per core, 0: this one does everything.")] = -1,
+    workers: Annotated[int, typer.Option(min=-1, help="Processes; -1: one per core, 0: only this process.")] = -1,
     shard_rows: Annotated[
         int, typer.Option(min=0, help="Rows per shard, the unit of commit and of distribution; 0: 8192, of clips 512.")
     ] = 0,
@@ -44,26 +44,26 @@ def extract(
     retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Try samples again that could not be decoded.")] = False,
     compiled: Annotated[bool, typer.Option("--compile", help="Run the encoder through torch.compile (another cache).")] = False,
     store_dtype: Annotated[Literal["float16", "float32", "bfloat16"], typer.Option(help="Number format on disk.")] = "float16",
-    home: Home = HOME,
+    home: Home = DEFAULT_HOME,
     as_json: AsJson = False,
 ) -> None:
     """Stage 1: run encoders once over a dataset; an interrupted extraction goes on where it was."""
-    from pipeline.data import manifest as manifests
-    from pipeline.extraction.distributed import extract_with
+    from pipeline.data.spec import load_spec
+    from pipeline.extraction.distributed import dispatch_extraction
     from pipeline.extraction.extract import ExtractOptions
     from pipeline.runtime import plugins
 
-    chosen = encoder or list(manifests.load_spec(dataset)["encoders"].values())
-    given = assignments([*settings, *([f"weights={weights}"] if weights else [])])
+    chosen = encoder or list(load_spec(dataset)["encoders"].values())
+    given = parse_assignments([*settings, *([f"weights={weights}"] if weights else [])])
     if given and len(chosen) > 1:
         raise ValueError("--set and --weights belong to one encoder: name it with --encoder")
     for name in chosen:
-        plugins.get("encoders", name)  # all names are right before the first encoder runs
-    effort = ExtractOptions(
+        plugins.get("encoders", name)  # refuses an unknown name before the first encoder runs
+    options = ExtractOptions(
         batch_size=batch_size, workers=workers, shard_rows=shard_rows, max_failures=max_failures, retry_failed=retry_failed
     )
     gpus = parse_integers(workers_gpu, "--workers-gpu") if workers_gpu else []
-    done = [extract_with(scheduler, gpus, home, dataset, name, given, store_dtype, compiled, effort) for name in chosen]
+    done = [dispatch_extraction(scheduler, gpus, home, dataset, name, given, store_dtype, compiled, options) for name in chosen]
     show(dict(zip(chosen, map(str, done), strict=True)), as_json)
 
 

@@ -1,4 +1,4 @@
-"""The command `diffalign grid`. It imports what it needs when it runs."""
+"""The command `diffalign grid`. It imports the modules that it uses when it runs."""
 
 from __future__ import annotations
 
@@ -8,10 +8,20 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from pipeline.commands.options import HOME, NONE, AsJson, Home, Scheduler, assignments, parse_integers, show, show_table
+from pipeline.commands.options import (
+    DEFAULT_HOME,
+    NO_PAIRS,
+    AsJson,
+    Home,
+    Scheduler,
+    parse_assignments,
+    parse_integers,
+    show,
+    show_table,
+)
 
 if TYPE_CHECKING:
-    from pipeline.studies.search import Swept
+    from pipeline.studies.search import GridResult
 
 
 def grid(
@@ -21,24 +31,29 @@ def grid(
         list[str],
         typer.Option(
             "--grid",
-            help="A setting of the method or of training with the values to try, FIELD=VALUE,VALUE; may be given often. "
-            "papers: the grid of the method's paper, the default.",
+            help="A setting of the method or of training with the values to try, FIELD=VALUE,VALUE; may be given several "
+            "times. papers: the grid of the method's paper, the default.",
         ),
-    ] = NONE,
+    ] = NO_PAIRS,
     grid_file: Annotated[Path | None, typer.Option(help="The same as YAML, one line per field: T: [900, 1200].")] = None,
-    points: Annotated[int, typer.Option(min=0, help="Try so many random cells; 0: all. More points hold the fewer.")] = 0,
+    points: Annotated[
+        int,
+        typer.Option(min=0, help="Number of random cells to try; 0: all. A larger number includes the cells of a smaller one."),
+    ] = 0,
     seeds: Annotated[str, typer.Option(help="Comma-separated seeds.")] = "0,1,2",
-    settings: Annotated[list[str], typer.Option("--set", help="A setting of all cells, KEY=VALUE; may be given often.")] = NONE,
-    training: Annotated[list[str], typer.Option("--train", help="A training setting of all cells, KEY=VALUE.")] = NONE,
+    settings: Annotated[
+        list[str], typer.Option("--set", help="A setting of all cells, KEY=VALUE; may be given several times.")
+    ] = NO_PAIRS,
+    training: Annotated[list[str], typer.Option("--train", help="A training setting of all cells, KEY=VALUE.")] = NO_PAIRS,
     preset: Annotated[str, typer.Option(help="head, paper or tuned, as in train-head.")] = "head",
     precision: Annotated[
         Literal["auto", "float32", "mixed"],
-        typer.Option(help="Of matrix products; mixed: bfloat16. auto: mixed where this machine has it."),
+        typer.Option(help="Precision of matrix products; mixed: bfloat16. auto: mixed where this machine has it."),
     ] = "auto",
     search: Annotated[
         Literal["all", "optuna"], typer.Option(help="Train all cells to the end, or the better ones (successive halving).")
     ] = "all",
-    workers: Annotated[int, typer.Option(min=-1, help="Processes; -1: one per core, 0: this one does everything.")] = -1,
+    workers: Annotated[int, typer.Option(min=-1, help="Processes; -1: one per core, 0: only this process.")] = -1,
     scheduler: Scheduler = "local",
     strategy: Annotated[
         Literal["auto", "processes", "stacked"],
@@ -47,20 +62,22 @@ def grid(
             "t, gamma or lr, as one model. auto: stacked where there are GPUs."
         ),
     ] = "auto",
-    lanes: Annotated[int, typer.Option(min=0, help="Cells of one model at most, when stacked; 0: as memory allows.")] = 0,
+    max_ensemble_size: Annotated[
+        int, typer.Option("--lanes", min=0, help="Cells of one model at most, when stacked; 0: as memory allows.")
+    ] = 0,
     no_test: Annotated[bool, typer.Option("--no-test", help="Do not evaluate the winner on the test split.")] = False,
     image: Annotated[str, typer.Option(help="Cache of the image features; default: the dataset's image encoder.")] = "",
     text: Annotated[str, typer.Option(help="Cache of the text features; default: the dataset's text encoder.")] = "",
     aggregate: Annotated[
         Literal["", "mean", "first", "random"], typer.Option(help="How several texts of a sample become one vector.")
     ] = "",
-    home: Home = HOME,
+    home: Home = DEFAULT_HOME,
     as_json: AsJson = False,
 ) -> None:
     """Train all combinations of some settings, rank them on validation, and test the winner; finished runs are not repeated."""
     from pipeline.report import write_grid_page
     from pipeline.studies.grid import plan_grid, read_axes
-    from pipeline.studies.search import sweep
+    from pipeline.studies.search import run_grid
 
     planned = plan_grid(
         home,
@@ -69,8 +86,8 @@ def grid(
         read_axes(method, fields, grid_file),
         parse_integers(seeds, "--seeds"),
         preset=preset,
-        settings=assignments(settings),
-        training=assignments(training),
+        settings=parse_assignments(settings),
+        training=parse_assignments(training),
         points=points,
         precision=precision,
         search=search,
@@ -78,33 +95,35 @@ def grid(
         text=text,
         aggregate=aggregate,
     )
-    swept = sweep(planned, scheduler, workers, read_test=not no_test, strategy=strategy, lanes=lanes)
-    _print(swept, write_grid_page(swept.folder), as_json)
-    if swept.failed:
-        run, reason = next(iter(swept.failed.items()))
+    result = run_grid(
+        planned, scheduler, workers, read_test=not no_test, strategy=strategy, max_ensemble_size=max_ensemble_size
+    )
+    _print_result(result, write_grid_page(result.folder), as_json)
+    if result.failed:
+        run, reason = next(iter(result.failed.items()))
         total = len(planned.heads)
-        raise ValueError(f"{len(swept.failed)} of {total} runs failed, the first is {run}: {reason}")
+        raise ValueError(f"{len(result.failed)} of {total} runs failed, the first is {run}: {reason}")
 
 
-def _print(swept: Swept, page: Path, as_json: bool) -> None:
-    """The ranking, the winner and where everything is."""
+def _print_result(result: GridResult, page: Path, as_json: bool) -> None:
+    """Print the ranking, the winner and the paths of the results."""
     if as_json:
-        cells = swept.ranking.astype(object).where(swept.ranking.notna(), None).to_dict(orient="records")
-        show({"grid": str(swept.folder), "page": str(page), "winner": swept.winner, "cells": cells}, as_json)
+        cells = result.ranking.astype(object).where(result.ranking.notna(), None).to_dict(orient="records")
+        show({"grid": str(result.folder), "page": str(page), "winner": result.winner, "cells": cells}, as_json)
         return
-    fields = {field: str for field in swept.axes}  # a learning rate of 1e-6 is not to be rounded
-    show_table(swept.ranking.astype(fields).round(3), as_json)
-    if swept.winner:
-        point = " ".join(f"{field}={value}" for field, value in swept.winner["cell"].items())
+    fields = {field: str for field in result.axes}  # as text, so that a learning rate of 1e-6 is not rounded
+    show_table(result.ranking.astype(fields).round(3), as_json)
+    if result.winner:
+        point = " ".join(f"{field}={value}" for field, value in result.winner["cell"].items())
         print(f"winner: {point}")
-        print(f"val:    {_spread(swept.winner['val'])}")
-        print(f"test:   {_spread(swept.winner['test']) or 'not read'}")
-    print(f"files:  {swept.folder}")
+        print(f"val:    {_format_metrics(result.winner['val'])}")
+        print(f"test:   {_format_metrics(result.winner['test']) or 'not read'}")
+    print(f"files:  {result.folder}")
     print(f"page:   {page}")
 
 
-def _spread(metrics: Mapping[str, Mapping[str, Any]]) -> str:
-    """Means, with their deviations where there are several seeds."""
+def _format_metrics(metrics: Mapping[str, Mapping[str, Any]]) -> str:
+    """Return the means of metrics as text, with their deviations when there are several seeds."""
     from pipeline.evaluation.statistics import format_seeds
 
     return ", ".join(f"{name} {format_seeds(value['values'])}" for name, value in metrics.items())

@@ -1,4 +1,4 @@
-"""Options of joint training, which several commands take."""
+"""Options of joint training, shared by `finetune` and `ablate strategy`."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-EncoderLr = Annotated[float, typer.Option(help="Learning rate of the encoders; the papers' band is 5e-5..1e-4.")]
+EncoderLr = Annotated[float, typer.Option(help="Learning rate of the encoders; the papers' range is 5e-5..1e-4.")]
 LayerDecay = Annotated[float, typer.Option(help="Factor of that rate per block towards the input, 0..1.")]
 Augment = Annotated[bool, typer.Option("--augment", help="Random crops and mirrored images in training.")]
 Accumulate = Annotated[
@@ -14,6 +14,7 @@ Accumulate = Annotated[
     typer.Option(min=1, help="Parts in which a batch goes through the encoders; more need less memory."),
 ]
 Checkpointing = Annotated[
-    bool, typer.Option("--checkpointing", help="Run blocks again backwards instead of keeping what they computed.")
+    bool,
+    typer.Option("--checkpointing", help="Recompute the blocks in the backward pass instead of keeping their activations."),
 ]
-Workers = Annotated[int, typer.Option(min=-1, help="Processes that decode; -1: one per core, 0: this one does it.")]
+Workers = Annotated[int, typer.Option(min=-1, help="Processes that decode media; -1: one per core, 0: only this process.")]

@@ -1,4 +1,4 @@
-"""What commands share: the options of folders and of JSON, and how results are printed."""
+"""What commands share: common options, the parsing of their values, and the printing of results."""
 
 from __future__ import annotations
 
@@ -18,13 +18,17 @@ from pipeline.runtime.logs import set_up_logging
 if TYPE_CHECKING:
     import pandas as pd
 
-Function = TypeVar("Function", bound=Callable[..., Any])
+CommandT = TypeVar("CommandT", bound=Callable[..., Any])
 Home = Annotated[Path, typer.Option("--home", envvar="DIFFALIGN_HOME", help="Folder of manifests, caches, runs and reports.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
 
-def _address(scheduler: str) -> str:
-    """The option's value; `ValueError` for what cannot be an address, before half a minute is spent looking for it."""
+def _check_scheduler(scheduler: str) -> str:
+    """Return the value of the option; refuse at once what cannot be an address, because a connection fails after half a minute.
+
+    Raises:
+        ValueError: the value is neither "local" nor an address.
+    """
     if scheduler != "local" and not re.fullmatch(r"(tcp|tls|ucx|ws|wss)://[^\s/]+:\d+/?", scheduler):
         raise ValueError(f"--scheduler takes local or tcp://host:port, not {scheduler!r}")
     return scheduler
@@ -34,39 +38,39 @@ Scheduler = Annotated[
     str,
     typer.Option(
         "--scheduler",
-        callback=_address,
+        callback=_check_scheduler,
         help="local, or the address of a dask scheduler, tcp://host:port; its workers see the same files.",
     ),
 ]
 Dataset = Annotated[str, typer.Argument(help="Name of a dataset; `diffalign datasets` lists them.")]
-SettingOptions = Annotated[list[str], typer.Option("--set", help="A setting, KEY=VALUE; may be given often.")]
-Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Say more of what is going on.")]
+SettingOptions = Annotated[list[str], typer.Option("--set", help="A setting, KEY=VALUE; may be given several times.")]
+Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Show more messages.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, only warnings and results.")]
-HOME = Path("artifacts")
-NONE: list[str] = []
+DEFAULT_HOME = Path("artifacts")
+NO_PAIRS: list[str] = []  # the default of options that may be given several times
 
 
 class CommandGroup(typer.Typer):
-    """Commands that all take --verbose and --quiet."""
+    """A group of commands, each of which also takes --verbose and --quiet."""
 
     def __init__(self, help: str) -> None:
         super().__init__(
             help=help, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False, add_completion=False
         )
 
-    def command(self, name: str | None = None, **options: Any) -> Callable[[Function], Function]:
-        """Register a function as a command; the function itself is not changed."""
+    def command(self, name: str | None = None, **options: Any) -> Callable[[CommandT], CommandT]:
+        """Return a decorator that registers a function as a command; the function itself does not change."""
         register = super().command(name, **options)
 
-        def decorate(function: Function) -> Function:
-            register(_with_verbosity(function))
+        def decorate(function: CommandT) -> CommandT:
+            register(_add_verbosity(function))
             return function
 
         return decorate
 
 
-def _with_verbosity(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A function with two more arguments, which decide what is logged while it runs."""
+def _add_verbosity(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a function with two more arguments, --verbose and --quiet, which set the level of logging."""
 
     @wraps(function)
     def run(verbose: bool = False, quiet: bool = False, **arguments: Any) -> Any:
@@ -74,16 +78,16 @@ def _with_verbosity(function: Callable[..., Any]) -> Callable[..., Any]:
         return function(**arguments)
 
     signature = inspect.signature(function, eval_str=True)
-    named = inspect.Parameter.KEYWORD_ONLY
+    keyword_only = inspect.Parameter.KEYWORD_ONLY
     options = {"verbose": Verbose, "quiet": Quiet}
-    added = [inspect.Parameter(name, named, default=False, annotation=hint) for name, hint in options.items()]
-    parameters = [parameter.replace(kind=named) for parameter in signature.parameters.values()]
+    added = [inspect.Parameter(name, keyword_only, default=False, annotation=hint) for name, hint in options.items()]
+    parameters = [parameter.replace(kind=keyword_only) for parameter in signature.parameters.values()]
     setattr(run, "__signature__", signature.replace(parameters=[*parameters, *added]))  # noqa: B010 - no attribute for pyright
     return run
 
 
 def show(value: Any, as_json: bool) -> None:
-    """The result on stdout: one JSON value, or `key: value` lines."""
+    """Print a result on stdout: as one JSON value, or as lines `key: value`."""
     if as_json:
         print(json.dumps(value, indent=1))
     else:
@@ -91,24 +95,34 @@ def show(value: Any, as_json: bool) -> None:
 
 
 def show_table(table: pd.DataFrame, as_json: bool) -> None:
-    """A table on stdout, or its rows as JSON."""
+    """Print a table on stdout, as text or with its rows as JSON."""
     print(table.to_json(orient="records", indent=1) if as_json else table.to_string(index=False))
 
 
 def to_frame(rows: list[dict[str, Any]]) -> pd.DataFrame:
+    """Return rows as a table, with numbers rounded to two decimals."""
     import pandas as pd
 
     return pd.DataFrame(rows).round(2)
 
 
 def describe_plugin(kind: str, name: str) -> dict[str, Any]:
-    """First lines of the plug-ins' documentation, or the settings of one."""
+    """Return a description of one plug-in or of all plug-ins of a kind.
+
+    Args:
+        kind: "methods", "encoders" or "datasets".
+        name: The name of a plug-in, or "".
+
+    Returns:
+        The documentation and the settings of the named plug-in; without a name, the first line of the documentation of each
+        plug-in, by name.
+    """
     from dataclasses import asdict
 
     from pipeline.runtime import plugins
 
     if not name:
-        return {each: plugins.first_line(kind, each) for each in plugins.names(kind)}
+        return {found: plugins.first_line(kind, found) for found in plugins.names(kind)}
     module = plugins.get(kind, name)
     described: dict[str, Any] = {"about": " ".join((module.__doc__ or "").split()), **asdict(module.Config())}
     if kind == "methods":
@@ -116,8 +130,12 @@ def describe_plugin(kind: str, name: str) -> dict[str, Any]:
     return described
 
 
-def assignments(pairs: Iterable[str]) -> dict[str, str]:
-    """{"lr": "1e-3"} from ["lr=1e-3"]; `ValueError` for a key that is given twice."""
+def parse_assignments(pairs: Iterable[str]) -> dict[str, str]:
+    """Return the values of KEY=VALUE pairs by key: {"lr": "1e-3"} from ["lr=1e-3"].
+
+    Raises:
+        ValueError: a pair has another form, or a key is given twice.
+    """
     result: dict[str, str] = {}
     for pair in pairs:
         key, equals, value = pair.partition("=")
@@ -130,8 +148,16 @@ def assignments(pairs: Iterable[str]) -> dict[str, str]:
 
 
 def parse_integers(text: str, option: str) -> list[int]:
-    """[0, 1, 2] from "0,1,2", each once; `ValueError` names the option."""
-    parts = [part.strip() for part in text.split(",")]
-    if not all(part.isascii() and part.isdecimal() and int(part) < 2**63 for part in parts):
+    """Return the numbers of a comma-separated list, without duplicates: [0, 1, 2] from "0,1,2".
+
+    Args:
+        text: The value of the option.
+        option: The name of the option, for the error.
+
+    Raises:
+        ValueError: the text has another form, or a number is 2^63 or larger.
+    """
+    words = [word.strip() for word in text.split(",")]
+    if not all(word.isascii() and word.isdecimal() and int(word) < 2**63 for word in words):
         raise ValueError(f"{option} takes numbers such as 0,1,2, not {text!r}")
-    return list(dict.fromkeys(int(part) for part in parts))
+    return list(dict.fromkeys(int(word) for word in words))

@@ -1,17 +1,11 @@
-"""The command `report`. It imports what it needs when it runs."""
+"""The command `report`. It imports the modules that it uses when it runs."""
 
 from __future__ import annotations
 
-from pipeline.commands.options import (
-    HOME,
-    AsJson,
-    Dataset,
-    Home,
-    show,
-)
+from pipeline.commands.options import DEFAULT_HOME, AsJson, Dataset, Home, show
 
 
-def report(dataset: Dataset, home: Home = HOME, as_json: AsJson = False) -> None:
+def report(dataset: Dataset, home: Home = DEFAULT_HOME, as_json: AsJson = False) -> None:
     """One HTML page and one Markdown table of a dataset's runs on the test split."""
     from pipeline.report import write_report
 

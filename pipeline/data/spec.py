@@ -1,19 +1,23 @@
-"""What data_manifests/<dataset>.yaml says: read as plain values, and passed on to the manifest."""
+"""Specs: the files data_manifests/<dataset>.yaml, and what the builders of manifests take from them."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from pipeline.data.readers import LINE_LIMIT, fault, text_lines
+from pipeline.data.readers import LINE_LIMIT, line_error, text_lines
 from pipeline.types import Split
 
-PROFILES = ("official", "fixture")
-AGGREGATES = ("join", "mean", "first", "random")  # how the texts of a sample become one vector
-OPTIONS = (  # those that a manifest says it was built with
+_PACKAGE = Path(str(resources.files("pipeline")))
+# inside the installed package, or beside it in a checkout
+SPEC_FOLDER = next(f for f in (_PACKAGE / "data_manifests", _PACKAGE.parent / "data_manifests") if f.is_dir())
+COUNTS_PROFILES = ("official", "fixture")
+TEXT_AGGREGATES = ("join", "mean", "first", "random")  # how the texts of a sample become one vector
+RECORDED_OPTIONS = (  # keys of a spec that are recorded in the manifest, because they decide how it was built
     "variant",
     "filter",
     "val_percent",
@@ -25,81 +29,115 @@ OPTIONS = (  # those that a manifest says it was built with
     "splits",
     "split_seed",
 )
-REFUSED = (yaml.TagToken, yaml.AnchorToken, yaml.AliasToken, yaml.DirectiveToken)
-OPENING = (
+_REFUSED_TOKENS = (yaml.TagToken, yaml.AnchorToken, yaml.AliasToken, yaml.DirectiveToken)
+_OPENING_TOKENS = (
     yaml.FlowSequenceStartToken,
     yaml.FlowMappingStartToken,
     yaml.BlockSequenceStartToken,
     yaml.BlockMappingStartToken,
 )
-CLOSING = (yaml.FlowSequenceEndToken, yaml.FlowMappingEndToken, yaml.BlockEndToken)
-MAX_DEPTH = 20  # of lists and mappings inside each other: the time to scan grows with its square
+_CLOSING_TOKENS = (yaml.FlowSequenceEndToken, yaml.FlowMappingEndToken, yaml.BlockEndToken)
+MAX_YAML_DEPTH = 20  # nesting of lists and mappings; the time to scan a file grows with the square of it
+
+
+def load_spec(dataset: str) -> dict[str, Any]:
+    """Return the content of `data_manifests/<dataset>.yaml`.
+
+    Raises:
+        ValueError: there is no such dataset; the message lists the datasets.
+    """
+    choices = sorted(path.stem for path in SPEC_FOLDER.glob("*.yaml"))
+    if dataset not in choices:
+        raise ValueError(f"unknown dataset {dataset!r}; choose one of: {', '.join(choices)}")
+    return parse_spec(SPEC_FOLDER / f"{dataset}.yaml")
 
 
 def parse_spec(path: Path) -> dict[str, Any]:
-    """The mapping of a YAML file; tags, anchors, aliases, directives and deep nesting are refused, with the line."""
+    """Return the mapping in a YAML file.
+
+    Raises:
+        ValueError: with file and line, for anything but a mapping of plain values. Tags, anchors, aliases, directives and
+            deep nesting are refused.
+    """
     if path.stat().st_size > LINE_LIMIT:
         raise ValueError(f"{path} is larger than {LINE_LIMIT} bytes")
     text = "".join(text_lines(path))
     try:
-        refused = _refused(text)
+        refused = _first_refused_token(text)
         spec = None if refused else yaml.safe_load(text)
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
-        raise fault(path, line, f"not YAML: {error.problem}") from error
+        raise line_error(path, line, f"not YAML: {error.problem}") from error
     except yaml.reader.ReaderError as error:
-        raise fault(path, text.count("\n", 0, error.position) + 1, f"not YAML: {error.reason}") from error
-    except ValueError as error:  # a number or a date that is none
+        raise line_error(path, text.count("\n", 0, error.position) + 1, f"not YAML: {error.reason}") from error
+    except ValueError as error:  # a number with too many digits, or a date that does not exist
         raise ValueError(f"{path}: not YAML that can be read: {str(error)[:80]}") from error
     if refused:
-        raise fault(path, refused.start_mark.line + 1, "YAML tags, anchors, aliases, directives and deep nesting are not read")
+        message = "YAML tags, anchors, aliases, directives and deep nesting are not read"
+        raise line_error(path, refused.start_mark.line + 1, message)
     if not isinstance(spec, dict):
-        raise fault(path, 1, "not a mapping of keys to values")
+        raise line_error(path, 1, "not a mapping of keys to values")
     return spec
 
 
-def _refused(text: str) -> yaml.Token | None:
-    """The first token that is not read."""
+def _first_refused_token(text: str) -> yaml.Token | None:
     depth = 0
     for token in yaml.scan(text):
-        depth += isinstance(token, OPENING) - isinstance(token, CLOSING)
-        if isinstance(token, REFUSED) or depth > MAX_DEPTH:
+        depth += isinstance(token, _OPENING_TOKENS) - isinstance(token, _CLOSING_TOKENS)
+        if isinstance(token, _REFUSED_TOKENS) or depth > MAX_YAML_DEPTH:
             return token
     return None
 
 
-def describe_spec(spec: Mapping[str, Any], **facts: Any) -> dict[str, Any]:
-    """A manifest's meta: what the spec says about its meaning, the options it was built with, and the builder's facts.
+def manifest_meta(spec: Mapping[str, Any], **facts: Any) -> dict[str, Any]:
+    """Return the `meta` of a manifest.
 
-    `ValueError` when the spec asks for an aggregation of texts that does not exist.
+    Args:
+        spec: the spec of the dataset; its meaning and the options that the manifest is built with are taken from it.
+        facts: more entries, found by the builder.
+
+    Raises:
+        ValueError: the spec asks for a way to aggregate texts that does not exist.
     """
-    if spec["text"]["aggregate"] not in AGGREGATES:
-        raise ValueError(f"aggregate is {spec['text']['aggregate']!r}; choose one of: {', '.join(AGGREGATES)}")
+    if spec["text"]["aggregate"] not in TEXT_AGGREGATES:
+        raise ValueError(f"aggregate is {spec['text']['aggregate']!r}; choose one of: {', '.join(TEXT_AGGREGATES)}")
     kept = ("media_type", "text", "metrics", "licence", "attribution", "texts_recur")
     return {
         **{key: spec[key] for key in kept},
-        "options": {key: spec[key] for key in OPTIONS if key in spec},
+        "options": {key: spec[key] for key in RECORDED_OPTIONS if key in spec},
         "val_remedy": validation_remedy(spec),
         **facts,
     }
 
 
 def validation_remedy(spec: Mapping[str, Any]) -> str:
-    """What to add to `diffalign prepare` for a validation split, or ""."""
+    """Return the option of `diffalign prepare` that makes a validation split, or "" if there is none."""
     if "val_percent" in spec:
         return "--set val_percent=10"
     return f"--set train_splits={spec['train_splits'][0]}" if len(spec.get("train_splits", ())) > 1 else ""
 
 
 def held_out_percent(spec: Mapping[str, Any]) -> int:
-    """The share of the training samples that is to become the validation split; `ValueError` outside 0..99."""
+    """Return the percentage of the training samples that becomes the validation split.
+
+    Raises:
+        ValueError: it is not in 0..99.
+    """
     if not 0 <= spec["val_percent"] < 100:
         raise ValueError(f"val_percent is {spec['val_percent']}; it takes a whole number from 0 to 99")
     return spec["val_percent"]
 
 
 def target_splits(spec: Mapping[str, Any], source_splits: Sequence[str]) -> dict[str, Split]:
-    """The manifest's split of every official one, of which the second is for validation, by `spec["train_splits"]`."""
+    """Map every official split to a split of the manifest, as `spec["train_splits"]` says.
+
+    Args:
+        spec: the spec of the dataset.
+        source_splits: the official names of the training, validation and test split, in this order.
+
+    Raises:
+        ValueError: `train_splits` is neither the training split nor the training and the validation split.
+    """
     train, validation, test = source_splits
     chosen = spec["train_splits"]
     if train not in chosen or not {train, validation}.issuperset(chosen):
@@ -108,14 +146,22 @@ def target_splits(spec: Mapping[str, Any], source_splits: Sequence[str]) -> dict
 
 
 def official_root(spec: Mapping[str, Any], root: Path | None) -> Path:
-    """The folder of official files, absolute; `ValueError` when none is given or it is none."""
+    """Return the absolute path of the folder of official files.
+
+    Raises:
+        ValueError: no folder is given, or it is not a folder.
+    """
     if root is None or not root.is_dir():
         raise ValueError(f"{spec['name']} is built from its official files: give their folder, --root DIR (found {root})")
     return root.resolve()
 
 
-def enforced_counts(spec: Mapping[str, Any]) -> Mapping[str, int]:
-    """The counts that the official files must have; none of a miniature."""
-    if spec["counts_profile"] not in PROFILES:
-        raise ValueError(f"unknown counts_profile {spec['counts_profile']!r}; choose one of: {', '.join(PROFILES)}")
+def required_counts(spec: Mapping[str, Any]) -> Mapping[str, int]:
+    """Return the counts that the official files must have; a fixture (a small imitation for tests) has none.
+
+    Raises:
+        ValueError: `counts_profile` is unknown.
+    """
+    if spec["counts_profile"] not in COUNTS_PROFILES:
+        raise ValueError(f"unknown counts_profile {spec['counts_profile']!r}; choose one of: {', '.join(COUNTS_PROFILES)}")
     return spec["counts"] if spec["counts_profile"] == "official" else {}

@@ -1,4 +1,4 @@
-"""Splits that depend on nothing but names: the same samples fall into the same split on every machine, for ever."""
+"""Assign groups of samples to splits by the hashes of their names: the result is the same on every machine."""
 
 from __future__ import annotations
 
@@ -8,7 +8,17 @@ from itertools import accumulate
 
 
 def by_hash(group: str, percent: Mapping[str, int]) -> str:
-    """The split of a group on its own: the first 8 bytes of the name's SHA-256, as a share of 2^64, cut at the percents."""
+    """Return the split of one group; it does not depend on the other groups.
+
+    The first 8 bytes of the SHA-256 of the name, divided by 2^64, are a number in [0, 1). The percentages cut this interval.
+
+    Args:
+        group: name of the group.
+        percent: percentage of each split.
+
+    Raises:
+        ValueError: the percentages do not add up to 100.
+    """
     if sum(percent.values()) != 100:
         raise ValueError(f"the splits {dict(percent)} do not add up to 100 percent")
     share = int.from_bytes(hashlib.sha256(group.encode()).digest()[:8], "big") * 100 // 2**64
@@ -16,23 +26,31 @@ def by_hash(group: str, percent: Mapping[str, int]) -> str:
 
 
 def by_rank(groups: Iterable[str], percent: Mapping[str, int]) -> dict[str, str]:
-    """The split of every group of one class: sorted by SHA-256 and cut at the percents, each cut rounded half up.
+    """Return the split of every group of one class.
 
-    Every split gets at least one group as long as there are enough of them.
+    The groups are sorted by the SHA-256 of their names, and the sorted list is cut at the percentages; each cut is rounded
+    half up. Every split gets at least one group, as long as there are enough groups.
+
+    Args:
+        groups: names of the groups.
+        percent: percentage of each split.
+
+    Raises:
+        ValueError: the percentages do not add up to 100.
     """
     if sum(percent.values()) != 100:
         raise ValueError(f"the splits {dict(percent)} do not add up to 100 percent")
     ordered = sorted(set(groups), key=lambda group: hashlib.sha256(group.encode()).digest())
     result: dict[str, str] = {}
-    start = share = 0
-    for later, (split, part) in zip(reversed(range(len(percent))), percent.items(), strict=True):
-        share += part
-        end = max(start + 1, min((share * len(ordered) + 50) // 100, len(ordered) - later))
+    start = cumulative = 0
+    for num_later, (split, part) in zip(reversed(range(len(percent))), percent.items(), strict=True):
+        cumulative += part
+        end = max(start + 1, min((cumulative * len(ordered) + 50) // 100, len(ordered) - num_later))
         result |= dict.fromkeys(ordered[start:end], split)
         start = end
     return result
 
 
 def is_held_out(group: str, percent: int) -> bool:
-    """Whether a group of the training samples is among the `percent` held out for validation."""
+    """Return whether a group of training samples is among the `percent` of groups that are held out for validation."""
     return by_hash(group, {"val": percent, "train": 100 - percent}) == "val"

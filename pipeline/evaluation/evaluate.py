@@ -1,4 +1,7 @@
-"""A finished run and a split -> metrics.json and per-example predictions. It opens the image cache and no other (LUPI)."""
+"""Evaluate a finished run on a split: write its metrics and its per-sample predictions.
+
+Only the image cache is opened, because text is privileged information of training (LUPI).
+"""
 
 from __future__ import annotations
 
@@ -19,9 +22,9 @@ from safetensors.torch import load as safetensors_load
 from torch import Tensor
 
 from pipeline.cache.reader import find_cache
-from pipeline.cache.streaming import fitting, open_rows
+from pipeline.cache.streaming import choose_window, open_split
 from pipeline.cache.table import FeatureSource
-from pipeline.data import manifest as manifests
+from pipeline.data.manifest_files import read_manifest
 from pipeline.evaluation import metrics
 from pipeline.runtime import plugins
 from pipeline.runtime.device import Precision, default_device, reproducible
@@ -30,33 +33,48 @@ from pipeline.runtime.rng import KeyedRNG
 from pipeline.runtime.runs import RunConfig, RunFolder
 from pipeline.types import Method, Predictor, Split
 
-PREDICTED = 1024  # rows at a time
-NUM_FEATURES = 2000  # rows of the method's feature that are kept for pictures
+PREDICTION_BATCH_SIZE = 1024  # samples that are predicted at once
+NUM_STORED_FEATURES = 2000  # samples whose feature is stored, for figures of the feature space
 
 
 @torch.no_grad()
 def predict(
-    model: Predictor, rows: FeatureSource, seed: int, batch_size: int = PREDICTED, precision: Precision = "float32"
+    model: Predictor,
+    source: FeatureSource,
+    seed: int,
+    batch_size: int = PREDICTION_BATCH_SIZE,
+    precision: Precision = "float32",
 ) -> Tensor:
-    """Logits float32 [N,C] on the CPU, of stacked methods [K,N,C].
+    """Return the logits of all samples of a source.
 
-    Every random number is named by (seed, sample id), so batches do not matter.
+    Each random number is a function of the seed and the sample id, so the batch size does not change the logits.
+
+    Returns:
+        Logits float32 [N,C] on the CPU; of an ensemble of K methods [K,N,C].
     """
     model.train(False)
     parts = []
-    for table in rows.pieces():
+    for table in source.tables():
         image, keys = table.columns["image"], table.columns["key"]
         with reproducible(image.device, precision):
             for start in range(0, len(table), batch_size):
-                some = slice(start, start + batch_size)
-                parts.append(model.predict(image[some], KeyedRNG.seeded(seed, keys[some]).at("predict")).float().cpu())
+                batch = slice(start, start + batch_size)
+                parts.append(model.predict(image[batch], KeyedRNG.seeded(seed, keys[batch]).at("predict")).float().cpu())
     return torch.cat(parts, dim=-2)
 
 
-def overridden(config: RunConfig, overrides: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """The method's config with settings of prediction changed, and the changes by field name.
+def apply_overrides(config: RunConfig, overrides: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Return the method's config with changed prediction settings.
 
-    `ValueError` for a setting that the weights depend on: only a run of its own can answer for it.
+    Args:
+        config: the config of the run.
+        overrides: values by field name or by the papers' symbol.
+
+    Returns:
+        The method's `Config`, and the values that differ from the run's own, by field name.
+
+    Raises:
+        ValueError: a setting is unknown, or the weights depend on it: it needs a training run of its own.
     """
     module = plugins.get("methods", config.method)
     changes = {module.SYMBOLS.get(key, key): value for key, value in overrides.items()}
@@ -64,20 +82,24 @@ def overridden(config: RunConfig, overrides: Mapping[str, Any]) -> tuple[Any, di
         if field in config.settings and field not in module.PREDICTION:
             choices = ", ".join(module.PREDICTION) or f"nothing of {config.method}"
             raise ValueError(f"{field!r} is a setting of training: train a run with it; prediction can change {choices}")
-    plugins.configure(module.Config, overrides, module.SYMBOLS)  # names an unknown or repeated key
+    plugins.configure(module.Config, overrides, module.SYMBOLS)  # refuses an unknown or repeated key by its name
     settings = plugins.configure(module.Config, {**config.settings, **changes})
     values = asdict(settings)
     return settings, {field: values[field] for field in sorted(changes) if values[field] != config.settings[field]}
 
 
 def evaluation_name(split: str, changes: Mapping[str, Any]) -> str:
-    """The key of an evaluation in metrics.json: the split, then what differs from the run's own settings."""
-    return "@".join([split, *([",".join(f"{field}={value}" for field, value in changes.items())] if changes else [])])
+    """Return the key of an evaluation in metrics.json: the split, then the settings that differ from the run's own."""
+    return f"{split}@{','.join(f'{field}={value}' for field, value in changes.items())}" if changes else split
 
 
 def load_method(run: RunFolder, config: RunConfig, settings: Any) -> Method:
-    """The trained method; `ValueError` when its weights are not those that training wrote."""
-    weights = run.weights()
+    """Return the trained method on the default device.
+
+    Raises:
+        ValueError: the checkpoint is not the one that training wrote, or the settings need weights that it does not have.
+    """
+    weights = run.read_checkpoint()
     build = plugins.get("methods", config.method).build
     method: Method = build(settings, {key: tuple(shape) for key, shape in config.shapes.items()})
     try:
@@ -90,10 +112,17 @@ def load_method(run: RunFolder, config: RunConfig, settings: Any) -> Method:
 
 
 def evaluate(home: Path, run: RunFolder, split: Split, overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """Metrics of a run on a split, as in its metrics.json; a finished evaluation is read, not computed again."""
+    """Return the record of an evaluation in the run's metrics.json; it is computed only when it is not there yet.
+
+    Args:
+        home: folder of all artifacts.
+        run: a run that has finished training.
+        split: the split to predict.
+        overrides: changed prediction settings, see `apply_overrides`.
+    """
     run.check_done()
     config = run.config()
-    settings, changes = overridden(config, overrides)
+    settings, changes = apply_overrides(config, overrides)
     name = evaluation_name(split, changes)
     with lock(run.path, wait=True):
         records = read_metrics(run)
@@ -104,24 +133,24 @@ def evaluate(home: Path, run: RunFolder, split: Split, overrides: Mapping[str, A
 
 
 def _evaluate(home: Path, run: RunFolder, config: RunConfig, settings: Any, split: Split, name: str) -> dict[str, Any]:
-    """Predict, write the predictions, and return the record of an evaluation; the test split is logged before it is read."""
-    manifest = manifests.read_manifest(home, config.dataset)
+    """Predict a split, write the predictions, and return the record of the evaluation."""
+    manifest = read_manifest(home, config.dataset)
     cache = find_cache(home, manifest, config.caches["image"])
     method = load_method(run, config, settings)
-    if split == "test":
+    if split == "test":  # logged before it is read
         _log_test_read(run, name)
     caches, device = {"image": cache}, default_device()
-    window = config.training.get("window", 0) or fitting(caches, config.text_aggregate, device)
-    rows = open_rows(manifest, caches, split, device, config.text_aggregate, window)
+    window = config.training.get("window", 0) or choose_window(caches, config.text_aggregate, device)
+    source = open_split(manifest, caches, split, device, config.text_aggregate, window)
     started = time.perf_counter()
-    precision = config.training.get("precision", "float32")  # the only one before it was a setting
-    logits = predict(method, rows, run.seed, precision=precision)
+    precision = config.training.get("precision", "float32")  # old runs do not name it: they all used float32
+    logits = predict(method, source, run.seed, precision=precision)
     seconds = time.perf_counter() - started
-    label = rows.label
+    label = source.label
     if not logits.isfinite().all():
         raise ValueError(f"{run.path} predicts numbers that are not finite: it diverged in training; train with a lower lr")
-    _write_predictions(run, name, rows, logits, label, method, precision)
-    done = run.done()
+    _write_predictions(run, name, source, logits, label, _first_features(method, source, run.seed, precision))
+    done = run.read_done()
     return {
         "dataset": config.dataset,
         "split": split,
@@ -129,7 +158,7 @@ def _evaluate(home: Path, run: RunFolder, config: RunConfig, settings: Any, spli
         "seed": run.seed,
         "metrics": metrics.summary_metrics(logits, label),
         "n": len(label),
-        "excluded": len(rows.excluded),
+        "excluded": len(source.excluded),
         "seconds": seconds,
         "train_seconds": done["seconds"],
         "settings": asdict(settings),
@@ -141,7 +170,11 @@ def _evaluate(home: Path, run: RunFolder, config: RunConfig, settings: Any, spli
 
 
 def read_metrics(run: RunFolder) -> dict[str, Any]:
-    """All evaluations of a run by name; empty when there is none; `ValueError` when the file is damaged."""
+    """Return all evaluations of a run by name; empty when there is none.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
     path = run.path / "metrics.json"
     try:
         return dict(json.loads(path.read_text())) if path.is_file() else {}
@@ -150,7 +183,7 @@ def read_metrics(run: RunFolder) -> dict[str, Any]:
 
 
 def _log_test_read(run: RunFolder, name: str) -> None:
-    """Every read of the test split leaves a line in the run."""
+    """Append a line to the run's log of all reads of the test split."""
     line = canonical_json({"evaluation": name, "time": datetime.now(UTC).isoformat(timespec="seconds")})
     with (run.path / "test_reads.jsonl").open("a") as file:
         file.write(f"{line}\n")
@@ -159,22 +192,28 @@ def _log_test_read(run: RunFolder, name: str) -> None:
 
 
 @torch.no_grad()
-def _write_predictions(
-    run: RunFolder, name: str, rows: FeatureSource, logits: Tensor, label: Tensor, method: Method, precision: Precision
-) -> None:
+def _first_features(method: Method, source: FeatureSource, seed: int, precision: Precision) -> Tensor:
+    """Return the method's features float16 [M,D] of the first samples, at most NUM_STORED_FEATURES."""
     features: list[Tensor] = []
-    for table in rows.pieces():
-        some = slice(NUM_FEATURES - sum(map(len, features)))
-        image, keys = table.columns["image"][some], table.columns["key"][some]
+    for table in source.tables():
+        first = slice(NUM_STORED_FEATURES - sum(map(len, features)))
+        image, keys = table.columns["image"][first], table.columns["key"][first]
         with reproducible(image.device, precision):
-            features.append(method.feature(image, KeyedRNG.seeded(run.seed, keys).at("predict")).half().cpu())
-        if sum(map(len, features)) == NUM_FEATURES:
+            features.append(method.feature(image, KeyedRNG.seeded(seed, keys).at("predict")).half().cpu())
+        if sum(map(len, features)) == NUM_STORED_FEATURES:
             break
+    return torch.cat(features)
+
+
+def _write_predictions(
+    run: RunFolder, name: str, source: FeatureSource, logits: Tensor, label: Tensor, features: Tensor
+) -> None:
+    """Write predictions-<name>.npz: ids, logits, labels, features, and the metrics of each sample."""
     arrays = {
-        "ids": np.array(rows.ids),
+        "ids": np.array(source.ids),
         "logits": logits.numpy(),
         "label": label.numpy(),
-        "feature": torch.cat(features).numpy(),
+        "feature": features.numpy(),
     }
     arrays |= {key: value.numpy() for key, value in metrics.per_example(logits, label).items()}
     buffer = io.BytesIO()

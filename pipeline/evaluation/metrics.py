@@ -1,6 +1,7 @@
-"""Metrics of logits [N,C] against labels [N] (single) or [N,C] of 0 and 1 (multiple), in percent.
+"""Classification metrics of logits [N,C], in percent.
 
-Classes are ranked by logit, equal logits by class number, so that a result is a function of its input. k beyond C is C.
+Labels are class numbers [N] (one label per sample), or 0 and 1 [N,C] (several labels per sample). Classes are ranked by logit;
+equal logits are ranked by class number, so that the result depends on nothing but the input. A k above C counts as C.
 """
 
 from __future__ import annotations
@@ -12,25 +13,29 @@ from torch import Tensor
 
 
 def top_classes(logits: Tensor, k: int) -> Tensor:
-    """The k best classes of each row, best first, int64 [N, min(k,C)]; `ValueError` for a logit that is not finite."""
-    broken = (~logits.isfinite().all(dim=1)).nonzero()
-    if len(broken):
-        raise ValueError(f"logits of row {int(broken[0])} are not finite ({len(broken)} such rows); nothing can be ranked")
+    """Return the k classes with the largest logits of each row, best first, int64 [N, min(k,C)].
+
+    Raises:
+        ValueError: a logit is not finite.
+    """
+    bad_rows = (~logits.isfinite().all(dim=1)).nonzero()
+    if len(bad_rows):
+        raise ValueError(f"logits of row {int(bad_rows[0])} are not finite ({len(bad_rows)} such rows); nothing can be ranked")
     return logits.sort(dim=1, descending=True, stable=True).indices[:, :k]
 
 
 def topk_correct(logits: Tensor, label: Tensor, k: int) -> Tensor:
-    """Whether the one label [N] is among the k best classes, bool [N]."""
+    """Return whether the single label [N] is among the k best classes, bool [N]."""
     return (top_classes(logits, k) == label.unsqueeze(1)).any(dim=1)
 
 
-def _predicted(logits: Tensor, k: int) -> Tensor:
-    """The k best classes of each row as 0 and 1, float64 [N,C]."""
+def _predicted_indicator(logits: Tensor, k: int) -> Tensor:
+    """Return 1 for the k best classes of each row and 0 for the others, float64 [N,C]."""
     return torch.zeros(logits.shape, dtype=torch.float64).scatter(1, top_classes(logits, k).cpu(), 1.0)
 
 
-def _truth(label: Tensor) -> Tensor:
-    """Labels [N,C] as float64; `ValueError` when a row has none, for its recall does not exist."""
+def _label_indicator(label: Tensor) -> Tensor:
+    """Return the labels as float64 [N,C]; `ValueError` for a row without label, because its recall is not defined."""
     empty = (label.sum(1) == 0).nonzero()
     if len(empty):
         raise ValueError(f"row {int(empty[0])} has no label ({len(empty)} such rows); leave unlabelled samples out")
@@ -38,34 +43,38 @@ def _truth(label: Tensor) -> Tensor:
 
 
 def precision_recall(logits: Tensor, label: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Per sample |top_k & Y| / k and |top_k & Y| / |Y|, each float64 [N]; their means are SeDA's Pre@k and Rec@k."""
-    predicted, truth = _predicted(logits, k), _truth(label)
+    """Return the precision |top_k & Y| / k and the recall |top_k & Y| / |Y| of each sample, each float64 [N].
+
+    Their means are SeDA's Pre@k and Rec@k.
+    """
+    predicted, truth = _predicted_indicator(logits, k), _label_indicator(label)
     hits = (predicted * truth).sum(1)
     return hits / predicted.sum(1), hits / truth.sum(1)
 
 
 def overall_precision_recall(logits: Tensor, label: Tensor, k: int) -> tuple[float, float]:
-    """Hits of all samples over all predictions, and over all labels (Gong et al. 2013)."""
-    predicted, truth = _predicted(logits, k), _truth(label)
+    """Return the hits of all samples divided by all predictions, and divided by all labels (Gong et al. 2013)."""
+    predicted, truth = _predicted_indicator(logits, k), _label_indicator(label)
     hits = (predicted * truth).sum()
     return float(hits / predicted.sum()), float(hits / truth.sum())
 
 
 def per_class_precision_recall(logits: Tensor, label: Tensor, k: int) -> tuple[float, float]:
-    """Mean over classes of hits over predictions and of hits over labels.
+    """Return the means over classes of precision (hits / predictions) and recall (hits / labels).
 
-    A class that is never predicted has precision 0; a class without a true sample has no recall and is left out of that mean.
+    A class that is never predicted has precision 0. A class without a true sample has no recall; the mean recall leaves it out.
     """
-    predicted, truth = _predicted(logits, k), _truth(label)
+    predicted, truth = _predicted_indicator(logits, k), _label_indicator(label)
     hits, labelled = (predicted * truth).sum(0), truth.sum(0)
     precision = hits / predicted.sum(0).clamp(min=1.0)
     return float(precision.mean()), float((hits / labelled)[labelled > 0].mean())
 
 
 def mean_average_precision(logits: Tensor, label: Tensor) -> float:
-    """Mean over classes with a true sample of the average precision: the mean, over its samples, of precision at their score.
+    """Return the mean of the average precision over all classes that have a true sample.
 
-    Samples of equal score enter together, so the order of rows does not matter.
+    The average precision of a class is the mean, over its true samples, of the precision among all samples of at least their
+    score. Samples of equal score are counted together, so the order of rows does not matter.
     """
     truth, score = label.T.to("cpu", torch.float64), logits.T.cpu().contiguous()
     ascending, order = score.sort(dim=1)
@@ -77,7 +86,11 @@ def mean_average_precision(logits: Tensor, label: Tensor) -> float:
 
 
 def per_example(logits: Tensor, label: Tensor, ks: Sequence[int] = (1, 5)) -> dict[str, Tensor]:
-    """Each metric that is a mean over samples, as its terms in percent, float64 [N]: acc<k>, or pre<k> and rec<k>."""
+    """Return the value of each sample, in percent, for the metrics that are means over samples.
+
+    Returns:
+        float64 [N] by name: acc<k> for one label per sample; pre<k> and rec<k> for several.
+    """
     if label.ndim == 1:
         return {f"acc{k}": 100.0 * topk_correct(logits, label, k).to("cpu", torch.float64) for k in ks}
     pairs = {k: precision_recall(logits, label, k) for k in ks}
@@ -85,10 +98,14 @@ def per_example(logits: Tensor, label: Tensor, ks: Sequence[int] = (1, 5)) -> di
 
 
 def summary_metrics(logits: Tensor, label: Tensor, ks: Sequence[int] = (1, 5)) -> dict[str, float]:
-    """All metrics in percent.
+    """Return all metrics in percent, by name.
 
-    One label: acc<k>. Several: pre<k> and rec<k> per sample, map, overall_pre<k>, overall_rec<k>, per_class_pre<k> and
-    per_class_rec<k>. `ValueError` for a logit that is not finite or a sample without label.
+    Returns:
+        acc<k> for one label per sample. For several labels: pre<k> and rec<k> (means over samples), map, overall_pre<k>,
+        overall_rec<k>, per_class_pre<k> and per_class_rec<k>.
+
+    Raises:
+        ValueError: a logit is not finite, or a sample has no label.
     """
     result = {name: float(terms.mean()) for name, terms in per_example(logits, label, ks).items()}
     if label.ndim == 1:

@@ -1,4 +1,7 @@
-"""Uncertainty of a difference between two methods on the same samples; without torch, for reports."""
+"""Statistics over samples, seeds and grid cells: paired bootstrap, mean ± standard deviation, ranking.
+
+It does not import torch, so that reports can use it.
+"""
 
 from __future__ import annotations
 
@@ -8,62 +11,79 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-BLOCK = 1 << 22  # drawn indices held at a time: 32 MB
+MAX_DRAWN_INDICES = 1 << 22  # indices that the bootstrap draws at once: 32 MB
 
 
 def paired_bootstrap(
     a: NDArray[np.floating], b: NDArray[np.floating], num_resamples: int, seed: int
 ) -> tuple[float, float, float]:
-    """mean(a) - mean(b) and its 95% percentile interval over resampled samples: (difference, low, high).
+    """Return the difference of two methods' means and its 95% bootstrap interval (percentile method).
 
-    a, b [N] are one metric's terms for two methods, sample by sample; `ValueError` when they cannot be paired.
+    Args:
+        a: one metric of the first method, one value per sample [N].
+        b: the same metric of the second method on the same samples [N].
+        num_resamples: how many times the samples are drawn with replacement.
+        seed: seed of these draws.
+
+    Returns:
+        (mean(a) - mean(b), lower bound, upper bound).
+
+    Raises:
+        ValueError: a and b are empty, or do not have the same length.
     """
     if a.shape != b.shape or a.ndim != 1 or len(a) == 0:
         raise ValueError(f"terms of shape {a.shape} and {b.shape} cannot be paired; give two equally long vectors")
     difference = np.asarray(a, dtype=np.float64) - np.asarray(b, dtype=np.float64)
     rng = np.random.default_rng(seed)
     means = np.empty(num_resamples)
-    rows = max(1, BLOCK // len(difference))
-    for start in range(0, num_resamples, rows):
-        stop = min(start + rows, num_resamples)
+    block = max(1, MAX_DRAWN_INDICES // len(difference))
+    for start in range(0, num_resamples, block):
+        stop = min(start + block, num_resamples)
         means[start:stop] = difference[rng.integers(len(difference), size=(stop - start, len(difference)))].mean(axis=1)
     low, high = np.quantile(means, [0.025, 0.975])
     return float(difference.mean()), float(low), float(high)
 
 
 def mean_of_finite(values: np.ndarray) -> float:
-    """Mean of the finite values, NaN without any."""
+    """Return the mean of the finite values; NaN when there is none."""
     finite = values[np.isfinite(values)]
     return float(finite.mean()) if len(finite) else np.nan
 
 
 def sample_std(values: np.ndarray) -> float:
-    """Sample standard deviation of finite values, NaN of fewer than two."""
+    """Return the sample standard deviation of finite values; NaN for fewer than two."""
     return float(values.std(ddof=1)) if len(values) > 1 else np.nan
 
 
 def format_mean_std(mean: float, std: float) -> str:
-    """Mean ± standard deviation, the latter where there is one."""
+    """Return "mean ± standard deviation", or the mean alone when the standard deviation is NaN."""
     return f"{mean:.2f}" if np.isnan(std) else f"{mean:.2f} ± {std:.2f}"
 
 
 def format_seeds(values: Sequence[float] | np.ndarray) -> str:
-    """`format_mean_std` of finite values, one per seed."""
+    """Return mean ± standard deviation of finite values, one per seed, as `format_mean_std` writes it."""
     return format_mean_std(mean_of_finite(np.asarray(values)), sample_std(np.asarray(values)))
 
 
 def rank_cells(scores: np.ndarray, losses: np.ndarray, reasons: Sequence[Sequence[str]]) -> pd.DataFrame:
-    """One row per cell: those with all their seeds by rank, then the others in their order.
+    """Rank the cells of a grid by mean score, then by mean loss, then by cell number.
 
-    scores, losses: [K,S], NaN where a run has not finished; reasons [K,S]: why it has not. Columns: cell; rank (missing for the
-    others): by mean score, then mean loss, then order; score, std (NaN of one seed) and loss over the finished seeds; seeds:
-    how many; state: "done", or the first reason.
+    Args:
+        scores: score of each run [K,S] (K cells, S seeds), NaN where a run has not finished.
+        losses: loss of each run [K,S], NaN where a run has not finished.
+        reasons: why a run has not finished [K,S].
+
+    Returns:
+        One row per cell: first the cells with all seeds, by rank, then the others by cell number. Columns: cell; rank (missing
+        for cells without all seeds); score, std (NaN for one seed) and loss over the finished seeds; seeds (number of finished
+        seeds); state ("done", or the first reason).
     """
     done = np.isfinite(scores)
     states = [
-        next((why for why, ended in zip(*cell, strict=True) if not ended), "done") for cell in zip(reasons, done, strict=True)
+        next((reason for reason, is_done in zip(*cell, strict=True) if not is_done), "done")
+        for cell in zip(reasons, done, strict=True)
     ]
-    lines = [
+    rows = [
         {
             "cell": cell,
             "score": mean_of_finite(scores[cell]),
@@ -74,8 +94,8 @@ def rank_cells(scores: np.ndarray, losses: np.ndarray, reasons: Sequence[Sequenc
         }
         for cell in range(len(scores))
     ]
-    table = pd.DataFrame(lines)
-    whole = table[table["seeds"] == scores.shape[1]].sort_values(["score", "loss", "cell"], ascending=[False, True, True])
-    rank = pd.Series(range(1, len(whole) + 1), index=whole.index, dtype="Int64")
-    ordered = table.assign(rank=rank.reindex(table.index)).loc[[*whole.index, *table.index.difference(whole.index)]]
+    table = pd.DataFrame(rows)
+    complete = table[table["seeds"] == scores.shape[1]].sort_values(["score", "loss", "cell"], ascending=[False, True, True])
+    rank = pd.Series(range(1, len(complete) + 1), index=complete.index, dtype="Int64")
+    ordered = table.assign(rank=rank.reindex(table.index)).loc[[*complete.index, *table.index.difference(complete.index)]]
     return ordered.reset_index(drop=True)

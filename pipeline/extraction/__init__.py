@@ -1,0 +1,1 @@
+"""Stage 1: run an encoder over a manifest and write its features into a cache, on one process or many."""

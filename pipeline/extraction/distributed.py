@@ -1,8 +1,9 @@
-"""Extraction over many processes or machines with dask: a shard is a task, and one worker writes it.
+"""Extract features on many processes or machines with dask: each shard is one task, encoded and written by one worker.
 
-The workers see the same home folder, and build the encoder themselves; this process builds none. A lost worker's shards are
-done by another; a shard that is written twice is written with the same bytes. Whoever writes holds the cache: what goes on
-after an error, because dask cannot stop it, keeps others out until it has ended.
+All workers see the same home folder and build the encoder themselves; this process builds none. The shards of a lost worker are
+given to another worker. A shard that is written twice is written with the same bytes. Every worker holds a shared lock on the
+cache while it writes. Dask cannot stop a task that has begun, so a worker may go on after the extraction has failed; its lock
+keeps other extractions out until it has ended.
 """
 
 from __future__ import annotations
@@ -21,20 +22,20 @@ from dask.system import CPU_COUNT
 from pipeline.cache.layout import Commit, StoreDtype
 from pipeline.cache.provenance import check_libraries
 from pipeline.cache.writer import Writer
-from pipeline.data import manifest as manifests
-from pipeline.encoders._factory import located
+from pipeline.data.manifest_files import read_manifest
+from pipeline.encoders._factory import with_absolute_paths
 from pipeline.extraction.extract import (
+    ExtractionTarget,
+    ExtractionTask,
     ExtractOptions,
     FailureBudget,
-    Target,
-    Task,
-    begin,
     commit_shard,
-    encoded_shards,
+    encode_shards,
     extract,
     plan_extraction,
+    start_or_resume,
 )
-from pipeline.extraction.inputs import Encoded
+from pipeline.extraction.inputs import EncodedBatch
 from pipeline.extraction.throughput import ThroughputMeter
 from pipeline.extraction.workers import allowed_workers
 from pipeline.runtime.device import default_device
@@ -45,12 +46,13 @@ from pipeline.runtime.logs import ProgressBar
 if TYPE_CHECKING:
     from dask.distributed import Client
 
-_BUILDING = Lock()  # seeded weights are drawn from the generator of the process
+# One thread at a time builds an encoder: seeded weights are drawn from the random generator that the whole process shares.
+_BUILD_LOCK = Lock()
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExtractionSpec:
-    """What a worker needs to know to do its part: names and numbers only."""
+    """What a worker must know to encode shards: names and numbers only."""
 
     home: Path
     dataset: str
@@ -58,10 +60,10 @@ class ExtractionSpec:
     settings: tuple[tuple[str, str], ...]
     store_dtype: StoreDtype
     compiled: bool
-    effort: ExtractOptions  # its workers are those of each worker, 0 or more
+    options: ExtractOptions  # its `workers`, 0 or more, are the child processes of each dask worker
 
 
-def extract_with(
+def dispatch_extraction(
     scheduler: str,
     gpus: Sequence[int],
     home: Path,
@@ -70,150 +72,186 @@ def extract_with(
     settings: Mapping[str, str],
     store_dtype: StoreDtype,
     compiled: bool,
-    effort: ExtractOptions,
+    options: ExtractOptions,
 ) -> Path:
-    """`extract` by this process ("local"), by one process per GPU, or by the workers of a scheduler, tcp://host:port.
+    """Extract in this process, with one process per GPU, or on the workers of a dask scheduler; return the cache's folder.
 
-    A distributed worker does everything by itself, unless the effort gives it workers; one with a GPU has its share of cores.
+    Args:
+        scheduler: "local", or the address of a scheduler, tcp://host:port.
+        gpus: GPUs of this machine to use together; empty: as `scheduler` says.
+        home: folder of all artifacts.
+        dataset: name of a prepared dataset.
+        encoder: name of an encoder.
+        settings: the encoder's settings by field name.
+        store_dtype: number format on disk.
+        compiled: run the encoder through torch.compile.
+        options: how the extraction runs. With `workers` -1 a dask worker does everything itself; with a GPU it has its share
+            of the cores as child processes.
+
+    Raises:
+        ValueError: both a scheduler and GPUs are given, or as in `extract`.
     """
     if scheduler == "local" and not gpus:
-        manifest = manifests.read_manifest(home, dataset)
-        return extract(manifest, encoder, settings, home, store_dtype=store_dtype, compiled=compiled, effort=effort)
+        manifest = read_manifest(home, dataset)
+        return extract(manifest, encoder, settings, home, store_dtype=store_dtype, compiled=compiled, options=options)
     if gpus and scheduler != "local":
         raise ValueError("--workers-gpu are processes of this machine, --scheduler has its own: give one of them")
-    share = max(1, CPU_COUNT // len(gpus)) if gpus else 0
-    order = ExtractionSpec(
+    default_workers = max(1, CPU_COUNT // len(gpus)) if gpus else 0
+    spec = ExtractionSpec(
         home=home.absolute(),
         dataset=dataset,
         encoder=encoder,
-        settings=tuple(sorted(located(settings).items())),
+        settings=tuple(sorted(with_absolute_paths(settings).items())),
         store_dtype=store_dtype,
         compiled=compiled,
-        effort=replace(effort, workers=effort.workers if effort.workers >= 0 else share),
+        options=replace(options, workers=options.workers if options.workers >= 0 else default_workers),
     )
     with gpu_cluster(gpus) if gpus else connect_to_scheduler(scheduler) as client:
-        return extract_on(client, order)
+        return extract_on_cluster(client, spec)
 
 
-class Described(NamedTuple):
-    """What a worker says of the cache that it would fill; see `extract.Target`."""
+class CacheDescription(NamedTuple):
+    """The cache that a worker would fill; fields as in `extract.ExtractionTarget`."""
 
     identity: Mapping[str, Any]
     provenance: Mapping[str, Any]
     feature_shape: tuple[int, ...]
 
 
-class Done(NamedTuple):
-    """A shard that a worker has committed, and where its time went."""
+class ShardResult(NamedTuple):
+    """The commit of a shard that a worker has written, and how the worker spent its time."""
 
     commit: Commit
-    pace: ThroughputMeter
+    meter: ThroughputMeter
 
 
-def extract_on(client: Client, order: ExtractionSpec) -> Path:
-    """What `extract` does, by the workers of a cluster: the same folder, the same bytes."""
-    run = f"{time.time_ns()}"
-    manifest = manifests.read_manifest(order.home, order.dataset)
-    answer = _describe(client, order, run)
-    target = Target.of(order.home, manifest, answer.identity, answer.provenance, answer.feature_shape, order.effort)
+def extract_on_cluster(client: Client, spec: ExtractionSpec) -> Path:
+    """Do what `extract` does on the workers of a cluster: the same folder with the same bytes."""
+    call_id = f"{time.time_ns()}"
+    manifest = read_manifest(spec.home, spec.dataset)
+    cache = _request_description(client, spec, call_id)
+    target = ExtractionTarget.from_identity(
+        spec.home, manifest, cache.identity, cache.provenance, cache.feature_shape, spec.options
+    )
     with label_os_errors(target.path):
         with lock(target.path):
-            writer, commits = begin(target)
+            writer, commits = start_or_resume(target)
         if len(commits) < writer.num_shards or not writer.is_finished:
             with lock_shared(target.path):
-                _fill(client, order, run, target, writer, commits)
+                _encode_missing_on_cluster(client, spec, call_id, target, writer, commits)
                 writer.finish(commits)
     return target.path
 
 
-def _fill(client: Client, order: ExtractionSpec, run: str, target: Target, writer: Writer, commits: dict[int, Commit]) -> None:
-    """Have every shard that is not in `commits` encoded and committed."""
-    ledger = FailureBudget(len(target.rows), order.effort.max_failures)
+def _encode_missing_on_cluster(
+    client: Client,
+    spec: ExtractionSpec,
+    call_id: str,
+    target: ExtractionTarget,
+    writer: Writer,
+    commits: dict[int, Commit],
+) -> None:
+    """Let the workers encode every shard that has no commit, and add its commit."""
+    budget = FailureBudget(len(target.input_rows), spec.options.max_failures)
     for commit in commits.values():
-        ledger.add(commit.failures)
+        budget.add(commit.failures)
     shards = [shard for shard in range(writer.num_shards) if shard not in commits]
     if not shards:
         return
-    pace = ThroughputMeter(order.effort.workers, "cpu", spread=min(len(shards), num_threads(client)))
-    done = sum(commit.rows for commit in commits.values())
-    task = partial(encode_shard, order, run, target.path.name)
+    meter = ThroughputMeter(spec.options.workers, "cpu", num_dask_tasks=min(len(shards), num_threads(client)))
+    num_done = sum(commit.rows for commit in commits.values())
+    task = partial(encode_and_commit_shard, spec, call_id, target.path.name)
     results: Any = run_on_cluster(client, task, shards, lambda shard: f"shard {shard} of {target.path.name}")
-    label, show = target.path.name, order.effort.progress
-    with ProgressBar(total=len(target.rows), initial=done, unit=" items", label=label, show=show) as bar, closing(results):
-        for _, result in results:
-            commit, spent = result()
+    label, show = target.path.name, spec.options.progress
+    with (
+        ProgressBar(total=len(target.input_rows), initial=num_done, unit=" items", label=label, show=show) as bar,
+        closing(results),
+    ):
+        for _, get_result in results:
+            commit, worker_meter = get_result()
             commits[commit.shard] = commit
-            ledger.add(commit.failures)
-            pace.join(spent)
+            budget.add(commit.failures)
+            meter.merge(worker_meter)
             bar.update(commit.rows)
-    if order.effort.progress:
-        pace.tell()
+    if spec.options.progress:
+        meter.log_summary()
 
 
-def _describe(client: Client, order: ExtractionSpec, run: str) -> Described:
-    """What a worker says of the cache to fill."""
-    ((_, result),) = run_on_cluster(client, partial(describe_cache, order), [run], lambda _: "the encoder")
-    return result()
+def _request_description(client: Client, spec: ExtractionSpec, call_id: str) -> CacheDescription:
+    """Ask one worker which cache it would fill."""
+    ((_, get_result),) = run_on_cluster(client, partial(describe_cache, spec), [call_id], lambda _: "the encoder")
+    return get_result()
 
 
-def describe_cache(order: ExtractionSpec, run: str) -> Described:
-    """Which cache this worker would fill."""
-    target = _task(order, run).target
-    return Described(target.identity, target.provenance, target.feature_shape)
+def describe_cache(spec: ExtractionSpec, call_id: str) -> CacheDescription:
+    """Return which cache this worker would fill; runs on a worker."""
+    target = _task_of(spec, call_id).target
+    return CacheDescription(target.identity, target.provenance, target.feature_shape)
 
 
-def encode_shard(order: ExtractionSpec, run: str, name: str, shard: int) -> Done:
-    """Encode and write one shard, on a worker.
+def encode_and_commit_shard(spec: ExtractionSpec, call_id: str, cache_name: str, shard: int) -> ShardResult:
+    """Encode and write one shard; runs on a worker.
 
-    `ValueError` when this machine would fill another cache than the one named, or with other libraries, or when with the shards
-    that are committed by then too many items have failed; nothing is written then.
+    Args:
+        spec: the extraction.
+        call_id: identifies the call of `extract_on_cluster`.
+        cache_name: name of the cache's folder.
+        shard: number of the shard.
+
+    Raises:
+        ValueError: nothing was written, because this machine would fill another cache or has other libraries, or because
+            too many items have failed in this shard and in those that are committed by now.
     """
-    task = _task(order, run)
-    target, effort = task.target, order.effort
-    if target.path.name != name:
+    task = _task_of(spec, call_id)
+    target, options = task.target, task.target.options
+    if target.path.name != cache_name:
         raise ValueError(
-            f"a worker would fill {target.path.name} instead of {name}: its files or weights are not the same, or its "
+            f"a worker would fill {target.path.name} instead of {cache_name}: its files or weights are not the same, or its "
             "processor takes another number format (--set compute_dtype=float32 is one that all have)"
         )
-    pace = ThroughputMeter(allowed_workers(effort.workers), default_device().type)
+    meter = ThroughputMeter(allowed_workers(options.workers), default_device().type)
     with lock_shared(target.path):
-        writer = Writer.join(target.path)
-        _check_worker(target, writer)
-        ledger = _ledger(target, writer, shard)
+        writer = Writer.attach(target.path)
+        _check_worker_libraries(target, writer)
+        budget = _budget_without(shard, target, writer)
 
-        def watch(batch: Encoded) -> None:
-            pace.add(batch)
-            ledger.add(batch.failures)
+        def on_batch(batch: EncodedBatch) -> None:
+            meter.add(batch)
+            budget.add(batch.failures)
 
-        ((_, features, failures, seconds),) = encoded_shards(task, writer, [shard], pace, watch)
-        _ledger(target, writer, shard).add(failures)  # with those of shards that were committed meanwhile
-        with pace.waiting("disk"):
+        ((_, features, failures, seconds),) = encode_shards(task, writer, [shard], meter, on_batch)
+        _budget_without(shard, target, writer).add(failures)  # again, with the shards that were committed in the meantime
+        with meter.waiting("disk"):
             commit = commit_shard(task, writer, shard, features, failures, seconds)
-    return Done(commit, pace)
+    return ShardResult(commit, meter)
 
 
-def _ledger(target: Target, writer: Writer, shard: int) -> FailureBudget:
-    """The failures of all other shards; when failures are tried again, those that were are not told from those that will be."""
-    others = {} if target.effort.retry_failed else writer.records()
-    failed = sum(len(commit.failures) for other, commit in others.items() if other != shard)
-    return FailureBudget(len(target.rows), target.effort.max_failures, failed=failed)
+def _budget_without(shard: int, target: ExtractionTarget, writer: Writer) -> FailureBudget:
+    """Return a budget that has counted the failures of all other committed shards.
+
+    With `retry_failed` it counts none: the records do not show which failures are old and will be tried again.
+    """
+    commits = {} if target.options.retry_failed else writer.read_records()
+    num_failed = sum(len(commit.failures) for other, commit in commits.items() if other != shard)
+    return FailureBudget(len(target.input_rows), target.options.max_failures, num_failed=num_failed)
 
 
-def _check_worker(target: Target, writer: Writer) -> None:
+def _check_worker_libraries(target: ExtractionTarget, writer: Writer) -> None:
     try:
-        check_libraries(target.path, writer.provenance.get("versions", {}), target.rows.modality)
+        check_libraries(target.path, writer.provenance.get("versions", {}), target.input_rows.modality)
     except ValueError as error:
         raise ValueError(f"a worker cannot take part: {error}") from error
 
 
-def _task(order: ExtractionSpec, run: str) -> Task:
-    """The task of an order, built once for all threads of a worker; a later `run` may find other media or weights."""
-    with _BUILDING:
-        return _build(order, run)
+def _task_of(spec: ExtractionSpec, call_id: str) -> ExtractionTask:
+    """Return the task of a spec; all threads of a worker share it."""
+    with _BUILD_LOCK:
+        return _build_task(spec, call_id)
 
 
 @lru_cache(maxsize=1)
-def _build(order: ExtractionSpec, run: str) -> Task:
-    manifest = manifests.read_manifest(order.home, order.dataset)
-    settings = dict(order.settings)
-    return plan_extraction(manifest, order.encoder, settings, order.home, order.store_dtype, order.compiled, order.effort)
+def _build_task(spec: ExtractionSpec, call_id: str) -> ExtractionTask:
+    """Build the task; `call_id` is part of the cache's key, because media or weights may have changed by the next call."""
+    manifest = read_manifest(spec.home, spec.dataset)
+    settings = dict(spec.settings)
+    return plan_extraction(manifest, spec.encoder, settings, spec.home, spec.store_dtype, spec.compiled, spec.options)

@@ -1,4 +1,4 @@
-"""Stage 1: run an encoder over a manifest and keep what it says in a feature cache."""
+"""Stage 1: run an encoder over a manifest and store its features in a feature cache."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from pipeline.cache.provenance import check_libraries, make_provenance
 from pipeline.cache.writer import Writer
 from pipeline.data.manifest import Manifest
 from pipeline.encoders._factory import build_encoder
-from pipeline.extraction.inputs import Encoded, Forward, InputRows, Items, make_rows
+from pipeline.extraction.inputs import EncodedBatch, EncoderInputs, InputRows, MemorySafeEncoder, make_input_rows
 from pipeline.extraction.throughput import ThroughputMeter
-from pipeline.extraction.workers import allowed_workers, encoded_batches
+from pipeline.extraction.workers import allowed_workers, encode_batches
 from pipeline.runtime.device import default_device
 from pipeline.runtime.files import canonical_json, label_os_errors, lock
 from pipeline.runtime.logs import ProgressBar
@@ -29,25 +29,25 @@ from pipeline.types import Encoder
 
 logger = logging.getLogger(__name__)
 
-BATCH_SIZE = {"cpu": 16, "cuda": 256}  # items
-GPU_BATCH_BYTES = 2**29  # of items, of which every worker holds some batches: those of clips have fewer
-NO_FAILURES: frozenset[str] = frozenset()
+DEFAULT_BATCH_SIZES = {"cpu": 16, "cuda": 256}  # items per batch by device; on a GPU the most
+GPU_BATCH_BYTES = 2**29  # most bytes of a batch on a GPU: every worker holds some batches, and video clips are large
+NO_SAMPLE_IDS: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExtractOptions:
-    """How an extraction is carried out, and which failures it puts up with.
+    """How an extraction runs, and how many failures it accepts.
 
-    `max_failures` and `retry_failed` decide which items have features; no field changes a feature that there is beyond the
-    rounding of its last bits, and within one cache not even that.
+    `max_failures` and `retry_failed` decide which items have features. No option changes the value of a feature by more than
+    the rounding of its last bits; within one cache not even that.
     """
 
-    batch_size: int = 0  # items per batch of a new cache, on a GPU halved when memory runs out; 0: as the device likes it
-    workers: int = -1  # processes; -1: one per core, 0: this process does everything
-    shard_rows: int = 0  # rows per shard of a new cache, a multiple of 512; 0: 8,192, of clips 512
+    batch_size: int = 0  # items per batch of a new cache, on a GPU halved when memory runs out; 0: a default for the device
+    workers: int = -1  # worker processes; -1: one per core, 0: this process does everything
+    shard_rows: int = 0  # rows per shard of a new cache, a multiple of 512; 0: 8,192, and 512 for video clips
     max_failures: float = 0.05  # share of the items that may fail
-    retry_failed: bool = False  # do the shards again in which items failed
-    progress: bool = True
+    retry_failed: bool = False  # redo the shards that have failed items
+    progress: bool = True  # show a progress bar and log the throughput
 
     def __post_init__(self) -> None:
         if self.batch_size < 0 or self.workers < -1 or not 0 <= self.max_failures <= 1:
@@ -57,42 +57,44 @@ class ExtractOptions:
 
 
 @dataclass(frozen=True)
-class Target:
-    """A cache to fill, as far as no encoder is needed to know it."""
+class ExtractionTarget:
+    """The cache that an extraction fills; no encoder is needed to describe it."""
 
     path: Path
-    rows: InputRows
+    input_rows: InputRows
     feature_shape: tuple[int, ...]
     identity: Mapping[str, Any]
-    provenance: Mapping[str, Any]
-    effort: ExtractOptions
+    provenance: Mapping[str, Any]  # of a new cache; one that holds shards keeps its own
+    options: ExtractOptions
 
     @staticmethod
-    def of(
+    def from_identity(
         home: Path,
         manifest: Manifest,
         identity: Mapping[str, Any],
         provenance: Mapping[str, Any],
         feature_shape: tuple[int, ...],
-        effort: ExtractOptions,
-    ) -> Target:
-        """The cache of an identity in a home."""
+        options: ExtractOptions,
+    ) -> ExtractionTarget:
+        """Return the cache in `home` that has this identity."""
         encoder = identity["encoder"]
         path = cache_path(home, manifest.dataset, encoder["name"], identity)
-        return Target(path, make_rows(manifest, encoder["modality"]), feature_shape, identity, provenance, effort)
+        return ExtractionTarget(
+            path, make_input_rows(manifest, encoder["modality"]), feature_shape, identity, provenance, options
+        )
 
 
 @dataclass(frozen=True)
-class Task:
-    """A cache to fill and what fills it."""
+class ExtractionTask:
+    """The cache that an extraction fills, with the inputs and the encoder that fill it."""
 
-    target: Target
-    items: Items
-    forward: Forward
+    target: ExtractionTarget
+    inputs: EncoderInputs
+    encoder: MemorySafeEncoder
 
     def batches(self, rows: range) -> list[np.ndarray]:
-        """The rows of a shard of a new cache as the batches that they are encoded in."""
-        return self.items.batches(rows, self.target.provenance["batch_size"])
+        """Return the rows of a shard as batches of row numbers, as a new cache would encode them."""
+        return self.inputs.batches(rows, self.target.provenance["batch_size"])
 
 
 def extract(
@@ -103,33 +105,48 @@ def extract(
     *,
     store_dtype: StoreDtype = "float16",
     compiled: bool = False,
-    effort: ExtractOptions = ExtractOptions(),
+    options: ExtractOptions = ExtractOptions(),
 ) -> Path:
-    """Fill the cache of a manifest and an encoder, from where it stands, and return its folder.
+    """Fill the feature cache of a manifest and an encoder, and return its folder.
 
-    What is committed and undamaged stays and the rest is done, so one command starts, resumes and repairs: in the batches that
-    the cache was begun with, whatever the effort says, so that it ends in the same bits. `compiled` runs the encoder through
-    torch.compile, which rounds otherwise and so makes another cache.
-    `ValueError` for settings, media or files that do not fit, and for more failures than the effort allows; for a cache that
-    was begun with other libraries (`provenance.check_libraries`) or of other media: a file that has another size by now is
-    another file, one that was replaced by an equally large one goes unnoticed.
+    The same call starts, resumes and repairs a cache: shards that are committed and undamaged stay, all others are encoded.
+    They use the batch size of the existing cache, whatever the options say, so that the result has the same bits.
+
+    Args:
+        manifest: the samples.
+        encoder_name: an encoder of the package or a plug-in.
+        settings: the encoder's settings by field name.
+        home: folder of all artifacts.
+        store_dtype: number format on disk.
+        compiled: run the encoder through torch.compile. It rounds differently, so it makes another cache.
+        options: how the extraction runs.
+
+    Raises:
+        ValueError: the settings, media or files do not fit; more items fail than the options allow; the cache was begun with
+            other libraries (`provenance.check_libraries`) or from other media. A media file counts as another one when its
+            size has changed; a replacement of the same size is not noticed.
     """
-    return carry_out(plan_extraction(manifest, encoder_name, settings, home, store_dtype, compiled, effort))
+    return run_extraction(plan_extraction(manifest, encoder_name, settings, home, store_dtype, compiled, options))
 
 
-def carry_out(task: Task, known_failures: frozenset[str] = NO_FAILURES) -> Path:
-    """Do what is left of a task, and return its folder; failures of these samples do not count."""
+def run_extraction(task: ExtractionTask, ignored_failures: frozenset[str] = NO_SAMPLE_IDS) -> Path:
+    """Do what is left of an extraction, and return the folder of its cache.
+
+    Args:
+        task: the extraction.
+        ignored_failures: ids of samples whose failures do not count against `max_failures`.
+    """
     target = task.target
     with label_os_errors(target.path), lock(target.path):
-        writer, commits = begin(target)
+        writer, commits = start_or_resume(target)
         if len(commits) < writer.num_shards:
-            for warning in check_libraries(target.path, writer.provenance.get("versions", {}), target.rows.modality):
+            for warning in check_libraries(target.path, writer.provenance.get("versions", {}), target.input_rows.modality):
                 logger.warning(warning)
         if len(commits) < writer.num_shards or not writer.is_finished:
-            ledger = FailureBudget(len(target.rows), target.effort.max_failures, known_failures)
+            budget = FailureBudget(len(target.input_rows), target.options.max_failures, ignored_failures)
             for commit in commits.values():
-                ledger.add(commit.failures)
-            fill(task, writer, commits, ledger)
+                budget.add(commit.failures)
+            encode_missing_shards(task, writer, commits, budget)
             writer.finish(commits)
     return target.path
 
@@ -141,177 +158,208 @@ def plan_extraction(
     home: Path,
     store_dtype: StoreDtype,
     compiled: bool,
-    effort: ExtractOptions,
-) -> Task:
-    """What `extract` will do; nothing is written."""
+    options: ExtractOptions,
+) -> ExtractionTask:
+    """Return what `extract` would do with these arguments; nothing is written."""
     if store_dtype not in STORE_DTYPES:
         raise ValueError(f"unknown store dtype {store_dtype!r}; choose one of: {', '.join(STORE_DTYPES)}")
     config, encoder = build_encoder(encoder_name, settings)
-    rows = make_rows(manifest, encoder.modality)
-    items = Items(manifest, encoder, rows.items, store_dtype)
+    input_rows = make_input_rows(manifest, encoder.modality)
+    inputs = EncoderInputs(manifest, encoder, input_rows.items, store_dtype)
     values = asdict(config)
-    origin = make_provenance(
+    provenance = make_provenance(
         dataset=manifest.dataset,
         encoder=encoder_name,
         settings={field.name: str(values[field.name]) for field in fields(config) if values[field.name] != field.default},
         store_dtype=store_dtype,
         compiled=compiled,
-        shard_rows=effort.shard_rows or (CHUNK_ROWS if encoder.modality == "video" else 0),
-        batch_size=effort.batch_size or _usual_batch_size(items),
+        shard_rows=options.shard_rows or (CHUNK_ROWS if encoder.modality == "video" else 0),
+        batch_size=options.batch_size or _default_batch_size(inputs),
     )
     identity = _identity(manifest, encoder_name, encoder, store_dtype, compiled)
     path = cache_path(home, manifest.dataset, encoder_name, identity)
     forward: Any = torch.compile(encoder) if compiled else encoder
-    return Task(Target(path, rows, encoder.feature_shape, identity, origin, effort), items, Forward(forward))
+    target = ExtractionTarget(path, input_rows, encoder.feature_shape, identity, provenance, options)
+    return ExtractionTask(target, inputs, MemorySafeEncoder(forward))
 
 
-def _usual_batch_size(items: Items) -> int:
+def _default_batch_size(inputs: EncoderInputs) -> int:
     device = default_device().type
-    return gpu_batch_size(items.item_bytes()) if device == "cuda" else BATCH_SIZE[device]
+    return gpu_batch_size(inputs.item_bytes()) if device == "cuda" else DEFAULT_BATCH_SIZES[device]
 
 
 def gpu_batch_size(item_bytes: int) -> int:
-    """Items of this size per batch as a GPU likes it."""
-    return max(1, min(BATCH_SIZE["cuda"], GPU_BATCH_BYTES // item_bytes))
+    """Return the default number of items per batch on a GPU, for items of this size."""
+    return max(1, min(DEFAULT_BATCH_SIZES["cuda"], GPU_BATCH_BYTES // item_bytes))
 
 
-def begin(target: Target) -> tuple[Writer, dict[int, Commit]]:
-    """Start the cache or take it up, while it is locked: its writer, and the shards that need not be done again.
+def start_or_resume(target: ExtractionTarget) -> tuple[Writer, dict[int, Commit]]:
+    """Create the cache, or open the one that was begun; the caller holds its lock.
 
-    `ValueError` when what is there and what would be added were not made of the same media. Whoever encodes has to see to the
-    libraries: they are this process's own only when it encodes itself.
+    It does not check the versions of the libraries: only the process that encodes can do that.
+
+    Returns:
+        The writer, and the commits of the shards that need not be encoded again.
+
+    Raises:
+        ValueError: the media have changed since the existing shards were written.
     """
-    ids, effort = [sample.id for sample in target.rows.manifest.samples], target.effort
-    shape, origin = target.feature_shape, target.provenance
-    writer = Writer.open(target.path, ids, target.rows.offsets, shape, target.identity, origin, origin["shard_rows"])
+    ids, options = [sample.id for sample in target.input_rows.manifest.samples], target.options
+    shape, provenance = target.feature_shape, target.provenance
+    writer = Writer.open(
+        target.path, ids, target.input_rows.offsets, shape, target.identity, provenance, provenance["shard_rows"]
+    )
     _check_media(target, writer)
-    commits = writer.committed()
-    if effort.retry_failed:
+    commits = writer.verified_commits()
+    if options.retry_failed:
         commits = {shard: commit for shard, commit in commits.items() if not commit.failures}
     if len(commits) < writer.num_shards:
-        recorded = batch_size(target, writer)
-        if effort.batch_size not in (0, recorded):
+        recorded = cache_batch_size(target, writer)
+        if options.batch_size not in (0, recorded):
             logger.warning("%s was begun with --batch-size %d, and goes on with it", target.path, recorded)
     return writer, commits
 
 
-def batch_size(target: Target, writer: Writer) -> int:
-    """Items per batch of a cache; other batches would round otherwise."""
+def cache_batch_size(target: ExtractionTarget, writer: Writer) -> int:
+    """Return the batch size that a cache was begun with; another one would round differently."""
     return writer.provenance.get("batch_size") or target.provenance["batch_size"]
 
 
-def _check_media(target: Target, writer: Writer) -> None:
-    for shard, commit in writer.records().items():
+def _check_media(target: ExtractionTarget, writer: Writer) -> None:
+    """Refuse media whose file sizes are not those of the recorded shards."""
+    for shard, commit in writer.read_records().items():
         rows = writer.rows(shard)
-        sizes = target.rows.media_sizes(rows, {failure.row for failure in commit.failures})
+        sizes = target.input_rows.media_sizes(rows, {failure.row for failure in commit.failures})
         if sizes and commit.media_sizes not in ("", sizes):
-            first, last = (target.rows[row][0].id for row in (rows.start, rows.stop - 1))
+            first, last = (target.input_rows[row][0].id for row in (rows.start, rows.stop - 1))
             raise ValueError(
                 f"the media of samples {first!r} to {last!r} are not those that {target.path} was made of: files have other "
                 f"sizes now; bring those back, or remove it (diffalign cache rm {target.path}) and extract it anew"
             )
 
 
-def fill(task: Task, writer: Writer, commits: dict[int, Commit], ledger: FailureBudget) -> None:
-    """Encode and commit every shard that is not in `commits`; the last one is written while the next is encoded."""
+def encode_missing_shards(task: ExtractionTask, writer: Writer, commits: dict[int, Commit], budget: FailureBudget) -> None:
+    """Encode every shard that has no commit, and add its commit; one shard is written while the next is encoded."""
     shards = [shard for shard in range(writer.num_shards) if shard not in commits]
     if not shards:
         return
-    effort = task.target.effort
-    pace = ThroughputMeter(allowed_workers(_workers(task)), default_device().type)
-    done = sum(commit.rows for commit in commits.values())
+    options = task.target.options
+    meter = ThroughputMeter(allowed_workers(_num_workers(task)), default_device().type)
+    num_done = sum(commit.rows for commit in commits.values())
     writing: Future[Commit] | None = None
     label = task.target.path.name
-    bar = ProgressBar(total=len(task.items), initial=done, unit=" items", label=label, show=effort.progress)
+    bar = ProgressBar(total=len(task.inputs), initial=num_done, unit=" items", label=label, show=options.progress)
 
-    def watch(batch: Encoded) -> None:
-        pace.add(batch)
-        ledger.add(batch.failures)
+    def on_batch(batch: EncodedBatch) -> None:
+        meter.add(batch)
+        budget.add(batch.failures)
         bar.update(len(batch.rows))
         if writing and writing.done():
-            writing.result()  # of a full disk is told before the next shard is encoded
+            writing.result()  # raises at once, e.g. for a full disk, instead of after the next shard
 
     with bar, ThreadPoolExecutor(1) as thread:
-        for shard, features, failures, seconds in encoded_shards(task, writer, shards, pace, watch):
+        for shard, features, failures, seconds in encode_shards(task, writer, shards, meter, on_batch):
             if writing:
-                with pace.waiting("disk"):
+                with meter.waiting("disk"):
                     commit = writing.result()
                 commits[commit.shard] = commit
             writing = thread.submit(commit_shard, task, writer, shard, features, failures, seconds)
-            del features  # of the shard before, while the next is computed
+            del features  # frees the memory once the shard is written, while the next one is computed
         if writing:
             commits[shards[-1]] = writing.result()
-    if effort.progress:
-        pace.tell()
+    if options.progress:
+        meter.log_summary()
 
 
-def encoded_shards(
-    task: Task, writer: Writer, shards: Sequence[int], pace: ThroughputMeter, watch: Callable[[Encoded], None]
+def encode_shards(
+    task: ExtractionTask,
+    writer: Writer,
+    shards: Sequence[int],
+    meter: ThroughputMeter,
+    on_batch: Callable[[EncodedBatch], None],
 ) -> Iterator[tuple[int, np.ndarray, list[Failure], float]]:
-    """(shard, features float32 [rows, *shape], failures in row order, seconds) of every shard, in order."""
-    size = batch_size(task.target, writer)
-    batches = [task.items.batches(writer.rows(shard), size) for shard in shards]
-    encoded = encoded_batches(task.items, [rows for own in batches for rows in own], task.forward, pace)
+    """Encode shards, in order; nothing is written.
+
+    Args:
+        task: the extraction.
+        writer: knows the rows of each shard.
+        shards: shard numbers.
+        meter: gives the number of workers, and counts the time spent waiting for items.
+        on_batch: called with each batch, as it is encoded.
+
+    Yields:
+        (shard, features float32 [rows, *feature_shape], failures in row order, seconds).
+    """
+    batch_size = cache_batch_size(task.target, writer)
+    batches = [task.inputs.batches(writer.rows(shard), batch_size) for shard in shards]
+    encoded = encode_batches(task.inputs, [rows for own in batches for rows in own], task.encoder, meter)
     for shard, own in zip(shards, batches, strict=True):
         started = time.monotonic()
-        first = writer.rows(shard).start
+        first_row = writer.rows(shard).start
         features = np.full((len(writer.rows(shard)), *writer.feature_shape), np.nan, dtype=np.float32)
         assert sum(map(len, own)) == len(features)
         failures: list[Failure] = []
         for _ in own:
             batch = next(encoded)
-            features[batch.rows - first] = batch.features
+            features[batch.rows - first_row] = batch.features
             failures += batch.failures
-            watch(batch)
+            on_batch(batch)
         yield shard, features, sorted(failures, key=lambda failure: failure.row), time.monotonic() - started
 
 
 @dataclass
 class FailureBudget:
-    """Counts failures; `ValueError` when there are more than are allowed."""
+    """Counts the failed items, and stops the extraction when there are too many."""
 
-    total: int  # items
-    allowed: float  # share of them
-    known: frozenset[str] = NO_FAILURES  # ids of samples whose failures do not count
-    failed: int = 0
+    num_items: int
+    max_share: float  # share of the items that may fail
+    ignored_ids: frozenset[str] = NO_SAMPLE_IDS  # samples whose failures do not count
+    num_failed: int = 0
 
     def add(self, failures: Iterable[Failure]) -> None:
-        """Count these, too."""
+        """Count these failures.
+
+        Raises:
+            ValueError: more items have failed than may fail.
+        """
         for failure in failures:
-            self.failed += failure.id not in self.known
-            if self.failed > self.allowed * self.total:
+            self.num_failed += failure.id not in self.ignored_ids
+            if self.num_failed > self.max_share * self.num_items:
                 raise ValueError(
-                    f"{self.failed} of {self.total} items failed, more than --max-failures {self.allowed:g} allows; "
+                    f"{self.num_failed} of {self.num_items} items failed, more than --max-failures {self.max_share:g} allows; "
                     f"the last one: sample {failure.id!r}: {failure.error}"
                 )
 
 
 def commit_shard(
-    task: Task, writer: Writer, shard: int, features: np.ndarray, failures: Sequence[Failure], seconds: float
+    task: ExtractionTask, writer: Writer, shard: int, features: np.ndarray, failures: Sequence[Failure], seconds: float
 ) -> Commit:
-    """Write a shard and its record."""
+    """Write a shard and its commit record."""
     return writer.commit(
         shard,
         features,
         failures,
         seconds=seconds,
-        batch_size=batch_size(task.target, writer),
+        batch_size=cache_batch_size(task.target, writer),
         device=default_device().type,
-        media_sizes=task.target.rows.media_sizes(writer.rows(shard), {failure.row for failure in failures}),
+        media_sizes=task.target.input_rows.media_sizes(writer.rows(shard), {failure.row for failure in failures}),
     )
 
 
-def _workers(task: Task) -> int:
-    """Processes beside this one."""
-    if task.target.effort.workers >= 0:
-        return task.target.effort.workers
-    cores = ThroughputMeter(0, "cpu").cores
-    few = len(task.items) < 64 * cores  # done before the workers have started
-    return 0 if few or cores == 1 else cores
+def _num_workers(task: ExtractionTask) -> int:
+    """Return the number of worker processes beside this one."""
+    if task.target.options.workers >= 0:
+        return task.target.options.workers
+    num_cores = ThroughputMeter(0, "cpu").num_cores
+    is_short = len(task.inputs) < 64 * num_cores  # done before the workers would have started
+    return 0 if is_short or num_cores == 1 else num_cores
 
 
 def _identity(manifest: Manifest, encoder_name: str, encoder: Encoder, store_dtype: str, compiled: bool) -> dict[str, Any]:
-    """Everything that can change the features, as far as it is known: a manifest need not know its media's digest."""
+    """Return everything that can change the features, as plain JSON values.
+
+    The digest of the media is part of it only when the manifest has one.
+    """
     source = {"text": manifest.meta["text"]} if encoder.modality == "text" else {}
     digest = {"media_sha256": manifest.meta["media_sha256"]} if "media_sha256" in manifest.meta else {}
     identity = {

@@ -1,4 +1,7 @@
-"""What an encoder is asked: an item per row of features, in batches that depend on nothing but the shard and their size."""
+"""Turn the samples of a manifest into encoder inputs: one item per row of features, in batches of a fixed order.
+
+How a shard is cut into batches depends only on the shard and the batch size, so that every machine cuts it alike.
+"""
 
 from __future__ import annotations
 
@@ -19,23 +22,26 @@ from pipeline.data.manifest import Manifest
 from pipeline.runtime.device import default_device
 from pipeline.types import Encoder, Sample
 
-PROBES = 16  # items that are tried to find out how large one is
+NUM_PROBED_ITEMS = 16  # items that are tried to find out how many bytes one takes
 
 
-class Prepared(NamedTuple):
-    """A batch on its way to the encoder: an array, because workers would send tensors through /dev/shm, small in containers."""
+class PreparedBatch(NamedTuple):
+    """A batch that is decoded or tokenized, but not yet encoded.
 
-    rows: np.ndarray  # of features
-    good: np.ndarray  # the items that could be prepared, stacked
-    errors: list[str | None]  # for every item: why it could not be prepared, None when it could
+    The items are a NumPy array and no tensor: workers would send a tensor through /dev/shm, which is small in containers.
+    """
+
+    rows: np.ndarray  # row numbers of the features [B]
+    items: np.ndarray  # the items that could be prepared, stacked [G, ...] with G <= B
+    errors: list[str | None]  # [B]: why an item could not be prepared; None when it could
     seconds: float
 
 
-class Encoded(NamedTuple):
-    """A batch of features float32 [B, *shape], NaN where an item failed, and where the time went."""
+class EncodedBatch(NamedTuple):
+    """The features of a batch and the seconds that they took."""
 
-    rows: np.ndarray
-    features: np.ndarray
+    rows: np.ndarray  # row numbers of the features [B]
+    features: np.ndarray  # float32 [B, *feature_shape], NaN where an item failed
     failures: list[Failure]
     prepare_seconds: float
     encode_seconds: float
@@ -43,12 +49,12 @@ class Encoded(NamedTuple):
 
 @dataclass(frozen=True)
 class InputRows:
-    """What the rows of a cache are of; no encoder is needed to know it."""
+    """The item behind each row of a cache; no encoder is needed to know it."""
 
     manifest: Manifest
     modality: str
-    items: tuple[tuple[Sample, str], ...]  # (sample, text), or (sample, "") for its media
-    offsets: np.ndarray  # [N+1] of each sample's rows of texts; [0] for media
+    items: tuple[tuple[Sample, str], ...]  # one per row: (sample, text), or (sample, "") for the sample's media
+    offsets: np.ndarray  # [N+1]: the texts of sample i have rows offsets[i] to offsets[i+1]; [0] for media
 
     def __len__(self) -> int:
         return len(self.items)
@@ -57,9 +63,10 @@ class InputRows:
         return self.items[row]
 
     def media_sizes(self, rows: range, failed: Collection[int]) -> str:
-        """SHA-256 of how many bytes the media of these rows have, without those of `failed` rows.
+        """Return the SHA-256 of the file sizes of these rows' media, without the `failed` rows.
 
-        "" when that says nothing: of texts, which the manifest holds, and when a file is not there.
+        Returns:
+            The hex digest. "" for texts, which are in the manifest, and when a file is missing.
         """
         if self.modality == "text":
             return ""
@@ -75,19 +82,22 @@ class InputRows:
 
 
 @dataclass(frozen=True)
-class Items:
-    """The rows of a cache and the encoder that fills them."""
+class EncoderInputs:
+    """Cuts the rows of a cache into batches, prepares the items for an encoder, and collects its features."""
 
     manifest: Manifest
     encoder: Encoder
-    rows: tuple[tuple[Sample, str], ...]  # as in `InputRows`
+    rows: tuple[tuple[Sample, str], ...]  # `InputRows.items`
     store_dtype: str
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def batches(self, rows: range, batch_size: int) -> list[np.ndarray]:
-        """The rows of a shard as batches: media in order, texts by length, so that a batch is padded little."""
+        """Return the rows of a shard as batches of row numbers.
+
+        Media stay in order. Texts are sorted by length, so that a batch needs little padding.
+        """
         order = np.arange(rows.start, rows.stop)
         if self.encoder.modality == "text":
             lengths = [len(self.rows[row][1]) for row in rows]
@@ -95,63 +105,78 @@ class Items:
         return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
 
     def item_bytes(self) -> int:
-        """How large an item is once it is prepared; 1 when none of the first can be."""
-        tried = (self._prepare(row) for row in range(min(PROBES, len(self))))
+        """Return the size of a prepared item; 1 when none of the first items can be prepared."""
+        tried = (self._prepare(row) for row in range(min(NUM_PROBED_ITEMS, len(self))))
         return next((item.nbytes for item in tried if not isinstance(item, str)), 1)
 
-    def prepare(self, rows: np.ndarray) -> Prepared:
+    def prepare(self, rows: np.ndarray) -> PreparedBatch:
         """Decode or tokenize the items of a batch."""
         started = time.perf_counter()
-        items = [self._prepare(row) for row in rows]
-        good = [item for item in items if not isinstance(item, str)]
-        errors = [item if isinstance(item, str) else None for item in items]
-        return Prepared(rows, np.stack(good) if good else np.zeros(0), errors, time.perf_counter() - started)
+        results = [self._prepare(row) for row in rows]
+        items = [result for result in results if not isinstance(result, str)]
+        errors = [result if isinstance(result, str) else None for result in results]
+        return PreparedBatch(rows, np.stack(items) if items else np.zeros(0), errors, time.perf_counter() - started)
 
     def _prepare(self, row: int) -> np.ndarray | str:
-        """The prepared item, or the reason why there is none, which names the file, but not where it is."""
+        """Return the prepared item, or the reason why it cannot be prepared: with the file's name, but without its folder."""
         sample, text = self.rows[row]
         name = sample.media.name
         try:
             raw = text if self.encoder.modality == "text" else self.manifest.media_path(sample)
             return self.encoder.prepare(raw).numpy()
-        except OSError as error:  # of a name that is too long, or a folder that may not be entered
+        except OSError as error:  # e.g. the name is too long, or the folder may not be read
             reason = error.strerror or str(error) or type(error).__name__
-        except (RuntimeError, ValueError) as error:  # RuntimeError: of a loop of links, or of Pillow's reader of AVIF
+        except (RuntimeError, ValueError) as error:  # RuntimeError: from a loop of links, or from Pillow's AVIF reader
             reason = str(error).replace(f"{self.manifest.media_root}/", "") or type(error).__name__
         return reason if text or name in reason else f"{name}: {reason}"
 
-    def settle(self, prepared: Prepared, encoded: np.ndarray, seconds: float) -> Encoded:
-        """Put the encoder's features in their places; what could not be prepared, or is not finite as stored, is a failure."""
+    def collect_features(self, prepared: PreparedBatch, encoded: np.ndarray, seconds: float) -> EncodedBatch:
+        """Return the features of a whole batch, and a failure for every item without features.
+
+        An item fails when it could not be prepared, or when its features are not finite in the store dtype.
+
+        Args:
+            prepared: the batch.
+            encoded: features float32 [G, *feature_shape] of `prepared.items`.
+            seconds: how long encoding took.
+        """
         features = np.full((len(prepared.rows), *self.encoder.feature_shape), np.nan, dtype=np.float32)
         reasons = [("prepare", error) for error in prepared.errors]
-        good = np.array([position for position, error in enumerate(prepared.errors) if error is None], dtype=np.int64)
-        if len(good):
-            kept = from_stored(to_stored(encoded, self.store_dtype), self.store_dtype)
-            finite = np.isfinite(kept).reshape(len(good), -1).all(axis=1)
-            features[good[finite]] = encoded[finite]
-            for position in good[~finite]:
+        positions = np.array([position for position, error in enumerate(prepared.errors) if error is None], dtype=np.int64)
+        if len(positions):
+            stored = from_stored(to_stored(encoded, self.store_dtype), self.store_dtype)
+            finite = np.isfinite(stored).reshape(len(positions), -1).all(axis=1)
+            features[positions[finite]] = encoded[finite]
+            for position in positions[~finite]:
                 reasons[position] = ("encode", f"a feature is not finite as {self.store_dtype}")
         failures = [
             Failure(int(row), self.rows[row][0].id, stage, error)
             for row, (stage, error) in zip(prepared.rows, reasons, strict=True)
             if error is not None
         ]
-        return Encoded(prepared.rows, features, failures, prepared.seconds, seconds)
+        return EncodedBatch(prepared.rows, features, failures, prepared.seconds, seconds)
 
 
 @dataclass
-class Forward:
-    """An encoder within the memory there is: a batch that does not fit is halved, and so are all that follow."""
+class MemorySafeEncoder:
+    """Runs an encoder within the memory of the device.
+
+    When a batch does not fit, it is cut in half. All later batches are cut to the size that was found to fit.
+    """
 
     encoder: Callable[[Tensor], Tensor]
-    limit: int = sys.maxsize  # items at once
+    max_items: int = sys.maxsize  # items that are encoded at once
 
     def __call__(self, batch: Tensor) -> Tensor:
-        """Features float32 [B, *shape] of stacked items; `ValueError` when not even one item fits."""
+        """Return the features float32 [B, *feature_shape] of stacked items.
+
+        Raises:
+            ValueError: a single item does not fit into memory.
+        """
         parts: list[Tensor] = []
         start = 0
         while start < len(batch):
-            items = batch[start : start + self.limit]
+            items = batch[start : start + self.max_items]
             part = self._encode(items)
             if part is not None:
                 parts.append(part)
@@ -159,26 +184,32 @@ class Forward:
             elif len(items) == 1:
                 raise ValueError("one item alone does not fit into memory; take --set compute_dtype=bfloat16")
             else:
-                self.limit = len(items) // 2
+                self.max_items = len(items) // 2
                 torch.cuda.empty_cache()
         return torch.cat(parts)
 
     def _encode(self, items: Tensor) -> Tensor | None:
-        """Features on the encoder's device, or None when they do not fit; once it has returned, the attempt holds nothing."""
+        """Return the features on the encoder's device, or None when the items do not fit.
+
+        It is a method of its own so that a failed attempt has released its tensors before the memory cache is emptied.
+        """
         try:
             return self.encoder(items.to(default_device(), non_blocking=True)).float()
         except torch.OutOfMemoryError:
             return None
 
 
-def make_items(manifest: Manifest, encoder: Encoder, store_dtype: str) -> tuple[Items, np.ndarray]:
-    """The items in row order, and for texts the offsets [N+1] of each sample's rows (for media: empty)."""
-    rows = make_rows(manifest, encoder.modality)
-    return Items(manifest, encoder, rows.items, store_dtype), rows.offsets
+def make_encoder_inputs(manifest: Manifest, encoder: Encoder, store_dtype: str) -> EncoderInputs:
+    """Return the encoder's inputs for all samples of a manifest; errors as in `make_input_rows`."""
+    return EncoderInputs(manifest, encoder, make_input_rows(manifest, encoder.modality).items, store_dtype)
 
 
-def make_rows(manifest: Manifest, modality: str) -> InputRows:
-    """A row for every file, or for every text; `ValueError` when the dataset has none of the modality."""
+def make_input_rows(manifest: Manifest, modality: str) -> InputRows:
+    """Return one row per media file, or one row per text.
+
+    Raises:
+        ValueError: the dataset has nothing of this modality, or its media folder is missing.
+    """
     media_type = manifest.meta["media_type"]
     if modality not in ("text", media_type):
         raise ValueError(f"dataset {manifest.dataset!r} has {media_type} media, the encoder reads {modality}")
@@ -186,7 +217,7 @@ def make_rows(manifest: Manifest, modality: str) -> InputRows:
         if not manifest.media_root.is_dir():
             raise ValueError(f"the media folder {manifest.media_root} is gone; run: diffalign prepare {manifest.dataset}")
         return InputRows(manifest, modality, tuple((sample, "") for sample in manifest.samples), np.zeros(0, np.int64))
-    texts = [texts_of(sample, manifest.meta["text"]) for sample in manifest.samples]
+    texts = [texts_to_encode(sample, manifest.meta["text"]) for sample in manifest.samples]
     offsets = np.cumsum([0, *map(len, texts)], dtype=np.int64)
     if not offsets[-1]:
         raise ValueError(f"dataset {manifest.dataset!r} has no texts to encode")
@@ -194,16 +225,22 @@ def make_rows(manifest: Manifest, modality: str) -> InputRows:
     return InputRows(manifest, modality, items, offsets)
 
 
-def texts_of(sample: Sample, rule: Mapping[str, str]) -> tuple[str, ...]:
-    """The texts that are encoded for a sample: all units joined by `sep`, or each of them; a blank one is no text.
+def texts_to_encode(sample: Sample, rule: Mapping[str, str]) -> tuple[str, ...]:
+    """Return the texts of a sample that are encoded; blank texts are dropped.
 
-    Without any text, `empty` decides: "skip" leaves the sample without text features, "error" is a `ValueError` that names it,
-    and anything else is the text that stands in.
+    Args:
+        sample: the sample.
+        rule: the section `text` of the dataset's yaml. With `aggregate` "join" the texts are joined by `sep` into one text,
+            otherwise each is encoded by itself. `empty` decides for a sample without text: "skip" (default) leaves it
+            without text features, "error" refuses it, and any other value is the text that is used instead.
+
+    Raises:
+        ValueError: the sample has no text, and `empty` is "error".
     """
-    units = tuple(text for text in sample.texts if text.strip())
+    texts = tuple(text for text in sample.texts if text.strip())
     empty = rule.get("empty", "skip")
-    if not units and empty != "skip":
+    if not texts and empty != "skip":
         if empty == "error":
             raise ValueError(f"sample {sample.id!r} has no text, and the dataset's yaml says text.empty: error")
         return (empty,)
-    return (rule["sep"].join(units),) if rule["aggregate"] == "join" and units else units
+    return (rule["sep"].join(texts),) if rule["aggregate"] == "join" and texts else texts

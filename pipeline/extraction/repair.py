@@ -1,4 +1,4 @@
-"""Mend a cache from what it says about itself: what is damaged or missing is extracted again, and nothing else is touched."""
+"""Repair a feature cache: extract again what is damaged or missing, and leave everything else untouched."""
 
 from __future__ import annotations
 
@@ -8,54 +8,70 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.cache import verify
-from pipeline.cache.reader import identity_differences, known_failures, read_group
-from pipeline.cache.samples import home_of
-from pipeline.cache.writer import LEFTOVERS, remove_leftovers
-from pipeline.data import manifest as manifests
-from pipeline.extraction.extract import NO_FAILURES, ExtractOptions, Task, carry_out, plan_extraction
+from pipeline.cache.reader import identity_differences, read_failed_ids, read_zarr_attributes
+from pipeline.cache.samples import cache_home
+from pipeline.cache.writer import TEMPORARY_FILE_PATTERN, remove_temporary_files
+from pipeline.data.manifest_files import read_manifest
+from pipeline.extraction.extract import NO_SAMPLE_IDS, ExtractionTask, ExtractOptions, plan_extraction, run_extraction
 from pipeline.runtime.files import fingerprint, lock
 
 
-def repair(path: Path, effort: ExtractOptions) -> list[str]:
-    """What was wrong with a cache, one line each, all of it mended; empty when there was nothing.
+def repair(path: Path, options: ExtractOptions) -> list[str]:
+    """Repair a cache from its own identity and provenance, and return what was wrong with it.
 
-    What is left to do is done as the cache was begun, in its batches; of the effort's `max_failures` only items that have
-    not failed before take their share. `ValueError` when it cannot be mended: its place is not where its identity belongs, the
-    manifest, the weights or the media are not those that made it, or a library is of another release (as in `extract`); and
-    when something is wrong with it afterwards.
+    Missing shards are encoded in the batches that the cache was begun with.
+
+    Args:
+        path: the folder of the cache.
+        options: how the extraction runs. Items that have failed before do not count against its `max_failures`.
+
+    Returns:
+        One line per problem that was repaired; empty when there was none.
+
+    Raises:
+        ValueError: the cache cannot be repaired: it is not in the folder of its identity, the manifest, the weights or the
+            media are not those that made it, or a library has another release (as in `extract`). Or it still has problems
+            after the repair.
     """
     path = Path(os.path.abspath(path))
     problems = verify(path)
     if not problems:
-        if any(path.rglob(LEFTOVERS)):  # of a writer that was killed when nothing else was left to do
+        if any(path.rglob(TEMPORARY_FILE_PATTERN)):  # of a writer that was killed after its last shard
             with lock(path):
-                remove_leftovers(path)
+                remove_temporary_files(path)
         return []
-    group = read_group(path)
+    group = read_zarr_attributes(path)
     identity, provenance = group["identity"], group["provenance"]
     if not {"settings", "shard_rows"} <= provenance.keys():
         raise ValueError(
             f"{path} was not extracted here: {'; '.join(problems)}; to make it again, run: {provenance['command']}"
         )
     try:
-        task = _task(path, identity, provenance, effort)
+        task = _plan_repair(path, identity, provenance, options)
     except ValueError as error:
         raise ValueError(f"{path} cannot be mended: {error}; to make it again, run: {provenance['command']}") from error
-    accepted = (path / "commits" / "failures.json").is_file()  # else its failures were never found to be few enough
-    carry_out(task, known_failures(path) if accepted else NO_FAILURES)
-    if left := verify(path):
-        raise ValueError(f"{path} was extracted again, and still: {'; '.join(left)}; is the disk sound?")
+    # Without this record the cache was never finished: nobody has checked that its failures are few enough.
+    was_finished = (path / "commits" / "failures.json").is_file()
+    run_extraction(task, read_failed_ids(path) if was_finished else NO_SAMPLE_IDS)
+    if remaining := verify(path):
+        raise ValueError(f"{path} was extracted again, and still: {'; '.join(remaining)}; is the disk sound?")
     return problems
 
 
-def _task(path: Path, identity: Mapping[str, Any], provenance: Mapping[str, Any], effort: ExtractOptions) -> Task:
-    """What made the cache, as it was made; `ValueError` when that would fill another one."""
-    home = home_of(path)
+def _plan_repair(
+    path: Path, identity: Mapping[str, Any], provenance: Mapping[str, Any], options: ExtractOptions
+) -> ExtractionTask:
+    """Return the extraction that made the cache.
+
+    Raises:
+        ValueError: that extraction would fill another cache today.
+    """
+    home = cache_home(path)
     settings, compiled = provenance["settings"], identity.get("compiled", False)
-    begun = {"shard_rows": provenance["shard_rows"], "batch_size": provenance.get("batch_size", 0)}
-    effort = ExtractOptions(**{**vars(effort), **begun})
-    manifest = manifests.read_manifest(home, identity["dataset"])
-    task = plan_extraction(manifest, identity["encoder"]["name"], settings, home, identity["store_dtype"], compiled, effort)
+    recorded = {"shard_rows": provenance["shard_rows"], "batch_size": provenance.get("batch_size", 0)}
+    options = ExtractOptions(**{**vars(options), **recorded})
+    manifest = read_manifest(home, identity["dataset"])
+    task = plan_extraction(manifest, identity["encoder"]["name"], settings, home, identity["store_dtype"], compiled, options)
     target = task.target
     for field, wanted, found in identity_differences(identity, target.identity):
         raise ValueError(f"it was made with {field} = {wanted!r}, which is {found!r} now; bring that back")

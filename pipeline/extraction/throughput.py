@@ -1,4 +1,4 @@
-"""Where the time of an extraction went, and what would make it faster."""
+"""Measure how an extraction spends its time, and name the bottleneck and the option that would help."""
 
 from __future__ import annotations
 
@@ -12,98 +12,110 @@ from typing import Literal
 
 from dask.system import CPU_COUNT
 
-from pipeline.extraction.inputs import Encoded
-from pipeline.runtime.device import visible_gpus
+from pipeline.extraction.inputs import EncodedBatch
+from pipeline.runtime.device import num_visible_gpus
 
 logger = logging.getLogger(__name__)
 
-Activity = Literal["items", "disk"]
-NVIDIA = Path("/dev/nvidia0")
+WaitReason = Literal["items", "disk"]
+NVIDIA_DEVICE = Path("/dev/nvidia0")
 
 
 @dataclass
 class ThroughputMeter:
-    """Seconds by activity, over a whole extraction."""
+    """Add up the seconds that a whole extraction spends on decoding, on encoding and on waiting.
 
-    workers: int  # processes beside each one that encodes; 0: it does everything
-    device: str  # cpu: the workers decode and encode; cuda: they decode, the other one encodes
-    cores: int = CPU_COUNT  # that this process may use
-    spread: int = 0  # tasks that dask carries out at a time; 0: this process encodes
-    prepare: float = 0.0  # of all workers together
-    encode: float = 0.0
-    waited: dict[Activity, float] = field(default_factory=lambda: {"items": 0.0, "disk": 0.0})  # of all that encode
-    started: float = field(default_factory=time.monotonic)
+    A "main process" below is one that commits shards: this process, or with dask each task that runs at the same time.
+    """
 
-    def add(self, batch: Encoded) -> None:
-        """Count a batch."""
-        self.prepare += batch.prepare_seconds
-        self.encode += batch.encode_seconds
+    num_workers: int  # worker processes of each main process; 0: it does everything itself
+    device: str  # "cpu": the workers decode and encode; "cuda": they decode, and the main process encodes
+    num_cores: int = CPU_COUNT  # cores that this process may use
+    num_dask_tasks: int = 0  # shards that dask encodes at the same time; 0: this process encodes, without dask
+    prepare_seconds: float = 0.0  # decoding and tokenizing, summed over all workers
+    encode_seconds: float = 0.0  # summed over all processes that run the encoder
+    waited_seconds: dict[WaitReason, float] = field(  # summed over all main processes
+        default_factory=lambda: {"items": 0.0, "disk": 0.0}
+    )
+    started_at: float = field(default_factory=time.monotonic)
 
-    def join(self, other: ThroughputMeter) -> None:
-        """Count what another process has done."""
+    def add(self, batch: EncodedBatch) -> None:
+        """Add the seconds of a batch."""
+        self.prepare_seconds += batch.prepare_seconds
+        self.encode_seconds += batch.encode_seconds
+
+    def merge(self, other: ThroughputMeter) -> None:
+        """Add the seconds that another process measured, and take over its device."""
         self.device = other.device
-        self.prepare += other.prepare
-        self.encode += other.encode
-        for activity, seconds in other.waited.items():
-            self.waited[activity] += seconds
+        self.prepare_seconds += other.prepare_seconds
+        self.encode_seconds += other.encode_seconds
+        for reason, seconds in other.waited_seconds.items():
+            self.waited_seconds[reason] += seconds
 
     @contextmanager
-    def waiting(self, what: Activity) -> Iterator[None]:
-        """Count the time inside as waiting."""
+    def waiting(self, reason: WaitReason) -> Iterator[None]:
+        """Count the time inside the block as waiting for prepared items or for the disk."""
         started = time.perf_counter()
         yield
-        self.waited[what] += time.perf_counter() - started
+        self.waited_seconds[reason] += time.perf_counter() - started
 
-    def _share(self, seconds: float, hands: int) -> float:
-        """Of the time that so many had."""
-        return seconds / hands / max(time.monotonic() - self.started, 1e-9)
+    def _busy_share(self, seconds: float, num_processes: int) -> float:
+        """Return `seconds`, summed over processes, as a share of the time that these processes had since the start."""
+        return seconds / num_processes / max(time.monotonic() - self.started_at, 1e-9)
 
     def verdict(self) -> str:
-        """One line: what bound the run, how busy everything was, and the option that would help."""
-        tasks = max(self.spread, 1)
-        hands = tasks * max(self.workers, 1)
-        disk, items = self._share(self.waited["disk"], tasks), self._share(self.waited["items"], tasks)
-        prepare, encode = self._share(self.prepare, hands), self._share(self.encode, hands)
+        """Return one line: the bottleneck, how busy each part was, and the option that would help."""
+        num_tasks = max(self.num_dask_tasks, 1)
+        num_processes = num_tasks * max(self.num_workers, 1)
+        disk = self._busy_share(self.waited_seconds["disk"], num_tasks)
+        items = self._busy_share(self.waited_seconds["items"], num_tasks)
+        prepare = self._busy_share(self.prepare_seconds, num_processes)
+        encode = self._busy_share(self.encode_seconds, num_processes)
         if disk > 0.2:
             return f"disk-bound: the encoder waited {disk:.0%} for shards to be written: choose a faster disk with --home"
         if self.device == "cpu":
-            processes = _count(hands, "process", "processes")
+            processes = _count(num_processes, "process", "processes")
             busy = f"{processes} busy {prepare + encode:.0%} (decode {prepare:.0%}, forward {encode:.0%})"
-            kind = "decode-bound" if prepare > encode else "encoder-bound"
-            return f"{kind}: {busy}: {self._more_hands(hands)}"
-        busy = f"{_count(hands, 'worker', 'workers')} busy {prepare:.0%}, encoder waited {items:.0%}"
+            bound = "decode-bound" if prepare > encode else "encoder-bound"
+            return f"{bound}: {busy}: {self._worker_advice(num_processes)}"
+        busy = f"{_count(num_processes, 'worker', 'workers')} busy {prepare:.0%}, encoder waited {items:.0%}"
         if items > 0.25:
-            return f"decode-bound: {busy}: {self._more_hands(hands)}"
-        more = "take more GPUs" if self.spread else "spread over several GPUs with --workers-gpu"
+            return f"decode-bound: {busy}: {self._worker_advice(num_processes)}"
+        more = "take more GPUs" if self.num_dask_tasks else "spread over several GPUs with --workers-gpu"
         return f"encoder-bound: {busy}: raise --batch-size, or {more}"
 
-    def _more_hands(self, hands: int) -> str:
-        if self.spread:
+    def _worker_advice(self, num_processes: int) -> str:
+        """Return how to decode faster: more workers, smaller pictures or more machines."""
+        if self.num_dask_tasks:
             return "more workers of dask would help" if self.device == "cpu" else "raise --workers, or take smaller pictures"
-        if hands < self.cores:
-            return f"raise --workers (there are {self.cores} cores)"
+        if num_processes < self.num_cores:
+            return f"raise --workers (there are {self.num_cores} cores)"
         if self.device == "cpu":
-            return f"all {self.cores} cores are at work; a GPU, or more machines with --scheduler, would help"
-        return f"all {self.cores} cores decode; smaller pictures, or more machines with --scheduler, would help"
+            return f"all {self.num_cores} cores are at work; a GPU, or more machines with --scheduler, would help"
+        return f"all {self.num_cores} cores decode; smaller pictures, or more machines with --scheduler, would help"
 
     def warnings(self, num_gpus: int) -> list[str]:
-        """What a person who pays for GPUs wants to know; `num_gpus` are those that torch can use here."""
-        if self.device == "cpu" and not self.spread and NVIDIA.exists():
+        """Return warnings about GPUs that were idle or not used.
+
+        Args:
+            num_gpus: GPUs of this machine that torch can use.
+        """
+        if self.device == "cpu" and not self.num_dask_tasks and NVIDIA_DEVICE.exists():
             return ["this machine has a GPU, but this torch cannot use it: install a CUDA build of torch"]
-        idle = self._share(self.waited["items"], max(self.spread, 1))
+        idle = self._busy_share(self.waited_seconds["items"], max(self.num_dask_tasks, 1))
         found = []
         if self.device == "cuda" and idle > 0.5:
             found.append(f"the GPU was idle {idle:.0%} of the time")
-        if self.device == "cuda" and not self.spread and num_gpus > 1:
+        if self.device == "cuda" and not self.num_dask_tasks and num_gpus > 1:
             found.append(f"1 of {num_gpus} GPUs was used: --workers-gpu {','.join(map(str, range(num_gpus)))} uses all")
         return found
 
-    def tell(self) -> None:
+    def log_summary(self) -> None:
         """Log the verdict and the warnings."""
         logger.info(self.verdict())
-        for warning in self.warnings(visible_gpus()):
+        for warning in self.warnings(num_visible_gpus()):
             logger.warning(warning)
 
 
-def _count(number: int, one: str, many: str) -> str:
-    return f"{number} {one if number == 1 else many}"
+def _count(number: int, singular: str, plural: str) -> str:
+    return f"{number} {singular if number == 1 else plural}"

@@ -1,7 +1,9 @@
-"""Batches of features in order, as fast as the machine: on processors every worker decodes and encodes, a GPU encodes alone.
+"""Prepare and encode batches in order, with worker processes.
 
-A processor encodes on one thread per worker: no core waits for another, and the bits of a feature do not depend on how many
-workers there are.
+On a CPU every worker decodes and encodes its own batches. On a GPU the workers decode, and this process encodes.
+
+A CPU encodes on one thread per worker. So no core waits for another, and the bits of a feature do not depend on the number of
+workers.
 """
 
 from __future__ import annotations
@@ -23,177 +25,192 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.extraction.inputs import Encoded, Forward, Items, Prepared
+from pipeline.extraction.inputs import EncodedBatch, EncoderInputs, MemorySafeEncoder, PreparedBatch
 from pipeline.extraction.throughput import ThroughputMeter
 from pipeline.runtime.device import default_device
 
-FORK = "fork" if sys.platform == "linux" else "spawn"  # forked workers start at once and share the encoder's memory
-AHEAD = 2  # batches that a worker is asked for at a time
-IN_FLIGHT = 2  # batches on their way through the GPU
-PR_SET_PDEATHSIG = 1  # of prctl(2)
+START_METHOD = "fork" if sys.platform == "linux" else "spawn"  # forked workers start at once and share the encoder's memory
+BATCHES_PER_WORKER = 2  # batches that a worker has been asked for at the same time
+GPU_QUEUE_BATCHES = 2  # batches that are queued on the GPU at the same time
+PR_SET_PDEATHSIG = 1  # an option of prctl(2): the signal that a process gets when its parent dies
 
 
 @dataclass(frozen=True)
-class Work:
-    """The batches by number: prepared, or with a `forward` encoded too."""
+class BatchJobs:
+    """The work on each batch: prepare it, and also encode it when an `encoder` is given."""
 
-    items: Items
-    batches: Sequence[np.ndarray]
-    forward: Forward | None
+    inputs: EncoderInputs
+    batches: Sequence[np.ndarray]  # row numbers of each batch
+    encoder: MemorySafeEncoder | None
 
-    def do(self, number: int) -> Prepared | Encoded:
-        """The batch of a number."""
-        prepared = self.items.prepare(self.batches[number])
-        return encode(self.items, prepared, self.forward) if self.forward else prepared
-
-
-class Flight(NamedTuple):
-    """A batch on its way through the GPU."""
-
-    prepared: Prepared
-    features: Tensor  # in pinned memory of the host; whole once `landed`
-    landed: torch.cuda.Event
-    launched: float  # when
+    def run(self, number: int) -> PreparedBatch | EncodedBatch:
+        """Prepare, and perhaps encode, the batch of this number."""
+        prepared = self.inputs.prepare(self.batches[number])
+        return encode_on_cpu(self.inputs, prepared, self.encoder) if self.encoder else prepared
 
 
-def encode(items: Items, prepared: Prepared, forward: Forward) -> Encoded:
-    """The features of a batch, here and now, on one thread of a processor."""
+class GpuBatch(NamedTuple):
+    """A batch that is queued on the GPU."""
+
+    prepared: PreparedBatch
+    features: Tensor  # in pinned host memory; complete after `copied`
+    copied: torch.cuda.Event  # the features have been copied to the host
+    started: float  # time.perf_counter() when it was queued
+
+
+def encode_on_cpu(inputs: EncoderInputs, prepared: PreparedBatch, encoder: MemorySafeEncoder) -> EncodedBatch:
+    """Return the features of a batch, computed in this process on one CPU thread."""
     started = time.perf_counter()
-    threads = torch.get_num_threads()
+    num_threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         with torch.inference_mode():
-            features = forward(torch.from_numpy(prepared.good)) if len(prepared.good) else torch.zeros(0)
+            features = encoder(torch.from_numpy(prepared.items)) if len(prepared.items) else torch.zeros(0)
     finally:
-        torch.set_num_threads(threads)
-    return items.settle(prepared, features.numpy(), time.perf_counter() - started)
+        torch.set_num_threads(num_threads)
+    return inputs.collect_features(prepared, features.numpy(), time.perf_counter() - started)
 
 
 def allowed_workers(wanted: int) -> int:
-    """So many, or 0 where there can be none: a daemonic process, such as a worker of dask, may have no children."""
+    """Return the wanted number of worker processes, or 0 in a daemonic process, such as a dask worker: it may not have any."""
     return 0 if multiprocessing.current_process().daemon else wanted
 
 
-def encoded_batches(items: Items, batches: Sequence[np.ndarray], forward: Forward, pace: ThroughputMeter) -> Iterator[Encoded]:
-    """The features of the batches, in order; `pace.workers` processes work ahead (0: everything happens here).
+def encode_batches(
+    inputs: EncoderInputs, batches: Sequence[np.ndarray], encoder: MemorySafeEncoder, meter: ThroughputMeter
+) -> Iterator[EncodedBatch]:
+    """Yield the features of the batches, in order.
 
-    `ValueError` when a worker is killed, by a damaged file that brings a decoder down or for lack of memory.
+    Args:
+        inputs: the items.
+        batches: row numbers of each batch.
+        encoder: the encoder.
+        meter: counts the time that this process waits for items. `meter.num_workers` processes work ahead; with 0 this
+            process does everything.
+
+    Raises:
+        ValueError: a worker was killed, by a damaged file that crashed a decoder or because memory ran out.
     """
     on_gpu = default_device().type == "cuda"
-    work = Work(items, batches, None if on_gpu else forward)
-    ready = _waited_for(_done(work, pace.workers), pace)
-    yield from _through_gpu(items, ready, forward) if on_gpu else ready
+    jobs = BatchJobs(inputs, batches, None if on_gpu else encoder)
+    results = _with_waiting_time(_run_jobs(jobs, meter.num_workers), meter)
+    yield from _encode_on_gpu(inputs, results, encoder) if on_gpu else results
 
 
-def prepared_batches(items: Items, batches: Sequence[np.ndarray], workers: int) -> Iterator[Prepared]:
-    """The batches in order, prepared but not encoded, by so many processes (0: here); errors as in `encoded_batches`."""
-    return _done(Work(items, batches, None), workers)
+def prepare_batches(inputs: EncoderInputs, batches: Sequence[np.ndarray], num_workers: int) -> Iterator[PreparedBatch]:
+    """Yield the batches in order, prepared but not encoded; with 0 workers in this process. Errors as in `encode_batches`."""
+    return _run_jobs(BatchJobs(inputs, batches, None), num_workers)
 
 
-def _done(work: Work, workers: int) -> Iterator[Any]:
-    workers = allowed_workers(workers)
-    return _by_workers(work, workers) if workers else map(work.do, range(len(work.batches)))
+def _run_jobs(jobs: BatchJobs, num_workers: int) -> Iterator[Any]:
+    num_workers = allowed_workers(num_workers)
+    return _run_on_workers(jobs, num_workers) if num_workers else map(jobs.run, range(len(jobs.batches)))
 
 
-def _waited_for(ready: Iterator[Any], pace: ThroughputMeter) -> Iterator[Any]:
-    """Count the time that it takes to get the next."""
+def _with_waiting_time(results: Iterator[Any], meter: ThroughputMeter) -> Iterator[Any]:
+    """Yield the results, and count the time until each is there as waiting for items."""
     while True:
-        with pace.waiting("items"):
-            batch = next(ready, None)
+        with meter.waiting("items"):
+            batch = next(results, None)
         if batch is None:
             return
         yield batch
 
 
-def _by_workers(work: Work, num_workers: int) -> Iterator[Any]:
-    """The batches in order, each done by the worker whose turn it is.
+def _run_on_workers(jobs: BatchJobs, num_workers: int) -> Iterator[Any]:
+    """Yield the result of each batch in order; the workers take turns.
 
-    Nothing is shared between the workers, not even a lock: whatever one is killed in, the others and this process go on.
+    The workers share nothing, not even a lock: when one is killed, whatever it was doing, the others and this process go on.
     """
-    context = multiprocessing.get_context(FORK)
-    crew: list[tuple[Any, Connection]] = []
+    context = multiprocessing.get_context(START_METHOD)
+    workers: list[tuple[Any, Connection]] = []
+    num_ahead = BATCHES_PER_WORKER * num_workers
     try:
         for _ in range(num_workers):
-            here, there = context.Pipe()
-            process = context.Process(target=_serve, args=(work, there), daemon=True)
+            our_end, worker_end = context.Pipe()
+            process = context.Process(target=_worker_main, args=(jobs, worker_end), daemon=True)
             process.start()
-            there.close()  # so that the pipe ends when the worker does
-            crew.append((process, here))
-        for number in range(-AHEAD * num_workers, len(work.batches)):
-            process, pipe = crew[number % num_workers]
+            worker_end.close()  # so that our end reports EOF when the worker ends
+            workers.append((process, our_end))
+        for number in range(-num_ahead, len(jobs.batches)):  # numbers below 0 only send the first requests
+            process, pipe = workers[number % num_workers]
             try:
-                batch = pipe.recv() if number >= 0 else None
-                if number + AHEAD * num_workers < len(work.batches):
-                    pipe.send(number + AHEAD * num_workers)
+                result = pipe.recv() if number >= 0 else None
+                if number + num_ahead < len(jobs.batches):
+                    pipe.send(number + num_ahead)
             except (EOFError, OSError) as error:
-                raise _lost(process, work, max(number, 0)) from error
-            if isinstance(batch, ValueError):
-                raise batch
-            if batch is not None:
-                yield batch
+                raise _worker_error(process, jobs, max(number, 0)) from error
+            if isinstance(result, ValueError):
+                raise result
+            if result is not None:
+                yield result
     finally:
-        for process, pipe in crew:
+        for process, pipe in workers:
             process.kill()
             process.join()
             pipe.close()
 
 
-def _serve(work: Work, pipe: Connection) -> None:
-    """Be a worker: do the batches that are asked for; while one is on its way back, the next is done."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent tells when to end
-    if sys.platform == "linux":  # by the kernel if it is killed: this process would hold the cache's lock
+def _worker_main(jobs: BatchJobs, pipe: Connection) -> None:
+    """Run the requested batches in a worker process; a thread sends each result while the next batch is computed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # on Ctrl-C the parent ends its workers
+    if sys.platform == "linux":
+        # If the parent is killed, the kernel must end this process: it would go on holding the cache's lock.
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     torch.set_num_threads(1)
     with ThreadPoolExecutor(1) as sender:
         while True:
             number = pipe.recv()
             try:
-                done = work.do(number)
+                result = jobs.run(number)
             except ValueError as error:
-                done = error
-            sender.submit(pipe.send_bytes, ForkingPickler.dumps(done))
+                result = error
+            sender.submit(pipe.send_bytes, ForkingPickler.dumps(result))
 
 
-def _lost(process: Any, work: Work, number: int) -> Exception:
-    """What to say of a worker that is gone: `ValueError` when it was killed, else it has said itself what is wrong."""
+def _worker_error(process: Any, jobs: BatchJobs, number: int) -> Exception:
+    """Return the error for a lost worker: `ValueError` when it was killed, else it has printed its own error already."""
     process.join()
     if process.exitcode >= 0:
         return RuntimeError("a worker process failed; what it said is above")
-    cause, first = signal.Signals(-process.exitcode).name, work.items.rows[int(work.batches[number][0])][0].id
+    signal_name = signal.Signals(-process.exitcode).name
+    first = jobs.inputs.rows[int(jobs.batches[number][0])][0].id
     return ValueError(
-        f"a worker process was killed ({cause}) at sample {first!r} or a little later: is a file damaged there, or memory "
-        "short? with fewer --workers the same command goes on from here"
+        f"a worker process was killed ({signal_name}) at sample {first!r} or a little later: is a file damaged there, "
+        "or memory short? with fewer --workers the same command goes on from here"
     )
 
 
-def _through_gpu(items: Items, ready: Iterator[Prepared], forward: Forward) -> Iterator[Encoded]:
-    """Encode with some batches in flight: while the GPU computes one, the next is prepared and queued behind it."""
-    flying: deque[Flight] = deque()
+def _encode_on_gpu(
+    inputs: EncoderInputs, prepared_batches: Iterator[PreparedBatch], encoder: MemorySafeEncoder
+) -> Iterator[EncodedBatch]:
+    """Yield encoded batches, with several in the GPU's queue: while it computes one, the next is prepared and queued."""
+    queue: deque[GpuBatch] = deque()
 
-    def land() -> Encoded:
-        flight = flying.popleft()
-        flight.landed.synchronize()
-        return items.settle(flight.prepared, flight.features.numpy(), time.perf_counter() - flight.launched)
+    def finish_oldest() -> EncodedBatch:
+        batch = queue.popleft()
+        batch.copied.synchronize()
+        return inputs.collect_features(batch.prepared, batch.features.numpy(), time.perf_counter() - batch.started)
 
-    for prepared in ready:
-        flying.append(_launch(prepared, forward))
-        if len(flying) == IN_FLIGHT:
-            yield land()
-    while flying:
-        yield land()
+    for prepared in prepared_batches:
+        queue.append(_queue_on_gpu(prepared, encoder))
+        if len(queue) == GPU_QUEUE_BATCHES:
+            yield finish_oldest()
+    while queue:
+        yield finish_oldest()
 
 
-def _launch(prepared: Prepared, forward: Forward) -> Flight:
-    """Queue a batch's way to the GPU, the computation and the way back, and wait for none of them.
+def _queue_on_gpu(prepared: PreparedBatch, encoder: MemorySafeEncoder) -> GpuBatch:
+    """Queue the copy to the GPU, the computation and the copy back, without waiting for any of them.
 
-    The way back is queued before the next batch's computation, which it would have to wait for otherwise.
+    The copy back is queued before the computation of the next batch; otherwise it would have to wait for that computation.
     """
-    launched, landed = time.perf_counter(), torch.cuda.Event(blocking=True)
-    numbers = torch.zeros(0)
-    if len(prepared.good):
+    started, copied = time.perf_counter(), torch.cuda.Event(blocking=True)
+    host_features = torch.zeros(0)
+    if len(prepared.items):
         with torch.inference_mode():
-            features = forward(torch.from_numpy(prepared.good).pin_memory())
-            numbers = torch.empty(features.shape, dtype=features.dtype, pin_memory=True)
-            numbers.copy_(features, non_blocking=True)
-    landed.record()
-    return Flight(prepared, numbers, landed, launched)
+            features = encoder(torch.from_numpy(prepared.items).pin_memory())
+            host_features = torch.empty(features.shape, dtype=features.dtype, pin_memory=True)
+            host_features.copy_(features, non_blocking=True)
+    copied.record()
+    return GpuBatch(prepared, host_features, copied, started)

@@ -1,4 +1,4 @@
-"""Image features and one linear layer: the classifier that every method has to beat (MARNet Table 2, SeDA Table 1)."""
+"""Baseline: one linear layer on image features, the classifier that every method has to beat (MARNet Table 2, SeDA Table 1)."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from pipeline.nn.feature_space import LabelLoss, Scale, label_count, require
-from pipeline.nn.layers import Standardise, dropout, register_hyperparameters
-from pipeline.nn.losses import classification
+from pipeline.nn.feature_space import num_classes_in, require_in_range
+from pipeline.nn.layers import ScaleMode, Standardise, dropout, register_hyperparameters
+from pipeline.nn.losses import LabelLoss, classification_loss
 from pipeline.runtime.rng import KeyedRNG
-from pipeline.types import WHOLE, Batch, Shapes
+from pipeline.types import SINGLE_PHASE, Batch, Shapes
 
 NEEDS = ("image", "label")
 PREDICTION: tuple[str, ...] = ()
@@ -21,14 +21,14 @@ GRID: dict[str, tuple[float, ...]] = {"dropout": (0.0, 0.2, 0.5)}
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """A single fully connected layer has little to choose."""
+    """Settings of the baseline."""
 
-    scale: Scale = "per_dim"  # standardisation of the image features
+    scale: ScaleMode = "per_dim"  # standardisation of the image features
     label_loss: LabelLoss = "softmax_kl"  # for multi-label data
-    dropout: float = 0.0  # probability, on the features, 0..0.99
+    dropout: float = 0.0  # probability, on the image features, 0..0.99
 
     def __post_init__(self) -> None:
-        require(self, 0, 0.99, "dropout")
+        require_in_range(self, 0, 0.99, "dropout")
 
 
 class Baseline(nn.Module):
@@ -39,30 +39,30 @@ class Baseline(nn.Module):
     def __init__(self, config: Config, shapes: Shapes) -> None:
         super().__init__()
         (width,) = shapes["image"]
-        self.needs, self.phases = NEEDS, WHOLE
+        self.needs, self.phases = NEEDS, SINGLE_PHASE
         self.label_loss: LabelLoss = config.label_loss
         self.scale = Standardise(config.scale, width)
-        self.classifier = nn.Linear(width, label_count(shapes))
+        self.classifier = nn.Linear(width, num_classes_in(shapes))
         register_hyperparameters(self, p_dropout=config.dropout)
 
     def begin(self, phase: str, train: Callable[[], Iterator[Batch]]) -> None:
-        """Statistics of the image features."""
+        """Compute the statistics of the image features."""
         self.scale.fit(batch["image"] for batch in train())
 
     def loss(self, batch: Batch, rng: KeyedRNG, phase: str) -> Batch:
-        """{"loss"}: cross-entropy."""
+        """Return {"loss"}, the classification loss."""
         x = dropout(self.scale(batch["image"]), self.p_dropout, rng.at("dropout"), self.training)
-        return {"loss": classification(self.classifier(x), batch["label"], self.label_loss)}
+        return {"loss": classification_loss(self.classifier(x), batch["label"], self.label_loss)}
 
     def predict(self, image: Tensor, rng: KeyedRNG) -> Tensor:
-        """Logits [B,C] of image features [B,Dv]."""
+        """Return logits [B,C] from image features [B,Dv]."""
         return self.classifier(self.scale(image))
 
     def feature(self, image: Tensor, rng: KeyedRNG) -> Tensor:
-        """The standardised image features [B,Dv]."""
+        """Return the standardised image features [B,Dv]."""
         return self.scale(image)
 
 
 def build(config: Config, shapes: Shapes) -> Baseline:
-    """A baseline for features of these shapes."""
+    """Return a baseline for features of these shapes."""
     return Baseline(config, shapes)

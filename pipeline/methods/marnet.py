@@ -1,4 +1,4 @@
-"""MARNet: EMA and CDR side by side, fused by features or by logits (MARNet section 3.4, eq. 24)."""
+"""MARNet: the branches EMA and CDR, whose features or logits are fused (MARNet sec. 3.4, eq. 24)."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from pipeline.methods import cdr, ema
 from pipeline.nn.diffusion import Schedule
-from pipeline.nn.feature_space import LabelLoss, Scale, label_count
-from pipeline.nn.losses import classification
+from pipeline.nn.feature_space import num_classes_in
+from pipeline.nn.layers import ScaleMode
+from pipeline.nn.losses import LabelLoss, MSEReduction, classification_loss
 from pipeline.runtime.rng import KeyedRNG
 from pipeline.types import Batch, Phase, Shapes
 
@@ -21,36 +22,37 @@ NEEDS = ("image", "text", "paired", "label")
 PREDICTION = ("fusion", "sampler", "sample_steps", "eta", "draws", "zero_start")
 SYMBOLS = {"T": "num_steps", "alpha1": "w_ce_ema", "beta": "w_ita", "alpha2": "w_ce_cdr", "gamma": "w_mse", "tau": "tau"}
 GRID = {"w_ita": (0.1, 0.3, 1.0, 3.0), "w_mse": (0.1, 0.3, 1.0, 3.0), "num_steps": (900, 1000, 1200, 1500)}
-BY_FEATURE = ("concat", "add", "mul")
+FEATURE_FUSIONS = ("concat", "add", "mul")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """Settings of both branches, as in `ema` and `cdr`, and of their fusion."""
+    """Settings of the fusion and of both branches; see `ema.Config` and `cdr.Config`."""
 
-    fusion: Literal["concat", "add", "mul", "sum", "hm"] = "concat"  # may be changed at prediction: all of them are trained
-    regime: Literal["staged", "joint"] = "staged"  # fuse sampled features of frozen branches, or one-step predictions at once
-    width: int = 768  # d of EMA, 1..65536
-    tau: float = 0.07  # temperature of EMA
+    fusion: Literal["concat", "add", "mul", "sum", "hm"] = "concat"  # "staged" trains all, so prediction may choose another
+    # "staged" trains the branches and then fuses their sampled features; "joint" trains all at once on one-step predictions
+    regime: Literal["staged", "joint"] = "staged"
+    width: int = 768  # d, width of EMA's embedding, 1..65536
+    tau: float = 0.07  # temperature of EMA's cosine
     learn_tau: bool = False  # learn log(1/tau), with 1/tau at most 100
-    w_ce_ema: float = 1.0  # alpha_1
-    w_ita: float = 1.0  # beta
+    w_ce_ema: float = 1.0  # alpha_1, weight of EMA's cross-entropy
+    w_ita: float = 1.0  # beta, weight of EMA's alignment loss
     hidden: int = 1024  # width of CDR's MLP, 1..65536
     num_steps: int = 1000  # T of CDR, 1..100000
-    schedule: Schedule = "linear"  # of CDR's noise
-    w_ce_cdr: float = 1.0  # alpha_2
-    w_mse: float = 1.0  # gamma
-    mse_reduction: Literal["mean", "sum_dim"] = "mean"  # over the text dimensions
-    ce_min_step: float = 0.0  # share of T, 0..1, below which CDR's cross-entropy is left out
-    train_min_step: float = 0.0  # share of T, 0..1, below which CDR trains no step
+    schedule: Schedule = "linear"  # CDR's noise schedule
+    w_ce_cdr: float = 1.0  # alpha_2, weight of CDR's cross-entropy
+    w_mse: float = 1.0  # gamma, weight of CDR's reconstruction loss
+    mse_reduction: MSEReduction = "mean"  # over the text dimensions
+    ce_min_step: float = 0.0  # fraction of T, 0..1: at steps below it CDR has no cross-entropy
+    train_min_step: float = 0.0  # fraction of T, 0..1: CDR does not train the steps below it
     dropout_ema: float = 0.0  # probability, 0..0.99
     dropout_cdr: float = 0.0  # probability, 0..0.99
-    sampler: Literal["ddim", "ancestral"] = "ddim"  # of CDR
-    sample_steps: int = 10  # S of ddim, 1..T
-    eta: float = 0.0  # noise of ddim, 0..1
+    sampler: Literal["ddim", "ancestral"] = "ddim"  # of CDR, for prediction: S steps, or all T steps
+    sample_steps: int = 10  # S, steps of "ddim", 1..T
+    eta: float = 0.0  # amount of noise of "ddim", 0..1
     draws: int = 1  # K, chains per image, 1..1000
     zero_start: bool = False  # start the chain from 0 instead of noise
-    scale: Scale = "per_dim"  # standardisation of both features
+    scale: ScaleMode = "per_dim"  # standardisation of image and text features
     label_loss: LabelLoss = "softmax_kl"  # for multi-label data
 
     def __post_init__(self) -> None:
@@ -58,7 +60,7 @@ class Config:
         self.cdr()
 
     def ema(self) -> ema.Config:
-        """The alignment branch's settings."""
+        """Return the settings of the branch EMA."""
         return ema.Config(
             width=self.width,
             tau=self.tau,
@@ -71,7 +73,7 @@ class Config:
         )
 
     def cdr(self) -> cdr.Config:
-        """The reconstruction branch's settings."""
+        """Return the settings of the branch CDR."""
         return cdr.Config(
             hidden=self.hidden,
             num_steps=self.num_steps,
@@ -93,18 +95,21 @@ class Config:
 
 
 def fuse_sum(z_e: Tensor, z_c: Tensor) -> Tensor:
-    """log sigmoid(z_E + z_C): SUM of Niu et al. 2021 (CF-VQA), without its counterfactual part."""
+    """Return log sigmoid(z_E + z_C): SUM of Niu et al. 2021 (CF-VQA), without its counterfactual part."""
     return F.logsigmoid(z_e + z_c)
 
 
 def fuse_hm(z_e: Tensor, z_c: Tensor) -> Tensor:
-    """log(Z / (1 + Z)) with Z = sigmoid(z_E) sigmoid(z_C): HM of Niu et al. 2021 (CF-VQA)."""
+    """Return log(Z / (1 + Z)) with Z = sigmoid(z_E) sigmoid(z_C): HM of Niu et al. 2021 (CF-VQA)."""
     log_z = F.logsigmoid(z_e) + F.logsigmoid(z_c)
     return log_z - F.softplus(log_z)
 
 
 class FeatureFusion(nn.Module):
-    """A classifier on x_EMA and x_CDR, both at length sqrt(D), joined by one of concat, add and mul."""
+    """A classifier on x_EMA and x_CDR, both scaled to length sqrt(D), where D is the width of x_EMA.
+
+    `kind` joins the two features: "concat", "add" or "mul".
+    """
 
     def __init__(self, kind: str, ema_width: int, cdr_width: int, num_classes: int) -> None:
         super().__init__()
@@ -113,7 +118,7 @@ class FeatureFusion(nn.Module):
         self.classifier = nn.Linear(2 * ema_width if kind == "concat" else ema_width, num_classes)
 
     def join(self, f_e: Tensor, f_c: Tensor) -> Tensor:
-        """[B, D] or, for concat, [B, 2D] of features [B,D] and [B,Ds]."""
+        """Join x_EMA [B,D] and x_CDR [B,Ds] to [B,D], or to [B,2D] for "concat"."""
         length = f_e.shape[1] ** 0.5
         f_e, f_c = F.normalize(f_e, dim=1) * length, F.normalize(self.project(f_c), dim=1) * length
         if self.kind == "concat":
@@ -121,15 +126,17 @@ class FeatureFusion(nn.Module):
         return f_e + f_c if self.kind == "add" else f_e * f_c
 
     def forward(self, f_e: Tensor, f_c: Tensor) -> Tensor:
-        """Logits [B,C]."""
+        """Return logits [B,C] from x_EMA [B,D] and x_CDR [B,Ds]."""
         return self.classifier(self.join(f_e, f_c))
 
 
 class MARNet(nn.Module):
-    """EMA, then CDR, then, on frozen branches, a classifier for each operator, fed with features sampled without any text.
+    """Two branches, EMA and CDR, and the classifiers that fuse them.
 
-    The joint regime trains everything at once on CDR's one-step predictions, which see the noised text: at test its fusion
-    meets another distribution.
+    The regime "staged" trains EMA, then CDR, then one classifier for each feature fusion. In the last phase the branches are
+    frozen and their features are sampled without text, as at test time. The regime "joint" trains everything at once on CDR's
+    one-step predictions. These predictions see the noisy text, so at test time the fusion receives features of another
+    distribution.
     """
 
     def __init__(self, config: Config, shapes: Shapes) -> None:
@@ -139,23 +146,30 @@ class MARNet(nn.Module):
         self.ema = ema.build(config.ema(), shapes)
         self.cdr = cdr.build(config.cdr(), shapes)
         (text_width,) = shapes["text"]
-        staged = config.regime == "staged"
-        kinds = [kind for kind in BY_FEATURE if staged or kind == config.fusion]
-        classes = label_count(shapes)
-        self.fusions = nn.ModuleDict({kind: FeatureFusion(kind, config.width, text_width, classes) for kind in kinds})
+        is_staged = config.regime == "staged"
+        kinds = [kind for kind in FEATURE_FUSIONS if is_staged or kind == config.fusion]
+        num_classes = num_classes_in(shapes)
+        self.fusions = nn.ModuleDict({kind: FeatureFusion(kind, config.width, text_width, num_classes) for kind in kinds})
         self.needs = NEEDS
         stages = (Phase("ema", ("ema.",)), Phase("cdr", ("cdr.",)), Phase("fusion", ("fusions.",), share=0.5))
-        self.phases = stages if staged else (Phase("joint"),)
+        self.phases = stages if is_staged else (Phase("joint"),)
 
     def begin(self, phase: str, train: Callable[[], Iterator[Batch]]) -> None:
-        """Statistics of both features, for the branches that the phase trains."""
+        """Compute the statistics of the image and text features, for the branches that the phase trains."""
         if phase in ("ema", "joint"):
             self.ema.begin(phase, train)
         if phase in ("cdr", "joint"):
             self.cdr.begin(phase, train)
 
     def loss(self, batch: Batch, rng: KeyedRNG, phase: str) -> Batch:
-        """L_EMA (eq. 13), L_CDR (eq. 20), the cross-entropies of the fusions (eq. 24), or all of them in the phase "joint"."""
+        """Return the loss of a phase and its parts.
+
+        Args:
+            batch: see `types.Batch`.
+            rng: streams of random numbers.
+            phase: "ema" has L_EMA (eq. 13), "cdr" has L_CDR (eq. 20), "fusion" has the sum of the cross-entropies of all
+                feature fusions (eq. 24), and "joint" has L_EMA + L_CDR + the cross-entropy of the chosen fusion.
+        """
         if phase == "ema":
             return self.ema.loss(batch, rng, phase)
         if phase == "cdr":
@@ -169,32 +183,37 @@ class MARNet(nn.Module):
         return {"loss": torch.stack(list(losses.values())).sum(), **losses}
 
     def _joint_loss(self, batch: Batch, rng: KeyedRNG) -> Batch:
-        aligned = self.ema.loss(batch, rng.at("ema"), "joint")
-        x_0, x_s, n = self.cdr.one_step(batch, rng.at("cdr"))
-        rebuilt = self.cdr.objective(x_0, x_s, n, batch)
-        fused = self._fusion_loss(self.fusion, self.ema.feature(batch["image"], rng), x_0, batch)
-        parts = {"ita": aligned["ita"], "mse": rebuilt["mse"], "ce_ema": aligned["ce"], "ce_cdr": rebuilt["ce"]}
-        return {"loss": aligned["loss"] + rebuilt["loss"] + fused, **parts, "ce_fused": fused}
+        ema_parts = self.ema.loss(batch, rng.at("ema"), "joint")
+        x_0, x_s, n = self.cdr.predict_one_step(batch, rng.at("cdr"))
+        cdr_parts = self.cdr.objective(x_0, x_s, n, batch)
+        ce_fused = self._fusion_loss(self.fusion, self.ema.feature(batch["image"], rng), x_0, batch)
+        parts = {"ita": ema_parts["ita"], "mse": cdr_parts["mse"], "ce_ema": ema_parts["ce"], "ce_cdr": cdr_parts["ce"]}
+        return {"loss": ema_parts["loss"] + cdr_parts["loss"] + ce_fused, **parts, "ce_fused": ce_fused}
 
     def _fusion_loss(self, kind: str, f_e: Tensor, f_c: Tensor, batch: Batch) -> Tensor:
-        return classification(self.fused(kind, f_e, f_c), batch["label"], self.label_loss)
+        return classification_loss(self.fuse(kind, f_e, f_c), batch["label"], self.label_loss)
 
-    def fused(self, kind: str, f_e: Tensor, f_c: Tensor) -> Tensor:
-        """Logits [B,C] of x_EMA [B,d] and x_CDR [B,Ds] by an operator; SUM and HM join the branches' own logits."""
-        if kind in BY_FEATURE:
+    def fuse(self, kind: str, f_e: Tensor, f_c: Tensor) -> Tensor:
+        """Return logits [B,C] from x_EMA [B,d] and x_CDR [B,Ds]; the kinds "sum" and "hm" fuse the logits of the branches."""
+        if kind in FEATURE_FUSIONS:
             return self.fusions[kind](f_e, f_c)
         z_e, z_c = self.ema.classifier(f_e), self.cdr.classifier(f_c)
         return fuse_sum(z_e, z_c) if kind == "sum" else fuse_hm(z_e, z_c)
 
     def predict(self, image: Tensor, rng: KeyedRNG) -> Tensor:
-        """Logits [B,C] of image features [B,Dv]."""
+        """Return logits [B,C] from image features [B,Dv]."""
         f_e = self.ema.feature(image, rng)
-        return self.cdr.sampler.mean_logits(lambda draw: self.fused(self.fusion, f_e, self.cdr.feature(image, rng, draw)))
+        return self.cdr.sampler.average_predictions(
+            lambda draw: self.fuse(self.fusion, f_e, self.cdr.feature(image, rng, draw))
+        )
 
     def feature(self, image: Tensor, rng: KeyedRNG) -> Tensor:
-        """The fused feature; for the operators on logits, both branches' features side by side."""
+        """Return the fused feature from image features [B,Dv].
+
+        "sum" and "hm" fuse logits; for them, return the features of both branches side by side.
+        """
         f_e, f_c = self.ema.feature(image, rng), self.cdr.feature(image, rng)
-        if self.fusion not in BY_FEATURE:
+        if self.fusion not in FEATURE_FUSIONS:
             return torch.cat([f_e, f_c], dim=1)
         fusion = self.fusions[self.fusion]
         assert isinstance(fusion, FeatureFusion)
@@ -202,5 +221,5 @@ class MARNet(nn.Module):
 
 
 def build(config: Config, shapes: Shapes) -> MARNet:
-    """A MARNet head for features of these shapes."""
+    """Return a MARNet head for features of these shapes."""
     return MARNet(config, shapes)

@@ -1,0 +1,1 @@
+"""Building blocks of methods: layers, losses, diffusion, denoisers and the sampler. They compute on tensors, not on files."""

@@ -1,7 +1,7 @@
-"""Networks X_theta(x_s^n, n, x_v) that predict the clean text feature from a noisy one and the visual feature.
+"""Denoisers: networks X_theta(x_s^n, n, x_v) that predict the clean text feature from a noisy one and the visual feature.
 
-All follow one protocol, made for sampling: what depends on the image alone or on the step alone is computed once, and a step
-of the chain is only `forward`. No output depends on the other rows of a batch.
+They share the protocol `Denoiser`, which makes sampling cheap: work that depends on the image alone or on the step alone is
+done once, and each step of the chain calls only `forward`. The output of a row never depends on the other rows of the batch.
 """
 
 from __future__ import annotations
@@ -12,33 +12,51 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pipeline.nn.layers import MLP, ChunkTokens, ConcatLinear, EncoderLayer, SelfAttention, TimeEmbedding, attention, dropout
+from pipeline.nn.layers import (
+    MLP,
+    ChunkTokens,
+    ConcatLinear,
+    SelfAttention,
+    TimeEmbedding,
+    TransformerLayer,
+    dropout,
+    multi_head_attention,
+)
 from pipeline.runtime.rng import KeyedRNG
 
 Interaction = Literal["concat", "self_attention", "multimodal_transformer", "cross_attention"]
 
 
 class Denoiser(Protocol):
-    """X_theta in three parts; always an `nn.Module`."""
+    """X_theta in three parts; an implementation is always an `nn.Module`."""
 
-    def condition(self, x_v: Tensor) -> Tensor:
-        """What the network needs of the visual features [B,Dv], [B, ...]; once per image."""
+    def image_context(self, x_v: Tensor) -> Tensor:
+        """Return [B, ...], all that the network reads of the visual features [B,Dv]. It is computed once per image."""
         ...
 
-    def time(self, n: Tensor) -> Tensor:
-        """What it needs of the steps n int64 [S] or [B], [S, E] or [B, E]; once per table."""
+    def embed_step(self, n: Tensor) -> Tensor:
+        """Return [S,E] or [B,E], all that the network reads of the steps n, int64 [S] or [B]. It is computed once per step."""
         ...
 
     def __call__(self, x_n: Tensor, e: Tensor, context: Tensor, rng: KeyedRNG | None, p: Tensor) -> Tensor:
-        """xhat_0 [B,D] from x_n [B,D], e = time(n) [E] or [B,E] and context = condition(x_v).
+        """Return the prediction xhat_0 [B,D] of the clean text features.
 
-        p [] is the dropout probability; rng None predicts, without dropout.
+        Args:
+            x_n: noisy text features [B,D].
+            e: embedding of the step, one row of `embed_step` [E] for the whole batch, or [B,E].
+            context: `image_context` of the visual features, [B, ...].
+            rng: stream for dropout; None means prediction, without dropout.
+            p: dropout probability, a tensor [].
         """
         ...
 
 
 class ConcatMLP(nn.Module):
-    """Linear layers with GELU between them on [x_s^n; x_v; e_n] (MARNet sec. 3.3: four layers)."""
+    """An MLP with GELU on the concatenation [x_s^n; x_v; e_n]; MARNet has four linear layers (sec. 3.3).
+
+    Raises:
+        ValueError: num_layers < 2.
+    """
 
     def __init__(
         self, text_width: int, image_width: int, hidden: int = 1024, num_layers: int = 4, time_width: int = 128
@@ -50,12 +68,12 @@ class ConcatMLP(nn.Module):
         self.first = ConcatLinear([text_width, image_width, time_width], hidden)
         self.rest = MLP([hidden] * (num_layers - 1) + [text_width])
 
-    def condition(self, x_v: Tensor) -> Tensor:
-        """[B,Dv] to [B,hidden]."""
+    def image_context(self, x_v: Tensor) -> Tensor:
+        """Map [B,Dv] to the contribution of x_v to the first layer, [B,hidden]."""
         return self.first(1, x_v)
 
-    def time(self, n: Tensor) -> Tensor:
-        """[...] to [..., hidden]."""
+    def embed_step(self, n: Tensor) -> Tensor:
+        """Map step numbers [...] to the contribution of e_n to the first layer, [..., hidden]."""
         return self.first(2, self.embed(n))
 
     def forward(self, x_n: Tensor, e: Tensor, context: Tensor, rng: KeyedRNG | None, p: Tensor) -> Tensor:
@@ -65,9 +83,12 @@ class ConcatMLP(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """F_t = W_o attention(x_s^n as query, x_v as key and value) (SeDA eq. 2) among chunk tokens of the two vectors.
+    """F_t = W_o attention(Q = x_s^n, K = V = x_v) (SeDA eq. 2), where both vectors are cut into chunk tokens.
 
-    With one token per modality the softmax is 1 and x_s^n would have no influence; hence the chunks.
+    Chunks are necessary: with one token per modality, the softmax over a single key is 1, and x_s^n has no influence.
+
+    Raises:
+        ValueError: num_heads does not divide token_width, or num_tokens does not divide the width.
     """
 
     def __init__(self, width: int, num_tokens: int, token_width: int, num_heads: int) -> None:
@@ -79,18 +100,18 @@ class CrossAttention(nn.Module):
         self.key_value = ChunkTokens(width, num_tokens, 2 * token_width)
         self.out = nn.Linear(num_tokens * token_width, width)
 
-    def condition(self, x_v: Tensor) -> Tensor:
-        """Keys and values [B, num_tokens, 2 token_width]."""
+    def image_context(self, x_v: Tensor) -> Tensor:
+        """Map x_v [B,D] to keys and values [B, num_tokens, 2 token_width]."""
         return self.key_value(x_v)
 
     def forward(self, x_n: Tensor, e: Tensor, context: Tensor, rng: KeyedRNG | None, p: Tensor) -> Tensor:
-        """F_t [B,D]; the step e and dropout play no part here."""
+        """Return F_t [B,D]; the arguments e, rng and p are not used."""
         key, value = context.chunk(2, dim=-1)
-        return self.out(attention(self.query(x_n), key, value, self.num_heads).flatten(1))
+        return self.out(multi_head_attention(self.query(x_n), key, value, self.num_heads).flatten(1))
 
 
-class TokenSelfAttention(nn.Module):
-    """F_t = mean over the tokens of single-head self-attention among x_s^n, x_v and e_n, each a token of width D."""
+class ModalitySelfAttention(nn.Module):
+    """F_t = mean over tokens of single-head self-attention among three tokens of width D: x_s^n, x_v and e_n."""
 
     def __init__(self, width: int, time_width: int) -> None:
         super().__init__()
@@ -98,33 +119,33 @@ class TokenSelfAttention(nn.Module):
         self.norm = nn.LayerNorm(width)
         self.attention = SelfAttention(width, num_heads=1)
 
-    def condition(self, x_v: Tensor) -> Tensor:
-        """The visual token, x_v itself."""
+    def image_context(self, x_v: Tensor) -> Tensor:
+        """Return x_v, which is the visual token."""
         return x_v
 
     def forward(self, x_n: Tensor, e: Tensor, context: Tensor, rng: KeyedRNG | None, p: Tensor) -> Tensor:
-        """F_t [B,D]."""
+        """Return F_t [B,D]; see `Denoiser`."""
         tokens = torch.stack([x_n, context, self.time_token(e).expand_as(x_n)], dim=1)
         return self.attention(self.norm(tokens)).mean(1)
 
 
 class MultimodalTransformer(nn.Module):
-    """F_t = W_o mean over the tokens of two pre-norm encoder layers on the chunk tokens of x_s^n and x_v together."""
+    """F_t = W_o (mean over tokens) after two pre-norm transformer layers on the chunk tokens of x_s^n and x_v together."""
 
     def __init__(self, width: int, num_tokens: int, token_width: int, num_heads: int) -> None:
         super().__init__()
         self.text_tokens = ChunkTokens(width, num_tokens, token_width)
         self.image_tokens = ChunkTokens(width, num_tokens, token_width)
-        self.layers = nn.ModuleList(EncoderLayer(token_width, num_heads) for _ in range(2))
+        self.layers = nn.ModuleList(TransformerLayer(token_width, num_heads) for _ in range(2))
         self.norm = nn.LayerNorm(token_width)
         self.out = nn.Linear(token_width, width)
 
-    def condition(self, x_v: Tensor) -> Tensor:
-        """Visual tokens [B, num_tokens, token_width]."""
+    def image_context(self, x_v: Tensor) -> Tensor:
+        """Map x_v [B,D] to visual tokens [B, num_tokens, token_width]."""
         return self.image_tokens(x_v)
 
     def forward(self, x_n: Tensor, e: Tensor, context: Tensor, rng: KeyedRNG | None, p: Tensor) -> Tensor:
-        """F_t [B,D]."""
+        """Return F_t [B,D]; see `Denoiser`."""
         tokens = torch.cat([self.text_tokens(x_n), context], dim=1)
         for i, layer in enumerate(self.layers):
             tokens = layer(tokens, rng and rng.at("layer", i), p)
@@ -134,9 +155,17 @@ class MultimodalTransformer(nn.Module):
 class PFIN(nn.Module):
     """Progressive feature interaction network: an interaction of x_s^n and x_v, then a decoder (SeDA sec. 4.1).
 
-    F_t is the interaction's output, plus x_s^n if `residual` (convex mixtures of visual values alone cannot become a text
-    feature); the decoder maps h_0 = [F_t; e_n] (eq. 4) through one hidden layer of width 2D. "concat" has
-    h_0 = [x_s^n; x_v; e_n] and no residual. Both vectors have width D.
+    The decoder maps h_0 = [F_t; e_n] (eq. 4) through one hidden layer of width 2D. Both x_s^n and x_v have width D.
+
+    Args:
+        width: D.
+        interaction: how F_t is computed from x_s^n and x_v. "concat" computes no F_t; it has h_0 = [x_s^n; x_v; e_n].
+        num_tokens: chunk tokens per vector, for "cross_attention" and "multimodal_transformer".
+        token_width: width of such a token.
+        num_heads: heads of the attention among such tokens.
+        residual: add x_s^n to F_t, because convex mixtures of visual values alone cannot become a text feature. "concat" has no
+            residual.
+        time_width: width of the time embedding e_n.
     """
 
     def __init__(
@@ -155,21 +184,21 @@ class PFIN(nn.Module):
         if interaction == "concat":
             self.interaction = None
         elif interaction == "self_attention":
-            self.interaction = TokenSelfAttention(width, time_width)
+            self.interaction = ModalitySelfAttention(width, time_width)
         elif interaction == "multimodal_transformer":
             self.interaction = MultimodalTransformer(width, num_tokens, token_width, num_heads)
         else:
             self.interaction = CrossAttention(width, num_tokens, token_width, num_heads)
-        visual = [width] if interaction == "concat" else []
-        self.first = ConcatLinear([width, time_width, *visual], 2 * width)
+        image_widths = [width] if interaction == "concat" else []
+        self.first = ConcatLinear([width, time_width, *image_widths], 2 * width)
         self.out = nn.Linear(2 * width, width)
 
-    def condition(self, x_v: Tensor) -> Tensor:
-        """See the interaction's `condition`; for "concat" x_v's share of the first layer, [B,2D]."""
-        return self.first(2, x_v) if self.interaction is None else self.interaction.condition(x_v)
+    def image_context(self, x_v: Tensor) -> Tensor:
+        """Return the interaction's `image_context`; for "concat", the contribution of x_v to the first layer, [B,2D]."""
+        return self.first(2, x_v) if self.interaction is None else self.interaction.image_context(x_v)
 
-    def time(self, n: Tensor) -> Tensor:
-        """e_n (SeDA eq. 3): [...] to [..., time_width]."""
+    def embed_step(self, n: Tensor) -> Tensor:
+        """Map step numbers [...] to e_n [..., time_width] (SeDA eq. 3)."""
         return self.embed(n)
 
     def forward(self, x_n: Tensor, e: Tensor, context: Tensor, rng: KeyedRNG | None, p: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
-"""The diffusion process on feature vectors as pure functions: schedules, the forward process and the sampler.
+"""The diffusion process on feature vectors as pure functions: noise schedules, the forward process and the reverse process.
 
-Steps are counted from 0: n = 0..T-1 is step n+1 of the papers, abar[n] is the product of alpha[0..n], and abar[-1] := 1 is the
-data. The network predicts x_0 (MARNet sec. 3.3, SeDA sec. 4.1) and is an argument everywhere. Predictions are not clipped:
-features are not bounded.
+Steps are counted from 0: n = 0..T-1 is step n+1 of the papers. abar[n] is the product of alpha[0..n], and abar[-1] := 1 stands
+for the data. The network predicts x_0 (MARNet sec. 3.3, SeDA sec. 4.1); the functions here receive it as an argument.
+Predictions are not clipped, because features have no bounds.
 """
 
 from __future__ import annotations
@@ -19,10 +19,15 @@ MAX_BETA = 0.999
 
 
 def betas(schedule: Schedule, num_steps: int) -> Tensor:
-    """Noise variances beta[n], float64 [T].
+    """Return the noise variances beta[n], float64 [T].
 
-    "linear": 1e-4 to 0.02 for every T; "linear_scaled": the same times 1000/T; "cosine": Nichol and Dhariwal 2021, eq. 17.
-    The last two are capped at 0.999. `ValueError` when num_steps < 1.
+    Args:
+        schedule: "linear" goes from 1e-4 to 0.02 for every T; "linear_scaled" is "linear" times 1000/T; "cosine" is eq. 17 of
+            Nichol and Dhariwal 2021. The last two are capped at 0.999.
+        num_steps: T.
+
+    Raises:
+        ValueError: num_steps < 1.
     """
     if num_steps < 1:
         raise ValueError(f"num_steps is {num_steps}; a schedule needs at least one step")
@@ -34,31 +39,50 @@ def betas(schedule: Schedule, num_steps: int) -> Tensor:
 
 
 def alphas_cumprod(schedule: Schedule, num_steps: int) -> Tensor:
-    """abar[n] = prod_{m<=n} (1 - beta[m]), float32 [T], built in float64 and rounded once."""
+    """Return abar[n] = prod_{m<=n} (1 - beta[m]), float32 [T], computed in float64 and rounded once."""
     return torch.cumprod(1.0 - betas(schedule, num_steps), dim=0).to(torch.float32)
 
 
 def q_sample(x0: Tensor, n: Tensor, noise: Tensor, abar: Tensor) -> Tensor:
-    """x_n = sqrt(abar_n) x_0 + sqrt(1 - abar_n) noise (MARNet eq. 15, SeDA eq. 1); x0, noise [B,D], n [B] int64, abar [T]."""
+    """Return x_n = sqrt(abar_n) x_0 + sqrt(1 - abar_n) noise (MARNet eq. 15, SeDA eq. 1).
+
+    Args:
+        x0: clean features [B,D].
+        n: step of each sample, int64 [B].
+        noise: standard normal numbers [B,D].
+        abar: see `alphas_cumprod`, [T].
+    """
     a = abar[n].unsqueeze(-1)
     return torch.sqrt(a) * x0 + torch.sqrt(1.0 - a) * noise
 
 
-def sample_steps(num_train_steps: Tensor, num_sample_steps: int) -> Tensor:
-    """The trailing grid of S steps out of T, int64 [S], descending from T-1, where pure noise is the right input.
+def trailing_steps(num_train_steps: Tensor, num_sample_steps: int) -> Tensor:
+    """Choose S of the T training steps for sampling, with "trailing" spacing.
 
-    T is a whole number [], so that stacked models may differ in it; 1 <= S <= T.
+    The first chosen step is T-1, because x_{T-1} is pure noise and the chain starts from pure noise.
+
+    Args:
+        num_train_steps: T, a whole number in a tensor [], so that the models of an ensemble may differ in T.
+        num_sample_steps: S, 1 <= S <= T.
+
+    Returns:
+        Steps in descending order, int64 [S].
     """
-    left = torch.arange(num_sample_steps, 0, -1, device=num_train_steps.device, dtype=torch.float64)
-    return torch.round(num_train_steps * left / num_sample_steps).long() - 1
+    remaining = torch.arange(num_sample_steps, 0, -1, device=num_train_steps.device, dtype=torch.float64)
+    return torch.round(num_train_steps * remaining / num_sample_steps).long() - 1
 
 
 def posterior_variance(a: Tensor, b: Tensor) -> Tensor:
-    """Variance of q(x_p | x_n, x_0) for any jump n -> p < n, a = abar_n and b = abar_p; p = n-1 is MARNet eq. 23."""
+    """Return the variance of q(x_p | x_n, x_0) for any jump n -> p with p < n; p = n-1 is MARNet eq. 23.
+
+    Args:
+        a: abar_n.
+        b: abar_p.
+    """
     return (1 - b) / (1 - a) * (1 - a / b)
 
 
-def ddim(
+def ddim_sample(
     model: Callable[[Tensor, int], Tensor],
     x: Tensor,
     steps: Tensor,
@@ -66,21 +90,29 @@ def ddim(
     eta: float,
     noise: Callable[[int], Tensor],
 ) -> Tensor:
-    """Runs the reverse process over the listed steps and returns the last prediction of x_0 [B,D].
+    """Run the reverse process over the given steps and return the last prediction of x_0, [B,D].
 
-    x [B,D] is the start; steps int64 [S] descend; abar [T]; `model(x, k)` predicts x_0 at n = steps[k]; `noise(k)` is [B,D] and
-    asked for only when eta > 0. eta = 0 is deterministic (Song et al. 2021, "Denoising diffusion implicit models", eq. 12);
-    eta = 1 is the posterior jump, so steps T-1..0 with eta = 1 are ancestral sampling (MARNet eq. 21-23, SeDA eq. 13-15). The
-    last jump goes to the data and returns the prediction itself, for every eta.
+    eta = 0 is deterministic (Song et al. 2021, "Denoising diffusion implicit models", eq. 12). eta = 1 samples from the
+    posterior of each jump; therefore eta = 1 with the steps T-1..0 is ancestral sampling (MARNet eq. 21-23, SeDA eq. 13-15).
+    The last jump goes to the data and returns the prediction itself, for every eta.
+
+    Args:
+        model: `model(x, k)` predicts x_0 [B,D] from x at step n = steps[k].
+        x: start of the chain [B,D].
+        steps: step numbers in descending order, int64 [S].
+        abar: see `alphas_cumprod`, [T].
+        eta: amount of noise, 0..1.
+        noise: `noise(k)` returns standard normal numbers [B,D]; it is called only if eta > 0.
     """
     a, b = abar[steps[:-1]].to(torch.float64), abar[steps[1:]].to(torch.float64)
     variance = eta**2 * posterior_variance(a, b)
-    # x_p = sqrt(b) xhat_0 + sqrt(1 - b - variance) (x_n - sqrt(a) xhat_0) / sqrt(1 - a) + sqrt(variance) z, by coefficients
-    keep = torch.sqrt((1 - b - variance).clamp(min=0.0) / (1 - a))
-    predict = (torch.sqrt(b) - keep * torch.sqrt(a)).to(x.dtype)
-    keep, spread = keep.to(x.dtype), torch.sqrt(variance).to(x.dtype)
+    # The update is x_p = sqrt(b) xhat_0 + sqrt(1 - b - variance) (x_n - sqrt(a) xhat_0) / sqrt(1 - a) + sqrt(variance) z.
+    # It is computed as a weighted sum of xhat_0, x_n and z, with weights in float64 that are rounded once.
+    weight_x = torch.sqrt((1 - b - variance).clamp(min=0.0) / (1 - a))
+    weight_x0 = (torch.sqrt(b) - weight_x * torch.sqrt(a)).to(x.dtype)
+    weight_x, weight_noise = weight_x.to(x.dtype), torch.sqrt(variance).to(x.dtype)
     for k in range(len(steps) - 1):
-        x = predict[k] * model(x, k) + keep[k] * x
+        x = weight_x0[k] * model(x, k) + weight_x[k] * x
         if eta > 0:
-            x = x + spread[k] * noise(k)
+            x = x + weight_noise[k] * noise(k)
     return model(x, len(steps) - 1)

@@ -1,4 +1,4 @@
-"""Small networks that methods share: dropout by named streams, tables, MLP, scaling, time embedding, tokens, adapters."""
+"""Layers that methods share: dropout with named streams, MLP, standardisation, time embedding, attention and adapters."""
 
 from __future__ import annotations
 
@@ -13,19 +13,23 @@ from torch import Tensor, nn
 
 from pipeline.runtime.rng import KeyedRNG
 
-STD_FLOOR = 1e-3
+ScaleMode = Literal["per_dim", "global", "l2sqrtd"]  # see `Standardise`
+MIN_STD = 1e-3
 
 
 def register_hyperparameters(module: nn.Module, **values: float) -> None:
-    """Registers hyperparameters as 0-d float32 buffers: stacked models may differ in them; checkpoints leave them out."""
+    """Register hyperparameters as float32 buffers [], so that the models of an ensemble may differ in them.
+
+    Checkpoints do not contain them.
+    """
     for name, value in values.items():
         module.register_buffer(name, torch.tensor(float(value), dtype=torch.float32), persistent=False)
 
 
 class LookupTable(nn.Module):
-    """Numbers float32 [L] that are only ever looked up by an index below L: stacked models may differ in L.
+    """A float32 table [L] that code only indexes, with indices below L. The models of an ensemble may differ in L.
 
-    The shorter tables of a stack are filled up with NaN. Checkpoints leave tables out.
+    An ensemble pads the shorter tables with NaN. Checkpoints do not contain tables.
     """
 
     values: Tensor
@@ -36,9 +40,13 @@ class LookupTable(nn.Module):
 
 
 def dropout(x: Tensor, p: Tensor, rng: KeyedRNG | None, training: bool) -> Tensor:
-    """x [B, ...] with each entry zeroed with probability p [] in [0, 1) and the others divided by 1-p.
+    """Set each entry of x to 0 with probability p and divide the others by 1-p; outside training, return x unchanged.
 
-    x itself outside training, and where there is no stream to draw from.
+    Args:
+        x: [B, ...].
+        p: probability in [0, 1), a tensor [].
+        rng: stream of the random mask; None returns x unchanged.
+        training: whether the module is in training mode.
     """
     if rng is None or not training:
         return x
@@ -46,14 +54,14 @@ def dropout(x: Tensor, p: Tensor, rng: KeyedRNG | None, training: bool) -> Tenso
 
 
 class MLP(nn.Module):
-    """Linear layers of the given widths with GELU and dropout after each but the last."""
+    """Linear layers with the given widths; GELU and dropout follow each layer except the last."""
 
     def __init__(self, widths: Sequence[int]) -> None:
         super().__init__()
         self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(widths))
 
     def forward(self, x: Tensor, rng: KeyedRNG | None, p: Tensor) -> Tensor:
-        """[B, widths[0]] to [B, widths[-1]]; rng None predicts, without dropout."""
+        """Map [B, widths[0]] to [B, widths[-1]]; rng None means prediction, without dropout."""
         for i, layer in enumerate(self.layers):
             if i > 0:
                 x = dropout(F.gelu(x), p, rng and rng.at(i), self.training)
@@ -62,86 +70,97 @@ class MLP(nn.Module):
 
 
 class ConcatLinear(nn.Module):
-    """One linear layer on a concatenation [x_0; x_1; ...], applied part by part: the sum of all parts is the layer's output.
+    """A linear layer on a concatenation [x_0; x_1; ...] that is applied to each part separately.
 
-    Every part has a parameter of its own: the gradients of slices of one matrix would be put together anew in each step.
+    The sum over all parts is the output of the layer. Each part has its own weight parameter. With slices of one weight matrix,
+    autograd would have to assemble the gradient of the matrix from its slices in every step.
     """
 
     def __init__(self, in_widths: Sequence[int], out_width: int) -> None:
         super().__init__()
-        whole = nn.Linear(sum(in_widths), out_width)
-        self.weights = nn.ParameterList(part.clone() for part in whole.weight.detach().split(list(in_widths), dim=1))
-        self.bias = whole.bias
+        linear = nn.Linear(sum(in_widths), out_width)
+        self.weights = nn.ParameterList(part.clone() for part in linear.weight.detach().split(list(in_widths), dim=1))
+        self.bias = linear.bias
 
     def forward(self, part: int, x: Tensor) -> Tensor:
-        """W_part x, [..., in_widths[part]] to [..., out_width]; part 0 brings the bias."""
+        """Map one part [..., in_widths[part]] to its contribution to the output [..., out_width]; part 0 adds the bias."""
         return F.linear(x, self.weights[part], self.bias if part == 0 else None)
 
 
-def moments(batches: Iterable[Tensor], full: bool = False) -> tuple[Tensor, Tensor]:
-    """Mean [D] and variances [D] (full: covariance [D,D]) of the finite rows of batches [B,D], float64, in one ordered pass.
+def moments(batches: Iterable[Tensor], full_covariance: bool = False) -> tuple[Tensor, Tensor]:
+    """Compute mean and variance of all finite rows of batches [B,D], in float64 and in one pass.
 
-    Batches are merged by Chan, Golub and LeVeque's update, so large means cost no precision; `ValueError` without a finite row.
+    Batches are merged with the update formula of Chan, Golub and LeVeque, which stays precise for large means.
+
+    Args:
+        batches: feature batches [B,D]; their order changes the rounding.
+        full_covariance: compute the covariance matrix instead of the variances.
+
+    Returns:
+        The mean [D], and the variances [D] or the covariance [D,D].
+
+    Raises:
+        ValueError: no row is finite.
     """
 
     def scatter(centred: Tensor) -> Tensor:
-        return centred.T @ centred if full else centred.square().sum(0)
+        return centred.T @ centred if full_covariance else centred.square().sum(0)
 
     count, mean, total = 0, torch.zeros(()), torch.zeros(())
     for batch in batches:
         x = batch[batch.isfinite().all(dim=1)].to(torch.float64)
-        rows = len(x)
-        if rows == 0:
+        num_rows = len(x)
+        if num_rows == 0:
             continue
         batch_mean = x.mean(0)
-        spread = scatter(x - batch_mean)
+        batch_scatter = scatter(x - batch_mean)
         if count == 0:
-            count, mean, total = rows, batch_mean, spread
+            count, mean, total = num_rows, batch_mean, batch_scatter
             continue
         delta = batch_mean - mean
-        total = total + spread + scatter(delta.unsqueeze(0)) * (count * rows / (count + rows))
-        mean = mean + delta * (rows / (count + rows))
-        count += rows
+        total = total + batch_scatter + scatter(delta.unsqueeze(0)) * (count * num_rows / (count + num_rows))
+        mean = mean + delta * (num_rows / (count + num_rows))
+        count += num_rows
     if count == 0:
         raise ValueError("the training split has no finite feature row to take statistics of; extract its features again")
     return mean, total / count
 
 
 class Standardise(nn.Module):
-    """Brings features to unit scale with statistics of the training split, because a noise schedule assumes it.
+    """Scales features to unit variance with statistics of the training split, because a noise schedule assumes unit variance.
 
-    "per_dim": every dimension to mean 0 and deviation 1; "global": mean 0 and one common deviation, which keeps the geometry;
-    "l2sqrtd": every row to length sqrt(D), without statistics.
+    "per_dim" gives each dimension mean 0 and standard deviation 1. "global" subtracts the mean and divides all dimensions by
+    one common standard deviation, which keeps the geometry. "l2sqrtd" scales each row to length sqrt(D), without statistics.
     """
 
     mean: Tensor
     std: Tensor
 
-    def __init__(self, mode: Literal["per_dim", "global", "l2sqrtd"], width: int) -> None:
+    def __init__(self, mode: ScaleMode, width: int) -> None:
         super().__init__()
         self.mode = mode
         self.register_buffer("mean", torch.zeros(width))
         self.register_buffer("std", torch.ones(width))
 
     def fit(self, batches: Iterable[Tensor]) -> None:
-        """Takes mean and deviation (floor 1e-3) from batches [B,D]; rows with a non-finite value are left out."""
+        """Store mean and standard deviation (at least 1e-3) of batches [B,D]; rows with a non-finite value are ignored."""
         if self.mode == "l2sqrtd":
             return
         mean, variance = moments(batches)
         if self.mode == "global":
             variance = variance.mean().expand_as(variance)
         self.mean.copy_(mean)
-        self.std.copy_(variance.sqrt().clamp(min=STD_FLOOR))
+        self.std.copy_(variance.sqrt().clamp(min=MIN_STD))
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B,D] to [B,D]."""
+        """Map [B,D] to [B,D]."""
         if self.mode == "l2sqrtd":
             return F.normalize(x, dim=-1) * math.sqrt(x.shape[-1])
         return (x - self.mean) / self.std
 
 
-def sinusoid(n: Tensor, width: int) -> Tensor:
-    """[sin | cos] of n at width/2 frequencies from 1 to 1e-4, [..., width]; n [...] holds raw step numbers."""
+def sinusoidal_embedding(n: Tensor, width: int) -> Tensor:
+    """Return [sin | cos] of raw step numbers n [...] at width/2 frequencies from 1 to 1e-4, [..., width]."""
     half = width // 2
     frequency = torch.exp(torch.arange(half, device=n.device, dtype=torch.float32) * (-math.log(1e4) / (half - 1)))
     angle = n.unsqueeze(-1).to(torch.float32) * frequency
@@ -149,7 +168,11 @@ def sinusoid(n: Tensor, width: int) -> Tensor:
 
 
 class TimeEmbedding(nn.Module):
-    """phi(MLP(sinusoid(n))) (SeDA eq. 3), phi = GELU."""
+    """The time embedding e_n = phi(MLP(sinusoid(n))) with phi = GELU (SeDA eq. 3).
+
+    Raises:
+        ValueError: the width is odd or smaller than 4.
+    """
 
     def __init__(self, width: int = 128) -> None:
         super().__init__()
@@ -159,12 +182,18 @@ class TimeEmbedding(nn.Module):
         self.layers = nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width), nn.GELU())
 
     def forward(self, n: Tensor) -> Tensor:
-        """Step numbers [...] to [..., width]."""
-        return self.layers(sinusoid(n, self.width))
+        """Map step numbers [...] to [..., width]."""
+        return self.layers(sinusoidal_embedding(n, self.width))
 
 
 class ChunkTokens(nn.Module):
-    """Cuts a vector into tokens and gives each its own affine map; the map's bias is the token's learned position."""
+    """Cuts a vector into equal chunks and maps each chunk to a token with its own linear layer.
+
+    The bias of a chunk's layer acts as the learned position of its token.
+
+    Raises:
+        ValueError: num_tokens does not divide the width; the message lists the divisors.
+    """
 
     def __init__(self, width: int, num_tokens: int, token_width: int) -> None:
         super().__init__()
@@ -176,19 +205,33 @@ class ChunkTokens(nn.Module):
         self.bias = nn.Parameter(torch.empty(num_tokens, token_width).uniform_(-(chunk**-0.5), chunk**-0.5))
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B,D] to [B, num_tokens, token_width]."""
+        """Map [B,D] to [B, num_tokens, token_width]."""
         return torch.einsum("btd,tdm->btm", x.unflatten(-1, (len(self.weight), -1)), self.weight) + self.bias
 
 
-def attention(query: Tensor, key: Tensor, value: Tensor, num_heads: int) -> Tensor:
-    """softmax(Q K^T / sqrt(d_k)) V in each head (SeDA eq. 2) among one sample's tokens, [B,Tq,D] and [B,Tk,D] to [B,Tq,D]."""
+def multi_head_attention(query: Tensor, key: Tensor, value: Tensor, num_heads: int) -> Tensor:
+    """Return softmax(Q K^T / sqrt(d_k)) V of each head (SeDA eq. 2), among the tokens of one sample.
+
+    Args:
+        query: [B,Tq,D].
+        key: [B,Tk,D].
+        value: [B,Tk,D].
+        num_heads: divides D.
+
+    Returns:
+        The outputs of the heads side by side, [B,Tq,D].
+    """
     q, k, v = (tokens.unflatten(-1, (num_heads, -1)).transpose(1, 2) for tokens in (query, key, value))
     weights = torch.softmax(q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1]), dim=-1)
     return (weights @ v).transpose(1, 2).flatten(2)
 
 
 class SelfAttention(nn.Module):
-    """Attention in which the tokens of a sample are query, key and value, and an output map."""
+    """Multi-head attention among the tokens of a sample, with an output layer.
+
+    Raises:
+        ValueError: num_heads does not divide the width.
+    """
 
     def __init__(self, width: int, num_heads: int) -> None:
         super().__init__()
@@ -199,12 +242,12 @@ class SelfAttention(nn.Module):
         self.out = nn.Linear(width, width)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """[B,T,D] to [B,T,D]."""
+        """Map [B,T,D] to [B,T,D]."""
         query, key, value = self.query_key_value(tokens).chunk(3, dim=-1)
-        return self.out(attention(query, key, value, self.num_heads))
+        return self.out(multi_head_attention(query, key, value, self.num_heads))
 
 
-class EncoderLayer(nn.Module):
+class TransformerLayer(nn.Module):
     """A pre-norm transformer layer: x + attention(norm(x)), then x + MLP(norm(x))."""
 
     def __init__(self, width: int, num_heads: int) -> None:
@@ -214,16 +257,16 @@ class EncoderLayer(nn.Module):
         self.mlp = MLP([width, 4 * width, width])
 
     def forward(self, tokens: Tensor, rng: KeyedRNG | None, p: Tensor) -> Tensor:
-        """[B,T,D] to [B,T,D]; rng None predicts, without dropout."""
+        """Map [B,T,D] to [B,T,D]; rng None means prediction, without dropout."""
         tokens = tokens + self.attention(self.norm_attention(tokens))
         return tokens + self.mlp(self.norm_mlp(tokens), rng, p)
 
 
 class Adapter(nn.Module):
-    """A map to a common width, learned in a phase of its own and then frozen, never together with a regression onto it.
+    """A linear map to a common width. It is fitted and then frozen; it is never trained together with a regression onto it.
 
-    It learns from a classifier on its batch-normalised output, or from principal components without labels. Afterwards
-    `Standardise` on `feature` takes the place of batch normalisation, with exact statistics.
+    It is fitted in one of two ways: with a classifier on its batch-normalised output, or as principal components, without
+    labels. Afterwards `Standardise` on the output of `feature` replaces the batch normalisation, with exact statistics.
     """
 
     def __init__(self, in_width: int, out_width: int, num_classes: int) -> None:
@@ -232,22 +275,26 @@ class Adapter(nn.Module):
         self.classifier = nn.Linear(out_width, num_classes)
 
     def feature(self, x: Tensor) -> Tensor:
-        """[B, in_width] to [B, out_width]."""
+        """Map [B, in_width] to [B, out_width]."""
         return self.project(x)
 
     def logits(self, x: Tensor) -> Tensor:
-        """[B, in_width] to [B,C] for the adapter's own phase; normalises by the batch, so B >= 2."""
+        """Return logits [B,C] from [B, in_width], to train the adapter; batch normalisation needs B >= 2."""
         return self.classifier(F.batch_norm(self.project(x), None, None, training=True))
 
     @torch.no_grad()
     def fit_pca(self, batches: Iterable[Tensor]) -> None:
-        """Sets the map to the leading principal components of batches [B, in_width]; `ValueError` if it widens."""
+        """Set the map to the leading principal components of batches [B, in_width].
+
+        Raises:
+            ValueError: out_width > in_width.
+        """
         out_width, in_width = self.project.weight.shape
         if out_width > in_width:
             raise ValueError(f"principal components cannot widen {in_width} features to {out_width}; use a learned adapter")
-        mean, covariance = moments(batches, full=True)
+        mean, covariance = moments(batches, full_covariance=True)
         components = torch.linalg.eigh(covariance).eigenvectors.flip(1)[:, :out_width].T
-        # an eigenvector's sign is arbitrary: its largest entry is made positive, so that every machine finds the same map
+        # The sign of an eigenvector is arbitrary. The entry of largest size is made positive, so that all machines agree.
         peak = components.gather(1, components.abs().argmax(1, keepdim=True))
         components = components * torch.sign(peak)
         self.project.weight.copy_(components)

@@ -1,7 +1,8 @@
-"""Losses that methods share, on tensors: masks instead of data-dependent shapes, so that models can be stacked.
+"""Loss functions that methods share.
 
-Every `weight` [B] is >= 0 and defaults to ones. Means over the batch are weighted means, 0 when all weights are 0; a row of
-weight 0 takes no part, but must be finite.
+They use weights per sample instead of data-dependent shapes, so that `torch.func.vmap` can run them for an ensemble of models.
+Every `weight` [B] is >= 0 and defaults to ones. A mean over the batch is a weighted mean; it is 0 if all weights are 0. A row
+of weight 0 does not change the result, but its values must be finite.
 """
 
 from __future__ import annotations
@@ -13,30 +14,32 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-MASKED = -1e9  # logit of an excluded column: finite, so that a row without any column left has a finite loss
+LabelLoss = Literal["softmax_kl", "bce", "softmax_multihot"]  # for multi-label data; see `classification_loss`
+MSEReduction = Literal["mean", "sum_dim"]  # see `mse_loss`
+StructuralReduction = Literal["mean", "literal"]  # see `structural_consistency_loss`
+
+MASKED_LOGIT = -1e9  # logit of a masked column: finite, so that the loss of a row with no column left is finite
 
 
 def weighted_mean(values: Tensor, weight: Tensor) -> Tensor:
-    """sum_i w_i v_i / sum_i w_i of values [B], or 0 when every weight is 0."""
+    """Return sum_i w_i v_i / sum_i w_i of values [B], or 0 if every weight is 0."""
     total = weight.sum()
     return (weight * values).sum() / torch.where(total > 0, total, 1.0)
 
 
-def _weights(weight: Tensor | None, like: Tensor) -> Tensor:
+def _weight_or_ones(weight: Tensor | None, like: Tensor) -> Tensor:
     return like.new_ones(like.shape[0]) if weight is None else weight.to(like.dtype)
 
 
-def classification(
-    logits: Tensor,
-    label: Tensor,
-    kind: Literal["softmax_kl", "bce", "softmax_multihot"],
-    weight: Tensor | None = None,
-) -> Tensor:
-    """Classification loss, mean over the batch (MARNet eq. 12, SeDA eq. 7).
+def classification_loss(logits: Tensor, label: Tensor, kind: LabelLoss, weight: Tensor | None = None) -> Tensor:
+    """Return the classification loss, mean over the batch (MARNet eq. 12, SeDA eq. 7).
 
-    logits [B,C]. Labels [B] int64 are single and give cross-entropy for every kind; labels [B,C] of 0 and 1 are multiple:
-    "softmax_kl" targets Y/|Y|, "softmax_multihot" targets Y, "bce" is a mean over classes. A row without labels adds nothing to
-    the two softmax kinds.
+    Args:
+        logits: [B,C].
+        label: class numbers int64 [B], or a multi-hot matrix of 0 and 1 [B,C]. Class numbers give cross-entropy for every kind.
+        kind: loss for multi-hot labels Y. "softmax_kl" has the target distribution Y/|Y|; "softmax_multihot" has the target Y;
+            "bce" is binary cross-entropy, mean over classes. For the two softmax kinds, the loss of a row without labels is 0.
+        weight: see the module docstring.
     """
     if label.ndim == 1:
         loss = F.cross_entropy(logits, label, reduction="none")
@@ -47,74 +50,95 @@ def classification(
         if kind == "softmax_kl":
             target = target / target.sum(-1, keepdim=True).clamp(min=1.0)
         loss = -(target * F.log_softmax(logits, dim=-1)).sum(-1)
-    return weighted_mean(loss, _weights(weight, logits))
+    return weighted_mean(loss, _weight_or_ones(weight, logits))
 
 
 def info_nce(a: Tensor, b: Tensor, tau: Tensor | float, weight: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Contrastive losses a to b and b to a of paired rows [B,D] (MARNet eq. 5, 9, 10); L_ITA is their sum (eq. 11).
+    """Return the contrastive losses from a to b and from b to a (MARNet eq. 5, 9, 10); their sum is L_ITA (eq. 11).
 
-    Similarity is the cosine over the temperature tau; the other rows of the batch are the negatives; mean over anchors. A row
-    of weight 0 is neither anchor nor negative.
+    The similarity is cosine / tau. The other rows of the batch are the negatives. Each loss is a mean over anchors. A row of
+    weight 0 is neither an anchor nor a negative.
+
+    Args:
+        a: embeddings [B,D].
+        b: embeddings [B,D]; row i belongs to row i of `a`.
+        tau: temperature.
+        weight: see the module docstring.
     """
-    weight = _weights(weight, a)
+    weight = _weight_or_ones(weight, a)
     a, b = (F.normalize(x, dim=-1) for x in (a, b))
     similarity = a @ b.T / tau
     positive = similarity.diagonal()
-    absent = (weight == 0).unsqueeze(0)
-    a2b = torch.logsumexp(similarity.masked_fill(absent, MASKED), dim=1) - positive
-    b2a = torch.logsumexp(similarity.T.masked_fill(absent, MASKED), dim=1) - positive
+    is_masked = (weight == 0).unsqueeze(0)
+    a2b = torch.logsumexp(similarity.masked_fill(is_masked, MASKED_LOGIT), dim=1) - positive
+    b2a = torch.logsumexp(similarity.T.masked_fill(is_masked, MASKED_LOGIT), dim=1) - positive
     return weighted_mean(a2b, weight), weighted_mean(b2a, weight)
 
 
-def membership(label: Tensor, num_classes: int) -> Tensor:
-    """Labels [B] int64 or [B,C] of 0 and 1 as float32 [B,C]."""
+def multi_hot(label: Tensor, num_classes: int) -> Tensor:
+    """Return class numbers int64 [B], or labels that are multi-hot already [B,C], as a float32 matrix of 0 and 1 [B,C]."""
     if label.ndim == 1:
         label = label.unsqueeze(-1) == torch.arange(num_classes, device=label.device)
     return label.to(torch.float32)
 
 
 def class_centres(x: Tensor, label: Tensor, num_classes: int, weight: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Weighted means of x [B,D] by class [C,D], 0 for an absent class, and which classes are present [C] bool (SeDA eq. 5).
+    """Compute the weighted mean of x [B,D] for each class (SeDA eq. 5). A sample with several labels counts in each class.
 
-    A sample with several labels counts in each of its classes.
+    Returns:
+        The centres [C,D], 0 for a class without samples, and whether each class has a sample, bool [C].
     """
-    member = membership(label, num_classes).to(x.dtype) * _weights(weight, x).unsqueeze(-1)
+    member = multi_hot(label, num_classes).to(x.dtype) * _weight_or_ones(weight, x).unsqueeze(-1)
     count = member.sum(0)
-    present = count > 0
-    return member.T @ x / torch.where(present, count, 1.0).unsqueeze(-1), present
+    is_present = count > 0
+    return member.T @ x / torch.where(is_present, count, 1.0).unsqueeze(-1), is_present
 
 
-def structural_consistency(
+def structural_consistency_loss(
     pred: Tensor,
     x_v: Tensor,
     label: Tensor,
     num_classes: int,
     centres_v: Tensor | None = None,
-    reduction: Literal["mean", "literal"] = "mean",
+    reduction: StructuralReduction = "mean",
     weight: Tensor | None = None,
 ) -> Tensor:
-    """L_SC: distance of class centres plus L1 distance of samples, between predictions and visual features [B,D] (SeDA eq. 6).
+    """Return L_SC: the distance of class centres plus the L1 distance of samples (SeDA eq. 6).
 
-    centres_v [C,D] are visual centres of the whole training split; without them the batch gives them. "mean" is the mean over
-    present classes of ||.||_2 / sqrt(D) plus the mean over samples and dimensions of |.|, free of D's scale; "literal" has
-    the sums of eq. 6 over classes, samples and dimensions, divided by the (weighted) number of samples as every loss here.
+    Args:
+        pred: predicted features [B,D].
+        x_v: visual features [B,D], the target.
+        label: see `classification_loss`.
+        num_classes: C.
+        centres_v: visual class centres of the whole training split [C,D]; None computes them from the batch.
+        reduction: "mean" is the mean over present classes of ||.||_2 / sqrt(D), plus the mean over samples and dimensions of
+            |.|; its scale does not depend on D. "literal" has the sums of eq. 6 over classes, samples and dimensions, divided
+            by the sum of the weights (the number of samples), like every loss here.
+        weight: see the module docstring.
     """
-    weight = _weights(weight, pred)
-    centres, present = class_centres(pred, label, num_classes, weight)
+    weight = _weight_or_ones(weight, pred)
+    centres, is_present = class_centres(pred, label, num_classes, weight)
     if centres_v is None:
         centres_v, _ = class_centres(x_v, label, num_classes, weight)
-    # eq. 6 does not square the norm, whose gradient at 0 is NaN without the small term
+    # Eq. 6 does not square the norm. Without the small constant, the gradient of the norm at 0 is NaN.
     distance = torch.sqrt((centres - centres_v).square().sum(-1) + 1e-12)
-    share = present.to(pred.dtype)
+    class_weight = is_present.to(pred.dtype)
     absolute = (pred - x_v).abs()
     if reduction == "mean":
-        return weighted_mean(distance, share) / math.sqrt(pred.shape[-1]) + weighted_mean(absolute.mean(-1), weight)
+        return weighted_mean(distance, class_weight) / math.sqrt(pred.shape[-1]) + weighted_mean(absolute.mean(-1), weight)
     total = weight.sum()
-    return (share * distance).sum() / torch.where(total > 0, total, 1.0) + weighted_mean(absolute.sum(-1), weight)
+    return (class_weight * distance).sum() / torch.where(total > 0, total, 1.0) + weighted_mean(absolute.sum(-1), weight)
 
 
-def mse(pred: Tensor, target: Tensor, reduction: Literal["mean", "sum_dim"] = "mean", weight: Tensor | None = None) -> Tensor:
-    """Squared error of [B,D] (MARNet eq. 19, SeDA eq. 10), mean over the batch and mean ("mean") or sum ("sum_dim") over D."""
-    weight = _weights(weight, pred)
+def mse_loss(pred: Tensor, target: Tensor, reduction: MSEReduction = "mean", weight: Tensor | None = None) -> Tensor:
+    """Return the squared error of features [B,D], mean over the batch (MARNet eq. 19, SeDA eq. 10).
+
+    Args:
+        pred: predicted features [B,D].
+        target: true features [B,D].
+        reduction: over the D dimensions, "mean", or "sum_dim" for the sum.
+        weight: see the module docstring.
+    """
+    weight = _weight_or_ones(weight, pred)
     squared = (pred - target).square()
     return weighted_mean(squared.mean(-1) if reduction == "mean" else squared.sum(-1), weight)

@@ -1,4 +1,4 @@
-"""From an image feature to generated text features: the reverse process as a head runs it at test time."""
+"""The sampler of diffusion heads: it generates text features from image features with the reverse process, at test time."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from pipeline.nn.denoisers import Denoiser
-from pipeline.nn.diffusion import ddim, sample_steps
+from pipeline.nn.diffusion import ddim_sample, trailing_steps
 from pipeline.runtime.rng import KeyedRNG
 
 
 class SamplerConfig(Protocol):
-    """What a method's config says of sampling."""
+    """The fields of a method's `Config` that describe sampling; `num_steps` is T, `sample_steps` is S, `draws` is K."""
 
     @property
     def sampler(self) -> str: ...
@@ -34,44 +34,61 @@ class SamplerConfig(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Sampler:
-    """How the chain is run."""
+    """How the reverse process is run for one image."""
 
-    num_steps: int = 20  # S, 1..T, of a trailing grid
-    eta: float = 0.0  # noise: 0 deterministic, 1 the posterior's
-    draws: int = 1  # K, chains per image whose class probabilities are averaged
+    num_sample_steps: int = 20  # S, 1..T; see `trailing_steps`
+    eta: float = 0.0  # amount of noise: 0 is deterministic, 1 is the posterior's noise
+    num_draws: int = 1  # K, chains per image; their class probabilities are averaged
     zero_start: bool = False  # start from 0 instead of noise
 
     @staticmethod
-    def of(settings: SamplerConfig) -> Sampler:
-        """The sampler that a method's settings name: ddim, or the ancestral chain (M eq. 21-23, S eq. 13-15)."""
-        every = settings.sampler == "ancestral"  # eta = 1 over all T steps
-        num_steps, eta = (settings.num_steps, 1.0) if every else (settings.sample_steps, settings.eta)
-        return Sampler(num_steps=num_steps, eta=eta, draws=settings.draws, zero_start=settings.zero_start)
+    def from_config(config: SamplerConfig) -> Sampler:
+        """Return the sampler that a config names.
+
+        It is "ddim" with S steps, or "ancestral" with all T steps and eta = 1 (MARNet eq. 21-23, SeDA eq. 13-15).
+        """
+        if config.sampler == "ancestral":
+            num_sample_steps, eta = config.num_steps, 1.0
+        else:
+            num_sample_steps, eta = config.sample_steps, config.eta
+        return Sampler(num_sample_steps=num_sample_steps, eta=eta, num_draws=config.draws, zero_start=config.zero_start)
 
     def generate(
-        self, denoiser: Denoiser, image: Tensor, width: int, abar: Tensor, num_train_steps: Tensor, rng: KeyedRNG
+        self, denoiser: Denoiser, x_v: Tensor, text_width: int, abar: Tensor, num_train_steps: Tensor, rng: KeyedRNG
     ) -> Tensor:
-        """One draw of x̂_0 [B,width] given x_v [B,Dv], abar [T] and T []; every number it uses is named by the sample.
+        """Run one chain per image and return the predicted text features xhat_0, [B, text_width].
 
-        What depends on the image or on the step alone is computed once, not once per step.
+        Work that depends on the image alone or on the step alone is done once, before the chain.
+
+        Args:
+            denoiser: the network X_theta.
+            x_v: visual features [B,Dv].
+            text_width: D of the generated features.
+            abar: see `diffusion.alphas_cumprod`, [T].
+            num_train_steps: T, in a tensor [].
+            rng: streams of random numbers; each number belongs to a sample, not to a position in the batch.
         """
-        steps = sample_steps(num_train_steps, self.num_steps)
-        context = denoiser.condition(image)
-        table = denoiser.time(steps)
-        no_dropout = torch.zeros((), device=image.device)
-        start = torch.zeros(len(image), width, device=image.device) if self.zero_start else rng.at("start").normal(width)
+        steps = trailing_steps(num_train_steps, self.num_sample_steps)
+        context = denoiser.image_context(x_v)
+        step_table = denoiser.embed_step(steps)
+        no_dropout = torch.zeros((), device=x_v.device)
+        start = torch.zeros(len(x_v), text_width, device=x_v.device) if self.zero_start else rng.at("start").normal(text_width)
 
         def model(x: Tensor, k: int) -> Tensor:
-            return denoiser(x, table[k], context, None, no_dropout)
+            return denoiser(x, step_table[k], context, None, no_dropout)
 
         def noise(k: int) -> Tensor:
-            return rng.at("step", k).normal(width)
+            return rng.at("step", k).normal(text_width)
 
-        return ddim(model, start, steps, abar, self.eta, noise)
+        return ddim_sample(model, start, steps, abar, self.eta, noise)
 
-    def mean_logits(self, logits_of: Callable[[int], Tensor]) -> Tensor:
-        """log of the softmax probabilities averaged over the draws [B,C]; a single draw's logits stay as they are."""
-        if self.draws == 1:
+    def average_predictions(self, logits_of: Callable[[int], Tensor]) -> Tensor:
+        """Return the log of the class probabilities averaged over K draws, [B,C]; for K = 1, return the logits unchanged.
+
+        Args:
+            logits_of: `logits_of(draw)` returns the logits [B,C] of draw 0..K-1.
+        """
+        if self.num_draws == 1:
             return logits_of(0)
-        draws = [torch.log_softmax(logits_of(draw), dim=-1) for draw in range(self.draws)]
-        return torch.logsumexp(torch.stack(draws), dim=0) - math.log(self.draws)
+        log_probabilities = [torch.log_softmax(logits_of(draw), dim=-1) for draw in range(self.num_draws)]
+        return torch.logsumexp(torch.stack(log_probabilities), dim=0) - math.log(self.num_draws)

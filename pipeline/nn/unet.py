@@ -1,4 +1,4 @@
-"""The U-Net denoiser of SeDA Table 3: feature vectors as small square images, one channel per modality."""
+"""The U-Net denoiser of SeDA Table 3: it treats feature vectors as small square images, with one channel per modality."""
 
 from __future__ import annotations
 
@@ -11,31 +11,36 @@ from torch import Tensor, nn
 from pipeline.nn.layers import TimeEmbedding, dropout
 from pipeline.runtime.rng import KeyedRNG
 
-GROUPS = 4  # of GroupNorm, which looks at one sample only
+NUM_NORM_GROUPS = 4  # GroupNorm, unlike BatchNorm, uses statistics of one sample only
 
 
 class ResidualBlock(nn.Module):
-    """A residual block of DDPM's U-Net (Ho et al. 2020): norm, SiLU, convolution, + step, norm, SiLU, dropout, convolution."""
+    """A residual block of DDPM's U-Net (Ho et al. 2020).
+
+    Order: norm, SiLU, convolution, addition of the time embedding, norm, SiLU, dropout, convolution.
+    """
 
     def __init__(self, in_channels: int, out_channels: int, time_width: int) -> None:
         super().__init__()
-        self.norm1, self.norm2 = nn.GroupNorm(GROUPS, in_channels), nn.GroupNorm(GROUPS, out_channels)
+        self.norm1, self.norm2 = nn.GroupNorm(NUM_NORM_GROUPS, in_channels), nn.GroupNorm(NUM_NORM_GROUPS, out_channels)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
         self.from_time = nn.Linear(time_width, out_channels)
         self.skip = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
 
     def forward(self, x: Tensor, e: Tensor, rng: KeyedRNG | None, p: Tensor) -> Tensor:
-        """[B,Cin,H,W] to [B,Cout,H,W]; e [E] or [B,E]; rng None predicts, without dropout."""
+        """Map [B,Cin,H,W] to [B,Cout,H,W]; e is the time embedding [E] or [B,E]; rng None means prediction, without dropout."""
         h = self.conv1(F.silu(self.norm1(x))) + self.from_time(e)[..., None, None]
         h = dropout(F.silu(self.norm2(h)), p, rng, self.training)
         return self.skip(x) + self.conv2(h)
 
 
 class UNet(nn.Module):
-    """X_theta as a U-Net over sqrt(D) x sqrt(D) images, zero-padded to the next side divisible by 8; see `denoisers.Denoiser`.
+    """X_theta as a U-Net over sqrt(D) x sqrt(D) images; see `denoisers.Denoiser`.
 
-    Base channels 8, multipliers 1, 2, 2, 2, two residual blocks per level, no attention; the step enters every block.
+    Vectors are padded with zeros to a square whose side is divisible by 2^(number of levels - 1); by default, that is 8. The
+    defaults are 8 base channels, channel multipliers 1, 2, 2, 2, and two residual blocks per level. There is no attention. The
+    time embedding enters every residual block.
     """
 
     def __init__(
@@ -55,53 +60,54 @@ class UNet(nn.Module):
         self.from_image = nn.Conv2d(1, channels, 3, padding=1, bias=False)
         self.down, self.middle, self.up = nn.ModuleList(), nn.ModuleList(), nn.ModuleList()
         self.shrink, self.grow = nn.ModuleList(), nn.ModuleList()
-        now, skips = channels, [channels]
+        current_channels, skip_channels = channels, [channels]
         for level, multiplier in enumerate(multipliers):
             for _ in range(num_blocks):
-                self.down.append(ResidualBlock(now, channels * multiplier, time_width))
-                now = channels * multiplier
-                skips.append(now)
+                self.down.append(ResidualBlock(current_channels, channels * multiplier, time_width))
+                current_channels = channels * multiplier
+                skip_channels.append(current_channels)
             if level < len(multipliers) - 1:
-                self.shrink.append(nn.Conv2d(now, now, 3, stride=2, padding=1))
-                skips.append(now)
-        self.middle.extend(ResidualBlock(now, now, time_width) for _ in range(2))
+                self.shrink.append(nn.Conv2d(current_channels, current_channels, 3, stride=2, padding=1))
+                skip_channels.append(current_channels)
+        self.middle.extend(ResidualBlock(current_channels, current_channels, time_width) for _ in range(2))
         for level, multiplier in enumerate(reversed(multipliers)):
             for _ in range(num_blocks + 1):
-                self.up.append(ResidualBlock(now + skips.pop(), channels * multiplier, time_width))
-                now = channels * multiplier
+                self.up.append(ResidualBlock(current_channels + skip_channels.pop(), channels * multiplier, time_width))
+                current_channels = channels * multiplier
             if level < len(multipliers) - 1:
-                self.grow.append(nn.Conv2d(now, now, 3, padding=1))
+                self.grow.append(nn.Conv2d(current_channels, current_channels, 3, padding=1))
         self.num_blocks = num_blocks
-        self.norm = nn.GroupNorm(GROUPS, now)
-        self.out = nn.Conv2d(now, 1, 3, padding=1)
+        self.norm = nn.GroupNorm(NUM_NORM_GROUPS, current_channels)
+        self.out = nn.Conv2d(current_channels, 1, 3, padding=1)
 
-    def condition(self, x_v: Tensor) -> Tensor:
-        """The visual channel's share of the first convolution, [B,D] to [B,channels,side,side]."""
-        return self.from_image(self._square(x_v))
+    def image_context(self, x_v: Tensor) -> Tensor:
+        """Map x_v [B,D] to the contribution of the visual channel to the first convolution, [B,channels,side,side]."""
+        return self.from_image(self._to_square(x_v))
 
-    def time(self, n: Tensor) -> Tensor:
-        """[...] to [..., time_width]."""
+    def embed_step(self, n: Tensor) -> Tensor:
+        """Map step numbers [...] to e_n [..., time_width]."""
         return self.embed(n)
 
     def forward(self, x_n: Tensor, e: Tensor, context: Tensor, rng: KeyedRNG | None, p: Tensor) -> Tensor:
         """See `denoisers.Denoiser`."""
-        h = self.from_text(self._square(x_n)) + context
+        h = self.from_text(self._to_square(x_n)) + context
         skips = [h]
         for i, block in enumerate(self.down):
             h = block(h, e, rng and rng.at("down", i), p)
             skips.append(h)
-            level, place = divmod(i + 1, self.num_blocks)
-            if place == 0 and level <= len(self.shrink):
+            level, block_in_level = divmod(i + 1, self.num_blocks)
+            if block_in_level == 0 and level <= len(self.shrink):
                 h = self.shrink[level - 1](h)
                 skips.append(h)
         for i, block in enumerate(self.middle):
             h = block(h, e, rng and rng.at("middle", i), p)
         for i, block in enumerate(self.up):
             h = block(torch.cat([h, skips.pop()], dim=1), e, rng and rng.at("up", i), p)
-            level, place = divmod(i + 1, self.num_blocks + 1)
-            if place == 0 and level <= len(self.grow):
+            level, block_in_level = divmod(i + 1, self.num_blocks + 1)
+            if block_in_level == 0 and level <= len(self.grow):
                 h = self.grow[level - 1](F.interpolate(h, scale_factor=2.0, mode="nearest"))
         return self.out(F.silu(self.norm(h))).flatten(1)[:, : self.width]
 
-    def _square(self, x: Tensor) -> Tensor:
+    def _to_square(self, x: Tensor) -> Tensor:
+        """Map vectors [B,D] to zero-padded images [B,1,side,side]."""
         return F.pad(x, (0, self.side**2 - self.width)).reshape(-1, 1, self.side, self.side)

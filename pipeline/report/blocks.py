@@ -1,4 +1,7 @@
-"""What a report is made of, free of any markup; the renderers escape every string they find here."""
+"""The building blocks of a report: headings, paragraphs, tables, figures.
+
+Blocks hold plain text and no markup. The HTML and Markdown renderers escape every string that they find in a block.
+"""
 
 from __future__ import annotations
 
@@ -7,38 +10,38 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Heading:
-    """The start of a section."""
+    """The heading of a section."""
 
     text: str
 
 
 @dataclass(frozen=True, slots=True)
-class Text:
-    """A paragraph."""
+class Paragraph:
+    """A paragraph of text."""
 
     text: str
 
 
 @dataclass(frozen=True, slots=True)
-class Bullets:
-    """One sentence per item."""
+class BulletList:
+    """A list with one sentence per item."""
 
     items: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
-class Grid:
-    """A table of strings; its first `words` columns hold words, the others numbers."""
+class Table:
+    """A table of strings: the first `num_text_columns` columns hold text, the others hold numbers."""
 
     columns: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
     caption: str
-    words: int = 1
+    num_text_columns: int = 1
 
 
 @dataclass(frozen=True, slots=True)
-class Picture:
-    """A drawing with what it says for those who cannot see it."""
+class SvgFigure:
+    """An SVG figure with a caption, and a text (`alt`) for readers who cannot see the figure."""
 
     svg: bytes
     alt: str
@@ -46,37 +49,37 @@ class Picture:
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
-    """The best classes of one method for one example, best first."""
+class ClassPredictions:
+    """The classes that one method finds most likely for one example, the most likely first."""
 
     method: str
-    classes: tuple[tuple[str, float, bool], ...]  # class name, confidence 0..1, whether it is a label of the example
+    top_classes: tuple[tuple[str, float, bool], ...]  # class name, confidence 0..1, whether it is a label of the example
 
 
 @dataclass(frozen=True, slots=True)
-class Example:
-    """One test example: its thumbnail as PNG, its labels and what the methods said."""
+class ExampleCard:
+    """One test example: its thumbnail as PNG, its labels, and the predictions of each method."""
 
     id: str
     thumbnail: bytes  # empty when the file cannot be shown
     labels: tuple[str, ...]
-    answers: tuple[Answer, ...]
+    predictions: tuple[ClassPredictions, ...]
 
 
 @dataclass(frozen=True, slots=True)
-class Examples:
-    """Examples of one kind."""
+class ExampleGroup:
+    """Examples for which the methods are right or wrong in the same way, under one title."""
 
     title: str
-    items: tuple[Example, ...]
+    cards: tuple[ExampleCard, ...]
 
 
 @dataclass(frozen=True, slots=True)
-class Folded:
-    """Details that few readers want to see."""
+class CollapsibleSection:
+    """Details that few readers need; on the HTML page they are hidden until the reader opens them."""
 
     summary: str
     blocks: tuple[Block, ...]
 
 
-Block = Heading | Text | Bullets | Grid | Picture | Examples | Folded
+Block = Heading | Paragraph | BulletList | Table | SvgFigure | ExampleGroup | CollapsibleSection

@@ -1,4 +1,4 @@
-"""The rows as one table: mean and spread over seeds, distance to the baseline with its interval, what that allows to say."""
+"""The table of results: mean and spread over seeds, difference to the baseline with its interval, and a verdict."""
 
 from __future__ import annotations
 
@@ -10,138 +10,164 @@ import numpy as np
 import pandas as pd
 
 from pipeline.evaluation.statistics import format_mean_std, mean_of_finite, paired_bootstrap, sample_std
-from pipeline.report.results import BASELINE, Results, Row, collect
+from pipeline.report.results import BASELINE, DatasetResults, ResultRow, collect_results
 
-NUM_RESAMPLES = 4000  # of the bootstrap
-NAMES = {"acc1": "Acc-1", "acc5": "Acc-5", "map": "mAP", "pre1": "Pre-1", "pre5": "Pre-5", "rec1": "Rec-1", "rec5": "Rec-5"}
+NUM_BOOTSTRAP_RESAMPLES = 4000
+METRIC_LABELS = {
+    "acc1": "Acc-1",
+    "acc5": "Acc-5",
+    "map": "mAP",
+    "pre1": "Pre-1",
+    "pre5": "Pre-5",
+    "rec1": "Rec-1",
+    "rec5": "Rec-5",
+}
 
 
-def baseline_of(row: Row, results: Results) -> Row | None:
-    """The baseline on the same image features and manifest that is best on validation; None without one or for itself."""
+def find_baseline(row: ResultRow, results: DatasetResults) -> ResultRow | None:
+    """Return the baseline that a row is compared with: the best on validation with the same image features and manifest.
+
+    Returns:
+        The row of the baseline; None when there is no such baseline, or when `row` is that baseline itself.
+    """
     config = row.head.config
     candidates = [
         other
         for other in results.rows
         if other.head.config.method == BASELINE
-        and other.evaluation == results.split
-        and other.head.kind == row.head.kind == "image"
+        and other.evaluation_name == results.split
+        and other.head.feature_kind == row.head.feature_kind == "image"
         and (other.head.config.caches["image"], other.head.config.manifest) == (config.caches["image"], config.manifest)
     ]
-    best = max(candidates, key=lambda other: other.head.score, default=None)
+    best = max(candidates, key=lambda other: other.head.val_metric, default=None)
     return None if best is row else best
 
 
-def baseline_differences(row: Row, baseline: Row) -> dict[str, tuple[float, float, float]]:
-    """Per metric that is a mean over samples: points above the baseline and their paired bootstrap 95 % interval.
+def bootstrap_differences(row: ResultRow, baseline: ResultRow) -> dict[str, tuple[float, float, float]]:
+    """Return the differences to the baseline with their paired bootstrap 95 % intervals.
 
-    Seeds are averaged first, then samples are resampled. Empty when the two were not evaluated on the same samples.
+    Only metrics that are a mean over samples have one. Seeds are averaged first; then samples are resampled. Samples are
+    paired by id.
+
+    Returns:
+        (difference, low, high) in points by metric; empty when the two were not evaluated on the same samples.
     """
-    ids, terms = row.terms()
-    other_ids, other = baseline.terms()
-    if sorted(ids) != sorted(other_ids):
+    ids, metrics = row.per_sample_metrics()
+    baseline_ids, baseline_metrics = baseline.per_sample_metrics()
+    if sorted(ids) != sorted(baseline_ids):
         return {}
-    position = {sample_id: place for place, sample_id in enumerate(other_ids)}
-    order = np.array([position[sample_id] for sample_id in ids])
-    shared = [name for name in terms if name in other]
-    return {name: paired_bootstrap(terms[name], other[name][order], NUM_RESAMPLES, seed=0) for name in shared}
+    baseline_index = {sample_id: index for index, sample_id in enumerate(baseline_ids)}
+    aligned = np.array([baseline_index[sample_id] for sample_id in ids])
+    shared = [name for name in metrics if name in baseline_metrics]
+    return {
+        name: paired_bootstrap(metrics[name], baseline_metrics[name][aligned], NUM_BOOTSTRAP_RESAMPLES, seed=0)
+        for name in shared
+    }
 
 
-def metric_names(results: Results) -> list[str]:
-    """The metrics of the rows: those with a short name first, in its order."""
+def list_metrics(results: DatasetResults) -> list[str]:
+    """Return the metrics of all rows: first those of `METRIC_LABELS` in that order, then the others by name."""
     found = {name for row in results.rows for record in row.records for name in record["metrics"]}
-    return [name for name in NAMES if name in found] + sorted(found - set(NAMES))
+    return [name for name in METRIC_LABELS if name in found] + sorted(found - set(METRIC_LABELS))
 
 
-def claim_metric(metrics: Sequence[str]) -> str:
-    """The metric that decides who beats the baseline: the first with terms per sample."""
+def deciding_metric(metrics: Sequence[str]) -> str:
+    """Return the metric that decides whether a method beats the baseline; it has a value for every sample."""
     return "acc1" if "acc1" in metrics else "pre1"
 
 
-def numbers(home: Path, dataset: str, split: str = "test") -> pd.DataFrame:
-    """Methods × metrics on a split, in percent.
+def results_frame(home: Path, dataset: str, split: str = "test") -> pd.DataFrame:
+    """Return the results of a dataset on a split as numbers, one row per method and evaluation, metrics in percent.
 
-    Columns: method, kind, seeds; per metric m: m, m_std, and m_vs_baseline, m_low, m_high (NaN where there is no baseline
-    or no interval); train_seconds; verdict; reason (why nothing is claimed). No rows when nothing has been evaluated on the
-    split. `ValueError` when the dataset has no runs.
+    Returns:
+        Columns: method, kind, seeds; for each metric m: m, m_std, and m_vs_baseline, m_low, m_high (NaN where there is no
+        baseline or no interval); train_seconds; verdict; reason (why nothing is claimed). There are no rows when nothing has
+        been evaluated on the split.
+
+    Raises:
+        ValueError: The dataset has no runs.
     """
-    return count_up(collect(home, dataset, split))
+    return compare_results(collect_results(home, dataset, split))
 
 
-def table(home: Path, dataset: str, split: str = "test") -> pd.DataFrame:
-    """`numbers` as strings for people: mean ± std over seeds, the difference with its interval, seconds, verdict."""
-    return printable(numbers(home, dataset, split))
+def results_table(home: Path, dataset: str, split: str = "test") -> pd.DataFrame:
+    """Return `results_frame` as strings to read: mean ± std over seeds, difference with its interval, seconds, verdict."""
+    return format_results(results_frame(home, dataset, split))
 
 
-def count_up(results: Results) -> pd.DataFrame:
-    """`numbers` of results that have been collected."""
-    metrics = metric_names(results)
-    return pd.DataFrame([_line(row, results, metrics) for row in results.rows])
+def compare_results(results: DatasetResults) -> pd.DataFrame:
+    """Return the table of `results_frame` for results that have been collected already."""
+    metrics = list_metrics(results)
+    return pd.DataFrame([_compare_row(row, results, metrics) for row in results.rows])
 
 
-def _line(row: Row, results: Results, metrics: Sequence[str]) -> dict[str, Any]:
-    baseline = baseline_of(row, results)
-    found = baseline_differences(row, baseline) if baseline else {}
-    line: dict[str, Any] = {"method": row.label, "kind": row.head.kind, "seeds": len(row.runs)}
+def _compare_row(row: ResultRow, results: DatasetResults, metrics: Sequence[str]) -> dict[str, Any]:
+    baseline = find_baseline(row, results)
+    differences = bootstrap_differences(row, baseline) if baseline else {}
+    columns: dict[str, Any] = {"method": row.label, "kind": row.head.feature_kind, "seeds": len(row.runs)}
     for metric in metrics:
-        values = row.values(metric)
-        line[metric], line[f"{metric}_std"] = mean_of_finite(values), sample_std(values)
+        values = row.metric_values(metric)
+        columns[metric], columns[f"{metric}_std"] = mean_of_finite(values), sample_std(values)
         if baseline:
-            above = float(values.mean() - baseline.values(metric).mean())
-            line |= dict(zip(_compared(metric), found.get(metric, (above, np.nan, np.nan)), strict=True))
+            difference = float(values.mean() - baseline.metric_values(metric).mean())
+            without_interval = (difference, np.nan, np.nan)
+            columns |= dict(zip(_difference_columns(metric), differences.get(metric, without_interval), strict=True))
         else:
-            line |= dict.fromkeys(_compared(metric), np.nan)
-    line["train_seconds"] = float(np.mean([record["train_seconds"] for record in row.records]))
-    line["verdict"], line["reason"] = _verdict(row, results, baseline, found.get(claim_metric(metrics)))
-    return line
+            columns |= dict.fromkeys(_difference_columns(metric), np.nan)
+    columns["train_seconds"] = float(np.mean([record["train_seconds"] for record in row.records]))
+    columns["verdict"], columns["reason"] = _verdict(row, results, baseline, differences.get(deciding_metric(metrics)))
+    return columns
 
 
-def _compared(metric: str) -> tuple[str, str, str]:
+def _difference_columns(metric: str) -> tuple[str, str, str]:
     return f"{metric}_vs_baseline", f"{metric}_low", f"{metric}_high"
 
 
-def _verdict(row: Row, results: Results, baseline: Row | None, found: tuple[float, float, float] | None) -> tuple[str, str]:
-    """What the interval allows to say, or "no claim" and the reason."""
-    if row.head.kind == "text":
+def _verdict(
+    row: ResultRow, results: DatasetResults, baseline: ResultRow | None, difference: tuple[float, float, float] | None
+) -> tuple[str, str]:
+    """Return the verdict that the interval allows and "", or "no claim" and the reason."""
+    if row.head.feature_kind == "text":
         return "no claim", "it is a diagnostic"
-    if row.head.kind == "unknown":
+    if row.head.feature_kind == "unknown":
         return "no claim", "the cache of its image features is gone, so what they were made from cannot be checked"
-    if baseline is None and row.head.config.method == BASELINE and row.evaluation == results.split:
+    if baseline is None and row.head.config.method == BASELINE and row.evaluation_name == results.split:
         return "the baseline", ""
     if baseline is None:
         command = f"diffalign train-head --dataset {results.dataset} --method {BASELINE}"
         return "no claim", f"no {BASELINE} on these features; train one with: {command}"
-    if found is None:
+    if difference is None:
         return "no claim", "it was not evaluated on the same examples as the baseline"
-    _, low, high = found
+    _, low, high = difference
     if low > 0:
         return "beats the baseline", ""
     return ("falls below the baseline" if high < 0 else "not distinguishable"), ""
 
 
-def printable(frame: pd.DataFrame) -> pd.DataFrame:
-    """`numbers` as strings for people, only the metrics with a short name.
+def format_results(frame: pd.DataFrame) -> pd.DataFrame:
+    """Return a `results_frame` as strings to read, with the metrics of `METRIC_LABELS` only.
 
-    When there are more than two of them, only the one that decides is compared with the baseline.
+    When there are more than two of these metrics, only the deciding metric is compared with the baseline.
     """
     if frame.empty:
         return frame
-    metrics = [metric for metric in NAMES if metric in frame]
-    compared = metrics if len(metrics) <= 2 else [claim_metric(metrics)]
+    metrics = [metric for metric in METRIC_LABELS if metric in frame]
+    compared = metrics if len(metrics) <= 2 else [deciding_metric(metrics)]
     shown = pd.DataFrame({"method": frame["method"], "seeds": frame["seeds"].astype(str)})
     for metric in metrics:
-        shown = shown.join(spreads(frame, [metric]))
+        shown = shown.join(format_means(frame, [metric]))
         if metric in compared:
-            shown = shown.join(distances(frame, [metric]))
+            shown = shown.join(format_differences(frame, [metric]))
     shown["train s"] = [f"{seconds:.1f}" for seconds in frame["train_seconds"]]
     shown["verdict"] = frame["verdict"]
     return shown
 
 
-def spreads(frame: pd.DataFrame, metrics: Sequence[str]) -> pd.DataFrame:
-    """Columns of `numbers` as mean ± standard deviation over seeds."""
+def format_means(frame: pd.DataFrame, metrics: Sequence[str]) -> pd.DataFrame:
+    """Return one column of strings per metric: mean ± standard deviation over seeds."""
     return pd.DataFrame(
         {
-            NAMES.get(metric, metric): [
+            METRIC_LABELS.get(metric, metric): [
                 format_mean_std(*values) for values in zip(frame[metric], frame[f"{metric}_std"], strict=True)
             ]
             for metric in metrics
@@ -150,19 +176,24 @@ def spreads(frame: pd.DataFrame, metrics: Sequence[str]) -> pd.DataFrame:
     )
 
 
-def distances(frame: pd.DataFrame, metrics: Sequence[str]) -> pd.DataFrame:
-    """Columns of `numbers` as points above the baseline with their interval; no column where no row is compared."""
+def format_differences(frame: pd.DataFrame, metrics: Sequence[str]) -> pd.DataFrame:
+    """Return one column of strings per metric: points above the baseline with their interval.
+
+    A metric in which no row is compared with a baseline has no column.
+    """
     return pd.DataFrame(
         {
-            f"{NAMES.get(metric, metric)} vs baseline": [_interval(*values) for values in compared.itertuples(index=False)]
+            f"{METRIC_LABELS.get(metric, metric)} vs baseline": [
+                _format_difference(*values) for values in differences.itertuples(index=False)
+            ]
             for metric in metrics
-            if (compared := frame[list(_compared(metric))]).notna().any(axis=None)
+            if (differences := frame[list(_difference_columns(metric))]).notna().any(axis=None)
         },
         index=frame.index,
     )
 
 
-def _interval(above: float, low: float, high: float) -> str:
-    if np.isnan(above):
+def _format_difference(difference: float, low: float, high: float) -> str:
+    if np.isnan(difference):
         return "-"
-    return f"{above:+.2f}" if np.isnan(low) else f"{above:+.2f} ({low:+.2f} to {high:+.2f})"
+    return f"{difference:+.2f}" if np.isnan(low) else f"{difference:+.2f} ({low:+.2f} to {high:+.2f})"

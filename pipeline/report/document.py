@@ -1,4 +1,4 @@
-"""The report's sections, in order, and the two files they become."""
+"""Write the report on a dataset: all its sections in order, as one HTML file and one Markdown file."""
 
 from __future__ import annotations
 
@@ -10,20 +10,36 @@ from typing import Any
 
 import pandas as pd
 
-from pipeline.data import manifest as manifests
 from pipeline.data.manifest import Manifest
+from pipeline.data.manifest_files import read_manifest
 from pipeline.report import html, markdown
-from pipeline.report.blocks import Block, Bullets, Grid, Heading, Picture, Text
-from pipeline.report.comparison import NAMES, NUM_RESAMPLES, claim_metric, count_up, distances, metric_names, printable, spreads
+from pipeline.report.blocks import Block, BulletList, Heading, Paragraph, SvgFigure, Table
+from pipeline.report.comparison import (
+    METRIC_LABELS,
+    NUM_BOOTSTRAP_RESAMPLES,
+    compare_results,
+    deciding_metric,
+    format_differences,
+    format_means,
+    format_results,
+    list_metrics,
+)
+from pipeline.report.figure_blocks import (
+    ShownHeads,
+    choose_shown_heads,
+    class_change_blocks,
+    example_blocks,
+    feature_space_blocks,
+    training_curve_figure,
+)
 from pipeline.report.figures import draw_differences
-from pipeline.report.grid_page import grids
-from pipeline.report.pictures import Subjects, answers, choose_subjects, confusion, curves, feature_space
-from pipeline.report.provenance import provenance, test_reads
-from pipeline.report.results import Results, collect, plural
-from pipeline.report.sampler import sampler_curves
+from pipeline.report.grid_page import grid_sections
+from pipeline.report.provenance import provenance_blocks, test_read_blocks
+from pipeline.report.results import DatasetResults, collect_results, plural
+from pipeline.report.sampler import sampler_curve_blocks
 from pipeline.runtime.files import write_atomic
 
-SELECTION = {
+SELECTION_RULES = {
     "metric": "highest validation metric, then lowest validation loss",
     "loss": "lowest validation loss",
     "last": "the last one, without a choice",
@@ -31,20 +47,23 @@ SELECTION = {
 
 
 def write_report(home: Path, dataset: str, split: str = "test") -> tuple[Path, Path]:
-    """Write `<home>/reports/<dataset>/index.html`, one file that needs nothing else, and `report.md` beside it.
+    """Write the report on a dataset as `<home>/reports/<dataset>/index.html` and `report.md`, and return their paths.
 
-    The same runs give the same bytes. `ValueError` when the dataset has no runs or no manifest.
+    The HTML file needs no other file. The same runs give the same bytes.
+
+    Raises:
+        ValueError: The dataset has no runs or no manifest.
     """
-    results = collect(home, dataset, split)
-    manifest = manifests.read_manifest(home, dataset)
-    subjects = choose_subjects(results, manifest)
+    results = collect_results(home, dataset, split)
+    manifest = read_manifest(home, dataset)
+    shown_heads = choose_shown_heads(results, manifest)
     blocks: list[Block] = [
-        *_results(results),
-        *_stale(results, manifest),
-        *_pictures(results, manifest, subjects),
-        *sampler_curves(results),
-        *grids(home, dataset),
-        *provenance(results, manifest),
+        *_results_section(results),
+        *_old_manifest_warning(results, manifest),
+        *_figure_sections(results, manifest, shown_heads),
+        *sampler_curve_blocks(results),
+        *grid_sections(home, dataset),
+        *provenance_blocks(results, manifest),
     ]
     folder = home / "reports" / dataset
     title = f"{dataset}: trained with text, tested on images alone"
@@ -53,22 +72,26 @@ def write_report(home: Path, dataset: str, split: str = "test") -> tuple[Path, P
     return folder / "index.html", folder / "report.md"
 
 
-def _results(results: Results) -> list[Block]:
-    frame = count_up(results)
-    blocks: list[Block] = [Text(_lead(results)), Heading(f"Results on the {results.split} split")]
+def _results_section(results: DatasetResults) -> list[Block]:
+    frame = compare_results(results)
+    blocks: list[Block] = [Paragraph(_introduction(results)), Heading(f"Results on the {results.split} split")]
     if frame.empty:
         command = f"diffalign evaluate <run folder> --split {results.split}"
-        blocks.append(Text(f"Nothing has been evaluated on the {results.split} split yet; for every finished run: {command}"))
+        text = f"Nothing has been evaluated on the {results.split} split yet; for every finished run: {command}"
+        blocks.append(Paragraph(text))
     else:
         heads = frame[frame["kind"] != "text"]
-        blocks += _claims(results, heads) if len(heads) else [Text("There is nothing to compare but text-only diagnostics.")]
-        blocks += _diagnostics(frame[frame["kind"] == "text"])
+        if len(heads):
+            blocks += _comparison_blocks(results, heads)
+        else:
+            blocks.append(Paragraph("There is nothing to compare but text-only diagnostics."))
+        blocks += _diagnostics_table(frame[frame["kind"] == "text"])
     if results.notes:
-        blocks.append(Bullets(results.notes))
-    return [*blocks, *_selection(results)]
+        blocks.append(BulletList(results.notes))
+    return [*blocks, *_selection_blocks(results)]
 
 
-def _lead(results: Results) -> str:
+def _introduction(results: DatasetResults) -> str:
     methods = sorted({head.config.method for head in results.heads})
     sizes = sorted({record["n"] for row in results.rows for record in row.records})
     examples = f" The {results.split} split has {' or '.join(map(str, sizes))} usable examples." if sizes else ""
@@ -78,57 +101,61 @@ def _lead(results: Results) -> str:
     )
 
 
-def _claims(results: Results, frame: pd.DataFrame) -> list[Block]:
-    """The table, the intervals as a picture, and one sentence per row."""
-    metric = claim_metric(metric_names(results))
-    name = NAMES[metric]
-    sentences = [_sentence(line, metric) for line in frame.to_dict("records") if line["verdict"] != "the baseline"]
-    blocks: list[Block] = [_grid(printable(frame).drop(columns="verdict"), _table_caption(results)), *_more(results, frame)]
-    decided = frame.dropna(subset=[f"{metric}_low"])
-    if len(decided):
-        numbers = decided[[f"{metric}_vs_baseline", f"{metric}_low", f"{metric}_high"]].to_numpy(dtype=float)
+def _comparison_blocks(results: DatasetResults, frame: pd.DataFrame) -> list[Block]:
+    """The results table, a figure of the differences to the baseline, and one sentence per row."""
+    metric = deciding_metric(list_metrics(results))
+    metric_label = METRIC_LABELS[metric]
+    sentences = [_claim(row, metric) for row in frame.to_dict("records") if row["verdict"] != "the baseline"]
+    main_table = _to_table(format_results(frame).drop(columns="verdict"), _results_caption(results))
+    blocks: list[Block] = [main_table, *_further_metrics(results, frame)]
+    compared = frame.dropna(subset=[f"{metric}_low"])
+    if len(compared):
+        intervals = compared[[f"{metric}_vs_baseline", f"{metric}_low", f"{metric}_high"]].to_numpy(dtype=float)
         caption = (
-            f"Difference to the baseline in {name}, with its 95 % interval. Filled: the interval leaves out zero. "
+            f"Difference to the baseline in {metric_label}, with its 95 % interval. Filled: the interval leaves out zero. "
             "Open and grey: this many examples cannot tell the two apart."
         )
-        blocks.append(Picture(draw_differences(decided["method"].tolist(), numbers, name), "; ".join(sentences), caption))
+        svg = draw_differences(compared["method"].tolist(), intervals, metric_label)
+        blocks.append(SvgFigure(svg, "; ".join(sentences), caption))
     else:
-        blocks.append(Text("No row can be compared with a baseline, so nothing is claimed."))
-    return [*blocks, Bullets(tuple(sentences)), Text(_reading(results, name))]
+        blocks.append(Paragraph("No row can be compared with a baseline, so nothing is claimed."))
+    return [*blocks, BulletList(tuple(sentences)), Paragraph(_reading_guide(results, metric_label))]
 
 
-def _more(results: Results, frame: pd.DataFrame) -> list[Block]:
+def _further_metrics(results: DatasetResults, frame: pd.DataFrame) -> list[Block]:
     """What the first table leaves out when there are many metrics: the other differences, then the other metrics."""
-    main = [metric for metric in metric_names(results) if metric in NAMES]
-    rest = [metric for metric in metric_names(results) if metric not in NAMES]
+    main = [metric for metric in list_metrics(results) if metric in METRIC_LABELS]
+    others = [metric for metric in list_metrics(results) if metric not in METRIC_LABELS]
     blocks: list[Block] = []
     if len(main) > 2:
         caption = "Points above the baseline with 95 % intervals; a metric that is no mean over examples has none."
-        blocks.append(_grid(frame[["method"]].join(distances(frame, main)), caption))
-    if rest:
-        blocks.append(_grid(frame[["method"]].join(spreads(frame, rest)), "More metrics, in percent."))
+        blocks.append(_to_table(frame[["method"]].join(format_differences(frame, main)), caption))
+    if others:
+        blocks.append(_to_table(frame[["method"]].join(format_means(frame, others)), "More metrics, in percent."))
     return blocks
 
 
-def _sentence(line: Mapping[Any, Any], metric: str) -> str:
-    """What the row may claim, with its numbers, or why it may claim nothing."""
-    above, low, high = (line[f"{metric}_{part}"] for part in ("vs_baseline", "low", "high"))
+def _claim(row: Mapping[Any, Any], metric: str) -> str:
+    """A sentence with the verdict on a row of the frame and its numbers, or with the reason why nothing is claimed."""
+    difference, low, high = (row[f"{metric}_{part}"] for part in ("vs_baseline", "low", "high"))
     if math.isnan(low):
-        return f"{line['method']}: no claim, {line['reason']}."
-    verdict = "is not distinguishable from the baseline" if line["verdict"] == "not distinguishable" else line["verdict"]
-    return f"{line['method']} {verdict} ({NAMES[metric]} {above:+.2f} points, 95 % interval {low:+.2f} to {high:+.2f})."
+        return f"{row['method']}: no claim, {row['reason']}."
+    verdict = "is not distinguishable from the baseline" if row["verdict"] == "not distinguishable" else row["verdict"]
+    numbers = f"{METRIC_LABELS[metric]} {difference:+.2f} points, 95 % interval {low:+.2f} to {high:+.2f}"
+    return f"{row['method']} {verdict} ({numbers})."
 
 
-def _table_caption(results: Results) -> str:
-    seeds = {len(row.runs) for row in results.rows}
-    spread = "Mean ± standard deviation over seeds" + ("; a row with one seed has no spread" if 1 in seeds else "")
+def _results_caption(results: DatasetResults) -> str:
+    seed_counts = {len(row.runs) for row in results.rows}
+    spread = "Mean ± standard deviation over seeds" + ("; a row with one seed has no spread" if 1 in seed_counts else "")
     return f"{spread}; metrics in percent. train s: seconds of training per seed, features already cached."
 
 
-def _reading(results: Results, name: str) -> str:
+def _reading_guide(results: DatasetResults, metric_label: str) -> str:
+    resamples = f"{NUM_BOOTSTRAP_RESAMPLES:,}"
     text = (
-        f"How to read this: a method beats the baseline when the whole interval of its {name} difference is above zero. "
-        f"The interval is a paired bootstrap over examples ({NUM_RESAMPLES:,} resamples, each example's metric averaged over "
+        f"How to read this: a method beats the baseline when the whole interval of its {metric_label} difference is above "
+        f"zero. The interval is a paired bootstrap over examples ({resamples} resamples, each example's metric averaged over "
         "seeds first), so it covers the choice of examples, not the choice of seeds, and it is not corrected for the number "
         "of rows."
     )
@@ -137,43 +164,44 @@ def _reading(results: Results, name: str) -> str:
     return text
 
 
-def _diagnostics(frame: pd.DataFrame) -> list[Block]:
+def _diagnostics_table(frame: pd.DataFrame) -> list[Block]:
     if frame.empty:
         return []
     caption = "Diagnostics, not methods: they classify the text of each example itself, which no method may read when tested."
-    return [_grid(printable(frame).drop(columns="verdict"), caption)]
+    return [_to_table(format_results(frame).drop(columns="verdict"), caption)]
 
 
-def _grid(shown: pd.DataFrame, caption: str) -> Grid:
-    return Grid(tuple(shown.columns), tuple(tuple(map(str, row)) for row in shown.itertuples(index=False)), caption)
+def _to_table(frame: pd.DataFrame, caption: str) -> Table:
+    return Table(tuple(frame.columns), tuple(tuple(map(str, row)) for row in frame.itertuples(index=False)), caption)
 
 
-def _selection(results: Results) -> list[Block]:
+def _selection_blocks(results: DatasetResults) -> list[Block]:
+    """How the epoch of each run was selected, and how often the test split was read."""
     rules = Counter(str(head.config.training["select"]) for head in results.heads)
-    chosen = "; ".join(f"{SELECTION[rule]} ({plural(count, 'configuration')})" for rule, count in sorted(rules.items()))
+    chosen = "; ".join(f"{SELECTION_RULES[rule]} ({plural(count, 'configuration')})" for rule, count in sorted(rules.items()))
     text = (
         f"Selection happens on the validation split. The epoch that is kept: {chosen}. Where a method has several "
         "configurations, the pictures show the one with the best mean validation metric."
     )
-    return [Text(text), *test_reads(results)]
+    return [Paragraph(text), *test_read_blocks(results)]
 
 
-def _stale(results: Results, manifest: Manifest) -> list[Block]:
-    """A warning when runs were made before the dataset was prepared anew."""
+def _old_manifest_warning(results: DatasetResults, manifest: Manifest) -> list[Block]:
+    """A warning when runs were trained before the dataset was prepared again, with another manifest."""
     labels = [head.label for head in results.heads if head.config.manifest != manifest.fingerprint()]
     if not labels:
         return []
-    return [Text(f"Trained on another version of the manifest, and therefore in no picture: {', '.join(labels)}.")]
+    return [Paragraph(f"Trained on another version of the manifest, and therefore in no picture: {', '.join(labels)}.")]
 
 
-def _pictures(results: Results, manifest: Manifest, subjects: Subjects) -> list[Block]:
+def _figure_sections(results: DatasetResults, manifest: Manifest, shown_heads: ShownHeads) -> list[Block]:
     return [
         Heading("Training"),
-        curves(subjects, manifest),
+        training_curve_figure(shown_heads, manifest),
         Heading("Feature space"),
-        *feature_space(results, manifest, subjects),
+        *feature_space_blocks(results, manifest, shown_heads),
         Heading("What changes between classes"),
-        *confusion(manifest, subjects),
+        *class_change_blocks(manifest, shown_heads),
         Heading("Single examples"),
-        *answers(results, manifest, subjects),
+        *example_blocks(results, manifest, shown_heads),
     ]

@@ -1,4 +1,4 @@
-"""What a grid has found, as a section of the report and as a page of its own."""
+"""Write what a grid has found, as a section of the report on its dataset and as a page of its own."""
 
 from __future__ import annotations
 
@@ -11,216 +11,244 @@ import pandas as pd
 
 from pipeline.evaluation.statistics import format_mean_std
 from pipeline.report import grid_figures, html, robustness
-from pipeline.report.blocks import Block, Bullets, Folded, Grid, Heading, Picture, Text
-from pipeline.report.comparison import NAMES
-from pipeline.report.figures import short
-from pipeline.report.grid_figures import Axis, Effect
+from pipeline.report.blocks import Block, BulletList, CollapsibleSection, Heading, Paragraph, SvgFigure, Table
+from pipeline.report.comparison import METRIC_LABELS
+from pipeline.report.figures import shorten
+from pipeline.report.grid_figures import AxisEffect, GridAxis
+from pipeline.report.grid_results import GridResults, find_grids, read_grid
 from pipeline.report.results import plural
-from pipeline.report.studies import Study, find_studies, read_study
 from pipeline.runtime.files import write_atomic
 
-TOP = 10  # cells of the first table
-LISTED = 20  # runs that have not finished
-SEARCHES = {
+NUM_TOP_CELLS = 10  # in the table that is always visible
+MAX_LISTED_RUNS = 20  # of the runs that have not finished
+SEARCH_DESCRIPTIONS = {
     "all": "every cell is trained to its end",
     "optuna": "successive halving gives up the worse cells early",
 }
 
 
 def write_grid_page(folder: Path) -> Path:
-    """Write `index.html` into a grid's folder, one file that needs nothing else, and return its path.
+    """Write `index.html` into the folder of a grid and return its path; the page needs no other file.
 
-    `ValueError` when the folder is no grid or a file of it is damaged.
+    Raises:
+        ValueError: The folder is not a grid, or one of its files is damaged.
     """
-    study = read_study(folder)
+    grid = read_grid(folder)
     page = folder / "index.html"
-    write_atomic(page, html.render_html(f"{study.dataset}: {_title(study)}", _section(study)))
+    write_atomic(page, html.render_html(f"{grid.dataset}: {_title(grid)}", _grid_blocks(grid)))
     return page
 
 
-def grids(home: Path, dataset: str) -> list[Block]:
-    """One section per grid of the dataset; nothing when there is none."""
-    studies, notes = find_studies(home, dataset)
-    blocks: list[Block] = [Heading("Grids"), Bullets(tuple(notes))] if notes else []
-    for study in studies:
-        blocks += [Heading(_title(study)), *_section(study)]
+def grid_sections(home: Path, dataset: str) -> list[Block]:
+    """Return one section per grid of the dataset; no blocks when there is no grid."""
+    grids, notes = find_grids(home, dataset)
+    blocks: list[Block] = [Heading("Grids"), BulletList(tuple(notes))] if notes else []
+    for grid in grids:
+        blocks += [Heading(_title(grid)), *_grid_blocks(grid)]
     return blocks
 
 
-def _title(study: Study) -> str:
-    return f"Grid of {study.method} over {', '.join(study.names.values())}"
+def _title(grid: GridResults) -> str:
+    return f"Grid of {grid.method} over {', '.join(grid.axis_names.values())}"
 
 
-def _section(study: Study) -> list[Block]:
-    ranked = robustness.ranking(study)
-    blocks: list[Block] = [Text(_asked(study)), *_incomplete(study, ranked)]
+def _grid_blocks(grid: GridResults) -> list[Block]:
+    ranked = robustness.rank_grid_cells(grid)
+    blocks: list[Block] = [Paragraph(_overview(grid)), *_unfinished_blocks(grid, ranked)]
     if not ranked["seeds"].any():
-        return [*blocks, Text("No run has finished, so there is nothing to show; the same grid command goes on.")]
-    return [*blocks, *_winner(study, ranked), *_table(study, ranked), *_effects(study), *_maps(study), *_lines(study, ranked)]
-
-
-def _asked(study: Study) -> str:
-    """What was tried."""
-    axes = [
-        f"{study.names[field]}{f' ({field})' if study.names[field] != field else ''}: {', '.join(map(str, values))}"
-        for field, values in study.axes.items()
+        text = "No run has finished, so there is nothing to show; the same grid command goes on."
+        return [*blocks, Paragraph(text)]
+    return [
+        *blocks,
+        *_winner_blocks(grid, ranked),
+        *_cell_tables(grid, ranked),
+        *_axis_effect_blocks(grid),
+        *_heat_map_blocks(grid),
+        *_parallel_coordinate_blocks(grid, ranked),
     ]
-    combinations = int(np.prod([len(values) for values in study.axes.values()]))
-    drawn = f", drawn from {combinations}," if len(study.places) < combinations else ""
-    search = SEARCHES.get(study.search, study.search)
+
+
+def _overview(grid: GridResults) -> str:
+    """What was tried: the cells, the seeds, the kind of search and the values of each axis."""
+    axes = [
+        f"{grid.axis_names[field]}{f' ({field})' if grid.axis_names[field] != field else ''}: {', '.join(map(str, values))}"
+        for field, values in grid.axes.items()
+    ]
+    num_cells = len(grid.positions)
+    num_combinations = int(np.prod([len(values) for values in grid.axes.values()]))
+    drawn = f", drawn from {num_combinations}," if num_cells < num_combinations else ""
+    search = SEARCH_DESCRIPTIONS.get(grid.search, grid.search)
     return (
-        f"{plural(len(study.places), 'cell')}{drawn} with {plural(len(study.seeds), 'seed')} each; {search}. "
-        f"{'; '.join(axes)}. Folder: {study.path.name}."
+        f"{plural(num_cells, 'cell')}{drawn} with {plural(len(grid.seeds), 'seed')} each; {search}. "
+        f"{'; '.join(axes)}. Folder: {grid.path.name}."
     )
 
 
-def _incomplete(study: Study, ranked: pd.DataFrame) -> list[Block]:
+def _unfinished_blocks(grid: GridResults, ranked: pd.DataFrame) -> list[Block]:
     """How many runs have not finished, why, and what that does to the means."""
-    left = study.runs[study.runs["state"] != "done"]
-    if left.empty:
+    unfinished = grid.runs[grid.runs["state"] != "done"]
+    if unfinished.empty:
         return []
-    counts = ", ".join(f"{count} {state}" for state, count in left["state"].value_counts().sort_index().items())
-    whole = int((ranked["seeds"] == len(study.seeds)).sum())
+    counts = ", ".join(f"{count} {state}" for state, count in unfinished["state"].value_counts().sort_index().items())
+    num_complete_cells = int((ranked["seeds"] == len(grid.seeds)).sum())
     text = (
-        f"{len(study.runs) - len(left)} of {plural(len(study.runs), 'run')} have finished ({counts}), and {whole} of "
-        f"{plural(len(study.places), 'cell')} have all their seeds; only these are ranked. Means are over what has finished, "
-        "so those of two values may cover different cells."
+        f"{len(grid.runs) - len(unfinished)} of {plural(len(grid.runs), 'run')} have finished ({counts}), and "
+        f"{num_complete_cells} of {plural(len(grid.positions), 'cell')} have all their seeds; only these are ranked. Means are "
+        "over what has finished, so those of two values may cover different cells."
     )
-    if "pruned" in left["state"].to_numpy():
+    if "pruned" in unfinished["state"].to_numpy():
         text += " Cells that were given up have no part in them, which flatters the values whose worse cells were given up."
     rows = tuple(
-        (_label(study, int(line["cell"])), str(line["seed"]), str(line["state"]), str(line["reason"]))
-        for line in left.head(LISTED).to_dict("records")
+        (_cell_label(grid, int(run["cell"])), str(run["seed"]), str(run["state"]), str(run["reason"]))
+        for run in unfinished.head(MAX_LISTED_RUNS).to_dict("records")
     )
-    more = f"The first {LISTED} of {len(left)}." if len(left) > LISTED else ""
-    table = Grid(("cell", "seed", "state", "reason"), rows, more, words=4)
-    return [Text(text), Folded(f"Runs that have not finished: {len(left)}", (table,))]
+    caption = f"The first {MAX_LISTED_RUNS} of {len(unfinished)}." if len(unfinished) > MAX_LISTED_RUNS else ""
+    table = Table(("cell", "seed", "state", "reason"), rows, caption, num_text_columns=4)
+    return [Paragraph(text), CollapsibleSection(f"Runs that have not finished: {len(unfinished)}", (table,))]
 
 
-def _label(study: Study, cell: int) -> str:
-    return " ".join(f"{study.names[field]}={value}" for field, value in study.values(cell).items())
+def _cell_label(grid: GridResults, cell: int) -> str:
+    return " ".join(f"{grid.axis_names[field]}={value}" for field, value in grid.cell_values(cell).items())
 
 
-def _metric(study: Study) -> str:
-    return NAMES.get(study.metric, study.metric)
+def _metric_label(grid: GridResults) -> str:
+    return METRIC_LABELS.get(grid.metric, grid.metric)
 
 
-def _winner(study: Study, ranked: pd.DataFrame) -> list[Block]:
-    """The best cell on validation, and what the test split says of it."""
+def _winner_blocks(grid: GridResults, ranked: pd.DataFrame) -> list[Block]:
+    """The best cell on validation, and its metrics on the test split."""
     best = ranked.iloc[0]
     if pd.isna(best["rank"]):
-        return [Text("No cell has all its seeds yet, so none is chosen.")]
-    near = int((ranked["score"][ranked["rank"].notna()] >= best["score"] - best["std"]).sum()) - 1
+        return [Paragraph("No cell has all its seeds yet, so none is chosen.")]
+    num_near = int((ranked["score"][ranked["rank"].notna()] >= best["score"] - best["std"]).sum()) - 1
     score = format_mean_std(best["score"], best["std"])
     text = (
-        f"The best on validation is {_label(study, int(best['cell']))}: {_metric(study)} {score}. "
+        f"The best on validation is {_cell_label(grid, int(best['cell']))}: {_metric_label(grid)} {score}. "
         f"It is the highest of {plural(int(ranked['rank'].notna().sum()), 'cell')}, so this number is optimistic. "
-        + (f"Within one standard deviation of it: {near} of the others. " if near > 0 else "")
+        + (f"Within one standard deviation of it: {num_near} of the others. " if num_near > 0 else "")
     )
-    if study.winner.get("cell") != study.values(int(best["cell"])) or not study.winner.get("test"):
-        return [Text(f"{text}The test split has not been read for it.")]
-    own = set(study.winner["runs"])
-    tests = [
-        f"{NAMES.get(name, name)} {format_mean_std(value['mean'], value['std'] if len(value['values']) > 1 else np.nan)}"
-        for name, value in study.winner["test"].items()
+    if grid.winner.get("cell") != grid.cell_values(int(best["cell"])) or not grid.winner.get("test"):
+        return [Paragraph(f"{text}The test split has not been read for it.")]
+    metrics = [
+        f"{METRIC_LABELS.get(name, name)} "
+        f"{format_mean_std(value['mean'], value['std'] if len(value['values']) > 1 else np.nan)}"
+        for name, value in grid.winner["test"].items()
     ]
-    others = [run for run in study.runs["run"] if run and run not in own and (study.home / run / "test_reads.jsonl").is_file()]
-    alone = f"it has also been read for {plural(len(others), 'run')} of other cells" if others else "read for this cell alone"
-    return [Text(f"{text}On the test split, {alone}: {', '.join(tests)}.")]
+    return [Paragraph(f"{text}On the test split, {_describe_test_reads(grid)}: {', '.join(metrics)}.")]
 
 
-def _table(study: Study, ranked: pd.DataFrame) -> list[Block]:
-    """The best cells, and all of them folded away."""
-    fields = tuple(study.names[field] for field in study.axes)
-    columns = ("rank", *fields, f"validation {_metric(study)}", "loss", "seeds", "state")
+def _describe_test_reads(grid: GridResults) -> str:
+    """Whether the test split was read for the winner only, or also for runs of other cells."""
+    winner_runs = set(grid.winner["runs"])
+    other_runs = [
+        run for run in grid.runs["run"] if run and run not in winner_runs and (grid.home / run / "test_reads.jsonl").is_file()
+    ]
+    if other_runs:
+        return f"it has also been read for {plural(len(other_runs), 'run')} of other cells"
+    return "read for this cell alone"
+
+
+def _cell_tables(grid: GridResults, ranked: pd.DataFrame) -> list[Block]:
+    """A table of the best cells, and a collapsible table of all cells when there are more."""
+    names = tuple(grid.axis_names[field] for field in grid.axes)
+    columns = ("rank", *names, f"validation {_metric_label(grid)}", "loss", "seeds", "state")
     rows = []
-    for line in ranked.to_dict("records"):
-        values = [str(value) for value in study.values(int(line["cell"])).values()]
-        numbers = (format_mean_std(line["score"], line["std"]), f"{line['loss']:.3f}") if line["seeds"] else ("-", "-")
-        rank = "-" if pd.isna(line["rank"]) else str(line["rank"])
-        rows.append((rank, *values, *numbers, str(line["seeds"]), short(str(line["state"]), 60)))
+    for cell in ranked.to_dict("records"):
+        values = [str(value) for value in grid.cell_values(int(cell["cell"])).values()]
+        has_scores = bool(cell["seeds"])
+        numbers = (format_mean_std(cell["score"], cell["std"]), f"{cell['loss']:.3f}") if has_scores else ("-", "-")
+        rank = "-" if pd.isna(cell["rank"]) else str(cell["rank"])
+        rows.append((rank, *values, *numbers, str(cell["seeds"]), shorten(str(cell["state"]), 60)))
     caption = (
         "Mean ± standard deviation over seeds, in percent; of equal cells the one with the lower validation loss is better."
     )
-    top = Grid(columns, tuple(rows[:TOP]), caption)
-    return [top] if len(rows) <= TOP else [top, Folded(f"All {len(rows)} cells", (Grid(columns, tuple(rows), caption),))]
+    top = Table(columns, tuple(rows[:NUM_TOP_CELLS]), caption)
+    if len(rows) <= NUM_TOP_CELLS:
+        return [top]
+    return [top, CollapsibleSection(f"All {len(rows)} cells", (Table(columns, tuple(rows), caption),))]
 
 
-def _axis(study: Study, field: str) -> Axis:
-    values = study.axes[field]
+def _axis(grid: GridResults, field: str) -> GridAxis:
+    values = grid.axes[field]
     is_ordered = all(isinstance(value, int | float) and not isinstance(value, bool) for value in values)
-    return Axis(study.names[field], tuple(map(str, values)), is_ordered)
+    return GridAxis(grid.axis_names[field], tuple(map(str, values)), is_ordered)
 
 
-def _effects(study: Study) -> list[Block]:
-    """The robustness plots: the metric against each axis, and their numbers."""
-    fields = robustness.varied(study)
+def _axis_effect_blocks(grid: GridResults) -> list[Block]:
+    """The robustness figure, which shows the metric against each axis, and a collapsible table of its numbers."""
+    fields = robustness.varied_axes(grid)
     if not fields:
-        return [Text("Every axis has a single value, so there is nothing to plot.")]
-    tables = {field: robustness.by_value(study, field) for field in fields}
-    panels = [
-        Effect(_axis(study, field), *(table[name].to_numpy(dtype=float) for name in ("mean", "std", "best", "best_std")))
+        return [Paragraph("Every axis has a single value, so there is nothing to plot.")]
+    tables = {field: robustness.mean_by_value(grid, field) for field in fields}
+    effects = [
+        AxisEffect(_axis(grid, field), *(table[name].to_numpy(dtype=float) for name in ("mean", "std", "best", "best_std")))
         for field, table in tables.items()
     ]
-    reaches = ", ".join(f"{study.names[field]} {robustness.reach(study, field):.2f}" for field in fields)
-    rows = tuple(
-        (study.names[field], str(value), *_numbers(line), str(int(line["runs"])))
-        for field, table in tables.items()
-        for value, line in zip(study.axes[field], table.to_dict("records"), strict=True)
-    )
+    ranges = ", ".join(f"{grid.axis_names[field]} {robustness.mean_range(grid, field):.2f}" for field in fields)
     caption = (
-        f"Validation {_metric(study)} against each axis (SeDA, Figure 3). Mean over everything else: all other values and "
+        f"Validation {_metric_label(grid)} against each axis (SeDA, Figure 3). Mean over everything else: all other values and "
         "seeds, with their standard deviation, which is how much the choice of the rest matters. Best of everything else: the "
         "best cell with this value that has all its seeds, with its deviation over them. Values are equally far apart. Points "
-        f"between the highest and the lowest mean: {reaches}."
+        f"between the highest and the lowest mean: {ranges}."
     )
-    names = ("axis", "value", "mean over everything else", "best of everything else", "runs")
-    numbers = Folded("The numbers of these plots", (Grid(names, rows, "", words=2),))
-    alt = f"Validation {_metric(study)} against {', '.join(study.names[field] for field in fields)}"
-    return [Picture(grid_figures.effects(panels, _metric(study)), alt, caption), numbers]
+    svg = grid_figures.draw_axis_effects(effects, _metric_label(grid))
+    alt = f"Validation {_metric_label(grid)} against {', '.join(grid.axis_names[field] for field in fields)}"
+    numbers = CollapsibleSection("The numbers of these plots", (_axis_effect_table(grid, tables),))
+    return [SvgFigure(svg, alt, caption), numbers]
 
 
-def _numbers(line: Mapping[Any, float]) -> tuple[str, str]:
-    pairs = ((line["mean"], line["std"]), (line["best"], line["best_std"]))
-    first, second = ("-" if np.isnan(mean) else format_mean_std(mean, std) for mean, std in pairs)
-    return first, second
+def _axis_effect_table(grid: GridResults, tables: Mapping[str, pd.DataFrame]) -> Table:
+    rows = tuple(
+        (grid.axis_names[field], str(value), *_format_effect(numbers), str(int(numbers["runs"])))
+        for field, table in tables.items()
+        for value, numbers in zip(grid.axes[field], table.to_dict("records"), strict=True)
+    )
+    columns = ("axis", "value", "mean over everything else", "best of everything else", "runs")
+    return Table(columns, rows, "", num_text_columns=2)
 
 
-def _maps(study: Study) -> list[Block]:
-    """Heat maps of pairs of axes."""
-    pairs = robustness.pairs(study)
+def _format_effect(numbers: Mapping[Any, float]) -> tuple[str, str]:
+    pairs = ((numbers["mean"], numbers["std"]), (numbers["best"], numbers["best_std"]))
+    mean, best = ("-" if np.isnan(middle) else format_mean_std(middle, std) for middle, std in pairs)
+    return mean, best
+
+
+def _heat_map_blocks(grid: GridResults) -> list[Block]:
+    """A heat map for each pair of axes."""
+    pairs = robustness.axis_pairs(grid)
     if not pairs:
         return []
-    maps = [(_axis(study, down), _axis(study, along), robustness.by_pair(study, down, along)) for down, along in pairs]
+    maps = [(_axis(grid, row), _axis(grid, column), robustness.mean_by_pair(grid, row, column)) for row, column in pairs]
     caption = (
-        f"Mean validation {_metric(study)} over all other values and seeds, for every pair of axes; empty: no finished run."
+        f"Mean validation {_metric_label(grid)} over all other values and seeds, for every pair of axes; empty: no finished "
+        "run."
     )
-    if len(robustness.varied(study)) > robustness.NUM_PAIRED:
-        shown = "; ".join(f"{study.names[down]} × {study.names[along]}" for down, along in pairs)
-        caption += f" Shown are the pairs of the {robustness.NUM_PAIRED} axes whose means lie furthest apart: {shown}."
-    if any(max(means.shape) > grid_figures.MOST_PRINTED for _, _, means in maps):
-        caption += f" Maps of more than {grid_figures.MOST_PRINTED} values have no numbers."
-    drawing = grid_figures.heat_maps(maps, _metric(study))
-    return [Picture(drawing, f"Heat maps of validation {_metric(study)}", caption)]
+    if len(robustness.varied_axes(grid)) > robustness.NUM_PAIRED_AXES:
+        shown = "; ".join(f"{grid.axis_names[row]} × {grid.axis_names[column]}" for row, column in pairs)
+        caption += f" Shown are the pairs of the {robustness.NUM_PAIRED_AXES} axes whose means lie furthest apart: {shown}."
+    if any(max(means.shape) > grid_figures.MAX_PRINTED_VALUES for _, _, means in maps):
+        caption += f" Maps of more than {grid_figures.MAX_PRINTED_VALUES} values have no numbers."
+    svg = grid_figures.draw_heat_maps(maps, _metric_label(grid))
+    return [SvgFigure(svg, f"Heat maps of validation {_metric_label(grid)}", caption)]
 
 
-def _lines(study: Study, ranked: pd.DataFrame) -> list[Block]:
-    """All cells as lines through their values."""
-    fields = robustness.varied(study)
+def _parallel_coordinate_blocks(grid: GridResults, ranked: pd.DataFrame) -> list[Block]:
+    """All cells as lines through their values to their scores."""
+    fields = robustness.varied_axes(grid)
     shown = ranked[ranked["seeds"] > 0]
     if not fields or len(shown) < 2:
         return []
-    columns = np.column_stack([study.column(field) for field in fields])
+    positions = np.column_stack([grid.positions_on(field) for field in fields])
     winner = 0 if pd.notna(shown["rank"].iloc[0]) else -1
-    drawing = grid_figures.parallel(
-        [_axis(study, field) for field in fields],
-        columns[shown["cell"].to_numpy(dtype=int)],
+    svg = grid_figures.draw_parallel_coordinates(
+        [_axis(grid, field) for field in fields],
+        positions[shown["cell"].to_numpy(dtype=int)],
         shown["score"].to_numpy(dtype=float),
         winner,
-        _metric(study),
+        _metric_label(grid),
     )
     caption = (
-        f"Every cell as a line through its values to its mean validation {_metric(study)}, which is also its colour. At each "
-        "value the lines lie in the order of the metric: where the upper ones gather, cells are good."
+        f"Every cell as a line through its values to its mean validation {_metric_label(grid)}, which is also its colour. At "
+        "each value the lines lie in the order of the metric: where the upper ones gather, cells are good."
     )
-    return [Picture(drawing, f"Parallel coordinates of {plural(len(shown), 'cell')}", caption)]
+    return [SvgFigure(svg, f"Parallel coordinates of {plural(len(shown), 'cell')}", caption)]

@@ -1,4 +1,7 @@
-"""Blocks -> one HTML page that needs nothing else: styles inside, pictures as data, no script; every string is escaped."""
+"""Render the blocks of a report as one HTML page that needs no other file.
+
+Styles are inside the page, images are embedded as data, and there is no script. Every string is escaped.
+"""
 
 from __future__ import annotations
 
@@ -6,9 +9,20 @@ import base64
 import html
 from collections.abc import Iterable, Sequence
 
-from pipeline.report.blocks import Answer, Block, Bullets, Example, Examples, Folded, Grid, Heading, Picture, Text
+from pipeline.report.blocks import (
+    Block,
+    BulletList,
+    ClassPredictions,
+    CollapsibleSection,
+    ExampleCard,
+    ExampleGroup,
+    Heading,
+    Paragraph,
+    SvgFigure,
+    Table,
+)
 
-STYLE = """
+PAGE_STYLE = """
 :root { color-scheme: light dark; --ink: #1f2933; --soft: #5c6873; --line: #dfe4e8; --paper: #ffffff; --shade: #f4f6f8;
   --bar: #b9c3cc; --hit: #0072b2; }
 @media (prefers-color-scheme: dark) { :root { --ink: #e3e7eb; --soft: #98a4af; --line: #2e363e; --paper: #14181c;
@@ -53,82 +67,92 @@ summary { cursor: pointer; font-weight: 600; font-size: .9rem; overflow-wrap: an
 .bar.right div { background: var(--hit); }
 @media (max-width: 32rem) { .examples { grid-template-columns: 1fr; } .example { grid-template-columns: 1fr; } }
 """
-# Were a string ever to slip through unescaped, the page still may neither run nor load anything.
-POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+# A second protection: if a string were ever written without escaping, the page could still not run or load anything.
+CONTENT_SECURITY_POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 
 
 class Markup(str):
-    """A string that is HTML already; any other string is text."""
+    """A string that is HTML already; `tag` and `join_markup` escape every other string."""
 
     __slots__ = ()
 
 
 def tag(name: str, *children: str, **attributes: str) -> Markup:
-    """An element; children that are no `Markup` are escaped, and so are all attributes ("class_" is class)."""
+    """Return an HTML element; children that are not `Markup` and the values of all attributes are escaped.
+
+    Args:
+        name: Name of the element, such as "div".
+        children: Content of the element.
+        attributes: HTML attributes. A trailing underscore is removed, so that `class_` gives "class".
+    """
     head = "".join(f' {key.rstrip("_")}="{html.escape(value)}"' for key, value in attributes.items())
-    return Markup(f"<{name}{head}>{join(children)}</{name}>")
+    return Markup(f"<{name}{head}>{join_markup(children)}</{name}>")
 
 
-def join(children: Iterable[str]) -> Markup:
-    """Several children as one, escaped as by `tag`."""
+def join_markup(children: Iterable[str]) -> Markup:
+    """Join several children into one string; those that are not `Markup` are escaped."""
     return Markup("".join(child if isinstance(child, Markup) else html.escape(child) for child in children))
 
 
-def image(data: bytes, media_type: str, alt: str) -> Markup:
-    """An image inside the page."""
+def inline_image(data: bytes, media_type: str, alt: str) -> Markup:
+    """Return an image element whose data are inside the page."""
     content = base64.b64encode(data).decode("ascii")
     return Markup(f'<img src="data:{media_type};base64,{content}" alt="{html.escape(alt)}">')
 
 
 def render_html(title: str, blocks: Sequence[Block]) -> str:
-    """The report as one HTML document."""
+    """Return the report as one HTML document."""
     head = [
         Markup('<meta charset="utf-8">'),
-        Markup(f'<meta http-equiv="Content-Security-Policy" content="{html.escape(POLICY)}">'),
+        Markup(f'<meta http-equiv="Content-Security-Policy" content="{html.escape(CONTENT_SECURITY_POLICY)}">'),
         Markup('<meta name="viewport" content="width=device-width, initial-scale=1">'),
         tag("title", title),
-        tag("style", Markup(STYLE)),
+        tag("style", Markup(PAGE_STYLE)),
     ]
-    body = tag("body", tag("h1", title), *(_block(block) for block in blocks))
+    body = tag("body", tag("h1", title), *(_render_block(block) for block in blocks))
     return f"<!doctype html>\n{tag('html', tag('head', *head), Markup(chr(10)), body, lang='en')}\n"
 
 
-def _block(block: Block) -> Markup:
+def _render_block(block: Block) -> Markup:
     match block:
         case Heading(text):
             return tag("h2", text)
-        case Text(text):
+        case Paragraph(text):
             return tag("p", text)
-        case Bullets(items):
+        case BulletList(items):
             return tag("ul", *(tag("li", item) for item in items))
-        case Grid():
-            return tag("figure", tag("div", _table(block), class_="wide"), tag("figcaption", block.caption))
-        case Picture(svg, alt, caption):
-            return tag("figure", tag("div", image(svg, "image/svg+xml", alt), class_="wide"), tag("figcaption", caption))
-        case Examples(title, items):
-            return join([tag("h3", title), tag("div", *(_example(item) for item in items), class_="examples")])
-        case Folded(summary, blocks):
-            return tag("details", tag("summary", summary), *(_block(inner) for inner in blocks))
+        case Table():
+            return tag("figure", tag("div", _render_table(block), class_="wide"), tag("figcaption", block.caption))
+        case SvgFigure(svg, alt, caption):
+            image = inline_image(svg, "image/svg+xml", alt)
+            return tag("figure", tag("div", image, class_="wide"), tag("figcaption", caption))
+        case ExampleGroup(title, cards):
+            return join_markup([tag("h3", title), tag("div", *(_render_card(card) for card in cards), class_="examples")])
+        case CollapsibleSection(summary, blocks):
+            return tag("details", tag("summary", summary), *(_render_block(inner) for inner in blocks))
 
 
-def _table(grid: Grid) -> Markup:
-    def row(cell: str, values: Sequence[str]) -> Markup:
-        return tag("tr", *(tag(cell, value, class_="word" if i < grid.words else "number") for i, value in enumerate(values)))
+def _render_table(table: Table) -> Markup:
+    def render_row(cell_tag: str, values: Sequence[str]) -> Markup:
+        css_classes = ["word" if column < table.num_text_columns else "number" for column in range(len(values))]
+        return tag("tr", *(tag(cell_tag, value, class_=name) for value, name in zip(values, css_classes, strict=True)))
 
-    return tag("table", tag("thead", row("th", grid.columns)), tag("tbody", *(row("td", values) for values in grid.rows)))
-
-
-def _example(example: Example) -> Markup:
-    shown = bool(example.thumbnail)
-    picture = image(example.thumbnail, "image/png", example.id) if shown else tag("div", "not available", class_="blank")
-    truth = tag("div", ", ".join(example.labels), class_="truth")
-    answers = tag("div", *(_answer(answer) for answer in example.answers), class_="answers")
-    return tag("div", tag("div", picture, tag("span", example.id, class_="id")), tag("div", truth, answers), class_="example")
+    body = tag("tbody", *(render_row("td", values) for values in table.rows))
+    return tag("table", tag("thead", render_row("th", table.columns)), body)
 
 
-def _answer(answer: Answer) -> Markup:
-    parts = [tag("div", answer.method, class_="method")]
-    for name, confidence, is_label in answer.classes:
+def _render_card(card: ExampleCard) -> Markup:
+    is_shown = bool(card.thumbnail)
+    picture = inline_image(card.thumbnail, "image/png", card.id) if is_shown else tag("div", "not available", class_="blank")
+    labels = tag("div", ", ".join(card.labels), class_="truth")
+    predictions = tag("div", *(_render_predictions(predictions) for predictions in card.predictions), class_="answers")
+    return tag("div", tag("div", picture, tag("span", card.id, class_="id")), tag("div", labels, predictions), class_="example")
+
+
+def _render_predictions(predictions: ClassPredictions) -> Markup:
+    """The top classes of one method, each with a bar as long as its confidence."""
+    parts = [tag("div", predictions.method, class_="method")]
+    for name, confidence, is_label in predictions.top_classes:
         words = [tag("span", f"✓ {name}" if is_label else name, title=name), tag("span", f"{100 * confidence:.0f} %")]
         parts.append(tag("div", *words, class_="class hit" if is_label else "class"))
         bar = tag("div", style=f"width: {100 * confidence:.1f}%")

@@ -1,46 +1,46 @@
-"""Blocks -> Markdown; every string is escaped, so that nothing in the data can become markup."""
+"""Render the blocks of a report as Markdown. Every string is escaped, so that no text from the data can become markup."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
 
-from pipeline.report.blocks import Block, Bullets, Examples, Folded, Grid, Heading, Picture, Text
+from pipeline.report.blocks import Block, BulletList, CollapsibleSection, ExampleGroup, Heading, Paragraph, SvgFigure, Table
 
 
 def render_markdown(title: str, blocks: Sequence[Block]) -> str:
-    """The report as Markdown; pictures are replaced by their captions."""
-    return "\n\n".join([f"# {escape(title)}", *(_block(block) for block in blocks)]) + "\n"
+    """Return the report as a Markdown document; each figure is replaced by its caption."""
+    return "\n\n".join([f"# {escape_markdown(title)}", *(_render_block(block) for block in blocks)]) + "\n"
 
 
-def escape(text: str) -> str:
-    """Plain text as Markdown on one line: no markup, no HTML, no cell border."""
+def escape_markdown(text: str) -> str:
+    """Return plain text as Markdown on one line: nothing in it is read as markup, as HTML or as the border of a table cell."""
     line = " ".join(text.split())
     line = line.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     return re.sub(r"([\\`*_\[\]|~#])", r"\\\1", line)
 
 
-def _block(block: Block) -> str:
+def _render_block(block: Block) -> str:
     match block:
         case Heading(text):
-            return f"## {escape(text)}"
-        case Text(text):
-            return escape(text)
-        case Bullets(items):
-            return "\n".join(f"- {escape(item)}" for item in items)
-        case Grid():
-            return _grid(block)
-        case Picture():
-            return f"*{escape(block.caption)} (The picture is in index.html.)*"
-        case Examples(title, items):
-            return f"{escape(title)}: " + ", ".join(escape(item.id) for item in items)
-        case Folded(summary, blocks):
-            return "\n\n".join([f"### {escape(summary)}", *(_block(inner) for inner in blocks)])
+            return f"## {escape_markdown(text)}"
+        case Paragraph(text):
+            return escape_markdown(text)
+        case BulletList(items):
+            return "\n".join(f"- {escape_markdown(item)}" for item in items)
+        case Table():
+            return _render_table(block)
+        case SvgFigure():
+            return f"*{escape_markdown(block.caption)} (The picture is in index.html.)*"
+        case ExampleGroup(title, cards):
+            return f"{escape_markdown(title)}: " + ", ".join(escape_markdown(card.id) for card in cards)
+        case CollapsibleSection(summary, blocks):
+            return "\n\n".join([f"### {escape_markdown(summary)}", *(_render_block(inner) for inner in blocks)])
 
 
-def _grid(grid: Grid) -> str:
-    rule = ["---" if column < grid.words else "---:" for column in range(len(grid.columns))]
-    rows = [grid.columns, *grid.rows]
-    lines = [f"| {' | '.join(escape(cell) for cell in row)} |" for row in rows]
-    lines.insert(1, f"| {' | '.join(rule)} |")
-    return "\n".join(lines) + (f"\n\n*{escape(grid.caption)}*" if grid.caption else "")
+def _render_table(table: Table) -> str:
+    alignment = ["---" if column < table.num_text_columns else "---:" for column in range(len(table.columns))]
+    rows = [table.columns, *table.rows]
+    lines = [f"| {' | '.join(escape_markdown(cell) for cell in row)} |" for row in rows]
+    lines.insert(1, f"| {' | '.join(alignment)} |")
+    return "\n".join(lines) + (f"\n\n*{escape_markdown(table.caption)}*" if table.caption else "")

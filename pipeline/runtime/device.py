@@ -1,4 +1,4 @@
-"""Which device computes, and in which number format."""
+"""The device that computes, its memory, and the number format of its computations."""
 
 from __future__ import annotations
 
@@ -14,42 +14,57 @@ import psutil
 import torch
 from torch import nn
 
-os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS does not repeat its results
-CGROUP_LIMITS = tuple(Path("/sys/fs/cgroup", name) for name in ("memory/memory.limit_in_bytes", "memory.max", "memory.high"))
+CGROUP_LIMIT_FILES = tuple(
+    Path("/sys/fs/cgroup", name) for name in ("memory/memory.limit_in_bytes", "memory.max", "memory.high")
+)
 ComputeDtype = Literal["auto", "float32", "mixed", "bfloat16"]
-Precision = Literal["float32", "mixed", "bfloat16"]  # mixed: float32 parameters, bfloat16 products; bfloat16: all of it
+Precision = Literal["float32", "mixed", "bfloat16"]  # mixed: float32 parameters, bfloat16 products; bfloat16: everything
 
 
 def default_device() -> torch.device:
-    """The first CUDA device when there is one, else the CPU."""
+    """Return the first CUDA device if there is one, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+def num_visible_gpus() -> int:
+    """Return the number of CUDA devices that torch can use."""
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0
+
+
 def free_bytes(device: torch.device) -> int:
-    """Memory of the device that nobody needs."""
+    """Return the bytes of the device's memory that are free for new tensors."""
     if device.type == "cuda":
-        idle = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # of torch's own
-        return torch.cuda.mem_get_info(device)[0] + idle
-    return min(psutil.virtual_memory().available, memory_limit())
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # held by torch, but not in use
+        return torch.cuda.mem_get_info(device)[0] + cached
+    return min(psutil.virtual_memory().available, memory_limit_bytes())
+
+
+def total_bytes(device: torch.device) -> int:
+    """Return the bytes of the device's memory; for the CPU, those that this process may use."""
+    return torch.cuda.mem_get_info(device)[1] if device.type == "cuda" else memory_limit_bytes()
 
 
 @cache
-def memory_limit() -> int:
-    """Bytes of memory that this process may use: the machine's, or less where its control group or its limits say so."""
+def memory_limit_bytes() -> int:
+    """Return the bytes of main memory that this process may use.
+
+    That is the memory of the machine, or less if the control group or the resource limits of the process say so.
+    """
     found = [psutil.virtual_memory().total, resource.getrlimit(resource.RLIMIT_RSS)[0]]
-    for path in CGROUP_LIMITS:
+    for path in CGROUP_LIMIT_FILES:
         text = path.read_text().strip() if path.is_file() else ""
         found += [int(text)] if text.isdecimal() else []
     return min(limit for limit in found if limit > 0)
 
 
-def total_bytes(device: torch.device) -> int:
-    """Memory of the device, or of the part of this machine that this process may use."""
-    return torch.cuda.mem_get_info(device)[1] if device.type == "cuda" else memory_limit()
-
-
 def resolve_dtype(choice: ComputeDtype, device: torch.device, lower: Precision = "bfloat16") -> Precision:
-    """The format behind "auto": `lower` where the processor multiplies bfloat16 natively, else float32."""
+    """Return the format to compute in.
+
+    Args:
+        choice: the user's choice; anything but "auto" is returned as it is.
+        device: the device that computes.
+        lower: the format that "auto" stands for where the processor multiplies bfloat16 natively; elsewhere it is float32.
+    """
     if choice != "auto":
         return choice
     if device.type == "cuda":
@@ -61,34 +76,42 @@ def resolve_dtype(choice: ComputeDtype, device: torch.device, lower: Precision =
     return lower if native else "float32"
 
 
-def place_network(network: nn.Module, precision: Precision, device: torch.device) -> torch.dtype:
-    """Move a network for inference where, and into the format in which, it computes; returns the format of its inputs."""
+def move_for_inference(network: nn.Module, precision: Precision, device: torch.device) -> torch.dtype:
+    """Move a network to a device, convert it to the format it computes in, and switch it to evaluation.
+
+    Returns:
+        The format that its inputs must have.
+    """
     dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
     network.to(device=device, dtype=dtype).eval()
     return dtype
 
 
+def make_cublas_repeatable() -> None:
+    """Let cuBLAS give the same bits each time, by a fixed workspace; call it before the first matrix product on a GPU."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+
 @contextmanager
-def computing(precision: Precision, device: torch.device) -> Iterator[None]:
-    """Run matrix products and convolutions in exactly this format, and let cuDNN repeat its results."""
+def use_precision(precision: Precision, device: torch.device) -> Iterator[None]:
+    """Inside the block, compute matrix products and convolutions in exactly this format, with repeatable results on a GPU."""
+    make_cublas_repeatable()
     exact = torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False)
-    # a cached bfloat16 copy of a weight would outlive the optimiser's step
+    # cache_enabled=False: a cached bfloat16 copy of a weight would outlive the optimiser's step
     with exact, torch.autocast(device.type, torch.bfloat16, enabled=precision == "mixed", cache_enabled=False):
         yield
 
 
 @contextmanager
 def reproducible(device: torch.device, precision: Precision = "float32") -> Iterator[None]:
-    """Compute in exactly this format and on one thread: the bits of a sum depend on how many threads share it."""
+    """Inside the block, compute in exactly this format and on one CPU thread.
+
+    One thread, because the last bits of a sum depend on how many threads share it.
+    """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        with computing(precision, device):
+        with use_precision(precision, device):
             yield
     finally:
         torch.set_num_threads(threads)
-
-
-def visible_gpus() -> int:
-    """CUDA devices that torch can use."""
-    return torch.cuda.device_count() if torch.cuda.is_available() else 0

@@ -1,7 +1,8 @@
-"""Jobs spread over processes: this one, one per core or GPU of this machine, or the workers of a dask scheduler.
+"""Run jobs in processes: in this one, in one per core or GPU of this machine, or in the workers of a dask scheduler.
 
-Which process does a job cannot change its result. A job whose worker dies is given to another. The processes of this machine
-end with the one that started them, however it ends. No other module imports dask's cluster.
+The result of a job does not depend on the process that runs it. If a worker dies, its job is given to another worker. The
+processes of this machine end when the process that started them ends for any reason. Only this module imports
+dask.distributed.
 """
 
 from __future__ import annotations
@@ -20,20 +21,20 @@ import dask.config as dask_config
 from dask.distributed import CancelledError, Client, Future, KilledWorker, Nanny, Scheduler, SpecCluster, as_completed
 from dask.system import CPU_COUNT
 
-from pipeline.runtime.device import default_device, total_bytes, visible_gpus
+from pipeline.runtime.device import default_device, num_visible_gpus, total_bytes
 
-EXECUTOR_MEMORY_SHARE = 0.8  # of the memory that processes may take together
-PROCESS_BYTES = 2**30  # about what a process takes without data
-CONNECT_SECONDS = 15  # to wait for a scheduler to answer
-SCHEDULER_LOST = (CancelledError, asyncio.CancelledError, OSError)  # OSError: of a closed connection or a timeout
+EXECUTOR_MEMORY_SHARE = 0.8  # share of the memory that all processes together may use
+PROCESS_BYTES = 2**30  # memory of a process without data, roughly
+CONNECT_SECONDS = 15  # time that a scheduler has to answer
+SCHEDULER_LOST = (CancelledError, asyncio.CancelledError, OSError)  # OSError: a closed connection or a timeout
 JobT = TypeVar("JobT")
 ResultT = TypeVar("ResultT")
 
 
 class MapJobs(Protocol):
-    """Does `task(job)` for every job and yields, as jobs end, (position of the job, function that returns its result).
+    """Call `task(job)` for every job. As each job ends, yield its position and a function that returns its result.
 
-    That function raises the `ValueError` that the task raised. Any other error is raised by the iterator at once.
+    That function raises the `ValueError` that the task raised. The iterator itself raises any other error at once.
     """
 
     def __call__(
@@ -43,57 +44,58 @@ class MapJobs(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Executor:
-    """Processes that do jobs."""
+    """Processes that run jobs."""
 
     map: MapJobs
-    num_workers: int  # jobs done at the same time
-    on_gpu: bool  # every worker has a GPU, perhaps the same one
+    num_workers: int  # jobs that run at the same time
+    on_gpu: bool  # every worker has a GPU; several workers may share one
 
 
 def run_here(task: Callable[[JobT], ResultT], jobs: Sequence[JobT]) -> Iterator[tuple[int, Callable[[], ResultT]]]:
-    """`MapJobs` in this process: a job is done when its result is asked for."""
+    """Run jobs in this process, as `MapJobs`; a job runs when the function that returns its result is called."""
     for number, job in enumerate(jobs):
         yield number, partial(task, job)
 
 
 def num_processes(workers: int, num_jobs: int, num_bytes: int = 0) -> int:
-    """How many processes to start beside this one; 0: this process does the jobs itself.
+    """Return the number of processes to start; 0 means that this process runs the jobs itself.
 
     Args:
-        workers: as the user says it; -1 is one per core, but none on a GPU, which this process uses alone.
-        num_jobs: more processes than jobs are not started.
-        num_bytes: data held by each process; with -1 there are as many processes as memory holds.
+        workers: the user's choice; -1: one per core, but none if there is a GPU, which this process then uses alone.
+        num_jobs: number of jobs; there are never more processes than jobs.
+        num_bytes: bytes of data that each process holds; if `workers` is -1, only as many processes as fit into memory are
+            started.
     """
     if workers >= 0:
         return min(workers, num_jobs)
     device = default_device()
     cores = 1 if device.type == "cuda" else CPU_COUNT
-    room = int(EXECUTOR_MEMORY_SHARE * total_bytes(device)) // (PROCESS_BYTES + num_bytes)
-    number = min(cores, num_jobs, room)
+    num_fitting = int(EXECUTOR_MEMORY_SHARE * total_bytes(device)) // (PROCESS_BYTES + num_bytes)
+    number = min(cores, num_jobs, num_fitting)
     return number if number > 1 else 0
 
 
 @contextmanager
 def open_executor(scheduler: str, number: int) -> Iterator[Executor]:
-    """Start or connect to the processes that do jobs, and end them with the block.
+    """Start the processes that run jobs, or connect to them; those that were started end with the block.
 
     Args:
         scheduler: "local" for this machine, or the address of a dask scheduler, tcp://host:port.
-        number: processes of this machine, of one thread each; 0: this process alone.
+        number: processes to start on this machine, with one thread each; 0: only this process.
 
     Raises:
-        ValueError: no scheduler answers, or it has no workers.
+        ValueError: no scheduler answers, or the scheduler has no workers.
     """
     if scheduler == "local" and number == 0:
         yield Executor(run_here, 1, _has_gpu())
         return
     with (
-        dask_config.set({"logging.distributed": "critical"}),  # of the processes
+        dask_config.set({"logging.distributed": "critical"}),  # messages of the processes
         local_cluster([{"OMP_NUM_THREADS": "1"}] * number)
         if scheduler == "local"
         else connect_to_scheduler(scheduler) as client,
     ):
-        gpus: Any = client.run(_has_gpu)  # by worker
+        gpus: Any = client.run(_has_gpu)  # address of a worker -> whether it has a GPU
         yield Executor(partial(run_on_cluster, client), len(gpus), all(gpus.values()))
 
 
@@ -104,12 +106,16 @@ def _has_gpu() -> bool:
 def run_on_cluster(
     client: Client, task: Callable[[JobT], ResultT], jobs: Sequence[JobT], name_of: Callable[[JobT], str] = lambda job: "it"
 ) -> Iterator[tuple[int, Callable[[], ResultT]]]:
-    """`MapJobs` by the workers of a cluster; when the iterator is closed, jobs that have not begun are cancelled.
+    """Run jobs in the workers of a cluster, as `MapJobs`. Closing the iterator cancels the jobs that have not started.
 
-    `name_of` names a job in the error that says that workers died of it.
+    Args:
+        client: client of the cluster.
+        task: the function to call.
+        jobs: its arguments.
+        name_of: returns the name of a job, for the message that workers died while they ran it.
 
     Raises:
-        ValueError: the scheduler is lost.
+        ValueError: the connection to the scheduler is lost.
     """
     key = f"job-{time.time_ns()}"
     futures = {client.submit(task, job, key=f"{key}-{number}", pure=False): number for number, job in enumerate(jobs)}
@@ -124,7 +130,7 @@ def run_on_cluster(
 
 
 def _result(future: Future, name: str) -> Callable[[], Any]:
-    """A function that returns the result of a job that has ended, or raises its `ValueError`; other errors are raised now."""
+    """Return a function that returns the result of a finished job or raises its `ValueError`; raise other errors now."""
     try:
         return partial(_return, future.result())
     except KilledWorker as error:
@@ -147,17 +153,20 @@ def _raise(error: ValueError) -> NoReturn:
 
 
 def num_threads(client: Client) -> int:
-    """Jobs that the workers of a cluster do at the same time."""
-    threads: Any = client.nthreads()  # by worker
+    """Return the number of jobs that the workers of a cluster run at the same time."""
+    threads: Any = client.nthreads()  # address of a worker -> its threads
     return sum(threads.values())
 
 
 @contextmanager
 def connect_to_scheduler(address: str) -> Iterator[Client]:
-    """A client of a running dask scheduler.
+    """Connect to a running dask scheduler, and yield a client of it.
+
+    Args:
+        address: tcp://host:port.
 
     Raises:
-        ValueError: nobody answers at the address, tcp://host:port, or the scheduler has no workers.
+        ValueError: no scheduler answers at the address, or the scheduler has no workers.
     """
     _silence_dask()
     try:
@@ -172,22 +181,26 @@ def connect_to_scheduler(address: str) -> Iterator[Client]:
 
 @contextmanager
 def gpu_cluster(gpus: Sequence[int]) -> Iterator[Client]:
-    """A cluster of one process per GPU of this machine; `ValueError` for a GPU that is not there."""
-    names = cuda_visible_devices(gpus, visible_gpus(), os.environ.get("CUDA_VISIBLE_DEVICES", ""))
+    """Start a cluster of one process for each of these GPUs of this machine, and yield a client of it.
+
+    Raises:
+        ValueError: a GPU does not exist.
+    """
+    names = cuda_visible_devices(gpus, num_visible_gpus(), os.environ.get("CUDA_VISIBLE_DEVICES", ""))
     with local_cluster([{"CUDA_VISIBLE_DEVICES": name} for name in names]) as client:
         yield client
 
 
 def cuda_visible_devices(gpus: Sequence[int], num_gpus: int, visible: str) -> list[str]:
-    """The value of CUDA_VISIBLE_DEVICES for a process on each of these GPUs.
+    """Return the value of CUDA_VISIBLE_DEVICES for the process of each of these GPUs.
 
     Args:
         gpus: GPUs counted from 0 among those that torch sees.
-        num_gpus: how many torch sees.
+        num_gpus: number of GPUs that torch sees.
         visible: CUDA_VISIBLE_DEVICES of this process: with "2,3", GPUs 0 and 1 are the devices 2 and 3.
 
     Raises:
-        ValueError: a GPU is not there.
+        ValueError: a GPU does not exist.
     """
     for gpu in gpus:
         if gpu not in range(num_gpus):
@@ -198,7 +211,11 @@ def cuda_visible_devices(gpus: Sequence[int], num_gpus: int, visible: str) -> li
 
 @contextmanager
 def local_cluster(environments: Sequence[Mapping[str, str]]) -> Iterator[Client]:
-    """A cluster of one process per environment, on this machine; the processes may have children, which decode media."""
+    """Start a cluster on this machine, and yield a client of it.
+
+    Args:
+        environments: for each process, environment variables to set. The processes may start children, which decode media.
+    """
     _silence_dask()
     options = {"nthreads": 1, "memory_limit": 0, "dashboard": False, "silence_logs": logging.ERROR}
     workers: dict[int, Any] = {
@@ -207,7 +224,7 @@ def local_cluster(environments: Sequence[Mapping[str, str]]) -> Iterator[Client]
     }
     scheduler = {"cls": Scheduler, "options": {"dashboard": False, "dashboard_address": "127.0.0.1:0", "host": "127.0.0.1"}}
     with (
-        # None: with dask's own value every freed tensor is given back to the system, and its pages are made anew each time
+        # None unsets it: with dask's value a freed tensor goes back to the system, and its pages are made anew each time
         dask_config.set(
             {"distributed.worker.daemon": False, "distributed.nanny.pre-spawn-environ.MALLOC_TRIM_THRESHOLD_": None}
         ),
@@ -218,6 +235,6 @@ def local_cluster(environments: Sequence[Mapping[str, str]]) -> Iterator[Client]
 
 
 def _silence_dask() -> None:
-    """Let dask log nothing: what users must know of it arrives as an exception."""
+    """Switch off the log of dask: what users must know arrives as an exception."""
     for name in ("distributed", "distributed.client"):
         logging.getLogger(name).setLevel(logging.CRITICAL)

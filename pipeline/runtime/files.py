@@ -1,4 +1,4 @@
-"""Files and folders: canonical JSON, SHA-256, files that are written as a whole, locks."""
+"""Files and folders: canonical JSON, SHA-256, atomic writes, locks."""
 
 from __future__ import annotations
 
@@ -17,28 +17,28 @@ logger = logging.getLogger(__name__)
 
 
 def canonical_json(value: Any) -> str:
-    """A JSON value in its only spelling: sorted keys, no spaces, no NaN."""
+    """Return the canonical JSON text of a value: sorted keys, no spaces, no NaN. Equal values give equal texts."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
 
 
 def fingerprint(value: Any) -> str:
-    """SHA-256 of the canonical JSON, as 64 hexadecimal digits."""
+    """Return the SHA-256 of the canonical JSON of a value, as 64 hexadecimal digits."""
     return sha256(canonical_json(value))
 
 
 def sha256(data: bytes | memoryview | str) -> str:
-    """SHA-256 of bytes, or of a text's UTF-8, as 64 hexadecimal digits."""
+    """Return the SHA-256 of bytes, or of a text in UTF-8, as 64 hexadecimal digits."""
     return hashlib.sha256(data.encode() if isinstance(data, str) else data).hexdigest()
 
 
 def file_sha256(path: Path) -> str:
-    """SHA-256 of a file's bytes, as 64 hexadecimal digits."""
+    """Return the SHA-256 of the content of a file, as 64 hexadecimal digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_atomic(path: Path, data: bytes | memoryview | str) -> None:
-    """Write a file as a whole: whenever the process is killed, a reader sees the old bytes or the new ones."""
+    """Write a whole file at once: a reader sees the old content or the new content, even if this process is killed."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with written_aside(path) as aside:
         aside.write_bytes(data.encode() if isinstance(data, str) else data)
@@ -46,16 +46,17 @@ def write_atomic(path: Path, data: bytes | memoryview | str) -> None:
 
 @contextmanager
 def written_aside(path: Path, alone: bool = False) -> Iterator[Path]:
-    """A temporary path beside `path`; what is written there becomes `path` when the block ends without an error.
+    """Yield a temporary path beside `path`; the file written there becomes `path` when the block ends without an error.
 
-    Both the file and its new name are on disk then (fsync). After an error nothing is left.
+    The file and its new name are then safely on disk (fsync). After an error, the temporary file is deleted.
 
     Args:
         path: the file to write.
-        alone: no other process writes it, since the caller holds a lock: the temporary file then has the same name each
-            time, and what a killed process has left there is overwritten.
+        alone: the caller holds a lock, so no other process writes this file. The temporary file then has the same name
+            each time, and overwrites one that a killed process has left.
     """
-    mark = "" if alone else f".{secrets.token_hex(4)}"  # no process id: those repeat on machines that share a disk
+    # random, not the process id: two machines that share a disk may use the same id
+    mark = "" if alone else f".{secrets.token_hex(4)}"
     aside = path.with_name(f".{path.name}{mark}.tmp")
     try:
         yield aside
@@ -68,7 +69,7 @@ def written_aside(path: Path, alone: bool = False) -> Iterator[Path]:
 
 
 def sync_folder(folder: Path) -> None:
-    """Make new names inside a folder survive a power cut (fsync)."""
+    """Make new file names in a folder survive a power cut (fsync)."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -78,28 +79,28 @@ def sync_folder(folder: Path) -> None:
 
 @contextmanager
 def lock(folder: Path, wait: bool = False) -> Iterator[None]:
-    """Be the only process that writes to a folder. The folder is made if needed; a killed process frees its lock.
+    """Inside the block, be the only process that writes to a folder. The system frees the lock of a killed process.
 
     Args:
-        folder: the folder to hold.
-        wait: wait for another process that holds it, instead of raising.
+        folder: the folder to lock; it is created if needed.
+        wait: wait for another process that holds the lock, instead of raising.
 
     Raises:
-        ValueError: another process holds the folder, and `wait` is false.
+        ValueError: another process holds the lock, and `wait` is false.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with lock_file(folder / ".lock", f"another process is writing to {folder}; wait until it has ended", wait=wait):
-        for stale in folder.glob(".*.tmp"):  # of writers that were killed
+        for stale in folder.glob(".*.tmp"):  # left by processes that were killed
             stale.unlink()
         yield
 
 
 @contextmanager
 def lock_shared(folder: Path) -> Iterator[None]:
-    """Write to a folder that exists beside other processes that also use `lock_shared`.
+    """Inside the block, write to an existing folder; other processes that use `lock_shared` may do so at the same time.
 
     Raises:
-        ValueError: a process holds the folder with `lock`.
+        ValueError: another process holds the folder with `lock`.
     """
     with lock_file(folder / ".lock", f"another process is writing to {folder}; wait until it has ended", shared=True):
         yield
@@ -107,13 +108,13 @@ def lock_shared(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def lock_file(path: Path, busy: str, wait: bool = False, shared: bool = False) -> Iterator[None]:
-    """Hold a lock that lies in a file; the system frees it when the process ends, however it ends.
+    """Inside the block, hold the lock of a file. The system frees it when the process ends for any reason.
 
     Args:
-        path: the file, made if needed; nothing is written to it.
+        path: the file; it is created if needed, and nothing is written to it.
         busy: message of the `ValueError` when another process holds the lock.
         wait: wait for the other process instead of raising.
-        shared: others may hold it at the same time if they ask for it in the same way.
+        shared: other processes may hold the lock at the same time, if they also ask for a shared lock.
     """
     mode = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
     with path.open("a") as file:
@@ -127,12 +128,12 @@ def lock_file(path: Path, busy: str, wait: bool = False, shared: bool = False) -
         try:
             yield
         finally:
-            fcntl.flock(file, fcntl.LOCK_UN)  # closing is not enough: a forked process may have the same file open
+            fcntl.flock(file, fcntl.LOCK_UN)  # closing the file is not enough: a forked process may still have it open
 
 
 @contextmanager
 def label_os_errors(path: Path) -> Iterator[None]:
-    """Give an `OSError` raised inside the block this path, unless it names one already: a full disk names no file."""
+    """Add this path to an `OSError` that is raised inside the block without a file name, such as that of a full disk."""
     try:
         yield
     except OSError as error:

@@ -1,4 +1,4 @@
-"""What the program says while it works: log messages and progress bars, both on standard error."""
+"""Log messages and progress bars, both on standard error."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from typing import Any
 
 from tqdm import tqdm
 
-SPARSE_SECONDS = 10.0  # between two lines of progress when standard error is no terminal
+SPARSE_SECONDS = 10.0  # between two lines of progress, if standard error is not a terminal
 
 
 class _Handler(logging.Handler):
-    """Prints messages as plain lines; a warning says that it is one. A progress bar on the screen stays whole."""
+    """Print messages as plain lines, with the level before warnings and errors, and without breaking a progress bar."""
 
     def emit(self, record: logging.LogRecord) -> None:
         level = f"{record.levelname.lower()}: " if record.levelno >= logging.WARNING else ""
@@ -26,9 +26,9 @@ class _Handler(logging.Handler):
 
 
 def set_up_logging(level: int = logging.INFO) -> None:
-    """Print this package's messages of a level and above, and at INFO and below progress bars too.
+    """Print the messages of this package from a level upwards; progress bars are shown if the level is INFO or lower.
 
-    Calling it again changes the level.
+    Another call changes the level.
     """
     logger = logging.getLogger("pipeline")
     logger.setLevel(level)
@@ -38,7 +38,11 @@ def set_up_logging(level: int = logging.INFO) -> None:
 
 
 class ProgressBar(tqdm):
-    """A labelled progress bar: drawn in place on a terminal, elsewhere a line now and then; none when logging is quiet."""
+    """A progress bar with a label.
+
+    On a terminal it is drawn in place; elsewhere a line is printed now and then. It is not shown if the logging level is above
+    INFO.
+    """
 
     def __init__(self, iterable: Iterable[Any] | None = None, *, label: str, show: bool = True, **options: Any) -> None:
         self._is_sparse = not sys.stderr.isatty()
@@ -48,17 +52,17 @@ class ProgressBar(tqdm):
         super().__init__(iterable, desc=label, disable=not show or is_quiet, file=sys.stderr, **options)
 
     def close(self) -> None:
-        """Show the final state and end."""
+        """Show the final state and close the bar."""
         if self._is_sparse and not self.disable and self.last_print_t >= self.start_t + (self.delay or 0):
             self.display()
         if self._is_sparse:
-            self.fp = io.StringIO()  # tqdm would end the line, which has been ended
+            self.fp = io.StringIO()  # tqdm would print a line break, but each line has one already
             self.sp = _print_nothing
         super().close()
 
     @staticmethod
     def status_printer(file: Any) -> Any:
-        """What prints a state of the bar: in place on a terminal, elsewhere as a line of its own."""
+        """Return the function that prints the state of the bar: in place on a terminal, elsewhere on a new line."""
         if file.isatty():
             return tqdm.status_printer(file)
 

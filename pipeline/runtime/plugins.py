@@ -1,4 +1,7 @@
-"""A plug-in is a file: its name is the file's stem, and there is no registry to keep."""
+"""Find and configure plug-ins: data sets, encoders and methods.
+
+A plug-in is one file in the folder of its kind. Its name is the file's name without ".py". There is no registry.
+"""
 
 from __future__ import annotations
 
@@ -16,13 +19,20 @@ PACKAGES = {"datasets": "pipeline.data.datasets", "encoders": "pipeline.encoders
 
 
 def names(kind: str) -> list[str]:
-    """Sorted names of the plug-ins of a kind; nothing is imported but the (empty) package, and `_helper` files are none."""
+    """Return the sorted names of the plug-ins of a kind.
+
+    Files whose names begin with "_" are helpers and are left out. Only the (empty) package is imported, no plug-in.
+    """
     package = importlib.import_module(PACKAGES[kind])
     return sorted(module.name for module in pkgutil.iter_modules(package.__path__) if not module.name.startswith("_"))
 
 
 def get(kind: str, name: str) -> ModuleType:
-    """The plug-in's module; `ValueError` with the choices when there is none."""
+    """Import and return the module of a plug-in.
+
+    Raises:
+        ValueError: there is no such plug-in; the message lists the choices.
+    """
     choices = names(kind)
     if name not in choices:
         raise ValueError(f"unknown {kind[:-1]} {name!r}; choose one of: {', '.join(choices)}")
@@ -30,25 +40,32 @@ def get(kind: str, name: str) -> ModuleType:
 
 
 def first_line(kind: str, name: str) -> str:
-    """The first line of the plug-in's documentation, read without importing what it imports."""
+    """Return the first line of a plug-in's docstring without importing the plug-in."""
     return (ast.get_docstring(ast.parse(source(kind, name))) or "").splitlines()[0]
 
 
 def source(kind: str, name: str) -> str:
-    """The source code of a plug-in, read without importing what it imports."""
+    """Return the source code of a plug-in without importing it."""
     return (resources.files(PACKAGES[kind]) / f"{name}.py").read_text(encoding="utf-8")
 
 
 @cache
 def field_types(config_type: type[Any]) -> Mapping[str, Any]:
-    """The annotated types of a config's fields, resolved once."""
+    """Return the annotated types of the fields of a config, by name."""
     return get_type_hints(config_type)
 
 
 def configure(config_type: type[Any], settings: Mapping[str, Any], symbols: Mapping[str, str] | None = None) -> Any:
-    """A config from settings given by field name or by the papers' letters; `ValueError` names the key and the choices.
+    """Make a config from settings.
 
-    Values may be strings from a command line: they are read as the field's annotated type.
+    Args:
+        config_type: the dataclass of the config.
+        settings: values by field name or by the papers' letters. A value may be a string from the command line; it is
+            parsed as the annotated type of the field.
+        symbols: the papers' letters, each with the name of its field.
+
+    Raises:
+        ValueError: a setting is unknown (the message lists the choices), is given twice, or has a value of the wrong type.
     """
     symbols = symbols or {}
     hints = field_types(config_type)
@@ -65,7 +82,16 @@ def configure(config_type: type[Any], settings: Mapping[str, Any], symbols: Mapp
 
 
 def parse_value(field: str, value: Any, hint: Any) -> Any:
-    """A setting's value as its annotated type, also from a string; `ValueError` names what it takes."""
+    """Convert the value of a setting, possibly a string, to the annotated type of its field.
+
+    Args:
+        field: name of the setting, for messages.
+        value: the value to convert.
+        hint: the annotated type: a `Literal`, str, bool, int or float.
+
+    Raises:
+        ValueError: the value does not fit the type; the message says what the setting takes.
+    """
     if get_origin(hint) is Literal:
         choices = get_args(hint)
         if value not in choices:

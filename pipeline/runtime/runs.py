@@ -1,9 +1,8 @@
-"""A run is a folder named by the hash of its config: canonical JSON, fingerprints, whole-file writes."""
+"""Runs: the config of a run, and the folder that is named by the hash of the config."""
 
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,26 +11,21 @@ from typing import Any
 from pipeline.runtime.files import fingerprint, sha256, write_atomic
 
 
-def home_path(home: Path | None) -> Path:
-    """Where artifacts live: the argument, else $DIFFALIGN_HOME, else ./artifacts."""
-    return home or Path(os.environ.get("DIFFALIGN_HOME") or "artifacts")
-
-
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """Everything that can change a run's numbers but its seed; the hash of it names the run."""
+    """Everything that can change the numbers of a run, except its seed; its hash names the run."""
 
     dataset: str
     method: str
-    settings: Mapping[str, Any]  # the method's Config
-    training: Mapping[str, Any]  # lane.TrainConfig
-    caches: Mapping[str, str]  # batch key -> full fingerprint of the feature cache it is read from
-    shapes: Mapping[str, list[int]]  # types.Shapes
+    settings: Mapping[str, Any]  # fields of the method's Config
+    training: Mapping[str, Any]  # fields of TrainConfig
+    caches: Mapping[str, str]  # batch key -> full fingerprint of the feature cache that its values are read from
+    shapes: Mapping[str, list[int]]  # batch key -> shape of its values without the batch (types.Shapes)
     text_aggregate: str  # how several texts of a sample become one vector
     manifest: str  # fingerprint of the manifest
 
     def fingerprint(self) -> str:
-        """SHA-256 of the config's canonical JSON."""
+        """Return the SHA-256 of the canonical JSON of the config."""
         return fingerprint(asdict(self))
 
 
@@ -44,24 +38,32 @@ class RunFolder:
 
     @staticmethod
     def of(home: Path, config: RunConfig, seed: int) -> RunFolder:
-        """The run's folder; nothing is created."""
+        """Return the folder of a run, without creating it."""
         name = f"{config.method}-{config.fingerprint()[:12]}"
         return RunFolder(home / "runs" / config.dataset / name / f"seed{seed}", seed)
 
     @staticmethod
     def at(path: Path) -> RunFolder:
-        """The run in an existing folder; `ValueError` when it is none."""
+        """Return the run in an existing folder.
+
+        Raises:
+            ValueError: the folder does not hold a run.
+        """
         if not (path / "config.json").is_file() or not path.name.removeprefix("seed").isdigit():
             raise ValueError(f"{path} is not a run: give a folder …/runs/<dataset>/<method>-<fingerprint>/seed<k>")
         return RunFolder(path, int(path.name.removeprefix("seed")))
 
     @property
     def is_done(self) -> bool:
-        """Whether training has ended and everything is on disk."""
+        """Whether training has finished and all files are on disk."""
         return (self.path / "done").is_file()
 
-    def done(self) -> dict[str, Any]:
-        """What training wrote when it ended: seconds, and the checkpoint's sha256."""
+    def read_done(self) -> dict[str, Any]:
+        """Return what training recorded when it finished: "seconds", and "checkpoint_sha256".
+
+        Raises:
+            ValueError: the file `done` is damaged.
+        """
         path = self.path / "done"
         try:
             facts = json.loads(path.read_text())
@@ -69,20 +71,28 @@ class RunFolder:
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{path} is damaged; {self.remedy}") from error
 
-    def weights(self) -> bytes:
-        """The checkpoint of a finished run, in the format of safetensors; `ValueError` when it is not the one it wrote."""
+    def read_checkpoint(self) -> bytes:
+        """Return the bytes of the checkpoint of a finished run, in the safetensors format.
+
+        Raises:
+            ValueError: its SHA-256 is not the one that training recorded.
+        """
         path = self.path / "checkpoint.safetensors"
         content = path.read_bytes()
-        if sha256(content) != self.done()["checkpoint_sha256"]:
+        if sha256(content) != self.read_done()["checkpoint_sha256"]:
             raise ValueError(f"{path} is damaged (its sha256 does not fit); {self.remedy}")
         return content
 
     def create(self, config: RunConfig) -> None:
-        """Make the folder and its config.json."""
+        """Create the folder and write config.json into it."""
         write_atomic(self.path / "config.json", json.dumps(asdict(config), indent=1, sort_keys=True, allow_nan=False))
 
     def config(self) -> RunConfig:
-        """The config the run was started with; `ValueError` when it is damaged or not the one that named the folder."""
+        """Return the config that the run was started with.
+
+        Raises:
+            ValueError: config.json is damaged, or its hash is not in the name of the folder.
+        """
         path = self.path / "config.json"
         try:
             config = RunConfig(**json.loads(path.read_text()))
@@ -94,17 +104,21 @@ class RunFolder:
 
     @property
     def remedy(self) -> str:
-        """What helps when a file of the run is damaged."""
+        """What the user should do when a file of the run is damaged."""
         return f"delete {self.path} and run the same command again"
 
     def check_done(self) -> None:
-        """`ValueError` when there is more to train."""
+        """Check that training has finished.
+
+        Raises:
+            ValueError: it has not.
+        """
         if not self.is_done:
             raise ValueError(f"{self.path} has not finished training; run the same command again to complete it")
 
 
 def find_runs(home: Path, dataset: str) -> list[RunFolder]:
-    """All runs of a dataset, finished or not, sorted by name and seed."""
+    """Return all runs of a dataset, finished or not, sorted by name and seed."""
     configs = sorted((home / "runs" / dataset).glob("*-*/seed*/config.json"))
     runs = [RunFolder.at(config.parent) for config in configs]
     return sorted(runs, key=lambda run: (run.path.parent.name, run.seed))

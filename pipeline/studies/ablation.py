@@ -1,4 +1,4 @@
-"""Which encoders to train (SeDA Table 3): none of them, the image encoder, or both, from the same heads."""
+"""Ablation of the encoders to train (SeDA Table 3): none, the image encoder, or both, starting from the same heads."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from pipeline.evaluation.evaluate import evaluate
 from pipeline.evaluation.statistics import format_seeds
 from pipeline.runtime import plugins
 from pipeline.training.features import cache_names
-from pipeline.training.heads import plan_head, train_head
-from pipeline.training.heads import resolve_settings as resolve_head
-from pipeline.training.joint.ddp import check_alone
+from pipeline.training.heads import plan_head, resolve_head_settings, train_head
+from pipeline.training.joint.ddp import check_single_process
 from pipeline.training.joint.finetune import finetune, resolve_joint_settings
-from pipeline.training.joint.trainer import JointConfig, JointOptions
+from pipeline.training.joint.plan import JointConfig, JointOptions
 
-ROWS: Mapping[str, str] = {"freeze both": "", "train visual": "image", "train both": "both"}
+# The title of a row -> `JointConfig.train`; "" is no joint training.
+TRAINED_ENCODERS: Mapping[str, str] = {"freeze both": "", "train visual": "image", "train both": "both"}
 
 
-def strategies(
+def compare_strategies(
     home: Path,
     dataset: str,
     method: str,
@@ -30,30 +30,45 @@ def strategies(
     caches: Mapping[str, str],
     joint: Mapping[str, Any],
     training: Mapping[str, Any],
-    work: JointOptions,
+    options: JointOptions,
 ) -> pd.DataFrame:
-    """Mean and deviation over seeds of the method's metrics on the test split, one row per strategy.
+    """Train and test a method with each choice of encoders to train.
 
-    `caches` are those that the heads read, `joint` and `training` are settings of `JointConfig` and `TrainConfig`. `kept` is
-    the share of seeds in which validation preferred joint training; in the others the row has the head of stage 2.
+    Args:
+        home: The folder of all caches and runs.
+        dataset: The name of a prepared and extracted dataset.
+        method: The name of a method that reads texts.
+        preset: The preset of the heads; see `resolve_head_settings`.
+        seeds: The seeds of the heads and of joint training.
+        caches: The names of the caches that the heads read, by batch key; "" or missing: the dataset's encoder.
+        joint: Settings of `JointConfig`.
+        training: Settings of `TrainConfig` for joint training.
+        options: How joint training is carried out.
+
+    Returns:
+        One row per choice with the mean and standard deviation over seeds of the metrics on the test split. The column "kept"
+        says for how many seeds joint training was better on validation. For the other seeds, the row uses the head of stage 2.
+
+    Raises:
+        ValueError: the method reads no text, or torchrun runs several processes.
     """
-    check_alone("ablate strategy")
+    check_single_process("ablate strategy")
     if "text" not in plugins.get("methods", method).NEEDS:
         raise ValueError(f"{method} reads no text, so there is no text encoder to train with it; choose a method that does")
-    settings, head_training = resolve_head(dataset, method, preset, {}, {})
+    settings, head_training = resolve_head_settings(dataset, method, preset, {}, {})
     names = cache_names(dataset, caches.get("image", ""), caches.get("text", ""))
     rows = []
-    for title, train in ROWS.items():
-        records, kept = [], 0
+    for title, train in TRAINED_ENCODERS.items():
+        records, num_kept = [], 0
         for seed in seeds:
-            run = train_head(plan_head(home, dataset, method, settings, head_training, seed, names), work.progress)
+            run = train_head(plan_head(home, dataset, method, settings, head_training, seed, names), options.progress)
             if train:
                 outcome = finetune(
-                    home, run, JointConfig(**{**joint, "train": train}), resolve_joint_settings(run, training), work
+                    home, run, JointConfig(**{**joint, "train": train}), resolve_joint_settings(run, training), options
                 )
-                run, kept = outcome.run, kept + outcome.is_better
+                run, num_kept = outcome.run, num_kept + outcome.is_better
             records.append(evaluate(home, run, "test", {})["metrics"])
         shown = [name for name in records[0] if not name.startswith(("overall_", "per_class_"))]
         cells = {name: format_seeds([record[name] for record in records]) for name in shown}
-        rows.append({"strategy": title, **cells, "kept": f"{kept}/{len(seeds)}" if train else ""})
+        rows.append({"strategy": title, **cells, "kept": f"{num_kept}/{len(seeds)}" if train else ""})
     return pd.DataFrame(rows)

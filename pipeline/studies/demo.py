@@ -1,4 +1,4 @@
-"""The whole idea in one command: openmoji through all stages, five methods and the text-only diagnostic, three seeds each."""
+"""The demo of stages 1 and 2: five methods and a text-only diagnostic on openmoji, with three seeds each and a report."""
 
 from __future__ import annotations
 
@@ -6,94 +6,109 @@ import logging
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from pipeline.data import manifest as manifests
+from pipeline.data.manifest_files import read_manifest
 from pipeline.data.prepare import prepare
+from pipeline.data.spec import load_spec
 from pipeline.evaluation.evaluate import evaluate, evaluation_name, read_metrics
 from pipeline.runtime.files import write_atomic
 from pipeline.runtime.logs import ProgressBar
-from pipeline.training.heads import HeadPlan, plan_head, resolve_settings, train_head
+from pipeline.training.heads import HeadPlan, plan_head, resolve_head_settings, train_head
 
 logger = logging.getLogger(__name__)
 
-DATASET = "openmoji"
-METHODS = ("baseline", "ema", "cdr", "marnet", "seda")
-SEEDS = (0, 1, 2)
-ONE_DRAW = {"draws": 1}  # the papers' prediction; the tuned settings average eight
-Job = tuple[Path, str, int, Mapping[str, str]]  # home, method, seed, caches by batch key
-EXTRA: Mapping[str, Sequence[Mapping[str, Any]]] = {
+DEMO_DATASET = "openmoji"
+DEMO_METHODS = ("baseline", "ema", "cdr", "marnet", "seda")
+DEMO_SEEDS = (0, 1, 2)
+ONE_DRAW = {"draws": 1}  # the papers' prediction; the tuned settings average eight draws
+EXTRA_OVERRIDES: Mapping[str, Sequence[Mapping[str, Any]]] = {  # by method, what to evaluate beside the tuned settings
     "cdr": (ONE_DRAW,),
     "seda": (ONE_DRAW,),
     "marnet": (ONE_DRAW, *({"fusion": fusion} for fusion in ("concat", "add", "mul", "sum"))),
 }
 
 
+class DemoRun(NamedTuple):
+    """A head to train and evaluate."""
+
+    home: Path
+    method: str
+    seed: int
+    caches: Mapping[str, str]  # names by batch key
+
+
 def run_demo(home: Path) -> str:
-    """Prepare, extract, train, evaluate and report what is not there yet; the table and the report's paths as text."""
+    """Prepare, extract, train, evaluate and report everything that is missing.
+
+    Returns:
+        The table of results, the paths of the report and the duration, as text.
+    """
     started = time.monotonic()
-    encoders = manifests.load_spec(DATASET)["encoders"]
-    logger.info(f"1/4 the manifest of {DATASET}")
-    prepare(DATASET, None, home, {})
-    jobs = _pending(home, encoders)
-    if jobs:
+    encoders = load_spec(DEMO_DATASET)["encoders"]
+    logger.info("1/4 the manifest of %s", DEMO_DATASET)
+    prepare(DEMO_DATASET, None, home, {})
+    runs = _pending_runs(home, encoders)
+    if runs:
         from pipeline.extraction.extract import extract
 
-        manifest = manifests.read_manifest(home, DATASET)
+        manifest = read_manifest(home, DEMO_DATASET)
         for encoder in encoders.values():
-            logger.info(f"2/4 features of {encoder}")
+            logger.info("2/4 features of %s", encoder)
             extract(manifest, encoder, {}, home)
-        logger.info(f"3/4 {len(METHODS)} methods, seeds {', '.join(map(str, SEEDS))}; settings chosen on validation")
-        _train_all(jobs)
-    summary = home / "reports" / DATASET / "demo.txt"
-    if jobs or not summary.is_file():
-        from pipeline.report import table, write_report
+        seeds = ", ".join(map(str, DEMO_SEEDS))
+        logger.info("3/4 %s methods, seeds %s; settings chosen on validation", len(DEMO_METHODS), seeds)
+        _train_all(runs)
+    summary = home / "reports" / DEMO_DATASET / "demo.txt"
+    if runs or not summary.is_file():
+        from pipeline.report import results_table, write_report
 
         logger.info("4/4 the report")
-        page, markdown = write_report(home, DATASET)
-        shown = table(home, DATASET).to_string(index=False)
+        page, markdown = write_report(home, DEMO_DATASET)
+        shown = results_table(home, DEMO_DATASET).to_string(index=False)
         write_atomic(summary, f"{shown}\n\nreport: {page}\ntable:  {markdown}\n")
     return f"{summary.read_text()}{time.monotonic() - started:.0f} s"
 
 
-def _pending(home: Path, encoders: Mapping[str, str]) -> list[Job]:
-    """The heads whose evaluations are not all there; all of them while there are no features."""
-    # The last one is the same classifier on the texts: what they would tell if a test image had one. A diagnostic.
-    plans = [(method, encoders) for method in METHODS] + [("baseline", {"image": encoders["text"]})]
-    jobs = [(home.absolute(), method, seed, caches) for method, caches in plans for seed in SEEDS]
+def _pending_runs(home: Path, encoders: Mapping[str, str]) -> list[DemoRun]:
+    """Return the runs that lack an evaluation, or all runs when features are missing."""
+    # The last one is a diagnostic: the baseline reads the texts as if they were images. Its accuracy shows how much the texts
+    # would tell if test images had any.
+    plans = [(method, encoders) for method in DEMO_METHODS] + [("baseline", {"image": encoders["text"]})]
+    runs = [DemoRun(home.absolute(), method, seed, caches) for method, caches in plans for seed in DEMO_SEEDS]
     try:
-        return [job for job in jobs if not set(_wanted(job)) <= set(read_metrics(_head(*job).run))]
-    except ValueError:  # no cache yet, or one that extract has to complete
-        return jobs
+        return [run for run in runs if not set(_evaluation_names(run)) <= set(read_metrics(_plan(run).run))]
+    except ValueError:  # there is no cache yet, or extract has to complete one
+        return runs
 
 
-def _train_all(jobs: Sequence[Job]) -> None:
-    """Train and evaluate, on every core."""
+def _train_all(runs: Sequence[DemoRun]) -> None:
+    """Train and evaluate the runs on all cores."""
     from pipeline.runtime.executor import num_processes, open_executor
 
-    with open_executor("local", num_processes(-1, len(jobs))) as crew:
-        for _, finish in ProgressBar(crew.map(_train, jobs), label="training", total=len(jobs), unit="run"):
-            finish()
+    with open_executor("local", num_processes(-1, len(runs))) as executor:
+        for _, get_result in ProgressBar(
+            executor.map(_train_and_evaluate, runs), label="training", total=len(runs), unit="run"
+        ):
+            get_result()  # raises the error of a run that failed
 
 
-def _head(home: Path, method: str, seed: int, encoders: Mapping[str, str]) -> HeadPlan:
-    settings, training = resolve_settings(DATASET, method, "tuned", {}, {})
-    return plan_head(home, DATASET, method, settings, training, seed, encoders)
+def _plan(run: DemoRun) -> HeadPlan:
+    settings, training = resolve_head_settings(DEMO_DATASET, run.method, "tuned", {}, {})
+    return plan_head(run.home, DEMO_DATASET, run.method, settings, training, run.seed, run.caches)
 
 
-def _overrides(method: str, encoders: Mapping[str, str]) -> list[Mapping[str, Any]]:
-    return [{}, *EXTRA.get(method, ())] if "text" in encoders else [{}]
+def _overrides(run: DemoRun) -> list[Mapping[str, Any]]:
+    """Return the settings of prediction to evaluate a run with, as changes of the tuned ones; the diagnostic has no changes."""
+    return [{}, *EXTRA_OVERRIDES.get(run.method, ())] if "text" in run.caches else [{}]
 
 
-def _wanted(job: Job) -> list[str]:
-    """Names of the evaluations a job ends with."""
-    _, method, _, encoders = job
-    return [evaluation_name(split, overrides) for split in ("val", "test") for overrides in _overrides(method, encoders)]
+def _evaluation_names(run: DemoRun) -> list[str]:
+    return [evaluation_name(split, overrides) for split in ("val", "test") for overrides in _overrides(run)]
 
 
-def _train(job: Job) -> None:
-    home, method, _, encoders = job
-    run = train_head(_head(*job), progress=False)
-    for overrides in _overrides(method, encoders):
-        evaluate(home, run, "val", overrides)
-        evaluate(home, run, "test", overrides)
+def _train_and_evaluate(run: DemoRun) -> None:
+    folder = train_head(_plan(run), progress=False)
+    for overrides in _overrides(run):
+        evaluate(run.home, folder, "val", overrides)
+        evaluate(run.home, folder, "test", overrides)

@@ -1,119 +1,139 @@
-"""Both generations of a cache in one command: heads on frozen features, joint training, heads on what it has tuned."""
+"""The demo of the joint stage: heads on frozen features, joint training, then new heads on the tuned encoder's features."""
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 
-from pipeline.data import manifest as manifests
+from pipeline.data.manifest_files import read_manifest
 from pipeline.data.prepare import prepare
+from pipeline.data.spec import load_spec
 from pipeline.evaluation.evaluate import evaluate
 from pipeline.evaluation.statistics import format_seeds
 from pipeline.extraction.extract import extract
 from pipeline.runtime.executor import num_processes, open_executor
 from pipeline.runtime.logs import ProgressBar
 from pipeline.runtime.runs import RunFolder
-from pipeline.training.heads import plan_head, train_head
-from pipeline.training.heads import resolve_settings as resolve_head
-from pipeline.training.joint.ddp import check_alone
+from pipeline.studies.demo import DEMO_DATASET, DEMO_SEEDS
+from pipeline.training.heads import plan_head, resolve_head_settings, train_head
+from pipeline.training.joint.ddp import check_single_process
 from pipeline.training.joint.finetune import finetune, resolve_joint_settings
-from pipeline.training.joint.trainer import JointConfig, JointOptions
+from pipeline.training.joint.plan import JointConfig, JointOptions
 
 logger = logging.getLogger(__name__)
 
-DATASET = "openmoji"
-METHODS = ("baseline", "ema", "marnet", "seda")
-SEEDS = (0, 1, 2)
-IMAGE = ("efficientnet_lite", {"side": "64", "compute_dtype": "float32"})  # small pictures: minutes on a processor
-JOINT = JointConfig(train="image", encoder_lr=1e-4)  # on validation better than 3e-4, and than augmented pictures
-TRAINING = {"epochs": 6, "lr": 3e-4, "lr_step": 3, "batch_size": 32}
-Job = TypeVar("Job")
-Result = TypeVar("Result")
+JOINT_DEMO_METHODS = ("baseline", "ema", "marnet", "seda")
+JOINT_DEMO_ENCODER = ("efficientnet_lite", {"side": "64", "compute_dtype": "float32"})  # small images: minutes on a CPU
+JOINT_DEMO_CONFIG = JointConfig(train="image", encoder_lr=1e-4)  # better on validation than 3e-4 and than augmented images
+JOINT_DEMO_TRAINING = {"epochs": 6, "lr": 3e-4, "lr_step": 3, "batch_size": 32}
 
 
-class Trained(NamedTuple):
-    """A head to train: its features by batch key, and whether joint training follows."""
+class JointDemoRun(NamedTuple):
+    """A head to train, perhaps with joint training after it."""
 
     home: Path
     method: str
     seed: int
-    caches: Mapping[str, str]
-    jointly: bool
+    caches: Mapping[str, str]  # names by batch key
+    has_joint_stage: bool
 
 
-class Scores(NamedTuple):
-    """Accuracies in percent on the test split, and where joint training has led to."""
+class JointDemoScores(NamedTuple):
+    """The accuracies of a run in percent, and the cache of its better head."""
 
-    frozen: float
-    joint: float  # that of the frozen encoder when validation preferred it
-    after: float  # on validation, of joint training; 0 when the head of stage 2 stayed the result
-    image: str  # fingerprint of the cache that the better head reads
+    frozen: float  # on test, of the head on the frozen encoder
+    joint: float  # on test, after joint training; equal to `frozen` when that was better on validation
+    joint_val: float  # on validation, after joint training; 0 when the head of stage 2 was better
+    image_cache: str  # fingerprint of the image cache that the better head reads
 
 
 def run_demo_joint(home: Path) -> str:
-    """Do what is not there yet; the table as text."""
-    check_alone("demo-joint")
+    """Do every part of the demo that is missing.
+
+    Returns:
+        The table of accuracies on the test split and the duration, as text.
+
+    Raises:
+        ValueError: torchrun runs several processes.
+    """
+    check_single_process("demo-joint")
     started = time.monotonic()
     home = home.absolute()
-    prepare(DATASET, None, home, {})
-    manifest = manifests.read_manifest(home, DATASET)
-    logger.info(f"1/3 features of {IMAGE[0]} at {IMAGE[1]['side']} pixels, and of the texts")
-    text = manifests.load_spec(DATASET)["encoders"]["text"]
-    caches = {"image": extract(manifest, *IMAGE, home).name, "text": extract(manifest, text, {}, home).name}
-    logger.info(f"2/3 {', '.join(METHODS)}: on frozen features, then together with the image encoder")
-    first = _spread(do, [Trained(home, method, seed, caches, True) for method in METHODS for seed in SEEDS])
-    best, teacher = max(zip(first, _columns(), strict=True), key=lambda pair: pair[0].after)
+    prepare(DEMO_DATASET, None, home, {})
+    manifest = read_manifest(home, DEMO_DATASET)
+    encoder, encoder_settings = JOINT_DEMO_ENCODER
+    logger.info("1/3 features of %s at %s pixels, and of the texts", encoder, encoder_settings["side"])
+    text = load_spec(DEMO_DATASET)["encoders"]["text"]
+    caches = {
+        "image": extract(manifest, encoder, encoder_settings, home).name,
+        "text": extract(manifest, text, {}, home).name,
+    }
+    logger.info("2/3 %s: on frozen features, then together with the image encoder", ", ".join(JOINT_DEMO_METHODS))
+    runs = _runs(home, caches, has_joint_stage=True)
+    first = _train_all(runs)
+    best, best_run = max(zip(first, runs, strict=True), key=lambda pair: pair[0].joint_val)
     rows = {"frozen": [scores.frozen for scores in first], "joint": [scores.joint for scores in first]}
-    if best.after:
-        logger.info(f"3/3 heads on the encoder that was tuned with {teacher}, the best on validation")
-        again = {**caches, "image": best.image}
-        second = _spread(do, [Trained(home, method, seed, again, False) for method in METHODS for seed in SEEDS])
+    if best.joint_val:
+        logger.info("3/3 heads on the encoder that was tuned with %s, the best on validation", best_run.method)
+        second = _train_all(_runs(home, {**caches, "image": best.image_cache}, has_joint_stage=False))
         rows["heads on tuned features"] = [scores.frozen for scores in second]
     else:
         logger.info("3/3 left out: nothing gained on validation, so there is no tuned encoder")
-    table = pd.DataFrame([_cells(values) for values in rows.values()], index=pd.Index(rows), columns=pd.Index(METHODS))
-    better = np.reshape([scores.after > 0 for scores in first], (len(METHODS), len(SEEDS))).sum(axis=1)
-    table.loc["seeds in which joint training is kept"] = [f"{count} of {len(SEEDS)}" for count in better]
-    return f"acc1 on test, mean ± deviation over {len(SEEDS)} seeds\n{table.to_string()}\n{time.monotonic() - started:.0f} s"
+    table = _format_table(rows, [scores.joint_val > 0 for scores in first])
+    title = f"acc1 on test, mean ± deviation over {len(DEMO_SEEDS)} seeds"
+    return f"{title}\n{table}\n{time.monotonic() - started:.0f} s"
 
 
-def do(job: Trained) -> Scores:
-    """Train and evaluate a head, and then, if it is wanted, its image encoder with it."""
-    settings, training = resolve_head(DATASET, job.method, "tuned", {}, {})
-    head = plan_head(job.home, DATASET, job.method, settings, training, job.seed, job.caches)
-    run = train_head(head, progress=False)
-    frozen = _test(job.home, run)
-    if not job.jointly:
-        return Scores(frozen, 0.0, 0.0, head.config.caches["image"])
-    outcome = finetune(job.home, run, JOINT, resolve_joint_settings(run, TRAINING), JointOptions(workers=0, progress=False))
-    after = outcome.after if outcome.is_better else 0.0
-    return Scores(frozen, _test(job.home, outcome.run), after, outcome.run.config().caches["image"])
+def _runs(home: Path, caches: Mapping[str, str], has_joint_stage: bool) -> list[JointDemoRun]:
+    """Return the runs of all methods and seeds; the seeds vary fastest."""
+    return [JointDemoRun(home, method, seed, caches, has_joint_stage) for method in JOINT_DEMO_METHODS for seed in DEMO_SEEDS]
 
 
-def _test(home: Path, run: RunFolder) -> float:
+def train_and_score(run: JointDemoRun) -> JointDemoScores:
+    """Train and evaluate a head, and then train its image encoder with it if the run has a joint stage."""
+    settings, training = resolve_head_settings(DEMO_DATASET, run.method, "tuned", {}, {})
+    head = plan_head(run.home, DEMO_DATASET, run.method, settings, training, run.seed, run.caches)
+    folder = train_head(head, progress=False)
+    frozen = _test_accuracy(run.home, folder)
+    if not run.has_joint_stage:
+        return JointDemoScores(frozen, 0.0, 0.0, head.config.caches["image"])
+    joint_training = resolve_joint_settings(folder, JOINT_DEMO_TRAINING)
+    outcome = finetune(run.home, folder, JOINT_DEMO_CONFIG, joint_training, JointOptions(workers=0, progress=False))
+    joint_val = outcome.after if outcome.is_better else 0.0
+    return JointDemoScores(frozen, _test_accuracy(run.home, outcome.run), joint_val, outcome.run.config().caches["image"])
+
+
+def _test_accuracy(home: Path, run: RunFolder) -> float:
     return evaluate(home, run, "test", {})["metrics"]["acc1"]
 
 
-def _spread(task: Callable[[Job], Result], jobs: Sequence[Job]) -> list[Result]:
-    """The results, in the order of the jobs, by every core."""
-    results: dict[int, Result] = {}
-    with open_executor("local", num_processes(-1, len(jobs))) as crew:
-        for number, finish in ProgressBar(crew.map(task, jobs), label="training", total=len(jobs), unit="run"):
-            results[number] = finish()
-    return [results[number] for number in range(len(jobs))]
+def _train_all(runs: Sequence[JointDemoRun]) -> list[JointDemoScores]:
+    """Train the runs on all cores and return their scores in the same order."""
+    scores: dict[int, JointDemoScores] = {}
+    with open_executor("local", num_processes(-1, len(runs))) as executor:
+        for number, get_result in ProgressBar(
+            executor.map(train_and_score, runs), label="training", total=len(runs), unit="run"
+        ):
+            scores[number] = get_result()
+    return [scores[number] for number in range(len(runs))]
 
 
-def _columns() -> list[str]:
-    """The method of every job."""
-    return [method for method in METHODS for _ in SEEDS]
+def _format_table(rows: Mapping[str, Sequence[float]], is_joint_better: Sequence[bool]) -> str:
+    """Return a table with a column per method: mean and deviation over the seeds, and how often joint training was better.
 
-
-def _cells(values: Sequence[float]) -> list[str]:
-    """Mean and deviation over the seeds of every method."""
-    return [format_seeds(row) for row in np.reshape(values, (len(METHODS), len(SEEDS)))]
+    Args:
+        rows: The accuracies of all runs, by the title of the row, in the order of `_runs`.
+        is_joint_better: For each run, whether joint training was better on validation.
+    """
+    shape = (len(JOINT_DEMO_METHODS), len(DEMO_SEEDS))
+    cells = [[format_seeds(values) for values in np.reshape(row, shape)] for row in rows.values()]
+    table = pd.DataFrame(cells, index=pd.Index(rows), columns=pd.Index(JOINT_DEMO_METHODS))
+    num_better = np.reshape(is_joint_better, shape).sum(axis=1)
+    table.loc["seeds in which joint training is kept"] = [f"{count} of {len(DEMO_SEEDS)}" for count in num_better]
+    return table.to_string()

@@ -1,7 +1,8 @@
-"""A grid: fields of a method and of its training with the values to try; its cells are ordinary runs.
+"""A grid of settings: fields of a method and of its training, each with the values to try. Every cell is an ordinary run.
 
-A cell is what `train-head` makes of the same settings, in the same folder; the precision is one of these, and where bfloat16 is
-native the two commands have different defaults for it. Everything that cannot be trained is refused here, before anything is.
+A cell is the same run, in the same folder, as `train-head` makes from the same settings. Precision is one of these settings;
+on machines with native bfloat16, the two commands have different defaults for it. A cell that cannot be trained is refused
+here, before any training starts.
 """
 
 from __future__ import annotations
@@ -23,43 +24,43 @@ from pipeline.data.spec import parse_spec
 from pipeline.runtime import plugins
 from pipeline.runtime.device import default_device, resolve_dtype
 from pipeline.runtime.files import fingerprint, write_atomic
-from pipeline.training.config import SHARED, TrainConfig
-from pipeline.training.ensemble import structure
+from pipeline.training.config import SHARED_SETTINGS, TrainConfig
+from pipeline.training.ensemble import structure_key
 from pipeline.training.features import FeatureSet, cache_names, open_features
-from pipeline.training.heads import HeadPlan, plan_head_on, resolve_settings
+from pipeline.training.heads import HeadPlan, plan_head_on, resolve_head_settings
 
 MAX_CELLS = 10_000  # of one grid
-MANY_CELLS = 500  # to load what torch needs for methods without numbers takes as long as to build so many with numbers
-PAPERS = "papers"  # the method's own grid, its GRID
+MAX_REAL_BUILDS = 500  # loading torch's support for the meta device takes as long as building this many methods on the CPU
+PAPERS_GRID = "papers"  # word in --grid for the grid of the method's paper, its GRID
 Axes = Mapping[str, tuple[Any, ...]]  # field -> values, in the order of the grid
-Precision = Literal["auto", "float32", "mixed"]
-Search = Literal["all", "optuna"]
+PrecisionChoice = Literal["auto", "float32", "mixed"]
+SearchKind = Literal["all", "optuna"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Cell:
-    """One combination of values."""
+    """One combination of the values of a grid."""
 
-    point: Mapping[str, Any]  # by field, in the order of the axes
-    label: str  # for people: "T=900 t=0 gamma=0.5"
+    point: Mapping[str, Any]  # the values by field, in the order of the axes
+    label: str  # what users see: "T=900 t=0 gamma=0.5"
     settings: Any  # the method's Config
     training: TrainConfig
 
 
 @dataclass(frozen=True, kw_only=True)
 class Grid:
-    """Cells of one method on one dataset's features, each trained with every seed."""
+    """Cells of one method on the features of one dataset; each cell is trained with every seed."""
 
     features: FeatureSet
     method: str
     axes: Axes
     cells: tuple[Cell, ...]
     seeds: tuple[int, ...]
-    search: Search  # all: every cell is trained to its end; optuna: the better ones
+    search: SearchKind  # all: train every cell to its end; optuna: only the better cells
 
     @cached_property
     def heads(self) -> dict[tuple[int, int], HeadPlan]:
-        """The runs by cell and seed, finished or not, in the order of the grid."""
+        """The runs by (cell, seed), finished or not, in the order of the grid."""
         return {
             (number, seed): plan_head_on(self.features, self.method, cell.settings, cell.training, seed)
             for number, cell in enumerate(self.cells)
@@ -68,26 +69,28 @@ class Grid:
 
     @cached_property
     def structures(self) -> dict[int, Hashable]:
-        """What cells with runs to train have in common with those they can be trained with, besides the seed.
+        """A key by cell, for cells with unfinished runs; runs with equal keys and one seed can be trained as one model.
 
-        `ValueError` names a cell whose method cannot be built.
+        Raises:
+            ValueError: the method of a cell cannot be built; the message names the cell.
         """
         build = plugins.get("methods", self.method).build
-        found: dict[int, Hashable] = {}
-        known: dict[Any, Hashable] = {}  # by settings of the method
+        keys: dict[int, Hashable] = {}
+        keys_by_settings: dict[Any, Hashable] = {}
         for number, cell in enumerate(self.cells):
             if not all(self.heads[number, seed].run.is_done for seed in self.seeds):
-                if cell.settings not in known:
+                if cell.settings not in keys_by_settings:
                     try:
-                        with torch.device("meta" if len(self.cells) > MANY_CELLS else "cpu"):
-                            known[cell.settings] = structure(build(cell.settings, self.features.shapes))
+                        with torch.device("meta" if len(self.cells) > MAX_REAL_BUILDS else "cpu"):
+                            keys_by_settings[cell.settings] = structure_key(build(cell.settings, self.features.shapes))
                     except (ValueError, RuntimeError) as error:
                         raise ValueError(f"cell {cell.label}: {error}") from error
-                found[number] = known[cell.settings], tuple(getattr(cell.training, name) for name in SHARED)
-        return found
+                shared = tuple(getattr(cell.training, name) for name in SHARED_SETTINGS)
+                keys[number] = keys_by_settings[cell.settings], shared
+        return keys
 
-    def asked(self) -> dict[str, Any]:
-        """What was asked for, as plain JSON values; the hash of it names the grid."""
+    def identity(self) -> dict[str, Any]:
+        """Return everything that defines this grid, as plain JSON values; its hash names the folder of the grid."""
         heads = [self.heads[cell, self.seeds[0]] for cell in range(len(self.cells))]
         return {
             "dataset": self.features.manifest.dataset,
@@ -102,29 +105,35 @@ class Grid:
             "search": self.search,
         }
 
-    def create(self) -> Path:
-        """The grid's folder, `<home>/grids/<dataset>/<method>-<fingerprint12>`, with its grid.json."""
-        asked = self.asked()
-        folder = self.features.home / "grids" / asked["dataset"] / f"{self.method}-{fingerprint(asked)[:12]}"
-        write_atomic(folder / "grid.json", json.dumps(asked, indent=1, sort_keys=True, allow_nan=False))
+    def create_folder(self) -> Path:
+        """Create the grid's folder, `<home>/grids/<dataset>/<method>-<fingerprint12>`, with its grid.json, and return it."""
+        identity = self.identity()
+        folder = self.features.home / "grids" / identity["dataset"] / f"{self.method}-{fingerprint(identity)[:12]}"
+        write_atomic(folder / "grid.json", json.dumps(identity, indent=1, sort_keys=True, allow_nan=False))
         return folder
 
 
 def read_axes(method: str, pairs: Sequence[str], file: Path | None = None) -> Axes:
-    """The axes of FIELD=VALUE,VALUE pairs, of "papers", and of a YAML file {FIELD: [VALUE, VALUE]}; of nothing: the papers'.
+    """Return the axes of a grid. Without pairs and file, they are those of the method's paper.
 
-    Fields are the method's, by name or by the papers' letter, and those of training. `ValueError` for what is unknown, empty or
-    given twice.
+    Args:
+        method: The name of a method.
+        pairs: FIELD=VALUE,VALUE, or "papers" for the axes of the method's paper. A field is one of the method, by its name or
+            by the papers' letter, or one of training.
+        file: A YAML file {FIELD: [VALUE, VALUE]} with more axes.
+
+    Raises:
+        ValueError: a field is unknown, empty or given twice.
     """
     module = plugins.get("methods", method)
     hints = {**plugins.field_types(module.Config), **plugins.field_types(TrainConfig)}
     letters = {field: letter for letter, field in module.SYMBOLS.items()}
     axes: dict[str, tuple[Any, ...]] = {}
-    for key, values in _given(module.GRID, pairs, file):
+    for key, values in _raw_axes(module.GRID, pairs, file):
         field = module.SYMBOLS.get(key, key)
         if field not in hints:
-            named = [f"{letter} (= {name})" for letter, name in module.SYMBOLS.items()]
-            raise ValueError(f"unknown grid field {key!r}; choose one of: {', '.join([*hints, *named])}")
+            symbols = [f"{letter} (= {name})" for letter, name in module.SYMBOLS.items()]
+            raise ValueError(f"unknown grid field {key!r}; choose one of: {', '.join([*hints, *symbols])}")
         if field in axes:
             raise ValueError(f"grid field {field!r} is given twice; {letters.get(field, field)!r} is the same field")
         if not values:
@@ -138,16 +147,16 @@ def read_axes(method: str, pairs: Sequence[str], file: Path | None = None) -> Ax
     return axes
 
 
-def _given(papers: Axes, pairs: Sequence[str], file: Path | None) -> Iterator[tuple[str, Sequence[Any]]]:
-    """Fields as they were named, with their values as they were written."""
-    for pair in pairs or ([] if file else [PAPERS]):
+def _raw_axes(papers: Axes, pairs: Sequence[str], file: Path | None) -> Iterator[tuple[str, Sequence[Any]]]:
+    """Yield fields and values as the user has written them."""
+    for pair in pairs or ([] if file else [PAPERS_GRID]):
         key, equals, values = pair.partition("=")
-        if pair == PAPERS:
+        if pair == PAPERS_GRID:
             yield from papers.items()
         elif key and equals:
             yield key, values.split(",") if values else []
         else:
-            raise ValueError(f"--grid takes FIELD=VALUE,VALUE or {PAPERS}, not {pair!r}")
+            raise ValueError(f"--grid takes FIELD=VALUE,VALUE or {PAPERS_GRID}, not {pair!r}")
     for key, values in parse_spec(file).items() if file else ():
         yield str(key), values if isinstance(values, list) else [values]
 
@@ -161,10 +170,20 @@ def read_cells(
     training: Mapping[str, Any],
     points: int = 0,
 ) -> tuple[Cell, ...]:
-    """All combinations of the axes' values, the last axis running fastest, or `points` of them drawn without replacement.
+    """Return all combinations of the axes' values, or some of them at random. The last axis varies fastest.
 
-    More points hold the fewer. Fields that are on no axis have the values of `settings` and `training`, else the preset's.
-    `ValueError` names the first cell whose settings are impossible, and for more than `MAX_CELLS`.
+    Args:
+        dataset: The name of a dataset, which has the tuned preset.
+        method: The name of a method.
+        preset: The values of fields that are given nowhere else: "head", "paper" or "tuned".
+        axes: The values to combine, by field.
+        settings: Fields of the method with one value for all cells, by name or by the papers' letter.
+        training: Fields of training with one value for all cells.
+        points: How many cells to draw without replacement; 0: all. A larger number includes the cells of a smaller one.
+
+    Raises:
+        ValueError: the settings of a cell are impossible (the message names the first such cell), a field is given twice, or
+            there are more than `MAX_CELLS` cells.
     """
     module = plugins.get("methods", method)
     for field in chain((module.SYMBOLS.get(key, key) for key in settings), training):
@@ -176,36 +195,39 @@ def read_cells(
     if (points or total) > MAX_CELLS:
         remedy = "give fewer --points" if points else "give fewer values, or try some of them, --points"
         raise ValueError(f"a grid has at most {MAX_CELLS} cells, not {points or total}: {remedy}")
-    letters, own_fields = {field: letter for letter, field in module.SYMBOLS.items()}, plugins.field_types(module.Config)
+    letters = {field: letter for letter, field in module.SYMBOLS.items()}
+    method_fields = plugins.field_types(module.Config)
     cells = []
-    for number in _drawn(total, points) if points else range(total):
+    for number in _draw_numbers(total, points) if points else range(total):
         point = _point(axes, number)
         label = " ".join(f"{letters.get(field, field)}={value}" for field, value in point.items())
-        own = {field: value for field, value in point.items() if field in own_fields}
-        rest = {field: value for field, value in point.items() if field not in own}
+        of_method = {field: value for field, value in point.items() if field in method_fields}
+        of_training = {field: value for field, value in point.items() if field not in of_method}
         try:
-            config, train_config = resolve_settings(dataset, method, preset, {**settings, **own}, {**training, **rest})
+            config, train_config = resolve_head_settings(
+                dataset, method, preset, {**settings, **of_method}, {**training, **of_training}
+            )
         except ValueError as error:
             raise ValueError(f"cell {label}: {error}") from error
         cells.append(Cell(point=point, label=label, settings=config, training=train_config))
     return tuple(cells)
 
 
-def _drawn(total: int, points: int) -> list[int]:
-    """So many different numbers below `total`, in order; of more than can be listed, duplicates are drawn again."""
+def _draw_numbers(total: int, points: int) -> list[int]:
+    """Return `points` different random numbers below `total`, in order."""
     rng = random.Random(0)
     if total <= MAX_CELLS:
         numbers = list(range(total))
         rng.shuffle(numbers)
         return sorted(numbers[:points])
-    found: set[int] = set()
-    while len(found) < points:
-        found.add(rng.randrange(total))
-    return sorted(found)
+    drawn: set[int] = set()  # too many numbers to list and shuffle: draw one at a time, and again when it is a duplicate
+    while len(drawn) < points:
+        drawn.add(rng.randrange(total))
+    return sorted(drawn)
 
 
 def _point(axes: Axes, number: int) -> dict[str, Any]:
-    """The values of the cell with this number among all."""
+    """Return the values of a cell, given its number among all combinations."""
     point: dict[str, Any] = {}
     for field in reversed(list(axes)):
         number, index = divmod(number, len(axes[field]))
@@ -224,15 +246,33 @@ def plan_grid(
     settings: Mapping[str, Any],
     training: Mapping[str, Any],
     points: int = 0,
-    precision: Precision = "auto",
-    search: Search = "all",
+    precision: PrecisionChoice = "auto",
+    search: SearchKind = "all",
     image: str = "",
     text: str = "",
     aggregate: str = "",
 ) -> Grid:
-    """A grid that can be trained; `ValueError` names the cell that cannot, or what is missing on disk.
+    """Return a grid of which every cell can be trained.
 
-    Precision "auto" is mixed where this machine multiplies bfloat16 natively; it becomes a training setting of every cell.
+    Args:
+        home: The folder of all caches and runs.
+        dataset: The name of a prepared dataset.
+        method: The name of a method.
+        axes: The values to combine, by field; see `read_axes`.
+        seeds: The seeds of every cell.
+        preset: See `read_cells`.
+        settings: See `read_cells`.
+        training: See `read_cells`.
+        points: See `read_cells`.
+        precision: "auto" is "mixed" where this machine multiplies bfloat16 natively, else "float32". The result becomes a
+            training setting of every cell.
+        search: "all" trains every cell to its end, "optuna" only the better cells.
+        image: The cache of the image features; "": that of the dataset's image encoder.
+        text: The cache of the text features; "": that of the dataset's text encoder.
+        aggregate: How several texts of a sample become one vector; see `open_features`.
+
+    Raises:
+        ValueError: a cell cannot be trained (the message names it), a field is given twice, or files are missing.
     """
     if "precision" not in {*axes, *training}:
         training = {**training, "precision": resolve_dtype(precision, default_device(), "mixed")}
@@ -241,5 +281,5 @@ def plan_grid(
     cells = read_cells(dataset, method, preset, axes, settings, training, points)
     features = open_features(home.absolute(), dataset, method, cache_names(dataset, image, text), aggregate)
     grid = Grid(features=features, method=method, axes=axes, cells=cells, seeds=tuple(seeds), search=search)
-    _ = grid.structures  # builds what is left to train
+    _ = grid.structures  # builds the methods of unfinished cells, so that a bad cell is found now
     return grid

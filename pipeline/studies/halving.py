@@ -1,8 +1,9 @@
-"""Successive halving by Optuna's pruner: at every rung a cell goes on if it is in the better half of those judged so far.
+"""Successive halving with Optuna's pruner: at every rung, the better half of the cells judged so far goes on.
 
-The pruner compares a trial with those before it, so its verdict would depend on which worker is faster. Here all cells reach a
-rung before any is judged, in the order of the grid: the verdicts are the same on any number of workers, and after any
-interruption. The best cell of a rung always goes on.
+A rung is an epoch at which cells are judged. The pruner compares a trial with the trials that were reported before it, so its
+verdict would depend on which worker is faster. Therefore all cells reach a rung before any is judged, and they are judged in
+the order of the grid. The verdicts are then the same on any number of workers and after any interruption. The best cell of a
+rung always goes on.
 """
 
 from __future__ import annotations
@@ -11,38 +12,52 @@ from collections.abc import Sequence
 
 from pipeline.training.history import Validation
 
-FACTOR = 2  # of the epochs, and of the cells that go on, from rung to rung
-RUNGS = 3  # below the end of training
+HALVING_FACTOR = 2  # of the epochs, and of the cells that go on, from rung to rung
+NUM_RUNGS = 3  # below the end of training
 
 
 class Halving:
-    """The judge of cells by the validation metric they have reached."""
+    """Decides which cells are given up, by the validation metric that they have reached at each rung."""
 
-    def __init__(self, epochs: Sequence[int]) -> None:
-        """For cells that are trained for so many epochs; `ValueError` when Optuna is not installed."""
+    def __init__(self, num_epochs: Sequence[int]) -> None:
+        """Start with no cell judged.
+
+        Args:
+            num_epochs: For each cell, the number of epochs of its whole training.
+
+        Raises:
+            ValueError: Optuna is not installed.
+        """
         try:
             import optuna
         except ModuleNotFoundError as error:
             raise ValueError("--search optuna needs Optuna: pip install 'diffalign[search]'") from error
         optuna.logging.set_verbosity(optuna.logging.WARNING)
-        first = max(1, min(epochs) // FACTOR**RUNGS)
-        self.limits = [limit for limit in (first * FACTOR**rung for rung in range(30)) if limit < max(epochs)]
-        pruner = optuna.pruners.SuccessiveHalvingPruner(min_resource=first, reduction_factor=FACTOR)
+        first = max(1, min(num_epochs) // HALVING_FACTOR**NUM_RUNGS)
+        powers = (first * HALVING_FACTOR**exponent for exponent in range(30))
+        self.rungs = [rung for rung in powers if rung < max(num_epochs)]
+        pruner = optuna.pruners.SuccessiveHalvingPruner(min_resource=first, reduction_factor=HALVING_FACTOR)
         study = optuna.create_study(direction="maximize", pruner=pruner)
-        self.trials = [study.ask() for _ in epochs]
-        self.judged = [0] * len(epochs)  # the last epoch that was reported
+        self.trials = [study.ask() for _ in num_epochs]
+        self.reported_epochs = [0] * len(num_epochs)  # by cell, the last epoch that was reported to Optuna
 
-    def pruned_at(self, cell: int, seen: Sequence[Validation], limit: int) -> int:
-        """The epoch at which the cell is given up, judged by what it had reached at this rung; 0: it goes on."""
-        for epoch, metric, _ in up_to(seen, limit):
-            if epoch > self.judged[cell]:
-                self.judged[cell] = epoch
+    def pruned_epoch(self, cell: int, validations: Sequence[Validation], rung: int) -> int:
+        """Return the epoch at which a cell is given up, or 0 when it goes on.
+
+        Args:
+            cell: The number of the cell.
+            validations: The validated epochs of the cell's run; those after the rung are ignored.
+            rung: The epoch at which the cell is judged.
+        """
+        for epoch, metric, _ in validations_until(validations, rung):
+            if epoch > self.reported_epochs[cell]:
+                self.reported_epochs[cell] = epoch
                 self.trials[cell].report(metric, epoch)
                 if self.trials[cell].should_prune():
                     return epoch
         return 0
 
 
-def up_to(seen: Sequence[Validation], limit: int) -> list[Validation]:
-    """The validated epochs before the limit, and the first at or after it."""
-    return [each for number, each in enumerate(seen) if number == 0 or seen[number - 1].epoch < limit]
+def validations_until(validations: Sequence[Validation], rung: int) -> list[Validation]:
+    """Return the validated epochs before the rung, and the first one at or after it."""
+    return [each for number, each in enumerate(validations) if number == 0 or validations[number - 1].epoch < rung]

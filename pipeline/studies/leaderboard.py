@@ -1,4 +1,4 @@
-"""What became of a grid's runs, as tables: one row per run, cells by rank, and the winner."""
+"""The outcomes of a grid's runs as tables: one row per run (`cells.csv`), the ranked cells, and the winner (`winner.json`)."""
 
 from __future__ import annotations
 
@@ -17,18 +17,19 @@ from pipeline.evaluation.statistics import rank_cells, sample_std
 from pipeline.runtime.files import write_atomic
 from pipeline.runtime.runs import RunFolder
 from pipeline.studies.grid import Grid
-from pipeline.training.history import Validation, kept, validations
+from pipeline.training.history import Validation, best_validation, read_validations
 from pipeline.training.state import DIVERGED
 
-SAVE_SECONDS = 1.0  # between two writes of cells.csv, besides
-SAVE_SHARE = 10  # times as long as a write takes
+# The pause between two writes of cells.csv is MIN_SAVE_SECONDS plus SAVE_PAUSE_FACTOR times the duration of a write.
+MIN_SAVE_SECONDS = 1.0
+SAVE_PAUSE_FACTOR = 10
 
 
 @dataclass(frozen=True, slots=True)
 class RunOutcome:
-    """What became of one run."""
+    """The state of one run and its scores."""
 
-    state: Literal["done", "stopped", "pruned", "failed"]  # stopped: at a rung of the search, to go on
+    state: Literal["done", "stopped", "pruned", "failed"]  # stopped: paused at a rung of the search
     reason: str = ""
     metric: float = math.nan  # on validation, percent
     loss: float = math.nan
@@ -36,13 +37,13 @@ class RunOutcome:
 
     @property
     def is_open(self) -> bool:
-        """Whether the run failed for a reason that may pass; one that diverges does so again."""
+        """Whether the run failed but may succeed if it is repeated; a run that diverges would diverge again."""
         return self.state == "failed" and DIVERGED not in self.reason
 
 
 @dataclass
 class Leaderboard:
-    """The outcomes of a grid so far, by cell and seed, kept in `cells.csv` of its folder."""
+    """The outcomes of a grid so far, by cell and seed. They are saved in `cells.csv` of the grid's folder."""
 
     grid: Grid
     folder: Path
@@ -50,33 +51,37 @@ class Leaderboard:
     next_save: float = -math.inf  # on the monotonic clock
 
     def run(self, cell: int, seed: int) -> RunFolder:
-        """The run of a cell and a seed."""
+        """Return the folder of a run."""
         return self.grid.heads[cell, seed].run
 
-    def seen(self, cell: int, seed: int) -> list[Validation]:
-        """What a run, finished or stopped, had reached by epoch; empty before it was; `ValueError` when that is damaged."""
-        run = self.run(cell, seed)
-        return validations(run) if run.is_done or (run.path / "history.csv").is_file() else []
+    def validations(self, cell: int, seed: int) -> list[Validation]:
+        """Return the validated epochs of a run; empty when the run has not started.
 
-    def read(self, cell: int, seed: int) -> RunOutcome:
-        """What a run that was trained has left on disk; it failed when that is damaged."""
+        Raises:
+            ValueError: the history of the run is damaged, or a finished run has none.
+        """
+        run = self.run(cell, seed)
+        return read_validations(run) if run.is_done or (run.path / "history.csv").is_file() else []
+
+    def read_outcome(self, cell: int, seed: int) -> RunOutcome:
+        """Return the outcome of a run that was trained, as its folder shows it; "failed" when its files are damaged."""
         run = self.run(cell, seed)
         try:
-            seen = self.seen(cell, seed)
-            best = kept(seen, self.grid.cells[cell].training.select)
+            validations = self.validations(cell, seed)
+            best = best_validation(validations, self.grid.cells[cell].training.select)
             if run.is_done:
-                return RunOutcome("done", "", best.metric, best.loss, run.done()["seconds"])
+                return RunOutcome("done", "", best.metric, best.loss, run.read_done()["seconds"])
         except ValueError as error:
             return RunOutcome("failed", str(error))
-        return RunOutcome("stopped", f"stopped at epoch {seen[-1].epoch}", best.metric, best.loss)
+        return RunOutcome("stopped", f"stopped at epoch {validations[-1].epoch}", best.metric, best.loss)
 
     def add(self, cell: int, seed: int, outcome: RunOutcome) -> None:
-        """Note an outcome; `save` puts it on disk."""
+        """Record the outcome of a run in memory; `save` writes it to disk."""
         self.outcomes[cell, seed] = outcome
 
     @property
-    def is_due(self) -> bool:
-        """Whether the last `save` is so long ago that another one costs little."""
+    def is_save_due(self) -> bool:
+        """Whether the last `save` was long enough ago for another one to cost little."""
         return time.monotonic() >= self.next_save
 
     def save(self) -> None:
@@ -84,62 +89,73 @@ class Leaderboard:
         started = time.monotonic()
         write_atomic(self.folder / "cells.csv", self.rows().to_csv(index=False))
         now = time.monotonic()
-        self.next_save = now + SAVE_SECONDS + SAVE_SHARE * (now - started)
+        self.next_save = now + MIN_SAVE_SECONDS + SAVE_PAUSE_FACTOR * (now - started)
 
     @property
     def metric(self) -> str:
-        """The metric that selects: acc1, or map of multi-label data."""
+        """The name of the metric that ranks cells: acc1, or map for multi-label data."""
         return "acc1" if self.grid.features.manifest.label_kind == "single" else "map"
 
     def rows(self) -> pd.DataFrame:
-        """One row per run with an outcome, in the order of the grid."""
-        lines = []
+        """Return one row per run with an outcome, in the order of the grid."""
+        rows = []
         for cell, seed in self.grid.heads:
             outcome = self.outcomes.get((cell, seed))
             if outcome:
                 values = {f"val_{self.metric}": outcome.metric, "val_loss": outcome.loss, "seconds": outcome.seconds}
-                ends = {"state": outcome.state, "reason": outcome.reason}
-                place = self.run(cell, seed).path.relative_to(self.grid.features.home)
-                lines.append({"cell": cell, **self.grid.cells[cell].point, "seed": seed, **values, **ends, "run": str(place)})
-        return pd.DataFrame(lines)
+                state = {"state": outcome.state, "reason": outcome.reason}
+                path = self.run(cell, seed).path.relative_to(self.grid.features.home)
+                rows.append({"cell": cell, **self.grid.cells[cell].point, "seed": seed, **values, **state, "run": str(path)})
+        return pd.DataFrame(rows)
 
-    def table(self) -> pd.DataFrame:
-        """The cells by rank, see `rank_cells`."""
+    def ranked_cells(self) -> pd.DataFrame:
+        """Return the cells by rank; see `rank_cells` for the columns."""
         missing = RunOutcome("stopped", "missing")
-        ends = [[self.outcomes.get((cell, seed), missing) for seed in self.grid.seeds] for cell in range(len(self.grid.cells))]
-        done = np.array([[outcome.state == "done" for outcome in cell] for cell in ends])
-        scores = np.array([[outcome.metric for outcome in cell] for cell in ends])
-        losses = np.array([[outcome.loss for outcome in cell] for cell in ends])
-        reasons = [[outcome.reason for outcome in cell] for cell in ends]
+        num_cells = len(self.grid.cells)
+        outcomes = [[self.outcomes.get((cell, seed), missing) for seed in self.grid.seeds] for cell in range(num_cells)]
+        done = np.array([[outcome.state == "done" for outcome in row] for row in outcomes])
+        scores = np.array([[outcome.metric for outcome in row] for row in outcomes])
+        losses = np.array([[outcome.loss for outcome in row] for row in outcomes])
+        reasons = [[outcome.reason for outcome in row] for row in outcomes]
         return rank_cells(np.where(done, scores, np.nan), np.where(done, losses, np.nan), reasons)
 
-    def finished(self) -> list[int]:
-        """Cells with all their seeds, best first."""
-        return self.table().dropna(subset=["rank"])["cell"].to_list()
+    def finished_cells(self) -> list[int]:
+        """Return the cells of which all seeds are done, best first."""
+        return self.ranked_cells().dropna(subset=["rank"])["cell"].to_list()
 
-    def values(self, cell: int, name: str) -> np.ndarray:
-        """metric, loss or seconds of a cell's finished runs, by seed."""
+    def seed_values(self, cell: int, name: str) -> np.ndarray:
+        """Return the metric, loss or seconds of the finished runs of a cell, in the order of the seeds.
+
+        Args:
+            cell: The number of the cell.
+            name: A field of `RunOutcome`: "metric", "loss" or "seconds".
+        """
         outcomes = (self.outcomes.get((cell, seed)) for seed in self.grid.seeds)
         return np.array([getattr(outcome, name) for outcome in outcomes if outcome and outcome.state == "done"])
 
-    def best(self) -> str:
-        """The best cell so far, over the seeds it has, for people; "" before there is one."""
-        found = self.table().dropna(subset=["score"]).sort_values(["score", "loss", "cell"], ascending=[False, True, True])
-        if found.empty:
+    def describe_best(self) -> str:
+        """Return a text for users with the best cell so far, over its finished seeds; "" before any run is done."""
+        table = self.ranked_cells().dropna(subset=["score"])
+        if table.empty:
             return ""
-        return f"best {self.metric} {found['score'].iloc[0]:.2f} at {self.grid.cells[found['cell'].iloc[0]].label}"
+        table = table.sort_values(["score", "loss", "cell"], ascending=[False, True, True])
+        return f"best {self.metric} {table['score'].iloc[0]:.2f} at {self.grid.cells[table['cell'].iloc[0]].label}"
 
     def ranking(self) -> pd.DataFrame:
-        """One row per cell: those that finished by rank, then the others in the order of the grid with what became of them."""
-        table = self.table().rename(columns={"score": f"val_{self.metric}", "loss": "val_loss"})
+        """Return one row per cell: first the finished cells by rank, then the others in the order of the grid."""
+        table = self.ranked_cells().rename(columns={"score": f"val_{self.metric}", "loss": "val_loss"})
         points = pd.DataFrame([self.grid.cells[cell].point for cell in table["cell"]])
         shown = table[[f"val_{self.metric}", "std", "val_loss", "seeds", "state"]]
         return pd.concat([table["rank"], points, shown], axis=1)
 
-    def winner(self, tests: Mapping[int, Mapping[str, float]]) -> dict[str, Any]:
-        """The winner with its metrics on validation, and those of `tests` by seed on the test split; it is put on disk."""
-        cell = self.finished()[0]
-        values = self.values(cell, "metric")
+    def write_winner(self, tests: Mapping[int, Mapping[str, float]]) -> dict[str, Any]:
+        """Write winner.json and return its content: the winning cell with its metrics on validation and test.
+
+        Args:
+            tests: The metrics of the winner on the test split, by seed; empty when the test split has not been read.
+        """
+        cell = self.finished_cells()[0]
+        metrics, losses = self.seed_values(cell, "metric"), self.seed_values(cell, "loss")
         head = self.grid.heads[cell, self.grid.seeds[0]]
         names = next(iter(tests.values()), {})
         facts = {
@@ -147,14 +163,18 @@ class Leaderboard:
             "config": head.config.fingerprint(),
             "runs": [str(self.run(cell, seed).path.relative_to(self.grid.features.home)) for seed in self.grid.seeds],
             "seeds": list(self.grid.seeds),
-            "val": {self.metric: summarise_cells(values), "loss": summarise_cells(self.values(cell, "loss"))},
-            "test": {name: summarise_cells(np.array([tests[seed][name] for seed in self.grid.seeds])) for name in names},
+            "val": {self.metric: summarise_seeds(metrics), "loss": summarise_seeds(losses)},
+            "test": {name: summarise_seeds(np.array([tests[seed][name] for seed in self.grid.seeds])) for name in names},
         }
         write_atomic(self.folder / "winner.json", json.dumps(facts, indent=1, allow_nan=False))
         return facts
 
 
-def summarise_cells(values: np.ndarray) -> dict[str, Any]:
-    """Mean, sample deviation (0 of a single value) and the values themselves."""
+def summarise_seeds(values: np.ndarray) -> dict[str, Any]:
+    """Return the mean, the sample standard deviation (0 for a single value) and the values themselves.
+
+    Args:
+        values: [S], one value per seed.
+    """
     std = sample_std(values)
     return {"mean": float(values.mean()), "std": 0.0 if math.isnan(std) else std, "values": values.tolist()}

@@ -1,7 +1,7 @@
-"""What the steps and draws of a sampler buy: accuracy and time of one finished run against S, beside the papers' sampler.
+"""Sampler curves: accuracy and time of a finished run against the number of sampling steps S, for DDIM and the papers' sampler.
 
-The accuracies are evaluations like any other, kept in the run. The times are of predictions for one batch of validation images,
-whatever the split, so that the test split is read for its evaluations alone.
+The accuracies are ordinary evaluations, which are kept in the run. The times are measured on one batch of validation images,
+even for the curve of another split, so that the test split is only read for evaluations.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ import pandas as pd
 import torch
 
 from pipeline.cache.reader import find_cache
-from pipeline.cache.table import FeatureTable, gather, samples_of
-from pipeline.data import manifest as manifests
-from pipeline.evaluation.evaluate import evaluate, evaluation_name, load_method, overridden, predict
-from pipeline.report.sampler import curve_name, drawing
+from pipeline.cache.table import FeatureTable, read_table, split_samples
+from pipeline.data.manifest_files import read_manifest
+from pipeline.evaluation.evaluate import apply_overrides, evaluate, evaluation_name, load_method, predict
+from pipeline.report.sampler import draw_sampler_curve, sampler_curve_filename
 from pipeline.runtime import plugins
 from pipeline.runtime.device import Precision, default_device
 from pipeline.runtime.files import lock, write_atomic
@@ -28,18 +28,18 @@ from pipeline.runtime.logs import ProgressBar
 from pipeline.runtime.runs import RunConfig, RunFolder
 from pipeline.types import Split
 
-STEPS = (1, 2, 5, 10, 20, 50)  # S of ddim, besides T
-DRAWS = (1, 8)  # K
-VARIED = ("sampler", "sample_steps", "draws")  # settings of prediction that the curve varies
-TIMED_ROWS = {"cpu": 256, "cuda": 1024}  # samples of the timed batch
-PASSES = 5  # over it, more while they have taken less than
-LEAST_SECONDS = 0.5
-MOST_SECONDS = 10.0  # after which no other begins
+CURVE_STEPS = (1, 2, 5, 10, 20, 50)  # S of DDIM; T is added to them
+CURVE_DRAWS = (1, 8)  # K
+VARIED_SETTINGS = ("sampler", "sample_steps", "draws")  # settings of prediction that the curve varies
+TIMED_BATCH_ROWS = {"cpu": 256, "cuda": 1024}  # samples of the timed batch, by kind of device
+MIN_PASSES = 5  # timed predictions for the batch, unless they take too long
+MIN_TIMED_SECONDS = 0.5  # passes are repeated until they have taken this long together
+MAX_TIMED_SECONDS = 10.0  # after this time no further pass begins
 
 
 @dataclass(frozen=True, slots=True)
-class Point:
-    """One way to sample: DDIM with S steps, or the ancestral chain of all T, each with K draws."""
+class SamplerPoint:
+    """One setting of the sampler: DDIM with S steps, or the ancestral sampler with all T steps, each with K draws."""
 
     sampler: Literal["ddim", "ancestral"]
     steps: int
@@ -47,14 +47,14 @@ class Point:
 
     @property
     def overrides(self) -> dict[str, Any]:
-        """What `evaluate --set` is given for it; the ancestral chain has its steps from training."""
+        """The settings of prediction of this point; the ancestral sampler takes its number of steps from training."""
         steps = {"sample_steps": self.steps} if self.sampler == "ddim" else {}
         return {"sampler": self.sampler, "draws": self.draws, **steps}
 
 
 @dataclass(frozen=True, slots=True)
 class SamplerCurve:
-    """Where the curve of a run was written, and its rows."""
+    """The curve of a run and the files in which it was written."""
 
     run: Path
     table: Path  # CSV
@@ -62,74 +62,89 @@ class SamplerCurve:
     rows: pd.DataFrame  # sampler, steps, draws, n, metrics in percent, ms per sample …
 
 
-def points(num_steps: int) -> list[Point]:
-    """The curve of a head trained with T steps: S of 1, 2, 5, 10, 20, 50 and T, none above T, and the ancestral chain."""
-    steps = sorted({count for count in (*STEPS, num_steps) if count <= num_steps})
-    ways: list[tuple[Literal["ddim", "ancestral"], int]] = [*(("ddim", count) for count in steps), ("ancestral", num_steps)]
-    return [Point(sampler, count, draws) for sampler, count in ways for draws in DRAWS]
+def curve_points(num_steps: int) -> list[SamplerPoint]:
+    """Return the points of a head's curve: DDIM with S of 1, 2, 5, 10, 20, 50 and T, none above T, and the ancestral sampler.
+
+    Args:
+        num_steps: T, the number of diffusion steps in training.
+    """
+    steps = sorted({count for count in (*CURVE_STEPS, num_steps) if count <= num_steps})
+    samplers: list[tuple[Literal["ddim", "ancestral"], int]] = [*(("ddim", count) for count in steps), ("ancestral", num_steps)]
+    return [SamplerPoint(sampler, count, draws) for sampler, count in samplers for draws in CURVE_DRAWS]
 
 
-def sampler_curve(
+def write_sampler_curve(
     home: Path, run: RunFolder, split: Split, overrides: Mapping[str, Any], progress: bool = True
 ) -> SamplerCurve:
     """Evaluate and time a run at every point, and write `sampler-curve-<split>.csv` and `.svg` into its folder.
 
-    `overrides` are other settings of prediction (eta, zero_start …). `ValueError` for a head that does not sample.
+    Args:
+        home: The folder of all caches and runs.
+        run: A finished run.
+        split: The split of the accuracies.
+        overrides: Other settings of prediction (eta, zero_start …).
+        progress: Whether to show a progress bar.
+
+    Raises:
+        ValueError: the head does not sample, the run is not finished, or `overrides` has a setting that the curve varies.
     """
     config = run.config()
-    _, changes = overridden(config, overrides)
-    _check(run, config, [field for field in overrides if field in VARIED])
-    asked = points(int(config.settings["num_steps"]))
+    _, changes = apply_overrides(config, overrides)
+    _check_run(run, config, [field for field in overrides if field in VARIED_SETTINGS])
+    points = curve_points(int(config.settings["num_steps"]))
     batch = _timed_batch(home, config)
-    total = sum(point.steps * point.draws for point in asked)
+    total = sum(point.steps * point.draws for point in points)
     rows = []
     with ProgressBar(label="sampler curve", total=total, unit="step", show=progress) as bar:
-        for number, point in enumerate(asked):
+        for number, point in enumerate(points):
             bar.set_postfix_str(f"{point.sampler} S={point.steps} K={point.draws}")
             record = evaluate(home, run, split, {**overrides, **point.overrides})
             if number == 0:
-                _passes(run, config, overrides, point, batch)  # the first use of every kernel is slow
-            times = _passes(run, config, overrides, point, batch)
+                _time_passes(run, config, overrides, point, batch)  # the first use of every kernel is slow
+            times = _time_passes(run, config, overrides, point, batch)
             rows.append(_row(point, record, times, batch))
             bar.update(point.steps * point.draws)
     frame = pd.DataFrame(rows)
-    name = curve_name(evaluation_name(split, changes))
+    name = sampler_curve_filename(evaluation_name(split, changes))
     table, picture = run.path / name, (run.path / name).with_suffix(".svg")
     with lock(run.path):
         write_atomic(table, frame.to_csv(index=False))
-        write_atomic(picture, drawing(frame))
+        write_atomic(picture, draw_sampler_curve(frame))
     return SamplerCurve(run.path, table, picture, frame)
 
 
-def _check(run: RunFolder, config: RunConfig, repeated: list[str]) -> None:
+def _check_run(run: RunFolder, config: RunConfig, repeated: list[str]) -> None:
+    """Raise `ValueError` for a run that is not finished or does not sample, and for overrides that the curve varies."""
     run.check_done()
-    if not _samples(config.method) or config.settings.get("denoiser") == "regression":
-        able = ", ".join(name for name in plugins.names("methods") if _samples(name))
+    if not _has_sampler(config.method) or config.settings.get("denoiser") == "regression":
+        able = ", ".join(name for name in plugins.names("methods") if _has_sampler(name))
         raise ValueError(f"{run.path} predicts without a sampler, so there is no curve; methods that sample: {able}")
     if repeated:
-        raise ValueError(f"--sampler-curve varies {', '.join(VARIED)}: leave {', '.join(repeated)} out of --set")
+        raise ValueError(f"--sampler-curve varies {', '.join(VARIED_SETTINGS)}: leave {', '.join(repeated)} out of --set")
 
 
-def _samples(method: str) -> bool:
-    return set(VARIED) <= set(plugins.get("methods", method).PREDICTION)
+def _has_sampler(method: str) -> bool:
+    return set(VARIED_SETTINGS) <= set(plugins.get("methods", method).PREDICTION)
 
 
 def _timed_batch(home: Path, config: RunConfig) -> FeatureTable:
-    """The first samples of the validation split, on the device."""
+    """Return the first samples of the validation split, on the device that computes."""
     device = default_device()
-    manifest = manifests.read_manifest(home, config.dataset)
+    manifest = read_manifest(home, config.dataset)
     cache = find_cache(home, manifest, config.caches["image"])
-    samples = samples_of(manifest, "val")[: TIMED_ROWS[device.type]]
-    return gather(manifest, {"image": cache}, samples, device, config.text_aggregate)
+    samples = split_samples(manifest, "val")[: TIMED_BATCH_ROWS[device.type]]
+    return read_table(manifest, {"image": cache}, samples, device, config.text_aggregate)
 
 
-def _passes(run: RunFolder, config: RunConfig, overrides: Mapping[str, Any], point: Point, batch: FeatureTable) -> list[float]:
-    """Seconds of predictions for the batch, one after another; `predict` returns when the device has finished."""
-    settings, _ = overridden(config, {**overrides, **point.overrides})
+def _time_passes(
+    run: RunFolder, config: RunConfig, overrides: Mapping[str, Any], point: SamplerPoint, batch: FeatureTable
+) -> list[float]:
+    """Return the seconds of each prediction for the batch; `predict` returns after the device has finished."""
+    settings, _ = apply_overrides(config, {**overrides, **point.overrides})
     method = load_method(run, config, settings)
     precision: Precision = config.training.get("precision", "float32")
     seconds: list[float] = []
-    while sum(seconds) < LEAST_SECONDS or (len(seconds) < PASSES and sum(seconds) < MOST_SECONDS):
+    while sum(seconds) < MIN_TIMED_SECONDS or (len(seconds) < MIN_PASSES and sum(seconds) < MAX_TIMED_SECONDS):
         if default_device().type == "cuda":
             torch.cuda.synchronize()
         started = time.perf_counter()
@@ -138,7 +153,7 @@ def _passes(run: RunFolder, config: RunConfig, overrides: Mapping[str, Any], poi
     return seconds
 
 
-def _row(point: Point, record: Mapping[str, Any], seconds: list[float], batch: FeatureTable) -> dict[str, Any]:
+def _row(point: SamplerPoint, record: Mapping[str, Any], seconds: list[float], batch: FeatureTable) -> dict[str, Any]:
     per_sample = [1000.0 * each / len(batch) for each in seconds]
     return {
         "sampler": point.sampler,
@@ -151,6 +166,6 @@ def _row(point: Point, record: Mapping[str, Any], seconds: list[float], batch: F
         "ms_max": max(per_sample),
         "passes": len(seconds),
         "batch": len(batch),
-        "threads": 1,  # `predict` computes on one
+        "threads": 1,  # `predict` uses one
         "device": str(default_device()),
     }

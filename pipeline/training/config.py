@@ -1,4 +1,4 @@
-"""How a head is trained: the settings of optimiser, batches, validation and number format."""
+"""Training settings: optimiser, batches, validation and number format."""
 
 from __future__ import annotations
 
@@ -6,28 +6,31 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-PRESETS: dict[str, dict[str, float]] = {"paper": {"lr": 1e-4}, "head": {"lr": 1e-3}}
-# training settings that lanes trained together have in common
-SHARED = ("epochs", "batch_size", "validate_every", "precision", "compiled", "window")
+TRAINING_PRESETS: dict[str, dict[str, float]] = {"paper": {"lr": 1e-4}, "head": {"lr": 1e-3}}
+# settings that must be equal for all heads that are trained together as one model
+SHARED_SETTINGS = ("epochs", "batch_size", "validate_every", "precision", "compiled", "window")
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """Adam as in SeDA section 5.1: L2 weight decay, the learning rate halved every few epochs."""
+    """The settings of a training run.
 
-    lr: float = 1e-3  # learning rate; the papers' band is 5e-5..1e-4, heads on frozen features train better at 1e-3
-    weight_decay: float = 1e-4  # L2 in the gradient, not decoupled
-    lr_step: int = 4  # epochs between two decays
-    lr_gamma: float = 0.5  # factor of a decay
-    epochs: int = 20  # passes over the training split per phase (times the phase's share)
-    batch_size: int = 64  # samples
-    grad_clip: float = 1.0  # largest gradient norm
-    weight_average: float = 0.0  # decay of a moving average of the last phase's weights, which is what is kept; 0: none
-    validate_every: int = 1  # epochs between two validations; the last epoch always has one
-    select: Literal["metric", "loss", "last"] = "metric"  # which epoch's weights are kept, judged on validation
-    precision: Literal["float32", "mixed"] = "float32"  # of training and prediction; mixed: bfloat16 products, float32 weights
-    compiled: bool = False  # the loss as one graph of torch.compile, on a GPU a CUDA graph; its rounding is its own
-    window: int = 0  # samples in memory at a time, shuffled among each other; 0: all, if half of the memory holds them
+    The defaults follow SeDA, section 5.1: Adam with L2 weight decay, and a learning rate that is halved every few epochs.
+    """
+
+    lr: float = 1e-3  # learning rate; the papers use 5e-5 to 1e-4, but heads on frozen features train better at 1e-3
+    weight_decay: float = 1e-4  # L2 penalty added to the gradient (not decoupled as in AdamW)
+    lr_step: int = 4  # epochs between two decays of the learning rate
+    lr_gamma: float = 0.5  # factor of each decay of the learning rate
+    epochs: int = 20  # passes over the training split in each phase, multiplied by the phase's share
+    batch_size: int = 64  # samples per step
+    grad_clip: float = 1.0  # largest allowed norm of the gradient
+    weight_average: float = 0.0  # decay of the moving average of the last phase's weights, which the run keeps; 0: no average
+    validate_every: int = 1  # epochs between two validations; the last epoch is always validated
+    select: Literal["metric", "loss", "last"] = "metric"  # rule that chooses the epoch to keep, on validation
+    precision: Literal["float32", "mixed"] = "float32"  # for training and prediction; mixed: bfloat16 products, float32 weights
+    compiled: bool = False  # run the loss through torch.compile (a CUDA graph on a GPU); it rounds differently
+    window: int = 0  # samples in memory at a time, shuffled with each other; 0: all, if they fit in half of the memory
 
     def __post_init__(self) -> None:
         for name in ("lr", "lr_step", "lr_gamma", "epochs", "batch_size", "grad_clip", "validate_every"):

@@ -1,4 +1,4 @@
-"""Methods of one structure as one model: tensors [K, ...] behind the methods' own code, through torch.func."""
+"""Several methods of the same structure as one model: their tensors are stacked to [K, ...] and run through torch.func."""
 
 from __future__ import annotations
 
@@ -17,128 +17,139 @@ from pipeline.nn.layers import LookupTable
 from pipeline.runtime.rng import KeyedRNG
 from pipeline.types import Batch, Method
 
-_OF_EVERY_MODULE = frozenset(vars(nn.Module()))
+_MODULE_ATTRIBUTES = frozenset(vars(nn.Module()))
 
 
-def structure(method: Method) -> Hashable:
-    """Equal for methods that can be stacked: the same classes with the same attributes, and tensors of the same shapes.
+def structure_key(method: Method) -> Hashable:
+    """Return a key that is equal for two methods exactly when they can be stacked into one ensemble.
 
-    A setting reaches a method's code as a number in a tensor, in which stacked methods may differ, or as an attribute, in which
-    they may not. An attribute that cannot be compared by its value equals no other: its method is trained alone.
+    Such methods have the same classes with the same attributes, and tensors of the same shapes. A setting reaches the code of
+    a method in one of two ways: as a number in a tensor, which may differ between stacked methods, or as an attribute, which
+    may not. An attribute that cannot be compared by value equals no other attribute, so its method is trained alone.
     """
     parts = []
-    for name, module in _module(method).named_modules():
-        attributes = {key: _value(value) for key, value in vars(module).items() if key not in _OF_EVERY_MODULE}
+    for name, module in _as_module(method).named_modules():
+        attributes = {key: _comparable(value) for key, value in vars(module).items() if key not in _MODULE_ATTRIBUTES}
         tensors = chain(module.named_parameters(recurse=False), module.named_buffers(recurse=False))
-        free = 1 if isinstance(module, LookupTable) else 0  # dimensions in which stacked methods may differ
-        shapes = tuple((key, tensor.dtype, tensor.shape[free:]) for key, tensor in tensors)
+        num_free = 1 if isinstance(module, LookupTable) else 0  # leading dimensions in which stacked methods may differ
+        shapes = tuple((key, tensor.dtype, tensor.shape[num_free:]) for key, tensor in tensors)
         parts.append((name, type(module), tuple(attributes.items()), shapes))
     return tuple(parts)
 
 
-def _value(value: Any) -> Hashable:
-    """What stands for an attribute's value in a comparison."""
+def _comparable(value: Any) -> Hashable:
+    """Return what stands for the value of an attribute when structures are compared."""
     if isinstance(value, list | tuple):
-        return type(value), tuple(map(_value, value))
+        return type(value), tuple(map(_comparable, value))
     if isinstance(value, dict):
-        return dict, tuple((key, _value(each)) for key, each in value.items())
+        return dict, tuple((key, _comparable(item)) for key, item in value.items())
     if isinstance(value, Tensor) or type(value).__hash__ is None:
         return object()
     return type(value), value
 
 
 class ModelEnsemble:
-    """K methods of one structure as one: it has one loss and one prediction, of all of them at once.
+    """K methods of the same structure as one model, with one loss and one prediction for all of them at once.
 
-    The methods go on working: their parameters and buffers become views of the stack's.
+    The methods stay usable: their parameters and buffers become views of the stacked tensors.
     """
 
     def __init__(self, methods: Sequence[Method]) -> None:
-        self._whole = _Whole(methods[0])
-        own = [dict(_tensors(_Whole(method))) for method in methods]
-        self._tensors = {name: _stacked([tensors[name] for tensors in own]) for name in own[0]}
-        for row, tensors in enumerate(own):
+        """Stack the methods, which must have equal `structure_key`s."""
+        self._template = _MethodModule(methods[0])
+        tensors_by_method = [dict(_named_tensors(_MethodModule(method))) for method in methods]
+        self._tensors = {name: _stack([tensors[name] for tensors in tensors_by_method]) for name in tensors_by_method[0]}
+        for index, tensors in enumerate(tensors_by_method):
             for name, tensor in tensors.items():
-                tensor.data = self._tensors[name].detach()[row][tuple(slice(size) for size in tensor.shape)]
+                tensor.data = self._tensors[name].detach()[index][tuple(slice(size) for size in tensor.shape)]
 
     def named_parameters(self) -> Iterator[tuple[str, Tensor]]:
-        """Parameters [K, ...] under their names in each of the methods."""
-        yield from ((name.removeprefix("method."), self._tensors[name]) for name, _ in self._whole.named_parameters())
+        """Yield the stacked parameters [K, ...], under the names that they have in each method."""
+        yield from ((name.removeprefix("method."), self._tensors[name]) for name, _ in self._template.named_parameters())
 
     def train(self, mode: bool = True) -> None:
-        """As of a module."""
-        self._whole.train(mode)
+        """Set training or evaluation mode, as `nn.Module.train` does."""
+        self._template.train(mode)
 
     def loss(self, batch: Batch, rng: KeyedRNG, phase: str) -> Batch:
-        """The losses [K] of the same batch and the same random numbers, and their parts."""
-        return self._each(lambda method: method.loss(batch, rng, phase))
+        """Return the losses [K] and their parts; all methods see the same batch and the same random numbers."""
+        return self._call_each(lambda method: method.loss(batch, rng, phase))
 
     def predict(self, image: Tensor, rng: KeyedRNG) -> Tensor:
-        """Logits [K,B,C]."""
-        return self._each(lambda method: method.predict(image, rng))
+        """Return the logits [K,B,C] of image features [B,D]."""
+        return self._call_each(lambda method: method.predict(image, rng))
 
-    def _each(self, use: Callable[[Method], Any]) -> Any:
-        return torch.vmap(lambda tensors: functional_call(self._whole, tensors, (use,)))(self._tensors)
+    def _call_each(self, use: Callable[[Method], Any]) -> Any:
+        return torch.vmap(lambda tensors: functional_call(self._template, tensors, (use,)))(self._tensors)
 
 
-class _Whole(nn.Module):
-    """A method whose forward pass is any use of it: `functional_call` knows no other functions."""
+class _MethodModule(nn.Module):
+    """A module whose forward pass is any call of a method: `functional_call` can call nothing but `forward`."""
 
     def __init__(self, method: Method) -> None:
         super().__init__()
-        self.method = _module(method)
+        self.method = _as_module(method)
 
     def forward(self, use: Callable[[Any], Any]) -> Any:
         return use(self.method)
 
 
-def _module(method: Method) -> nn.Module:
+def _as_module(method: Method) -> nn.Module:
     assert isinstance(method, nn.Module)
     return method
 
 
-def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+def _named_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     return chain(module.named_parameters(), module.named_buffers())
 
 
-def _stacked(tensors: Sequence[Tensor]) -> Tensor:
-    """[K, ...] of tensors that are equally long, or of the values of tables."""
+def _stack(tensors: Sequence[Tensor]) -> Tensor:
+    """Return tensors as one [K, ...]; lookup tables of different lengths are padded with NaN."""
     values = [tensor.detach() for tensor in tensors]
     if len({value.shape for value in values}) == 1:
         return torch.stack(values).requires_grad_(tensors[0].requires_grad)
     return pad_sequence(values, batch_first=True, padding_value=math.nan)
 
 
-def clip_each(gradients: Sequence[Tensor], limits: Tensor) -> None:
-    """`clip_grad_norm_` of each of K models: scales gradients [K, ...] in place so that every norm is within its limit [K]."""
-    norms = torch.stack([torch.linalg.vector_norm(each.reshape(len(each), -1), dim=1) for each in gradients])
+def clip_gradients_per_model(gradients: Sequence[Tensor], limits: Tensor) -> None:
+    """Clip the gradient norm of each of K models by itself, in place, as `clip_grad_norm_` does for one model.
+
+    Args:
+        gradients: Stacked gradients, each [K, ...].
+        limits: The largest allowed norm of each model, [K].
+    """
+    norms = torch.stack([torch.linalg.vector_norm(gradient.reshape(len(gradient), -1), dim=1) for gradient in gradients])
     scale = (limits / (torch.linalg.vector_norm(norms, dim=0) + 1e-6)).clamp(max=1.0)
-    for each in gradients:
-        each.mul_(scale.reshape(-1, *(1 for _ in each.shape[1:])))
+    for gradient in gradients:
+        gradient.mul_(scale.reshape(-1, *(1 for _ in gradient.shape[1:])))
 
 
-def lane_bytes(method: Method, batch: Batch, rng: KeyedRNG, num_rows: int) -> int:
-    """The memory of one more method in a stack: weights, gradients, Adam's two moments, and what `num_rows` rows leave behind.
+def bytes_per_method(method: Method, batch: Batch, rng: KeyedRNG, num_rows: int) -> int:
+    """Return the memory that one more method in an ensemble needs.
 
-    The last is found by computing the loss of a batch, in every phase.
+    This counts the weights, the gradients, Adam's two moments, and the tensors that the loss of `num_rows` samples saves for
+    the backward pass. The last part is measured: the loss of `batch` is computed in every phase, and the largest result is
+    scaled to `num_rows`.
     """
     weights = sum(parameter.nbytes for _, parameter in method.named_parameters())
-    known = {tensor.untyped_storage().data_ptr() for tensor in chain(batch.values(), dict(_tensors(_module(method))).values())}
-    largest = max(_left_behind(partial(method.loss, batch, rng, phase.name), known) for phase in method.phases)
+    own_tensors = dict(_named_tensors(_as_module(method))).values()
+    known = {tensor.untyped_storage().data_ptr() for tensor in chain(batch.values(), own_tensors)}
+    largest = max(_bytes_saved_for_backward(partial(method.loss, batch, rng, phase.name), known) for phase in method.phases)
     return 4 * weights + largest * num_rows // len(batch["key"])
 
 
-def _left_behind(loss: Callable[[], Batch], known: Container[int]) -> int:
-    """Bytes that a loss keeps for its gradient, in storages other than those known."""
-    kept: dict[int, int] = {}
+def _bytes_saved_for_backward(loss: Callable[[], Batch], known: Container[int]) -> int:
+    """Return the bytes that a loss saves for its gradient, without the storages whose addresses are in `known`."""
+    saved: dict[int, int] = {}
 
-    def keep(tensor: Tensor) -> Tensor:
+    def record(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in known:
-            kept[storage.data_ptr()] = storage.nbytes()
+            saved[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        graph = loss()
-    assert graph["loss"].requires_grad  # it is alive: no storage has been used twice
-    return sum(kept.values())
+    with torch.autograd.graph.saved_tensors_hooks(record, lambda tensor: tensor):
+        parts = loss()
+    # The graph is still alive here, so no address was freed and used for a second storage.
+    assert parts["loss"].requires_grad
+    return sum(saved.values())

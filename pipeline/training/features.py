@@ -1,4 +1,4 @@
-"""What heads are trained on: a manifest and caches, opened once for any number of heads."""
+"""The features that heads are trained on: a manifest and its caches, opened once for any number of heads."""
 
 from __future__ import annotations
 
@@ -11,97 +11,110 @@ from typing import TypeVar
 
 from pipeline.cache import Cache
 from pipeline.cache.reader import find_cache
-from pipeline.cache.streaming import open_rows, sample_bytes
-from pipeline.cache.table import FeatureSource, FeatureTable, load
-from pipeline.data import manifest as manifests
+from pipeline.cache.streaming import bytes_per_sample, open_split
+from pipeline.cache.table import FeatureSource, FeatureTable, load_split
 from pipeline.data.manifest import Manifest
+from pipeline.data.manifest_files import read_manifest
+from pipeline.data.spec import load_spec
 from pipeline.runtime import plugins
 from pipeline.runtime.device import default_device
 from pipeline.types import Split
 
 logger = logging.getLogger(__name__)
 
-Kind = TypeVar("Kind", bound=FeatureSource)
+SourceT = TypeVar("SourceT", bound=FeatureSource)
 
 
 @dataclass(frozen=True, kw_only=True)
 class FeatureSet:
-    """What heads are trained on: a manifest and caches, opened once for any number of heads.
+    """A manifest and the opened caches that a method needs.
 
-    Nothing is read but the manifest and the caches' identities; a split is loaded when it is first asked for, and kept.
+    Opening reads only the manifest and the identities of the caches. A split is loaded at its first use and then kept.
     """
 
     home: Path
     manifest: Manifest
     caches: Mapping[str, Cache]  # by batch key
-    aggregate: str
+    aggregate: str  # how several texts of a sample become one vector: mean, first or random
 
     @cached_property
     def train(self) -> FeatureTable:
-        """The training split with everything that methods may read, in memory."""
-        return _told("train", load(self.manifest, self.caches, "train", default_device(), self.aggregate))
+        """The training split in memory, with everything that a method may read in training."""
+        return _log_excluded("train", load_split(self.manifest, self.caches, "train", default_device(), self.aggregate))
 
     @cached_property
     def val(self) -> FeatureTable:
-        """The validation split without texts, in memory."""
-        return _told("val", load(self.manifest, self._images, "val", default_device(), self.aggregate))
+        """The validation split in memory, without texts."""
+        return _log_excluded("val", load_split(self.manifest, self._images, "val", default_device(), self.aggregate))
 
     @cached_property
     def _images(self) -> Mapping[str, Cache]:
         return {"image": self.caches["image"]}
 
     def splits(self, window: int) -> tuple[FeatureSource, FeatureSource]:
-        """`train` and `val`, with at most `window` samples in memory; 0: all of them."""
+        """Return the training and the validation split.
+
+        Args:
+            window: The largest number of samples in memory at a time; 0: all.
+        """
         if not window:
             return self.train, self.val
-        if window not in self._windows:
+        if window not in self._splits_by_window:
             device, aggregate = default_device(), self.aggregate
-            train = open_rows(self.manifest, self.caches, "train", device, aggregate, window)
-            val = open_rows(self.manifest, self._images, "val", device, aggregate, window)
-            self._windows[window] = _told("train", train), _told("val", val)
-        return self._windows[window]
+            train = open_split(self.manifest, self.caches, "train", device, aggregate, window)
+            val = open_split(self.manifest, self._images, "val", device, aggregate, window)
+            self._splits_by_window[window] = _log_excluded("train", train), _log_excluded("val", val)
+        return self._splits_by_window[window]
 
     @cached_property
-    def _windows(self) -> dict[int, tuple[FeatureSource, FeatureSource]]:
+    def _splits_by_window(self) -> dict[int, tuple[FeatureSource, FeatureSource]]:
         return {}
 
     @property
     def num_bytes(self) -> int:
-        """Memory of all samples."""
-        return sample_bytes(self.caches, self.aggregate) * len(self.caches["image"].ids)
+        """The memory that all samples need, in bytes."""
+        return bytes_per_sample(self.caches, self.aggregate) * len(self.caches["image"].ids)
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shapes of a batch's columns, `types.Shapes`."""
+        """The shapes of the columns of a batch, see `types.Shapes`."""
         classes = (len(self.manifest.class_names),)
         label = () if self.manifest.label_kind == "single" else classes
         return {**{key: cache.feature_shape for key, cache in self.caches.items()}, "label": label, "classes": classes}
 
 
-def _told(split: Split, rows: Kind) -> Kind:
-    """The rows of a split, after saying which samples are not among them."""
-    if rows.excluded:
-        count, first = len(rows.excluded), rows.excluded[0]
+def _log_excluded(split: Split, source: SourceT) -> SourceT:
+    """Log the samples that a split leaves out, and return the split."""
+    if source.excluded:
+        count, first = len(source.excluded), source.excluded[0]
         logger.warning("%s: %d samples without an image feature are left out: %s …", split, count, first)
-    return rows
+    return source
 
 
 def open_features(home: Path, dataset: str, method: str, encoders: Mapping[str, str], aggregate: str = "") -> FeatureSet:
-    """The features that a method needs; `ValueError` when they are not there.
+    """Open the features that a method needs.
 
-    `encoders` names the caches by batch key ("image", "text"); only the keys the method needs are opened. `aggregate` says how
-    several texts of a sample become one vector: mean, first or random (another one each epoch); "" is the dataset's way.
+    Args:
+        home: The folder of all caches and runs.
+        dataset: The name of a prepared dataset.
+        method: The name of a method.
+        encoders: The names of the caches by batch key ("image", "text"). Only the keys that the method needs are opened.
+        aggregate: How several texts of a sample become one vector: "mean", "first" or "random" (a new one in each epoch);
+            "" is the choice of the dataset.
+
+    Raises:
+        ValueError: the dataset is not prepared, or there is no such cache.
     """
-    manifest = manifests.read_manifest(home, dataset)
+    manifest = read_manifest(home, dataset)
     needs = plugins.get("methods", method).NEEDS
     caches = {key: find_cache(home, manifest, name) for key, name in encoders.items() if key in needs}
     return FeatureSet(home=home, manifest=manifest, caches=caches, aggregate=aggregate or manifest.meta["text"]["aggregate"])
 
 
 def cache_names(dataset: str, image: str, text: str) -> dict[str, str]:
-    """Caches by batch key: those given, else those of the dataset's encoders."""
+    """Return the cache names by batch key: those given, or the dataset's default encoders where a name is ""."""
     given = {"image": image, "text": text}
     if image and text:
         return given
-    defaults = manifests.load_spec(dataset)["encoders"]
+    defaults = load_spec(dataset)["encoders"]
     return {key: name or defaults[key] for key, name in given.items()}

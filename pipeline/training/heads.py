@@ -1,4 +1,4 @@
-"""Stage 2 as a command: caches and a method's settings -> a finished run."""
+"""Stage 2 as a command: from caches and the settings of a method to a finished run."""
 
 from __future__ import annotations
 
@@ -12,45 +12,56 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline.cache.streaming import fitting
-from pipeline.cache.table import ordered, shuffled
-from pipeline.data import manifest as manifests
+from pipeline.cache.streaming import choose_window
+from pipeline.cache.table import ordered_batches, shuffled_batches
+from pipeline.data.spec import load_spec
 from pipeline.evaluation import metrics
-from pipeline.evaluation.evaluate import PREDICTED, predict
+from pipeline.evaluation.evaluate import PREDICTION_BATCH_SIZE, predict
 from pipeline.nn import losses
 from pipeline.runtime import plugins
 from pipeline.runtime.device import default_device, free_bytes, reproducible
 from pipeline.runtime.files import lock
 from pipeline.runtime.rng import KeyedRNG
 from pipeline.runtime.runs import RunConfig, RunFolder
-from pipeline.training.config import PRESETS, TrainConfig
-from pipeline.training.ensemble import lane_bytes
+from pipeline.training.config import TRAINING_PRESETS, TrainConfig
+from pipeline.training.ensemble import bytes_per_method
 from pipeline.training.features import FeatureSet, open_features
 from pipeline.training.loop import train
-from pipeline.training.state import Score, TrainState, Watch, drop_state, never
+from pipeline.training.state import Score, StopCheck, TrainState, delete_saved_state, never_stop
 from pipeline.types import Method, Predictor
 
-MEMORY_SHARE = 0.8  # of the free memory that heads trained together may take
-KEPT = 5  # times its weights: what a lane keeps on the CPU, which is its best ones and what is being saved
+HEADS_MEMORY_SHARE = 0.8  # share of the free memory that heads trained together may use
+STATE_COPIES = 5  # memory that a run needs on the CPU, in multiples of its weights: the best weights, and what is being saved
 
 
-def resolve_settings(
+def resolve_head_settings(
     dataset: str, method: str, preset: str, settings: Mapping[str, Any], training: Mapping[str, Any]
 ) -> tuple[Any, TrainConfig]:
-    """The method's config and the training config: defaults, then the preset, then what was given.
+    """Return the config of the method and the training config.
 
-    "paper" and "head" are learning rates; "tuned" is what the dataset's yaml holds for the method, chosen on validation.
+    Given settings replace those of the preset, and these replace the defaults.
+
+    Args:
+        dataset: The dataset, for its tuned settings.
+        method: The name of a method.
+        preset: "paper" or "head", which set the learning rate; or "tuned", the settings that the dataset's yaml file holds
+            for the method, which were chosen on validation.
+        settings: Given settings of the method, by field name or by the symbol of the papers.
+        training: Given settings of `TrainConfig`.
+
+    Raises:
+        ValueError: there is no such preset or setting, or the dataset has no tuned settings for the method.
     """
     module = plugins.get("methods", method)
     chosen: Mapping[str, Any] = {}
-    base: Mapping[str, Any] = PRESETS.get(preset, {})
+    base: Mapping[str, Any] = TRAINING_PRESETS.get(preset, {})
     if preset == "tuned":
-        tuned = manifests.load_spec(dataset).get("tuned", {})
+        tuned = load_spec(dataset).get("tuned", {})
         if method not in tuned:
             raise ValueError(f"data_manifests/{dataset}.yaml has no tuned settings for {method!r}; use --preset head or paper")
         chosen, base = tuned[method].get("settings", {}), tuned[method].get("training", {})
-    elif preset not in PRESETS:
-        raise ValueError(f"unknown preset {preset!r}; choose one of: {', '.join([*PRESETS, 'tuned'])}")
+    elif preset not in TRAINING_PRESETS:
+        raise ValueError(f"unknown preset {preset!r}; choose one of: {', '.join([*TRAINING_PRESETS, 'tuned'])}")
     fields = {module.SYMBOLS.get(key, key): value for key, value in settings.items()}
     plugins.configure(module.Config, settings, module.SYMBOLS)
     return plugins.configure(module.Config, {**chosen, **fields}), plugins.configure(TrainConfig, {**base, **training})
@@ -58,7 +69,7 @@ def resolve_settings(
 
 @dataclass(frozen=True, kw_only=True)
 class HeadPlan:
-    """What it takes to train one head."""
+    """Everything that is needed to train one head."""
 
     run: RunFolder
     config: RunConfig
@@ -68,9 +79,9 @@ class HeadPlan:
 
 
 def plan_head_on(features: FeatureSet, method: str, settings: Any, training: TrainConfig, seed: int) -> HeadPlan:
-    """The run of a head on opened features, finished or not; features that do not fit in memory are read in windows."""
+    """Plan the run of a head on opened features. Features that do not fit in memory are read in windows."""
     if not training.window:
-        training = replace(training, window=fitting(features.caches, features.aggregate, default_device()))
+        training = replace(training, window=choose_window(features.caches, features.aggregate, default_device()))
     config = RunConfig(
         dataset=features.manifest.dataset,
         method=method,
@@ -95,78 +106,103 @@ def plan_head(
     encoders: Mapping[str, str],
     aggregate: str = "",
 ) -> HeadPlan:
-    """The run of a head, finished or not; see `open_features`."""
+    """Open the features of a head and plan its run; see `open_features`."""
     return plan_head_on(open_features(home, dataset, method, encoders, aggregate), method, settings, training, seed)
 
 
-def train_head(head: HeadPlan, progress: bool, watch: Watch = never) -> RunFolder:
-    """Train a head; a finished run is returned as it is, an interrupted one goes on, until `watch` wants no more of it."""
-    for error in train_heads([head], progress, watch).values():
+def train_head(head: HeadPlan, progress: bool, should_stop: StopCheck = never_stop) -> RunFolder:
+    """Train a head and return its run. A finished run is not repeated, and an interrupted one resumes.
+
+    Args:
+        head: The plan of the run.
+        progress: Whether to show a progress bar.
+        should_stop: Called after each validation; training stops early when it returns True.
+
+    Raises:
+        ValueError: the run fails, for example because it diverges.
+    """
+    for error in train_heads([head], progress, should_stop).values():
         raise error
     return head.run
 
 
-def train_heads(heads: Sequence[HeadPlan], progress: bool, watch: Watch = never) -> dict[RunFolder, ValueError]:
-    """Train heads on the same features as one model, all of one `stack.structure`, seed and `lane.SHARED`; see `train_head`.
+def train_heads(heads: Sequence[HeadPlan], progress: bool, should_stop: StopCheck = never_stop) -> dict[RunFolder, ValueError]:
+    """Train heads on the same features as one model; see `train_head`.
 
-    Returns the runs that failed, and why; the others are not disturbed.
+    Args:
+        heads: The plans of the runs, with equal `structure_key`s, one seed and equal `SHARED_SETTINGS`.
+        progress: Whether to show a progress bar.
+        should_stop: Called for each run after each of its validations.
+
+    Returns:
+        The runs that failed, and why. A failed run does not disturb the others.
     """
-    device, lanes = default_device(), []
-    with reproducible(device), ExitStack() as all_held:
-        for head in sorted(heads, key=lambda head: head.run.path):  # whoever waits for folders waits in this order
+    device, states = default_device(), []
+    with reproducible(device), ExitStack() as all_locks:
+        # All processes lock folders in the same order, so that no two of them wait for each other.
+        for head in sorted(heads, key=lambda head: head.run.path):
             if head.run.is_done:
-                drop_state(head.run)
-            else:
-                method = _build(head, device)
-                held = all_held.enter_context(ExitStack())
-                held.enter_context(lock(head.run.path, wait=True))
-                if head.run.is_done:  # another process has finished it while we waited
-                    held.close()
-                else:
-                    head.run.create(head.config)
-                    lanes.append(TrainState(method=method, run=head.run, config=head.training, watch=watch, held=held))
-        return _train(heads[0], lanes, progress) if lanes else {}
+                delete_saved_state(head.run)
+                continue
+            method = _build_method(head, device)
+            folder_lock = all_locks.enter_context(ExitStack())
+            folder_lock.enter_context(lock(head.run.path, wait=True))
+            if head.run.is_done:  # another process has finished it while this one waited for the lock
+                folder_lock.close()
+                continue
+            head.run.create(head.config)
+            states.append(
+                TrainState(method=method, run=head.run, config=head.training, should_stop=should_stop, folder_lock=folder_lock)
+            )
+        return _train_states(heads[0], states, progress) if states else {}
 
 
-def _build(head: HeadPlan, device: torch.device) -> Method:
+def _build_method(head: HeadPlan, device: torch.device) -> Method:
     torch.manual_seed(head.run.seed)
     method: Method = plugins.get("methods", head.config.method).build(head.settings, head.features.shapes)
     return method.to(device)
 
 
-def _train(head: HeadPlan, lanes: Sequence[TrainState], progress: bool) -> dict[RunFolder, ValueError]:
-    """Train lanes on the features of this head, with what they share."""
+def _train_states(head: HeadPlan, states: Sequence[TrainState], progress: bool) -> dict[RunFolder, ValueError]:
+    """Train runs with the features, the seed and the shared settings of `head`, which is one of them."""
     seed, training = head.run.seed, head.training
-    rows, val = head.features.splits(training.window)
+    train_source, val = head.features.splits(training.window)
     label = val.label
 
     def validate(model: Predictor) -> list[Score]:
         logits = predict(model, val, seed, precision=training.precision)
-        return [score(each, label) for each in logits.reshape(-1, *logits.shape[-2:])]
+        return [score_logits(each, label) for each in logits.reshape(-1, *logits.shape[-2:])]
 
-    source = shuffled(rows, training.batch_size, seed)
-    return train(lanes, source, ordered(rows, seed), validate, progress)
+    source = shuffled_batches(train_source, training.batch_size, seed)
+    return train(states, source, ordered_batches(train_source, seed), validate, progress)
 
 
-def score(logits: Tensor, label: Tensor) -> Score:
-    """The metric that selects, and the loss of logits [N,C]; both NaN when one of these is not finite: that ranks nothing."""
+def score_logits(logits: Tensor, label: Tensor) -> Score:
+    """Return the validation metric and the loss of logits [N,C].
+
+    The metric is Acc-1 for single-label data and mAP for multi-label data. Both values are NaN when a logit is not finite,
+    because such a result must not be ranked.
+    """
     if not logits.isfinite().all():
         return Score(math.nan, math.nan)
     metric = metrics.summary_metrics(logits, label)["acc1" if label.ndim == 1 else "map"]
-    return Score(metric, float(losses.classification(logits, label, "softmax_kl")))
+    return Score(metric, float(losses.classification_loss(logits, label, "softmax_kl")))
 
 
-def capacity(head: HeadPlan) -> int:
-    """How many heads like this one can be trained together in the free memory of the device and this machine; at least 1."""
+def head_capacity(head: HeadPlan) -> int:
+    """Return how many heads like this one fit in the free memory of the device and the machine together; at least 1."""
     device, training = default_device(), head.training
     size = training.batch_size
-    rows, _ = head.features.splits(training.window)
-    batch = next(shuffled(rows, size, head.run.seed)(0))
-    computed = 2 * size + PREDICTED  # a gradient is not larger than what it is taken of
+    train_source, _ = head.features.splits(training.window)
+    batch = next(shuffled_batches(train_source, size, head.run.seed)(0))
+    # a batch in training, its gradients, which are not larger than the tensors they belong to, and a batch of predictions
+    num_rows = 2 * size + PREDICTION_BATCH_SIZE
     with reproducible(device, training.precision):
-        method = _build(head, device)
-        each = {device.type: lane_bytes(method, batch, KeyedRNG.seeded(head.run.seed, batch["key"]), computed)}
+        method = _build_method(head, device)
+        rng = KeyedRNG.seeded(head.run.seed, batch["key"])
+        needed = {device.type: bytes_per_method(method, batch, rng, num_rows)}
     weights = sum(tensor.nbytes for tensor in method.state_dict().values())
-    each[device.type] += weights * (training.weight_average > 0)
-    each["cpu"] = each.get("cpu", 0) + KEPT * weights
-    return max(1, min(int(MEMORY_SHARE * free_bytes(torch.device(kind)) / needed) for kind, needed in each.items()))
+    needed[device.type] += weights * (training.weight_average > 0)
+    needed["cpu"] = needed.get("cpu", 0) + STATE_COPIES * weights
+    counts = [int(HEADS_MEMORY_SHARE * free_bytes(torch.device(kind)) / num_bytes) for kind, num_bytes in needed.items()]
+    return max(1, min(counts))

@@ -1,4 +1,4 @@
-"""What a run's validated epochs were worth, and which of them it keeps."""
+"""The validated epochs of a run, and the rule that chooses which epoch it keeps."""
 
 from __future__ import annotations
 
@@ -10,36 +10,45 @@ from pipeline.runtime.runs import RunFolder
 
 
 class Validation(NamedTuple):
-    """A validated epoch of the last phase."""
+    """The result of validating one epoch of the last phase."""
 
-    epoch: int  # epochs of the phase that were done, from 1
+    epoch: int  # number of finished epochs of the phase, from 1
     metric: float  # percent
     loss: float
 
     def rank(self, select: str) -> tuple[float, float]:
-        """The epoch with the largest is kept, of equals the latest: equal metrics are decided by the loss."""
+        """Return a sort key: the run keeps the epoch with the largest key, and the latest of equal ones.
+
+        Equal metrics are decided by the loss, and equal losses by the metric.
+
+        Args:
+            select: "metric", "loss" or "last", as in `TrainConfig.select`.
+        """
         if select == "last":
             return float(self.epoch), 0.0
         return (self.metric, -self.loss) if select == "metric" else (-self.loss, self.metric)
 
 
-def validations(run: RunFolder) -> list[Validation]:
-    """The validated epochs of a run, as far as its history has been saved, in order; a finished run has at least one.
+def read_validations(run: RunFolder) -> list[Validation]:
+    """Return the validated epochs of a run in order, as far as its history has been saved.
 
-    `ValueError` when the history is damaged, or missing.
+    A finished run has at least one.
+
+    Raises:
+        ValueError: the history is damaged or missing.
     """
     path = run.path / "history.csv"
     try:
         with path.open(newline="", encoding="utf-8") as file:
             rows = [row for row in csv.DictReader(file) if row.get("val_metric")]
-        seen = [Validation(int(row["epoch"]) + 1, float(row["val_metric"]), float(row["val_loss"])) for row in rows]
+        found = [Validation(int(row["epoch"]) + 1, float(row["val_metric"]), float(row["val_loss"])) for row in rows]
     except (FileNotFoundError, ValueError, KeyError, TypeError, csv.Error) as error:
         raise ValueError(f"{path} is damaged or missing; {run.remedy}") from error
-    if run.is_done and not seen:
+    if run.is_done and not found:
         raise ValueError(f"{path} has no validated epoch; {run.remedy}")
-    return seen
+    return found
 
 
-def kept(seen: Sequence[Validation], select: str) -> Validation:
-    """The validated epoch whose weights a run keeps."""
-    return max(reversed(seen), key=lambda validation: validation.rank(select))
+def best_validation(found: Sequence[Validation], select: str) -> Validation:
+    """Return the validated epoch whose weights a run keeps; see `Validation.rank`."""
+    return max(reversed(found), key=lambda validation: validation.rank(select))

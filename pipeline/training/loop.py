@@ -1,4 +1,4 @@
-"""Stage 2: the only optimisation loop in the repository. It knows sources of batches and methods, nothing of caches."""
+"""Stage 2: the only training loop of the project. It knows methods and sources of batches, but no caches."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline.runtime.device import computing
+from pipeline.runtime.device import use_precision
 from pipeline.runtime.logs import ProgressBar
 from pipeline.runtime.rng import KeyedRNG
 from pipeline.runtime.runs import RunFolder
@@ -19,57 +19,72 @@ from pipeline.training.optim import EnsembleOptimizer
 from pipeline.training.state import Score, TrainState
 from pipeline.types import Batch, Predictor, Source
 
-STATE_SECONDS = 20.0  # between two saves of the resumable state, besides
-SAVE_SHARE = 10  # times as long as a save takes
-Validate = Callable[[Predictor], Sequence[Score]]  # of every method in the model
+# The pause between two saves of the resumable state is STATE_SECONDS plus SAVE_COST_FACTOR times the duration of a save.
+STATE_SECONDS = 20.0
+SAVE_COST_FACTOR = 10
+Validate = Callable[[Predictor], Sequence[Score]]  # returns one score for each method in the model
 
 
 def train(
-    lanes: Sequence[TrainState], source: Source, train_pass: Callable[[], Iterator[Batch]], validate: Validate, progress: bool
+    states: Sequence[TrainState], source: Source, train_pass: Callable[[], Iterator[Batch]], validate: Validate, progress: bool
 ) -> dict[RunFolder, ValueError]:
-    """Train runs through their methods' phases, keep of each the epoch that is best on validation, write their checkpoints.
+    """Train runs through the phases of their methods and write their checkpoints.
 
-    Several lanes are of one `stack.structure`, one seed and equal `lane.SHARED`: those at the same epoch are trained as one
-    model. Returns the runs that failed, and why; the others are not disturbed. After any interruption, and after a stop by its
-    watch, a run goes on in the same call, beside any others; one that is always alone ends in the same weights, bit for bit.
+    Runs at the same epoch are trained together as one model. Each run keeps its epoch that is best on validation. After an
+    interruption, or after an early stop, a run resumes in the next call, alone or together with others. A run that is always
+    trained alone ends in the same weights, bit for bit, however often it is interrupted.
+
+    Args:
+        states: The runs. Several runs must have equal `structure_key`s, one seed and equal `SHARED_SETTINGS`.
+        source: Returns the training batches of an epoch.
+        train_pass: Returns one ordered pass over the training split, for statistics.
+        validate: Returns the validation score of each method.
+        progress: Whether to show a progress bar.
+
+    Returns:
+        The runs that failed, and why. A failed run does not disturb the others.
     """
     failed: dict[RunFolder, ValueError] = {}
-    left = list(lanes)
-    for lane in lanes:
-        _attempt(lane, lane.resume, failed)
-    with _bar(lanes, progress) as bar:
-        while left := [lane for lane in left if _stays(lane, failed)]:
-            now = min(lane.position for lane in left)
-            team = sorted((lane for lane in left if lane.position == now), key=lambda lane: astuple(lane.config))
-            phase, _ = now
-            stops = [lane.state.epoch for lane in left if lane.position > now and lane.state.phase == phase]
-            _train_team(team, min([team[0].epochs()[phase], *stops]), source, train_pass, validate, bar, failed)
+    remaining = list(states)
+    for state in states:
+        _run_or_record_failure(state, state.resume, failed)
+    with _progress_bar(states, progress) as bar:
+        while remaining := [state for state in remaining if _advance_or_finish(state, failed)]:
+            # The runs that are behind catch up first, so that as many as possible are trained together.
+            first = min(state.position for state in remaining)
+            together = sorted(
+                (state for state in remaining if state.position == first), key=lambda state: astuple(state.config)
+            )
+            phase, _ = first
+            later_epochs = [s.progress.epoch for s in remaining if s.position > first and s.progress.phase == phase]
+            until = min([together[0].epochs_per_phase()[phase], *later_epochs])
+            _train_ensemble(together, until, source, train_pass, validate, bar, failed)
     return failed
 
 
-def _attempt(lane: TrainState, do: Callable[[], None], failed: dict[RunFolder, ValueError]) -> None:
-    """Do something for a lane, or note why it fails."""
+def _run_or_record_failure(state: TrainState, action: Callable[[], None], failed: dict[RunFolder, ValueError]) -> None:
+    """Run an action for a state; when it raises `ValueError`, record it as the failure of the run."""
     try:
-        do()
+        action()
     except ValueError as error:
-        failed[lane.run] = error
+        failed[state.run] = error
 
 
-def _stays(lane: TrainState, failed: dict[RunFolder, ValueError]) -> bool:
-    """Whether there is more to train; a lane that leaves has written what it has, and lets go of its folder."""
-    if lane.run not in failed:
-        if lane.stopped:
-            lane.save()
-        elif lane.move_on():
+def _advance_or_finish(state: TrainState, failed: dict[RunFolder, ValueError]) -> bool:
+    """Return whether there is more to train; if not, write what the run has and release its folder."""
+    if state.run not in failed:
+        if state.is_stopped:
+            state.save()
+        elif state.advance():
             return True
         else:
-            lane.finish()
-    lane.held.close()
+            state.finish()
+    state.folder_lock.close()
     return False
 
 
-def _train_team(
-    lanes: Sequence[TrainState],
+def _train_ensemble(
+    states: Sequence[TrainState],
     until: int,
     source: Source,
     train_pass: Callable[[], Iterator[Batch]],
@@ -77,74 +92,80 @@ def _train_team(
     bar: ProgressBar,
     failed: dict[RunFolder, ValueError],
 ) -> None:
-    """Train lanes that stand at the same epoch up to another one of their phase, or until one of them leaves."""
-    for lane in lanes:
-        _attempt(lane, partial(lane.begin, train_pass), failed)
-    team = [lane for lane in lanes if lane.run not in failed]
-    if not team:
+    """Train runs at the same position as one model, up to epoch `until` of their phase or until a run fails or stops."""
+    for state in states:
+        _run_or_record_failure(state, partial(state.start_phase, train_pass), failed)
+    active = [state for state in states if state.run not in failed]
+    if not active:
         return
-    learner, saved_at, save_seconds = EnsembleOptimizer(team), time.monotonic(), 0.0
-    for _ in range(team[0].state.epoch, until):
+    optimizer, saved_at, save_seconds = EnsembleOptimizer(active), time.monotonic(), 0.0
+    for _ in range(active[0].progress.epoch, until):
         started = time.monotonic()
-        losses = _epoch(learner, source, validate, failed)
-        for lane in team:
-            lane.state.seconds += (time.monotonic() - started) / len(team)
+        losses = _train_and_validate_epoch(optimizer, source, validate, failed)
+        for state in active:
+            state.progress.seconds += (time.monotonic() - started) / len(active)
         bar.set_postfix(loss=f"{min(losses):.3f}", refresh=False)
-        bar.update(len(team))
-        sound = [lane for lane in team if lane.run not in failed]
-        if time.monotonic() - saved_at > STATE_SECONDS + SAVE_SHARE * save_seconds:
+        bar.update(len(active))
+        healthy = [state for state in active if state.run not in failed]
+        if time.monotonic() - saved_at > STATE_SECONDS + SAVE_COST_FACTOR * save_seconds:
             started = time.monotonic()
-            learner.store()
-            for lane in sound:
-                lane.save()
+            optimizer.store_state()
+            for state in healthy:
+                state.save()
             saved_at = time.monotonic()
             save_seconds = saved_at - started
-        if len(sound) < len(team) or any(lane.stopped for lane in team):
+        if len(healthy) < len(active) or any(state.is_stopped for state in active):
             break
-    learner.store()
+    optimizer.store_state()
 
 
-def _epoch(learner: EnsembleOptimizer, source: Source, validate: Validate, failed: dict[RunFolder, ValueError]) -> list[float]:
-    """One pass over the source, and validation when it is due, noted in the lanes; returns their losses."""
-    rows = _pass(learner, source)
-    for lane, row in zip(learner.lanes, rows, strict=True):
-        _attempt(lane, partial(lane.note, row), failed)
-    if any(lane.is_due() for lane in learner.lanes if lane.run not in failed):
-        with learner.averaged():
-            for lane, score in zip(learner.lanes, validate(learner.model), strict=True):
-                if lane.run not in failed:
-                    _attempt(lane, partial(lane.select, score), failed)
+def _train_and_validate_epoch(
+    optimizer: EnsembleOptimizer, source: Source, validate: Validate, failed: dict[RunFolder, ValueError]
+) -> list[float]:
+    """Train one epoch, validate it if that is due, and record both in the states; return the loss of each run."""
+    rows = train_epoch(optimizer, source)
+    for state, row in zip(optimizer.states, rows, strict=True):
+        _run_or_record_failure(state, partial(state.record_epoch, row), failed)
+    if any(state.is_validation_due() for state in optimizer.states if state.run not in failed):
+        with optimizer.averaged_weights():
+            for state, score in zip(optimizer.states, validate(optimizer.model), strict=True):
+                if state.run not in failed:
+                    _run_or_record_failure(state, partial(state.record_validation, score), failed)
     return [row["loss"] for row in rows]
 
 
-def _pass(learner: EnsembleOptimizer, source: Source) -> list[dict[str, Any]]:
-    """One pass over the source; returns every lane's row of the history. One host synchronisation, at the end."""
-    learner.model.train()
-    lead = learner.lanes[0]
-    phase, epoch = lead.phase.name, lead.state.epoch
+def train_epoch(optimizer: EnsembleOptimizer, source: Source) -> list[dict[str, Any]]:
+    """Train one pass over the source and return the history row of each run.
+
+    The host waits for the device only once, at the end.
+    """
+    optimizer.model.train()
+    first = optimizer.states[0]
+    phase, epoch = first.phase.name, first.progress.epoch
     totals: dict[str, Tensor] = {}
-    steps = 0
-    # Epochs of all phases are counted through, so that no two phases see the same permutation or the same caption.
-    for batch in source(len(lead.state.history)):
-        rng = KeyedRNG.seeded(lead.run.seed, batch["key"]).at("train", phase, epoch, steps)
-        with computing(lead.config.precision, batch["key"].device):
-            parts = learner.loss(batch, rng, phase)
-        learner.step(parts["loss"])
+    num_steps = 0
+    # Epochs are counted over all phases, so that no two phases see the same permutation or the same caption.
+    for batch in source(len(first.progress.history)):
+        rng = KeyedRNG.seeded(first.run.seed, batch["key"]).at("train", phase, epoch, num_steps)
+        with use_precision(first.config.precision, batch["key"].device):
+            parts = optimizer.loss(batch, rng, phase)
+        optimizer.step(parts["loss"])
         for name, value in parts.items():
             totals[name] = totals.get(name, 0.0) + value.detach().float()
-        steps += 1
+        num_steps += 1
     columns = torch.stack(list(totals.values())).reshape(len(totals), -1).tolist()
     rows = []
-    for number, rate in enumerate(learner.rates()):
-        means = {name: column[number] / steps for name, column in zip(totals, columns, strict=True)}
+    for index, rate in enumerate(optimizer.learning_rates()):
+        means = {name: column[index] / num_steps for name, column in zip(totals, columns, strict=True)}
         rows.append({"phase": phase, "epoch": epoch, "lr": rate, **means})
-    learner.decay()
+    optimizer.step_schedules()
     return rows
 
 
-def _bar(lanes: Sequence[TrainState], progress: bool) -> ProgressBar:
-    """Epochs of all lanes together."""
-    run = lanes[0].run
-    title = f"{run.path.parent.name.rsplit('-', 1)[0]} seed {run.seed}{f' × {len(lanes)}' if len(lanes) > 1 else ''}"
-    total, done = sum(sum(lane.epochs()) for lane in lanes), sum(len(lane.state.history) for lane in lanes)
-    return ProgressBar(label=title, total=total, initial=done, unit="epoch", show=progress, leave=None)
+def _progress_bar(states: Sequence[TrainState], show: bool) -> ProgressBar:
+    """Return a bar that counts the epochs of all runs together."""
+    run = states[0].run
+    title = f"{run.path.parent.name.rsplit('-', 1)[0]} seed {run.seed}{f' × {len(states)}' if len(states) > 1 else ''}"
+    total = sum(sum(state.epochs_per_phase()) for state in states)
+    done = sum(len(state.progress.history) for state in states)
+    return ProgressBar(label=title, total=total, initial=done, unit="epoch", show=show, leave=None)

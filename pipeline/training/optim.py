@@ -1,4 +1,4 @@
-"""The optimisers of a team of lanes: one model for all, and one Adam for those whose settings are equal."""
+"""The optimisers of runs that are trained together: one model for all, and one Adam for runs with equal settings."""
 
 from __future__ import annotations
 
@@ -16,145 +16,173 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from pipeline.runtime.device import default_device
 from pipeline.runtime.rng import KeyedRNG
 from pipeline.training.config import TrainConfig
-from pipeline.training.ensemble import ModelEnsemble, clip_each
+from pipeline.training.ensemble import ModelEnsemble, clip_gradients_per_model
 from pipeline.training.state import TrainState
 from pipeline.types import Batch
 
-BACKEND = "inductor"  # of torch.compile
+COMPILE_BACKEND = "inductor"  # backend of torch.compile
 
 
 class EnsembleOptimizer:
-    """Lanes at the same position as one model, the method itself when there is one; lanes of equal settings stand together."""
+    """Runs at the same position as one model, and the optimisers that train it.
 
-    def __init__(self, lanes: Sequence[TrainState]) -> None:
-        self.lanes = lanes
-        alone = len(lanes) == 1
-        self.model = lanes[0].method if alone else ModelEnsemble([lane.method for lane in lanes])
+    The model of a single run is its method itself; several runs become a `ModelEnsemble`.
+    """
+
+    def __init__(self, states: Sequence[TrainState]) -> None:
+        """Create the optimisers; runs with equal settings must stand next to each other in `states`."""
+        self.states = states
+        is_alone = len(states) == 1
+        self.model = states[0].method if is_alone else ModelEnsemble([state.method for state in states])
         trained = {name: parameter for name, parameter in self.model.named_parameters() if parameter.requires_grad}
-        self._compiled = _compiled(self.model) if lanes[0].config.compiled else None
-        self._leaves, factors = list(trained.values()), [lanes[0].phase.rate(name) for name in trained]
-        self._limits = torch.tensor([lane.config.grad_clip for lane in lanes], device=self._leaves[0].device)
-        self._ties: list[OptimizerGroup] = []
+        self._compiled_loss = _compile_loss(self.model) if states[0].config.compiled else None
+        self._parameters, factors = list(trained.values()), [states[0].phase.rate(name) for name in trained]
+        self._limits = torch.tensor([state.config.grad_clip for state in states], device=self._parameters[0].device)
+        self._groups: list[OptimizerGroup] = []
         start = 0
-        for config, tied in groupby(lanes, lambda lane: lane.config):
-            members = list(tied)
-            rows = ... if alone else slice(start, start + len(members))
-            self._ties.append(OptimizerGroup(config, members, self._leaves, rows, factors))
+        for config, equal_states in groupby(states, lambda state: state.config):
+            members = list(equal_states)
+            index = ... if is_alone else slice(start, start + len(members))
+            self._groups.append(OptimizerGroup(config, members, self._parameters, index, factors))
             start += len(members)
 
     def loss(self, batch: Batch, rng: KeyedRNG, phase: str) -> Batch:
-        """The model's losses, with no gradient left of the step before; the tensors of a compiled one live for a step."""
-        for leaf in self._leaves:
-            leaf.grad = None
-        if not self._compiled:
+        """Clear the gradients and return the losses of the model, [] for one run or [K] for several, with their parts.
+
+        The tensors that a compiled loss returns are valid until the next call.
+
+        Raises:
+            ValueError: torch.compile fails.
+        """
+        for parameter in self._parameters:
+            parameter.grad = None
+        if not self._compiled_loss:
             return self.model.loss(batch, rng, phase)
         torch.compiler.cudagraph_mark_step_begin()
         key = rng.key if isinstance(rng.key, Tensor) else torch.full((), rng.key, device=rng.samples.device)
         try:
-            return self._compiled(batch, key, phase)
+            return self._compiled_loss(batch, key, phase)
         except TorchDynamoException as error:
             reason = str(error).splitlines()[0]
             raise ValueError(f"torch.compile fails, {reason}; does it have its compiler? leave --train compiled out") from error
 
     def step(self, loss: Tensor) -> None:
-        """A step of every lane against the gradient of its own loss, of [] or [K], with its norm limited."""
+        """Take one step with the gradient of each run's own loss, [] or [K], after clipping the norm of each gradient."""
         loss.sum().backward()
-        if len(self.lanes) == 1:
-            nn.utils.clip_grad_norm_(self._leaves, self.lanes[0].config.grad_clip)
+        if len(self.states) == 1:
+            nn.utils.clip_grad_norm_(self._parameters, self.states[0].config.grad_clip)
         else:
-            clip_each([leaf.grad for leaf in self._leaves if leaf.grad is not None], self._limits)
-        for tie in self._ties:
-            tie.step()
+            gradients = [parameter.grad for parameter in self._parameters if parameter.grad is not None]
+            clip_gradients_per_model(gradients, self._limits)
+        for group in self._groups:
+            group.step()
 
-    def rates(self) -> list[float]:
-        """The learning rate of every lane."""
-        return [tie.optimizer.param_groups[0]["lr"] for tie in self._ties for _ in tie.lanes]
+    def learning_rates(self) -> list[float]:
+        """Return the learning rate of each run."""
+        return [group.optimizer.param_groups[0]["lr"] for group in self._groups for _ in group.states]
 
-    def decay(self) -> None:
-        """Count an epoch in the schedules of the learning rates."""
-        for tie in self._ties:
-            tie.scheduler.step()
+    def step_schedules(self) -> None:
+        """Count one epoch in the learning-rate schedules."""
+        for group in self._groups:
+            group.scheduler.step()
 
     @contextmanager
-    def averaged(self) -> Iterator[None]:
-        """Have the lanes that average their weights hold the average instead."""
-        self._exchange()
+    def averaged_weights(self) -> Iterator[None]:
+        """Inside the context, runs with a moving average of their weights use the average instead of the weights."""
+        self._swap_averages()
         try:
             yield
         finally:
-            self._exchange()
+            self._swap_averages()
 
-    def _exchange(self) -> None:
-        for tie in self._ties:
-            if tie.average:
-                tie.average.exchange()
+    def _swap_averages(self) -> None:
+        for group in self._groups:
+            if group.average:
+                group.average.swap()
 
-    def store(self) -> None:
-        """Hand every lane its part of what the optimisers know."""
-        for tie in self._ties:
-            tie.store()
+    def store_state(self) -> None:
+        """Copy to every `TrainState` its part of the state of the optimisers."""
+        for group in self._groups:
+            group.store_state()
 
 
-def _compiled(model: Any) -> Callable[..., Batch]:
-    """The model's loss as one graph of (batch, key of the random streams, phase); what was compiled before is forgotten."""
+def _compile_loss(model: Any) -> Callable[..., Batch]:
+    """Return the loss as one compiled graph of (batch, key of the random streams, phase); drop all earlier compilations."""
     torch.compiler.reset()
 
     def loss(batch: Batch, key: Tensor, phase: str) -> Batch:
         return model.loss(batch, KeyedRNG(key, batch["key"]), phase)
 
     mode = "reduce-overhead" if default_device().type == "cuda" else None
-    return torch.compile(loss, fullgraph=True, backend=BACKEND, mode=mode)
+    return torch.compile(loss, fullgraph=True, backend=COMPILE_BACKEND, mode=mode)
 
 
 class OptimizerGroup:
-    """Lanes of equal settings: rows of the leaves that one Adam steps, which treats every number by itself."""
+    """One Adam for runs with equal settings. Adam treats every number by itself, so the runs do not influence each other."""
 
     def __init__(
         self,
         config: TrainConfig,
-        lanes: Sequence[TrainState],
-        leaves: Sequence[Tensor],
-        rows: slice | EllipsisType,
+        states: Sequence[TrainState],
+        parameters: Sequence[Tensor],
+        index: slice | EllipsisType,
         factors: Sequence[float],
     ) -> None:
-        self.lanes = lanes
-        self._leaves, self._rows = leaves, rows
-        self._weights = [leaf.detach()[rows] for leaf in leaves]
-        groups: dict[float, list[Tensor]] = {}  # by the factor of their learning rate
+        """Create the optimiser, and resume it if the states bring an optimiser state.
+
+        Args:
+            config: The settings of all runs of the group.
+            states: The runs.
+            parameters: The trained parameters of the whole model: [K, ...] if it has several runs.
+            index: The rows of the parameters that belong to the group; `...` if the model is a single run.
+            factors: A factor of the learning rate for each parameter.
+        """
+        self.states = states
+        self._parameters, self._index = parameters, index
+        self._weights = [parameter.detach()[index] for parameter in parameters]
+        weights_by_factor: dict[float, list[Tensor]] = {}
         for weight, factor in zip(self._weights, factors, strict=True):
-            groups.setdefault(factor, []).append(weight)
-        rates = [{"params": weights, "lr": config.lr * factor} for factor, weights in groups.items()]
-        self.optimizer = torch.optim.Adam(rates, lr=config.lr, weight_decay=config.weight_decay, fused=True)
+            weights_by_factor.setdefault(factor, []).append(weight)
+        param_groups = [{"params": weights, "lr": config.lr * factor} for factor, weights in weights_by_factor.items()]
+        self.optimizer = torch.optim.Adam(param_groups, lr=config.lr, weight_decay=config.weight_decay, fused=True)
         self.scheduler = torch.optim.lr_scheduler.StepLR(self.optimizer, config.lr_step, config.lr_gamma)
-        averages = config.weight_average > 0 and lanes[0].is_last_phase  # the one that is validated
-        self.average = WeightAverage(self._weights, config.weight_average) if averages else None
-        if lanes[0].learned:
-            states = [lane.learned["optimizer"] for lane in lanes]
-            self.optimizer.load_state_dict(states[0] if rows is ... else _joined(states))
-            self.scheduler.load_state_dict(lanes[0].learned["scheduler"])
-            if self.average:
-                self.average.load([lane.learned["average"] for lane in lanes], rows)
+        has_average = config.weight_average > 0 and states[0].is_last_phase  # only this phase is validated and kept
+        self.average = WeightAverage(self._weights, config.weight_average) if has_average else None
+        if states[0].optimizer_state:
+            self._resume()
+
+    def _resume(self) -> None:
+        saved = [state.optimizer_state for state in self.states]
+        adam_states = [each["optimizer"] for each in saved]
+        self.optimizer.load_state_dict(adam_states[0] if self._index is ... else _stack_adam_states(adam_states))
+        self.scheduler.load_state_dict(saved[0]["scheduler"])
+        if self.average:
+            self.average.load([each["average"] for each in saved], self._index)
 
     def step(self) -> None:
-        for weight, leaf in zip(self._weights, self._leaves, strict=True):
-            weight.grad = None if leaf.grad is None else leaf.grad[self._rows]
+        for weight, parameter in zip(self._weights, self._parameters, strict=True):
+            weight.grad = None if parameter.grad is None else parameter.grad[self._index]
         self.optimizer.step()
         if self.average:
             self.average.step()
 
-    def store(self) -> None:
-        state = self.optimizer.state_dict()
-        state["state"] = {
-            number: {name: value.cpu() for name, value in each.items()} for number, each in state["state"].items()
+    def store_state(self) -> None:
+        """Copy to every `TrainState` its part of the state of optimiser, schedule and moving average."""
+        adam_state = self.optimizer.state_dict()
+        adam_state["state"] = {
+            number: {name: value.cpu() for name, value in moments.items()} for number, moments in adam_state["state"].items()
         }
-        rows = [...] if self._rows is ... else range(len(self.lanes))
-        for lane, row, part in zip(self.lanes, rows, _parts(state, rows), strict=True):
+        rows = [...] if self._index is ... else range(len(self.states))
+        for state, row, part in zip(self.states, rows, _split_adam_state(adam_state, rows), strict=True):
             average = self.average.part(row) if self.average else {}
-            lane.learned = {"optimizer": part, "scheduler": self.scheduler.state_dict(), "average": average}
+            state.optimizer_state = {"optimizer": part, "scheduler": self.scheduler.state_dict(), "average": average}
 
 
 class WeightAverage:
-    """The exponential moving average of weights; at first its decay is lower, (1 + n) / (10 + n) at step n."""
+    """The exponential moving average of weights.
+
+    In the first steps the decay is lower: it is at most (1 + n) / (10 + n) at step n.
+    """
 
     def __init__(self, weights: Sequence[Tensor], decay: float) -> None:
         self._weights, self._decay = list(weights), decay
@@ -166,31 +194,31 @@ class WeightAverage:
         decay = min(self._decay, (1 + self._steps) / (10 + self._steps))
         get_ema_multi_avg_fn(decay)(self._values, self._weights, self._steps)
 
-    def exchange(self) -> None:
-        """The weights become their average, and the other way round."""
+    def swap(self) -> None:
+        """Exchange the weights and their average."""
         for weight, value in zip(self._weights, self._values, strict=True):
-            kept = weight.clone()
+            copied = weight.clone()
             weight.copy_(value)
-            value.copy_(kept)
+            value.copy_(copied)
 
     def part(self, row: int | EllipsisType) -> dict[str, Any]:
-        """What is to be stored of one lane, in memory of its own."""
+        """Return a copy of the state of one run, to be stored."""
         return {"steps": self._steps, "values": [value[row].to("cpu", copy=True) for value in self._values]}
 
-    def load(self, parts: Sequence[dict[str, Any]], rows: slice | EllipsisType) -> None:
-        """Go on from what was stored."""
+    def load(self, parts: Sequence[dict[str, Any]], index: slice | EllipsisType) -> None:
+        """Restore the stored states of all runs; `index` is `...` for a single run."""
         self._steps = parts[0]["steps"]
         for number, value in enumerate(self._values):
             stored = [part["values"][number] for part in parts]
-            value.copy_(stored[0] if rows is ... else torch.stack(stored))
+            value.copy_(stored[0] if index is ... else torch.stack(stored))
 
 
-def _joined(states: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Adam's state of several lanes as that of their stacked weights; they have taken the same number of steps."""
-    first = states[0]
+def _stack_adam_states(adam_states: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Return the Adam states of several runs as that of their stacked weights; all must have taken as many steps."""
+    first = adam_states[0]
     moments = {
         number: {
-            name: value if name == "step" else torch.stack([state["state"][number][name] for state in states])
+            name: value if name == "step" else torch.stack([state["state"][number][name] for state in adam_states])
             for name, value in each.items()
         }
         for number, each in first["state"].items()
@@ -198,11 +226,11 @@ def _joined(states: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return {**first, "state": moments}
 
 
-def _parts(state: dict[str, Any], rows: Sequence[int | EllipsisType]) -> Iterator[dict[str, Any]]:
-    """Adam's state of stacked weights as that of each row, in memory of its own."""
+def _split_adam_state(adam_state: dict[str, Any], rows: Sequence[int | EllipsisType]) -> Iterator[dict[str, Any]]:
+    """Yield a copy of the Adam state of each row of stacked weights."""
     for row in rows:
         moments = {
             number: {name: (value if name == "step" else value[row]).clone() for name, value in each.items()}
-            for number, each in state["state"].items()
+            for number, each in adam_state["state"].items()
         }
-        yield {**state, "state": moments}
+        yield {**adam_state, "state": moments}

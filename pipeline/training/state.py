@@ -1,4 +1,4 @@
-"""A run on its way through training: its settings, where it stands, and the files that let it go on after any interruption."""
+"""The state of one training run: its settings, its progress, and the files from which it resumes after any interruption."""
 
 from __future__ import annotations
 
@@ -22,157 +22,173 @@ from pipeline.training.config import TrainConfig
 from pipeline.training.history import Validation
 from pipeline.types import Batch, Method, Phase
 
-DIVERGED = "not finite"  # in the reason why a run fails whose numbers do so: it would fail again
-Watch = Callable[[int, float], bool]  # (epochs of the last phase that are done, validation metric) -> stop here?
+DIVERGED = "not finite"  # part of the error message of every run that diverged: such a run would diverge again
+StopCheck = Callable[[int, float], bool]  # (finished epochs of the last phase, validation metric) -> whether to stop now
 
 
 class Score(NamedTuple):
-    """What validation says of a method."""
+    """The result of validating a method."""
 
-    metric: float  # percent; NaN, like the loss, when a logit is not finite
+    metric: float  # percent; metric and loss are NaN when a logit is not finite
     loss: float
-    facts: Mapping[str, float] = {}  # more columns of the history
+    facts: Mapping[str, float] = {}  # additional columns for the history
 
 
-def never(epoch: int, metric: float) -> bool:
-    """Watches nothing: training goes on to its end."""
+def never_stop(epoch: int, metric: float) -> bool:
+    """Return False: a `StopCheck` that lets training run to its end."""
     return False
 
 
 @dataclass(slots=True)
-class State:
-    """Where a run stands."""
+class RunProgress:
+    """How far a run has come. `state.pt` stores the fields under these names."""
 
     phase: int = 0  # index into the method's phases
-    epoch: int = 0  # epochs of this phase that are finished
-    history: list[dict[str, Any]] = field(default_factory=list)
-    best_score: tuple[float, float] = (-math.inf, -math.inf)
-    best: dict[str, Tensor] = field(default_factory=dict)  # the state dict kept for prediction
-    seconds: float = 0.0  # spent in finished epochs; those trained together share them
+    epoch: int = 0  # finished epochs of this phase
+    history: list[dict[str, Any]] = field(default_factory=list)  # one row per finished epoch
+    best_score: tuple[float, float] = (-math.inf, -math.inf)  # `Validation.rank` of the kept epoch
+    best: dict[str, Tensor] = field(default_factory=dict)  # state dict of the kept epoch
+    seconds: float = 0.0  # time spent in finished epochs; runs that are trained together share it equally
 
 
 @dataclass(eq=False, slots=True, kw_only=True)
 class TrainState:
-    """A run that is trained, alone or beside others."""
+    """A run during training, alone or together with other runs."""
 
     method: Method
     run: RunFolder
     config: TrainConfig
-    watch: Watch = never
-    held: ExitStack = field(default_factory=ExitStack)  # closed when the run is left: the lock of its folder
-    state: State = field(default_factory=State)
-    learned: dict[str, Any] = field(default_factory=dict)  # what the optimiser knows, on the CPU; empty at a phase's start
-    stopped: bool = False  # its watch has seen enough
+    should_stop: StopCheck = never_stop
+    folder_lock: ExitStack = field(default_factory=ExitStack)  # holds the lock of the run's folder; closed when the run ends
+    progress: RunProgress = field(default_factory=RunProgress)
+    optimizer_state: dict[str, Any] = field(default_factory=dict)  # on the CPU; empty at the start of a phase
+    is_stopped: bool = False  # `should_stop` has ended the run early
 
     @property
     def phase(self) -> Phase:
-        """The phase under way."""
-        return self.method.phases[self.state.phase]
+        """The current phase."""
+        return self.method.phases[self.progress.phase]
 
     @property
     def is_last_phase(self) -> bool:
-        """Whether the phase under way is the one whose epochs are validated."""
-        return self.state.phase == len(self.method.phases) - 1
+        """Whether the current phase is the last one, the only one whose epochs are validated."""
+        return self.progress.phase == len(self.method.phases) - 1
 
-    def epochs(self) -> list[int]:
-        """How many each phase has."""
+    def epochs_per_phase(self) -> list[int]:
+        """Return the number of epochs of each phase."""
         return [max(1, round(self.config.epochs * phase.share)) for phase in self.method.phases]
 
     @property
     def position(self) -> tuple[int, int]:
-        """Phase and epoch: lanes at the same position meet the same batches."""
-        return self.state.phase, self.state.epoch
+        """The current phase and epoch: runs at the same position read the same batches."""
+        return self.progress.phase, self.progress.epoch
 
     def resume(self) -> None:
-        """Go on where the run's folder says that it stands; `ValueError` when that is damaged."""
+        """Load the progress that is saved in the run's folder, if there is any.
+
+        Raises:
+            ValueError: the saved state is damaged.
+        """
         path = self.run.path / "state.pt"
         if not path.is_file():
             return
         try:
             saved = torch.load(path, map_location="cpu", weights_only=True)
-            self.state = State(**saved.pop("state"))
+            self.progress = RunProgress(**saved.pop("state"))
             self.method.load_state_dict(saved.pop("method"))
-            self.learned = {name: saved[name] for name in ("optimizer", "scheduler", "average")} if saved else {}
-            _ = self.phase  # is there
+            self.optimizer_state = {name: saved[name] for name in ("optimizer", "scheduler", "average")} if saved else {}
+            _ = self.phase  # raises IndexError when the method has no such phase
         except (RuntimeError, EOFError, LookupError, TypeError, AttributeError, UnpicklingError) as error:
             raise ValueError(f"{path} is damaged; {self.run.remedy}") from error
-        self._ask()
+        self._check_stop()
 
-    def begin(self, train_pass: Callable[[], Iterator[Batch]]) -> None:
-        """Freeze what the phase does not train, and take its statistics if it is new."""
+    def start_phase(self, train_pass: Callable[[], Iterator[Batch]]) -> None:
+        """Freeze the parameters that the phase does not train; in a new phase, let the method take its statistics.
+
+        Args:
+            train_pass: Returns one ordered pass over the training split.
+        """
         for name, parameter in self.method.named_parameters():
             parameter.requires_grad_(name.startswith(self.phase.trains))
-        if self.state.epoch == 0:
+        if self.progress.epoch == 0:
             self.method.train(False)
             with torch.no_grad():
                 self.method.begin(self.phase.name, train_pass)
 
-    def note(self, row: dict[str, Any]) -> None:
-        """Count an epoch by its row of the history; `ValueError` when its loss is not finite."""
+    def record_epoch(self, row: dict[str, Any]) -> None:
+        """Count a finished epoch and append its row to the history.
+
+        Raises:
+            ValueError: its loss is not finite.
+        """
         if not math.isfinite(row["loss"]):
-            place = f"epoch {row['epoch']} of phase {row['phase']!r}"
-            raise ValueError(f"the loss is {DIVERGED} in {place}; lower lr, or raise tau")
-        self.state.epoch += 1
-        self.state.history.append(row)
+            position = f"epoch {row['epoch']} of phase {row['phase']!r}"
+            raise ValueError(f"the loss is {DIVERGED} in {position}; lower lr, or raise tau")
+        self.progress.epoch += 1
+        self.progress.history.append(row)
 
-    def is_due(self) -> bool:
-        """Whether the epoch that was noted last is one to validate."""
-        epoch, epochs = self.state.epoch, self.epochs()[self.state.phase]
-        return self.is_last_phase and (epoch % self.config.validate_every == 0 or epoch == epochs)
+    def is_validation_due(self) -> bool:
+        """Return whether the epoch that was recorded last is one to validate."""
+        epoch, num_epochs = self.progress.epoch, self.epochs_per_phase()[self.progress.phase]
+        return self.is_last_phase and (epoch % self.config.validate_every == 0 or epoch == num_epochs)
 
-    def select(self, score: Score) -> None:
-        """Note a validation, and keep the weights when it prefers them; `ValueError` when its loss is not finite."""
+    def record_validation(self, score: Score) -> None:
+        """Add a score to the history, keep the weights if they are the best so far, and check for an early stop.
+
+        Raises:
+            ValueError: the validation loss is not finite.
+        """
         if not math.isfinite(score.loss):
             raise ValueError(f"{self.run.path} predicts numbers that are {DIVERGED}: it diverges; train with a lower lr")
-        self.state.history[-1] |= {"val_metric": score.metric, "val_loss": score.loss, **score.facts}
-        rank = Validation(self.state.epoch, score.metric, score.loss).rank(self.config.select)
-        if rank >= self.state.best_score:
-            self.state.best_score = rank
-            self.state.best = _copied(self.method.state_dict())
-        self._ask()
+        self.progress.history[-1] |= {"val_metric": score.metric, "val_loss": score.loss, **score.facts}
+        rank = Validation(self.progress.epoch, score.metric, score.loss).rank(self.config.select)
+        if rank >= self.progress.best_score:
+            self.progress.best_score = rank
+            self.progress.best = _copy_to_cpu(self.method.state_dict())
+        self._check_stop()
 
-    def _ask(self) -> None:
-        """Ask the watch whether the run stops after its last epoch, if that was validated and is not the end."""
-        row = self.state.history[-1] if self.state.history else {}
-        more = self.state.epoch < self.epochs()[self.state.phase]
-        self.stopped = more and "val_metric" in row and self.watch(row["epoch"] + 1, row["val_metric"])
+    def _check_stop(self) -> None:
+        """Ask `should_stop`, if the last epoch was validated and is not the end of the run."""
+        row = self.progress.history[-1] if self.progress.history else {}
+        has_more = self.progress.epoch < self.epochs_per_phase()[self.progress.phase]
+        self.is_stopped = has_more and "val_metric" in row and self.should_stop(row["epoch"] + 1, row["val_metric"])
 
-    def move_on(self) -> bool:
-        """Go to the next phase when this one is over; whether there is anything left to train."""
-        if self.state.epoch == self.epochs()[self.state.phase]:
-            self.state.phase, self.state.epoch, self.learned = self.state.phase + 1, 0, {}
-        return self.state.phase < len(self.method.phases)
+    def advance(self) -> bool:
+        """Go to the next phase if this one is finished; return whether anything is left to train."""
+        if self.progress.epoch == self.epochs_per_phase()[self.progress.phase]:
+            self.progress.phase, self.progress.epoch, self.optimizer_state = self.progress.phase + 1, 0, {}
+        return self.progress.phase < len(self.method.phases)
 
     def save(self) -> None:
-        """Write the resumable state; `learned` is that of the last epoch."""
-        content = {"state": {each.name: getattr(self.state, each.name) for each in fields(State)}}
+        """Write `state.pt` and the history; `optimizer_state` must be that of the last epoch."""
+        content = {"state": {each.name: getattr(self.progress, each.name) for each in fields(RunProgress)}}
         buffer = io.BytesIO()
-        torch.save({**content, "method": _copied(self.method.state_dict()), **self.learned}, buffer)
+        torch.save({**content, "method": _copy_to_cpu(self.method.state_dict()), **self.optimizer_state}, buffer)
         write_atomic(self.run.path / "state.pt", buffer.getvalue())
         self._write_history()
 
     def finish(self) -> None:
-        """Write the selected weights and the history, then `done`, which makes them real; drop the resumable state."""
-        weights = safetensors_bytes(self.state.best)
+        """Write the kept weights and the history, then the file `done`, which makes the run valid; delete `state.pt`."""
+        weights = safetensors_bytes(self.progress.best)
         write_atomic(self.run.path / "checkpoint.safetensors", weights)
         self._write_history()
-        facts = {"seconds": round(self.state.seconds, 3), "checkpoint_sha256": sha256(weights)}
+        facts = {"seconds": round(self.progress.seconds, 3), "checkpoint_sha256": sha256(weights)}
         write_atomic(self.run.path / "done", json.dumps(facts))
-        drop_state(self.run)
+        delete_saved_state(self.run)
 
     def _write_history(self) -> None:
-        write_atomic(self.run.path / "history.csv", pd.DataFrame(self.state.history).to_csv(index=False))
+        write_atomic(self.run.path / "history.csv", pd.DataFrame(self.progress.history).to_csv(index=False))
 
 
-def drop_state(run: RunFolder) -> None:
-    """Free the disk of the resumable state of a run that has ended, or of one that was killed at its end."""
+def delete_saved_state(run: RunFolder) -> None:
+    """Delete `state.pt` of a finished run; it is still there when the run was killed just before its end."""
     path = run.path / "state.pt"
-    if path.is_file():  # in a folder that may be read only, there is none
+    if path.is_file():  # the folder of a finished run may be read-only; then there is nothing to delete
         path.unlink(missing_ok=True)
 
 
-def _copied(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """On the CPU, in memory of their own: the tensors of lanes that are trained together are parts of larger ones."""
+def _copy_to_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Copy tensors to own memory on the CPU: the tensors of methods that are trained together are views of larger ones."""
     return {
         name: tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format) for name, tensor in tensors.items()
     }

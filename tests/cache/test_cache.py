@@ -1,4 +1,4 @@
-"""The cache joins by id, is plain Zarr v3, and refuses everything but the right, whole, undamaged features."""
+"""The cache joins by id and is plain Zarr v3. Wrong, incomplete and damaged caches are refused."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def write(
     shards: Sequence[int] | None = None,
     **changes: Any,
 ) -> Path:
-    """A cache of these rows; only some shards when they are named."""
+    """Write a cache of these features: all shards, or only the given ones."""
     identity = make_identity(**changes)
     path = layout.cache_path(home, "toy", "toy", identity)
     with lock(path):
@@ -47,7 +47,7 @@ def write(
             failed = [failure for failure in failures if failure.row in rows]
             writer.commit(shard, features[rows.start : rows.stop], failed, seconds=1.0, batch_size=8, device="cpu")
         if shards is None:
-            writer.finish(writer.committed())
+            writer.finish(writer.verified_commits())
     return path
 
 
@@ -115,17 +115,18 @@ def test_ragged_rows_are_aggregated(tmp_path: Path) -> None:
     for aggregate in ("mean", "first"):
         found = cache.read([ids[row] for row in picked], aggregate)
         for row, vector in zip(picked, found, strict=True):
-            own = features[offsets[row] : offsets[row + 1]]
-            if not len(own):
+            sample_rows = features[offsets[row] : offsets[row + 1]]
+            if not len(sample_rows):
                 assert np.isnan(vector).all()
             else:
-                np.testing.assert_allclose(vector, own.mean(axis=0) if aggregate == "mean" else own[0], rtol=1e-5, atol=1e-6)
+                expected = sample_rows.mean(axis=0) if aggregate == "mean" else sample_rows[0]
+                np.testing.assert_allclose(vector, expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", layout.STORE_DTYPES)
 def test_store_dtypes_round_as_torch_does(tmp_path: Path, dtype: str) -> None:
     values = np.random.default_rng(3).normal(size=(700, 2, 5)).astype(np.float32) * np.float32(100)
-    values[0, 0, 0] = 1.0 + 2**-8  # a tie of bfloat16
+    values[0, 0, 0] = 1.0 + 2**-8  # half way between two numbers of bfloat16
     path = write(tmp_path, values, [str(row) for row in range(len(values))], store_dtype=dtype)
     cache = open_cache(path)
     expected = torch.from_numpy(values).to(getattr(torch, dtype)).float().numpy()
@@ -177,7 +178,7 @@ def test_missing_cut_and_damaged_shards_are_named(path: Path) -> None:
     flip(file, 1000)
     with pytest.raises(ValueError, match=r"features/c/1/0 is damaged or missing \(.*checksum.*; to redo it, run: " + COMMAND):
         cache.read(cache.ids)
-    cache.read(cache.ids[:8192])  # other shards do not suffer
+    cache.read(cache.ids[:8192])  # other shards can still be read
     for change in (file.unlink, lambda: file.write_bytes(whole[:-1])):
         change()
         with pytest.raises(ValueError, match=r"features/c/1/0 (is missing|has \d+ bytes)"):
@@ -217,7 +218,7 @@ def test_damage_is_repaired_by_writing_again(path: Path, tmp_path: Path, feature
     (path / "features" / "c" / "1" / ".0.77.tmp").write_bytes(b"half")
     with lock(path):
         writer = Writer.open(path, ids, np.zeros(0, np.int64), (3,), make_identity(), {"command": COMMAND})
-        assert sorted(writer.committed()) == [1]
+        assert sorted(writer.verified_commits()) == [1]
     write(tmp_path, features, ids)
     assert {file: file.read_bytes() for file in path.rglob("*") if file.is_file()} == before
 

@@ -1,4 +1,4 @@
-"""Statistics and drift against brute force on the whole array, in memory that the number of rows does not change."""
+"""Statistics and drift agree with brute force on the whole array, and need the same memory for any number of rows."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ DTYPE = "float16"
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Several blocks in every cache."""
-    monkeypatch.setattr("pipeline.cache.stats.BLOCK_BYTES", 2**14)
-    monkeypatch.setattr("pipeline.cache.neighbours.PAIR_ROWS", 300)
+    """Make the blocks so small that every cache has several."""
+    monkeypatch.setattr("pipeline.cache.stats.STATS_BLOCK_BYTES", 2**14)
+    monkeypatch.setattr("pipeline.cache.neighbours.PAIR_BLOCK_ROWS", 300)
 
 
 def as_stored(features: np.ndarray, dtype: str = DTYPE) -> np.ndarray:
@@ -35,26 +35,26 @@ def as_stored(features: np.ndarray, dtype: str = DTYPE) -> np.ndarray:
 
 
 def clustered(manifest: Manifest, shape: tuple[int, ...], spread: float) -> np.ndarray:
-    """Rows around the centre of their first label."""
+    """Return features [N, *shape] around the centre of the first label of each sample."""
     rng = np.random.default_rng(0)
     centres = rng.normal(size=(len(manifest.class_names), *shape)) + 0.5
-    own = [sample.labels[0] if sample.labels else 0 for sample in manifest.samples]
-    return (centres[own] + spread * rng.normal(size=(len(own), *shape))).astype(np.float32)
+    first_labels = [sample.labels[0] if sample.labels else 0 for sample in manifest.samples]
+    return (centres[first_labels] + spread * rng.normal(size=(len(first_labels), *shape))).astype(np.float32)
 
 
-def brute_classes(rows: np.ndarray, labels: Sequence[Sequence[int]]) -> tuple[float, float, set[int]]:
-    """(within ÷ between, cosine of the nearest centres, those classes), every label of a row counted."""
-    pairs = [(row, label) for row, own in enumerate(labels) for label in own]
+def brute_force_classes(rows: np.ndarray, labels: Sequence[Sequence[int]]) -> tuple[float, float, set[int]]:
+    """Return (within ÷ between, cosine of the nearest centres, their classes). A row counts once for each of its labels."""
+    pairs = [(row, label) for row, row_labels in enumerate(labels) for label in row_labels]
     x, y = rows[[row for row, _ in pairs]].astype(np.float64), np.array([label for _, label in pairs], dtype=int)
     present = np.unique(y)
     centres = np.stack([x[y == label].mean(axis=0) for label in present])
-    each = centres[np.searchsorted(present, y)]
-    within = np.square(x - each).sum(axis=1).mean()
-    between = np.square(each - each.mean(axis=0)).sum(axis=1).mean()
+    own_centres = centres[np.searchsorted(present, y)]
+    within = np.square(x - own_centres).sum(axis=1).mean()
+    between = np.square(own_centres - own_centres.mean(axis=0)).sum(axis=1).mean()
     cosines = cosine_similarity(centres)
     np.fill_diagonal(cosines, -2)
     nearest = divmod(int(cosines.argmax()), len(present))
-    return within / between, float(cosines.max()), {int(present[each]) for each in nearest}
+    return within / between, float(cosines.max()), {int(present[index]) for index in nearest}
 
 
 @pytest.mark.parametrize(("shape", "dtype"), [((8,), "float16"), ((2, 4), "float32"), ((8,), "bfloat16")])
@@ -78,7 +78,7 @@ def test_moments_classes_and_norms_are_those_of_the_whole_array(tmp_path: Path, 
     assert found["norms"]["histogram"]["counts"] == counts.tolist()
     np.testing.assert_allclose(found["norms"]["histogram"]["edges"], edges, rtol=1e-6)
     train = [row for row, sample in enumerate(manifest.samples) if sample.split == "train" and good[row]]
-    ratio, cosine, nearest = brute_classes(stored[train], [manifest.samples[row].labels for row in train])
+    ratio, cosine, nearest = brute_force_classes(stored[train], [manifest.samples[row].labels for row in train])
     assert found["classes"]["present"] == 5
     assert found["classes"]["within_between"] == pytest.approx(ratio, rel=1e-6)
     assert found["classes"]["nearest_cosine"] == pytest.approx(cosine, rel=1e-6)
@@ -88,11 +88,11 @@ def test_moments_classes_and_norms_are_those_of_the_whole_array(tmp_path: Path, 
 def test_rows_of_several_labels_and_of_none_count_for_each_class(tmp_path: Path) -> None:
     rng = np.random.default_rng(1)
     labels = [tuple(sorted(rng.choice(4, rng.integers(0, 4), replace=False).tolist())) for _ in range(NUM)]
-    manifest = make_manifest(tmp_path, NUM, labels)  # nobody has the fifth class
+    manifest = make_manifest(tmp_path, NUM, labels)  # no sample has the fifth class
     features = clustered(manifest, (6,), 0.5)
     found = stats(make_cache(tmp_path, manifest, features))["classes"]
     train = [row for row, sample in enumerate(manifest.samples) if sample.split == "train"]
-    ratio, cosine, nearest = brute_classes(as_stored(features)[train], [labels[row] for row in train])
+    ratio, cosine, nearest = brute_force_classes(as_stored(features)[train], [labels[row] for row in train])
     assert found["present"] == 4
     assert found["within_between"] == pytest.approx(ratio, rel=1e-6)
     assert found["nearest_cosine"] == pytest.approx(cosine, rel=1e-6)
@@ -128,25 +128,27 @@ def test_near_duplicates_are_those_of_the_whole_matrix(tmp_path: Path, ragged: b
     assert {pair["split"] for pair in closest} == {"val", "test"}
 
 
-def test_no_block_and_no_peak_grows_with_the_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipeline.cache.neighbours.PAIR_ROWS", 512)
-    monkeypatch.setattr("pipeline.cache.stats.THREADS", 1)  # with more, the peak depends on which blocks meet
+def test_neither_blocks_nor_peak_memory_grow_with_the_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipeline.cache.neighbours.PAIR_BLOCK_ROWS", 512)
+    monkeypatch.setattr(
+        "pipeline.cache.stats.STATS_THREADS", 1
+    )  # with more threads, the peak depends on which blocks are in memory together
     manifest = make_manifest(tmp_path, 200)
     largest: list[int] = []
     peaks: list[int] = []
 
-    def watch(_key: object, result: object, *_rest: object) -> None:
+    def record_size(_key: object, result: object, *_rest: object) -> None:
         if isinstance(result, np.ndarray):
             largest[-1] = max(largest[-1], result.nbytes)
 
-    for texts in (1, 10, 40):  # of each sample: 4 and 16 MiB as float32, after a first time that imports
+    for texts in (1, 10, 40):  # texts per sample: 4 and 16 MiB as float32, after a first pass that imports modules
         features = np.random.default_rng(0).normal(size=(200 * texts, 512)).astype(np.float32)
         offsets = np.arange(0, 200 * texts + 1, texts)
         path = make_cache(tmp_path, manifest, features, offsets=offsets, name=f"toy{texts}")
         del features
         largest.append(0)
         tracemalloc.start()
-        with Callback(posttask=watch):
+        with Callback(posttask=record_size):
             stats(path)
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
@@ -161,7 +163,7 @@ def test_wrong_settings_are_refused(tmp_path: Path, threshold: float, top: int) 
         stats(path, threshold, top)
 
 
-def test_a_cache_with_hardly_anything_in_it_has_statistics(tmp_path: Path) -> None:
+def test_a_cache_with_a_single_finite_row_has_statistics(tmp_path: Path) -> None:
     manifest = make_manifest(tmp_path, 20, [(0,)] * 20)
     one = np.full((20, 2), np.nan, np.float32)
     one[[sample.split for sample in manifest.samples].index("train")] = 0.0
@@ -201,7 +203,7 @@ def test_drift_is_the_cosine_of_the_same_sample(tmp_path: Path) -> None:
     assert found["moved"][0]["cosine"] == pytest.approx(-1.0, abs=1e-3)
 
 
-def test_drift_refuses_what_does_not_compare(tmp_path: Path) -> None:
+def test_drift_refuses_caches_that_cannot_be_compared(tmp_path: Path) -> None:
     manifest = make_manifest(tmp_path, 30)
     one: Any = np.ones((30, 2), np.float32)
     path = make_cache(tmp_path, manifest, one)

@@ -1,4 +1,4 @@
-"""Export and import: what went out comes back bit for bit, any library reads it, and others' features are joined by id."""
+"""Export and import: the imported cache has the same bits, any library reads the file, and other features are joined by id."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 
 from pipeline.cache import info, open_cache, verify
 from pipeline.cache.reader import find_cache, read_commits
-from pipeline.cache.table import load
+from pipeline.cache.table import load_split
 from pipeline.cache.transfer import export_cache, import_features
 from pipeline.data.manifest import Manifest
 
@@ -33,7 +33,7 @@ def manifest(tmp_path: Path) -> Manifest:
 
 
 def ragged_offsets(num_samples: int) -> np.ndarray:
-    """Samples with 0 to 4 rows each."""
+    """Return offsets that give each sample 0 to 4 rows."""
     counts = np.random.default_rng(5).integers(0, 5, num_samples)
     return np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
 
@@ -63,7 +63,7 @@ def test_round_trip_is_exact(
     assert verify(done.path) == []
     assert_same_cache(path, done.path)
     before = {file: file.stat().st_mtime_ns for file in done.path.rglob("commits/0*.json")}
-    assert import_features(file, tmp_path / "other") == done  # once more changes nothing
+    assert import_features(file, tmp_path / "other") == done  # a second import changes nothing
     assert {file: file.stat().st_mtime_ns for file in done.path.rglob("commits/0*.json")} == before
 
 
@@ -71,26 +71,26 @@ def read_h5(file: Path) -> tuple[np.ndarray, list[str], list[str], list[list[int
     with h5py.File(file) as opened:
         columns = {name: np.asarray(opened[name]) for name in ("features", "labels")}
         ids, splits = ([value.decode() for value in np.asarray(opened[name])] for name in ("ids", "splits"))
-        return columns["features"], ids, splits, [own.tolist() for own in columns["labels"]]
+        return columns["features"], ids, splits, [labels.tolist() for labels in columns["labels"]]
 
 
 def read_npy(file: Path) -> tuple[np.ndarray, list[str], list[str], list[list[int]]]:
-    beside = json.loads(file.with_suffix(".json").read_text())
-    return np.load(file), beside["ids"], beside["splits"], beside["labels"]
+    sidecar = json.loads(file.with_suffix(".json").read_text())
+    return np.load(file), sidecar["ids"], sidecar["splits"], sidecar["labels"]
 
 
 def read_parquet(file: Path) -> tuple[np.ndarray, list[str], list[str], list[list[int]]]:
     table = pd.read_parquet(file)
     features = np.stack(table["features"].tolist())
-    return features, table["id"].tolist(), table["split"].tolist(), [own.tolist() for own in table["labels"]]
+    return features, table["id"].tolist(), table["split"].tolist(), [labels.tolist() for labels in table["labels"]]
 
 
 def read_safetensors(file: Path) -> tuple[np.ndarray, list[str], list[str], list[list[int]]]:
     from safetensors import safe_open
 
     with safe_open(file, framework="np") as opened:
-        beside = {key: json.loads(value) for key, value in opened.metadata().items()}
-    return load_file(file)["features"].numpy(), beside["ids"], beside["splits"], beside["labels"]
+        metadata = {key: json.loads(value) for key, value in opened.metadata().items()}
+    return load_file(file)["features"].numpy(), metadata["ids"], metadata["splits"], metadata["labels"]
 
 
 READERS = (read_h5, read_npy, read_parquet, read_safetensors)
@@ -108,7 +108,7 @@ def test_any_library_reads_an_export(
     np.testing.assert_array_equal(found, features.astype(np.float16))
     assert ids == [sample.id for sample in manifest.samples]
     assert splits == [sample.split for sample in manifest.samples]
-    assert [tuple(own) for own in labels] == [sample.labels for sample in manifest.samples]
+    assert [tuple(sample_labels) for sample_labels in labels] == [sample.labels for sample in manifest.samples]
 
 
 def test_bfloat16_is_bfloat16_to_torch(manifest: Manifest, tmp_path: Path) -> None:
@@ -121,7 +121,7 @@ def test_bfloat16_is_bfloat16_to_torch(manifest: Manifest, tmp_path: Path) -> No
 def write_h5(file: Path, features: np.ndarray, ids: list[str]) -> None:
     with h5py.File(file, "w") as opened:
         opened.create_dataset("features", data=features, compression="gzip")
-        opened.create_dataset("ids", data=[each.encode() for each in ids])
+        opened.create_dataset("ids", data=[sample_id.encode() for sample_id in ids])
 
 
 def write_npy(file: Path, features: np.ndarray, ids: list[str]) -> None:
@@ -147,7 +147,7 @@ def write_metadata(file: Path, features: np.ndarray, ids: list[str]) -> None:
     save_file({"features": features, "other": np.zeros(3)}, file, {"ids": json.dumps(ids)})
 
 
-def write_beside(file: Path, features: np.ndarray, ids: list[str]) -> None:
+def write_sidecar(file: Path, features: np.ndarray, ids: list[str]) -> None:
     save_file({"features": features}, file)
     file.with_suffix(".json").write_text(json.dumps({"ids": ids}))
 
@@ -159,7 +159,7 @@ WRITERS: dict[Callable[[Path, np.ndarray, list[str]], None], str] = {
     write_lists: ".parquet",
     write_columns: ".parquet",
     write_metadata: ".safetensors",
-    write_beside: ".safetensors",
+    write_sidecar: ".safetensors",
 }
 
 
@@ -191,8 +191,8 @@ def test_features_from_elsewhere_are_joined_by_id(
     assert cache.identity["encoder"]["modality"] == "image"
     options = "--dataset toy --name clip-vit --modality media --store-dtype same --max-failures 0.05"
     assert cache.provenance["command"] == f"diffalign cache import {file.name} {options}"
-    table = load(manifest, {"image": cache}, "train", torch.device("cpu"), "mean")
-    rows = [int(each.rsplit("/")[1]) for each in table.ids]
+    table = load_split(manifest, {"image": cache}, "train", torch.device("cpu"), "mean")
+    rows = [int(sample_id.rsplit("/")[1]) for sample_id in table.ids]
     assert rows == [row for row, sample in enumerate(manifest.samples) if sample.split == "train" and row not in failed]
     np.testing.assert_array_equal(table.columns["image"].numpy(), features[rows])
 
@@ -237,7 +237,7 @@ def test_numbers_too_large_for_the_store_are_failures_up_to_the_share(manifest: 
         run(0.5)
 
 
-def test_an_import_completes_what_was_begun_and_takes_back_only_its_own(manifest: Manifest, tmp_path: Path) -> None:
+def test_an_import_completes_a_cache_and_removes_only_a_cache_that_it_has_started(manifest: Manifest, tmp_path: Path) -> None:
     home = tmp_path / "home"
     features = np.random.default_rng(6).normal(size=(NUM, 4)).astype(np.float32)
     path = make_cache(home, manifest, features, shard_rows=512)
@@ -248,9 +248,9 @@ def test_an_import_completes_what_was_begun_and_takes_back_only_its_own(manifest
         assert isinstance(rows, h5py.Dataset)
         good = rows[5]
         rows[5] = 7.0
-    for where in (tmp_path / "other", tmp_path / "fresh"):
+    for target_home in (tmp_path / "other", tmp_path / "fresh"):
         with pytest.raises(ValueError, match=r"out.h5 is damaged: rows 0 to \d+ are not those that were exported"):
-            import_features(file, where)
+            import_features(file, target_home)
     assert info(other)["shards"] == {"committed": 1, "total": 2}
     assert not list((tmp_path / "fresh").rglob("zarr.json"))
     with h5py.File(file, "r+") as opened:
@@ -259,7 +259,7 @@ def test_an_import_completes_what_was_begun_and_takes_back_only_its_own(manifest
     assert open_cache(other).read(["ä/00005"]).tolist() == open_cache(path).read(["ä/00005"]).tolist()
 
 
-def test_what_cannot_be_exported_is_refused(manifest: Manifest, tmp_path: Path) -> None:
+def test_an_export_that_cannot_be_made_is_refused(manifest: Manifest, tmp_path: Path) -> None:
     home = tmp_path / "home"
     path = make_cache(home, manifest, np.ones((NUM, 2), np.float32))
     with pytest.raises(ValueError, match=r"choose one of: \.h5, \.hdf5, \.npy, \.parquet, \.safetensors"):
@@ -304,7 +304,7 @@ def test_caches_are_found_by_encoder_folder_and_fingerprint(manifest: Manifest, 
             find_cache(home, manifest, name)
 
 
-def test_a_parquet_of_large_row_groups_is_read_in_pieces(manifest: Manifest, tmp_path: Path) -> None:
+def test_a_parquet_of_large_row_groups_is_read_in_batches(manifest: Manifest, tmp_path: Path) -> None:
     file = tmp_path / "theirs.parquet"
     features = np.random.default_rng(8).normal(size=(NUM, 5)).astype(np.float32)
     write_lists(file, features, [sample.id for sample in manifest.samples])

@@ -1,4 +1,4 @@
-"""Export and import within limits: memory that the number of rows does not change, and disks that are full."""
+"""Export and import need the same memory for any number of rows, and survive a full disk."""
 
 from __future__ import annotations
 
@@ -22,38 +22,43 @@ from pipeline.cache.transfer import export_cache, import_features
 SUFFIXES = (".h5", ".npy", ".parquet", ".safetensors")
 
 
-def peak(work: Callable[[], object]) -> int:
-    """Bytes that Python, NumPy and Arrow hold at most while something runs, whatever other tests have left to the collector."""
+def peak_bytes(function: Callable[[], object]) -> int:
+    """Return the largest number of bytes that Python, NumPy and Arrow hold while a function runs.
+
+    Garbage that other tests have left is not counted.
+    """
     gc.collect()
     gc.freeze()
-    pool, usual = pa.proxy_memory_pool(pa.system_memory_pool()), pa.default_memory_pool()
+    pool, default_pool = pa.proxy_memory_pool(pa.system_memory_pool()), pa.default_memory_pool()
     pa.set_memory_pool(pool)
     tracemalloc.start()
-    work()
-    found = tracemalloc.get_traced_memory()[1]
+    function()
+    traced_peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    pa.set_memory_pool(usual)
+    pa.set_memory_pool(default_pool)
     gc.unfreeze()
-    return found + (pool.max_memory() or 0)
+    return traced_peak + (pool.max_memory() or 0)
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
 def test_memory_does_not_grow_with_the_rows(tmp_path: Path, suffix: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipeline.cache.exchange.BLOCK_BYTES", 2**19)
+    monkeypatch.setattr("pipeline.cache.exchange.EXCHANGE_BLOCK_BYTES", 2**19)
     manifest = make_manifest(tmp_path, 200)
     peaks = []
-    for texts in (10, 40):  # of each sample: 2 and 8 MiB of features
+    for texts in (10, 40):  # texts per sample: 2 and 8 MiB of features
         features = np.random.default_rng(0).normal(size=(200 * texts, 512)).astype(np.float32)
         offsets = np.arange(0, 200 * texts + 1, texts)
         path = make_cache(tmp_path, manifest, features, offsets=offsets, name=f"toy{texts}", shard_rows=512)
         file = tmp_path / f"{texts}{suffix}"
-        peaks.append((peak(partial(export_cache, path, file)), peak(partial(import_features, file, tmp_path / "other"))))
+        peaks.append(
+            (peak_bytes(partial(export_cache, path, file)), peak_bytes(partial(import_features, file, tmp_path / "other")))
+        )
     for few, many in zip(*peaks, strict=True):
         assert many < few + 2**20
 
 
 def test_joining_by_id_needs_no_memory_for_the_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipeline.cache.exchange.BLOCK_BYTES", 2**20)
+    monkeypatch.setattr("pipeline.cache.exchange.EXCHANGE_BLOCK_BYTES", 2**20)
     monkeypatch.setattr("pipeline.cache.layout.SHARD_ROWS", 512)
     peaks = []
     for num in (1_000, 4_000):
@@ -63,15 +68,15 @@ def test_joining_by_id_needs_no_memory_for_the_whole(tmp_path: Path, monkeypatch
         features = np.random.default_rng(0).normal(size=(num, 1024)).astype(np.float32)
         np.save(tmp_path / "theirs.npy", features[order])
         (tmp_path / "theirs.txt").write_text("\n".join(manifest.samples[row].id for row in order))
-        peaks.append(peak(partial(import_features, tmp_path / "theirs.npy", home, dataset="toy", name="x")))
+        peaks.append(peak_bytes(partial(import_features, tmp_path / "theirs.npy", home, dataset="toy", name="x")))
         cache = find_cache(home, manifest, "x")
         np.testing.assert_array_equal(cache.read([sample.id for sample in manifest.samples]), features)
-    assert peaks[1] - peaks[0] < 3_000 * 1024  # a quarter of the features that came on top, for ids and manifest
+    assert peaks[1] - peaks[0] < 3_000 * 1024  # a quarter of the additional features; ids and the manifest need it
 
 
 @contextmanager
 def full_disk(num_bytes: int) -> Iterator[None]:
-    """No file may grow beyond this size."""
+    """Let no file grow beyond this size."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, limits[1]))
     try:

@@ -1,4 +1,4 @@
-"""Splits larger than memory: a window at a time, with the same samples and columns, and with the same bits each time."""
+"""Splits larger than memory: read in windows, with the samples and columns of a table, and the same bits each time."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers.tiny_heads import SMALL, caches_by_key
+from helpers.tiny_heads import SMALL_SETTINGS, caches_by_key
 
 from pipeline.cache import Cache, streaming
 from pipeline.cache.reader import find_cache
-from pipeline.cache.streaming import StreamedFeatures, open_rows, sample_bytes
-from pipeline.cache.table import FeatureTable, load, ordered, shuffled
+from pipeline.cache.streaming import StreamedFeatures, bytes_per_sample, open_split
+from pipeline.cache.table import FeatureTable, load_split, ordered_batches, shuffled_batches
 from pipeline.data.manifest import Manifest
 from pipeline.evaluation.evaluate import evaluate
 from pipeline.extraction.extract import ExtractOptions, extract
 from pipeline.runtime.executor import num_processes
 from pipeline.runtime.runs import RunFolder
 from pipeline.training.features import open_features
-from pipeline.training.heads import plan_head, plan_head_on, resolve_settings, train_head
+from pipeline.training.heads import plan_head, plan_head_on, resolve_head_settings, train_head
 from pipeline.training.joint.finetune import resolve_joint_settings as resolve_joint
 from pipeline.training.state import TrainState
 
@@ -33,8 +33,8 @@ CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
-def world(tiny_manifest: Manifest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Manifest, dict[str, Cache]]:
-    """`tiny` with two texts per sample, but for one that has none, and a picture that cannot be decoded."""
+def tiny_caches(tiny_manifest: Manifest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Manifest, dict[str, Cache]]:
+    """Return `tiny` and its caches: two texts per sample, one sample without text, and one image that cannot be decoded."""
     home, media = tmp_path_factory.mktemp("windows"), tmp_path_factory.mktemp("windows_media")
     for file in tiny_manifest.media_root.iterdir():
         (media / file.name).write_bytes(b"" if file.stem == "blue-2" else file.read_bytes())
@@ -46,16 +46,16 @@ def world(tiny_manifest: Manifest, tmp_path_factory: pytest.TempPathFactory) -> 
     caches = {}
     for key, width in (("image", "16"), ("text", "12")):
         settings = {"modality": key, "width": width}
-        path = extract(manifest, "random_projection", settings, home, effort=ExtractOptions(progress=False, max_failures=0.5))
+        path = extract(manifest, "random_projection", settings, home, options=ExtractOptions(progress=False, max_failures=0.5))
         caches[key] = find_cache(home, manifest, path.name)
     return manifest, caches
 
 
-def windows_of(world: tuple[Manifest, dict[str, Cache]], aggregate: str, window: int) -> StreamedFeatures:
-    manifest, caches = world
-    rows = open_rows(manifest, caches, "train", CPU, aggregate, window)
-    assert isinstance(rows, StreamedFeatures)
-    return rows
+def windows_of(tiny_caches: tuple[Manifest, dict[str, Cache]], aggregate: str, window: int) -> StreamedFeatures:
+    manifest, caches = tiny_caches
+    source = open_split(manifest, caches, "train", CPU, aggregate, window)
+    assert isinstance(source, StreamedFeatures)
+    return source
 
 
 def by_id(ids: dict[int, str], batches: list[dict[str, torch.Tensor]]) -> dict[str, dict[str, torch.Tensor]]:
@@ -68,16 +68,16 @@ def by_id(ids: dict[int, str], batches: list[dict[str, torch.Tensor]]) -> dict[s
 
 
 @pytest.mark.parametrize("aggregate", ["mean", "first", "random"])
-def test_a_window_of_the_whole_split_has_the_batches_of_a_table(world: Any, aggregate: str) -> None:
-    manifest, caches = world
-    table = load(manifest, caches, "train", CPU, aggregate)
-    small = windows_of(world, aggregate, 8)
+def test_a_window_of_the_whole_split_has_the_batches_of_a_table(tiny_caches: Any, aggregate: str) -> None:
+    manifest, caches = tiny_caches
+    table = load_split(manifest, caches, "train", CPU, aggregate)
+    small = windows_of(tiny_caches, aggregate, 8)
     whole = replace(small, window=len(table))
     assert (whole.ids, whole.excluded) == (table.ids, table.excluded)
     assert torch.equal(whole.label, table.label)
     for epoch in range(3):
-        expected = list(shuffled(table, 5, seed=1)(epoch))
-        found = list(shuffled(whole, 5, seed=1)(epoch))
+        expected = list(shuffled_batches(table, 5, seed=1)(epoch))
+        found = list(shuffled_batches(whole, 5, seed=1)(epoch))
         assert len(found) == len(expected) == 4
         for one, other in zip(found, expected, strict=True):
             assert one.keys() == other.keys()
@@ -87,36 +87,39 @@ def test_a_window_of_the_whole_split_has_the_batches_of_a_table(world: Any, aggr
 
 @pytest.mark.parametrize("aggregate", ["mean", "random"])
 @pytest.mark.parametrize("window", [4, 9, 16])
-def test_an_epoch_has_every_sample_once_with_the_columns_of_a_table(world: Any, aggregate: str, window: int) -> None:
-    manifest, caches = world
-    table = load(manifest, caches, "train", CPU, aggregate)
+def test_an_epoch_has_every_sample_once_with_the_columns_of_a_table(tiny_caches: Any, aggregate: str, window: int) -> None:
+    manifest, caches = tiny_caches
+    table = load_split(manifest, caches, "train", CPU, aggregate)
     ids = dict(zip(table.columns["key"].tolist(), table.ids, strict=True))
-    rows = windows_of(world, aggregate, window)
+    source = windows_of(tiny_caches, aggregate, window)
     orders = []
     for epoch in (0, 1, 0):
-        batches = list(shuffled(rows, 4, seed=3)(epoch))
+        batches = list(shuffled_batches(source, 4, seed=3)(epoch))
         assert [len(batch["key"]) for batch in batches] == [4] * (len(table) // 4)  # 23: the last three are left out
-        expected = by_id(ids, list(shuffled(table, 1, seed=3)(epoch)))
+        expected = by_id(ids, list(shuffled_batches(table, 1, seed=3)(epoch)))
         for sample_id, columns in by_id(ids, batches).items():
             for name, value in columns.items():
                 torch.testing.assert_close(value, expected[sample_id][name], rtol=0, atol=1e-6)
         orders.append([batch["key"].tolist() for batch in batches])
     assert orders[0] == orders[2] != orders[1]
-    passes = [torch.cat([batch["key"] for batch in ordered(each, seed=3, batch_size=3)()]) for each in (rows, table)]
+    passes = [
+        torch.cat([batch["key"] for batch in ordered_batches(features, seed=3, batch_size=3)()]) for features in (source, table)
+    ]
     assert torch.equal(*passes)
 
 
-def test_batches_mix_the_samples_of_a_window_and_no_others(world: Any) -> None:
-    manifest, caches = world
-    rows = windows_of(world, "mean", 8)
-    tables = [table.ids for table in rows.windows(2, seed=0, epoch=0)]
-    assert sorted(sum(tables, ())) == sorted(rows.ids)
+def test_batches_mix_the_samples_of_a_window_and_no_others(tiny_caches: Any) -> None:
+    manifest, caches = tiny_caches
+    source = windows_of(tiny_caches, "mean", 8)
+    tables = [table.ids for table in source.windows(2, seed=0, epoch=0)]
+    assert sorted(sum(tables, ())) == sorted(source.ids)
     assert max(len(ids) for ids in tables) == 8
-    place = {sample_id: number for number, sample_id in enumerate(rows.ids)}
-    assert any(max(places) - min(places) > 8 for places in ([place[each] for each in ids] for ids in tables))
-    table = load(manifest, caches, "train", CPU, "mean")
+    position = {sample_id: number for number, sample_id in enumerate(source.ids)}
+    positions_of_tables = [[position[sample_id] for sample_id in ids] for ids in tables]
+    assert any(max(positions) - min(positions) > 8 for positions in positions_of_tables)
+    table = load_split(manifest, caches, "train", CPU, "mean")
     ids = dict(zip(table.columns["key"].tolist(), table.ids, strict=True))
-    batches = shuffled(rows, 2, seed=0)(0)
+    batches = shuffled_batches(source, 2, seed=0)(0)
     for window in tables:
         seen = [ids[key] for _ in range(len(window) // 2) for key in next(batches)["key"].tolist()]
         assert set(seen) <= set(window)
@@ -124,42 +127,42 @@ def test_batches_mix_the_samples_of_a_window_and_no_others(world: Any) -> None:
     assert next(batches, None) is None
 
 
-def test_two_windows_are_in_memory_and_no_more(world: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_windows_are_in_memory_and_no_more(tiny_caches: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     alive: weakref.WeakSet[Any] = weakref.WeakSet()
-    gather = streaming.gather
+    read_table = streaming.read_table
 
-    def counted(*arguments: Any) -> FeatureTable:
-        table = gather(*arguments)
+    def read_and_count(*arguments: Any) -> FeatureTable:
+        table = read_table(*arguments)
         assert len(table) <= 4
         alive.add(table.columns["image"])
         return table
 
-    rows = windows_of(world, "mean", 4)
-    monkeypatch.setattr(streaming, "gather", counted)
-    for batches in (shuffled(rows, 2, seed=0)(0), ordered(rows, seed=0)()):
+    source = windows_of(tiny_caches, "mean", 4)
+    monkeypatch.setattr(streaming, "read_table", read_and_count)
+    for batches in (shuffled_batches(source, 2, seed=0)(0), ordered_batches(source, seed=0)()):
         assert max(len(alive) for _ in batches) <= 2
 
 
-def test_a_reader_that_fails_or_is_left_alone_ends(world: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    rows = windows_of(world, "mean", 4)
-    next(shuffled(rows, 2, seed=0)(0))  # and no more of it
-    monkeypatch.setattr(streaming, "gather", lambda *_: (_ for _ in ()).throw(ValueError("features is damaged")))
+def test_a_reader_that_fails_or_is_abandoned_ends(tiny_caches: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = windows_of(tiny_caches, "mean", 4)
+    next(shuffled_batches(source, 2, seed=0)(0))  # the rest is not read
+    monkeypatch.setattr(streaming, "read_table", lambda *_: (_ for _ in ()).throw(ValueError("features is damaged")))
     with pytest.raises(ValueError, match="features is damaged"):
-        list(shuffled(rows, 2, seed=0)(0))
+        list(shuffled_batches(source, 2, seed=0)(0))
 
 
-def trained(home: Path, method: str, **training: Any) -> RunFolder:
-    settings, config = resolve_settings(
-        "tiny", method, "head", SMALL.get(method, {}), {"epochs": 3, "batch_size": 8, **training}
+def train(home: Path, method: str, **training: Any) -> RunFolder:
+    settings, config = resolve_head_settings(
+        "tiny", method, "head", SMALL_SETTINGS.get(method, {}), {"epochs": 3, "batch_size": 8, **training}
     )
     return train_head(plan_head(home, "tiny", method, settings, config, 0, caches_by_key(home)), progress=False)
 
 
-def interrupted(save: Callable[[TrainState], None]) -> Callable[[TrainState], None]:
-    """Save, and stop there."""
+def interrupt_after(save: Callable[[TrainState], None]) -> Callable[[TrainState], None]:
+    """Return a `save` that raises KeyboardInterrupt after saving."""
 
-    def save_and_stop(lane: TrainState) -> None:
-        save(lane)
+    def save_and_stop(state: TrainState) -> None:
+        save(state)
         raise KeyboardInterrupt
 
     return save_and_stop
@@ -170,21 +173,21 @@ def test_runs_over_windows_repeat_their_bits_and_predict_as_a_table_does(
     tiny_home: Path, tmp_path: Path, method: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     home = Path(shutil.copytree(tiny_home, tmp_path / "one"))
-    undisturbed = trained(home, method, window=9)
+    uninterrupted = train(home, method, window=9)
     home = Path(shutil.copytree(tiny_home, tmp_path / "other"))
     monkeypatch.setattr("pipeline.training.loop.STATE_SECONDS", -math.inf)
     with monkeypatch.context() as patch:
-        patch.setattr(TrainState, "save", interrupted(TrainState.save))
+        patch.setattr(TrainState, "save", interrupt_after(TrainState.save))
         with pytest.raises(KeyboardInterrupt):
-            trained(home, method, window=9)
-    run = trained(home, method, window=9)
+            train(home, method, window=9)
+    run = train(home, method, window=9)
     assert run.config().training["window"] == 9
-    assert (run.path / "checkpoint.safetensors").read_bytes() == (undisturbed.path / "checkpoint.safetensors").read_bytes()
+    assert (run.path / "checkpoint.safetensors").read_bytes() == (uninterrupted.path / "checkpoint.safetensors").read_bytes()
     record = evaluate(home, run, "test", {})
     with np.load(run.path / "predictions-test.npz") as arrays:
         windowed = dict(arrays)
     (run.path / "metrics.json").unlink()
-    monkeypatch.setattr("pipeline.evaluation.evaluate.open_rows", lambda *arguments: load(*arguments[:5]))
+    monkeypatch.setattr("pipeline.evaluation.evaluate.open_split", lambda *arguments: load_split(*arguments[:5]))
     assert evaluate(home, run, "test", {})["metrics"] == record["metrics"]
     with np.load(run.path / "predictions-test.npz") as arrays:
         for key, value in arrays.items():
@@ -196,10 +199,10 @@ def test_runs_over_windows_repeat_their_bits_and_predict_as_a_table_does(
 
 def test_features_that_do_not_fit_are_read_in_windows(tiny_home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     features = open_features(tiny_home, "tiny", "ema", caches_by_key(tiny_home))
-    settings, training = resolve_settings("tiny", "ema", "head", {}, {"batch_size": 4})
-    assert sample_bytes(features.caches, "mean") == 4 * (32 + 24)
+    settings, training = resolve_head_settings("tiny", "ema", "head", {}, {"batch_size": 4})
+    assert bytes_per_sample(features.caches, "mean") == 4 * (32 + 24)
     assert features.num_bytes == 40 * 4 * (32 + 24)
-    assert sample_bytes(features.caches, "random") == 4 * (32 + 2 * 24)  # the mean, and every text: one each
+    assert bytes_per_sample(features.caches, "random") == 4 * (32 + 2 * 24)  # the mean, and every text: here one per sample
     assert plan_head_on(features, "ema", settings, training, 0).training.window == 0
     monkeypatch.setattr(streaming, "total_bytes", lambda device: 2 * features.num_bytes)
     assert plan_head_on(features, "ema", settings, training, 0).training.window == 0
@@ -219,8 +222,8 @@ def test_processes_are_as_many_as_memory_holds(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_joint_training_has_no_windows(tiny_home: Path, tmp_path: Path) -> None:
-    run = trained(Path(shutil.copytree(tiny_home, tmp_path / "home")), "baseline")
+    run = train(Path(shutil.copytree(tiny_home, tmp_path / "home")), "baseline")
     with pytest.raises(ValueError, match="joint training keeps the features in memory: it takes no window"):
         resolve_joint(run, {"window": 4096})
     with pytest.raises(ValueError, match="nor a head that was trained with one"):
-        resolve_joint(trained(tmp_path / "home", "baseline", window=9), {})
+        resolve_joint(train(tmp_path / "home", "baseline", window=9), {})

@@ -1,4 +1,4 @@
-"""The command line: results on stdout, one line with the remedy on stderr, exit codes 0 and 2."""
+"""Tests of the command line: results on stdout, one line with the remedy on stderr, exit codes 0 and 2."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 from helpers.command_line import run
-from helpers.tiny_heads import FAST, SMALL, caches_by_key
+from helpers.tiny_heads import FAST_TRAINING, SMALL_SETTINGS, caches_by_key
 
 from pipeline.commands import doctor
 from pipeline.data.manifest import Manifest
@@ -21,15 +21,15 @@ from pipeline.runtime import plugins
 
 @pytest.fixture
 def home(tiny_home: Path, tmp_path: Path) -> Path:
-    """A copy of the tiny home that may be written to."""
+    """Return a copy of the tiny home that may be written to."""
     return Path(shutil.copytree(tiny_home, tmp_path / "home"))
 
 
 def train_arguments(home: Path, method: str) -> list[str]:
-    """A small train-head command on the tiny dataset."""
+    """Return the arguments of a small train-head command on the tiny dataset."""
     keys = caches_by_key(home)
-    settings = [f"--set={key}={value}" for key, value in SMALL[method].items()]
-    training = [f"--train={key}={value}" for key, value in FAST.items()]
+    settings = [f"--set={key}={value}" for key, value in SMALL_SETTINGS[method].items()]
+    training = [f"--train={key}={value}" for key, value in FAST_TRAINING.items()]
     caches = ["--image", keys["image"], "--text", keys["text"]]
     return ["train-head", "--dataset", "tiny", "--method", method, "--home", str(home), *caches, *settings, *training]
 
@@ -147,17 +147,19 @@ def test_an_unwritable_home_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys:
     assert printed.count("\n") == 1
 
 
-def test_doctor_foresees_a_full_disk(tiny_manifest: Manifest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    room = doctor.encoder_finding(tmp_path, tiny_manifest, "random_projection")
-    assert room.good
-    assert room.what == "encoder random_projection: a cache of 40 x (32,) takes 0 MiB"
+def test_doctor_reports_a_disk_that_would_become_full(
+    tiny_manifest: Manifest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    enough = doctor.check_encoder(tmp_path, tiny_manifest, "random_projection")
+    assert enough.is_ok
+    assert enough.subject == "encoder random_projection: a cache of 40 x (32,) takes 0 MiB"
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=60))
-    full = doctor.encoder_finding(tmp_path, tiny_manifest, "random_projection")
-    assert not full.good
+    full = doctor.check_encoder(tmp_path, tiny_manifest, "random_projection")
+    assert not full.is_ok
     assert full.remedy == "2,500 bytes are lacking: choose another disk with --home"
-    lacking = doctor.encoder_finding(tmp_path, tiny_manifest, "frames")
-    assert not lacking.good
-    assert "has image media" in lacking.remedy
+    unsuitable = doctor.check_encoder(tmp_path, tiny_manifest, "frames")
+    assert not unsuitable.is_ok
+    assert "has image media" in unsuitable.remedy
 
 
 def test_doctor_names_the_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -167,22 +169,24 @@ def test_doctor_names_the_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert any(line.startswith("ok   torch ") for line in lines)
 
 
-def test_doctor_tells_a_package_that_is_too_old_and_looks_no_further(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_doctor_reports_an_old_package_and_skips_the_checks_that_need_packages(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     version = importlib.metadata.version
     monkeypatch.setattr(importlib.metadata, "version", lambda name: "2.9" if name == "zarr" else version(name))
-    lines = [str(finding) for finding in doctor.findings(tmp_path, "openmoji")]
+    lines = [str(finding) for finding in doctor.run_checks(tmp_path, "openmoji")]
     assert [line for line in lines if line.startswith("BAD")] == ["BAD  zarr 2.9: zarr>=3.1 is needed; run: make setup"]
     assert not any("device" in line for line in lines)
 
 
-def test_doctor_goes_on_after_a_damaged_cache(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_doctor_checks_the_other_caches_after_a_damaged_one(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     caches = sorted((home / "caches" / "tiny").iterdir())
     (caches[0] / "zarr.json").write_text("{")
     monkeypatch.setattr(
         plugins, "get", lambda kind, name: SimpleNamespace(build=lambda spec, root: SimpleNamespace(samples=()))
     )
-    monkeypatch.setattr("pipeline.data.manifest.load_spec", lambda name: {"encoders": {}})
-    lines = [str(finding) for finding in doctor.findings(home, "tiny")][-len(caches) :]
+    monkeypatch.setattr("pipeline.data.spec.load_spec", lambda name: {"encoders": {}})
+    lines = [str(finding) for finding in doctor.run_checks(home, "tiny")][-len(caches) :]
     assert lines[0].startswith(f"BAD  cache {caches[0].name} is damaged: ")
     assert all(line.startswith("ok   cache") for line in lines[1:])
 

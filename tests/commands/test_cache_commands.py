@@ -1,4 +1,4 @@
-"""The cache commands: results on stdout, mistakes in one line with exit code 2, and nothing is removed but a cache."""
+"""Tests of the cache commands: results on stdout, errors in one line with exit code 2, and `rm` removes only caches."""
 
 from __future__ import annotations
 
@@ -21,24 +21,24 @@ from pipeline.runtime.files import lock
 
 @pytest.fixture
 def home(tiny_home: Path, tmp_path: Path) -> Path:
-    """A copy of the tiny home that may be written to."""
+    """Return a copy of the tiny home that may be written to."""
     return Path(shutil.copytree(tiny_home, tmp_path / "home"))
 
 
 @pytest.fixture
 def caches(home: Path) -> dict[str, Path]:
-    """The caches of the tiny home by modality."""
+    """Return the caches of the tiny home by modality."""
     return {info(path)["identity"]["encoder"]["modality"]: path for path in find_caches(home, "tiny")}
 
 
-def answer(arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> str:
-    """What a command that must succeed prints."""
+def run_and_read(arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> str:
+    """Run a command that must succeed, and return what it prints on stdout."""
     assert run(arguments, monkeypatch) == 0
     return capsys.readouterr().out
 
 
-def complaint(arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> str:
-    """The line of a command that must fail."""
+def run_and_read_error(arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> str:
+    """Run a command that must fail, and return its line on stderr."""
     assert run(arguments, monkeypatch) == 2
     printed = capsys.readouterr()
     assert printed.out == ""
@@ -46,10 +46,10 @@ def complaint(arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pyt
     return printed.err
 
 
-def test_ls_shows_whole_begun_and_damaged_caches(
+def test_ls_shows_complete_incomplete_and_damaged_caches(
     home: Path, caches: dict[str, Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    lines = json.loads(answer(["cache", "ls", "--home", str(home), "--json"], monkeypatch, capsys))
+    lines = json.loads(run_and_read(["cache", "ls", "--home", str(home), "--json"], monkeypatch, capsys))
     assert sorted(line["name"] for line in lines) == sorted(path.name for path in caches.values())
     for line in lines:
         assert (line["dataset"], line["encoder"], line["complete"]) == ("tiny", "random_projection", True)
@@ -60,43 +60,47 @@ def test_ls_shows_whole_begun_and_damaged_caches(
         )
     (caches["image"] / "commits" / "00000.json").unlink()
     (caches["text"] / "zarr.json").write_text("{")
-    begun, damaged = (next(line for line in ls(home) if line["name"] == caches[key].name) for key in ("image", "text"))
-    assert (begun["complete"], begun["problem"]) == (False, "")
+    incomplete, damaged = (next(line for line in ls(home) if line["name"] == caches[key].name) for key in ("image", "text"))
+    assert (incomplete["complete"], incomplete["problem"]) == (False, "")
     assert damaged["complete"] is False
     assert "zarr.json is damaged" in damaged["problem"]
-    table = answer(["cache", "ls", "--home", str(home)], monkeypatch, capsys)
+    table = run_and_read(["cache", "ls", "--home", str(home)], monkeypatch, capsys)
     assert len(table.splitlines()) == 3
-    assert "no caches in" in answer(["cache", "ls", "--home", str(home / "none")], monkeypatch, capsys)
+    assert "no caches in" in run_and_read(["cache", "ls", "--home", str(home / "none")], monkeypatch, capsys)
 
 
 def test_stats_and_drift_print_their_results(
     home: Path, caches: dict[str, Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    found = json.loads(answer(["cache", "stats", str(caches["image"]), "--threshold", "0.5", "--json"], monkeypatch, capsys))
+    found = json.loads(
+        run_and_read(["cache", "stats", str(caches["image"]), "--threshold", "0.5", "--json"], monkeypatch, capsys)
+    )
     assert found["rows"] == 40
     assert found["near_duplicates"]["threshold"] == 0.5
-    lines = answer(["cache", "stats", str(caches["image"])], monkeypatch, capsys)
+    lines = run_and_read(["cache", "stats", str(caches["image"])], monkeypatch, capsys)
     assert f"norms.max: {found['norms']['max']}" in lines.splitlines()
-    found = json.loads(answer(["cache", "drift", *[str(caches["text"])] * 2, "--top", "2", "--json"], monkeypatch, capsys))
+    found = json.loads(
+        run_and_read(["cache", "drift", *[str(caches["text"])] * 2, "--top", "2", "--json"], monkeypatch, capsys)
+    )
     assert found["min"] == pytest.approx(1.0, abs=1e-12)
     assert len(found["moved"]) == 2
-    assert "percentiles.50: " in answer(["cache", "drift", *[str(caches["text"])] * 2], monkeypatch, capsys)
+    assert "percentiles.50: " in run_and_read(["cache", "drift", *[str(caches["text"])] * 2], monkeypatch, capsys)
 
 
-def test_export_and_import_bring_a_cache_home(
+def test_export_and_import_reproduce_a_cache(
     home: Path, caches: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for suffix in (".h5", ".npy", ".parquet", ".safetensors"):
         for path in caches.values():
             file = tmp_path / f"{path.name}{suffix}"
-            assert answer(["cache", "export", str(path), str(file)], monkeypatch, capsys) == f"file: {file}\n"
+            assert run_and_read(["cache", "export", str(path), str(file)], monkeypatch, capsys) == f"file: {file}\n"
             arguments = ["cache", "import", str(file), "--home", str(tmp_path / suffix), "--json"]
-            done = json.loads(answer(arguments, monkeypatch, capsys))
+            done = json.loads(run_and_read(arguments, monkeypatch, capsys))
             assert Path(done["path"]) == tmp_path / suffix / path.relative_to(home)
             assert (done["samples"], done["failed"], done["unknown"]) == (40, 0, 0)
             shard = Path("features", "c", "0", "0")
             assert (Path(done["path"]) / shard).read_bytes() == (path / shard).read_bytes()
-            assert "every shard agrees" in answer(["cache", "verify", done["path"]], monkeypatch, capsys)
+            assert "every shard agrees" in run_and_read(["cache", "verify", done["path"]], monkeypatch, capsys)
 
 
 def test_a_head_trains_on_features_computed_elsewhere(
@@ -112,29 +116,33 @@ def test_a_head_trains_on_features_computed_elsewhere(
     np.save(tmp_path / "theirs.npy", features)
     (tmp_path / "theirs.txt").write_text("\n".join(ids))
     arguments = ["cache", "import", str(tmp_path / "theirs.npy"), "--dataset", "tiny", "--name", "theirs", "--home", str(home)]
-    answer(arguments, monkeypatch, capsys)
+    run_and_read(arguments, monkeypatch, capsys)
     train = ["train-head", "--dataset", "tiny", "--method", "baseline", "--image", "theirs", "--home", str(home), "--json"]
-    printed = answer([*train, "--text", "random_projection", "--train=epochs=30", "--train=lr=0.1"], monkeypatch, capsys)
+    printed = run_and_read([*train, "--text", "random_projection", "--train=epochs=30", "--train=lr=0.1"], monkeypatch, capsys)
     assert json.loads(printed)[0]["acc1"] == 100.0
 
 
-def test_rm_says_what_it_would_do_and_does_it_when_told(
+def test_rm_removes_a_cache_only_with_yes(
     home: Path, caches: dict[str, Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = caches["image"]
     files = [file for file in path.rglob("*") if file.is_file()]
-    told = json.loads(answer(["cache", "rm", str(path), "--json"], monkeypatch, capsys))
+    planned = json.loads(run_and_read(["cache", "rm", str(path), "--json"], monkeypatch, capsys))
     size = sum(file.stat().st_size for file in files)
-    assert told == {"path": str(path), "files": len(files), "bytes": size, "removed": False}
-    assert "would remove" in answer(["cache", "rm", str(path)], monkeypatch, capsys)
+    assert planned == {"path": str(path), "files": len(files), "bytes": size, "removed": False}
+    assert "would remove" in run_and_read(["cache", "rm", str(path)], monkeypatch, capsys)
     assert path.is_dir()
-    assert answer(["cache", "rm", str(path), "--yes"], monkeypatch, capsys).startswith(f"removed {path}: {len(files)} files")
+    assert run_and_read(["cache", "rm", str(path), "--yes"], monkeypatch, capsys).startswith(
+        f"removed {path}: {len(files)} files"
+    )
     assert find_caches(home, "tiny") == [caches["text"]]
     assert list(path.parent.iterdir()) == [caches["text"]]
-    assert "is not a feature cache; diffalign cache ls" in complaint(["cache", "rm", str(path), "--yes"], monkeypatch, capsys)
+    assert "is not a feature cache; diffalign cache ls" in run_and_read_error(
+        ["cache", "rm", str(path), "--yes"], monkeypatch, capsys
+    )
 
 
-def test_rm_takes_nothing_but_a_cache(home: Path, caches: dict[str, Path], tmp_path: Path) -> None:
+def test_rm_removes_only_caches(home: Path, caches: dict[str, Path], tmp_path: Path) -> None:
     path = caches["image"]
     before = sorted(home.rglob("*"))
     (home / "link").symlink_to(home / "caches")
@@ -172,7 +180,7 @@ def test_rm_from_inside_and_of_a_damaged_cache(caches: dict[str, Path], monkeypa
 
 
 @pytest.mark.parametrize("moment", [1, 2, 7])
-def test_a_kill_while_removing_leaves_a_whole_cache_or_none(home: Path, caches: dict[str, Path], moment: int) -> None:
+def test_a_kill_during_rm_leaves_a_complete_cache_or_none(home: Path, caches: dict[str, Path], moment: int) -> None:
     path = caches["image"]
     script = f"""
 import os, signal, sys
@@ -213,7 +221,7 @@ rm(Path({str(path)!r}))
         (["stats", "x", "--threshold", "2"], "Invalid value for '--threshold'"),
     ],
 )
-def test_a_mistake_is_one_line(
+def test_an_error_is_one_line(
     arguments: list[str],
     message: str,
     tmp_path: Path,
@@ -221,4 +229,4 @@ def test_a_mistake_is_one_line(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert message in complaint(["cache", *arguments], monkeypatch, capsys)
+    assert message in run_and_read_error(["cache", *arguments], monkeypatch, capsys)

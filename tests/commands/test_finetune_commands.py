@@ -1,4 +1,4 @@
-"""The commands of stage 3 on the tiny dataset: what they print, what they refuse."""
+"""Tests of the commands of stage 3 on the tiny dataset: what they print, and what they refuse."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from typer.testing import CliRunner
 
 from pipeline.commands.app import app
 from pipeline.data.manifest import Manifest
-from pipeline.studies.ablation import strategies
-from pipeline.training.joint.trainer import JointOptions
+from pipeline.studies.ablation import compare_strategies
+from pipeline.training.joint.plan import JointOptions
 
 
 @pytest.fixture(scope="module")
@@ -27,13 +27,14 @@ def home(prepared: Path, tmp_path: Path) -> Path:
 
 
 def run(*arguments: str) -> str:
+    """Run a command that must succeed, and return what it prints on stdout."""
     result = CliRunner().invoke(app, list(arguments), catch_exceptions=False)
     assert result.exit_code == 0, result.output
     return result.stdout
 
 
 def test_finetune_prints_the_better_run_and_the_weights(home: Path) -> None:
-    init = joint_home.head(home, "baseline", epochs=1)
+    init = joint_home.train_small_head(home, "baseline", epochs=1)
     options = ["--train", "image", "--train", "epochs=4", "--train", "batch_size=8", "--train", "lr=1e-3"]
     common = ["--dataset", "tiny", "--method", "baseline", "--init", str(init.path), "--home", str(home), "--workers", "0"]
     shown = json.loads(run("finetune", *common, *options, "--encoder-lr", "1e-3", "--json"))
@@ -55,16 +56,16 @@ def test_finetune_prints_the_better_run_and_the_weights(home: Path) -> None:
         (["--train", "steps=3"], "unknown setting 'steps'"),
     ],
 )
-def test_what_does_not_fit_is_refused(options: list[str], message: str, home: Path) -> None:
-    init = joint_home.head(home, "baseline", epochs=1)
+def test_options_that_contradict_the_run_are_refused(options: list[str], message: str, home: Path) -> None:
+    init = joint_home.train_small_head(home, "baseline", epochs=1)
     with pytest.raises(ValueError, match=message):
         run("finetune", "--init", str(init.path), "--home", str(home), *options)
 
 
 def test_strategies_are_compared_over_seeds(home: Path) -> None:
     joint, training = {"encoder_lr": 1e-3}, {"epochs": 2, "batch_size": 8}
-    work = JointOptions(workers=0, progress=False)
-    table = strategies(home, "tiny", "ema", "head", [0, 1], joint_home.caches(home), joint, training, work)
+    options = JointOptions(workers=0, progress=False)
+    table = compare_strategies(home, "tiny", "ema", "head", [0, 1], joint_home.caches(home), joint, training, options)
     assert table["strategy"].tolist() == ["freeze both", "train visual", "train both"]
     assert table["acc1"].str.contains(" ± ").all()
     assert table["kept"].iloc[0] == ""

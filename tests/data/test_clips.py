@@ -1,4 +1,4 @@
-"""Frames come from the right moments of every kind of clip; everything that is no whole clip is an error with a reason."""
+"""The right frames of every kind of clip are returned; a file that is not a whole clip is an error with a reason."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ import av
 import numpy as np
 import pytest
 from helpers.encoder_cases import write_animation, write_video
-from helpers.malformed_media import sound
+from helpers.malformed_media import sound_file
 from PIL import Image
 
 from pipeline.data import media
-from pipeline.data.media import open_frames, sampled
+from pipeline.data.media import midpoint_frames, open_frames
 
 GREYS = [16, 38, 60, 82, 104, 126, 148, 170, 192, 214]
 VIDEOS = {"h264.mp4": "libx264", "vp8.webm": "libvpx", "vp9.webm": "libvpx-vp9", "h264.mkv": "libx264", "mpeg4.avi": "mpeg4"}
@@ -30,7 +30,7 @@ def greys(path: Path, num_frames: int) -> list[int]:
 
 
 def write_noise(path: Path, codec: str) -> Path:
-    """Forty frames that do not compress well, so that a cut file still holds some of them."""
+    """Write forty frames of noise, which does not compress well, so that a file that is cut short still holds some of them."""
     with av.open(str(path), mode="w", options={"movflags": "faststart"} if path.suffix == ".mp4" else {}) as container:
         stream = container.add_stream(codec, rate=Fraction(10))
         assert isinstance(stream, av.VideoStream)
@@ -43,10 +43,10 @@ def write_noise(path: Path, codec: str) -> Path:
 
 @pytest.mark.parametrize("length", [1, 2, 7, 10, 97])
 @pytest.mark.parametrize("num_frames", [1, 3, 8, 10])
-def test_frames_are_the_midpoints_of_equal_stretches(num_frames: int, length: int) -> None:
-    """A frame is shown from k to k + 1: which one holds the middle of each stretch?"""
+def test_frames_are_the_midpoints_of_equal_segments(num_frames: int, length: int) -> None:
+    """Frame k is shown from time k to k + 1: find the frame that is shown at the middle of each segment."""
     middles = [Fraction(length, num_frames) * (i + Fraction(1, 2)) for i in range(num_frames)]
-    assert sampled(num_frames, length) == [next(k for k in range(length) if k <= middle < k + 1) for middle in middles]
+    assert midpoint_frames(num_frames, length) == [next(k for k in range(length) if k <= middle < k + 1) for middle in middles]
 
 
 @pytest.mark.parametrize("name", VIDEOS)
@@ -60,11 +60,11 @@ def test_videos(tmp_path: Path, name: str) -> None:
 def test_animations(tmp_path: Path, name: str) -> None:
     path = write_animation(tmp_path / name, GREYS, duration=[20, 500] * 5)
     assert greys(path, 10) == GREYS
-    assert greys(path, 5) == GREYS[1::2]  # every frame counts the same, however long it is shown
+    assert greys(path, 5) == GREYS[1::2]  # frames are counted, their durations do not matter
     assert greys(path, 20) == sorted(2 * GREYS)
 
 
-def test_what_a_file_is_decides_not_its_name(tmp_path: Path) -> None:
+def test_the_content_of_a_file_decides_not_its_name(tmp_path: Path) -> None:
     write_video(tmp_path / "video.webm", "libvpx", GREYS).rename(tmp_path / "video.mp4")
     write_animation(tmp_path / "animation.webp", GREYS).rename(tmp_path / "animation.avi")
     for name in ("video.mp4", "animation.avi"):
@@ -95,7 +95,7 @@ def test_videos_are_turned_upright(tmp_path: Path) -> None:
         container.mux(stream.encode())
     data = (tmp_path / "x.mp4").read_bytes()
     lying, turned = (struct.pack(">9i", *m, 0, 0, 1 << 30) for m in ((65536, 0, 0, 0, 65536, 0), (0, 65536, 0, -65536, 0, 0)))
-    at = data.index(lying, data.index(b"tkhd"))  # the track's matrix: as recorded, and to be turned by 90 degrees clockwise
+    at = data.index(lying, data.index(b"tkhd"))  # replace the matrix of the track: turn by 90 degrees clockwise
     (tmp_path / "x.mp4").write_bytes(data[:at] + turned + data[at + len(turned) :])
     upright = np.asarray(open_frames(tmp_path / "x.mp4", 1)[0])
     assert upright.shape == (64, 32, 3)
@@ -122,15 +122,15 @@ def test_damage_is_found(tmp_path: Path) -> None:
         open_frames(path, 8)
 
 
-def test_sound_is_no_clip(tmp_path: Path) -> None:
-    """Nor is music with a picture of its cover."""
+def test_sound_files_are_not_clips(tmp_path: Path) -> None:
+    """Music with a cover image is not a clip either."""
     for name, with_cover in (("sound.mkv", False), ("music.mp4", True)):
-        sound(tmp_path / name, with_cover)
+        sound_file(tmp_path / name, with_cover)
         with pytest.raises(ValueError, match=rf"^{name}: there is no video in it, but audio"):
             open_frames(tmp_path / name, 2)
 
 
-def test_what_is_no_clip_is_named(tmp_path: Path) -> None:
+def test_errors_name_the_file(tmp_path: Path) -> None:
     (tmp_path / "empty.mp4").touch()
     (tmp_path / "text.webm").write_text("no video")
     (tmp_path / "folder.mp4").mkdir()
@@ -145,7 +145,7 @@ def test_what_is_no_clip_is_named(tmp_path: Path) -> None:
             open_frames(tmp_path / name, 2)
 
 
-def test_clips_without_breadth_are_refused(tmp_path: Path) -> None:
+def test_very_narrow_clips_are_refused(tmp_path: Path) -> None:
     videos = [write_video(tmp_path / "x.avi", "rawvideo", GREYS, (4, 404), "bgr24")]
     Image.new("RGB", (1, 101)).save(tmp_path / "x.webp", lossless=True)
     for path in (*videos, tmp_path / "x.webp"):
@@ -153,9 +153,9 @@ def test_clips_without_breadth_are_refused(tmp_path: Path) -> None:
             open_frames(path, 2)
 
 
-def test_clips_without_end_and_bombs_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_very_long_clips_and_decompression_bombs_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     video, animation = write_video(tmp_path / "x.mkv", "mpeg4", GREYS), write_animation(tmp_path / "x.gif", GREYS)
-    monkeypatch.setattr(media, "FRAME_LIMIT", 9)
+    monkeypatch.setattr(media, "MAX_FRAMES", 9)
     for path in (video, animation):
         with pytest.raises(ValueError, match="more than 9 frames"):
             open_frames(path, 2)
@@ -166,8 +166,8 @@ def test_clips_without_end_and_bombs_are_refused(tmp_path: Path, monkeypatch: py
             open_frames(path, 2)
 
 
-def test_no_damage_goes_unexplained(tmp_path: Path) -> None:
-    """Of 240 files with a bit flipped or the end cut off: whole frames, or a `ValueError` that names the file."""
+def test_damaged_files_give_whole_frames_or_a_reason(tmp_path: Path) -> None:
+    """240 files with one bit flipped or the end cut off give whole frames, or a `ValueError` that names the file."""
     rng = np.random.default_rng(1)
     sources = [write_noise(tmp_path / name, codec) for name, codec in VIDEOS.items()]
     sources += [write_animation(tmp_path / name, GREYS) for name in ("x.gif", "x.webp", "x.png")]

@@ -1,4 +1,4 @@
-"""Fetching: archives are untrusted, half-done work is never taken for done, nothing is done twice."""
+"""Fetching: archives are not trusted, an interrupted fetch is repeated, and a finished one is not."""
 
 from __future__ import annotations
 
@@ -14,33 +14,33 @@ import time
 from pathlib import Path
 
 import pytest
-from helpers.archives import deb, member, tar, tgz
+from helpers.archives import deb, special_member, tar, tgz
 
 from pipeline.data import fetch
 
 HOLDS = "usr/share/openclipart/svg"
 FILES = {f"./{HOLDS}/animals/cat.svg": b"<svg/>", f"./{HOLDS}/dog.svg": b"<svg>dog</svg>", "./usr/share/doc/copyright": b"free"}
-LINK = member(f"./{HOLDS}/kitten.svg", tarfile.SYMTYPE, "animals/cat.svg")
+LINK = special_member(f"./{HOLDS}/kitten.svg", tarfile.SYMTYPE, "animals/cat.svg")
 
 
-def write(path: Path, data: bytes) -> Path:
+def write_file(path: Path, data: bytes) -> Path:
     path.write_bytes(data)
     return path
 
 
-def tree(folder: Path) -> dict[str, bytes]:
+def read_tree(folder: Path) -> dict[str, bytes]:
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 @pytest.mark.parametrize("suffix", [".xz", ".gz", ".zst", ""])
 def test_a_deb_is_unpacked_without_its_links(tmp_path: Path, suffix: str) -> None:
-    archive = write(tmp_path / "a.deb", deb(tar(FILES, [LINK]), suffix))
+    archive = write_file(tmp_path / "a.deb", deb(tar(FILES, [LINK]), suffix))
     folder = fetch.fetch("openclipart", tmp_path / "home", archive)
-    assert folder == fetch.folder("openclipart", tmp_path / "home")
-    found = tree(folder)
-    del found[fetch.RECORD]
+    assert folder == fetch.download_folder("openclipart", tmp_path / "home")
+    found = read_tree(folder)
+    del found[fetch.ARCHIVE_RECORD]
     assert found == {name.removeprefix("./"): content for name, content in FILES.items()}
-    assert fetch.record(folder) == {
+    assert fetch.read_archive_record(folder) == {
         "archive": "a.deb",
         "bytes": archive.stat().st_size,
         "sha256": hashlib.sha256(archive.read_bytes()).hexdigest(),
@@ -52,13 +52,13 @@ def test_a_deb_is_unpacked_without_its_links(tmp_path: Path, suffix: str) -> Non
 
 
 def test_fetching_again_does_nothing_and_another_archive_is_an_error(tmp_path: Path) -> None:
-    archive = write(tmp_path / "a.deb", deb(tar(FILES)))
+    archive = write_file(tmp_path / "a.deb", deb(tar(FILES)))
     folder = fetch.fetch("openclipart", tmp_path, archive)
     (folder / "mine").write_text("kept")
     assert fetch.fetch("openclipart", tmp_path, archive) == folder
     assert fetch.fetch("openclipart", tmp_path) == folder
     assert (folder / "mine").read_text() == "kept"
-    other = write(tmp_path / "b.deb", deb(tar({**FILES, "./more": b""})))
+    other = write_file(tmp_path / "b.deb", deb(tar({**FILES, "./more": b""})))
     with pytest.raises(ValueError, match=r"another archive than b\.deb"):
         fetch.fetch("openclipart", tmp_path, other)
 
@@ -69,13 +69,16 @@ HOSTILE = {
     "an absolute path": (tar([("/tmp/evil", b"x")]), "absolute"),
     "a Windows path": (tar([("..\\evil", b"x")]), "odd characters"),
     "a line break": (tar([("a\nb", b"x")]), "odd characters"),
-    "a pipe": (tar({}, [member("pipe", tarfile.FIFOTYPE)]), "no regular file"),
-    "a device": (tar({}, [member("null", tarfile.CHRTYPE)]), "no regular file"),
-    "a sparse file": (tar({}, [member("sparse", tarfile.GNUTYPE_SPARSE)]), "no regular file"),
+    "a pipe": (tar({}, [special_member("pipe", tarfile.FIFOTYPE)]), "no regular file"),
+    "a device": (tar({}, [special_member("null", tarfile.CHRTYPE)]), "no regular file"),
+    "a sparse file": (tar({}, [special_member("sparse", tarfile.GNUTYPE_SPARSE)]), "no regular file"),
     "the record": (tar([("archive.json", b"{}")]), "no regular file"),
     "a file twice": (tar([("a", b"1"), ("./a", b"2")]), "more than once"),
     "a file as folder": (tar([("a", b"1"), ("a/b", b"2")]), "more than once"),
-    "a file through a link": (tar([("up/evil", b"x")], [member("up", tarfile.SYMTYPE, "../..")]), "is not openclipart-svg"),
+    "a file through a link": (
+        tar([("up/evil", b"x")], [special_member("up", tarfile.SYMTYPE, "../..")]),
+        "is not openclipart-svg",
+    ),
     "another package": (tar([("usr/share/doc/x", b"x")]), "has no folder usr/share/openclipart/svg"),
 }
 
@@ -83,7 +86,7 @@ HOSTILE = {
 @pytest.mark.parametrize("name", HOSTILE)
 def test_hostile_archives_leave_nothing_behind(tmp_path: Path, name: str) -> None:
     tarred, reason = HOSTILE[name]
-    archive = write(tmp_path / "bad.tgz", gzip.compress(tarred, compresslevel=1))
+    archive = write_file(tmp_path / "bad.tgz", gzip.compress(tarred, compresslevel=1))
     with pytest.raises(ValueError, match=reason):
         fetch.fetch("openclipart", tmp_path / "home", archive)
     assert [path.name for path in (tmp_path / "home" / "downloads").iterdir()] == [".openclipart.lock"]
@@ -91,14 +94,14 @@ def test_hostile_archives_leave_nothing_behind(tmp_path: Path, name: str) -> Non
 
 
 def test_size_and_number_are_bounded_while_unpacking(tmp_path: Path) -> None:
-    zeros = write(tmp_path / "zeros.tgz", tgz(tar([("zeros", bytes(10_000_000))])))
+    zeros = write_file(tmp_path / "zeros.tgz", tgz(tar([("zeros", bytes(10_000_000))])))
     with pytest.raises(ValueError, match="more than 1000000 bytes"):
         fetch.unpack(zeros, tmp_path / "a", max_files=10, max_bytes=1_000_000)
     assert (tmp_path / "a" / "zeros").stat().st_size <= 1_000_000
-    packed = write(tmp_path / "a.deb", deb(tar([("noise", os.urandom(10_000))]), ""))
+    packed = write_file(tmp_path / "a.deb", deb(tar([("noise", os.urandom(10_000))]), ""))
     with pytest.raises(ValueError, match=r"data\.tar is larger than 5000 bytes"):
         fetch.unpack(packed, tmp_path / "b", max_files=10, max_bytes=5000)
-    links = write(tmp_path / "links.tgz", tgz(tar({}, [member(f"l{i}", tarfile.LNKTYPE, "x") for i in range(11)])))
+    links = write_file(tmp_path / "links.tgz", tgz(tar({}, [special_member(f"l{i}", tarfile.LNKTYPE, "x") for i in range(11)])))
     with pytest.raises(ValueError, match="more than 10 entries"):
         fetch.unpack(links, tmp_path / "c", max_files=10, max_bytes=10**6)
 
@@ -113,15 +116,15 @@ def test_damaged_archives_are_named(tmp_path: Path, damage: str) -> None:
         "no data": whole.replace(b"data.tar.gz", b"xxxx.tar.gz"),
         "empty": b"",
     }[damage]
-    archive = write(tmp_path / "bad.deb", data)
+    archive = write_file(tmp_path / "bad.deb", data)
     with pytest.raises(ValueError, match=r"bad\.deb is"):
         fetch.fetch("openclipart", tmp_path, archive)
-    assert not fetch.folder("openclipart", tmp_path).exists()
+    assert not fetch.download_folder("openclipart", tmp_path).exists()
 
 
-def test_a_killed_fetch_is_done_over(tmp_path: Path) -> None:
+def test_a_killed_fetch_is_repeated(tmp_path: Path) -> None:
     many = {f"{HOLDS}/{i}.svg": os.urandom(20_000) for i in range(1500)}
-    archive = write(tmp_path / "a.deb", deb(tar(many), ""))
+    archive = write_file(tmp_path / "a.deb", deb(tar(many), ""))
     arguments = f"'openclipart', Path({str(tmp_path)!r}), Path({str(archive)!r})"
     code = f"from pathlib import Path; from pipeline.data.fetch import fetch; fetch({arguments})"
     child = subprocess.Popen([sys.executable, "-c", code])
@@ -132,7 +135,7 @@ def test_a_killed_fetch_is_done_over(tmp_path: Path) -> None:
     child.send_signal(signal.SIGKILL)
     child.wait()
     assert half.exists(), "the child was killed too late: the test has proven nothing"
-    assert not fetch.folder("openclipart", tmp_path).exists()
+    assert not fetch.download_folder("openclipart", tmp_path).exists()
     folder = fetch.fetch("openclipart", tmp_path, archive)
     assert len(list((folder / HOLDS).iterdir())) == 1500
     assert not half.exists()
@@ -143,13 +146,13 @@ def test_two_processes_do_not_fetch_the_same(tmp_path: Path) -> None:
     with (tmp_path / "downloads" / ".openclipart.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         with pytest.raises(ValueError, match="another process is fetching openclipart"):
-            fetch.fetch("openclipart", tmp_path, write(tmp_path / "a.deb", deb(tar(FILES))))
+            fetch.fetch("openclipart", tmp_path, write_file(tmp_path / "a.deb", deb(tar(FILES))))
 
 
-def client(folder: Path, name: str, script: str) -> None:
-    """An executable on PATH in the place of a package client."""
+def write_client(folder: Path, name: str, script: str) -> None:
+    """Write an executable that replaces a package client."""
     folder.mkdir(exist_ok=True)
-    write(folder / name, f"#!/bin/sh\n{script}\n".encode()).chmod(0o755)
+    write_file(folder / name, f"#!/bin/sh\n{script}\n".encode()).chmod(0o755)
 
 
 @pytest.mark.parametrize(
@@ -164,14 +167,14 @@ def client(folder: Path, name: str, script: str) -> None:
         ),
     ],
 )
-def test_the_client_is_called_as_its_manual_says(
+def test_the_client_is_called_with_the_documented_arguments(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dataset: str, name: str, call: str, data: bytes
 ) -> None:
-    write(tmp_path / "archive", data)
-    client(tmp_path / "bin", name, f'test "$*" = "{call}" && /bin/cp "{tmp_path}/archive" ./downloaded')
+    write_file(tmp_path / "archive", data)
+    write_client(tmp_path / "bin", name, f'test "$*" = "{call}" && /bin/cp "{tmp_path}/archive" ./downloaded')
     monkeypatch.setenv("PATH", str(tmp_path / "bin"))
     folder = fetch.fetch(dataset, tmp_path / "home")
-    assert fetch.record(folder)["sha256"] == hashlib.sha256(data).hexdigest()
+    assert fetch.read_archive_record(folder)["sha256"] == hashlib.sha256(data).hexdigest()
     assert not list(folder.rglob("downloaded"))
 
 
@@ -181,7 +184,7 @@ def test_without_a_client_the_archive_to_supply_is_named(tmp_path: Path, monkeyp
         fetch.fetch("openclipart", tmp_path)
     with pytest.raises(ValueError, match=r"npm, which this machine does not have; get lobehub-fluent-emoji-anim-1-1\.0\.0\."):
         fetch.fetch("animoji", tmp_path)
-    client(tmp_path / "bin", "apt-get", "exit 100")
+    write_client(tmp_path / "bin", "apt-get", "exit 100")
     monkeypatch.setenv("PATH", str(tmp_path / "bin"))
     with pytest.raises(ValueError, match=r"failed with code 100; run apt-get update and try again, or get .* --archive FILE"):
         fetch.fetch("openclipart", tmp_path)
@@ -193,4 +196,4 @@ def test_other_mistakes_name_the_remedy(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="is no file; --archive takes openclipart-svg"):
         fetch.fetch("openclipart", tmp_path, tmp_path / "nothing.deb")
     with pytest.raises(ValueError, match="remove the folder and fetch it again"):
-        fetch.record(tmp_path)
+        fetch.read_archive_record(tmp_path)

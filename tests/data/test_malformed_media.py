@@ -1,4 +1,4 @@
-"""A file that is no whole picture or clip is a line in the ledger that names it: no crash, no zeros, nothing lost beside it."""
+"""Extraction records each file that is not a whole image or clip as a failure; features of good files are unchanged."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import numpy as np
 import pandas as pd
 import pytest
 from helpers.encoder_cases import write_video
-from helpers.fault_cases import content
-from helpers.malformed_media import GREYS, NOISE, clips, no_files, pictures
+from helpers.fault_cases import cache_content
+from helpers.malformed_media import GREYS, NOISE, malformed_clips, malformed_pictures, unreadable_names
 
 from pipeline.cache import open_cache, verify
 from pipeline.data.manifest import Manifest
@@ -21,23 +21,23 @@ CLIPS = {"encoder": "random_projection", "settings": "width=8", "num_frames": "3
 
 
 def make_manifest(names: list[str], folder: Path, media_type: str) -> Manifest:
-    """A sample for every name, in this order."""
+    """Return a manifest with one sample for every file name, in this order."""
     samples = tuple(Sample(f"sample {row}", "train", Path(name), (), (0,), "") for row, name in enumerate(names))
     meta = {"media_type": media_type, "text": {"kind": "", "aggregate": "mean", "sep": ""}}
     return Manifest("hostile", "single", ("only",), samples, meta, folder)
 
 
-def among_good(bad: list[str], good: str) -> list[str]:
-    """The names of malformed files, with a good one before every third."""
+def mix_with_good(bad: list[str], good: str) -> list[str]:
+    """Return the names of malformed files, with the good file before every third one."""
     return [name for number, each in enumerate(bad) for name in ([good, each] if number % 3 == 0 else [each])]
 
 
-@pytest.mark.filterwarnings("ignore::UserWarning:PIL")  # which it gives before it gives up
+@pytest.mark.filterwarnings("ignore::UserWarning:PIL")  # Pillow warns before it fails
 @pytest.mark.parametrize(
     ("media_type", "encoder", "settings", "at_least"),
     [("image", "random_projection", {"width": "8"}, 60), ("video", "frames", CLIPS, 30)],
 )
-def test_malformed_media_are_all_in_the_ledger(
+def test_malformed_media_are_all_recorded_as_failures(
     media_type: str,
     encoder: str,
     settings: dict[str, str],
@@ -48,7 +48,7 @@ def test_malformed_media_are_all_in_the_ledger(
     folder, sources = tmp_path / "media", tmp_path / "sources"
     folder.mkdir()
     sources.mkdir()
-    bad = pictures() if media_type == "image" else clips(sources)
+    bad = malformed_pictures() if media_type == "image" else malformed_clips(sources)
     for name, data in bad.items():
         (folder / name).write_bytes(data)
     good = "good.png" if media_type == "image" else "good.mp4"
@@ -56,11 +56,11 @@ def test_malformed_media_are_all_in_the_ledger(
         NOISE.save(folder / good)
     else:
         write_video(folder / good, "libx264", GREYS)
-    names = among_good([*bad, *no_files(folder)], good)
+    names = mix_with_good([*bad, *unreadable_names(folder)], good)
     manifest = make_manifest(names, folder, media_type)
-    efforts = [ExtractOptions(workers=workers, max_failures=1, progress=False) for workers in (0, 2)]
-    paths = [extract(manifest, encoder, settings, tmp_path / str(effort.workers), effort=effort) for effort in efforts]
-    assert content(paths[0]) == content(paths[1])
+    variants = [ExtractOptions(workers=workers, max_failures=1, progress=False) for workers in (0, 2)]
+    paths = [extract(manifest, encoder, settings, tmp_path / str(options.workers), options=options) for options in variants]
+    assert cache_content(paths[0]) == cache_content(paths[1])
     assert verify(paths[0]) == []
     cache = open_cache(paths[0])
     table = pd.read_parquet(paths[0] / "failures.parquet")
@@ -80,4 +80,4 @@ def test_malformed_media_are_all_in_the_ledger(
     np.testing.assert_allclose(whole, np.broadcast_to(expected, whole.shape), atol=1e-3)
     assert len(failed) >= at_least
     with capsys.disabled():
-        print(f"\n{len(failed)} of {len(failed)} malformed {media_type} files in the ledger; {len(whole)} good ones unharmed")
+        print(f"\n{len(failed)} of {len(failed)} malformed {media_type} files are failures; {len(whole)} good ones unharmed")

@@ -1,4 +1,4 @@
-"""Manifests are lossless, byte-stable, independent of the machine, and refuse faults by row."""
+"""Manifests are stored without loss, as the same bytes on every machine; faulty ones are refused, with the row."""
 
 from __future__ import annotations
 
@@ -11,16 +11,17 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from pipeline.data import manifest as manifests
-from pipeline.data.manifest import Manifest
+from pipeline.data.manifest import Manifest, check_counts, check_manifest
+from pipeline.data.manifest_files import read_manifest, write_manifest
+from pipeline.data.spec import load_spec
 from pipeline.types import Sample
 
 META = {"media_type": "image", "text": {"kind": "tags", "aggregate": "join", "sep": " "}}
 AWKWARD = ('say "hi", ok', "line\nbreak", "日本 🐵 ’", "-1+1", "null", "")
 
 
-def small(tmp_path: Path, **changes: Any) -> Manifest:
-    """Four multi-label samples in a mixed order of splits, with awkward texts and leading zeros."""
+def small_manifest(tmp_path: Path, **changes: Any) -> Manifest:
+    """Return a manifest of four multi-label samples in a mixed order of splits, with awkward texts and leading zeros."""
     samples = (
         Sample("007", "test", Path("a/007.jpg"), AWKWARD, (0, 2), ""),
         Sample("008", "train", Path("a/008.jpg"), (), (1,), "g1"),
@@ -38,23 +39,23 @@ def small(tmp_path: Path, **changes: Any) -> Manifest:
     return Manifest(**{**fields, **changes})
 
 
-def replaced(manifest: Manifest, row: int, **changes: Any) -> Manifest:
-    """The manifest with one row changed."""
+def change_row(manifest: Manifest, row: int, **changes: Any) -> Manifest:
+    """Return the manifest with one row changed."""
     samples = list(manifest.samples)
     samples[row] = dataclasses.replace(samples[row], **changes)
     return dataclasses.replace(manifest, samples=tuple(samples))
 
 
 def test_reading_gives_what_was_written(tmp_path: Path) -> None:
-    manifest = small(tmp_path)
-    manifests.write_manifest(manifest, tmp_path)
-    assert manifests.read_manifest(tmp_path, "small") == manifest
+    manifest = small_manifest(tmp_path)
+    write_manifest(manifest, tmp_path)
+    assert read_manifest(tmp_path, "small") == manifest
 
 
 def test_files_are_byte_stable_and_say_nothing_about_the_machine(tmp_path: Path) -> None:
     for home, root in (("one", "here"), ("two", "there")):
         (tmp_path / root).mkdir()
-        manifests.write_manifest(small(tmp_path / root), tmp_path / home)
+        write_manifest(small_manifest(tmp_path / root), tmp_path / home)
     for suffix in ("parquet", "csv", "meta.json"):
         first, second = ((tmp_path / home / "manifests" / f"small.{suffix}").read_bytes() for home in ("one", "two"))
         assert first == second
@@ -63,8 +64,8 @@ def test_files_are_byte_stable_and_say_nothing_about_the_machine(tmp_path: Path)
     assert location == {"media_root": str(tmp_path / "there")}
 
 
-def test_csv_is_a_lossless_twin(tmp_path: Path) -> None:
-    path = manifests.write_manifest(small(tmp_path), tmp_path)
+def test_csv_holds_the_same_table_without_loss(tmp_path: Path) -> None:
+    path = write_manifest(small_manifest(tmp_path), tmp_path)
     table = pd.read_parquet(path)
     twin = pd.read_csv(path.with_suffix(".csv"), dtype=str, keep_default_na=False, na_values=[])
     assert list(twin.columns) == list(table.columns)
@@ -78,15 +79,15 @@ def test_csv_is_a_lossless_twin(tmp_path: Path) -> None:
 
 
 def test_sidecar_counts(tmp_path: Path) -> None:
-    manifests.write_manifest(small(tmp_path), tmp_path)
+    write_manifest(small_manifest(tmp_path), tmp_path)
     sidecar = json.loads((tmp_path / "manifests" / "small.meta.json").read_text())
     assert sidecar["counts"] == {"train": 2, "val": 1, "test": 1}
     assert sidecar["class_counts"]["train"] == {"sky": 1, "sea": 2, "sun": 1}
     assert sidecar["num_classes"] == 3
 
 
-def test_fingerprint_is_the_meaning(tmp_path: Path) -> None:
-    manifest = small(tmp_path)
+def test_fingerprint_depends_on_the_meaning_alone(tmp_path: Path) -> None:
+    manifest = small_manifest(tmp_path)
     same = [
         dataclasses.replace(manifest, media_root=tmp_path / "elsewhere"),
         dataclasses.replace(manifest, meta={**META, "licence": "other"}),
@@ -100,7 +101,7 @@ def test_fingerprint_is_the_meaning(tmp_path: Path) -> None:
         {"labels": (0,)},
         {"group": "g"},
     ]
-    others = [replaced(manifest, 0, **change) for change in changes]
+    others = [change_row(manifest, 0, **change) for change in changes]
     others.append(dataclasses.replace(manifest, class_names=("sky", "sea", "star")))
     others.append(dataclasses.replace(manifest, label_kind="single"))
     assert len({other.fingerprint() for other in [manifest, *others]}) == len(others) + 1
@@ -124,12 +125,12 @@ def test_fingerprint_is_the_meaning(tmp_path: Path) -> None:
 )
 def test_faults_are_named_by_row(tmp_path: Path, change: dict[str, Any], fault: str) -> None:
     with pytest.raises(ValueError, match="dataset 'small', ") as raised:
-        manifests.write_manifest(replaced(small(tmp_path), 1, **change), tmp_path)
+        write_manifest(change_row(small_manifest(tmp_path), 1, **change), tmp_path)
     assert fault in str(raised.value)
     assert not (tmp_path / "manifests").exists()
 
 
-def test_faults_of_the_whole(tmp_path: Path) -> None:
+def test_faults_of_the_whole_manifest(tmp_path: Path) -> None:
     for change, fault in (
         ({"samples": ()}, "no samples"),
         ({"class_names": ("a", "b", "a")}, "names the class 'a' more than once"),
@@ -137,36 +138,36 @@ def test_faults_of_the_whole(tmp_path: Path) -> None:
         ({"label_kind": "single"}, "exactly one label, found 2"),
     ):
         with pytest.raises(ValueError, match=fault):
-            manifests.check_manifest(small(tmp_path, **change))
+            check_manifest(small_manifest(tmp_path, **change))
 
 
 def test_counts_are_enforced(tmp_path: Path) -> None:
-    manifests.check_counts(small(tmp_path), {"all": 4, "train": 2, "val": 1, "test": 1, "classes": 3})
+    check_counts(small_manifest(tmp_path), {"all": 4, "train": 2, "val": 1, "test": 1, "classes": 3})
     with pytest.raises(ValueError, match=r"train 2 \(expected 5\), classes 3 \(expected 81\)"):
-        manifests.check_counts(small(tmp_path), {"all": 4, "train": 5, "classes": 81})
+        check_counts(small_manifest(tmp_path), {"all": 4, "train": 5, "classes": 81})
 
 
 def test_split_selects_in_order(tmp_path: Path) -> None:
-    assert [sample.id for sample in small(tmp_path).split("train")] == ["008", "010"]
+    assert [sample.id for sample in small_manifest(tmp_path).split("train")] == ["008", "010"]
     with pytest.raises(ValueError, match="unknown split 'dev'; choose one of: train, val, test"):
-        small(tmp_path).split("dev")
+        small_manifest(tmp_path).split("dev")
 
 
 def test_missing_torn_and_edited_files_name_the_remedy(tmp_path: Path) -> None:
-    manifest = small(tmp_path)
+    manifest = small_manifest(tmp_path)
     for suffix in ("parquet", "meta.json", "location.json"):
-        path = manifests.write_manifest(manifest, tmp_path).with_name(f"small.{suffix}")
+        path = write_manifest(manifest, tmp_path).with_name(f"small.{suffix}")
         path.write_bytes(path.read_bytes()[:-20])
         with pytest.raises(ValueError, match="run: diffalign prepare small"):
-            manifests.read_manifest(tmp_path, "small")
+            read_manifest(tmp_path, "small")
         path.unlink()
         with pytest.raises(ValueError, match=f"{suffix} is missing; run: diffalign prepare small"):
-            manifests.read_manifest(tmp_path, "small")
-    manifests.write_manifest(replaced(manifest, 0, split="train"), tmp_path / "other")
-    manifests.write_manifest(manifest, tmp_path)
+            read_manifest(tmp_path, "small")
+    write_manifest(change_row(manifest, 0, split="train"), tmp_path / "other")
+    write_manifest(manifest, tmp_path)
     shutil.copy(tmp_path / "other" / "manifests" / "small.parquet", tmp_path / "manifests")
     with pytest.raises(ValueError, match="changed or half written; run: diffalign prepare small"):
-        manifests.read_manifest(tmp_path, "small")
+        read_manifest(tmp_path, "small")
 
 
 def test_media_stay_inside_their_root(tmp_path: Path) -> None:
@@ -176,7 +177,7 @@ def test_media_stay_inside_their_root(tmp_path: Path) -> None:
     (tmp_path / "outside.jpg").touch()
     (root / "a" / "inside.jpg").symlink_to("real.jpg")
     (root / "a" / "leak.jpg").symlink_to(tmp_path / "outside.jpg")
-    manifest = small(root)
+    manifest = small_manifest(root)
     sample = manifest.samples[0]
     assert manifest.media_path(dataclasses.replace(sample, media=Path("a/inside.jpg"))) == root / "a" / "real.jpg"
     for media in ("a/leak.jpg", "../outside.jpg", str(tmp_path / "outside.jpg")):
@@ -185,7 +186,7 @@ def test_media_stay_inside_their_root(tmp_path: Path) -> None:
 
 
 def test_specs_are_found_by_name() -> None:
-    assert manifests.load_spec("openmoji")["name"] == "openmoji"
+    assert load_spec("openmoji")["name"] == "openmoji"
     for name in ("nonsense", "../pyproject", ""):
         with pytest.raises(ValueError, match=r"unknown dataset .*; choose one of: .*openmoji"):
-            manifests.load_spec(name)
+            load_spec(name)

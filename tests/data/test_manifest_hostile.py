@@ -1,4 +1,4 @@
-"""What a manifest and the readers of official files refuse, with file and line; and that they do not break on the way."""
+"""Manifests and the readers of official files refuse faulty and hostile input with an error that names file and line."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ import numpy as np
 import pytest
 from helpers.make_fixtures import make_vireo172, write_text
 
-from pipeline.data import manifest as manifests
-from pipeline.data.manifest import Manifest
+from pipeline.data.json_reader import json_records
+from pipeline.data.manifest import Manifest, check_manifest, recurring_texts
+from pipeline.data.manifest_files import read_manifest, write_manifest
 from pipeline.data.prepare import prepare
 from pipeline.data.readers import (
     LINE_LIMIT,
     binary_column,
     binary_rows,
     csv_rows,
-    formula_like,
-    json_records,
+    find_missing_media,
     locate,
-    media_path,
-    missing_media,
-    rows,
+    looks_like_formula,
+    parse_media_path,
+    stripped_lines,
 )
 from pipeline.data.spec import parse_spec
 from pipeline.types import Sample
@@ -34,8 +34,8 @@ HUGE = "x" * 10_000_000
 FIXTURE = {"counts_profile": "fixture"}
 
 
-def of(tmp_path: Path, *samples: Sample, **meta: Any) -> Manifest:
-    """A manifest of two classes whose samples are the lines of one list."""
+def manifest_of(tmp_path: Path, *samples: Sample, **meta: Any) -> Manifest:
+    """Return a manifest of two classes whose samples are the lines of one list."""
     lists = [{"file": "list.txt", "rows": len(samples), "first": 1, "unit": "line"}]
     text = {"kind": "caption", "aggregate": "join", "sep": " "}
     return Manifest(
@@ -73,7 +73,7 @@ GOOD = Sample("one", "train", Path("one.jpg"), ("a red cat", "sleeping"), (0,), 
 )
 def test_refused_rows_have_file_and_line(tmp_path: Path, second: Sample, fault: str) -> None:
     with pytest.raises(ValueError, match=r"dataset 'mine', list\.txt, line 2, sample") as raised:
-        manifests.write_manifest(of(tmp_path, GOOD, second), tmp_path)
+        write_manifest(manifest_of(tmp_path, GOOD, second), tmp_path)
     assert fault in str(raised.value)
     assert len(str(raised.value)) < 500
     assert not (tmp_path / "manifests").exists()
@@ -82,30 +82,30 @@ def test_refused_rows_have_file_and_line(tmp_path: Path, second: Sample, fault: 
 def test_facts_and_class_names_are_checked_too(tmp_path: Path) -> None:
     for facts, fault in ((HUGE, "a field has more than"), ("\ud800", "a text holds a lone surrogate")):
         with pytest.raises(ValueError, match=rf"list\.txt, line 1, sample 'one': {fault}"):
-            manifests.check_manifest(dataclasses.replace(of(tmp_path, GOOD), extra={"one": facts}))
+            check_manifest(dataclasses.replace(manifest_of(tmp_path, GOOD), extra={"one": facts}))
     for name in ("", "a\nb", "\ud800"):
         with pytest.raises(ValueError, match="which is empty or unprintable"):
-            manifests.check_manifest(dataclasses.replace(of(tmp_path, GOOD), class_names=("a", name)))
+            check_manifest(dataclasses.replace(manifest_of(tmp_path, GOOD), class_names=("a", name)))
 
 
 @pytest.mark.parametrize("line", [0, 1, 2])
-def test_a_leak_is_named_wherever_the_test_sample_stands(tmp_path: Path, line: int) -> None:
+def test_a_leak_is_named_at_any_position_of_the_test_sample(tmp_path: Path, line: int) -> None:
     samples = [Sample(f"t{i}", "train", Path(f"t{i}"), GOOD.texts, (0,), "") for i in range(2)]
     samples.insert(line, Sample("x", "test", Path("x"), GOOD.texts, (0,), ""))
     with pytest.raises(
         ValueError, match=rf"list\.txt, line {line + 1}, sample 'x': has the texts of list\.txt, line {1 + (line == 0)}:"
     ):
-        manifests.check_manifest(of(tmp_path, *samples))
+        check_manifest(manifest_of(tmp_path, *samples))
 
 
-def test_texts_that_recur_are_counted_as_by_hand(tmp_path: Path) -> None:
+def test_recurring_texts_are_those_found_by_hand(tmp_path: Path) -> None:
     texts = {"train": ["a b", "c", "", "d"], "val": ["e"], "test": ["A  B", "a b", "e", "", "f", "C"]}
     samples = [
         Sample(f"{split}{i}", split, Path(f"{split}{i}"), (text,), (0,), "")
         for split, own in texts.items()
         for i, text in enumerate(own)
     ]
-    found = [samples[position].id for position in manifests.recurring_texts(of(tmp_path, *samples))]
+    found = [samples[position].id for position in recurring_texts(manifest_of(tmp_path, *samples))]
     assert found == ["test0", "test1", "test5"]
 
 
@@ -114,49 +114,49 @@ def test_a_faulty_manifest_is_refused_when_it_is_read_even_if_its_fingerprint_fi
 ) -> None:
     leak = Sample("two", "test", Path("2.jpg"), GOOD.texts, (0,), "")
     with monkeypatch.context() as patch:
-        patch.setattr(manifests, "check_manifest", lambda manifest: None)
-        manifests.write_manifest(of(tmp_path, GOOD, leak), tmp_path)
+        patch.setattr("pipeline.data.manifest_files.check_manifest", lambda manifest: None)
+        write_manifest(manifest_of(tmp_path, GOOD, leak), tmp_path)
     with pytest.raises(ValueError, match=r"list\.txt, line 2, sample 'two': has the texts of list\.txt, line 1"):
-        manifests.read_manifest(tmp_path, "mine")
+        read_manifest(tmp_path, "mine")
 
 
 def test_counts_are_checked_after_the_schema_and_before_leaks(tmp_path: Path) -> None:
     leak = Sample("two", "test", Path("2.jpg"), (), (0,), "g")
     with pytest.raises(ValueError, match="unexpected counts: all 2"):
-        manifests.check_manifest(of(tmp_path, GOOD, leak), {"all": 3})
+        check_manifest(manifest_of(tmp_path, GOOD, leak), {"all": 3})
     with pytest.raises(ValueError, match="unknown split"):
-        manifests.check_manifest(of(tmp_path, GOOD, Sample("two", "dev", Path("2.jpg"), (), (0,), "")), {"all": 3})
+        check_manifest(manifest_of(tmp_path, GOOD, Sample("two", "dev", Path("2.jpg"), (), (0,), "")), {"all": 3})
     with pytest.raises(ValueError, match="group"):
-        manifests.check_manifest(of(tmp_path, GOOD, leak), {"all": 2})
+        check_manifest(manifest_of(tmp_path, GOOD, leak), {"all": 2})
 
 
-def test_a_leak_is_seen_behind_a_validation_sample_with_the_same_texts(tmp_path: Path) -> None:
+def test_a_leak_is_found_although_a_validation_sample_has_the_same_texts(tmp_path: Path) -> None:
     same = [Sample(split, split, Path(split), GOOD.texts, (0,), "") for split in ("val", "train", "test")]
-    manifests.check_manifest(of(tmp_path, *same[:2]))
+    check_manifest(manifest_of(tmp_path, *same[:2]))
     with pytest.raises(ValueError, match=r"line 3, sample 'test': has the texts of list\.txt, line 2: test texts leak"):
-        manifests.check_manifest(of(tmp_path, *same))
+        check_manifest(manifest_of(tmp_path, *same))
 
 
-def test_texts_that_recur_by_their_nature_are_let_through(tmp_path: Path) -> None:
+def test_texts_that_recur_by_nature_can_be_allowed(tmp_path: Path) -> None:
     same = Sample("two", "test", Path("2.jpg"), GOOD.texts, (0,), "")
-    manifests.check_manifest(of(tmp_path, GOOD, same, texts_recur=True))
-    manifests.check_manifest(of(tmp_path, GOOD, Sample("two", "train", Path("2.jpg"), GOOD.texts, (0,), "")))
-    manifests.check_manifest(of(tmp_path, GOOD, Sample("two", "test", Path("2.jpg"), GOOD.texts[:1], (0,), "")))
+    check_manifest(manifest_of(tmp_path, GOOD, same, texts_recur=True))
+    check_manifest(manifest_of(tmp_path, GOOD, Sample("two", "train", Path("2.jpg"), GOOD.texts, (0,), "")))
+    check_manifest(manifest_of(tmp_path, GOOD, Sample("two", "test", Path("2.jpg"), GOOD.texts[:1], (0,), "")))
 
 
 def test_a_manifest_changed_by_hand_is_refused(tmp_path: Path) -> None:
-    path = manifests.write_manifest(of(tmp_path, GOOD, Sample("two", "test", Path("2.jpg"), (), (0,), "")), tmp_path)
+    path = write_manifest(manifest_of(tmp_path, GOOD, Sample("two", "test", Path("2.jpg"), (), (0,), "")), tmp_path)
     sidecar = path.with_suffix(".meta.json")
     sidecar.write_text(sidecar.read_text().replace('"a",', '"c",'))
     with pytest.raises(ValueError, match="does not fit"):
-        manifests.read_manifest(tmp_path, "mine")
+        read_manifest(tmp_path, "mine")
 
 
 def test_the_csv_holds_no_formula(tmp_path: Path) -> None:
     texts = ("=1+1", "@home", "-2", "\tx", '"quoted", yes')
-    path = manifests.write_manifest(of(tmp_path, Sample("a", "train", Path("a.jpg"), texts, (0,), "")), tmp_path)
+    path = write_manifest(manifest_of(tmp_path, Sample("a", "train", Path("a.jpg"), texts, (0,), "")), tmp_path)
     cells = [cell for _, line in csv_rows(path.with_suffix(".csv")) for cell in line]
-    assert not any(map(formula_like, cells))
+    assert not any(map(looks_like_formula, cells))
 
 
 @pytest.mark.parametrize(
@@ -164,7 +164,7 @@ def test_the_csv_holds_no_formula(tmp_path: Path) -> None:
 )
 def test_refused_media_paths(tmp_path: Path, text: str) -> None:
     with pytest.raises(ValueError, match=r"list\.txt, line 7: the path"):
-        media_path(text, tmp_path / "list.txt", 7)
+        parse_media_path(text, tmp_path / "list.txt", 7)
 
 
 @pytest.mark.parametrize(
@@ -202,7 +202,7 @@ def test_yaml_that_breaks_readers_is_refused(tmp_path: Path, text: str) -> None:
 def test_huge_lines_and_fields_are_refused_with_the_line(tmp_path: Path) -> None:
     write_text(tmp_path / "list.txt", ["a", HUGE])
     with pytest.raises(ValueError, match=r"list\.txt, line 2: the line is longer than 1048576 bytes"):
-        list(rows(tmp_path / "list.txt"))
+        list(stripped_lines(tmp_path / "list.txt"))
     write_text(tmp_path / "table.csv", ["a,b", 'c,"' + ("x" * 80 + "\n") * 125_000])
     with pytest.raises(ValueError, match=r"table\.csv, line \d+: field larger than field limit"):
         list(csv_rows(tmp_path / "table.csv"))
@@ -219,18 +219,18 @@ def test_formulas_in_csv_files_are_refused_with_the_line(tmp_path: Path, cell: s
     (tmp_path / "table.csv").write_bytes(f'a,b\n1,"{cell}"\n'.encode())
     with pytest.raises(ValueError, match=r"table\.csv, line 2: the cell .* would be run as a formula"):
         list(csv_rows(tmp_path / "table.csv"))
-    assert [formula_like(number) for number in ("-1", "+2.5", "-.5e3", "a=1")] == [False] * 4
+    assert [looks_like_formula(number) for number in ("-1", "+2.5", "-.5e3", "a=1")] == [False] * 4
 
 
 def test_text_that_is_not_utf8_is_refused_with_the_line(tmp_path: Path) -> None:
     (tmp_path / "list.txt").write_bytes(b"good\n\xff\xfe\n")
     with pytest.raises(ValueError, match=r"list\.txt, line 2: not UTF-8 text"):
-        list(rows(tmp_path / "list.txt"))
+        list(stripped_lines(tmp_path / "list.txt"))
 
 
 def test_only_line_feeds_end_lines_and_marks_at_the_start_are_skipped(tmp_path: Path) -> None:
     (tmp_path / "list.txt").write_bytes("\ufeffa\u0085b\u2028c\r\nnext\n\n\n".encode())
-    assert list(rows(tmp_path / "list.txt")) == [(1, "a\u0085b\u2028c"), (2, "next")]
+    assert list(stripped_lines(tmp_path / "list.txt")) == [(1, "a\u0085b\u2028c"), (2, "next")]
 
 
 @pytest.mark.parametrize(
@@ -295,15 +295,15 @@ def test_official_lists_that_are_links_to_the_outside_are_refused(tmp_path: Path
     assert locate(tmp_path / "root", ["../list.txt"], "the list") == tmp_path / "list.txt"
 
 
-def test_pipes_are_neither_lists_nor_media(tmp_path: Path) -> None:
+def test_pipes_are_not_read_as_lists_or_media(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "list.txt")
     with pytest.raises(ValueError, match="the list is missing: looked for"):
         locate(tmp_path, ["list.txt"], "the list")
-    assert missing_media(tmp_path, ["list.txt"], str) == [0]
+    assert find_missing_media(tmp_path, ["list.txt"], str) == [0]
 
 
 def test_media_that_cannot_be_there_are_missing_and_loops_are_named(tmp_path: Path) -> None:
-    assert missing_media(tmp_path, ["x" * 300, "none/x.jpg"], str) == [0, 1]
+    assert find_missing_media(tmp_path, ["x" * 300, "none/x.jpg"], str) == [0, 1]
     (tmp_path / "loop").symlink_to("loop")
     with pytest.raises(ValueError, match=r"line 1: loop/x\.jpg (cannot be looked at|is a symbolic link that leads out)"):
-        missing_media(tmp_path, ["loop/x.jpg"], lambda position: f"line {position + 1}")
+        find_missing_media(tmp_path, ["loop/x.jpg"], lambda position: f"line {position + 1}")

@@ -1,4 +1,4 @@
-"""Pictures of every kind become RGB on white; everything that is no whole picture is an error that names the file."""
+"""Images of every kind become RGB on white; a file that is not a whole image is an error that names the file."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline.data.media import SVG_LIMIT, open_image
+from pipeline.data.media import MAX_SVG_BYTES, open_image
 
 SVG = '<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" viewBox="0 0 {} {}">{}</svg>'
 
@@ -64,7 +64,7 @@ def test_every_mode_of_tiff_becomes_rgb(tmp_path: Path, mode: str, colour: int, 
     ("kind", "sample"), [(2, (0xFFFF, 0x8080, 0)), (6, (0xFFFF, 0x8080, 0, 0xFFFF)), (4, (0x8080, 0xFFFF))]
 )
 def test_sixteen_bit_png_with_channels(tmp_path: Path, kind: int, sample: tuple[int, ...]) -> None:
-    """Pillow reads 16-bit RGB, RGBA and LA but does not write them."""
+    """Pillow reads 16-bit RGB, RGBA and LA images but cannot write them: the file is written by hand."""
     row = b"\0" + struct.pack(f">{len(sample)}H", *sample) * 2
     chunks = [(b"IHDR", struct.pack(">IIBBBBB", 2, 1, 16, kind, 0, 0, 0)), (b"IDAT", zlib.compress(row)), (b"IEND", b"")]
     body = [struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data)) for name, data in chunks]
@@ -117,8 +117,8 @@ def test_broken_files_are_named(tmp_path: Path) -> None:
             open_image(tmp_path / name, 8)
 
 
-def test_pipes_and_folders_are_no_pictures(tmp_path: Path) -> None:
-    """A pipe would be waited for without end."""
+def test_pipes_and_folders_are_not_images(tmp_path: Path) -> None:
+    """Reading a pipe would never end."""
     os.mkfifo(tmp_path / "pipe.png")
     (tmp_path / "folder.png").mkdir()
     for name in ("pipe.png", "folder.png"):
@@ -128,7 +128,7 @@ def test_pipes_and_folders_are_no_pictures(tmp_path: Path) -> None:
 
 def test_decompression_bombs_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     Image.new("1", (100, 100)).save(tmp_path / "big.png")
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 9_000)  # 1.1 times too large: Pillow alone would only warn
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 9_000)  # the image is 1.1 times too large: Pillow alone would only warn
     with pytest.raises(ValueError, match=r"big\.png: .*exceeds limit"):
         open_image(tmp_path / "big.png", 8)
 
@@ -141,15 +141,15 @@ def test_the_formats_that_are_promised_are_read(tmp_path: Path, form: str) -> No
 
 @pytest.mark.parametrize("form", ["EPS", "ICO", "PPM"])
 def test_other_formats_are_refused_by_the_list(tmp_path: Path, form: str) -> None:
-    """EPS is a program, which Pillow would hand to Ghostscript."""
+    """EPS files are programs, and Pillow would run them with Ghostscript."""
     Image.new("RGB", (16, 16)).save(tmp_path / "x.jpg", form)
     with pytest.raises(ValueError, match=r"^x\.jpg: not a JPEG, PNG, WEBP, GIF, BMP, TIFF or SVG picture$"):
         open_image(tmp_path / "x.jpg", 8)
 
 
 @pytest.mark.parametrize("size", [(1, 40_000), (40_000, 1), (3, 301)])
-def test_pictures_without_breadth_are_refused(tmp_path: Path, size: tuple[int, int]) -> None:
-    """To 256 pixels, the shorter side of the first would be brought with a longer one of ten millions."""
+def test_very_narrow_images_are_refused(tmp_path: Path, size: tuple[int, int]) -> None:
+    """If the shorter side of the first image were scaled to 256 pixels, the longer one would have ten million pixels."""
     Image.new("L", size).save(tmp_path / "x.png")
     with pytest.raises(ValueError, match=rf"^x\.png: {size[0]} x {size[1]} pixels: one side is more than 100 times the other$"):
         open_image(tmp_path / "x.png", 8)
@@ -157,14 +157,14 @@ def test_pictures_without_breadth_are_refused(tmp_path: Path, size: tuple[int, i
     assert open_image(tmp_path / "x.png", 8).size == (3, 300)
 
 
-def test_drawings_without_breadth_stay_within_their_size(tmp_path: Path) -> None:
+def test_very_narrow_drawings_are_rendered_within_the_size(tmp_path: Path) -> None:
     drawing = svg(tmp_path / "thin.svg", '<rect width="1" height="40000"/>', width=1, height=40_000)
     pixels = np.asarray(open_image(drawing, 32))
     assert pixels.shape == (32, 32, 3)
-    assert (pixels < 255).any(axis=(0, 2)).sum() == 1  # column
+    assert (pixels < 255).any(axis=(0, 2)).sum() == 1  # only one column is drawn
 
 
-def test_a_picture_that_does_not_fit_into_memory_is_an_error_of_that_picture(tmp_path: Path) -> None:
+def test_an_image_that_does_not_fit_into_memory_is_an_error_of_that_image(tmp_path: Path) -> None:
     Image.new("1", (9_000, 9_000)).save(tmp_path / "large.png")
     program = """if True:
         import resource, sys
@@ -226,7 +226,7 @@ def test_drawings_may_hold_their_own_pictures(tmp_path: Path) -> None:
 
 
 def test_huge_drawings_and_entity_bombs_are_refused(tmp_path: Path) -> None:
-    (tmp_path / "huge.svg").write_bytes(b" " * (SVG_LIMIT + 1))
+    (tmp_path / "huge.svg").write_bytes(b" " * (MAX_SVG_BYTES + 1))
     with pytest.raises(ValueError, match=r"huge\.svg: the drawing is larger"):
         open_image(tmp_path / "huge.svg", 8)
     entities = '<!ENTITY a0 "aaaaaaaaaa">' + "".join(f'<!ENTITY a{i} "{f"&a{i - 1};" * 10}">' for i in range(1, 10))
@@ -250,8 +250,8 @@ def test_huge_drawings_and_entity_bombs_are_refused(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_damaged_exif_is_a_reason(exif: str, tmp_path: Path) -> None:
-    """One byte of what Pillow wrote was changed, so that Pillow fails to write it again when it turns the picture."""
+def test_damaged_exif_is_an_error_with_a_reason(exif: str, tmp_path: Path) -> None:
+    """One byte of EXIF data was changed, so that Pillow cannot write the data again when it turns the image."""
     Image.new("RGB", (24, 16), "red").save(tmp_path / "damaged.jpg", exif=b"Exif\0\0" + base64.b85decode(exif))
     with pytest.raises(ValueError, match=r"damaged\.jpg"):
         open_image(tmp_path / "damaged.jpg", 16)

@@ -1,4 +1,4 @@
-"""`prepare` compares with published counts, lists what is missing, and writes the same bytes on every machine."""
+"""`prepare` compares counts with published ones, lists missing files, and writes the same bytes on every machine."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ import pandas as pd
 import pytest
 from helpers.make_fixtures import make_ingredients101, make_msrvtt, make_nuswide, make_vireo172
 
-from pipeline.data import manifest as manifests
-from pipeline.data.manifest import load_spec
-from pipeline.data.prepare import configured, open_settings, prepare
+from pipeline.data.manifest_files import read_manifest, write_manifest
+from pipeline.data.prepare import apply_settings, changeable_settings, prepare
+from pipeline.data.spec import load_spec
 
 MAKERS: dict[str, Callable[[Path], Path]] = {
     "nuswide": make_nuswide,
@@ -26,7 +26,7 @@ MAKERS: dict[str, Callable[[Path], Path]] = {
     "msrvtt": make_msrvtt,
 }
 FIXTURE = {"counts_profile": "fixture"}
-# SHA-256 of <dataset>.csv of the miniatures: the same on every machine.
+# SHA-256 of <dataset>.csv, built from the fixture of the dataset: the same on every machine.
 CSV_SHA256 = {
     "nuswide": "f543787ac0abdb1dfb083a67b980dd39097114b2f6b3f0d013c1391e6990ac9c",
     "vireo172": "336a348e9cf96946e31aace0d78540504a429e602c208b62588530b70a085b88",
@@ -43,26 +43,26 @@ for name, root, settings in json.loads(sys.argv[1]):
 
 @pytest.fixture(scope="module")
 def official(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """The miniatures by dataset; read them, never write to them."""
+    """The folder of the fixture (a small imitation of the official files) of each dataset; tests only read it."""
     return {name: make(tmp_path_factory.mktemp(name)) for name, make in MAKERS.items()}
 
 
 def settings_of(name: str) -> dict[str, str]:
-    """What prepares the miniature of a dataset."""
+    """Return the settings that are needed to prepare the fixture of a dataset."""
     return {**FIXTURE, "allow_missing": "true"} if name == "nuswide" else FIXTURE
 
 
 def test_bytes_are_the_same_everywhere(official: dict[str, Path], tmp_path: Path) -> None:
-    here, there, asked = tmp_path / "here", tmp_path / "there", []
+    here, there, requests = tmp_path / "here", tmp_path / "there", []
     for name, root in official.items():
         path = prepare(name, root, here, settings_of(name)).path
         assert hashlib.sha256(path.with_suffix(".csv").read_bytes()).hexdigest() == CSV_SHA256[name]
         whole = root.parent if name == "nuswide" else root
         shutil.copytree(whole, there / name)
-        asked.append((name, str(there / name / root.relative_to(whole)), settings_of(name)))
+        requests.append((name, str(there / name / root.relative_to(whole)), settings_of(name)))
     environment = {**os.environ, "LC_ALL": "C", "PYTHONHASHSEED": "7", "PYTHONUTF8": "0", "TZ": "Asia/Tokyo"}
-    environment["PYTHONPATH"] = str(Path(manifests.__file__).parents[2])
-    subprocess.run([sys.executable, "-c", PREPARE, json.dumps(asked)], cwd=there, env=environment, check=True)
+    environment["PYTHONPATH"] = str(Path(__file__).parents[2])
+    subprocess.run([sys.executable, "-c", PREPARE, json.dumps(requests)], cwd=there, env=environment, check=True)
     for name in official:
         for kind in ("parquet", "csv", "meta.json"):
             file = f"manifests/{name}.{kind}"
@@ -70,9 +70,11 @@ def test_bytes_are_the_same_everywhere(official: dict[str, Path], tmp_path: Path
 
 
 @pytest.mark.parametrize("name", MAKERS)
-def test_what_is_written_reads_back_and_the_csv_is_its_twin(official: dict[str, Path], tmp_path: Path, name: str) -> None:
+def test_manifests_read_back_and_the_csv_file_holds_the_same_table(
+    official: dict[str, Path], tmp_path: Path, name: str
+) -> None:
     report = prepare(name, official[name], tmp_path, settings_of(name))
-    manifest = manifests.read_manifest(tmp_path, name)
+    manifest = read_manifest(tmp_path, name)
     assert manifest.fingerprint() == report.fingerprint
     table = pd.read_parquet(report.path)
     twin = pd.read_csv(report.path.with_suffix(".csv"), dtype=str, keep_default_na=False, na_values=[])
@@ -81,7 +83,7 @@ def test_what_is_written_reads_back_and_the_csv_is_its_twin(official: dict[str, 
     for column in ("sample_id", "split", "media_path", "source_row", "extra"):
         assert twin[column].tolist() == table[column].astype(str).tolist()
     assert twin["group_id"].tolist() == table["group_id"].fillna("").tolist()
-    manifests.write_manifest(manifest, tmp_path / "again")
+    write_manifest(manifest, tmp_path / "again")
     assert (tmp_path / "again" / "manifests" / f"{name}.parquet").read_bytes() == report.path.read_bytes()
 
 
@@ -99,11 +101,11 @@ def test_missing_files_are_listed_and_refused_unless_allowed(official: dict[str,
     assert not (tmp_path / "manifests" / "nuswide.parquet").exists()
     report = prepare("nuswide", official["nuswide"], tmp_path, settings_of("nuswide"))
     assert (report.missing, report.missing_list) == (1, str(listed))
-    manifest = manifests.read_manifest(tmp_path, "nuswide")
+    manifest = read_manifest(tmp_path, "nuswide")
     assert len(manifest.samples) == 8
     assert manifest.meta["missing_media"] == ["sun/0001_300000007"]
     found = {row["count"]: row["found"] for row in report.counts}
-    assert (found["all"], found["both"]) == (9, 9)  # of the lists, before anything is left out
+    assert (found["all"], found["both"]) == (9, 9)  # counts of the lists, before samples are left out
     assert [found[f"{split} with media"] for split in ("train", "val", "test")] == [5, 0, 3]
 
 
@@ -113,7 +115,7 @@ def test_a_partial_collection_elsewhere_is_counted(official: dict[str, Path], tm
     settings = settings_of("nuswide")
     report = prepare("nuswide", official["nuswide"], tmp_path, settings, image_root=tmp_path / "few")
     assert report.missing == 8
-    assert [sample.id for sample in manifests.read_manifest(tmp_path, "nuswide").samples] == ["cat/0001_300000003"]
+    assert [sample.id for sample in read_manifest(tmp_path, "nuswide").samples] == ["cat/0001_300000003"]
     (tmp_path / "none").mkdir()
     with pytest.raises(ValueError, match="there is nothing to prepare"):
         prepare("nuswide", official["nuswide"], tmp_path, settings, image_root=tmp_path / "none")
@@ -128,7 +130,7 @@ def test_a_list_of_missing_files_goes_when_nothing_is_missing(official: dict[str
 
 
 @pytest.mark.parametrize(("name", "bad"), [("vireo172", []), ("ingredients101", []), ("msrvtt", ["video1"])])
-def test_decoding_marks_what_cannot_be_decoded(official: dict[str, Path], tmp_path: Path, name: str, bad: list[str]) -> None:
+def test_media_that_cannot_be_decoded_are_marked(official: dict[str, Path], tmp_path: Path, name: str, bad: list[str]) -> None:
     report = prepare(name, official[name], tmp_path, FIXTURE, verify_media=True)
     assert [line.split(": ")[1] for line in report.undecodable] == [f"{name}.mp4" for name in bad]
     table = pd.read_parquet(report.path)
@@ -136,12 +138,12 @@ def test_decoding_marks_what_cannot_be_decoded(official: dict[str, Path], tmp_pa
     assert prepare(name, official[name], tmp_path, FIXTURE).fingerprint == report.fingerprint
 
 
-def test_a_truncated_image_is_told_and_a_png_named_jpg_is_not(tmp_path: Path) -> None:
+def test_a_truncated_image_is_reported_and_a_png_named_jpg_is_not(tmp_path: Path) -> None:
     root = make_nuswide(tmp_path)
     path = root / "Flickr" / "actor" / "0001_2124494179.jpg"
     path.write_bytes(path.read_bytes()[:-40])
-    (told,) = prepare("nuswide", root, tmp_path, settings_of("nuswide"), verify_media=True).undecodable
-    assert told.startswith("ImageList/Imagelist.txt, line 1: 0001_2124494179.jpg: ")
+    (reported,) = prepare("nuswide", root, tmp_path, settings_of("nuswide"), verify_media=True).undecodable
+    assert reported.startswith("ImageList/Imagelist.txt, line 1: 0001_2124494179.jpg: ")
 
 
 def test_a_playlist_named_like_a_video_opens_no_other_file(official: dict[str, Path], tmp_path: Path) -> None:
@@ -153,12 +155,14 @@ def test_a_playlist_named_like_a_video_opens_no_other_file(official: dict[str, P
     }
     for name, text in lists.items():
         (root / "TrainValVideo" / f"{name}.mp4").write_text(text)
-    told = prepare("msrvtt", root, tmp_path, FIXTURE, verify_media=True).undecodable
-    assert [line.split(": ")[0] for line in told] == [f"train_val_videodatainfo.json, video {number}" for number in (1, 2, 3)]
+    reported = prepare("msrvtt", root, tmp_path, FIXTURE, verify_media=True).undecodable
+    assert [line.split(": ")[0] for line in reported] == [
+        f"train_val_videodatainfo.json, video {number}" for number in (1, 2, 3)
+    ]
 
 
-def edited(folder: Path, name: str, **changes: object) -> Path:
-    """A folder of specs that holds one, with some keys changed."""
+def make_spec_folder(folder: Path, name: str, **changes: object) -> Path:
+    """Make a folder of specs that contains one spec, with some keys changed."""
     folder.mkdir()
     (folder / f"{name}.yaml").write_text(json.dumps({**load_spec(name), **changes}))
     return folder
@@ -170,14 +174,14 @@ def test_counts_are_compared_with_the_published_ones(
     per_class = {"train": [0] * 172, "test": [1] + [0] * 170 + [1]}
     per_class["train"][:2] = [2, 5]
     per_class["train"][171] = 1
-    specs = edited(
+    specs = make_spec_folder(
         tmp_path / "specs",
         "vireo172",
         counts={"images": 7, "classes": 172},
         counts_warn={"train": 4, "test": 3},
         class_counts=per_class,
     )
-    monkeypatch.setattr(manifests, "SPEC_FOLDER", specs)
+    monkeypatch.setattr("pipeline.data.spec.SPEC_FOLDER", specs)
     report = prepare("vireo172", official["vireo172"], tmp_path, {})
     verdicts = {row["count"]: (row["found"], row["expected"], row["verdict"]) for row in report.counts if row["verdict"]}
     assert verdicts == {
@@ -195,7 +199,7 @@ def test_counts_are_compared_with_the_published_ones(
 
 
 @pytest.mark.parametrize("name", MAKERS)
-def test_a_miniature_is_not_taken_for_the_official_files(official: dict[str, Path], tmp_path: Path, name: str) -> None:
+def test_a_fixture_is_not_taken_for_the_official_files(official: dict[str, Path], tmp_path: Path, name: str) -> None:
     with pytest.raises(ValueError, match=r"has unexpected counts: .*; are .* complete\?"):
         prepare(name, official[name], tmp_path, {})
 
@@ -220,20 +224,20 @@ REMEDIES = [
 
 
 @pytest.mark.parametrize(("name", "settings", "remedy", "filled"), REMEDIES)
-def test_a_missing_validation_split_is_told_with_a_remedy_that_helps(
+def test_the_remedy_for_a_missing_validation_split_helps(
     official: dict[str, Path], tmp_path: Path, name: str, settings: dict[str, str], remedy: str, filled: dict[str, str]
 ) -> None:
     report = prepare(name, official[name], tmp_path, {**settings_of(name), **settings})
     assert f"the val split is empty, and heads are selected on it; prepare with {remedy}" in report.warnings
-    assert manifests.read_manifest(tmp_path, name).meta["val_remedy"] == remedy
+    assert read_manifest(tmp_path, name).meta["val_remedy"] == remedy
     report = prepare(name, official[name], tmp_path, {**settings_of(name), **filled})
     assert not any("val split" in warning for warning in report.warnings)
-    assert manifests.read_manifest(tmp_path, name).split("val")
+    assert read_manifest(tmp_path, name).split("val")
 
 
-# By hand: NUS-WIDE's row 11 has the tags of row 10; both test dishes of Ingredients-101 are dishes of training.
+# Counted by hand: row 11 of NUS-WIDE has the tags of row 10; both test dishes of Ingredients-101 are also training dishes.
 @pytest.mark.parametrize(("name", "shared"), [("nuswide", 1), ("vireo172", 0), ("ingredients101", 2), ("msrvtt", 0)])
-def test_texts_that_recur_are_counted_and_told(official: dict[str, Path], tmp_path: Path, name: str, shared: int) -> None:
+def test_texts_that_recur_are_counted_and_reported(official: dict[str, Path], tmp_path: Path, name: str, shared: int) -> None:
     report = prepare(name, official[name], tmp_path, settings_of(name))
     assert {row["count"]: row["found"] for row in report.counts}["test texts in train"] == shared
     assert any(f"{shared} of " in warning and "texts_recur: true" in warning for warning in report.warnings) == bool(shared)
@@ -254,7 +258,7 @@ def test_texts_recur_only_where_it_is_said_why() -> None:
     assert recurring == {"nuswide", "vireo172", "ingredients101", "openclipart"}
 
 
-def test_samples_without_label_are_told(official: dict[str, Path], tmp_path: Path) -> None:
+def test_samples_without_label_are_reported(official: dict[str, Path], tmp_path: Path) -> None:
     report = prepare("nuswide", official["nuswide"], tmp_path, {**settings_of("nuswide"), "filter": "none"})
     assert any(
         w == "2 samples have no label, and heads cannot be scored on them; leave them out with --set filter=label"
@@ -263,28 +267,28 @@ def test_samples_without_label_are_told(official: dict[str, Path], tmp_path: Pat
 
 
 def test_how_texts_become_one_vector_can_be_set(official: dict[str, Path], tmp_path: Path) -> None:
-    asked = {**FIXTURE, "aggregate": "mean", "sep": "; ", "empty": "no ingredients"}
-    prepare("vireo172", official["vireo172"], tmp_path, asked)
-    text = manifests.read_manifest(tmp_path, "vireo172").meta["text"]
+    settings = {**FIXTURE, "aggregate": "mean", "sep": "; ", "empty": "no ingredients"}
+    prepare("vireo172", official["vireo172"], tmp_path, settings)
+    text = read_manifest(tmp_path, "vireo172").meta["text"]
     assert text == {"kind": "ingredients", "aggregate": "mean", "sep": "; ", "empty": "no ingredients"}
     with pytest.raises(ValueError, match="aggregate is 'median'; choose one of: join, mean, first, random"):
         prepare("vireo172", official["vireo172"], tmp_path, {**FIXTURE, "aggregate": "median"})
 
 
-def test_every_plain_key_is_an_open_setting() -> None:
+def test_every_plain_key_can_be_set() -> None:
     for name in (*MAKERS, "table", "openclipart", "animoji", "openmoji"):
         spec = load_spec(name)
-        settings = open_settings(spec)
+        settings = changeable_settings(spec)
         assert {"allow_missing", "counts_profile", "texts_recur", "aggregate", "sep", "empty"} <= set(settings)
         for key, value in settings.items():
             text = ",".join(
                 map(str, value.values() if isinstance(value, dict) else value if isinstance(value, list) else [value])
             )
-            assert open_settings(configured(spec, {key: text}))[key] == value
+            assert changeable_settings(apply_settings(spec, {key: text}))[key] == value
 
 
 def test_settings_take_the_type_of_what_they_change() -> None:
-    spec = configured(
+    spec = apply_settings(
         load_spec("nuswide"),
         {"val_percent": "10", "allow_missing": "True", "filter": "label", "tags_dir": "/a, b"},
     )
@@ -305,25 +309,25 @@ def test_settings_take_the_type_of_what_they_change() -> None:
         ({"counts_profile": "mini"}, "choose one of: official, fixture"),
     ],
 )
-def test_faulty_settings(official: dict[str, Path], tmp_path: Path, settings: dict[str, str], fault: str) -> None:
+def test_faulty_settings_are_refused(official: dict[str, Path], tmp_path: Path, settings: dict[str, str], fault: str) -> None:
     with pytest.raises(ValueError, match="'") as raised:
         prepare("nuswide", official["nuswide"], tmp_path, settings)
     assert fault in str(raised.value)
 
 
 def test_percents_of_splits_are_checked() -> None:
-    assert configured(load_spec("table"), {"splits": "80, 20,0"})["splits"] == {"train": 80, "val": 20, "test": 0}
+    assert apply_settings(load_spec("table"), {"splits": "80, 20,0"})["splits"] == {"train": 80, "val": 20, "test": 0}
     for wrong in ("80", "80,10,ten", "80,10,5,5", "80;10;10"):
         with pytest.raises(ValueError, match="it takes a whole number for train, val, test, parted by commas"):
-            configured(load_spec("table"), {"splits": wrong})
+            apply_settings(load_spec("table"), {"splits": wrong})
 
 
 def test_the_root_may_be_the_working_folder(official: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(official["nuswide"])  # its tags lie beside it
+    monkeypatch.chdir(official["nuswide"])  # its tags are in a folder beside it
     assert prepare("nuswide", Path(), tmp_path, settings_of("nuswide")).missing == 1
 
 
-def test_faulty_places(official: dict[str, Path], tmp_path: Path) -> None:
+def test_faulty_folders_are_refused(official: dict[str, Path], tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="is no folder"):
         prepare("nuswide", official["nuswide"], tmp_path, FIXTURE, image_root=tmp_path / "nowhere")
     with pytest.raises(ValueError, match="openmoji finds its media by itself"):

@@ -1,4 +1,4 @@
-"""A drawing that brings its renderer down, or has no end, is an error; the next one is drawn as if nothing had been."""
+"""A drawing that crashes the renderer, or takes too long, is an error; the next drawing is rendered as usual."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ BAD = {
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_what_brings_the_renderer_down_is_an_error(name: str) -> None:
+def test_a_drawing_that_crashes_the_renderer_is_an_error(name: str) -> None:
     expected = draw_svg(GOOD, 8)
     with pytest.raises(ValueError, match=r"^it brings its renderer down$"):
         draw_svg(BAD[name], 8)
     assert draw_svg(GOOD, 8) == expected
 
 
-def test_what_has_no_end_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_drawing_that_takes_too_long_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     expected = draw_svg(GOOD, 8)
     monkeypatch.setattr(drawings, "DRAWING_SECONDS", 0.5)
     with pytest.raises(ValueError, match=r"^drawing it takes more than 0\.5 seconds$"):
@@ -35,13 +35,13 @@ def test_what_has_no_end_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     assert draw_svg(GOOD, 8) == expected
 
 
-def test_what_is_no_drawing_is_an_error_of_the_renderer() -> None:
+def test_text_that_is_not_svg_is_an_error() -> None:
     with pytest.raises(ValueError, match="SVG data parsing failed"):
         draw_svg("<html/>", 8)
 
 
 def test_every_process_and_every_thread_has_its_own_renderer() -> None:
-    """Of 4 forked processes and 4 threads, each draws its own sizes at the same time."""
+    """Four forked processes, and then four threads, render different sizes at the same time."""
     sizes = [8 * (number + 1) for number in range(40)]
     expected = [draw_svg(GOOD, size) for size in sizes]
     with multiprocessing.get_context("fork").Pool(4) as pool:

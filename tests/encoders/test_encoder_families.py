@@ -1,4 +1,7 @@
-"""Every family gives what its own library gives, whatever its weights are read from; without a network it says what to do."""
+"""Every family gives the features of its own library, wherever its weights are read from.
+
+Without a network, the error message says what to do.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +27,7 @@ from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
 from pipeline.data.media import open_frames
 from pipeline.encoders import timm as timm_encoder
 from pipeline.encoders._factory import build_encoder
-from pipeline.encoders._weights import read_state
+from pipeline.encoders._weights import read_state_dict
 from pipeline.types import Encoder
 
 MEAN, DEVIATION = (torch.tensor(numbers)[:, None, None] for numbers in (OPENAI_DATASET_MEAN, OPENAI_DATASET_STD))
@@ -115,7 +118,7 @@ def test_openclip_equals_openclip(picture: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("pooling", ["cls", "mean", "pooler"])
 def test_image_models_equal_transformers(picture: Path, tmp_path: Path, pooling: str) -> None:
     folder = tmp_path / "vit"
-    encoder_cases.settings("transformers_image", folder)
+    encoder_cases.small_settings("transformers_image", folder)
     model, processor = AutoModel.from_pretrained(folder).eval(), AutoImageProcessor.from_pretrained(folder)
     with torch.inference_mode():
         output = model(**processor(Image.open(picture), return_tensors="pt"), output_hidden_states=True)
@@ -128,7 +131,7 @@ def test_image_models_equal_transformers(picture: Path, tmp_path: Path, pooling:
         torch.testing.assert_close(encode(layer, picture), output.hidden_states[1], rtol=1e-4, atol=1e-5)
 
 
-def test_towers_without_a_class_token_say_so(picture: Path, tmp_path: Path) -> None:
+def test_pooling_cls_without_a_class_token_is_refused(picture: Path, tmp_path: Path) -> None:
     folder = encoder_cases.image_folder(tmp_path, "siglip")
     model, processor = AutoModel.from_pretrained(folder).eval(), AutoImageProcessor.from_pretrained(folder)
     with torch.inference_mode():
@@ -171,7 +174,7 @@ def test_frames_are_the_mean_of_images(clip: Path, tmp_path: Path) -> None:
         build("frames", encoder="transformers_text")
 
 
-def test_frames_look_with_packaged_weights() -> None:
+def test_frames_use_the_packaged_weights_by_default() -> None:
     encoder = build("frames")
     assert encoder.identity()["image"]["architecture"] == "tf_efficientnet_lite0"
     assert encoder.feature_shape == (1280,)
@@ -179,8 +182,8 @@ def test_frames_look_with_packaged_weights() -> None:
 
 @pytest.mark.parametrize("name", ["timm", "openclip", "transformers_image", "transformers_video", "transformers_text"])
 def test_weights_mean_the_same_wherever_they_are(name: str, picture: Path, clip: Path, tmp_path: Path) -> None:
-    """Saved by the library or by us, in either format, in a file or a folder: one identity, the same bits."""
-    settings = encoder_cases.settings(name, tmp_path / "model") | {"weights": "random"}
+    """Saved by the library or by us, in either format, in a file or a folder: identity and features are the same."""
+    settings = encoder_cases.small_settings(name, tmp_path / "model") | {"weights": "random"}
     first = build(name, **settings)
     assert isinstance(first, nn.Module)
     raw = {"image": picture, "video": clip, "text": TEXTS[0]}[first.modality]
@@ -209,7 +212,7 @@ def test_models_come_from_folders(picture: Path, tmp_path: Path) -> None:
         expected = network.forward_head(network.forward_features((image[None] / 255 - 0.5) / 0.5), pre_logits=True)
     torch.testing.assert_close(encode(build("timm", model=tmp_path / "timm"), picture), expected, rtol=1e-4, atol=1e-5)
     folder = tmp_path / "vit"
-    encoder_cases.settings("transformers_image", folder)
+    encoder_cases.small_settings("transformers_image", folder)
     whole = build("transformers_image", model=folder)
     same = build("transformers_image", model=folder, weights=folder / "model.safetensors")
     assert whole.identity() == same.identity()
@@ -217,7 +220,7 @@ def test_models_come_from_folders(picture: Path, tmp_path: Path) -> None:
 
 
 def store(hub: Path, model: str) -> Path:
-    """The folder in which the hub's client would have stored a model."""
+    """Return the folder in which the client of the hub would store a model."""
     folder = hub / f"models--{model.replace('/', '--')}"
     (folder / "refs").mkdir(parents=True)
     (folder / "refs" / "main").write_text("0" * 40)
@@ -225,6 +228,7 @@ def store(hub: Path, model: str) -> Path:
     return folder / "snapshots" / ("0" * 40)
 
 
+@pytest.mark.slow
 def test_models_come_from_the_local_store_of_the_hub(monkeypatch: pytest.MonkeyPatch, picture: Path, tmp_path: Path) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     stored = {
@@ -237,7 +241,7 @@ def test_models_come_from_the_local_store_of_the_hub(monkeypatch: pytest.MonkeyP
     for name, by_hub in (("timm", {"model": "test_vit"}), ("transformers_image", {"model": "some/vit"})):
         hub, folder = build(name, **by_hub), build(name, model=stored[name])
         identity = folder.identity()
-        identity.pop("arguments", None)  # timm says them of folders only
+        identity.pop("arguments", None)  # only for folders
         assert hub.identity() == identity
         assert torch.equal(encode(hub, picture), encode(folder, picture))
     created: Any = open_clip.create_model("ViT-B-32-quickgelu", load_weights=False)
@@ -248,7 +252,7 @@ def test_models_come_from_the_local_store_of_the_hub(monkeypatch: pytest.MonkeyP
     (stored["openclip"] / "open_clip_model.safetensors").unlink()  # 600 MB, which pytest would keep
 
 
-def test_random_weights_are_seeded_and_leave_no_trace() -> None:
+def test_random_weights_are_seeded_and_keep_the_random_state() -> None:
     torch.manual_seed(5)
     expected = torch.rand(3)
     torch.manual_seed(5)
@@ -266,7 +270,7 @@ def test_random_weights_are_seeded_and_leave_no_trace() -> None:
         ("transformers_video", "MCG-NJU/videomae-base"),
     ],
 )
-def test_models_that_are_not_here_say_how_to_get_them(
+def test_models_that_are_not_available_say_how_to_get_them(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str, model: str
 ) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
@@ -291,13 +295,13 @@ def test_unknown_names_are_answered_with_the_choices(name: str, settings: dict[s
         build(name, **settings)
 
 
-def test_states_are_tensors_only(tmp_path: Path) -> None:
+def test_weight_files_hold_only_tensors(tmp_path: Path) -> None:
     torch.save({"epoch": 3, "lr": 0.1}, tmp_path / "settings.pth")
     with pytest.raises(ValueError, match=r"settings\.pth holds other things than tensors"):
-        read_state(tmp_path / "settings.pth")
+        read_state_dict(tmp_path / "settings.pth")
     (tmp_path / "pytorch_model.bin").touch()
     with pytest.raises(ValueError, match=r"holds no \.safetensors weights"):
-        read_state(tmp_path)
+        read_state_dict(tmp_path)
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(ValueError, match=r"holds no \.safetensors weights"):
         build("transformers_text", model=tmp_path)

@@ -1,4 +1,4 @@
-"""Settings mean what they say wherever they are read: left-padding tokenizers, relative paths, lengths without reason."""
+"""Settings of encoders mean the same everywhere: left-padding tokenizers, relative paths, lengths out of range."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def encode(encoder: Encoder, *raw: Path | str) -> Tensor:
     [("bert", {"padding_side": "left", "pad_token": "[PAD]"}), ("gpt2", {"padding_side": "left"}), ("gpt2", {})],
 )
 def test_texts_of_any_length_equal_the_unpadded_model(model: str, tokenizer: dict[str, str], tmp_path: Path) -> None:
-    """Whichever side the tokenizer would pad, and whether or not it can."""
+    """On whichever side the tokenizer pads, and also if it cannot pad."""
     folder = encoder_cases.text_folder(tmp_path, model, **tokenizer)
     network, words = AutoModel.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
     found = encode(build("transformers_text", model=folder, max_tokens=8), *TEXTS)
@@ -93,8 +93,8 @@ def test_absurd_settings_are_refused_at_once(name: str, settings: dict[str, obje
         build_encoder(name, settings)
 
 
-def test_what_a_timm_folder_builds_is_in_its_identity(tmp_path: Path) -> None:
-    """The same weights pooled otherwise are other features."""
+def test_the_arguments_of_a_timm_folder_are_in_its_identity(tmp_path: Path) -> None:
+    """The same weights with another pooling give other features."""
     Image.effect_noise((90, 120), 80).convert("RGB").save(tmp_path / "noise.png")
     encoders = []
     for pool in ("avg", "max"):
@@ -115,9 +115,9 @@ def test_what_a_timm_folder_builds_is_in_its_identity(tmp_path: Path) -> None:
 
 
 def test_relative_paths_mean_the_same_from_everywhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Configs name files absolutely, so that another process, in another folder, builds the same encoder of them."""
+    """Configs hold absolute paths, so another process, in another folder, builds the same encoder from them."""
     (tmp_path / "here").mkdir()
-    (tmp_path / "here" / "random").mkdir()  # a word that such a setting takes is that word
+    (tmp_path / "here" / "random").mkdir()  # "random" means random weights, even if a folder has this name
     monkeypatch.chdir(tmp_path / "here")
     state = timm.create_model("test_vit", num_classes=0).state_dict()
     torch.save(state, "own.pth")
@@ -141,7 +141,7 @@ def test_relative_paths_mean_the_same_from_everywhere(monkeypatch: pytest.Monkey
 
 
 def openclip_with(folder: Path, **tokenizer: str) -> Path:
-    """An OpenCLIP folder that reads texts with a tokenizer of transformers."""
+    """Write an OpenCLIP folder that reads texts with a tokenizer of transformers."""
     encoder_cases.text_folder(folder, "bert", pad_token="[PAD]", **tokenizer)
     encoder_cases.openclip_folder(folder)
     settings = json.loads((folder / "open_clip_config.json").read_text())
@@ -151,7 +151,7 @@ def openclip_with(folder: Path, **tokenizer: str) -> Path:
 
 
 def test_the_tokenizer_of_openclip_is_in_its_identity(tmp_path: Path) -> None:
-    """Two words that change places, or the other side padded, make other features of the same weights."""
+    """With two words swapped, or with padding on the other side, the same weights give other features."""
     folders = [openclip_with(tmp_path / "a"), openclip_with(tmp_path / "b"), openclip_with(tmp_path / "c", padding_side="left")]
     vocabulary = (folders[1] / "tokenizer.json").read_text()
     swapped = vocabulary.replace('"cat"', '"CAT"').replace('"dog"', '"cat"').replace('"CAT"', '"dog"')
@@ -168,7 +168,7 @@ def test_the_tokenizer_of_openclip_is_in_its_identity(tmp_path: Path) -> None:
 
 
 def test_the_vocabulary_of_openclip_itself_is_digested(tmp_path: Path) -> None:
-    """A merge that is two others put together otherwise leaves the vocabulary as it is, and is another tokenizer."""
+    """Another order of merges leaves the vocabulary as it is, but makes another tokenizer."""
     merges = gzip.decompress(Path(default_bpe()).read_bytes()).decode().split("\n")
     assert merges[1:3] == ["i n", "t h"]
     own = []

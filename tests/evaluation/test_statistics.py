@@ -1,4 +1,4 @@
-"""The paired bootstrap against scipy's and against the normal approximation."""
+"""The paired bootstrap is compared with scipy's and with the normal approximation."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pipeline.evaluation.statistics import paired_bootstrap
 
 
 def accuracies(n: int = 400) -> tuple[np.ndarray, np.ndarray]:
-    """Two correlated columns of 0 and 100."""
+    """Two correlated vectors of 0 and 100."""
     rng = np.random.default_rng(0)
     difficulty = rng.normal(size=n)
     skill = rng.normal(size=(2, n)) * 0.5 + np.array([[0.3], [0.1]])
@@ -52,13 +52,13 @@ def test_the_result_depends_on_the_seed_but_not_on_the_block_size(monkeypatch: p
     result = paired_bootstrap(a, b, 500, seed=3)
     assert paired_bootstrap(a, b, 500, seed=3) == result
     assert paired_bootstrap(a, b, 500, seed=4) != result
-    monkeypatch.setattr(statistics, "BLOCK", 1000)
+    monkeypatch.setattr(statistics, "MAX_DRAWN_INDICES", 1000)
     assert paired_bootstrap(a, b, 500, seed=3) == result
 
 
 @pytest.mark.parametrize(
     ("a", "b"), [(np.zeros(3), np.zeros(4)), (np.zeros(0), np.zeros(0)), (np.zeros((2, 2)), np.zeros((2, 2)))]
 )
-def test_terms_that_cannot_be_paired_are_refused(a: np.ndarray, b: np.ndarray) -> None:
+def test_vectors_that_cannot_be_paired_are_refused(a: np.ndarray, b: np.ndarray) -> None:
     with pytest.raises(ValueError, match="cannot be paired"):
         paired_bootstrap(a, b, 10, seed=0)

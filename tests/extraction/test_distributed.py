@@ -1,4 +1,4 @@
-"""Shards spread over processes make the same bytes as one process, whatever is killed."""
+"""A cache that dask workers write has the same bytes as that of one process, whatever is killed."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from typing import Any
 
 import pytest
 from dask.distributed import Client, Scheduler, Worker
-from helpers.clusters import Poison, cluster, instead, order_for, when
-from helpers.fault_cases import TEXT, content, fill, num_commits, write_texts
+from helpers.clusters import KillOnText, before_preparing, process_cluster, run_when, texts_spec
+from helpers.fault_cases import TEXT_SETTINGS, cache_content, extract_texts, num_commits, write_texts
 
 from pipeline.cache import verify
 from pipeline.data.manifest import Manifest
-from pipeline.extraction.distributed import ExtractionSpec, extract_on, extract_with
+from pipeline.extraction.distributed import ExtractionSpec, dispatch_extraction, extract_on_cluster
 
 NUM_WORKERS = 4
 NUM_SHARDS = 16
@@ -27,7 +27,7 @@ NUM_SHARDS = 16
 
 @pytest.fixture(scope="module")
 def client() -> Iterator[Client]:
-    with cluster(NUM_WORKERS) as client:
+    with process_cluster(NUM_WORKERS) as client:
         yield client
 
 
@@ -38,38 +38,38 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
 
 @pytest.fixture(scope="module")
 def whole(texts: Manifest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The cache that one process wrote."""
-    return fill(texts, tmp_path_factory.mktemp("whole"))
+    """A cache that one process wrote."""
+    return extract_texts(texts, tmp_path_factory.mktemp("whole"))
 
 
 @pytest.fixture
-def order(tmp_path: Path) -> ExtractionSpec:
-    """An order for a home of its own."""
+def spec(tmp_path: Path) -> ExtractionSpec:
+    """A spec for a home of its own."""
     write_texts(tmp_path, 340)
-    return order_for(tmp_path)
+    return texts_spec(tmp_path)
 
 
 def pids_of(client: Client) -> list[int]:
-    """The process ids of a cluster's workers."""
+    """Return the process ids of a cluster's workers."""
     answers: Any = client.run(os.getpid)
     return list(answers.values())
 
 
 def test_four_processes_and_two_workers_write_the_bytes_of_one_process(
-    client: Client, texts: Manifest, whole: Path, order: ExtractionSpec, tmp_path: Path
+    client: Client, texts: Manifest, whole: Path, spec: ExtractionSpec, tmp_path: Path
 ) -> None:
     assert len({*pids_of(client), os.getpid()}) == NUM_WORKERS + 1
-    path = extract_on(client, order)
-    assert content(path) == content(whole)
+    path = extract_on_cluster(client, spec)
+    assert cache_content(path) == cache_content(whole)
     assert verify(path) == []
-    assert content(fill(texts, tmp_path / "two", workers=2)) == content(whole)
+    assert cache_content(extract_texts(texts, tmp_path / "two", workers=2)) == cache_content(whole)
 
 
 @pytest.mark.parametrize("after", [0, 1, 5, 9])
 def test_a_killed_worker_is_replaced(
-    after: int, client: Client, order: ExtractionSpec, whole: Path, capsys: pytest.CaptureFixture[str]
+    after: int, client: Client, spec: ExtractionSpec, whole: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    path = order.home / "caches" / "texts" / whole.name
+    path = spec.home / "caches" / "texts" / whole.name
     pids = pids_of(client)
     committed: list[int] = []
 
@@ -77,10 +77,10 @@ def test_a_killed_worker_is_replaced(
         committed.append(num_commits(path))
         os.kill(pids[after % len(pids)], signal.SIGKILL)
 
-    thread = when(lambda: num_commits(path) >= after and path.is_dir(), kill)
-    assert extract_on(client, order) == path
+    thread = run_when(lambda: num_commits(path) >= after and path.is_dir(), kill)
+    assert extract_on_cluster(client, spec) == path
     thread.join()
-    assert content(path) == content(whole)
+    assert cache_content(path) == cache_content(whole)
     assert committed[0] < NUM_SHARDS
     with capsys.disabled():
         print(f"\na worker of dask was killed when {committed[0]} of {NUM_SHARDS} shards were committed: the same bytes")
@@ -93,25 +93,25 @@ def test_a_killed_worker_is_replaced(
         (1, r"a worker process was killed \(SIGKILL\) at sample 's\d{3}'"),
     ],
 )
-def test_what_kills_every_worker_is_named(
-    children: int, message: str, order: ExtractionSpec, texts: Manifest, whole: Path
+def test_a_text_that_kills_every_worker_is_named(
+    children: int, message: str, spec: ExtractionSpec, texts: Manifest, whole: Path
 ) -> None:
-    own = dataclasses.replace(order, effort=dataclasses.replace(order.effort, workers=children))
-    with cluster(2) as client:
-        client.register_plugin(Poison())
+    spec_with_children = dataclasses.replace(spec, options=dataclasses.replace(spec.options, workers=children))
+    with process_cluster(2) as client:
+        client.register_plugin(KillOnText())
         with pytest.raises(ValueError, match=message) as raised:
-            extract_on(client, own)
+            extract_on_cluster(client, spec_with_children)
     assert "\n" not in str(raised.value)
-    assert 0 < num_commits(order.home / "caches" / "texts" / whole.name) < NUM_SHARDS
-    assert content(fill(texts, order.home)) == content(whole)
+    assert 0 < num_commits(spec.home / "caches" / "texts" / whole.name) < NUM_SHARDS
+    assert cache_content(extract_texts(texts, spec.home)) == cache_content(whole)
 
 
 def serve(address: Any) -> None:
-    """Be a scheduler with one worker that does not come to an end, whose address goes through a pipe, until killed."""
+    """Run a scheduler with one worker that never ends a certain text, until killed; send its address through a pipe."""
     forever = threading.Event()
 
     async def run() -> None:
-        instead("200: 07", forever.wait)
+        before_preparing("200: 07", forever.wait)
         async with Scheduler(host="127.0.0.1", port=0, dashboard=False) as scheduler, Worker(scheduler.address, nthreads=1):
             address.send(scheduler.address)
             await scheduler.finished()
@@ -119,16 +119,16 @@ def serve(address: Any) -> None:
     asyncio.run(run())
 
 
-def test_a_scheduler_elsewhere_may_be_lost(order: ExtractionSpec, texts: Manifest, whole: Path) -> None:
+def test_a_scheduler_elsewhere_may_be_lost(spec: ExtractionSpec, texts: Manifest, whole: Path) -> None:
     context = multiprocessing.get_context("forkserver")
     receiver, sender = context.Pipe(duplex=False)
     server = context.Process(target=serve, args=(sender,), daemon=True)
     server.start()
     address = receiver.recv()
-    path = order.home / "caches" / "texts" / whole.name
-    thread = when(lambda: num_commits(path) >= 2, server.kill)
+    path = spec.home / "caches" / "texts" / whole.name
+    thread = run_when(lambda: num_commits(path) >= 2, server.kill)
     with pytest.raises(ValueError, match="the scheduler was lost; the same command goes on from here"):
-        extract_with(address, [], order.home, "texts", order.encoder, TEXT, "float16", False, order.effort)
+        dispatch_extraction(address, [], spec.home, "texts", spec.encoder, TEXT_SETTINGS, "float16", False, spec.options)
     thread.join()
     assert 2 <= num_commits(path) < NUM_SHARDS
-    assert content(fill(texts, order.home)) == content(whole)
+    assert cache_content(extract_texts(texts, spec.home)) == cache_content(whole)

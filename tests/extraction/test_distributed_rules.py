@@ -1,4 +1,4 @@
-"""What a run over dask promises beside its bytes: failures, locks, fresh plans, no encoder in the client, and plain words."""
+"""Rules of an extraction with dask: failures, locks, fresh plans, no encoder in the client, and clear messages."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from typing import Any
 import pytest
 from dask.distributed import Client, Worker
 from distributed.comm.core import CommClosedError
-from helpers.clusters import Fault, Illegible, cluster, order_for, when
-from helpers.fault_cases import content, fill, num_commits, write_texts
+from helpers.clusters import FailSomeTexts, FailWhileOtherWorks, process_cluster, run_when, texts_spec
+from helpers.fault_cases import cache_content, extract_texts, num_commits, write_texts
 
 from pipeline.cache import open_cache, verify
 from pipeline.extraction import extract as extraction
-from pipeline.extraction.distributed import extract_on
+from pipeline.extraction.distributed import extract_on_cluster
 from pipeline.runtime.executor import _result, cuda_visible_devices
 from pipeline.runtime.files import lock, lock_shared
 
@@ -29,55 +29,55 @@ NUM_SHARDS = 8
 
 @pytest.fixture(scope="module")
 def client() -> Iterator[Client]:
-    with cluster(2) as client:
+    with process_cluster(2) as client:
         yield client
 
 
-def test_the_client_builds_no_encoder_and_tells_what_bound_the_run(
+def test_the_client_builds_no_encoder_and_logs_the_bottleneck(
     client: Client, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """On a GPU it would take the memory that the workers need."""
-    expected = content(fill(write_texts(tmp_path, 170), tmp_path / "whole"))
+    """On a GPU an encoder in the client would take memory that the workers need."""
+    expected = cache_content(extract_texts(write_texts(tmp_path, 170), tmp_path / "whole"))
     monkeypatch.setattr(extraction, "build_encoder", None)
-    assert content(extract_on(client, order_for(tmp_path, progress=True))) == expected
+    assert cache_content(extract_on_cluster(client, texts_spec(tmp_path, progress=True))) == expected
     assert re.search(
         r"\n(\w+-bound: 2 processes busy \d.*: more workers of dask would help|disk-bound: .*)\n$", capsys.readouterr().err
     )
 
 
 def test_workers_plan_every_run_afresh(client: Client, tmp_path: Path) -> None:
-    """They live longer than a manifest."""
-    first = extract_on(client, order_for(tmp_path)) if write_texts(tmp_path, 40) else None
+    """Workers live on when the manifest is written anew."""
+    first = extract_on_cluster(client, texts_spec(tmp_path)) if write_texts(tmp_path, 40) else None
     texts = write_texts(tmp_path, 45)
-    second = extract_on(client, order_for(tmp_path))
+    second = extract_on_cluster(client, texts_spec(tmp_path))
     assert second != first
-    assert content(second) == content(fill(texts, tmp_path / "whole"))
+    assert cache_content(second) == cache_content(extract_texts(texts, tmp_path / "whole"))
 
 
 def test_a_shard_with_too_many_failures_is_not_committed(tmp_path: Path) -> None:
     texts = write_texts(tmp_path, 60)
-    with cluster(2) as client:
-        client.register_plugin(Illegible())
+    with process_cluster(2) as client:
+        client.register_plugin(FailSomeTexts())
         for _ in range(2):
             with pytest.raises(ValueError, match=r"\d+ of 1440 items failed, more than --max-failures 0\.05 allows"):
-                extract_on(client, order_for(tmp_path))
+                extract_on_cluster(client, texts_spec(tmp_path))
             wait_until_idle(client)
         (path,) = (tmp_path / "caches" / "texts").iterdir()
         assert num_commits(path) < 3
         with pytest.raises(ValueError, match="is incomplete"):
             open_cache(path)
-        assert extract_on(client, order_for(tmp_path, max_failures=0.12)) == path
+        assert extract_on_cluster(client, texts_spec(tmp_path, max_failures=0.12)) == path
     assert verify(path) == []
     assert open_cache(path).failed_ids == {sample.id for sample in texts.samples if sample.texts}
 
 
-def test_what_goes_on_after_an_error_keeps_others_out(tmp_path: Path) -> None:
+def test_workers_that_go_on_after_an_error_keep_the_cache_locked(tmp_path: Path) -> None:
     """Dask cannot stop a worker that has begun a shard."""
     write_texts(tmp_path, 340)
-    with cluster(2) as client:
-        client.register_plugin(Fault(tmp_path))
+    with process_cluster(2) as client:
+        client.register_plugin(FailWhileOtherWorks(tmp_path))
         with pytest.raises(KeyError, match="a mistake"):
-            extract_on(client, order_for(tmp_path))
+            extract_on_cluster(client, texts_spec(tmp_path))
         (path,) = (tmp_path / "caches" / "texts").iterdir()
         before = num_commits(path)
         with pytest.raises(ValueError, match="another process is writing"), lock(path):
@@ -90,13 +90,13 @@ def test_what_goes_on_after_an_error_keeps_others_out(tmp_path: Path) -> None:
 
 
 def wait_until_idle(client: Client) -> None:
-    """The workers may begin another shard before they hear that the run has failed."""
+    """Wait: the workers may begin another shard before they hear that the extraction has failed."""
 
     def is_idle() -> bool:
         tasks: Any = client.run(num_tasks)  # by worker
         return not any(tasks.values())
 
-    when(is_idle, lambda: None).join(60)
+    run_when(is_idle, lambda: None).join(60)
 
 
 def num_tasks(dask_worker: Worker) -> int:
@@ -104,8 +104,8 @@ def num_tasks(dask_worker: Worker) -> int:
 
 
 def wait_until_free(path: Path) -> None:
-    """Workers that are at it when a run has failed go on to the end of their shard."""
-    when(lambda: is_free(path), lambda: None).join(60)
+    """Wait: after a failure the workers go on to the end of their shard."""
+    run_when(lambda: is_free(path), lambda: None).join(60)
 
 
 def is_free(path: Path) -> bool:
@@ -116,7 +116,7 @@ def is_free(path: Path) -> bool:
         return False
 
 
-def test_those_who_write_together_keep_out_who_writes_alone(tmp_path: Path) -> None:
+def test_shared_locks_keep_an_exclusive_lock_out(tmp_path: Path) -> None:
     with lock(tmp_path), pytest.raises(ValueError, match="another process is writing"), lock_shared(tmp_path):
         pass
     with lock_shared(tmp_path), lock_shared(tmp_path):
@@ -176,16 +176,18 @@ def test_a_gpu_that_is_not_there_is_named(gpu: int, num_gpus: int) -> None:
 
 
 def test_seconds_of_all_workers_make_one_verdict() -> None:
-    """Two tasks of two workers each had 100 seconds."""
-    pace = extraction.ThroughputMeter(2, "cpu", cores=4, spread=2)
-    pace.started -= 100
+    """Two dask tasks of two workers each ran for 100 seconds."""
+    meter = extraction.ThroughputMeter(2, "cpu", num_cores=4, num_dask_tasks=2)
+    meter.started_at -= 100
     for _ in range(2):
-        spent = extraction.ThroughputMeter(2, "cuda")
-        spent.prepare, spent.encode = 150.0, 60.0
-        spent.waited = {"items": 60.0, "disk": 5.0}
-        pace.join(spent)
-    assert pace.verdict() == ("decode-bound: 4 workers busy 75%, encoder waited 60%: raise --workers, or take smaller pictures")
-    assert pace.warnings(num_gpus=2) == ["the GPU was idle 60% of the time"]
-    assert dataclasses.replace(pace, waited={"items": 0.0, "disk": 0.0}).verdict() == (
+        worker_meter = extraction.ThroughputMeter(2, "cuda")
+        worker_meter.prepare_seconds, worker_meter.encode_seconds = 150.0, 60.0
+        worker_meter.waited_seconds = {"items": 60.0, "disk": 5.0}
+        meter.merge(worker_meter)
+    assert meter.verdict() == (
+        "decode-bound: 4 workers busy 75%, encoder waited 60%: raise --workers, or take smaller pictures"
+    )
+    assert meter.warnings(num_gpus=2) == ["the GPU was idle 60% of the time"]
+    assert dataclasses.replace(meter, waited_seconds={"items": 0.0, "disk": 0.0}).verdict() == (
         "encoder-bound: 4 workers busy 75%, encoder waited 0%: raise --batch-size, or take more GPUs"
     )

@@ -1,4 +1,4 @@
-"""Extraction can be killed at any moment: the same command ends in the same bytes, and nothing is ever silently dropped."""
+"""Extraction can be killed at any moment: the same command ends in the same bytes, and no item is lost without a record."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from helpers.fault_cases import content
+from helpers.fault_cases import cache_content
 from PIL import Image
 
 from pipeline.cache import info, layout, open_cache, verify
-from pipeline.data import manifest as manifests
 from pipeline.data.manifest import Manifest
+from pipeline.data.manifest_files import write_manifest
 from pipeline.encoders import random_projection
 from pipeline.extraction.extract import ExtractOptions, extract
-from pipeline.extraction.inputs import texts_of
+from pipeline.extraction.inputs import texts_to_encode
 from pipeline.runtime.files import lock
 from pipeline.types import Sample
 
@@ -54,7 +54,7 @@ def test_features_equal_the_encoder(tiny_manifest: Manifest, tiny_home: Path) ->
         np.testing.assert_allclose(cache.read([sample.id])[0], expected, atol=1e-3)
 
 
-def test_identity_names_everything_and_no_place(tiny_manifest: Manifest, tiny_home: Path) -> None:
+def test_the_identity_contains_no_path(tiny_manifest: Manifest, tiny_home: Path) -> None:
     for path in (tiny_home / "caches" / "tiny").iterdir():
         identity = open_cache(path, {"manifest": tiny_manifest.fingerprint(), "store_dtype": "float16"}).identity
         assert identity["encoder"]["name"] == "random_projection"
@@ -62,55 +62,57 @@ def test_identity_names_everything_and_no_place(tiny_manifest: Manifest, tiny_ho
 
 
 @pytest.mark.parametrize("settings", [TEXT, {"modality": "image", "width": 8}])
-def test_bytes_depend_on_nothing_but_the_command(tiny_manifest: Manifest, tmp_path: Path, settings: dict[str, Any]) -> None:
-    runs = [
+def test_the_number_of_workers_does_not_change_the_bytes(
+    tiny_manifest: Manifest, tmp_path: Path, settings: dict[str, Any]
+) -> None:
+    paths = [
         extract(
             tiny_manifest,
             "random_projection",
             settings,
             tmp_path / str(workers),
-            effort=ExtractOptions(batch_size=7, workers=workers, progress=False),
+            options=ExtractOptions(batch_size=7, workers=workers, progress=False),
         )
         for workers in (0, 2)
     ]
-    assert content(runs[0]) == content(runs[1])
-    assert verify(runs[0]) == []
+    assert cache_content(paths[0]) == cache_content(paths[1])
+    assert verify(paths[0]) == []
 
 
 def test_finished_extraction_does_nothing(texts: Manifest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = extract(texts, "random_projection", TEXT, tmp_path, effort=QUIET)
+    path = extract(texts, "random_projection", TEXT, tmp_path, options=QUIET)
     before = {file: file.stat().st_mtime_ns for file in path.rglob("*/c/*/*")}
     monkeypatch.setattr(random_projection.RandomProjection, "forward", None)
-    assert extract(texts, "random_projection", TEXT, tmp_path, effort=QUIET) == path
+    assert extract(texts, "random_projection", TEXT, tmp_path, options=QUIET) == path
     assert {file: file.stat().st_mtime_ns for file in path.rglob("*/c/*/*")} == before
 
 
 def test_killed_at_every_rename_it_resumes_to_the_same_bytes(
     texts: Manifest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Files appear by renames only: a copy of the folder before and after each is all that a kill can leave; two shards."""
+    """Files appear by renames only, so a copy before and after each rename is all that a kill can leave; two shards."""
     monkeypatch.setattr(layout, "SHARD_ROWS", 512)
-    effort = ExtractOptions(workers=0, progress=False)
-    states: list[Path] = []
+    options = ExtractOptions(workers=0, progress=False)
+    copies: list[Path] = []
 
     def rename(source: Any, target: Any) -> None:
-        states.append(Path(shutil.copytree(tmp_path / "whole", tmp_path / str(len(states)))))
+        copies.append(Path(shutil.copytree(tmp_path / "whole", tmp_path / str(len(copies)))))
         replace(source, target)
-        states.append(Path(shutil.copytree(tmp_path / "whole", tmp_path / str(len(states)))))
+        copies.append(Path(shutil.copytree(tmp_path / "whole", tmp_path / str(len(copies)))))
 
     replace = os.replace
     with monkeypatch.context() as patch:
         patch.setattr(os, "replace", rename)
-        path = extract(texts, "random_projection", TEXT, tmp_path / "whole", effort=effort)
-    expected = content(path)
+        path = extract(texts, "random_projection", TEXT, tmp_path / "whole", options=options)
+    expected = cache_content(path)
     assert info(path)["shards"] == {"committed": 2, "total": 2}
-    assert len(states) == 2 * len(expected)
-    for home in states:
+    assert len(copies) == 2 * len(expected)
+    for home in copies:
         killed = home / path.relative_to(tmp_path / "whole")
         if info_or_none(killed) != {"committed": 2, "total": 2}:
             with pytest.raises(ValueError, match="diffalign extract"):
                 open_cache(killed)
-        assert content(extract(texts, "random_projection", TEXT, home, effort=effort)) == expected
+        assert cache_content(extract(texts, "random_projection", TEXT, home, options=options)) == expected
 
 
 def info_or_none(path: Path) -> Any:
@@ -122,20 +124,20 @@ def info_or_none(path: Path) -> Any:
 
 def test_damaged_shards_are_redone(texts: Manifest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(layout, "SHARD_ROWS", 512)
-    path = extract(texts, "random_projection", TEXT, tmp_path, effort=QUIET)
-    expected = content(path)
+    path = extract(texts, "random_projection", TEXT, tmp_path, options=QUIET)
+    expected = cache_content(path)
     shard = path / "features" / "c" / "1" / "0"
     data = bytearray(shard.read_bytes())
     data[100] ^= 4
     shard.write_bytes(data)
     (path / "features" / "c" / "0" / "0").unlink()
-    extract(texts, "random_projection", TEXT, tmp_path, effort=QUIET)
-    assert content(path) == expected
+    extract(texts, "random_projection", TEXT, tmp_path, options=QUIET)
+    assert cache_content(path) == expected
 
 
 @pytest.fixture
 def flawed(tiny_manifest: Manifest, tmp_path: Path) -> Manifest:
-    """`tiny` with one truncated image, one missing, and one that leads out of its folder."""
+    """`tiny` with a truncated image, a missing one, and a link that leads out of the media folder."""
     root = tmp_path / "flawed"
     root.mkdir()
     for sample in tiny_manifest.samples:
@@ -150,7 +152,7 @@ def flawed(tiny_manifest: Manifest, tmp_path: Path) -> Manifest:
 @pytest.mark.parametrize("workers", [0, 1])
 def test_undecodable_images_are_recorded_never_zeros(flawed: Manifest, tmp_path: Path, workers: int) -> None:
     path = extract(
-        flawed, "random_projection", {}, tmp_path, effort=ExtractOptions(max_failures=0.1, workers=workers, progress=False)
+        flawed, "random_projection", {}, tmp_path, options=ExtractOptions(max_failures=0.1, workers=workers, progress=False)
     )
     cache = open_cache(path)
     failed = {"red-1", "blue-2", "grey-3"}
@@ -167,20 +169,22 @@ def test_undecodable_images_are_recorded_never_zeros(flawed: Manifest, tmp_path:
 
 def test_too_many_failures_stop(flawed: Manifest, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"3 of 40 items failed, more than --max-failures 0\.05 allows; .*'grey-3'"):
-        extract(flawed, "random_projection", {}, tmp_path, effort=QUIET)
-    extract(flawed, "random_projection", {}, tmp_path, effort=ExtractOptions(max_failures=3 / 40, progress=False))
+        extract(flawed, "random_projection", {}, tmp_path, options=QUIET)
+    extract(flawed, "random_projection", {}, tmp_path, options=ExtractOptions(max_failures=3 / 40, progress=False))
 
 
 def test_failed_items_can_be_tried_again(flawed: Manifest, tiny_manifest: Manifest, tmp_path: Path) -> None:
-    path = extract(flawed, "random_projection", {}, tmp_path, effort=ExtractOptions(max_failures=1, progress=False))
+    path = extract(flawed, "random_projection", {}, tmp_path, options=ExtractOptions(max_failures=1, progress=False))
     (flawed.media_root / "grey-3.png").unlink()
     for name in ("red-1.png", "blue-2.png", "grey-3.png"):
         (flawed.media_root / name).write_bytes((tiny_manifest.media_root / name).read_bytes())
-    extract(flawed, "random_projection", {}, tmp_path, effort=QUIET)
+    extract(flawed, "random_projection", {}, tmp_path, options=QUIET)
     assert len(open_cache(path).failed_ids) == 3
-    extract(flawed, "random_projection", {}, tmp_path, effort=ExtractOptions(retry_failed=True, progress=False))
+    extract(flawed, "random_projection", {}, tmp_path, options=ExtractOptions(retry_failed=True, progress=False))
     assert open_cache(path).failed_ids == frozenset()
-    assert content(path) == content(extract(tiny_manifest, "random_projection", {}, tmp_path / "good", effort=QUIET))
+    assert cache_content(path) == cache_content(
+        extract(tiny_manifest, "random_projection", {}, tmp_path / "good", options=QUIET)
+    )
 
 
 def test_features_beyond_float16_are_failures(texts: Manifest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -192,12 +196,17 @@ def test_features_beyond_float16_are_failures(texts: Manifest, tmp_path: Path, m
         return features
 
     monkeypatch.setattr(random_projection.RandomProjection, "forward", overflowing)
-    path = extract(texts, "random_projection", TEXT, tmp_path, effort=ExtractOptions(batch_size=100, progress=False))
+    path = extract(texts, "random_projection", TEXT, tmp_path, options=ExtractOptions(batch_size=100, progress=False))
     table = pd.read_parquet(path / "failures.parquet")
     assert len(table) == 7
     assert set(table["error"]) == {"a feature is not finite as float16"}
     wide = extract(
-        texts, "random_projection", TEXT, tmp_path, store_dtype="float32", effort=ExtractOptions(batch_size=100, progress=False)
+        texts,
+        "random_projection",
+        TEXT,
+        tmp_path,
+        store_dtype="float32",
+        options=ExtractOptions(batch_size=100, progress=False),
     )
     assert open_cache(wide).failed_ids == frozenset()
 
@@ -220,11 +229,11 @@ def test_progress_goes_to_standard_error(tiny_manifest: Manifest, tmp_path: Path
     ],
 )
 def test_texts_are_joined_or_kept(aggregate: str, units: tuple[str, ...], expected: tuple[str, ...]) -> None:
-    assert texts_of(Sample("x", "train", Path("x"), units, (0,), ""), {"aggregate": aggregate, "sep": ", "}) == expected
+    assert texts_to_encode(Sample("x", "train", Path("x"), units, (0,), ""), {"aggregate": aggregate, "sep": ", "}) == expected
 
 
 def test_samples_without_text_are_nan_but_no_failures(texts: Manifest, tmp_path: Path) -> None:
-    cache = open_cache(extract(texts, "random_projection", TEXT, tmp_path, effort=QUIET))
+    cache = open_cache(extract(texts, "random_projection", TEXT, tmp_path, options=QUIET))
     vectors = cache.read(["s0", "s1", "s2"])
     assert np.isnan(vectors).all(axis=1).tolist() == [True, False, False]
     assert cache.failed_ids == frozenset()
@@ -241,10 +250,13 @@ def test_user_errors_are_one_line(tiny_manifest: Manifest, tmp_path: Path) -> No
         (lambda: extract(tiny_manifest, "nonsense", {}, tmp_path), "unknown encoder 'nonsense'; choose one of: efficientnet"),
         (lambda: extract(tiny_manifest, "random_projection", {"size": 1}, tmp_path), "unknown setting 'size'; choose one of"),
         (
-            lambda: extract(tiny_manifest, "random_projection", {}, tmp_path, effort=ExtractOptions(max_failures=2)),
+            lambda: extract(tiny_manifest, "random_projection", {}, tmp_path, options=ExtractOptions(max_failures=2)),
             "share of the items",
         ),
-        (lambda: extract(tiny_manifest, "random_projection", {}, tmp_path, effort=ExtractOptions(batch_size=-1)), "batch size"),
+        (
+            lambda: extract(tiny_manifest, "random_projection", {}, tmp_path, options=ExtractOptions(batch_size=-1)),
+            "batch size",
+        ),
     ]
     for attempt, message in attempts:
         with pytest.raises(ValueError, match=message) as raised:
@@ -259,17 +271,17 @@ def test_interrupt_leaves_nothing_behind(tmp_path: Path) -> None:
     Image.new("RGB", (64, 64)).save(root / "x.png")
     samples = tuple(Sample(str(row), "train", Path("x.png"), (), (0,), "") for row in range(20_000))
     meta = {"media_type": "image", "text": {"kind": "", "aggregate": "mean", "sep": ""}}
-    manifests.write_manifest(Manifest("many", "single", ("only",), samples, meta, root), tmp_path)
+    write_manifest(Manifest("many", "single", ("only",), samples, meta, root), tmp_path)
     script = f"""
 import signal
 from pathlib import Path
 from pipeline.extraction.extract import ExtractOptions, extract
-from pipeline.data.manifest import read_manifest
+from pipeline.data.manifest_files import read_manifest
 from pipeline.runtime import logs
 logs.SPARSE_SECONDS = 0.1
-signal.signal(signal.SIGINT, signal.default_int_handler)  # whoever runs the tests in the background has it ignored
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell ignores it for tests in the background
 home = Path({str(tmp_path)!r})
-extract(read_manifest(home, "many"), "random_projection", {{}}, home, effort=ExtractOptions(workers=2))
+extract(read_manifest(home, "many"), "random_projection", {{}}, home, options=ExtractOptions(workers=2))
 """
     process = subprocess.Popen([sys.executable, "-c", script], stderr=subprocess.PIPE, start_new_session=True)
     assert process.stderr is not None
@@ -278,7 +290,7 @@ extract(read_manifest(home, "many"), "random_projection", {{}}, home, effort=Ext
     os.killpg(process.pid, signal.SIGINT)
     errors = process.communicate(timeout=30)[1]
     assert process.returncode == -signal.SIGINT
-    assert errors.count(b"Traceback") == 1  # of this process: the workers are silent
+    assert errors.count(b"Traceback") == 1  # of the main process: the workers print none
     with pytest.raises(ProcessLookupError):
         os.killpg(process.pid, 0)
     (path,) = (tmp_path / "caches" / "many").iterdir()

@@ -1,4 +1,4 @@
-"""What an extraction says about its speed, and what it does when memory runs out."""
+"""What an extraction reports about its speed, and how batches are cut when memory runs out."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from pipeline.extraction import throughput as pace
-from pipeline.extraction.inputs import Encoded, Forward
+from pipeline.extraction import throughput
+from pipeline.extraction.inputs import EncodedBatch, MemorySafeEncoder
 from pipeline.extraction.throughput import ThroughputMeter
 
 RAISE = "raise --workers (there are 4 cores)"
@@ -22,12 +22,12 @@ DISK = "disk-bound: the encoder waited {} for shards to be written: choose a fas
 GPUS = "raise --batch-size, or spread over several GPUs with --workers-gpu"
 
 
-def make_pace(workers: int, device: str, prepare: float, encode: float, **waited: float) -> ThroughputMeter:
-    """The pace of a run of 100 seconds on four cores; seconds of all workers together, and of this process."""
-    found = ThroughputMeter(workers, device, 4, started=time.monotonic() - 100)
-    found.add(Encoded(np.arange(1), np.zeros((1, 1)), [], prepare, encode))
-    found.waited = {"items": waited.get("items", 0.0), "disk": waited.get("disk", 0.0)}
-    return found
+def make_meter(num_workers: int, device: str, prepare: float, encode: float, **waited: float) -> ThroughputMeter:
+    """Return the meter of an extraction of 100 seconds on four cores; all other seconds are sums over processes."""
+    meter = ThroughputMeter(num_workers, device, 4, started_at=time.monotonic() - 100)
+    meter.add(EncodedBatch(np.arange(1), np.zeros((1, 1)), [], prepare, encode))
+    meter.waited_seconds = {"items": waited.get("items", 0.0), "disk": waited.get("disk", 0.0)}
+    return meter
 
 
 @pytest.mark.parametrize(
@@ -44,35 +44,35 @@ def make_pace(workers: int, device: str, prepare: float, encode: float, **waited
         (4, "cuda", 80, 95, {"disk": 60}, DISK.format("60%")),
     ],
 )
-def test_the_verdict_says_what_bound_the_run_and_what_would_help(
+def test_the_verdict_names_the_bottleneck_and_the_remedy(
     workers: int, device: str, prepare: float, encode: float, waited: dict[str, float], verdict: str
 ) -> None:
-    assert make_pace(workers, device, prepare, encode, **waited).verdict() == verdict
+    assert make_meter(workers, device, prepare, encode, **waited).verdict() == verdict
 
 
 def test_idle_and_unused_gpus_are_warned_about(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert make_pace(4, "cuda", 300, 95, items=3).warnings(num_gpus=1) == []
-    assert make_pace(4, "cuda", 300, 40, items=60).warnings(num_gpus=1) == ["the GPU was idle 60% of the time"]
-    assert make_pace(4, "cuda", 300, 95).warnings(num_gpus=4) == ["1 of 4 GPUs was used: --workers-gpu 0,1,2,3 uses all"]
-    assert len(make_pace(4, "cuda", 300, 40, items=60).warnings(num_gpus=2)) == 2
-    monkeypatch.setattr(pace, "NVIDIA", tmp_path / "nvidia0")
-    assert make_pace(4, "cpu", 300, 95).warnings(num_gpus=0) == []
+    assert make_meter(4, "cuda", 300, 95, items=3).warnings(num_gpus=1) == []
+    assert make_meter(4, "cuda", 300, 40, items=60).warnings(num_gpus=1) == ["the GPU was idle 60% of the time"]
+    assert make_meter(4, "cuda", 300, 95).warnings(num_gpus=4) == ["1 of 4 GPUs was used: --workers-gpu 0,1,2,3 uses all"]
+    assert len(make_meter(4, "cuda", 300, 40, items=60).warnings(num_gpus=2)) == 2
+    monkeypatch.setattr(throughput, "NVIDIA_DEVICE", tmp_path / "nvidia0")
+    assert make_meter(4, "cpu", 300, 95).warnings(num_gpus=0) == []
     (tmp_path / "nvidia0").touch()
-    (warning,) = make_pace(4, "cpu", 300, 95).warnings(num_gpus=0)
+    (warning,) = make_meter(4, "cpu", 300, 95).warnings(num_gpus=0)
     assert warning == "this machine has a GPU, but this torch cannot use it: install a CUDA build of torch"
 
 
-@pytest.mark.parametrize("activity", ["items", "disk"])
-def test_waiting_is_timed(activity: Literal["items", "disk"]) -> None:
-    found = ThroughputMeter(0, "cpu")
-    with found.waiting(activity):
+@pytest.mark.parametrize("reason", ["items", "disk"])
+def test_waiting_is_timed(reason: Literal["items", "disk"]) -> None:
+    meter = ThroughputMeter(0, "cpu")
+    with meter.waiting(reason):
         time.sleep(0.05)
-    assert 0.05 <= found.waited.pop(activity) < 1
-    assert list(found.waited.values()) == [0]
+    assert 0.05 <= meter.waited_seconds.pop(reason) < 1
+    assert list(meter.waited_seconds.values()) == [0]
 
 
-def small_memory(room: int, seen: list[int]) -> Forward:
-    """An encoder that has room for so many items at once, with a limit of 16; notes the size of every batch it is asked for."""
+def small_memory(room: int, seen: list[int]) -> MemorySafeEncoder:
+    """Return an encoder whose memory holds `room` items; it starts with 16 at once and appends each batch size to `seen`."""
 
     def encode(batch: Tensor) -> Tensor:
         seen.append(len(batch))
@@ -80,29 +80,29 @@ def small_memory(room: int, seen: list[int]) -> Forward:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return torch.stack([batch.sum(dim=1), batch.prod(dim=1)], dim=1)
 
-    return Forward(encode, 16)
+    return MemorySafeEncoder(encode, 16)
 
 
-@pytest.mark.parametrize(("room", "limit"), [(16, 16), (15, 8), (8, 8), (7, 4), (3, 2), (1, 1)])
-def test_a_batch_that_does_not_fit_is_halved_and_stays_so(room: int, limit: int) -> None:
+@pytest.mark.parametrize(("room", "max_items"), [(16, 16), (15, 8), (8, 8), (7, 4), (3, 2), (1, 1)])
+def test_a_batch_that_does_not_fit_is_halved_and_stays_so(room: int, max_items: int) -> None:
     items = torch.randn(40, 3, generator=torch.Generator().manual_seed(0))
     seen: list[int] = []
-    forward = small_memory(room, seen)
+    encoder = small_memory(room, seen)
     for batch in items.split(16):
         expected = torch.stack([batch.sum(dim=1), batch.prod(dim=1)], dim=1)
-        assert torch.equal(forward(batch), expected)
-    assert forward.limit == limit
+        assert torch.equal(encoder(batch), expected)
+    assert encoder.max_items == max_items
     too_large = [size for size in seen if size > room]
     assert too_large == seen[: len(too_large)]  # only at the beginning
     assert too_large == [16, 8, 4, 2][: len(too_large)]
-    assert set(seen[len(too_large) :]) <= {limit, 16 % limit, 8 % limit} | {min(limit, 8)}
+    assert set(seen[len(too_large) :]) <= {max_items, 16 % max_items, 8 % max_items} | {min(max_items, 8)}
 
 
 def test_a_short_batch_halves_from_its_own_size() -> None:
     seen: list[int] = []
-    forward = small_memory(2, seen)
-    forward(torch.ones(5, 3))
-    assert (forward.limit, seen) == (2, [5, 2, 2, 1])
+    encoder = small_memory(2, seen)
+    encoder(torch.ones(5, 3))
+    assert (encoder.max_items, seen) == (2, [5, 2, 2, 1])
 
 
 def test_an_item_that_does_not_fit_is_an_error() -> None:

@@ -1,4 +1,4 @@
-"""Batches are what the cache says, memory decides only how much of one is encoded at once, and errors are told at once."""
+"""Batches depend on the cache alone, memory decides only how many items are encoded at once, and errors stop at once."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers.fault_cases import FORK, SHARD_ROWS, TEXT, content, end, fill, write_texts
+from helpers.fault_cases import FORK, SHARD_ROWS, TEXT_SETTINGS, cache_content, extract_texts, wait_for_exit, write_texts
 from torch import Tensor
 
 from pipeline.cache import layout
 from pipeline.cache.writer import Writer
 from pipeline.data.manifest import Manifest
 from pipeline.encoders.random_projection import RandomProjection
-from pipeline.extraction.extract import ExtractOptions, Task, extract, gpu_batch_size, plan_extraction
-from pipeline.extraction.inputs import Forward, Items
+from pipeline.extraction.extract import ExtractionTask, ExtractOptions, extract, gpu_batch_size, plan_extraction
+from pipeline.extraction.inputs import EncoderInputs, MemorySafeEncoder
 from pipeline.extraction.throughput import ThroughputMeter
-from pipeline.extraction.workers import allowed_workers, encoded_batches
+from pipeline.extraction.workers import allowed_workers, encode_batches
 
 NUM_SHARDS = 8
 
@@ -34,8 +34,8 @@ def texts(tmp_path: Path) -> Manifest:
 
 
 def test_memory_that_runs_out_changes_no_batch(texts: Manifest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    expected = content(fill(texts, tmp_path / "whole"))
-    forward, cut = RandomProjection.forward, Items.batches
+    expected = cache_content(extract_texts(texts, tmp_path / "whole"))
+    forward, cut_batches = RandomProjection.forward, EncoderInputs.batches
     sizes: list[int] = []
 
     def small(self: RandomProjection, items: Tensor) -> Tensor:
@@ -43,47 +43,47 @@ def test_memory_that_runs_out_changes_no_batch(texts: Manifest, tmp_path: Path, 
             raise torch.OutOfMemoryError("CUDA out of memory")
         return forward(self, items)
 
-    def batches(self: Items, rows: range, batch_size: int) -> list[np.ndarray]:
+    def batches(self: EncoderInputs, rows: range, batch_size: int) -> list[np.ndarray]:
         sizes.append(batch_size)
-        return cut(self, rows, batch_size)
+        return cut_batches(self, rows, batch_size)
 
     monkeypatch.setattr(RandomProjection, "forward", small)
-    monkeypatch.setattr(Items, "batches", batches)
-    assert content(fill(texts, tmp_path)) == expected
+    monkeypatch.setattr(EncoderInputs, "batches", batches)
+    assert cache_content(extract_texts(texts, tmp_path)) == expected
     assert sizes == [16] * NUM_SHARDS
 
 
 def test_the_slice_that_failed_is_halved() -> None:
-    """The last one of a batch may be small: half of what the others had would not help."""
+    """The last slice of a batch may be small: half of the size of the others may still be larger than it."""
     seen: list[int] = []
-    free = iter([16, 3, 3, 3])
+    rooms = iter([16, 3, 3, 3])
 
     def encode(items: Tensor) -> Tensor:
         seen.append(len(items))
-        if len(items) > next(free):
+        if len(items) > next(rooms):
             raise torch.OutOfMemoryError("CUDA out of memory")
         return items
 
-    forward = Forward(encode, 16)
+    encoder = MemorySafeEncoder(encode, 16)
     items = torch.arange(20.0)[:, None]
-    assert torch.equal(forward(items), items)
-    assert (forward.limit, seen) == (2, [16, 4, 2, 2])
+    assert torch.equal(encoder(items), items)
+    assert (encoder.max_items, seen) == (2, [16, 4, 2, 2])
 
 
-def test_memory_is_given_back_once_the_attempt_holds_none(monkeypatch: pytest.MonkeyPatch) -> None:
-    held: list[weakref.ref[Tensor]] = []
-    found: list[bool] = []
+def test_the_memory_cache_is_emptied_after_the_failed_tensors_are_released(monkeypatch: pytest.MonkeyPatch) -> None:
+    activation_refs: list[weakref.ref[Tensor]] = []
+    released: list[bool] = []
 
     def encode(items: Tensor) -> Tensor:
         activations = items * 2
         if len(items) > 4:
-            held.append(weakref.ref(activations))
+            activation_refs.append(weakref.ref(activations))
             raise torch.OutOfMemoryError("CUDA out of memory")
         return activations
 
-    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: found.append(held[-1]() is None))
-    assert len(Forward(encode)(torch.ones(16, 3))) == 16
-    assert found == [True, True]
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: released.append(activation_refs[-1]() is None))
+    assert len(MemorySafeEncoder(encode)(torch.ones(16, 3))) == 16
+    assert released == [True, True]
 
 
 @pytest.mark.parametrize(
@@ -96,28 +96,34 @@ def test_a_batch_of_clips_has_fewer_items(shape: tuple[int, ...], itemsize: int,
 
 def test_an_item_is_measured_when_one_can_be_prepared(tiny_manifest: Manifest, tmp_path: Path) -> None:
     task = plan_extraction(tiny_manifest, "random_projection", {}, tmp_path, "float16", False, ExtractOptions())
-    assert task.items.item_bytes() == task.items.prepare(np.arange(1)).good.nbytes == 3 * 16 * 16 * 4
+    assert task.inputs.item_bytes() == task.inputs.prepare(np.arange(1)).items.nbytes == 3 * 16 * 16 * 4
     assert task.target.provenance["batch_size"] == 16
 
 
 def extract_as_daemon(texts: Manifest, home: Path) -> None:
-    """Extract with workers in a process that may have none."""
+    """Extract with two workers in a daemonic process, which may have no children."""
     assert multiprocessing.current_process().daemon
     assert allowed_workers(2) == 0
-    extract(texts, "random_projection", TEXT, home, effort=ExtractOptions(workers=2, shard_rows=SHARD_ROWS, progress=False))
+    extract(
+        texts,
+        "random_projection",
+        TEXT_SETTINGS,
+        home,
+        options=ExtractOptions(workers=2, shard_rows=SHARD_ROWS, progress=False),
+    )
 
 
 def test_a_daemonic_process_does_everything_itself(texts: Manifest, tmp_path: Path) -> None:
-    """Such as a worker of dask that was started with defaults."""
+    """A dask worker that was started with defaults is such a process."""
     process = FORK.Process(target=extract_as_daemon, args=(texts, tmp_path), daemon=True)
     process.start()
-    assert end(process) == 0
+    assert wait_for_exit(process) == 0
     (path,) = (tmp_path / "caches" / "texts").iterdir()
-    assert content(path) == content(fill(texts, tmp_path / "whole"))
+    assert cache_content(path) == cache_content(extract_texts(texts, tmp_path / "whole"))
     assert allowed_workers(2) == 2
 
 
-def test_a_full_disk_is_told_before_the_next_shard_is_encoded(
+def test_a_full_disk_stops_before_the_next_shard_is_encoded(
     texts: Manifest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     forward = RandomProjection.forward
@@ -134,19 +140,21 @@ def test_a_full_disk_is_told_before_the_next_shard_is_encoded(
     monkeypatch.setattr(RandomProjection, "forward", slow)
     monkeypatch.setattr(Writer, "commit", full)
     with pytest.raises(OSError, match="No space left on device"):
-        fill(texts, tmp_path)
+        extract_texts(texts, tmp_path)
     assert SHARD_ROWS <= sum(encoded) < 2 * SHARD_ROWS
 
 
 def test_workers_and_this_process_encode_alike(texts: Manifest, tmp_path: Path) -> None:
-    task: Task = plan_extraction(texts, "random_projection", TEXT, tmp_path, "float16", False, ExtractOptions())
+    task: ExtractionTask = plan_extraction(
+        texts, "random_projection", TEXT_SETTINGS, tmp_path, "float16", False, ExtractOptions()
+    )
     batches = task.batches(range(100))
-    alone, spread = (
-        [batch.features for batch in encoded_batches(task.items, batches, task.forward, ThroughputMeter(workers, "cpu"))]
-        for workers in (0, 3)
+    alone, with_workers = (
+        [batch.features for batch in encode_batches(task.inputs, batches, task.encoder, ThroughputMeter(num_workers, "cpu"))]
+        for num_workers in (0, 3)
     )
     assert len(batches) == 7
-    assert all(np.array_equal(one, other) for one, other in zip(alone, spread, strict=True))
+    assert all(np.array_equal(one, other) for one, other in zip(alone, with_workers, strict=True))
 
 
 @pytest.mark.parametrize(
@@ -154,8 +162,8 @@ def test_workers_and_this_process_encode_alike(texts: Manifest, tmp_path: Path) 
     [{"stage": 3}, {"row": True}, {"row": "1"}, {"error": None}, {"more": 1}],
 )
 def test_a_record_of_other_types_is_damaged(texts: Manifest, tmp_path: Path, change: dict[str, Any]) -> None:
-    """Whoever writes one with the right checksum."""
-    path = fill(texts, tmp_path)
+    """Even when its checksum is right."""
+    path = extract_texts(texts, tmp_path)
     record = layout.read_record(layout.commit_path(path, 0))
     failure = {"row": 1, "id": "s001", "stage": "prepare", "error": "cut off", **change}
     layout.write_record(layout.commit_path(path, 0), {**record, "failures": [failure]})
@@ -165,4 +173,4 @@ def test_a_record_of_other_types_is_damaged(texts: Manifest, tmp_path: Path, cha
         layout.write_record(layout.commit_path(path, 0), wrong)
         with pytest.raises(ValueError, match=r"00000.json is no record of a shard \(.*"):
             layout.read_commit(path, 0)
-    assert content(fill(texts, tmp_path))
+    assert cache_content(extract_texts(texts, tmp_path))

@@ -1,4 +1,4 @@
-"""Miniature .deb and .tgz archives for the tests."""
+"""Small .deb and .tgz archives for the tests."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from collections.abc import Mapping, Sequence
 import pyarrow as pa
 
 
-def member(name: str, kind: bytes, target: str = "") -> tarfile.TarInfo:
-    """An entry that is no regular file: a link, a device, a folder."""
+def special_member(name: str, kind: bytes, target: str = "") -> tarfile.TarInfo:
+    """Return an entry that is not a regular file: a link, a device, a folder."""
     info = tarfile.TarInfo(name)
     info.type, info.linkname = kind, target
     return info
 
 
 def tar(files: Mapping[str, bytes] | Sequence[tuple[str, bytes]], others: Sequence[tarfile.TarInfo] = ()) -> bytes:
-    """An uncompressed tar: other entries first, then regular files."""
+    """Return an uncompressed tar archive: the other entries first, then the regular files."""
     pairs = list(files.items()) if isinstance(files, Mapping) else files
     data = io.BytesIO()
     with tarfile.open(fileobj=data, mode="w") as out:
@@ -33,12 +33,17 @@ def tar(files: Mapping[str, bytes] | Sequence[tuple[str, bytes]], others: Sequen
 
 
 def tgz(tarred: bytes) -> bytes:
-    """What `npm pack` makes."""
+    """Compress a tar archive as `npm pack` does."""
     return gzip.compress(tarred, mtime=0)
 
 
 def deb(tarred: bytes, suffix: str = ".xz") -> bytes:
-    """What Debian (.xz), Ubuntu (.zst) and old tools (.gz, none) make: an ar of three members, the odd ones padded."""
+    """Return a Debian package with this data: an ar archive of three members, those of odd length padded.
+
+    Args:
+        tarred: the tar archive of the data.
+        suffix: its compression: ".xz" (Debian), ".zst" (Ubuntu), ".gz" or "" (old tools).
+    """
     packed = {
         ".xz": lzma.compress,
         ".gz": tgz,

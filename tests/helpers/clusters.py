@@ -1,4 +1,4 @@
-"""Clusters of dask for tests, an order for them, and plug-ins that change what their workers do."""
+"""Dask clusters for tests, a spec for them, and worker plug-ins that cause faults."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from dask.distributed import Client, WorkerPlugin
 from distributed.utils import get_mp_context
 from torch import Tensor
 
-from helpers.fault_cases import SHARD_ROWS, TEXT
+from helpers.fault_cases import SHARD_ROWS, TEXT_SETTINGS
 from pipeline.encoders.random_projection import RandomProjection
 from pipeline.extraction.distributed import ExtractionSpec
 from pipeline.extraction.extract import ExtractOptions
@@ -24,33 +24,33 @@ from pipeline.runtime.executor import local_cluster
 
 
 @contextmanager
-def cluster(num_workers: int) -> Iterator[Client]:
-    """A cluster of processes that share nothing with this one, made by one that has imported torch for all of them."""
+def process_cluster(num_workers: int) -> Iterator[Client]:
+    """A cluster of processes that share no memory with this one; a fork server that has imported torch starts them."""
     with dask_config.set({"distributed.worker.multiprocessing-method": "forkserver"}):
         get_mp_context().set_forkserver_preload(["pipeline.extraction.distributed", "pipeline.encoders.random_projection"])
         with local_cluster([{"OMP_NUM_THREADS": "1"}] * num_workers) as client:
             yield client
 
 
-def order_for(home: Path, **changes: object) -> ExtractionSpec:
-    """An order for the texts of a home, with changes of its effort."""
-    effort = ExtractOptions(workers=0, shard_rows=SHARD_ROWS, progress=False)
+def texts_spec(home: Path, **changes: object) -> ExtractionSpec:
+    """The spec that extracts the texts of a home, with changed options."""
+    options = ExtractOptions(workers=0, shard_rows=SHARD_ROWS, progress=False)
     return ExtractionSpec(
         home=home,
         dataset="texts",
         encoder="random_projection",
-        settings=tuple(sorted(TEXT.items())),
+        settings=tuple(sorted(TEXT_SETTINGS.items())),
         store_dtype="float16",
         compiled=False,
-        effort=dataclasses.replace(effort, **changes),
+        options=dataclasses.replace(options, **changes),
     )
 
 
-def when(ready: Callable[[], bool], action: Callable[[], object]) -> threading.Thread:
-    """Do something as soon as it is time for it, in the background."""
+def run_when(is_ready: Callable[[], bool], action: Callable[[], object]) -> threading.Thread:
+    """Wait in a background thread until `is_ready` returns true, then run the action."""
 
     def wait() -> None:
-        while not ready():
+        while not is_ready():
             time.sleep(0.001)
         action()
 
@@ -59,31 +59,31 @@ def when(ready: Callable[[], bool], action: Callable[[], object]) -> threading.T
     return thread
 
 
-def instead(text: str, action: Callable[[], object]) -> None:
-    """From now on this process does something before it prepares a text; "": before every one."""
+def before_preparing(text: str, action: Callable[[], object]) -> None:
+    """Make this process run an action before it prepares this text; with "" before every text."""
     prepare = RandomProjection.prepare
 
-    def prepare_otherwise(self: RandomProjection, raw: Path | str) -> Tensor:
+    def prepare_after_action(self: RandomProjection, raw: Path | str) -> Tensor:
         if raw == text or not text:
             action()
         return prepare(self, raw)
 
-    RandomProjection.prepare = prepare_otherwise
+    RandomProjection.prepare = prepare_after_action
 
 
-class Poison(WorkerPlugin):
-    """Lets one text bring down the process that reads it."""
+class KillOnText(WorkerPlugin):
+    """Kills the process that prepares one certain text."""
 
-    name = "poison"
+    name = "kill-on-text"
 
     def setup(self, worker: object) -> None:
-        instead("200: 07", lambda: os.kill(os.getpid(), signal.SIGKILL))
+        before_preparing("200: 07", lambda: os.kill(os.getpid(), signal.SIGKILL))
 
 
-class Illegible(WorkerPlugin):
-    """Lets some of every sample's texts fail."""
+class FailSomeTexts(WorkerPlugin):
+    """Makes every text that ends in 3 fail."""
 
-    name = "illegible"
+    name = "fail-some-texts"
 
     def setup(self, worker: object) -> None:
         prepare = RandomProjection.prepare
@@ -97,24 +97,24 @@ class Illegible(WorkerPlugin):
 
 
 @dataclasses.dataclass
-class Fault(WorkerPlugin):
-    """Lets the shard of one text fail as soon as another worker has come to another text, where it stays for a while."""
+class FailWhileOtherWorks(WorkerPlugin):
+    """Makes one worker's shard fail while another worker is in the middle of its shard, and waits there for the file `go`."""
 
-    folder: Path  # where the workers tell each other
-    name = "fault"
+    folder: Path  # holds the files by which the workers wait for each other
+    name = "fail-while-other-works"
 
     def setup(self, worker: object) -> None:
-        come, go = self.folder / "come", self.folder / "go"
-        instead("001: 00", lambda: wait_for(come) or _fail())
-        instead("200: 07", lambda: come.touch() or wait_for(go))
+        is_waiting, go = self.folder / "is_waiting", self.folder / "go"
+        before_preparing("001: 00", lambda: wait_for_file(is_waiting) or _fail())
+        before_preparing("200: 07", lambda: is_waiting.touch() or wait_for_file(go))
 
 
 def _fail() -> None:
     raise KeyError("a mistake")
 
 
-def wait_for(file: Path) -> None:
-    """Until somebody has made it; a minute at most."""
+def wait_for_file(file: Path) -> None:
+    """Wait until the file exists, at most a minute."""
     deadline = time.monotonic() + 60
     while not file.exists() and time.monotonic() < deadline:
         time.sleep(0.005)

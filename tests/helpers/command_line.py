@@ -1,4 +1,4 @@
-"""The command line in this process."""
+"""Runs the command line in the process of the tests."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pipeline.commands import app as cli
 
 
 def run(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> int:
-    """Exit code of `diffalign` with these arguments, in this process."""
+    """Run `diffalign` with these arguments in this process, and return its exit code."""
     monkeypatch.setattr(sys, "argv", ["diffalign", *arguments])
     with pytest.raises(SystemExit) as exit_info:
         cli.main()

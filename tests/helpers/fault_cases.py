@@ -1,4 +1,4 @@
-"""What the tests of faults share: a dataset of texts, the bytes of a cache, and children that can be killed."""
+"""Shared by the fault tests: a dataset of texts, the bytes of a cache, and child processes that can be killed."""
 
 from __future__ import annotations
 
@@ -18,37 +18,37 @@ import torch
 
 from pipeline.cache import layout
 from pipeline.commands import app as cli
-from pipeline.data import manifest as manifests
 from pipeline.data.manifest import Manifest
+from pipeline.data.manifest_files import write_manifest
 from pipeline.extraction.extract import ExtractOptions, extract
 from pipeline.types import Sample
 
-FORK = multiprocessing.get_context("fork")  # children that need not import torch again
+FORK = multiprocessing.get_context("fork")  # child processes need not import torch again
 SHARD_ROWS = 512
-CLONE_NEWUSER, CLONE_NEWNS = 0x10000000, 0x00020000  # of unshare(2)
-TEXT = {"modality": "text", "width": "8"}
+CLONE_NEWUSER, CLONE_NEWNS = 0x10000000, 0x00020000  # flags of unshare(2)
+TEXT_SETTINGS = {"modality": "text", "width": "8"}
 
 
 def write_texts(home: Path, num_samples: int) -> Manifest:
-    """The prepared dataset `texts`: samples with 0, 24, 48, 0, 24 ... texts of one length, a row of features each."""
+    """Write and return the manifest of the dataset `texts`: its samples have 0, 24, 48, 0, 24 ... texts of equal length."""
     samples = tuple(
         Sample(f"s{row:03d}", "train", Path(f"{row}.png"), tuple(f"{row:03d}: {n:02d}" for n in range(row % 3 * 24)), (0,), "")
         for row in range(num_samples)
     )
     meta = {"media_type": "image", "text": {"kind": "caption", "aggregate": "mean", "sep": " "}, "licence": "generated"}
     manifest = Manifest("texts", "single", ("only",), samples, meta, home)
-    manifests.write_manifest(manifest, home)
+    write_manifest(manifest, home)
     return manifest
 
 
-def fill(manifest: Manifest, home: Path, workers: int = 0, **settings: str) -> Path:
-    """Extract the texts of a manifest in shards of 512 rows; returns the cache."""
-    effort = ExtractOptions(workers=workers, shard_rows=SHARD_ROWS, progress=False)
-    return extract(manifest, "random_projection", {**TEXT, **settings}, home, effort=effort)
+def extract_texts(manifest: Manifest, home: Path, workers: int = 0, **settings: str) -> Path:
+    """Extract the texts of a manifest in shards of 512 rows, and return the cache's folder."""
+    options = ExtractOptions(workers=workers, shard_rows=SHARD_ROWS, progress=False)
+    return extract(manifest, "random_projection", {**TEXT_SETTINGS, **settings}, home, options=options)
 
 
-def content(path: Path) -> dict[str, bytes]:
-    """Every file of a cache, without the seconds in its commit records."""
+def cache_content(path: Path) -> dict[str, bytes]:
+    """Return the bytes of every file of a cache by name; of commit records everything but the seconds."""
     files = {}
     for file in sorted(path.rglob("*")):
         name = file.relative_to(path).as_posix()
@@ -61,12 +61,12 @@ def content(path: Path) -> dict[str, bytes]:
 
 
 def num_commits(path: Path) -> int:
-    """How many shards of a cache have a record."""
+    """Return how many shards of a cache have a commit record."""
     return len(list((path / "commits").glob("0*.json")))
 
 
-def good_shards(path: Path, expected: dict[str, bytes]) -> int:
-    """How many shards of a cache are committed and as expected."""
+def num_good_shards(path: Path, expected: dict[str, bytes]) -> int:
+    """Return how many shards of a cache are committed and have the expected bytes."""
     return sum(
         layout.commit_path(path, shard).is_file() and (path / "features" / "c" / str(shard) / "0").read_bytes() == data
         for shard, data in enumerate(data for name, data in expected.items() if name.startswith("features/c/"))
@@ -74,15 +74,15 @@ def good_shards(path: Path, expected: dict[str, bytes]) -> int:
     )
 
 
-def command(home: Path, *options: str, **settings: str) -> list[str]:
-    """The command line that does what `fill` does."""
-    given = [part for key, value in {**TEXT, **settings}.items() for part in ("--set", f"{key}={value}")]
-    place = ["--shard-rows", str(SHARD_ROWS), "--home", str(home)]
-    return ["extract", "texts", "--encoder", "random_projection", *given, *place, *options]
+def extract_command(home: Path, *options: str, **settings: str) -> list[str]:
+    """Return the arguments of `diffalign` that do what `extract_texts` does."""
+    pairs = [part for key, value in {**TEXT_SETTINGS, **settings}.items() for part in ("--set", f"{key}={value}")]
+    location = ["--shard-rows", str(SHARD_ROWS), "--home", str(home)]
+    return ["extract", "texts", "--encoder", "random_projection", *pairs, *location, *options]
 
 
 def run_command(arguments: list[str], errors: Path) -> None:
-    """Be `diffalign` with these arguments, standard error in a file; for a child, whose exit code is that of the command."""
+    """Run `diffalign` in a child process, with its output in a file; the exit code is that of the command."""
     sys.argv = ["diffalign", *arguments]
     sys.stdout = sys.stderr = errors.open("w")
     try:
@@ -91,8 +91,8 @@ def run_command(arguments: list[str], errors: Path) -> None:
         sys.stderr.flush()
 
 
-def complaint(errors: Path) -> str:
-    """The one line a failed command has left behind its progress bar."""
+def error_line(errors: Path) -> str:
+    """Return the one line that a failed command has printed after its progress bar."""
     written = errors.read_text()
     assert "Traceback" not in written, written
     (line,) = [line for line in written.replace("\r", "\n").splitlines() if line.startswith("diffalign: ")]
@@ -100,29 +100,39 @@ def complaint(errors: Path) -> str:
     return line
 
 
-def start(action: Callable[..., object], *arguments: Any) -> Any:
-    """A child of this process, at work."""
-    child = FORK.Process(target=_begin, args=(action, *arguments))
+def start_child(action: Callable[..., object], *arguments: Any) -> Any:
+    """Start a child process that runs the action."""
+    child = FORK.Process(target=_run_in_child, args=(action, *arguments))
     child.start()
     return child
 
 
-def _begin(action: Callable[..., object], *arguments: Any) -> None:
-    gc.freeze()  # leave the parent's objects alone: to look through them costs more than the work
-    torch.set_num_threads(1)  # a fork has none of the parent's threads
+def _run_in_child(action: Callable[..., object], *arguments: Any) -> None:
+    gc.freeze()  # keep the garbage collector from the parent's objects: scanning them takes longer than the test
+    torch.set_num_threads(1)  # a forked child has none of the parent's threads
     action(*arguments)
 
 
-def end(child: Any) -> int:
-    """Its exit code, when it has ended by itself."""
+def wait_for_exit(child: Any) -> int:
+    """Return the exit code of a child that ends by itself."""
     child.join(60)
     assert child.exitcode is not None, "it hangs"
     return child.exitcode
 
 
-def killed(action: Callable[[], object], progress: Callable[[], int], wanted: int, delay: float) -> bool:
-    """Have a child do something, and kill it some seconds after it has got so far; False when it had ended before."""
-    child = start(action)
+def kill_after_progress(action: Callable[[], object], progress: Callable[[], int], wanted: int, delay: float) -> bool:
+    """Run an action in a child process, and kill it when it has made some progress.
+
+    Args:
+        action: what the child does.
+        progress: returns how far it is.
+        wanted: the progress after which it is killed.
+        delay: seconds between this progress and the kill.
+
+    Returns:
+        False when the child had ended before.
+    """
+    child = start_child(action)
     while child.is_alive() and progress() < wanted:
         time.sleep(0.001)
     child.join(delay)
@@ -133,7 +143,11 @@ def killed(action: Callable[[], object], progress: Callable[[], int], wanted: in
 
 
 def mount_tmpfs(folder: Path, num_bytes: int) -> None:
-    """Mount a disk in memory that only this process sees, which must have one thread; `OSError` where that is not allowed."""
+    """Mount a disk in memory that only this process sees; it must have a single thread.
+
+    Raises:
+        OSError: the system does not allow it.
+    """
     libc, user, group = ctypes.CDLL(None, use_errno=True), os.getuid(), os.getgid()
 
     def call(function: str, *arguments: Any) -> None:

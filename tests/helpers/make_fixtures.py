@@ -1,6 +1,6 @@
-"""Writes miniatures of the official layouts of NUS-WIDE, VIREO Food-172, Ingredients-101 and MSR-VTT, with all their quirks.
+"""Write small imitations of the official files of NUS-WIDE, VIREO Food-172, Ingredients-101 and MSR-VTT, with all their quirks.
 
-Everything in them is synthetic. `python tests/make_fixtures.py FOLDER` writes all four, one folder each.
+Everything in them is synthetic. `python tests/helpers/make_fixtures.py FOLDER` writes all four, one folder each.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ import av
 import numpy as np
 from PIL import Image
 
-from pipeline.data.manifest import load_spec
+from pipeline.data.spec import load_spec
 
 # NUS-WIDE: (path in the list, split, concepts, tags). Row 3 has no concept, row 4 no tag, row 7 neither; rows 10 and 11 are one
-# photo in two folders, on both sides of the split; row 2 is a PNG, row 5 is grey, row 9 has no file.
+# photo in two folders, in both splits; row 2 is a PNG, row 5 is grey, row 9 has no file.
 NUS_ROWS = (
     ("actor\\0001_2124494179.jpg", "Train", ("person", "sky"), ("sky", "people")),
     ("actor\\0002_174174086.jpg", "Test", ("sky",), ("blue",)),
@@ -53,7 +53,7 @@ FOOD_SPLITS = {
 }
 
 # MSR-VTT: (number, split, category, captions by sentence number, file). Clip 1 cannot be decoded.
-CLIPS = (
+MSRVTT_CLIPS = (
     (0, "train", 9, {11: "a car is shown", 3: "a man drives a car"}, "TrainValVideo/video0.mp4"),
     (1, "train", 16, {4: "someone eats"}, "TrainValVideo/video1.mp4"),
     (6513, "validate", 9, {6: "a red truck", 5: "a red truck", 7: "a truck"}, "TrainValVideo/video6513.mp4"),
@@ -63,19 +63,19 @@ CLIPS = (
 
 
 def write_text(path: Path, lines: Iterable[str], end: str = "\n", last: str = "\n") -> None:
-    """A UTF-8 file of lines with that line end, and another after the last."""
+    """Write a UTF-8 file of lines: `end` stands between the lines and `last` after the last one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes((end.join(lines) + last).encode())
 
 
 def write_image(path: Path, mode: str = "RGB", kind: str = "JPEG") -> None:
-    """A small picture of one colour, with the suffix of its name whatever its kind."""
+    """Write a small picture of one colour in the format `kind`, whatever the suffix of its name."""
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.new(mode, (24, 16), 90 if mode == "L" else tuple(range(40, 40 + 30 * len(mode), 30))).save(path, kind)
 
 
 def write_video(path: Path, codec: str) -> None:
-    """Four frames of 32 x 32 pixels."""
+    """Write a clip of four frames of 32 x 32 pixels."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with av.open(str(path), "w") as container:
         stream = container.add_stream(codec, rate=4)
@@ -87,7 +87,10 @@ def write_video(path: Path, codec: str) -> None:
 
 
 def make_nuswide(root: Path) -> Path:
-    """12 photos, 7 to train and 5 to test, interleaved; returns the folder NUS-WIDE, beside which the tags lie."""
+    """Write 12 photos, 7 for training and 5 for testing, interleaved; return the folder NUS-WIDE.
+
+    The tags are in a folder beside it.
+    """
     official = root / "NUS-WIDE"
     concepts = load_spec("nuswide")["class_names"]
     write_text(official / "ConceptsList" / "Concepts81.txt", (f"{name} " for name in concepts))
@@ -122,7 +125,7 @@ def _write_tags(path: Path, rows: Sequence[tuple[str, str, tuple[str, ...], tupl
 
 
 def make_nuswide_imports(root: Path) -> Path:
-    """The same photos as the csv, hashnet and mmcv imports, with the tags beside them; returns the folder of the lists."""
+    """Write the same photos as the csv, hashnet and mmcv imports, with the tags beside them; return the folder of the lists."""
     make_nuswide(root)
     folder = root / "imports"
     concepts = load_spec("nuswide")["class_names"]
@@ -146,7 +149,7 @@ def make_nuswide_imports(root: Path) -> Path:
 
 
 def make_vireo172(root: Path) -> Path:
-    """Seven pictures of folders 1, 2 and 172; one of them is CMYK, one is grey."""
+    """Write seven pictures of folders 1, 2 and 172; one of them is CMYK, one is grey."""
     lists = root / "SplitAndIngreLabel"
     write_text(lists / "TR.txt", (path for path, _ in VIREO_LISTS["TR.txt"]))
     write_text(lists / "VAL.txt", (path for path, _ in VIREO_LISTS["VAL.txt"]), last="\n\n")
@@ -164,7 +167,7 @@ def make_vireo172(root: Path) -> Path:
 
 
 def make_ingredients101(root: Path, folder: str = "annotations") -> Path:
-    """Seven pictures of three of the 101 classes; one is grey, and one class has empty ingredients."""
+    """Write seven pictures of three of the 101 classes; one is grey, and the ingredients of one class hold empty names."""
     annotations = root / "Ingredients101" / folder
     write_text(annotations / "classes.txt", (FOOD_CLASSES.get(number, f"dish {number:03d}") for number in range(101)))
     write_text(annotations / "ingredients.txt", (FOOD_INGREDIENTS.get(number, "water") for number in range(101)), last="")
@@ -180,7 +183,10 @@ def make_ingredients101(root: Path, folder: str = "annotations") -> Path:
 
 
 def clip_records(clips: Iterable[Sequence[Any]], validate: str = "validate") -> dict[str, list[dict[str, Any]]]:
-    """The JSON of an annotation file: videos in order, sentences in reverse; keys with spaces as in the official files."""
+    """Return the JSON of an annotation file, with keys that hold spaces, as in the official files.
+
+    Videos are in order, sentences in reverse order.
+    """
     clips = list(clips)
     videos = [
         {
@@ -203,13 +209,13 @@ def clip_records(clips: Iterable[Sequence[Any]], validate: str = "validate") -> 
 
 
 def make_msrvtt(root: Path, validate: str = "validate") -> Path:
-    """Five clips in the two official JSON files; one is webm, one cannot be decoded."""
+    """Write five clips and the two official JSON files; one clip is webm, one cannot be decoded."""
     root.mkdir(parents=True, exist_ok=True)
     for name, splits in (("train_val", ("train", "validate")), ("test", ("test",))):
-        records = clip_records((clip for clip in CLIPS if clip[1] in splits), validate)
+        records = clip_records((clip for clip in MSRVTT_CLIPS if clip[1] in splits), validate)
         (root / f"{name}_videodatainfo.json").write_text(json.dumps({"info": {"year": "2016"}, **records}), encoding="utf-8")
     write_text(root / "category.txt", (f"{name}\t{number}" for number, name in enumerate(load_spec("msrvtt")["class_names"])))
-    for number, *_, file in CLIPS:
+    for number, *_, file in MSRVTT_CLIPS:
         write_video(root / file, "libvpx" if file.endswith(".webm") else "mpeg4")
         if number == 1:
             (root / file).write_bytes(b"\x00\x00\x00\x20ftypisom" + bytes(200))

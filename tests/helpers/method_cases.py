@@ -1,4 +1,4 @@
-"""Tiny data and every variant of every method, found by introspection: a new method is tested without an edit here."""
+"""Tiny data, and all variants of all methods. They are found by introspection, so a new method needs no edit here."""
 
 from __future__ import annotations
 
@@ -16,10 +16,19 @@ from pipeline.runtime.rng import KeyedRNG, sample_keys
 from pipeline.types import Batch, Phase, Shapes
 
 ROWS, WIDTH, CLASSES = 64, 16, 5
-SIZES = {"hidden": 20, "num_steps": 12, "stage_step": 4, "sample_steps": 4, "num_tokens": 4, "token_width": 8, "num_heads": 2}
-SIZES |= {"width": 12}
-NUMBERS = {"dropout": 0.5, "eta": 1.0, "draws": 3, "train_min_step": 0.5, "ce_min_step": 0.5}  # worth a variant of their own
-KINDS = ("single", "multi")
+TINY_SETTINGS = {
+    "hidden": 20,
+    "num_steps": 12,
+    "stage_step": 4,
+    "sample_steps": 4,
+    "num_tokens": 4,
+    "token_width": 8,
+    "num_heads": 2,
+    "width": 12,
+}
+# Numeric settings that get a variant of their own, with its value.
+VARIED_NUMBERS = {"dropout": 0.5, "eta": 1.0, "draws": 3, "train_min_step": 0.5, "ce_min_step": 0.5}
+LABEL_KINDS = ("single", "multi")
 
 
 def shapes(kind: str = "single", text_width: int = WIDTH) -> Shapes:
@@ -32,26 +41,26 @@ def shapes(kind: str = "single", text_width: int = WIDTH) -> Shapes:
 
 
 def settings(method: str, **changes: Any) -> Any:
-    """The method's config at tiny sizes."""
+    """Return the config of a method with tiny sizes."""
     config_type = plugins.get("methods", method).Config
     known = {field.name for field in fields(config_type)}
-    return config_type(**{name: size for name, size in SIZES.items() if name in known} | changes)
+    return config_type(**{name: size for name, size in TINY_SETTINGS.items() if name in known} | changes)
 
 
 def variants() -> list[tuple[str, dict[str, Any]]]:
-    """The defaults of every method, and every departure from them in one choice, switch or number."""
-    found: list[tuple[str, dict[str, Any]]] = []
+    """Return, for every method, its defaults and each config that differs from them in one setting, as (method, changes)."""
+    result: list[tuple[str, dict[str, Any]]] = []
     for method in plugins.names("methods"):
         default = settings(method)
-        found.append((method, {}))
+        result.append((method, {}))
         for name, hint in get_type_hints(type(default)).items():
-            choices: tuple[Any, ...] = (NUMBERS[name],) if name in NUMBERS else ()
+            choices: tuple[Any, ...] = (VARIED_NUMBERS[name],) if name in VARIED_NUMBERS else ()
             if get_origin(hint) is Literal:
                 choices = get_args(hint)
             elif hint is bool:
                 choices = (True, False)
-            found += [(method, {name: choice}) for choice in choices if choice != getattr(default, name)]
-    return found
+            result += [(method, {name: choice}) for choice in choices if choice != getattr(default, name)]
+    return result
 
 
 def variant_id(variant: object) -> str:
@@ -66,12 +75,12 @@ def build(method: str, kind: str = "single", text_width: int = WIDTH, seed: int 
     return plugins.get("methods", method).build(settings(method, **changes), shapes(kind, text_width))
 
 
-def ids(rows: int = ROWS) -> Tensor:
+def make_sample_keys(rows: int = ROWS) -> Tensor:
     return sample_keys(f"sample-{i}" for i in range(rows))
 
 
-def data(kind: str = "single", text_width: int = WIDTH, rows: int = ROWS, seed: int = 0) -> Batch:
-    """Features with a mean, a scale and a class; every eighth sample has no text."""
+def make_batch(kind: str = "single", text_width: int = WIDTH, rows: int = ROWS, seed: int = 0) -> Batch:
+    """Return a batch of features that are not standardised and depend on the class; every eighth sample has no text."""
     generator = torch.Generator().manual_seed(seed)
     label = torch.arange(rows) % CLASSES
     image, text = (3.0 * torch.randn(rows, width, generator=generator) + 1.0 for width in (WIDTH, text_width))
@@ -81,11 +90,11 @@ def data(kind: str = "single", text_width: int = WIDTH, rows: int = ROWS, seed: 
         label = (torch.rand(rows, CLASSES, generator=generator) < 0.4).float()
         label[:, 0] = 1.0
     paired = (torch.arange(rows) % 8 != 3).float()
-    return {"image": image, "text": text, "paired": paired, "label": label, "key": ids(rows)}
+    return {"image": image, "text": text, "paired": paired, "label": label, "key": make_sample_keys(rows)}
 
 
-def passes(batch: Batch, size: int = 24) -> Callable[[], Iterator[Batch]]:
-    """The batch as a training split, in ordered passes."""
+def batches_of(batch: Batch, size: int = 24) -> Callable[[], Iterator[Batch]]:
+    """Return a function that starts an ordered pass over the batch, in small batches, as over a training split."""
 
     def train() -> Iterator[Batch]:
         for start in range(0, len(batch["key"]), size):
@@ -94,58 +103,59 @@ def passes(batch: Batch, size: int = 24) -> Callable[[], Iterator[Batch]]:
     return train
 
 
-def streams(seed: int = 0, samples: Tensor | None = None) -> KeyedRNG:
-    return KeyedRNG.seeded(seed, ids() if samples is None else samples)
+def make_rng(seed: int = 0, samples: Tensor | None = None) -> KeyedRNG:
+    return KeyedRNG.seeded(seed, make_sample_keys() if samples is None else samples)
 
 
 def freeze(method: nn.Module, phase: Phase) -> None:
-    """What training does before a phase."""
+    """Freeze all parameters that a phase does not train, as the training loop does."""
     for name, parameter in method.named_parameters():
         parameter.requires_grad_(name.startswith(phase.trains))
         parameter.grad = None
 
 
 def fitted(method: str, kind: str = "single", text_width: int = WIDTH, seed: int = 0, **changes: Any) -> tuple[Any, Batch]:
-    """A method that has taken its statistics but has not learned, ready to predict, and its training split."""
-    model, batch = build(method, kind, text_width, seed, **changes), data(kind, text_width)
+    """Return a method with statistics but without training, in evaluation mode, and its training split."""
+    model, batch = build(method, kind, text_width, seed, **changes), make_batch(kind, text_width)
     for phase in model.phases:
-        model.begin(phase.name, passes(batch))
+        model.begin(phase.name, batches_of(batch))
     return model.train(False), batch
 
 
-def array(x: Tensor) -> np.ndarray:
+def to_numpy(x: Tensor) -> np.ndarray:
     return x.detach().to(torch.float64).numpy()
 
 
 def cross_entropy(logits: Tensor, label: Tensor, rows: np.ndarray | slice = slice(None)) -> float:
-    """Mean cross-entropy of some rows by scipy; several labels share the target equally."""
-    target = np.eye(CLASSES)[label.numpy()] if label.ndim == 1 else array(label) / array(label).sum(1, keepdims=True)
-    return float(-(target * log_softmax(array(logits), axis=1)).sum(1)[rows].mean())
+    """Return the mean cross-entropy of the given rows, with scipy; multi-hot labels become a uniform target distribution."""
+    target = np.eye(CLASSES)[label.numpy()] if label.ndim == 1 else to_numpy(label) / to_numpy(label).sum(1, keepdims=True)
+    return float(-(target * log_softmax(to_numpy(logits), axis=1)).sum(1)[rows].mean())
 
 
 def noise_levels(num_steps: int) -> np.ndarray:
-    """abar [T] of the linear schedule."""
+    """Return abar [T] of the linear schedule."""
     return np.cumprod(1.0 - np.linspace(1e-4, 0.02, num_steps))
 
 
-class Stub(nn.Module):
-    """A denoiser that returns the visual feature, or the noisy input."""
+class StubDenoiser(nn.Module):
+    """A denoiser that returns the visual feature ("image") or the noisy text ("input")."""
 
     def __init__(self, returns: Literal["image", "input"]) -> None:
         super().__init__()
         self.returns = returns
 
-    def condition(self, x_v: Tensor) -> Tensor:
+    def image_context(self, x_v: Tensor) -> Tensor:
         return x_v
 
-    def time(self, n: Tensor) -> Tensor:
+    def embed_step(self, n: Tensor) -> Tensor:
         return n
 
     def forward(self, x_n: Tensor, e: Tensor, context: Tensor, rng: KeyedRNG | None, p: Tensor) -> Tensor:
         return context if self.returns == "image" else x_n
 
 
-OTHER = {
+# A valid value, different from the tiny one, of settings for which 0.5 is not valid or not different.
+OTHER_VALUES = {
     "num_heads": 4,
     "stage_step": 2,
     "eta": 0.5,
@@ -157,12 +167,12 @@ OTHER = {
     "hidden": 24,
     "num_steps": 14,
     "draws": 2,
-}  # another valid value of some settings
+}
 
 
-def other(config: Any, field: str, hint: Any) -> Any:
-    """Another valid value of a setting."""
+def another_value(config: Any, field: str, hint: Any) -> Any:
+    """Return a valid value of a setting that differs from the one in the config."""
     value = getattr(config, field)
     if get_origin(hint) is Literal:
         return next(choice for choice in reversed(get_args(hint)) if choice != value)
-    return (not value) if hint is bool else OTHER.get(field, 0.5)
+    return (not value) if hint is bool else OTHER_VALUES.get(field, 0.5)

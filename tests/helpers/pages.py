@@ -1,4 +1,4 @@
-"""HTML pages as a browser takes them apart, and a string that tries to be markup."""
+"""Parse HTML pages in tests; and a text that becomes markup where it is not escaped."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import base64
 from html.parser import HTMLParser
 from pathlib import Path
 
-EVIL = "<script>alert(1)</script>\"'><img src=x onerror=alert(1)>|$\\frac$ --> ]]> {x}"
+HOSTILE_TEXT = "<script>alert(1)</script>\"'><img src=x onerror=alert(1)>|$\\frac$ --> ]]> {x}"
 
 
 class Page(HTMLParser):
-    """What a browser would make of a page: elements with attributes, and the text between them."""
+    """A parsed HTML page: its elements with their attributes, and the text between them."""
 
     def __init__(self, path: Path) -> None:
         super().__init__()
@@ -26,7 +26,7 @@ class Page(HTMLParser):
 
     @property
     def drawings(self) -> list[bytes]:
-        """The SVG pictures."""
+        """The SVG figures that are embedded in the page."""
         start = "data:image/svg+xml;base64,"
         sources = [attributes["src"] or "" for tag, attributes in self.elements if tag == "img"]
         return [base64.b64decode(source.removeprefix(start)) for source in sources if source.startswith(start)]

@@ -1,4 +1,4 @@
-"""Jobs for the processes of a pool; nothing heavy is imported, so that a new process has them at once."""
+"""Jobs for worker processes; this module imports nothing heavy, so that a new process starts at once."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from pathlib import Path
 
 
 def square(number: int) -> tuple[int, int, str]:
-    """The square, and who computed it on how many threads."""
+    """Return the square, the process id, and the number of threads."""
     if number < 0:
         raise ValueError(f"{number} has no square here")
     return number**2, os.getpid(), os.environ["OMP_NUM_THREADS"]
 
 
-def dies_once(marker: Path) -> int:
-    """Who did it, but the first process that tries is killed."""
+def kill_first_attempt(marker: Path) -> int:
+    """Return the process id; the first process that tries is killed."""
     if not marker.exists():
         marker.touch()
         os.kill(os.getpid(), signal.SIGKILL)

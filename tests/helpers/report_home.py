@@ -1,4 +1,4 @@
-"""A home with synthetic runs, written as the stages write them, for the tests of the report."""
+"""Build a home with synthetic runs, in the files that the real stages write, for the tests of the report."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from PIL import Image
 
 from pipeline.cache import Writer
 from pipeline.cache.layout import cache_path
-from pipeline.data import manifest as manifests
 from pipeline.data.manifest import Manifest
+from pipeline.data.manifest_files import write_manifest
 from pipeline.runtime.files import fingerprint, lock
 from pipeline.runtime.runs import RunConfig, RunFolder
 from pipeline.types import Sample
 
-WIDTH = 12  # of the image features
-TRAINING = {"lr": 0.001, "epochs": 4, "select": "metric"}
+FEATURE_WIDTH = 12  # D of the image and text features
+TRAINING_SETTINGS = {"lr": 0.001, "epochs": 4, "select": "metric"}
 
 
 @dataclass
-class Home:
-    """A home under construction."""
+class ReportHome:
+    """A home that a test fills with runs and evaluations."""
 
     path: Path
     manifest: Manifest
@@ -34,7 +34,7 @@ class Home:
 
     @property
     def label(self) -> np.ndarray:
-        """Labels of the test split, [N] or [N,C]."""
+        """The labels of the test split: [N], or [N,C] of 0 and 1 for multi-label data."""
         samples = self.manifest.split("test")
         if self.manifest.label_kind == "single":
             return np.array([sample.labels[0] for sample in samples])
@@ -44,21 +44,25 @@ class Home:
         return label
 
     def config(self, method: str, settings: Mapping[str, Any], image: str = "image") -> RunConfig:
-        """A run's config on one of the caches."""
+        """Return the config of a run on one of the caches; `image` is the key of the cache that gives its image features."""
         classes = len(self.manifest.class_names)
         return RunConfig(
             dataset=self.manifest.dataset,
             method=method,
             settings=dict(settings),
-            training=TRAINING,
+            training=TRAINING_SETTINGS,
             caches={"image": self.caches[image]},
-            shapes={"image": [WIDTH], "label": [] if self.manifest.label_kind == "single" else [classes], "classes": [classes]},
+            shapes={
+                "image": [FEATURE_WIDTH],
+                "label": [] if self.manifest.label_kind == "single" else [classes],
+                "classes": [classes],
+            },
             text_aggregate="mean",
             manifest=self.manifest.fingerprint(),
         )
 
     def train(self, config: RunConfig, seed: int, scores: Sequence[float] = (40.0, 55.0, 52.0, 51.0)) -> RunFolder:
-        """A finished run without evaluations; `scores` are its validation metric by epoch."""
+        """Write a finished run without evaluations; `scores` are its validation metric by epoch."""
         run = RunFolder.of(self.path, config, seed)
         run.create(config)
         rows = [{"phase": "adapt", "epoch": epoch, "lr": 1e-3, "loss": 3.0 / (epoch + 1)} for epoch in (0, 1)]
@@ -70,25 +74,33 @@ class Home:
         return run
 
     def evaluate(
-        self, run: RunFolder, logits: np.ndarray, name: str = "test", terms: dict[str, np.ndarray] | None = None
+        self, run: RunFolder, logits: np.ndarray, name: str = "test", per_sample: dict[str, np.ndarray] | None = None
     ) -> None:
-        """Predictions and record of an evaluation; single-label terms are computed here, multi-label ones are given."""
-        if terms is None:
+        """Write the predictions and the record of an evaluation.
+
+        Args:
+            run: The run.
+            logits: Logits [N,C] of the test samples.
+            name: Name of the evaluation.
+            per_sample: Values [N] of each metric in percent. They must be given for multi-label data; for single-label data
+                they are computed here.
+        """
+        if per_sample is None:
             rank = (logits > logits[np.arange(len(logits)), self.label][:, None]).sum(axis=1)
-            terms = {"acc1": 100.0 * (rank < 1), "acc5": 100.0 * (rank < 5)}
+            per_sample = {"acc1": 100.0 * (rank < 1), "acc5": 100.0 * (rank < 5)}
         arrays: dict[str, Any] = {
             "ids": np.array([sample.id for sample in self.manifest.split("test")]),
             "logits": logits,
             "label": self.label,
         }
-        arrays |= {"feature": logits[:2000].astype(np.float16), **terms}
+        arrays |= {"feature": logits[:2000].astype(np.float16), **per_sample}
         np.savez_compressed(run.path / f"predictions-{name}.npz", **arrays)
         config = run.config()
         record = {"dataset": config.dataset, "split": "test", "method": config.method, "seed": run.seed, "n": len(logits)}
-        record |= {"metrics": {key: float(value.mean()) for key, value in terms.items()}, "train_seconds": 2.0 + run.seed}
+        record |= {"metrics": {key: float(value.mean()) for key, value in per_sample.items()}, "train_seconds": 2.0 + run.seed}
         record |= {"settings": dict(config.settings), "versions": {"torch": "2.11"}, "config": config.fingerprint()}
         if self.manifest.label_kind == "multi":
-            record["metrics"] |= {"map": 50.0, "overall_pre1": 42.0}  # means over something else than samples
+            record["metrics"] |= {"map": 50.0, "overall_pre1": 42.0}  # these two are not means over samples
         path = run.path / "metrics.json"
         records = json.loads(path.read_text()) if path.is_file() else {}
         path.write_text(json.dumps(records | {name: record}, sort_keys=True))
@@ -96,13 +108,15 @@ class Home:
             file.write(json.dumps({"evaluation": name, "time": f"2026-01-0{1 + run.seed}T00:00:00+00:00"}) + "\n")
 
     def logits(self, strength: float, seed: int) -> np.ndarray:
-        """Noise plus `strength` for the true classes."""
+        """Return logits [N,C] of noise plus `strength` for the true classes: a higher strength is right more often."""
         label = self.label if self.label.ndim == 2 else np.eye(len(self.manifest.class_names))[self.label]
         return (np.random.default_rng(seed).normal(size=label.shape) + strength * label).astype(np.float32)
 
 
-def make_home(folder: Path, class_names: Sequence[str], num_test: int = 60, id_prefix: str = "sample", **changes: Any) -> Home:
-    """A home with a manifest, its pictures and two caches ("image", "text"), no runs; `changes` are fields of the manifest."""
+def make_home(
+    folder: Path, class_names: Sequence[str], num_test: int = 60, id_prefix: str = "sample", **changes: Any
+) -> ReportHome:
+    """Make a home with a manifest, its images and two caches ("image", "text"), but no runs; `changes` are manifest fields."""
     media = folder / "media"
     media.mkdir(parents=True)
     samples = []
@@ -121,18 +135,24 @@ def make_home(folder: Path, class_names: Sequence[str], num_test: int = 60, id_p
     fields: dict[str, Any] = {"dataset": "toy", "label_kind": "single", "meta": meta, "media_root": media}
     fields |= {"class_names": tuple(class_names), "samples": tuple(samples)}
     manifest = Manifest(**{**fields, **changes})
-    manifests.write_manifest(manifest, folder)
-    home = Home(folder, manifest)
-    ids = [sample.id for sample in manifest.samples]
+    write_manifest(manifest, folder)
+    home = ReportHome(folder, manifest)
     for key in ("image", "text"):
-        identity = {"encoder": {"name": key}, "store_dtype": "float16", **({"text": {"sep": " "}} if key == "text" else {})}
-        path = cache_path(folder, "toy", key, identity)
-        features = np.random.default_rng(0).normal(size=(len(ids), WIDTH)).astype(np.float32)
-        features += 2.0 * np.eye(len(class_names), WIDTH)[[sample.labels[-1] for sample in manifest.samples]].astype(np.float32)
-        with lock(path):
-            provenance = {"command": "diffalign extract toy", "versions": {"zarr": "3.1"}}
-            writer = Writer.open(path, ids, np.zeros(0, np.int64), (WIDTH,), identity, provenance)
-            commit = writer.commit(0, features, [], seconds=1.0, batch_size=8, device="cpu")
-            writer.finish({0: commit})
-        home.caches[key] = fingerprint(identity)
+        home.caches[key] = _write_cache(folder, manifest, key)
     return home
+
+
+def _write_cache(folder: Path, manifest: Manifest, key: str) -> str:
+    """Write a cache with features of noise plus a vector that depends on the class, and return its fingerprint."""
+    identity = {"encoder": {"name": key}, "store_dtype": "float16", **({"text": {"sep": " "}} if key == "text" else {})}
+    path = cache_path(folder, "toy", key, identity)
+    ids = [sample.id for sample in manifest.samples]
+    classes = [sample.labels[-1] for sample in manifest.samples]
+    features = np.random.default_rng(0).normal(size=(len(ids), FEATURE_WIDTH)).astype(np.float32)
+    features += 2.0 * np.eye(len(manifest.class_names), FEATURE_WIDTH)[classes].astype(np.float32)
+    with lock(path):
+        provenance = {"command": "diffalign extract toy", "versions": {"zarr": "3.1"}}
+        writer = Writer.open(path, ids, np.zeros(0, np.int64), (FEATURE_WIDTH,), identity, provenance)
+        commit = writer.commit(0, features, [], seconds=1.0, batch_size=8, device="cpu")
+        writer.finish({0: commit})
+    return fingerprint(identity)

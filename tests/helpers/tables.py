@@ -1,4 +1,4 @@
-"""Small tables and folders of media for the tests of users' own data."""
+"""Small tables and folders of media, for the tests of users' own data."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.data.datasets import table
-from pipeline.data.manifest import Manifest, load_spec
+from pipeline.data.manifest import Manifest
+from pipeline.data.spec import load_spec
 
 
 def build(root: Path, **options: Any) -> Manifest:
-    """The manifest of a folder; the short texts of these tables may recur."""
+    """Build the manifest of a folder; the short texts of these tables may occur in several splits."""
     return table.build({**load_spec("table"), "texts_recur": True, **options}, root)
 
 
@@ -39,8 +40,8 @@ WRITERS = {"data.csv": write_csv, "data.jsonl": write_jsonl, "data.parquet": wri
 Writer = Callable[[Path, list[dict[str, Any]]], None]
 
 
-def media(root: Path, *names: str) -> None:
-    """Empty files of these names."""
+def make_empty_files(root: Path, *names: str) -> None:
+    """Create empty files with these names below `root`."""
     for name in names:
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_bytes(b"")

@@ -1,4 +1,4 @@
-"""Small heads on the tiny dataset: their settings, their caches, and a run that is trained."""
+"""Small heads on the tiny dataset: their settings, their caches, and a trained run."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from pathlib import Path
 
 from pipeline.cache import find_caches, open_cache
 from pipeline.runtime.runs import RunFolder
-from pipeline.training.heads import plan_head, resolve_settings, train_head
+from pipeline.training.heads import plan_head, resolve_head_settings, train_head
 
-SMALL: dict[str, dict[str, object]] = {
+SMALL_SETTINGS: dict[str, dict[str, object]] = {
     "baseline": {},
     "ema": {"width": 16},
     "cdr": {"width": 16, "hidden": 32, "num_steps": 20, "sample_steps": 5},
@@ -23,15 +23,17 @@ SMALL: dict[str, dict[str, object]] = {
         "sample_steps": 5,
     },
 }
-FAST: dict[str, object] = {"epochs": 4, "batch_size": 8, "lr_step": 1}
+FAST_TRAINING: dict[str, object] = {"epochs": 4, "batch_size": 8, "lr_step": 1}
 
 
 def caches_by_key(home: Path) -> dict[str, str]:
-    """Folder names of the tiny dataset's caches by batch key."""
+    """Return the folder names of the tiny dataset's caches by batch key."""
     return {open_cache(path).identity["encoder"]["modality"]: path.name for path in find_caches(home, "tiny")}
 
 
 def train_tiny(home: Path, method: str, seed: int = 0, training: dict[str, object] | None = None) -> RunFolder:
-    """A small run of a method on the tiny dataset."""
-    settings, config = resolve_settings("tiny", method, "head", SMALL.get(method, {}), {**FAST, **(training or {})})
+    """Train a small head on the tiny dataset and return its run."""
+    settings, config = resolve_head_settings(
+        "tiny", method, "head", SMALL_SETTINGS.get(method, {}), {**FAST_TRAINING, **(training or {})}
+    )
     return train_head(plan_head(home, "tiny", method, settings, config, seed, caches_by_key(home)), progress=False)

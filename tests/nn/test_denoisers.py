@@ -1,4 +1,4 @@
-"""Every denoiser depends on what it should, on nothing else, and can be stacked."""
+"""Every denoiser depends on its inputs only, not on other rows of the batch, and several can run as one ensemble."""
 
 from __future__ import annotations
 
@@ -19,35 +19,39 @@ NO_DROPOUT = torch.tensor(0.0)
 TOKENS: dict[str, Any] = {"num_tokens": 4, "token_width": 16, "num_heads": 2, "time_width": 16}
 
 
-def pfin(interaction: Interaction, residual: bool) -> Callable[[], Denoiser]:
+def pfin_builder(interaction: Interaction, residual: bool) -> Callable[[], Denoiser]:
     return lambda: PFIN(WIDTH, interaction, residual=residual, **TOKENS)
 
 
 BUILDERS: dict[str, Callable[[], Denoiser]] = {
     "mlp": lambda: ConcatMLP(WIDTH, WIDTH, hidden=48, time_width=16),
     "unet": lambda: UNet(WIDTH, time_width=16),
-    **{f"{kind}{'+residual' * r}": pfin(kind, bool(r)) for kind in get_args(Interaction) for r in (0, 1)},
+    **{
+        f"{kind}{'+residual' * has_residual}": pfin_builder(kind, has_residual)
+        for kind in get_args(Interaction)
+        for has_residual in (False, True)
+    },
 }
 denoisers = pytest.mark.parametrize("name", BUILDERS)
 
 
-class Whole(nn.Module):
-    """A denoiser as one function, for torch.func."""
+class DenoiserFunction(nn.Module):
+    """A denoiser as one function of all its inputs, for torch.func."""
 
     def __init__(self, denoiser: Denoiser) -> None:
         super().__init__()
         self.denoiser = denoiser
 
     def forward(self, x_n: Tensor, n: Tensor, x_v: Tensor, rng: KeyedRNG | None = None, p: Tensor = NO_DROPOUT) -> Tensor:
-        return self.denoiser(x_n, self.denoiser.time(n), self.denoiser.condition(x_v), rng, p)
+        return self.denoiser(x_n, self.denoiser.embed_step(n), self.denoiser.image_context(x_v), rng, p)
 
 
-def build(name: str, seed: int = 0) -> Whole:
+def build(name: str, seed: int = 0) -> DenoiserFunction:
     torch.manual_seed(seed)
-    return Whole(BUILDERS[name]())
+    return DenoiserFunction(BUILDERS[name]())
 
 
-def data() -> tuple[Tensor, Tensor, Tensor]:
+def make_inputs() -> tuple[Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(1)
     x_n, x_v = torch.randn(2, ROWS, WIDTH, generator=generator)
     return x_n, torch.randint(0, 1000, (ROWS,), generator=generator), x_v
@@ -56,7 +60,7 @@ def data() -> tuple[Tensor, Tensor, Tensor]:
 @denoisers
 @torch.no_grad()
 def test_output_depends_on_every_input(name: str) -> None:
-    model, (x_n, n, x_v) = build(name), data()
+    model, (x_n, n, x_v) = build(name), make_inputs()
     out = model(x_n, n, x_v)
     assert out.shape == (ROWS, WIDTH)
     for changed in (model(x_n.roll(1, 0), n, x_v), model(x_n, n.roll(1), x_v), model(x_n, n, x_v.roll(1, 0))):
@@ -65,8 +69,8 @@ def test_output_depends_on_every_input(name: str) -> None:
 
 @denoisers
 @torch.no_grad()
-def test_a_row_does_not_depend_on_its_batch(name: str) -> None:
-    model, (x_n, n, x_v) = build(name), data()
+def test_a_row_does_not_depend_on_the_other_rows(name: str) -> None:
+    model, (x_n, n, x_v) = build(name), make_inputs()
     out = model(x_n, n, x_v)
     for i in range(ROWS):
         rows = slice(i, i + 1)
@@ -78,9 +82,9 @@ def test_a_row_does_not_depend_on_its_batch(name: str) -> None:
 
 @denoisers
 @torch.no_grad()
-def test_a_row_of_the_time_table_serves_the_whole_batch(name: str) -> None:
-    model, (x_n, _, x_v) = build(name), data()
-    table, context = model.denoiser.time(torch.tensor([999, 499, 0])), model.denoiser.condition(x_v)
+def test_one_row_of_the_step_table_can_serve_a_batch(name: str) -> None:
+    model, (x_n, _, x_v) = build(name), make_inputs()
+    table, context = model.denoiser.embed_step(torch.tensor([999, 499, 0])), model.denoiser.image_context(x_v)
     for k, n in enumerate((999, 499, 0)):
         ours = model.denoiser(x_n, table[k], context, None, NO_DROPOUT)
         torch.testing.assert_close(ours, model(x_n, torch.full((ROWS,), n), x_v), atol=1e-6, rtol=1e-5)
@@ -88,21 +92,21 @@ def test_a_row_of_the_time_table_serves_the_whole_batch(name: str) -> None:
 
 @denoisers
 def test_dropout_comes_from_the_stream_and_only_in_training(name: str) -> None:
-    model, (x_n, n, x_v) = build(name), data()
+    model, (x_n, n, x_v) = build(name), make_inputs()
     rng, half = KeyedRNG.seeded(0, torch.arange(ROWS)), torch.tensor(0.5)
-    clean = model(x_n, n, x_v)
-    dropped = model(x_n, n, x_v, rng, half)
-    assert not torch.allclose(dropped, clean)
-    assert torch.equal(model(x_n, n, x_v, rng, half), dropped)
-    assert not torch.equal(model(x_n, n, x_v, rng.at("next step"), half), dropped)
-    assert torch.equal(model(x_n, n, x_v, rng, NO_DROPOUT), clean)
-    assert torch.equal(model(x_n, n, x_v, None, half), clean)
-    assert torch.equal(model.eval()(x_n, n, x_v, rng, half), clean)
+    without_dropout = model(x_n, n, x_v)
+    with_dropout = model(x_n, n, x_v, rng, half)
+    assert not torch.allclose(with_dropout, without_dropout)
+    assert torch.equal(model(x_n, n, x_v, rng, half), with_dropout)
+    assert not torch.equal(model(x_n, n, x_v, rng.at("next step"), half), with_dropout)
+    assert torch.equal(model(x_n, n, x_v, rng, NO_DROPOUT), without_dropout)
+    assert torch.equal(model(x_n, n, x_v, None, half), without_dropout)
+    assert torch.equal(model.eval()(x_n, n, x_v, rng, half), without_dropout)
 
 
 @denoisers
-def test_stacked_models_and_their_gradients_equal_a_loop(name: str) -> None:
-    models, (x_n, n, x_v) = [build(name, seed) for seed in range(3)], data()
+def test_an_ensemble_and_its_gradients_equal_a_loop_over_models(name: str) -> None:
+    models, (x_n, n, x_v) = [build(name, seed) for seed in range(3)], make_inputs()
     keys = torch.tensor([KeyedRNG.seeded(seed, torch.arange(ROWS)).key for seed in range(3)])
     ps = torch.tensor([0.0, 0.1, 0.5])
 
@@ -121,73 +125,75 @@ def test_stacked_models_and_their_gradients_equal_a_loop(name: str) -> None:
 
 
 @denoisers
-def test_every_parameter_learns(name: str) -> None:
-    model, (x_n, n, x_v) = build(name), data()
+def test_every_parameter_gets_a_gradient_and_the_loss_falls(name: str) -> None:
+    model, (x_n, n, x_v) = build(name), make_inputs()
     target = torch.tanh(x_v + 0.1 * x_n)
-    optimiser = torch.optim.Adam(model.parameters(), lr=1e-2)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
     losses = []
     for _ in range(40):
         loss = (model(x_n, n, x_v) - target).square().mean()
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         loss.backward()
-        optimiser.step()
+        optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < 0.5 * losses[0]
     assert all(parameter.grad is not None for parameter in model.parameters())
 
 
 def test_concat_mlp_is_four_linear_layers_on_the_concatenation() -> None:
-    model, (x_n, n, _) = ConcatMLP(WIDTH, 20, hidden=48, time_width=16), data()
+    model, (x_n, n, _) = ConcatMLP(WIDTH, 20, hidden=48, time_width=16), make_inputs()
     x_v = torch.randn(ROWS, 20)
     linear = [layer for layer in model.modules() if isinstance(layer, nn.Linear) and layer not in list(model.embed.modules())]
-    assert len(linear) == 3  # behind the first, which is applied part by part
+    assert len(linear) == 3  # the first layer is a ConcatLinear
     b, c, d = linear
     first = torch.cat(list(model.first.weights), dim=1)
     hidden = nn.functional.linear(torch.cat([x_n, x_v, model.embed(n)], dim=1), first, model.first.bias)
     expected = nn.Sequential(nn.GELU(), b, nn.GELU(), c, nn.GELU(), d)(hidden)
-    torch.testing.assert_close(model(x_n, model.time(n), model.condition(x_v), None, NO_DROPOUT), expected)
+    torch.testing.assert_close(model(x_n, model.embed_step(n), model.image_context(x_v), None, NO_DROPOUT), expected)
 
 
 def test_pfin_concat_is_a_two_layer_decoder_on_the_concatenation() -> None:
-    model, (x_n, n, x_v) = PFIN(WIDTH, "concat", time_width=16), data()
+    model, (x_n, n, x_v) = PFIN(WIDTH, "concat", time_width=16), make_inputs()
     h_0 = torch.cat([x_n, model.embed(n), x_v], dim=1)
     hidden = nn.functional.linear(h_0, torch.cat(list(model.first.weights), dim=1), model.first.bias)
     expected = model.out(nn.functional.gelu(hidden))
-    torch.testing.assert_close(model(x_n, model.time(n), model.condition(x_v), None, NO_DROPOUT), expected)
+    torch.testing.assert_close(model(x_n, model.embed_step(n), model.image_context(x_v), None, NO_DROPOUT), expected)
 
 
 def test_with_one_token_per_modality_the_noisy_text_has_no_influence() -> None:
-    """Why the vectors are cut into chunks: a softmax over one key is 1."""
-    x_n, n, x_v = data()
-    one = Whole(PFIN(WIDTH, num_tokens=1, token_width=16, num_heads=2, residual=False))
-    torch.testing.assert_close(one(x_n, n, x_v), one(x_n.roll(1, 0), n, x_v))
-    two = Whole(PFIN(WIDTH, num_tokens=2, token_width=16, num_heads=2, residual=False))
-    assert not torch.allclose(two(x_n, n, x_v), two(x_n.roll(1, 0), n, x_v))
+    """This is why vectors are cut into chunks: a softmax over one key is 1."""
+    x_n, n, x_v = make_inputs()
+    one_token = DenoiserFunction(PFIN(WIDTH, num_tokens=1, token_width=16, num_heads=2, residual=False))
+    torch.testing.assert_close(one_token(x_n, n, x_v), one_token(x_n.roll(1, 0), n, x_v))
+    two_tokens = DenoiserFunction(PFIN(WIDTH, num_tokens=2, token_width=16, num_heads=2, residual=False))
+    assert not torch.allclose(two_tokens(x_n, n, x_v), two_tokens(x_n.roll(1, 0), n, x_v))
 
 
-def test_the_residual_adds_the_noisy_text_to_the_attended_values() -> None:
-    (x_n, n, x_v), with_residual = data(), PFIN(WIDTH, residual=True, **TOKENS)
+def test_the_residual_adds_the_noisy_text_to_the_output_of_the_attention() -> None:
+    (x_n, n, x_v), with_residual = make_inputs(), PFIN(WIDTH, residual=True, **TOKENS)
     without = PFIN(WIDTH, residual=False, **TOKENS)
     for model in (with_residual, without):
         assert isinstance(model.interaction, CrossAttention)
         nn.init.zeros_(model.interaction.out.weight)
-    assert not torch.allclose(Whole(with_residual)(x_n, n, x_v), Whole(with_residual)(x_n.roll(1, 0), n, x_v))
-    assert torch.allclose(Whole(without)(x_n, n, x_v), Whole(without)(x_n.roll(1, 0), n, x_v))
+    assert not torch.allclose(
+        DenoiserFunction(with_residual)(x_n, n, x_v), DenoiserFunction(with_residual)(x_n.roll(1, 0), n, x_v)
+    )
+    assert torch.allclose(DenoiserFunction(without)(x_n, n, x_v), DenoiserFunction(without)(x_n.roll(1, 0), n, x_v))
 
 
 def test_self_attention_sees_the_step_as_a_token() -> None:
-    model, (x_n, n, x_v) = PFIN(WIDTH, "self_attention", time_width=16), data()
-    nn.init.zeros_(model.first.weights[1])  # leaves the token as the step's only way in
-    assert not torch.allclose(Whole(model)(x_n, n, x_v), Whole(model)(x_n, n.roll(1), x_v))
+    model, (x_n, n, x_v) = PFIN(WIDTH, "self_attention", time_width=16), make_inputs()
+    nn.init.zeros_(model.first.weights[1])  # now the step can act only through its token
+    assert not torch.allclose(DenoiserFunction(model)(x_n, n, x_v), DenoiserFunction(model)(x_n, n.roll(1), x_v))
 
 
 @pytest.mark.parametrize(("width", "side"), [(64, 8), (65, 16), (384, 24), (768, 32), (1024, 32), (1280, 40)])
-def test_the_unets_side_is_the_next_multiple_of_8(width: int, side: int) -> None:
+def test_the_side_of_the_unet_is_the_next_multiple_of_8(width: int, side: int) -> None:
     model = UNet(width, time_width=16)
     assert model.side == side
-    context = model.condition(torch.zeros(2, width))
+    context = model.image_context(torch.zeros(2, width))
     assert context.shape == (2, 8, side, side)
-    assert model(torch.zeros(2, width), model.time(torch.tensor(3)), context, None, NO_DROPOUT).shape == (2, width)
+    assert model(torch.zeros(2, width), model.embed_step(torch.tensor(3)), context, None, NO_DROPOUT).shape == (2, width)
 
 
 def test_impossible_shapes_are_refused() -> None:

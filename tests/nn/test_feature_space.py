@@ -1,14 +1,14 @@
-"""The space of the diffusion heads has unit scale on the training split, and its adapters are fitted there and then stay."""
+"""The feature space of diffusion heads has unit scale on the training split; its adapters are fitted there and then frozen."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
 import torch
-from helpers.method_cases import array, build, data, fitted, streams
+from helpers.method_cases import build, fitted, make_batch, make_rng, to_numpy
 
 
-def test_adapters_appear_where_the_widths_differ() -> None:
+def test_adapters_are_used_if_the_widths_differ() -> None:
     assert [phase.name for phase in build("seda").phases] == ["head"]
     method = build("seda", text_width=10)
     assert [phase.name for phase in method.phases] == ["adapt", "head"]
@@ -16,36 +16,36 @@ def test_adapters_appear_where_the_widths_differ() -> None:
 
 
 @pytest.mark.parametrize("adapter", ["none", "classifier", "pca"])
-def test_the_training_split_has_unit_scale_there(adapter: str) -> None:
+def test_the_training_split_has_unit_scale(adapter: str) -> None:
     method, batch = fitted("seda", adapter=adapter)
-    paired = (batch["paired"] > 0).numpy()
-    for x in (array(method.space.image(batch["image"])), array(method.space.text(batch["text"]))[paired]):
+    is_paired = (batch["paired"] > 0).numpy()
+    for x in (to_numpy(method.space.image(batch["image"])), to_numpy(method.space.text(batch["text"]))[is_paired]):
         np.testing.assert_allclose(x.mean(0), 0.0, atol=1e-4)
         np.testing.assert_allclose(x.std(0), 1.0, atol=1e-3)
 
 
-def test_principal_components_are_those_of_a_singular_value_decomposition() -> None:
+def test_pca_adapters_equal_a_singular_value_decomposition() -> None:
     method, batch = fitted("seda", adapter="pca")
-    text = array(batch["text"])
-    known = (batch["paired"] > 0).numpy()
-    x = (text - text[known].mean(0)) / text[known].std(0)
-    components = x @ np.linalg.svd(x[known], full_matrices=False)[2][:12].T
-    expected = components / components[known].std(0)
-    np.testing.assert_allclose(np.abs(array(method.space.text(batch["text"]))), np.abs(expected), atol=1e-3)
+    text = to_numpy(batch["text"])
+    is_paired = (batch["paired"] > 0).numpy()
+    x = (text - text[is_paired].mean(0)) / text[is_paired].std(0)
+    components = x @ np.linalg.svd(x[is_paired], full_matrices=False)[2][:12].T
+    expected = components / components[is_paired].std(0)
+    np.testing.assert_allclose(np.abs(to_numpy(method.space.text(batch["text"]))), np.abs(expected), atol=1e-3)
 
 
-def test_classifier_adapters_learn_their_labels_and_then_stay() -> None:
+def test_classifier_adapters_learn_the_labels_and_are_then_frozen() -> None:
     method, batch = fitted("seda", adapter="classifier")
     adapters = [parameter for name, parameter in method.named_parameters() if name.startswith("space.")]
     losses = []
     for _ in range(40):
-        loss = method.loss(batch, streams(), "adapt")["loss"]
+        loss = method.loss(batch, make_rng(), "adapt")["loss"]
         losses.append(float(loss.detach()))
         with torch.no_grad():
             for parameter, gradient in zip(adapters, torch.autograd.grad(loss, adapters), strict=True):
                 parameter -= 0.5 * gradient
     assert losses[-1] < 0.3 * losses[0]
     before = {name: value.clone() for name, value in method.state_dict().items() if name.startswith("space.")}
-    method.loss(data(seed=1), streams(), "head")
-    method.predict(10 * batch["image"], streams())
+    method.loss(make_batch(seed=1), make_rng(), "head")
+    method.predict(10 * batch["image"], make_rng())
     assert all(torch.equal(value, before[name]) for name, value in method.state_dict().items() if name in before)

@@ -1,4 +1,4 @@
-"""Shared networks against torch's own layers, scikit-learn and closed forms."""
+"""Shared layers, compared with torch's own layers, scikit-learn and closed forms."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from sklearn.decomposition import PCA
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor, nn
 
-from pipeline.nn import layers as nets
+from pipeline.nn import layers
 from pipeline.runtime.rng import KeyedRNG
 
-KEEP_ALL = torch.tensor(0.0)
+NO_DROPOUT = torch.tensor(0.0)
 
 
-def streams(rows: int, seed: int = 0) -> KeyedRNG:
+def make_rng(rows: int, seed: int = 0) -> KeyedRNG:
     return KeyedRNG.seeded(seed, torch.arange(rows))
 
 
-def skewed(rows: int = 200, width: int = 6, seed: int = 0) -> Tensor:
+def make_skewed_features(rows: int = 200, width: int = 6, seed: int = 0) -> Tensor:
     """Features whose dimensions differ in mean and scale and depend on each other."""
     rng = np.random.default_rng(seed)
     x = rng.normal(size=(rows, width)) @ rng.normal(size=(width, width)) * np.geomspace(0.1, 30, width) + np.arange(width) * 5
@@ -31,33 +31,33 @@ def skewed(rows: int = 200, width: int = 6, seed: int = 0) -> Tensor:
 
 
 class TestDropout:
-    def test_zeroes_a_share_and_keeps_the_mean(self) -> None:
+    def test_zeroes_a_fraction_of_the_entries_and_keeps_the_mean(self) -> None:
         x = torch.full((64, 5000), 3.0)
-        y = nets.dropout(x, torch.tensor(0.3), streams(64), training=True)
+        y = layers.dropout(x, torch.tensor(0.3), make_rng(64), training=True)
         assert float((y == 0).float().mean()) == pytest.approx(0.3, abs=0.005)
         assert float(y.mean()) == pytest.approx(3.0, abs=0.02)
         torch.testing.assert_close(y[y != 0], torch.full_like(y[y != 0], 3.0 / 0.7))
 
     def test_probability_0_changes_nothing(self) -> None:
-        x = skewed()
-        assert torch.equal(nets.dropout(x, KEEP_ALL, streams(len(x)), training=True), x)
+        x = make_skewed_features()
+        assert torch.equal(layers.dropout(x, NO_DROPOUT, make_rng(len(x)), training=True), x)
 
     def test_outside_training_or_without_a_stream_it_is_the_identity(self) -> None:
-        x, p = skewed(), torch.tensor(0.5)
-        assert nets.dropout(x, p, streams(len(x)), training=False) is x
-        assert nets.dropout(x, p, None, training=True) is x
+        x, p = make_skewed_features(), torch.tensor(0.5)
+        assert layers.dropout(x, p, make_rng(len(x)), training=False) is x
+        assert layers.dropout(x, p, None, training=True) is x
 
-    def test_a_mask_belongs_to_its_sample_and_its_name(self) -> None:
-        x, p, rng = torch.ones(8, 100), torch.tensor(0.5), streams(8)
-        whole = nets.dropout(x, p, rng, training=True)
-        assert torch.equal(nets.dropout(x[3:5], p, KeyedRNG(rng.key, rng.samples[3:5]), training=True), whole[3:5])
-        assert not torch.equal(nets.dropout(x, p, rng.at("other"), training=True), whole)
-        assert not torch.equal(whole[0], whole[1])
+    def test_a_mask_depends_only_on_the_sample_and_the_stream_name(self) -> None:
+        x, p, rng = torch.ones(8, 100), torch.tensor(0.5), make_rng(8)
+        all_rows = layers.dropout(x, p, rng, training=True)
+        assert torch.equal(layers.dropout(x[3:5], p, KeyedRNG(rng.key, rng.samples[3:5]), training=True), all_rows[3:5])
+        assert not torch.equal(layers.dropout(x, p, rng.at("other"), training=True), all_rows)
+        assert not torch.equal(all_rows[0], all_rows[1])
 
 
 def test_hyperparameters_are_scalar_buffers_outside_the_checkpoint() -> None:
     module = nn.Linear(2, 2)
-    nets.register_hyperparameters(module, tau=0.07, w_ce=1)
+    layers.register_hyperparameters(module, tau=0.07, w_ce=1)
     buffers = dict(module.named_buffers())
     assert {name: (tuple(b.shape), b.dtype) for name, b in buffers.items()} == {
         "tau": ((), torch.float32),
@@ -69,51 +69,51 @@ def test_hyperparameters_are_scalar_buffers_outside_the_checkpoint() -> None:
 
 class TestMLP:
     def test_is_linear_layers_with_gelu_between(self) -> None:
-        mlp, x = nets.MLP([6, 10, 7, 3]), skewed(width=6)
+        mlp, x = layers.MLP([6, 10, 7, 3]), make_skewed_features(width=6)
         a, b, c = mlp.layers
         expected = nn.Sequential(a, nn.GELU(), b, nn.GELU(), c)(x)
         torch.testing.assert_close(mlp(x, None, torch.tensor(0.9)), expected)
-        torch.testing.assert_close(mlp(x, streams(len(x)), KEEP_ALL), expected)
-        torch.testing.assert_close(mlp.eval()(x, streams(len(x)), torch.tensor(0.9)), expected)
+        torch.testing.assert_close(mlp(x, make_rng(len(x)), NO_DROPOUT), expected)
+        torch.testing.assert_close(mlp.eval()(x, make_rng(len(x)), torch.tensor(0.9)), expected)
 
-    def test_hidden_layers_have_masks_of_their_own(self) -> None:
-        mlp = nets.MLP([4, 4, 4, 4])
+    def test_each_hidden_layer_draws_its_own_mask(self) -> None:
+        mlp = layers.MLP([4, 4, 4, 4])
         for parameter in mlp.parameters():
             _ = nn.init.eye_(parameter) if parameter.ndim == 2 else nn.init.zeros_(parameter)
         x = torch.full((1000, 4), 20.0)  # GELU is the identity here
-        y = mlp(x, streams(1000), torch.tensor(0.5))
+        y = mlp(x, make_rng(1000), torch.tensor(0.5))
         assert float((y != 0).float().mean()) == pytest.approx(0.25, abs=0.03)
         assert sorted(set(y.flatten().tolist())) == [0.0, 80.0]
 
-    def test_stacked_models_with_their_own_dropout_equal_a_loop(self) -> None:
-        mlps, x = [nets.MLP([6, 8, 3]) for _ in range(3)], skewed(20)
+    def test_an_ensemble_with_different_dropout_equals_a_loop_over_models(self) -> None:
+        mlps, x = [layers.MLP([6, 8, 3]) for _ in range(3)], make_skewed_features(20)
         params, _ = torch.func.stack_module_state(mlps)
-        keys = torch.tensor([streams(20, seed).key for seed in range(3)])
+        keys = torch.tensor([make_rng(20, seed).key for seed in range(3)])
         ps = torch.tensor([0.0, 0.2, 0.6])
 
         def run(parameters: dict[str, Tensor], key: Tensor, p: Tensor) -> Tensor:
             return torch.func.functional_call(mlps[0], parameters, (x, KeyedRNG(key, torch.arange(20)), p))
 
-        expected = torch.stack([mlp(x, streams(20, i), ps[i]) for i, mlp in enumerate(mlps)])
+        expected = torch.stack([mlp(x, make_rng(20, i), ps[i]) for i, mlp in enumerate(mlps)])
         torch.testing.assert_close(torch.func.vmap(run)(params, keys, ps), expected)
 
 
-def test_parts_of_a_concat_linear_sum_to_the_layer() -> None:
-    layer = nets.ConcatLinear([2, 5, 3], 7)
+def test_the_parts_of_a_concat_linear_sum_to_one_linear_layer() -> None:
+    layer = layers.ConcatLinear([2, 5, 3], 7)
     parts = torch.randn(4, 2), torch.randn(4, 5), torch.randn(4, 3)
-    whole = nn.functional.linear(torch.cat(parts, dim=1), torch.cat(list(layer.weights), dim=1), layer.bias)
-    torch.testing.assert_close(sum(layer(i, x) for i, x in enumerate(parts)), whole)
+    expected = nn.functional.linear(torch.cat(parts, dim=1), torch.cat(list(layer.weights), dim=1), layer.bias)
+    torch.testing.assert_close(sum(layer(i, x) for i, x in enumerate(parts)), expected)
     assert all(weight.is_contiguous() and weight.requires_grad for weight in layer.weights)
 
 
 class TestStandardise:
     def test_per_dim_is_sklearns_standard_scaler(self) -> None:
-        x, layer = skewed(), nets.Standardise("per_dim", 6)
+        x, layer = make_skewed_features(), layers.Standardise("per_dim", 6)
         layer.fit(x.split(64))
         np.testing.assert_allclose(layer(x), StandardScaler().fit_transform(x.numpy()), atol=1e-5)
 
     def test_global_keeps_the_geometry(self) -> None:
-        x, layer = skewed(), nets.Standardise("global", 6)
+        x, layer = make_skewed_features(), layers.Standardise("global", 6)
         layer.fit(x.split(64))
         y = layer(x)
         torch.testing.assert_close(torch.pdist(y) / torch.pdist(x), torch.full((199 * 100,), float(1 / layer.std[0])))
@@ -121,42 +121,42 @@ class TestStandardise:
         assert float(y.square().mean()) == pytest.approx(1.0, abs=1e-5)
 
     def test_l2sqrtd_gives_unit_mean_square_to_each_row_without_statistics(self) -> None:
-        x, layer = skewed(), nets.Standardise("l2sqrtd", 6)
+        x, layer = make_skewed_features(), layers.Standardise("l2sqrtd", 6)
         layer.fit([])
         torch.testing.assert_close(layer(x), x / x.norm(dim=1, keepdim=True) * math.sqrt(6))
         torch.testing.assert_close(layer(x).square().mean(1), torch.ones(200))
 
-    def test_a_constant_dimension_becomes_0(self) -> None:
-        x = skewed()
+    def test_a_constant_dimension_is_mapped_to_0(self) -> None:
+        x = make_skewed_features()
         x[:, 2] = 7.0
-        layer = nets.Standardise("per_dim", 6)
+        layer = layers.Standardise("per_dim", 6)
         layer.fit([x])
         assert float(layer.std[2]) == pytest.approx(1e-3)
         assert float(layer(x)[:, 2].abs().max()) == 0.0
 
     def test_rows_that_are_not_finite_are_left_out(self) -> None:
-        x = skewed()
+        x = make_skewed_features()
         broken = torch.cat([x, x[:3]])
         broken[200, 1], broken[201, 0], broken[202] = math.nan, math.inf, math.nan
-        with_broken, without = nets.Standardise("per_dim", 6), nets.Standardise("per_dim", 6)
+        with_broken, without = layers.Standardise("per_dim", 6), layers.Standardise("per_dim", 6)
         with_broken.fit([broken[200:], *broken[:200].split(50)])
         without.fit(x.split(50))
         assert torch.equal(with_broken.mean, without.mean)
         assert torch.equal(with_broken.std, without.std)
 
     def test_statistics_are_part_of_the_checkpoint(self) -> None:
-        assert set(nets.Standardise("per_dim", 6).state_dict()) == {"mean", "std"}
+        assert set(layers.Standardise("per_dim", 6).state_dict()) == {"mean", "std"}
 
     def test_a_split_without_a_finite_row_is_refused(self) -> None:
         with pytest.raises(ValueError, match="no finite feature row"):
-            nets.Standardise("per_dim", 2).fit([torch.full((3, 2), math.nan)])
+            layers.Standardise("per_dim", 2).fit([torch.full((3, 2), math.nan)])
 
 
 @pytest.mark.parametrize("batch", [1, 7, 200])
 def test_moments_survive_a_large_mean(batch: int) -> None:
-    x = skewed().double() + 1e7
-    mean, variance = nets.moments(x.split(batch))
-    _, covariance = nets.moments(x.split(batch), full=True)
+    x = make_skewed_features().double() + 1e7
+    mean, variance = layers.moments(x.split(batch))
+    _, covariance = layers.moments(x.split(batch), full_covariance=True)
     np.testing.assert_allclose(mean, x.numpy().mean(0), rtol=1e-14)
     np.testing.assert_allclose(variance, x.numpy().var(0), rtol=1e-6)
     np.testing.assert_allclose(covariance, np.cov(x.numpy().T, bias=True), rtol=1e-6, atol=1e-4)
@@ -167,17 +167,17 @@ class TestTimeEmbedding:
     def test_the_sinusoid_is_that_of_diffusers(self, width: int) -> None:
         n = torch.tensor([0, 1, 17, 999, 1799])
         oracle = get_timestep_embedding(n, width, flip_sin_to_cos=False, downscale_freq_shift=1)
-        torch.testing.assert_close(nets.sinusoid(n, width), oracle, atol=2e-4, rtol=0)
+        torch.testing.assert_close(layers.sinusoidal_embedding(n, width), oracle, atol=2e-4, rtol=0)
 
     def test_frequencies_run_from_1_to_1e_minus_4(self) -> None:
-        value = nets.sinusoid(torch.tensor(1), 128)
+        value = layers.sinusoidal_embedding(torch.tensor(1), 128)
         assert float(value[0]) == pytest.approx(math.sin(1.0))
         assert float(value[63]) == pytest.approx(math.sin(1e-4))
         assert float(value[64]) == pytest.approx(math.cos(1.0))
 
     @torch.no_grad()
     def test_any_shape_of_steps(self) -> None:
-        embed = nets.TimeEmbedding(16)
+        embed = layers.TimeEmbedding(16)
         n = torch.arange(6)
         torch.testing.assert_close(embed(n.reshape(2, 3)), embed(n).reshape(2, 3, 16))
         assert float(torch.pdist(embed(torch.arange(0, 1800, 100))).min()) > 0
@@ -185,34 +185,34 @@ class TestTimeEmbedding:
     @pytest.mark.parametrize("width", [0, 2, 7])
     def test_impossible_widths_are_refused(self, width: int) -> None:
         with pytest.raises(ValueError, match="even number"):
-            nets.TimeEmbedding(width)
+            layers.TimeEmbedding(width)
 
 
 class TestTokens:
     def test_each_chunk_has_its_own_linear_layer(self) -> None:
-        tokens, x = nets.ChunkTokens(12, 3, 5), torch.randn(7, 12)
+        tokens, x = layers.ChunkTokens(12, 3, 5), torch.randn(7, 12)
         for t in range(3):
             expected = F.linear(x[:, 4 * t : 4 * t + 4], tokens.weight[t].T, tokens.bias[t])
             torch.testing.assert_close(tokens(x)[:, t], expected)
 
-    def test_impossible_cuts_are_refused_with_the_choices(self) -> None:
+    def test_an_impossible_number_of_tokens_is_refused_with_the_choices(self) -> None:
         with pytest.raises(ValueError, match=r"choose num_tokens from: 1, 2, 3, 4, 6, 12$"):
-            nets.ChunkTokens(12, 5, 4)
+            layers.ChunkTokens(12, 5, 4)
 
     @pytest.mark.parametrize("num_heads", [1, 2, 4])
     def test_attention_is_torchs(self, num_heads: int) -> None:
         q, k, v = torch.randn(3, 5, 8), torch.randn(3, 6, 8), torch.randn(3, 6, 8)
         q_h, k_h, v_h = (x.unflatten(-1, (num_heads, -1)).transpose(1, 2) for x in (q, k, v))
         expected = F.scaled_dot_product_attention(q_h, k_h, v_h).transpose(1, 2).flatten(2)
-        torch.testing.assert_close(nets.attention(q, k, v, num_heads), expected)
+        torch.testing.assert_close(layers.multi_head_attention(q, k, v, num_heads), expected)
 
     def test_a_single_key_gets_weight_1_whatever_the_query(self) -> None:
         value = torch.randn(3, 1, 8)
         for query in (torch.randn(3, 1, 8), 100 * torch.randn(3, 1, 8)):
-            torch.testing.assert_close(nets.attention(query, torch.randn(3, 1, 8), value, 2), value)
+            torch.testing.assert_close(layers.multi_head_attention(query, torch.randn(3, 1, 8), value, 2), value)
 
     def test_the_encoder_layer_is_torchs(self) -> None:
-        ours, tokens = nets.EncoderLayer(8, 2), torch.randn(3, 5, 8)
+        ours, tokens = layers.TransformerLayer(8, 2), torch.randn(3, 5, 8)
         theirs = nn.TransformerEncoderLayer(8, 2, 32, dropout=0.0, activation="gelu", batch_first=True, norm_first=True)
         up, down = ours.mlp.layers
         pairs = [
@@ -226,26 +226,26 @@ class TestTokens:
         with torch.no_grad():
             theirs.self_attn.in_proj_weight.copy_(ours.attention.query_key_value.weight)
             theirs.self_attn.in_proj_bias.copy_(ours.attention.query_key_value.bias)
-        torch.testing.assert_close(ours(tokens, None, KEEP_ALL), theirs(tokens))
+        torch.testing.assert_close(ours(tokens, None, NO_DROPOUT), theirs(tokens))
 
     def test_heads_must_divide_the_width(self) -> None:
         with pytest.raises(ValueError, match="num_heads 3"):
-            nets.SelfAttention(8, 3)
+            layers.SelfAttention(8, 3)
 
 
 class TestAdapter:
-    def test_its_own_phase_normalises_by_the_batch(self) -> None:
-        adapter, x = nets.Adapter(6, 4, 3), skewed()
+    def test_its_logits_use_batch_normalisation(self) -> None:
+        adapter, x = layers.Adapter(6, 4, 3), make_skewed_features()
         expected = adapter.classifier(nn.BatchNorm1d(4, affine=False)(adapter.project(x)))
         torch.testing.assert_close(adapter.logits(x), expected)
 
-    def test_exact_statistics_of_the_feature_replace_batch_normalisation(self) -> None:
-        adapter, x, standardise = nets.Adapter(6, 4, 3), skewed(), nets.Standardise("per_dim", 4)
+    def test_standardise_with_exact_statistics_replaces_batch_normalisation(self) -> None:
+        adapter, x, standardise = layers.Adapter(6, 4, 3), make_skewed_features(), layers.Standardise("per_dim", 4)
         standardise.fit(adapter.feature(part).detach() for part in x.split(64))
         torch.testing.assert_close(adapter.classifier(standardise(adapter.feature(x))), adapter.logits(x), atol=1e-4, rtol=1e-4)
 
     def test_pca_is_sklearns_up_to_sign(self) -> None:
-        adapter, x = nets.Adapter(6, 3, 2), skewed()
+        adapter, x = layers.Adapter(6, 3, 2), make_skewed_features()
         adapter.fit_pca(x.split(64))
         ours, theirs = adapter.feature(x).detach().numpy(), PCA(3).fit_transform(x.numpy())
         np.testing.assert_allclose(ours * np.sign((ours * theirs).sum(0)), theirs, atol=2e-3)
@@ -253,4 +253,4 @@ class TestAdapter:
 
     def test_pca_cannot_widen(self) -> None:
         with pytest.raises(ValueError, match="cannot widen 3 features to 6"):
-            nets.Adapter(3, 6, 2).fit_pca([torch.zeros(4, 3)])
+            layers.Adapter(3, 6, 2).fit_pca([torch.zeros(4, 3)])

@@ -1,10 +1,10 @@
-"""Losses against brute force, torch's own losses, closed forms and finite differences."""
+"""Losses, compared with brute force, torch's own losses, closed forms and finite differences."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Literal, get_args
+from typing import get_args
 
 import pytest
 import torch
@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pipeline.nn import losses
+from pipeline.nn.losses import LabelLoss, StructuralReduction
 
-Kind = Literal["softmax_kl", "bce", "softmax_multihot"]
-KINDS = get_args(Kind)
+KINDS = get_args(LabelLoss)
 CLASSES = 5
 SINGLE = torch.tensor([0, 3, 3, 1, 0, 3, 4, 1])  # class 2 is absent
 MULTI = torch.tensor([[1, 0, 0, 1, 0], [0, 1, 0, 0, 0], [1, 1, 0, 1, 0], [0, 0, 0, 0, 1]] * 2, dtype=torch.float32)
@@ -26,15 +26,15 @@ def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Te
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
 
 
-def has(label: Tensor, i: int, c: int) -> bool:
+def has_label(label: Tensor, i: int, c: int) -> bool:
     return bool(label[i] == c) if label.ndim == 1 else bool(label[i, c])
 
 
 class TestClassification:
     @pytest.mark.parametrize("kind", KINDS)
-    def test_one_label_is_cross_entropy(self, kind: Kind) -> None:
+    def test_one_label_is_cross_entropy(self, kind: LabelLoss) -> None:
         logits = normal(8, CLASSES)
-        torch.testing.assert_close(losses.classification(logits, SINGLE, kind), F.cross_entropy(logits, SINGLE))
+        torch.testing.assert_close(losses.classification_loss(logits, SINGLE, kind), F.cross_entropy(logits, SINGLE))
 
     def test_several_labels_by_hand(self) -> None:
         logits = torch.tensor(
@@ -48,30 +48,30 @@ class TestClassification:
             "bce": ((log2 + log4 - math.log(3)) / 2 + log2) / 2,
         }
         for kind in KINDS:
-            assert float(losses.classification(logits, label, kind)) == pytest.approx(by_hand[kind], rel=1e-6)
+            assert float(losses.classification_loss(logits, label, kind)) == pytest.approx(by_hand[kind], rel=1e-6)
 
-    def test_softmax_kl_is_the_divergence_from_the_normalised_labels(self) -> None:
+    def test_softmax_kl_is_the_kl_divergence_from_the_normalised_labels_plus_their_entropy(self) -> None:
         logits, target = normal(8, CLASSES), MULTI / MULTI.sum(1, keepdim=True)
         entropy = torch.special.entr(target).sum(1).mean()
         expected = F.kl_div(F.log_softmax(logits, dim=1), target, reduction="batchmean") + entropy
-        torch.testing.assert_close(losses.classification(logits, MULTI, "softmax_kl"), expected)
+        torch.testing.assert_close(losses.classification_loss(logits, MULTI, "softmax_kl"), expected)
 
     @pytest.mark.parametrize("kind", ["softmax_kl", "softmax_multihot"])
-    def test_one_hot_rows_give_cross_entropy(self, kind: Kind) -> None:
+    def test_one_hot_rows_give_cross_entropy(self, kind: LabelLoss) -> None:
         logits, label = normal(8, CLASSES), F.one_hot(SINGLE, CLASSES).float()
-        torch.testing.assert_close(losses.classification(logits, label, kind), F.cross_entropy(logits, SINGLE))
+        torch.testing.assert_close(losses.classification_loss(logits, label, kind), F.cross_entropy(logits, SINGLE))
 
     @labels
     @pytest.mark.parametrize("kind", KINDS)
-    def test_rows_of_weight_0_are_as_if_absent(self, kind: Kind, label: Tensor) -> None:
+    def test_rows_of_weight_0_are_ignored(self, kind: LabelLoss, label: Tensor) -> None:
         logits, weight = normal(8, CLASSES), torch.tensor([1.0, 1, 0, 1, 0, 0, 1, 1])
         rows = weight > 0
-        expected = losses.classification(logits[rows], label[rows], kind)
-        torch.testing.assert_close(losses.classification(logits, label, kind, weight), expected)
+        expected = losses.classification_loss(logits[rows], label[rows], kind)
+        torch.testing.assert_close(losses.classification_loss(logits, label, kind, weight), expected)
 
-    def test_a_row_without_labels_adds_nothing(self) -> None:
+    def test_a_row_without_labels_has_gradient_0(self) -> None:
         logits = normal(2, CLASSES).requires_grad_()
-        losses.classification(logits, torch.zeros(2, CLASSES), "softmax_kl").backward()
+        losses.classification_loss(logits, torch.zeros(2, CLASSES), "softmax_kl").backward()
         assert logits.grad is not None
         assert float(logits.grad.abs().max()) == 0.0
 
@@ -84,7 +84,7 @@ def test_weighted_mean() -> None:
 
 
 class TestInfoNCE:
-    def test_is_the_papers_sum(self) -> None:
+    def test_equals_the_sum_in_the_paper(self) -> None:
         a, b, tau = normal(6, 4), normal(6, 4, seed=1), 0.3
         cosine = [[math.exp(float(F.cosine_similarity(a[i], b[j], dim=0)) / tau) for j in range(6)] for i in range(6)]
         a2b = -sum(math.log(cosine[i][i] / sum(cosine[i])) for i in range(6)) / 6
@@ -93,7 +93,7 @@ class TestInfoNCE:
         assert (float(ours[0]), float(ours[1])) == (pytest.approx(a2b, rel=1e-5), pytest.approx(b2a, rel=1e-5))
 
     @pytest.mark.parametrize("rows", [1, 2, 64])
-    def test_equal_rows_give_log_b(self, rows: int) -> None:
+    def test_equal_rows_give_log_of_the_batch_size(self, rows: int) -> None:
         x = torch.ones(rows, 8)
         for loss in losses.info_nce(x, x, torch.tensor(0.07)):
             assert float(loss) == pytest.approx(math.log(rows), abs=1e-5)
@@ -101,14 +101,14 @@ class TestInfoNCE:
     def test_a_single_pair_has_loss_0(self) -> None:
         assert [float(loss) for loss in losses.info_nce(normal(1, 8), normal(1, 8, seed=1), 0.07)] == [0.0, 0.0]
 
-    def test_directions_swap_with_the_arguments_and_lengths_do_not_matter(self) -> None:
+    def test_swapping_the_arguments_swaps_the_losses_and_lengths_do_not_matter(self) -> None:
         a, b = normal(6, 4), normal(6, 4, seed=1)
         a2b, b2a = losses.info_nce(a, b, 0.2)
         torch.testing.assert_close(losses.info_nce(b, a, 0.2), (b2a, a2b))
         lengths = torch.arange(1.0, 7.0).unsqueeze(1)
         torch.testing.assert_close(losses.info_nce(a * lengths, b * 9.0, 0.2), (a2b, b2a))
 
-    def test_aligned_pairs_lose_less_than_shuffled_ones(self) -> None:
+    def test_aligned_pairs_have_a_lower_loss_than_shuffled_ones(self) -> None:
         a = normal(16, 32)
         b = a + 0.1 * normal(16, 32, seed=1)
         assert sum(losses.info_nce(a, b, 0.07)) < 0.01 < 1.0 < sum(losses.info_nce(a, b.roll(1, 0), 0.07))
@@ -118,7 +118,7 @@ class TestInfoNCE:
         rows = weight > 0
         torch.testing.assert_close(losses.info_nce(a, b, 0.2, weight), losses.info_nce(a[rows], b[rows], 0.2))
 
-    def test_without_any_pair_loss_and_gradient_are_0(self) -> None:
+    def test_without_a_pair_loss_and_gradient_are_0(self) -> None:
         a, b = normal(6, 4).requires_grad_(), torch.zeros(6, 4, requires_grad=True)
         a2b, b2a = losses.info_nce(a, b, 0.07, torch.zeros(6))
         (a2b + b2a).backward()
@@ -130,15 +130,15 @@ class TestInfoNCE:
 
 class TestCentres:
     @labels
-    def test_are_the_means_of_the_classes(self, label: Tensor) -> None:
+    def test_they_are_the_means_of_the_classes(self, label: Tensor) -> None:
         x = normal(8, 3)
         centres, present = losses.class_centres(x, label, CLASSES)
         for c in range(CLASSES):
-            members = [x[i] for i in range(8) if has(label, i, c)]
+            members = [x[i] for i in range(8) if has_label(label, i, c)]
             assert bool(present[c]) == bool(members)
             torch.testing.assert_close(centres[c], torch.stack(members).mean(0) if members else torch.zeros(3))
 
-    def test_rows_of_weight_0_are_as_if_absent(self) -> None:
+    def test_rows_of_weight_0_are_ignored(self) -> None:
         x, weight = normal(8, 3), (SINGLE != 3).float()
         centres, present = losses.class_centres(x, SINGLE, CLASSES, weight)
         expected, expected_present = losses.class_centres(x[SINGLE != 3], SINGLE[SINGLE != 3], CLASSES)
@@ -150,52 +150,52 @@ class TestCentres:
 class TestStructuralConsistency:
     @labels
     @reductions
-    def test_is_the_papers_sum(self, label: Tensor, reduction: Literal["mean", "literal"]) -> None:
+    def test_equals_the_sum_in_the_paper(self, label: Tensor, reduction: StructuralReduction) -> None:
         pred, x_v = normal(8, 3), normal(8, 3, seed=1)
         norms = []
         for c in range(CLASSES):
-            rows = [i for i in range(8) if has(label, i, c)]
+            rows = [i for i in range(8) if has_label(label, i, c)]
             if rows:
                 norms.append(float((pred[rows].mean(0) - x_v[rows].mean(0)).norm()))
         absolute = float((pred - x_v).abs().sum())
         mean = sum(norms) / len(norms) / math.sqrt(3) + absolute / (8 * 3)
         expected = mean if reduction == "mean" else (sum(norms) + absolute) / 8
-        assert float(losses.structural_consistency(pred, x_v, label, CLASSES, None, reduction)) == pytest.approx(
+        assert float(losses.structural_consistency_loss(pred, x_v, label, CLASSES, None, reduction)) == pytest.approx(
             expected, rel=1e-5
         )
 
-    def test_centres_of_the_whole_split_replace_the_batchs(self) -> None:
-        pred, x_v, whole = normal(8, 3), normal(8, 3, seed=1), normal(CLASSES, 3, seed=2)
-        norms = [float((pred[c == SINGLE].mean(0) - whole[c]).norm()) for c in (0, 1, 3, 4)]
+    def test_centres_of_the_training_split_replace_those_of_the_batch(self) -> None:
+        pred, x_v, train_centres = normal(8, 3), normal(8, 3, seed=1), normal(CLASSES, 3, seed=2)
+        norms = [float((pred[c == SINGLE].mean(0) - train_centres[c]).norm()) for c in (0, 1, 3, 4)]
         expected = sum(norms) / 4 / math.sqrt(3) + float((pred - x_v).abs().mean())
-        assert float(losses.structural_consistency(pred, x_v, SINGLE, CLASSES, whole)) == pytest.approx(expected, rel=1e-5)
+        assert float(losses.structural_consistency_loss(pred, x_v, SINGLE, CLASSES, train_centres)) == pytest.approx(
+            expected, rel=1e-5
+        )
 
     @labels
     @reductions
-    def test_rows_of_weight_0_are_as_if_absent(self, label: Tensor, reduction: Literal["mean", "literal"]) -> None:
+    def test_rows_of_weight_0_are_ignored(self, label: Tensor, reduction: StructuralReduction) -> None:
         pred, x_v, weight = normal(8, 3), normal(8, 3, seed=1), torch.tensor([1.0, 0, 0, 1, 0, 1, 1, 1])
         rows = weight > 0
-        expected = losses.structural_consistency(pred[rows], x_v[rows], label[rows], CLASSES, None, reduction)
-        ours = losses.structural_consistency(pred, x_v, label, CLASSES, None, reduction, weight)
+        expected = losses.structural_consistency_loss(pred[rows], x_v[rows], label[rows], CLASSES, None, reduction)
+        ours = losses.structural_consistency_loss(pred, x_v, label, CLASSES, None, reduction, weight)
         torch.testing.assert_close(ours, expected)
-        assert float(losses.structural_consistency(pred, x_v, label, CLASSES, None, reduction, torch.zeros(8))) == 0.0
+        assert float(losses.structural_consistency_loss(pred, x_v, label, CLASSES, None, reduction, torch.zeros(8))) == 0.0
 
     @reductions
-    def test_the_visual_feature_itself_is_the_minimum_with_a_finite_gradient(
-        self, reduction: Literal["mean", "literal"]
-    ) -> None:
+    def test_the_visual_feature_itself_is_the_minimum_with_a_finite_gradient(self, reduction: StructuralReduction) -> None:
         x_v = normal(8, 3)
         pred = x_v.clone().requires_grad_()
-        loss = losses.structural_consistency(pred, x_v, SINGLE, CLASSES, None, reduction)
+        loss = losses.structural_consistency_loss(pred, x_v, SINGLE, CLASSES, None, reduction)
         loss.backward()
         assert loss.item() == pytest.approx(0.0, abs=2e-6)
         assert pred.grad is not None
         assert float(pred.grad.abs().max()) == 0.0
 
-    def test_only_the_mean_reduction_is_free_of_the_width(self) -> None:
-        def loss(width: int, reduction: Literal["mean", "literal"]) -> float:
+    def test_only_the_mean_reduction_does_not_depend_on_the_width(self) -> None:
+        def loss(width: int, reduction: StructuralReduction) -> float:
             zero, x_v = torch.zeros(64, width), normal(64, width)
-            return float(losses.structural_consistency(zero, x_v, torch.arange(64), 64, None, reduction))
+            return float(losses.structural_consistency_loss(zero, x_v, torch.arange(64), 64, None, reduction))
 
         assert loss(768, "mean") == pytest.approx(loss(48, "mean"), rel=0.05)
         assert loss(768, "mean") == pytest.approx(1 + math.sqrt(2 / math.pi), rel=0.02)
@@ -203,37 +203,37 @@ class TestStructuralConsistency:
 
 
 class TestMSE:
-    def test_mean_is_torchs_and_sum_dim_is_d_times_that(self) -> None:
+    def test_mean_equals_torch_and_sum_dim_is_d_times_that(self) -> None:
         pred, target = normal(8, 3), normal(8, 3, seed=1)
-        torch.testing.assert_close(losses.mse(pred, target), F.mse_loss(pred, target))
-        torch.testing.assert_close(losses.mse(pred, target, "sum_dim"), 3 * F.mse_loss(pred, target))
+        torch.testing.assert_close(losses.mse_loss(pred, target), F.mse_loss(pred, target))
+        torch.testing.assert_close(losses.mse_loss(pred, target, "sum_dim"), 3 * F.mse_loss(pred, target))
 
-    def test_rows_of_weight_0_are_as_if_absent(self) -> None:
+    def test_rows_of_weight_0_are_ignored(self) -> None:
         pred, target, weight = normal(8, 3), normal(8, 3, seed=1), torch.tensor([1.0, 0, 0, 1, 0, 1, 1, 1])
         rows = weight > 0
-        torch.testing.assert_close(losses.mse(pred, target, "mean", weight), F.mse_loss(pred[rows], target[rows]))
+        torch.testing.assert_close(losses.mse_loss(pred, target, "mean", weight), F.mse_loss(pred[rows], target[rows]))
 
 
 WEIGHT = torch.tensor([1.0, 0, 0.5, 1, 0, 1, 2, 1])
 LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    **{f"single {kind}": lambda a, b, kind=kind: losses.classification(a, SINGLE, kind, WEIGHT) for kind in KINDS[:1]},
-    **{f"multi {kind}": lambda a, b, kind=kind: losses.classification(a, MULTI, kind, WEIGHT) for kind in KINDS},
+    **{f"single {kind}": lambda a, b, kind=kind: losses.classification_loss(a, SINGLE, kind, WEIGHT) for kind in KINDS[:1]},
+    **{f"multi {kind}": lambda a, b, kind=kind: losses.classification_loss(a, MULTI, kind, WEIGHT) for kind in KINDS},
     "info_nce": lambda a, b: torch.stack(losses.info_nce(a, b, 0.2, WEIGHT)).sum(),
-    "sc mean": lambda a, b: losses.structural_consistency(a, b, SINGLE, CLASSES, None, "mean", WEIGHT),
-    "sc literal": lambda a, b: losses.structural_consistency(a, b, MULTI, CLASSES, None, "literal", WEIGHT),
-    "sc whole": lambda a, b: losses.structural_consistency(a, b, SINGLE, CLASSES, b[:CLASSES]),
-    "mse": lambda a, b: losses.mse(a, b, "sum_dim", WEIGHT),
+    "sc mean": lambda a, b: losses.structural_consistency_loss(a, b, SINGLE, CLASSES, None, "mean", WEIGHT),
+    "sc literal": lambda a, b: losses.structural_consistency_loss(a, b, MULTI, CLASSES, None, "literal", WEIGHT),
+    "sc given centres": lambda a, b: losses.structural_consistency_loss(a, b, SINGLE, CLASSES, b[:CLASSES]),
+    "mse": lambda a, b: losses.mse_loss(a, b, "sum_dim", WEIGHT),
 }
 
 
 @pytest.mark.parametrize("name", LOSSES)
-def test_gradients_are_those_of_finite_differences(name: str) -> None:
+def test_gradients_equal_finite_differences(name: str) -> None:
     a, b = (normal(8, CLASSES, seed=seed, dtype=torch.float64).requires_grad_() for seed in (0, 1))
     assert torch.autograd.gradcheck(LOSSES[name], (a, b))
 
 
 @pytest.mark.parametrize("name", LOSSES)
-def test_stacked_losses_and_gradients_equal_a_loop(name: str) -> None:
+def test_vmapped_losses_and_gradients_equal_a_loop(name: str) -> None:
     a, b = normal(3, 8, CLASSES), normal(3, 8, CLASSES, seed=1)
     run = torch.func.grad_and_value(LOSSES[name])
     gradients, values = torch.func.vmap(run)(a, b)

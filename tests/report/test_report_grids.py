@@ -1,12 +1,10 @@
-"""Pages of grids: their numbers are those of pandas, and they are whole, escaped and frank about what is missing."""
+"""Pages about grids: their numbers agree with pandas, they are complete and escaped, and they say what is missing."""
 
 from __future__ import annotations
 
 import json
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -15,55 +13,60 @@ import pandas as pd
 import pytest
 from helpers.command_line import run
 from helpers.grid_folders import write_grid, write_winner
-from helpers.pages import EVIL, Page
+from helpers.pages import HOSTILE_TEXT, Page
 from helpers.report_home import make_home
 from helpers.tiny_heads import caches_by_key
 
 from pipeline.report import robustness, write_grid_page, write_report
-from pipeline.report.studies import find_studies, read_study
+from pipeline.report.grid_results import find_grids, read_grid
 
 AXES = {"w_ce_dst": (2.0, 0.5, 1.0), "num_steps": (900, 1200), "stage_step": (0, 300, 500, 700)}
-HOLES = {(0, 1): "failed", (3, 0): "pruned", (3, 1): "pruned", (3, 2): "pruned", (7, 2): "missing", (8, 0): "stopped"}
+UNFINISHED_STATES = {
+    (0, 1): "failed",
+    (3, 0): "pruned",
+    (3, 1): "pruned",
+    (3, 2): "pruned",
+    (7, 2): "missing",
+    (8, 0): "stopped",
+}
 
 
-def told(folder: Path) -> pd.DataFrame:
-    """The finished runs of a grid, read without the report."""
+def finished_runs(folder: Path) -> pd.DataFrame:
+    """Read the finished runs of a grid without the code of the report."""
     rows = pd.read_csv(folder / "cells.csv")
     return rows[rows["state"] == "done"]
 
 
-@pytest.mark.parametrize("states", [{}, HOLES])
+@pytest.mark.parametrize("states", [{}, UNFINISHED_STATES])
 def test_means_by_value_and_by_pair_are_those_of_pandas(states: dict[tuple[int, int], str], tmp_path: Path) -> None:
     folder = write_grid(tmp_path, AXES, states=states)
-    study, rows = read_study(folder), told(folder)
+    grid, rows = read_grid(folder), finished_runs(folder)
     whole = rows.groupby("cell").filter(lambda group: len(group) == 3)
     cells = whole.groupby(["cell", *AXES])["val_acc1"].agg(["mean", "std"]).reset_index()
     for field in AXES:
-        table = robustness.by_value(study, field)
+        table = robustness.mean_by_value(grid, field)
         groups = rows.groupby(field)["val_acc1"]
-        assert study.axes[field] == tuple(groups.groups)
+        assert grid.axes[field] == tuple(groups.groups)
         for name, values in (("mean", groups.mean()), ("std", groups.std()), ("runs", groups.count())):
             np.testing.assert_allclose(table[name], values)
         best = cells.loc[cells.groupby(field)["mean"].idxmax()].set_index(field).sort_index()
         np.testing.assert_allclose(table["best"], best["mean"])
         np.testing.assert_allclose(table["best_std"], best["std"])
-        assert robustness.reach(study, field) == pytest.approx(np.ptp(groups.mean()))
+        assert robustness.mean_range(grid, field) == pytest.approx(np.ptp(groups.mean()))
     for row, column in (("num_steps", "w_ce_dst"), ("w_ce_dst", "stage_step")):
         means = rows.pivot_table(index=row, columns=column, values="val_acc1", aggfunc="mean")
-        np.testing.assert_allclose(robustness.by_pair(study, row, column), means)
+        np.testing.assert_allclose(robustness.mean_by_pair(grid, row, column), means)
 
 
-def test_what_has_no_run_has_no_mean(tmp_path: Path) -> None:
+def test_values_and_pairs_without_a_finished_run_have_no_mean(tmp_path: Path) -> None:
     states = {(cell, seed): "pruned" for cell in (0, 1) for seed in (0, 1)}  # both cells of tau = 0.1, and half of 0.2
-    study = read_study(
-        write_grid(tmp_path, {"tau": (0.1, 0.2), "lr": (1e-3, 1e-2)}, (0, 1), states={**states, (2, 0): "failed"})
-    )
-    table = robustness.by_value(study, "tau")
+    grid = read_grid(write_grid(tmp_path, {"tau": (0.1, 0.2), "lr": (1e-3, 1e-2)}, (0, 1), states={**states, (2, 0): "failed"}))
+    table = robustness.mean_by_value(grid, "tau")
     assert table["runs"].tolist() == [0, 3]
     assert np.isnan(table.loc[0, ["mean", "std", "best", "best_std"]].to_numpy(dtype=float)).all()
-    assert table["best"][1] == pytest.approx(study.of_cells("score")[3].mean())
-    assert np.isnan(robustness.by_pair(study, "tau", "lr")).tolist() == [[True, True], [False, False]]
-    assert robustness.reach(study, "tau") == 0.0
+    assert table["best"][1] == pytest.approx(grid.by_cell_and_seed("score")[3].mean())
+    assert np.isnan(robustness.mean_by_pair(grid, "tau", "lr")).tolist() == [[True, True], [False, False]]
+    assert robustness.mean_range(grid, "tau") == 0.0
 
 
 def test_cells_are_ranked_by_mean_then_loss_and_only_with_all_their_seeds(tmp_path: Path) -> None:
@@ -72,14 +75,14 @@ def test_cells_are_ranked_by_mean_then_loss_and_only_with_all_their_seeds(tmp_pa
     rows["val_acc1"] = [50.0, 52.0, 51.0, 51.0, 55.0, 55.0, 99.0, np.nan]
     rows["val_loss"] = [2.0, 2.0, 1.5, 1.5, 1.0, 1.0, 0.1, np.nan]
     rows.to_csv(folder / "cells.csv", index=False)
-    ranked = robustness.ranking(read_study(folder))
+    ranked = robustness.rank_grid_cells(read_grid(folder))
     assert ranked["cell"].tolist() == [2, 1, 0, 3]
     assert ranked["rank"].tolist() == [1, 2, 3, pd.NA]
     assert ranked["state"].tolist() == ["done", "done", "done", "failed for a reason"]
     assert ranked["seeds"].tolist() == [2, 2, 2, 1]
 
 
-def test_the_ranking_of_a_real_grid_is_the_sweeps(
+def test_the_ranking_of_a_real_grid_is_that_of_the_grid_command(
     tiny_home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     home = Path(shutil.copytree(tiny_home, tmp_path / "home"))
@@ -89,35 +92,35 @@ def test_the_ranking_of_a_real_grid_is_the_sweeps(
     arguments += ["--grid", "lr=1e-2,1e-3", "--grid", "tau=0.2,0.07", "--set", "width=16", "--json"]
     assert run(arguments, monkeypatch) == 0
     printed = json.loads(capsys.readouterr().out)
-    study = read_study(Path(printed["grid"]))
-    assert list(study.axes) == ["lr", "tau"]
-    assert study.axes["lr"] == (1e-3, 1e-2)
-    ranked = robustness.ranking(study)
+    grid = read_grid(Path(printed["grid"]))
+    assert list(grid.axes) == ["lr", "tau"]
+    assert grid.axes["lr"] == (1e-3, 1e-2)
+    ranked = robustness.rank_grid_cells(grid)
     for line, cell in zip(ranked.to_dict("records"), printed["cells"], strict=True):
-        assert study.values(line["cell"]) == {field: cell[field] for field in study.axes}
+        assert grid.cell_values(line["cell"]) == {field: cell[field] for field in grid.axes}
         assert (line["rank"], line["seeds"], line["state"]) == (cell["rank"], cell["seeds"], cell["state"])
         assert (line["score"], line["std"], line["loss"]) == pytest.approx((cell["val_acc1"], cell["std"], cell["val_loss"]))
-    seen = Page(write_grid_page(study.path))
+    parsed = Page(write_grid_page(grid.path))
     test = printed["winner"]["test"]["acc1"]
-    assert f"On the test split, read for this cell alone: Acc-1 {test['mean']:.2f} ± {test['std']:.2f}" in seen.text
-    assert f"The best on validation is lr={printed['cells'][0]['lr']} tau={printed['cells'][0]['tau']}: Acc-1" in seen.text
+    assert f"On the test split, read for this cell alone: Acc-1 {test['mean']:.2f} ± {test['std']:.2f}" in parsed.text
+    assert f"The best on validation is lr={printed['cells'][0]['lr']} tau={printed['cells'][0]['tau']}: Acc-1" in parsed.text
 
 
 def test_a_page_shows_every_view_and_needs_nothing_else(tmp_path: Path) -> None:
     folder = write_grid(tmp_path, AXES)
-    best = robustness.ranking(study := read_study(folder))["cell"][0]
+    best = robustness.rank_grid_cells(grid := read_grid(folder))["cell"][0]
     runs = [f"runs/toy/seda-{best:012d}/seed{seed}" for seed in range(3)]
-    write_winner(folder, study.values(int(best)), runs, {"acc1": [50.0, 51.0, 55.0], "acc5": [80.0, 80.0, 80.0]})
+    write_winner(folder, grid.cell_values(int(best)), runs, {"acc1": [50.0, 51.0, 55.0], "acc5": [80.0, 80.0, 80.0]})
     page = write_grid_page(folder)
     assert page == folder / "index.html"
-    seen = Page(page)
-    assert "toy: Grid of seda over gamma, T, t" in seen.text
-    assert "gamma (w_ce_dst): 0.5, 1.0, 2.0; T (num_steps): 900, 1200; t (stage_step): 0, 300, 500, 700" in seen.text
-    assert "On the test split, read for this cell alone: Acc-1 52.00 ± 2.65, Acc-5 80.00 ± 0.00." in seen.text
-    assert "All 24 cells" in seen.text
-    assert len(seen.drawings) == 3
-    assert not {tag for tag, _ in seen.elements} & {"script", "link", "iframe", "object", "svg", "a"}
-    for drawing in seen.drawings:
+    parsed = Page(page)
+    assert "toy: Grid of seda over gamma, T, t" in parsed.text
+    assert "gamma (w_ce_dst): 0.5, 1.0, 2.0; T (num_steps): 900, 1200; t (stage_step): 0, 300, 500, 700" in parsed.text
+    assert "On the test split, read for this cell alone: Acc-1 52.00 ± 2.65, Acc-5 80.00 ± 0.00." in parsed.text
+    assert "All 24 cells" in parsed.text
+    assert len(parsed.drawings) == 3
+    assert not {tag for tag, _ in parsed.elements} & {"script", "link", "iframe", "object", "svg", "a"}
+    for drawing in parsed.drawings:
         ElementTree.fromstring(drawing)
     assert page.read_bytes() == write_grid_page(folder).read_bytes()
     other = tmp_path / f"runs/toy/seda-{(best + 1) % 24:012d}/seed0/test_reads.jsonl"
@@ -127,25 +130,25 @@ def test_a_page_shows_every_view_and_needs_nothing_else(tmp_path: Path) -> None:
 
 
 def test_an_incomplete_grid_says_so(tmp_path: Path) -> None:
-    folder = write_grid(tmp_path, AXES, states=HOLES, search="optuna", metric="map")
-    seen = Page(write_grid_page(folder))
-    assert "66 of 72 runs have finished (1 failed, 1 missing, 3 pruned, 1 stopped), and 20 of 24 cells have all" in seen.text
-    assert "which flatters the values whose worse cells were given up" in seen.text
-    assert "successive halving gives up the worse cells early" in seen.text
-    assert "failed for a reason" in seen.text
-    assert "Mean validation mAP over all other values and seeds" in seen.text
-    assert "The test split has not been read for it." in seen.text
-    assert len(seen.drawings) == 3
+    folder = write_grid(tmp_path, AXES, states=UNFINISHED_STATES, search="optuna", metric="map")
+    parsed = Page(write_grid_page(folder))
+    assert "66 of 72 runs have finished (1 failed, 1 missing, 3 pruned, 1 stopped), and 20 of 24 cells have all" in parsed.text
+    assert "which flatters the values whose worse cells were given up" in parsed.text
+    assert "successive halving gives up the worse cells early" in parsed.text
+    assert "failed for a reason" in parsed.text
+    assert "Mean validation mAP over all other values and seeds" in parsed.text
+    assert "The test split has not been read for it." in parsed.text
+    assert len(parsed.drawings) == 3
 
 
 @pytest.mark.parametrize("state", ["missing", "failed"])
 def test_a_grid_without_a_finished_run_has_a_page(state: str, tmp_path: Path) -> None:
     states = {(cell, seed): state for cell in range(2) for seed in range(2)}
     folder = write_grid(tmp_path, {"tau": (0.1, 0.2)}, (0, 1), states=states)
-    seen = Page(write_grid_page(folder))
-    assert f"0 of 4 runs have finished (4 {state})" in seen.text
-    assert "No run has finished, so there is nothing to show" in seen.text
-    assert seen.drawings == []
+    parsed = Page(write_grid_page(folder))
+    assert f"0 of 4 runs have finished (4 {state})" in parsed.text
+    assert "No run has finished, so there is nothing to show" in parsed.text
+    assert parsed.drawings == []
 
 
 @pytest.mark.parametrize(
@@ -160,33 +163,38 @@ def test_a_grid_without_a_finished_run_has_a_page(state: str, tmp_path: Path) ->
 )
 def test_axes_of_any_kind_and_number(axes: dict[str, tuple[object, ...]], num_drawings: int, tmp_path: Path) -> None:
     folder = write_grid(tmp_path, axes, (0,))
-    study, seen = read_study(folder), Page(write_grid_page(folder))
-    assert len(seen.drawings) == num_drawings
+    grid, parsed = read_grid(folder), Page(write_grid_page(folder))
+    assert len(parsed.drawings) == num_drawings
     if "stages" in axes:
-        assert study.axes["stages"] == axes["stages"]  # words have no order of their own
+        assert grid.axes["stages"] == axes["stages"]  # words stay in the order of the grid
     if "residual" in axes:
-        assert study.axes["residual"] == (False, True)
-    assert ("have no numbers" in seen.text) == ("lr" in axes and len(axes["lr"]) > 12)
+        assert grid.axes["residual"] == (False, True)
+    assert ("have no numbers" in parsed.text) == ("lr" in axes and len(axes["lr"]) > 12)
     if len(axes) > 4:
-        means = told(folder).melt(id_vars="val_acc1", value_vars=list(axes)).groupby(["variable", "value"])["val_acc1"].mean()
+        means = (
+            finished_runs(folder)
+            .melt(id_vars="val_acc1", value_vars=list(axes))
+            .groupby(["variable", "value"])["val_acc1"]
+            .mean()
+        )
         kept = sorted(means.groupby("variable").agg(np.ptp).nlargest(4).index)
-        assert sorted({field for pair in robustness.pairs(study) for field in pair}) == kept
-        assert len(robustness.pairs(study)) == 6
-        assert f"Shown are the pairs of the 4 axes whose means lie furthest apart: {kept[0]} × {kept[1]}; " in seen.text
+        assert sorted({field for pair in robustness.axis_pairs(grid) for field in pair}) == kept
+        assert len(robustness.axis_pairs(grid)) == 6
+        assert f"Shown are the pairs of the 4 axes whose means lie furthest apart: {kept[0]} × {kept[1]}; " in parsed.text
 
 
 def test_nothing_in_a_grid_becomes_markup(tmp_path: Path) -> None:
     home = make_home(tmp_path, [f"class {k}" for k in range(8)])
     home.evaluate(home.train(home.config("baseline", {}), 0), home.logits(2.0, 1))
-    axes = {f"kind{EVIL}": (f"a{EVIL}", f"b{EVIL}"), "tau": (0.1, 0.2)}
-    folder = write_grid(tmp_path, axes, method="ema", states={(0, 0): EVIL}, search=EVIL)
+    axes = {f"kind{HOSTILE_TEXT}": (f"a{HOSTILE_TEXT}", f"b{HOSTILE_TEXT}"), "tau": (0.1, 0.2)}
+    folder = write_grid(tmp_path, axes, method="ema", states={(0, 0): HOSTILE_TEXT}, search=HOSTILE_TEXT)
     page, text = write_report(tmp_path, "toy")
     for path in (page, write_grid_page(folder)):
-        seen = Page(path)
-        assert f"b{EVIL}" in seen.text
-        assert "script" not in {tag for tag, _ in seen.elements}
-        assert not [key for _, attributes in seen.elements for key in attributes if key.startswith("on")]
-        for drawing in seen.drawings:
+        parsed = Page(path)
+        assert f"b{HOSTILE_TEXT}" in parsed.text
+        assert "script" not in {tag for tag, _ in parsed.elements}
+        assert not [key for _, attributes in parsed.elements for key in attributes if key.startswith("on")]
+        for drawing in parsed.drawings:
             assert b"alert" not in drawing
             assert {element.tag.rpartition("}")[2] for element in ElementTree.fromstring(drawing).iter()}.isdisjoint(
                 {"script", "a"}
@@ -198,7 +206,8 @@ def test_nothing_in_a_grid_becomes_markup(tmp_path: Path) -> None:
         assert len({len(re.findall(r"(?<!\\)\|", line)) for line in block.splitlines()}) == 1
 
 
-def test_the_report_has_a_section_per_grid_and_outlives_a_damaged_one(tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_the_report_has_a_section_per_grid_and_names_a_damaged_one(tmp_path: Path) -> None:
     home = make_home(tmp_path, [f"class {k}" for k in range(8)])
     home.evaluate(home.train(home.config("baseline", {}), 0), home.logits(2.0, 1))
     write_grid(tmp_path, {"tau": (0.1, 0.2)}, method="ema")
@@ -212,10 +221,10 @@ def test_the_report_has_a_section_per_grid_and_outlives_a_damaged_one(tmp_path: 
         *(("grid.json", c) for c in contents),
     ]:
         (damaged / name).write_text(content)
-        seen = Page(write_report(tmp_path, "toy")[0])
-        assert f"A grid cannot be read: {damaged} is damaged" in seen.text
-        assert "Grid of ema over tau" in seen.text
-        assert "Grid of seda over gamma, T, t" in seen.text
+        parsed = Page(write_report(tmp_path, "toy")[0])
+        assert f"A grid cannot be read: {damaged} is damaged" in parsed.text
+        assert "Grid of ema over tau" in parsed.text
+        assert "Grid of seda over gamma, T, t" in parsed.text
         (damaged / "winner.json").unlink(missing_ok=True)
     with pytest.raises(ValueError, match=r"is damaged .*; run the same grid command again"):
         write_grid_page(damaged)
@@ -223,13 +232,4 @@ def test_the_report_has_a_section_per_grid_and_outlives_a_damaged_one(tmp_path: 
         write_grid_page(tmp_path)
     (damaged / "grid.json").write_text((tmp_path / "grids" / "toy" / "ema-0123456789ab" / "grid.json").read_text())
     (damaged / "cells.csv").write_text("cell,seed\n0,0\n")
-    assert len(find_studies(tmp_path, "toy")[0]) == 2
-
-
-def test_a_grid_page_does_not_import_torch(tmp_path: Path) -> None:
-    folder = write_grid(tmp_path, AXES)
-    code = (
-        "import sys; from pathlib import Path; from pipeline.report import write_grid_page; "
-        f"write_grid_page(Path({str(folder)!r})); sys.exit('torch' in sys.modules)"
-    )
-    assert subprocess.run([sys.executable, "-c", code], check=False, cwd=Path(__file__).parents[2]).returncode == 0
+    assert len(find_grids(tmp_path, "toy")[0]) == 2

@@ -1,4 +1,4 @@
-"""The lock of a folder is free as soon as its context ends, whoever else has the same file open."""
+"""The lock of a folder is free as soon as its block ends, even if a forked process has the same file open."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Streams give uniform and normal numbers that depend on their name alone."""
+"""Streams of random numbers are uniform or normal, and depend on nothing but seed, name, sample and position."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The demo's settings exist, and the README says what is true."""
+"""Tests of the demo's settings, and of the commands in the README."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from PIL import Image
 
 from pipeline.commands import app as cli
 from pipeline.runtime import plugins
-from pipeline.studies.demo import DATASET, EXTRA, METHODS
-from pipeline.training.heads import resolve_settings
+from pipeline.studies.demo import DEMO_DATASET, DEMO_METHODS, EXTRA_OVERRIDES
+from pipeline.training.heads import resolve_head_settings
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -23,11 +23,11 @@ COMMANDS = [
 ]
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", DEMO_METHODS)
 def test_every_method_of_the_demo_has_tuned_settings(method: str) -> None:
-    settings, training = resolve_settings(DATASET, method, "tuned", {}, {})
+    settings, training = resolve_head_settings(DEMO_DATASET, method, "tuned", {}, {})
     assert training.epochs > 0
-    for overrides in EXTRA.get(method, ()):
+    for overrides in EXTRA_OVERRIDES.get(method, ()):
         assert set(overrides) <= set(plugins.get("methods", method).PREDICTION)
         assert all(getattr(settings, field) != value for field, value in overrides.items())
 
@@ -50,8 +50,8 @@ def test_make_commands_of_the_readme_exist(command: str) -> None:
     subprocess.run([*shlex.split(command), "-n"], cwd=ROOT, capture_output=True, check=True)
 
 
-def own_photos(folder: Path) -> None:
-    """Forty plain pictures of two kinds, with captions, and the table that names them."""
+def write_photos(folder: Path) -> None:
+    """Write forty plain images of two classes, and a table with their paths, classes and captions."""
     folder.mkdir()
     lines = ["path,kind,caption"]
     for number in range(40):
@@ -61,11 +61,12 @@ def own_photos(folder: Path) -> None:
     (folder / "photos.csv").write_text("\n".join(lines) + "\n")
 
 
+@pytest.mark.slow
 def test_commands_of_the_readme_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every `diffalign` line, in order and in one folder, on fewer epochs; globs mean what they match by then."""
+    """Run every `diffalign` line in order, in one folder, with one epoch; a glob stands for the first file that it matches."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("DIFFALIGN_HOME", raising=False)
-    own_photos(tmp_path / "my_photos")
+    write_photos(tmp_path / "my_photos")
     commands = [shlex.split(command) for command in COMMANDS if command.startswith("diffalign ")]
     assert {words[1] for words in commands} >= {
         "prepare",

@@ -1,4 +1,4 @@
-"""A grid says what it tries, refuses what is impossible before anything is trained, and draws its points by name."""
+"""Tests of the axes and cells of a grid: what is accepted, what is refused before training, and which cells are drawn."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from typing import get_type_hints
 
 import pytest
 from helpers.tiny_grids import tiny_grid
-from helpers.tiny_heads import FAST, SMALL, caches_by_key
+from helpers.tiny_heads import FAST_TRAINING, SMALL_SETTINGS, caches_by_key
 
 from pipeline.runtime import plugins
 from pipeline.runtime.device import default_device, resolve_dtype
 from pipeline.runtime.files import canonical_json, fingerprint
-from pipeline.studies.grid import Precision, plan_grid, read_axes, read_cells
+from pipeline.studies.grid import PrecisionChoice, plan_grid, read_axes, read_cells
 from pipeline.training.config import TrainConfig
-from pipeline.training.heads import plan_head, resolve_settings
+from pipeline.training.heads import plan_head, resolve_head_settings
 
 
 def test_axes_are_read_by_letter_and_by_name_from_options_and_files(tmp_path: Path) -> None:
@@ -121,15 +121,15 @@ def test_a_field_is_given_once(tiny_home: Path) -> None:
         tiny_grid(tiny_home, precision="mixed")
 
 
-def test_points_are_a_deterministic_subset_in_order_and_more_hold_the_fewer() -> None:
+def test_points_are_a_deterministic_subset_in_order_and_more_points_include_the_fewer() -> None:
     axes = read_axes("seda", [])
-    whole, few, more = (
+    every, few, more = (
         [cell.label for cell in read_cells("openmoji", "seda", "head", axes, {}, {}, points)] for points in (0, 7, 20)
     )
-    assert (len(whole), len(set(few)), len(set(more))) == (48, 7, 20)
-    assert set(few) < set(more) < set(whole)
-    assert few == sorted(few, key=whole.index)
-    assert few != whole[:7]
+    assert (len(every), len(set(few)), len(set(more))) == (48, 7, 20)
+    assert set(few) < set(more) < set(every)
+    assert few == sorted(few, key=every.index)
+    assert few != every[:7]
     with pytest.raises(ValueError, match="--points 49 of a grid of 48 cells"):
         read_cells("openmoji", "seda", "head", axes, {}, {}, 49)
 
@@ -148,7 +148,9 @@ def test_a_grid_that_cannot_be_listed_is_refused_or_drawn_from() -> None:
 def test_a_cell_is_the_run_of_train_head(tiny_home: Path) -> None:
     grid = tiny_grid(tiny_home, pairs=("T=20,30", "t=0,5", "lr=1e-3,1e-2"), seeds=(0, 3))
     assert len(grid.heads) == 16
-    settings, training = resolve_settings("tiny", "seda", "head", {**SMALL["seda"], "num_steps": 30}, {**FAST, "lr": 0.01})
+    settings, training = resolve_head_settings(
+        "tiny", "seda", "head", {**SMALL_SETTINGS["seda"], "num_steps": 30}, {**FAST_TRAINING, "lr": 0.01}
+    )
     alone = plan_head(tiny_home, "tiny", "seda", settings, training, 3, caches_by_key(tiny_home))
     assert grid.heads[7, 3].run == alone.run
     assert grid.heads[7, 3].config == alone.config
@@ -160,7 +162,7 @@ def test_precision_is_a_setting_of_every_cell(tiny_home: Path) -> None:
     assert [cell.training.precision for cell in auto.cells] == ["float32", "mixed"] * 2
     native = resolve_dtype("auto", default_device(), "mixed")
     caches = caches_by_key(tiny_home)
-    choices: list[tuple[Precision, str]] = [("auto", native), ("float32", "float32"), ("mixed", "mixed")]
+    choices: list[tuple[PrecisionChoice, str]] = [("auto", native), ("float32", "float32"), ("mixed", "mixed")]
     for choice, expected in choices:
         grid = plan_grid(
             tiny_home,
@@ -177,12 +179,15 @@ def test_precision_is_a_setting_of_every_cell(tiny_home: Path) -> None:
         assert grid.cells[0].training.precision == expected
 
 
-def test_a_grid_is_named_by_what_was_asked(tiny_home: Path, tmp_path: Path) -> None:
+def test_the_folder_of_a_grid_is_named_by_its_identity(tiny_home: Path, tmp_path: Path) -> None:
     grid = tiny_grid(tiny_home)
-    names = {fingerprint(each.asked()) for each in (grid, tiny_grid(tiny_home), tiny_grid(tiny_home, seeds=(0, 1)))}
-    names |= {fingerprint(tiny_grid(tiny_home, search="optuna").asked()), fingerprint(tiny_grid(tiny_home, points=2).asked())}
-    names.add(fingerprint(tiny_grid(tiny_home, training={"weight_decay": 0.0}).asked()))
+    names = {fingerprint(each.identity()) for each in (grid, tiny_grid(tiny_home), tiny_grid(tiny_home, seeds=(0, 1)))}
+    names |= {
+        fingerprint(tiny_grid(tiny_home, search="optuna").identity()),
+        fingerprint(tiny_grid(tiny_home, points=2).identity()),
+    }
+    names.add(fingerprint(tiny_grid(tiny_home, training={"weight_decay": 0.0}).identity()))
     assert len(names) == 5
-    folder = replace(grid, features=replace(grid.features, home=tmp_path)).create()
-    assert folder.name == f"seda-{fingerprint(grid.asked())[:12]}"
-    assert canonical_json(json.loads((folder / "grid.json").read_text())) == canonical_json(grid.asked())
+    folder = replace(grid, features=replace(grid.features, home=tmp_path)).create_folder()
+    assert folder.name == f"seda-{fingerprint(grid.identity())[:12]}"
+    assert canonical_json(json.loads((folder / "grid.json").read_text())) == canonical_json(grid.identity())

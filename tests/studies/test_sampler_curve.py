@@ -1,4 +1,4 @@
-"""Sampler curves: their accuracies are those of `evaluate`, their times those of a clock, and each is written once."""
+"""Tests of sampler curves: the points, the accuracies, the times, the files and the command."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ import pandas as pd
 import pytest
 from helpers.command_line import run as run_cli
 from helpers.pages import Page
-from helpers.tiny_heads import SMALL, train_tiny
+from helpers.tiny_heads import SMALL_SETTINGS, train_tiny
 
 from pipeline.evaluation.evaluate import evaluate, read_metrics
 from pipeline.report import write_report
 from pipeline.runtime.runs import RunFolder
-from pipeline.studies.sampler_curve import Point, points, sampler_curve
+from pipeline.studies.sampler_curve import SamplerPoint, curve_points, write_sampler_curve
 
 
 @pytest.fixture
 def home(tiny_home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A copy of the tiny home that may be written to, in which nothing is timed for long."""
-    monkeypatch.setattr("pipeline.studies.sampler_curve.LEAST_SECONDS", 0.02)
+    """Return a copy of the tiny home that may be written to; timing is shortened."""
+    monkeypatch.setattr("pipeline.studies.sampler_curve.MIN_TIMED_SECONDS", 0.02)
     return Path(shutil.copytree(tiny_home, tmp_path / "home"))
 
 
@@ -36,12 +36,12 @@ def home(tiny_home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pa
     ],
 )
 def test_points_are_every_s_up_to_t_once_and_the_ancestral_chain(num_steps: int, expected: list[int]) -> None:
-    asked = points(num_steps)
-    assert len(set(asked)) == len(asked)
+    points = curve_points(num_steps)
+    assert len(set(points)) == len(points)
     for draws in (1, 8):
-        assert [point.steps for point in asked if point.sampler == "ddim" and point.draws == draws] == expected
-        assert [point for point in asked if point.sampler == "ancestral" and point.draws == draws] == [
-            Point("ancestral", num_steps, draws)
+        assert [point.steps for point in points if point.sampler == "ddim" and point.draws == draws] == expected
+        assert [point for point in points if point.sampler == "ancestral" and point.draws == draws] == [
+            SamplerPoint("ancestral", num_steps, draws)
         ]
 
 
@@ -49,24 +49,24 @@ def test_points_are_every_s_up_to_t_once_and_the_ancestral_chain(num_steps: int,
 def test_accuracies_are_those_of_evaluate(method: str, home: Path, tmp_path: Path) -> None:
     run = train_tiny(home, method)
     other = Path(shutil.copytree(home, tmp_path / "other"))
-    curve = sampler_curve(home, run, "val", {}, progress=False)
+    curve = write_sampler_curve(home, run, "val", {}, progress=False)
     assert curve.table == run.path / "sampler-curve-val.csv"
     pd.testing.assert_frame_equal(pd.read_csv(curve.table), curve.rows)
     assert len(curve.rows) == 2 * (5 + 1)
-    same = RunFolder.at(other / run.path.relative_to(home))
+    copy = RunFolder.at(other / run.path.relative_to(home))
     for row in curve.rows.to_dict("records"):
         steps = {"sample_steps": str(row["steps"])} if row["sampler"] == "ddim" else {}
-        alone = evaluate(other, same, "val", {"sampler": str(row["sampler"]), "draws": str(row["draws"]), **steps})
+        alone = evaluate(other, copy, "val", {"sampler": str(row["sampler"]), "draws": str(row["draws"]), **steps})
         assert {name: row[name] for name in alone["metrics"]} == alone["metrics"]
         assert row["n"] == alone["n"] == 4
-    assert read_metrics(run).keys() == read_metrics(same).keys()
+    assert read_metrics(run).keys() == read_metrics(copy).keys()
     for path in sorted(run.path.glob("predictions-val*.npz")):
-        ours, theirs = np.load(path), np.load(same.path / path.name)
+        ours, theirs = np.load(path), np.load(copy.path / path.name)
         assert all(np.array_equal(ours[name], theirs[name]) for name in ours.files)
 
 
 def test_times_are_medians_of_passes_and_grow_with_the_steps(home: Path) -> None:
-    rows = sampler_curve(home, train_tiny(home, "seda"), "val", {}, progress=False).rows
+    rows = write_sampler_curve(home, train_tiny(home, "seda"), "val", {}, progress=False).rows
     assert ((rows["ms_min"] <= rows["ms"]) & (rows["ms"] <= rows["ms_max"])).all()
     assert (rows["passes"] >= 5).all()
     assert (rows["passes"] * rows["ms_max"] * rows["batch"] >= 20.0).all()  # at least LEAST_SECONDS in all
@@ -79,19 +79,19 @@ def test_times_are_medians_of_passes_and_grow_with_the_steps(home: Path) -> None
 
 def test_the_test_split_is_read_for_its_evaluations_alone_and_logged(home: Path) -> None:
     run = train_tiny(home, "cdr")
-    sampler_curve(home, run, "val", {}, progress=False)
+    write_sampler_curve(home, run, "val", {}, progress=False)
     log = run.path / "test_reads.jsonl"
     assert not log.exists()
     for _ in range(2):
-        curve = sampler_curve(home, run, "test", {}, progress=False)
+        curve = write_sampler_curve(home, run, "test", {}, progress=False)
         reads = [json.loads(line)["evaluation"] for line in log.read_text().splitlines()]
         assert len(set(reads)) == len(reads) == len(curve.rows)
         assert set(reads) <= read_metrics(run).keys()
 
 
-def test_other_settings_of_prediction_make_another_curve(home: Path) -> None:
+def test_other_settings_of_prediction_write_another_curve(home: Path) -> None:
     run = train_tiny(home, "cdr")
-    curve = sampler_curve(home, run, "val", {"eta": "0.5"}, progress=False)
+    curve = write_sampler_curve(home, run, "val", {"eta": "0.5"}, progress=False)
     assert curve.table.name == "sampler-curve-val@eta=0.5.csv"
     assert curve.picture.name == "sampler-curve-val@eta=0.5.svg"
     assert "val@eta=0.5,sample_steps=2" in read_metrics(run)
@@ -125,10 +125,10 @@ def test_the_command_prints_a_table_or_one_object_and_the_report_shows_the_curve
         assert f"| {sampler} | {steps} | {draws} | {means[sampler, steps, draws]:.2f} ±" in text.read_text()
 
 
-def test_a_head_that_does_not_sample_is_one_line(
+def test_a_head_that_does_not_sample_is_refused_in_one_line(
     home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setitem(SMALL["cdr"], "denoiser", "regression")
+    monkeypatch.setitem(SMALL_SETTINGS["cdr"], "denoiser", "regression")
     for method in ("ema", "cdr"):
         run = train_tiny(home, method)
         assert run_cli(["evaluate", str(run.path), "--sampler-curve", "--home", str(home)], monkeypatch) == 2
@@ -138,7 +138,7 @@ def test_a_head_that_does_not_sample_is_one_line(
         assert "predicts without a sampler, so there is no curve; methods that sample: cdr, marnet, seda" in printed.err
 
 
-def test_what_the_curve_varies_is_not_set_and_the_run_is_finished(
+def test_settings_that_the_curve_varies_and_unfinished_runs_are_refused(
     home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = train_tiny(home, "cdr")

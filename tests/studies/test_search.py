@@ -1,4 +1,7 @@
-"""Grid results are those of the heads trained alone: here, over dask, after a kill, and beside a cell that diverges."""
+"""Tests of running a grid: its runs equal heads that are trained alone.
+
+That holds in this process, over dask, after a kill, and when another cell diverges.
+"""
 
 from __future__ import annotations
 
@@ -21,12 +24,12 @@ import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers.pool_tasks import dies_once, square
+from helpers.pool_tasks import kill_first_attempt, square
 from helpers.tiny_grids import short_grid
 from helpers.tiny_heads import caches_by_key, train_tiny
 from safetensors.torch import load_file
 
-from pipeline.cache.table import load
+from pipeline.cache.table import load_split
 from pipeline.commands import app as cli
 from pipeline.evaluation.evaluate import evaluate
 from pipeline.evaluation.statistics import sample_std
@@ -34,10 +37,10 @@ from pipeline.runtime import files, plugins
 from pipeline.runtime.executor import local_cluster, open_executor
 from pipeline.runtime.runs import RunFolder
 from pipeline.studies.grid import Grid
-from pipeline.studies.halving import FACTOR, Halving
-from pipeline.studies.search import sweep
+from pipeline.studies.halving import HALVING_FACTOR, Halving
+from pipeline.studies.search import run_grid
 from pipeline.training.heads import plan_head_on, train_head
-from pipeline.training.history import kept, validations
+from pipeline.training.history import best_validation, read_validations
 
 VALUES: dict[str, tuple[Any, ...]] = {
     "num_steps": (16, 20),
@@ -51,19 +54,19 @@ VALUES: dict[str, tuple[Any, ...]] = {
     "batch_size": (6, 8),
     "precision": ("float32", "mixed"),
 }
-SWEPT_TRAINING = ("lr", "weight_decay", "epochs", "batch_size", "precision")
+TRAINING_FIELDS = ("lr", "weight_decay", "epochs", "batch_size", "precision")
 
 
 def axes_of(method: str) -> list[str]:
-    """One axis of two values for every field of the method's grid and letters, and some of training, as on a command line."""
+    """Return axes as --grid options, with two values each: fields of the method's grid and symbols, and some of training."""
     module = plugins.get("methods", method)
-    fields = dict.fromkeys([*module.GRID, *module.SYMBOLS.values(), *(SWEPT_TRAINING if method == "seda" else ())])
+    fields = dict.fromkeys([*module.GRID, *module.SYMBOLS.values(), *(TRAINING_FIELDS if method == "seda" else ())])
     return [f"{field}={','.join(map(str, VALUES.get(field, (0.3, 1.0))))}" for field in fields]
 
 
 @pytest.fixture(scope="module")
 def address() -> Iterator[str]:
-    """A dask cluster of two processes."""
+    """Start a dask cluster of two processes and yield its address."""
     with local_cluster([{}, {}]) as client:
         assert client.scheduler is not None
         yield str(client.scheduler.address)
@@ -71,19 +74,19 @@ def address() -> Iterator[str]:
 
 @pytest.fixture
 def home(tiny_home: Path, tmp_path: Path) -> Path:
-    """A copy of the tiny home that may be written to."""
+    """Return a copy of the tiny home that may be written to."""
     return Path(shutil.copytree(tiny_home, tmp_path / "home"))
 
 
 def results(home: Path) -> dict[str, bytes]:
-    """The weights and the history of every finished run of a home."""
+    """Return the weights and the history of every finished run of a home, by path."""
     names = ("checkpoint.safetensors", "history.csv")
     folders = [done.parent for done in sorted(home.glob("runs/tiny/*/*/done"))]
     return {str((folder / name).relative_to(home)): (folder / name).read_bytes() for folder in folders for name in names}
 
 
-def alone(grid: Grid, home: Path) -> dict[str, bytes]:
-    """The same of the grid's heads, each trained by itself in another home."""
+def results_of_single_heads(grid: Grid, home: Path) -> dict[str, bytes]:
+    """Train each head of the grid by itself in another home, and return the results."""
     features = replace(grid.features, home=home)
     for cell in grid.cells:
         for seed in grid.seeds:
@@ -91,36 +94,37 @@ def alone(grid: Grid, home: Path) -> dict[str, bytes]:
     return results(home)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", plugins.names("methods"))
 def test_every_method_and_field_over_dask_equals_the_heads_alone(method: str, home: Path, tmp_path: Path, address: str) -> None:
     expected: dict[str, bytes] = {}
     for pair in axes_of(method):
         grid = short_grid(home, method, (pair,))
-        expected |= alone(grid, tmp_path / "alone")
-        swept = sweep(grid, address)
-        assert list(swept.ranking["state"]) == ["done", "done"]
-        _assert_same_predictions(grid, swept.winner["runs"][0], tmp_path / "alone")
+        expected |= results_of_single_heads(grid, tmp_path / "alone")
+        result = run_grid(grid, address)
+        assert list(result.ranking["state"]) == ["done", "done"]
+        _assert_same_predictions(grid, result.winner["runs"][0], tmp_path / "alone")
     assert results(home) == expected
     assert len(expected) >= 4
 
 
-def test_over_dask_every_worker_has_a_part_of_a_stack(
+def test_over_dask_every_worker_trains_a_part_of_an_ensemble(
     home: Path, tmp_path: Path, address: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     grid = short_grid(home, "ema", ("tau=0.07,0.2", "lr=1e-3,1e-2"))
     other = short_grid(Path(shutil.copytree(home, tmp_path / "other")), "ema", ("tau=0.07,0.2", "lr=1e-3,1e-2"))
-    swept, expected = sweep(grid, address, strategy="stacked"), sweep(other, address)
-    said = capsys.readouterr().err
-    assert f"the 2 workers of {address}, cells of one structure as one model (--strategy stacked), " in said
-    assert f"the 2 workers of {address}, every cell by itself (not all of them have a GPU), " in said
-    pd.testing.assert_frame_equal(swept.ranking, expected.ranking, atol=1e-5)
+    result, expected = run_grid(grid, address, strategy="stacked"), run_grid(other, address)
+    logged = capsys.readouterr().err
+    assert f"the 2 workers of {address}, cells of one structure as one model (--strategy stacked), " in logged
+    assert f"the 2 workers of {address}, every cell by itself (not all of them have a GPU), " in logged
+    pd.testing.assert_frame_equal(result.ranking, expected.ranking, atol=1e-5)
     for head, apart in zip(grid.heads.values(), other.heads.values(), strict=True):
         ours, theirs = (load_file(each.run.path / "checkpoint.safetensors") for each in (head, apart))
         torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
 
 
 def _assert_same_predictions(grid: Grid, run: str, other: Path) -> None:
-    """Of the test split, with a home that shares the caches."""
+    """Compare predictions on the test split of a run with those of the same run in another home with the same caches."""
     for name in ("caches", "manifests"):
         if not (other / name).exists():
             shutil.copytree(grid.features.home / name, other / name)
@@ -129,18 +133,19 @@ def _assert_same_predictions(grid: Grid, run: str, other: Path) -> None:
     assert all(np.array_equal(ours[name], theirs[name]) for name in ("ids", "logits", "feature"))
 
 
+@pytest.mark.slow
 def test_in_this_process_and_after_kills_the_results_are_the_same(
     home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
         "pipeline.training.loop.STATE_SECONDS", -math.inf
-    )  # saved after every epoch, also of phases without validation
+    )  # save the state after every epoch, also in phases without validation
     pairs = ("T=16,20", "lr=1e-3,1e-2")
     undisturbed = Path(shutil.copytree(home, tmp_path / "undisturbed"))
-    expected = sweep(short_grid(undisturbed, "seda", pairs, training={"epochs": 6}), workers=0)
+    expected = run_grid(short_grid(undisturbed, "seda", pairs, training={"epochs": 6}), workers=0)
     grid = short_grid(home, "seda", pairs, training={"epochs": 6})
     for wanted in (1, 2, 4):
-        process = get_context("fork").Process(target=sweep, args=(grid, "local", 0))
+        process = get_context("fork").Process(target=run_grid, args=(grid, "local", 0))
         process.start()
         while len(list(home.glob("runs/tiny/*/seed0/history.csv"))) < wanted:
             assert process.is_alive()
@@ -148,30 +153,33 @@ def test_in_this_process_and_after_kills_the_results_are_the_same(
         process.kill()
         process.join()
         assert process.exitcode == -signal.SIGKILL
-    swept = sweep(grid, workers=0)
+    result = run_grid(grid, workers=0)
     assert results(home) == results(undisturbed)
-    pd.testing.assert_frame_equal(swept.ranking, expected.ranking)
-    assert swept.winner == expected.winner
+    pd.testing.assert_frame_equal(result.ranking, expected.ranking)
+    assert result.winner == expected.winner
     written = {path: path.stat().st_mtime_ns for path in home.glob("runs/**/[!.]*.*")}
     assert len(written) >= 4 * 3
-    assert sweep(grid, workers=0).winner == swept.winner
+    assert run_grid(grid, workers=0).winner == result.winner
     assert {path: path.stat().st_mtime_ns for path in home.glob("runs/**/[!.]*.*")} == written
 
 
+@pytest.mark.slow
 def test_the_processes_of_this_machine_have_one_thread_and_end(tmp_path: Path) -> None:
-    with open_executor("local", 2) as crew:
-        done = {number: finish for number, finish in crew.map(square, [3, -1, 5])}
+    with open_executor("local", 2) as executor:
+        done = {number: get_result for number, get_result in executor.map(square, [3, -1, 5])}
         (value, worker, num_threads), (other, *_) = done[0](), done[2]()
         assert (value, other, num_threads) == (9, 25, "1")
         with pytest.raises(ValueError, match="-1 has no square here"):
             done[1]()
-        ((_, finish),) = crew.map(dies_once, [tmp_path / "died"])  # another process does what the killed one had begun
-        assert finish() != os.getpid()
+        ((_, get_result),) = executor.map(
+            kill_first_attempt, [tmp_path / "died"]
+        )  # the worker is killed, and another one does the job
+        assert get_result() != os.getpid()
     with pytest.raises(ProcessLookupError):
         os.kill(worker, 0)
 
 
-def test_a_cell_that_diverges_is_listed_and_disturbs_nobody(
+def test_a_cell_that_diverges_is_listed_and_does_not_change_others(
     home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     caches = caches_by_key(home)
@@ -190,35 +198,35 @@ def test_a_cell_that_diverges_is_listed_and_disturbs_nobody(
     assert list(rows["state"]) == ["done", "done", "failed", "failed", "done", "done"]
     assert rows["reason"].str.contains("not finite").sum() == 2
     grid = short_grid(home, "baseline", ("lr=1e-3,1e-2",), seeds=(0, 1))
-    assert results(home) == alone(grid, tmp_path / "alone")
+    assert results(home) == results_of_single_heads(grid, tmp_path / "alone")
 
 
 def test_the_test_split_is_read_once_and_for_the_winner_alone(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     grid = short_grid(home, "ema", ("w_ita=0.1,1", "lr=1e-3,1e-2"), seeds=(0, 1))
-    closed = sweep(grid, workers=0, read_test=False)
-    assert closed.winner["test"] == {}
+    untested = run_grid(grid, workers=0, read_test=False)
+    assert untested.winner["test"] == {}
     assert not list(home.glob("runs/**/test_reads.jsonl"))
-    for said in ("is read once", "was read before"):
-        swept = sweep(grid, workers=0)
-        assert f"the test split {said}, for the winner: " in capsys.readouterr().err
+    for verb in ("is read once", "was read before"):
+        result = run_grid(grid, workers=0)
+        assert f"the test split {verb}, for the winner: " in capsys.readouterr().err
         reads = {str(path.parent.relative_to(home)): path.read_text() for path in home.glob("runs/**/test_reads.jsonl")}
-        assert sorted(reads) == sorted(swept.winner["runs"])
+        assert sorted(reads) == sorted(result.winner["runs"])
         assert all(text.count("\n") == 1 for text in reads.values())
-    own = [evaluate(home, RunFolder.at(home / run), "test", {})["metrics"]["acc1"] for run in swept.winner["runs"]]
-    assert swept.winner["test"]["acc1"]["values"] == own
-    assert json.loads((swept.folder / "winner.json").read_text()) == swept.winner
+    own = [evaluate(home, RunFolder.at(home / run), "test", {})["metrics"]["acc1"] for run in result.winner["runs"]]
+    assert result.winner["test"]["acc1"]["values"] == own
+    assert json.loads((result.folder / "winner.json").read_text()) == result.winner
 
 
 def test_a_process_reads_the_features_once(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     read: list[str] = []
 
-    def counted(manifest: Any, caches: Any, split: Any, *arguments: Any) -> Any:
+    def load_and_count(manifest: Any, caches: Any, split: Any, *arguments: Any) -> Any:
         read.append(split)
-        return load(manifest, caches, split, *arguments)
+        return load_split(manifest, caches, split, *arguments)
 
-    monkeypatch.setattr("pipeline.training.features.load", counted)
+    monkeypatch.setattr("pipeline.training.features.load_split", load_and_count)
     for seeds in ((0, 1), (2,)):  # also for another grid
-        sweep(short_grid(home, "ema", ("tau=0.07,0.2",), seeds=seeds), workers=0, read_test=False)
+        run_grid(short_grid(home, "ema", ("tau=0.07,0.2",), seeds=seeds), workers=0, read_test=False)
     assert sorted(read) == ["train", "val"]
 
 
@@ -243,11 +251,11 @@ def test_the_command_prints_the_ranking_and_the_winner(
 
 
 @pytest.mark.parametrize("select", ["metric", "loss", "last"])
-def test_cells_are_ranked_by_what_evaluation_says(select: str, home: Path) -> None:
+def test_cells_are_ranked_by_their_evaluations(select: str, home: Path) -> None:
     grid = short_grid(home, "ema", ("w_ita=0.1,1", "lr=1e-3,3e-2"), seeds=(0, 1), training={"select": select, "epochs": 4})
-    swept = sweep(grid, workers=0, read_test=False)
-    rows = pd.read_csv(swept.folder / "cells.csv")
-    val = load(grid.features.manifest, {"image": grid.features.caches["image"]}, "val", torch.device("cpu"), "mean")
+    result = run_grid(grid, workers=0, read_test=False)
+    rows = pd.read_csv(result.folder / "cells.csv")
+    val = load_split(grid.features.manifest, {"image": grid.features.caches["image"]}, "val", torch.device("cpu"), "mean")
     for row in rows.to_dict("records"):
         run = RunFolder.at(home / str(row["run"]))
         assert evaluate(home, run, "val", {})["metrics"]["acc1"] == row["val_acc1"]
@@ -257,82 +265,88 @@ def test_cells_are_ranked_by_what_evaluation_says(select: str, home: Path) -> No
     means = groups[["val_acc1", "val_loss"]].mean()
     order = sorted(means.index, key=lambda cell: (-means["val_acc1"][cell], means["val_loss"][cell], cell))
     best = grid.cells[order[0]]
-    assert swept.winner["cell"] == dict(best.point)
-    assert [tuple(point) for point in swept.ranking[["w_ita", "lr"]].to_numpy()] == [
+    assert result.winner["cell"] == dict(best.point)
+    assert [tuple(point) for point in result.ranking[["w_ita", "lr"]].to_numpy()] == [
         tuple(grid.cells[cell].point.values()) for cell in order
     ]
-    assert swept.winner["val"]["acc1"]["std"] == pytest.approx(groups["val_acc1"].std()[order[0]])
+    assert result.winner["val"]["acc1"]["std"] == pytest.approx(groups["val_acc1"].std()[order[0]])
     assert np.isnan(sample_std(np.array([1.0])))
 
 
 def test_a_stopped_run_goes_on_to_the_same_weights(home: Path, tmp_path: Path) -> None:
     grid = short_grid(home, "seda", ("lr=1e-2",), training={"epochs": 6})
     (head,) = grid.heads.values()
-    asked: list[int] = []
+    epochs: list[int] = []
 
-    def watch(epoch: int, metric: float) -> bool:
-        asked.append(epoch)
+    def should_stop(epoch: int, metric: float) -> bool:
+        epochs.append(epoch)
         return epoch >= limit
 
     for limit in (2, 2, 3):
-        assert not train_head(head, progress=False, watch=watch).is_done
-        assert [seen.epoch for seen in validations(head.run)] == list(range(1, limit + 1))
-    assert asked == [1, 2, 2, 2, 3]
+        assert not train_head(head, progress=False, should_stop=should_stop).is_done
+        assert [found.epoch for found in read_validations(head.run)] == list(range(1, limit + 1))
+    assert epochs == [1, 2, 2, 2, 3]
     limit = 6
-    train_head(head, progress=False, watch=watch)
-    assert results(home) == alone(grid, tmp_path / "alone")
+    train_head(head, progress=False, should_stop=should_stop)
+    assert results(home) == results_of_single_heads(grid, tmp_path / "alone")
 
 
-def test_successive_halving_prunes_the_same_cells_anywhere(home: Path, tmp_path: Path, address: str) -> None:
+def test_successive_halving_prunes_the_same_cells_with_any_workers(home: Path, tmp_path: Path, address: str) -> None:
     options: dict[str, Any] = {"seeds": (0, 1), "search": "optuna", "training": {"epochs": 8}}
     pairs = ("lr=1e-2,1e-3,3e-3,1e-6", "weight_decay=0,1e-3")
     other = Path(shutil.copytree(home, tmp_path / "other"))
-    everything = sweep(short_grid(other, "ema", pairs, **{**options, "search": "all"}), address, read_test=False)
+    everything = run_grid(short_grid(other, "ema", pairs, **{**options, "search": "all"}), address, read_test=False)
     grid = short_grid(home, "ema", pairs, **options)
-    swept = sweep(grid, workers=0)
-    rows = pd.read_csv(swept.folder / "cells.csv")
+    result = run_grid(grid, workers=0)
+    rows = pd.read_csv(result.folder / "cells.csv")
     pruned = {int(cell): reason for cell, reason in rows[rows["state"] == "pruned"][["cell", "reason"]].to_numpy()}
     paths = [RunFolder.at(other / head.run.path.relative_to(home)) for (_, seed), head in grid.heads.items() if seed == 0]
-    assert pruned == {cell: f"pruned at epoch {epoch}" for cell, epoch in _halved([validations(run) for run in paths]).items()}
+    assert pruned == {
+        cell: f"pruned at epoch {epoch}"
+        for cell, epoch in _cells_pruned_by_halving([read_validations(run) for run in paths]).items()
+    }
     assert 2 <= len(pruned) < 8
     assert not list(home.glob("runs/**/state.pt"))
     assert all((grid.heads[cell, 0].run.path / "history.csv").is_file() for cell in pruned)
     assert all(head.run.is_done == (cell not in pruned) for (cell, _), head in grid.heads.items())
-    again = sweep(short_grid(other, "ema", pairs, **options), address)  # where all the runs are there already
-    pd.testing.assert_frame_equal(again.ranking, swept.ranking)
-    assert again.winner == swept.winner
-    sweep(short_grid(home, "ema", pairs, **{**options, "search": "all"}), workers=0, read_test=False)
+    again = run_grid(short_grid(other, "ema", pairs, **options), address)  # in a home where all runs are finished
+    pd.testing.assert_frame_equal(again.ranking, result.ranking)
+    assert again.winner == result.winner
+    run_grid(short_grid(home, "ema", pairs, **{**options, "search": "all"}), workers=0, read_test=False)
     assert results(home) == results(other)
     assert len(everything.ranking) == 8
 
 
 def test_halving_leaves_out_a_cell_that_diverges(home: Path) -> None:
     grid = short_grid(home, "baseline", ("lr=1e30,1e-2",), seeds=(0, 1), search="optuna")
-    swept = sweep(grid, workers=0)
-    rows = pd.read_csv(swept.folder / "cells.csv")
+    result = run_grid(grid, workers=0)
+    rows = pd.read_csv(result.folder / "cells.csv")
     assert list(rows["state"]) == ["failed", "pruned", "done", "done"]
     assert rows["reason"][1] == "seed 0 failed"
-    assert swept.winner["cell"] == {"lr": 0.01}
-    assert list(swept.failed) == [str(grid.heads[0, 0].run.path)]
+    assert result.winner["cell"] == {"lr": 0.01}
+    assert list(result.failed) == [str(grid.heads[0, 0].run.path)]
 
 
-def _halved(seen: list[Any]) -> dict[int, int]:
-    """Cells given up, and when, of 8 epochs: after 1, 2 and 4 those outside the better half of what was judged before them."""
-    gone: dict[int, int] = {}
-    for limit in (1, 2, 4):
+def _cells_pruned_by_halving(validations: list[Any]) -> dict[int, int]:
+    """Return the epoch at which each pruned cell is given up.
+
+    Of 8 epochs, cells are judged after 1, 2 and 4. A cell goes on if it is in the better half of the cells judged until then.
+    """
+    pruned: dict[int, int] = {}
+    for rung in (1, 2, 4):
         judged: list[float] = []
-        for cell in (cell for cell in range(len(seen)) if cell not in gone):
-            value = seen[cell][limit - 1].metric
+        for cell in (cell for cell in range(len(validations)) if cell not in pruned):
+            value = validations[cell][rung - 1].metric
             judged.append(value)
-            if value < sorted(judged, reverse=True)[max(len(judged) // FACTOR, 1) - 1]:
-                gone[cell] = limit
-    return gone
+            if value < sorted(judged, reverse=True)[max(len(judged) // HALVING_FACTOR, 1) - 1]:
+                pruned[cell] = rung
+    return pruned
 
 
 def test_rungs_fit_the_epochs() -> None:
-    assert Halving([20, 20]).limits == [2, 4, 8, 16]
-    assert Halving([8, 40]).limits == [1, 2, 4, 8, 16, 32]
-    assert Halving([1, 1]).limits == []
+    assert Halving([20, 20]).rungs == [2, 4, 8, 16]
+    assert Halving([8, 40]).rungs == [1, 2, 4, 8, 16, 32]
+    assert Halving([1, 1]).rungs == []
 
 
 def test_mixed_products_are_bfloat16_in_prediction_and_weights_are_not(home: Path) -> None:
@@ -343,16 +357,16 @@ def test_mixed_products_are_bfloat16_in_prediction_and_weights_are_not(home: Pat
     evaluate(home, run, "test", {})
     logits = np.load(run.path / "predictions-test.npz")["logits"]
     grid = short_grid(home, "baseline", ("dropout=0",))
-    table = load(grid.features.manifest, grid.features.caches, "test", torch.device("cpu"), "mean")
+    table = load_split(grid.features.manifest, grid.features.caches, "test", torch.device("cpu"), "mean")
     x = (table.columns["image"] - weights["scale.mean"]) / weights["scale.std"]
     half = [tensor.bfloat16() for tensor in (x, weights["classifier.weight"], weights["classifier.bias"])]
     assert np.array_equal(logits, F.linear(*half).float().numpy())
     exact = train_tiny(home, "baseline")
-    difference = kept(validations(run), "metric").loss - kept(validations(exact), "metric").loss
+    difference = best_validation(read_validations(run), "metric").loss - best_validation(read_validations(exact), "metric").loss
     assert 0 < abs(difference) < 0.01
 
 
-def test_two_writers_take_turns(home: Path) -> None:
+def test_two_trainings_of_one_run_take_turns(home: Path) -> None:
     grid = short_grid(home, "ema", ("tau=0.1",))
     (head,) = grid.heads.values()
     with files.lock(head.run.path):

@@ -1,4 +1,4 @@
-"""A head trained beside others as one model is the head trained alone, up to rounding; what befalls one touches no other."""
+"""A head trained in an ensemble equals the head trained alone, up to rounding, and a failed head does not disturb others."""
 
 from __future__ import annotations
 
@@ -16,40 +16,42 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from helpers.method_cases import other
+from helpers.method_cases import another_value
 from helpers.tiny_grids import tiny_grid
-from helpers.tiny_heads import FAST, SMALL, caches_by_key
+from helpers.tiny_heads import FAST_TRAINING, SMALL_SETTINGS, caches_by_key
 from torch._dynamo.utils import counters
 
 from pipeline.evaluation.evaluate import evaluate
 from pipeline.runtime import files, plugins
 from pipeline.runtime.runs import RunFolder
-from pipeline.studies.search import sweep
+from pipeline.studies.search import run_grid
 from pipeline.training import heads as heads_module
-from pipeline.training.ensemble import structure
+from pipeline.training.ensemble import structure_key
 from pipeline.training.features import FeatureSet, open_features
-from pipeline.training.heads import HeadPlan, capacity, plan_head_on, resolve_settings, train_head, train_heads
-from pipeline.training.history import validations
+from pipeline.training.heads import HeadPlan, head_capacity, plan_head_on, resolve_head_settings, train_head, train_heads
+from pipeline.training.history import read_validations
 from pipeline.training.state import TrainState
 
-# Products of stacked matrices are summed in another order. Over all heads of these tests the float32 logits differ by up to
-# 9e-7. With bfloat16 products they differ by up to 0.05, as those of a head alone do from its float32 ones (0.02).
+# Products of stacked matrices are summed in another order. Over all heads of these tests, the float32 logits differ by up to
+# 9e-7. With bfloat16 products they differ by up to 0.05. For comparison: the logits of a single head with bfloat16 products
+# differ from those with float32 products by 0.02.
 TOLERANCE = {"float32": 1e-5, "mixed": 0.1}
-POINTS = 0.1  # of a metric
-ALONE: dict[str, Any] = {"lr": 1e-2, "weight_decay": 1e-2, "lr_step": 2, "lr_gamma": 0.3, "grad_clip": 0.01, "select": "last"}
-ALONE["weight_average"] = 0.9
+POINTS = 0.1  # tolerance of a metric, in percentage points
+OTHER_TRAINING: dict[str, Any] = {
+    "lr": 1e-2,
+    "weight_decay": 1e-2,
+    "lr_step": 2,
+    "lr_gamma": 0.3,
+    "grad_clip": 0.01,
+    "select": "last",
+}
+OTHER_TRAINING["weight_average"] = 0.9
 AXES = ("T=16,20", "t=0,5", "lr=1e-3,1e-2")
 
 
 @pytest.fixture
-def home(tiny_home: Path, tmp_path: Path) -> Path:
-    """A copy of the tiny home that may be written to."""
-    return Path(shutil.copytree(tiny_home, tmp_path / "home"))
-
-
-@pytest.fixture
 def other_home(tiny_home: Path, tmp_path: Path) -> Path:
-    """Another one, where heads are trained alone."""
+    """Another copy of the tiny home, in which heads are trained alone."""
     return Path(shutil.copytree(tiny_home, tmp_path / "other"))
 
 
@@ -60,62 +62,64 @@ def opened(home: Path, method: str) -> FeatureSet:
 def planned(
     features: FeatureSet, method: str, changes: Mapping[str, Any], training: Mapping[str, Any], seed: int = 0
 ) -> HeadPlan:
-    """A small head with some settings changed."""
-    settings, config = resolve_settings("tiny", method, "head", {**SMALL[method], **changes}, {**FAST, **training})
+    """The plan of a small head with some settings changed."""
+    settings, config = resolve_head_settings(
+        "tiny", method, "head", {**SMALL_SETTINGS[method], **changes}, {**FAST_TRAINING, **training}
+    )
     return plan_head_on(features, method, settings, config, seed)
 
 
-def evaluated(home: Path, place: Path) -> tuple[np.ndarray, dict[str, float]]:
-    """Logits [N,C] and metrics of a run on the test split."""
-    metrics = evaluate(home, RunFolder.at(home / place), "test", {})["metrics"]
-    return np.load(home / place / "predictions-test.npz")["logits"], metrics
+def evaluated(home: Path, run_path: Path) -> tuple[np.ndarray, dict[str, float]]:
+    """Logits [N,C] and metrics of a run on the test split; `run_path` is relative to the home."""
+    metrics = evaluate(home, RunFolder.at(home / run_path), "test", {})["metrics"]
+    return np.load(home / run_path / "predictions-test.npz")["logits"], metrics
 
 
 def assert_same(head: HeadPlan, home: Path, other_home: Path) -> None:
-    """A run in both homes has the same predictions, metrics and history."""
-    place = head.run.path.relative_to(head.features.home)
+    """Check that a run has the same predictions, metrics and history in both homes."""
+    run_path = head.run.path.relative_to(head.features.home)
     tolerance = TOLERANCE[head.training.precision]
-    (ours, our_metrics), (theirs, their_metrics) = evaluated(home, place), evaluated(other_home, place)
+    (ours, our_metrics), (theirs, their_metrics) = evaluated(home, run_path), evaluated(other_home, run_path)
     np.testing.assert_allclose(ours, theirs, atol=tolerance, rtol=0)
     assert our_metrics == pytest.approx(their_metrics, abs=POINTS)
-    first, second = (pd.read_csv(each / place / "history.csv") for each in (home, other_home))
+    first, second = (pd.read_csv(each / run_path / "history.csv") for each in (home, other_home))
     pd.testing.assert_frame_equal(first, second, atol=tolerance, rtol=tolerance)
-    assert not (home / place / "state.pt").exists()
+    assert not (home / run_path / "state.pt").exists()
 
 
 def variations(features: FeatureSet, method: str, training: Mapping[str, Any]) -> list[HeadPlan]:
-    """The default, every other setting that leaves the structure as it is, all of them at once, and others of training."""
+    """Plans of heads with equal structure: the default, each possible change, all changes at once, and other training."""
     module = plugins.get("methods", method)
     hints = get_type_hints(module.Config)
     default = planned(features, method, {}, training)
-    known = structure(module.build(default.settings, features.shapes))
+    known = structure_key(module.build(default.settings, features.shapes))
     changes: dict[str, Any] = {}
     for field, hint in hints.items():
-        changed = replace(default.settings, **{field: other(default.settings, field, hint)})
-        if structure(module.build(changed, features.shapes)) == known:
+        changed = replace(default.settings, **{field: another_value(default.settings, field, hint)})
+        if structure_key(module.build(changed, features.shapes)) == known:
             changes[field] = getattr(changed, field)
     heads = [planned(features, method, {field: value}, training) for field, value in changes.items()]
-    mixed = planned(features, method, changes, {**training, **ALONE})
+    mixed = planned(features, method, changes, {**training, **OTHER_TRAINING})
     return [default, *heads, mixed, planned(features, method, {}, {**training, "lr": 1e-2, "weight_decay": 0.0})]
 
 
 @pytest.mark.parametrize("precision", ["float32", "mixed"])
 @pytest.mark.parametrize("method", plugins.names("methods"))
 def test_heads_trained_together_are_those_trained_alone(method: str, precision: str, home: Path, other_home: Path) -> None:
-    features, apart = opened(home, method), opened(other_home, method)
+    features, other_features = opened(home, method), opened(other_home, method)
     heads = variations(features, method, {"precision": precision})
     assert len(heads) >= 4
     assert train_heads(heads, progress=False) == {}
     for head in heads:
-        train_head(plan_head_on(apart, method, head.settings, head.training, 0), progress=False)
+        train_head(plan_head_on(other_features, method, head.settings, head.training, 0), progress=False)
         assert_same(head, home, other_home)
 
 
 @pytest.mark.parametrize("training", [{"validate_every": 3, "select": "loss"}, {"epochs": 5, "lr_step": 2}, {"batch_size": 6}])
-def test_what_lanes_share_may_be_anything(training: dict[str, Any], home: Path, other_home: Path) -> None:
-    features, apart = opened(home, "marnet"), opened(other_home, "marnet")
+def test_shared_settings_may_have_any_value(training: dict[str, Any], home: Path, other_home: Path) -> None:
+    features, other_features = opened(home, "marnet"), opened(other_home, "marnet")
     for weight, seed in ((0.3, 0), (1.0, 0), (0.3, 1), (1.0, 1)):
-        train_head(planned(apart, "marnet", {"w_ita": weight}, training, seed), progress=False)
+        train_head(planned(other_features, "marnet", {"w_ita": weight}, training, seed), progress=False)
     for seed in (0, 1):
         heads = [planned(features, "marnet", {"w_ita": weight}, training, seed) for weight in (0.3, 1.0)]
         assert train_heads(heads, progress=False) == {}
@@ -123,30 +127,30 @@ def test_what_lanes_share_may_be_anything(training: dict[str, Any], home: Path, 
             assert_same(head, home, other_home)
 
 
-def test_a_lane_that_diverges_fails_as_alone_and_disturbs_nobody(home: Path, other_home: Path) -> None:
-    features, apart = opened(home, "seda"), opened(other_home, "seda")
+def test_a_head_that_diverges_fails_as_it_does_alone_and_disturbs_no_other(home: Path, other_home: Path) -> None:
+    features, other_features = opened(home, "seda"), opened(other_home, "seda")
     heads = [planned(features, "seda", {}, {"lr": rate, "grad_clip": 1e30}) for rate in (1e-3, 1e30, 3e-3, 1e-2)]
     writable: list[list[bool]] = []
 
-    def watch(epoch: int, metric: float) -> bool:
+    def should_stop(epoch: int, metric: float) -> bool:
         writable.append([is_free(head.run) for head in heads])
         return False
 
-    failed = train_heads(heads, False, watch)
+    failed = train_heads(heads, False, should_stop)
     assert list(failed) == [heads[1].run]
-    assert writable[-1] == [False, True, False, False]  # whoever leaves lets go of its folder at once
+    assert writable[-1] == [False, True, False, False]  # a run that fails releases its folder at once
     with pytest.raises(ValueError, match="not finite") as alone:
-        train_head(planned(apart, "seda", {}, {"lr": 1e30, "grad_clip": 1e30}), progress=False)
+        train_head(planned(other_features, "seda", {}, {"lr": 1e30, "grad_clip": 1e30}), progress=False)
     assert str(failed[heads[1].run]) == str(alone.value)
     assert not heads[1].run.is_done
     for head in (heads[0], *heads[2:]):
-        train_head(plan_head_on(apart, "seda", head.settings, head.training, 0), progress=False)
+        train_head(plan_head_on(other_features, "seda", head.settings, head.training, 0), progress=False)
         assert_same(head, home, other_home)
     assert all(is_free(head.run) for head in heads)
 
 
 @pytest.mark.parametrize("method", ["baseline", "ema", "cdr"])
-def test_a_prediction_that_diverges_disturbs_nobody(method: str, home: Path) -> None:
+def test_a_prediction_that_diverges_disturbs_no_other_head(method: str, home: Path) -> None:
     features = opened(home, method)
     heads = [planned(features, method, {}, {"lr": rate, "grad_clip": 1e30}) for rate in (1e-3, 1e30, 3e-3)]
     failed = train_heads(heads, progress=False)
@@ -155,45 +159,45 @@ def test_a_prediction_that_diverges_disturbs_nobody(method: str, home: Path) -> 
     assert "not finite" in str(failed[heads[1].run])
 
 
-def test_a_run_that_another_process_finished_is_let_go(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_that_another_process_has_finished_is_released(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     features = opened(home, "ema")
     heads = [planned(features, "ema", {"tau": tau}, {}) for tau in (0.07, 0.2)]
     first, second = sorted((head.run for head in heads), key=lambda run: run.path)
-    build, free = heads_module._build, []
+    build, free = heads_module._build_method, []
 
-    def finished_meanwhile(head: HeadPlan, device: torch.device) -> Any:
+    def finish_first_run(head: HeadPlan, device: torch.device) -> Any:
         if head.run == first:
             first.path.mkdir(parents=True)
             (first.path / "done").write_text("{}")
         return build(head, device)
 
-    def watch(epoch: int, metric: float) -> bool:
+    def should_stop(epoch: int, metric: float) -> bool:
         free.append((is_free(first), is_free(second)))
         return False
 
-    monkeypatch.setattr("pipeline.training.heads._build", finished_meanwhile)
-    assert train_heads(heads, False, watch) == {}
+    monkeypatch.setattr("pipeline.training.heads._build_method", finish_first_run)
+    assert train_heads(heads, False, should_stop) == {}
     assert set(free) == {(True, False)}
 
 
 @pytest.mark.parametrize("strategy", ["stacked", "processes"])
 def test_an_error_of_torch_fails_its_run_alone(strategy: Any, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     grid = tiny_grid(home, "ema", ("tau=0.07,0.1,0.2,0.3",))
-    bad = grid.heads[2, 0].run
+    failing_run = grid.heads[2, 0].run
 
     def limited(heads: list[HeadPlan], *arguments: Any, **options: Any) -> Any:
-        if any(head.run == bad for head in heads):
+        if any(head.run == failing_run for head in heads):
             raise RuntimeError("did not converge\nat all")
         return train_heads(heads, *arguments, **options)
 
-    monkeypatch.setattr("pipeline.studies.search.train_heads", limited)
-    swept = sweep(grid, workers=0, strategy=strategy)
-    assert swept.failed == {str(bad.path): f"{bad.path}: did not converge"}
+    monkeypatch.setattr("pipeline.studies.search_worker.train_heads", limited)
+    swept = run_grid(grid, workers=0, strategy=strategy)
+    assert swept.failed == {str(failing_run.path): f"{failing_run.path}: did not converge"}
     assert [head.run.is_done for head in grid.heads.values()] == [True, True, False, True]
 
 
 def is_free(run: RunFolder) -> bool:
-    """Whether nobody writes to a run."""
+    """Whether no process holds the lock of a run."""
     try:
         with files.lock(run.path):
             return True
@@ -201,55 +205,55 @@ def is_free(run: RunFolder) -> bool:
         return False
 
 
-def test_lanes_come_and_go(home: Path, other_home: Path) -> None:
-    features, apart = opened(home, "seda"), opened(other_home, "seda")
+def test_heads_join_and_leave_an_ensemble(home: Path, other_home: Path) -> None:
+    features, other_features = opened(home, "seda"), opened(other_home, "seda")
     heads = [planned(features, "seda", {"w_mse": weight}, {"epochs": 6, "lr_step": 2}) for weight in (0.1, 0.3, 1.0, 3.0)]
-    train_head(heads[0], False, lambda epoch, metric: epoch >= 3)  # is further than the others
-    train_head(heads[1], progress=False)  # is there already
+    train_head(heads[0], False, lambda epoch, metric: epoch >= 3)  # has finished more epochs than the others
+    train_head(heads[1], progress=False)  # is finished already
     done = (heads[1].run.path / "done").stat().st_mtime_ns
     assert train_heads(heads, False, lambda epoch, metric: epoch >= 4) == {}
     assert [head.run.is_done for head in heads] == [False, True, False, False]
-    assert [validations(head.run)[-1].epoch for head in heads] == [4, 6, 4, 4]
-    train_head(heads[2], progress=False)  # goes on alone, the others together
+    assert [read_validations(head.run)[-1].epoch for head in heads] == [4, 6, 4, 4]
+    train_head(heads[2], progress=False)  # resumes alone; the others resume together
     assert train_heads(heads, progress=False) == {}
     assert (heads[1].run.path / "done").stat().st_mtime_ns == done
     for head in heads:
-        train_head(plan_head_on(apart, "seda", head.settings, head.training, 0), progress=False)
+        train_head(plan_head_on(other_features, "seda", head.settings, head.training, 0), progress=False)
         assert_same(head, home, other_home)
 
 
-def test_a_team_that_is_interrupted_while_it_is_saved_catches_up(
+def test_an_ensemble_that_is_interrupted_during_a_save_catches_up(
     home: Path, other_home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    features, apart = opened(home, "marnet"), opened(other_home, "marnet")
+    features, other_features = opened(home, "marnet"), opened(other_home, "marnet")
     heads = [planned(features, "marnet", {"w_ita": weight}, {}) for weight in (0.1, 0.3, 1.0, 3.0)]
     save, saves = TrainState.save, 0
 
-    def save_and_die(lane: TrainState) -> None:
+    def interrupted_save(state: TrainState) -> None:
         nonlocal saves
         saves += 1
-        if saves in deadly:
+        if saves in interrupted:
             raise KeyboardInterrupt
-        save(lane)
+        save(state)
 
     monkeypatch.setattr("pipeline.training.loop.STATE_SECONDS", -math.inf)
-    monkeypatch.setattr(TrainState, "save", save_and_die)
-    deadly = (7, 8, 19)  # some lanes of a team are an epoch further than the others
-    for _ in deadly:
+    monkeypatch.setattr(TrainState, "save", interrupted_save)
+    interrupted = (7, 8, 19)  # afterwards some heads of the ensemble are one epoch ahead of the others
+    for _ in interrupted:
         with pytest.raises(KeyboardInterrupt):
             train_heads(heads, progress=False)
     assert train_heads(heads, progress=False) == {}
     for head in heads:
-        train_head(plan_head_on(apart, "marnet", head.settings, head.training, 0), progress=False)
+        train_head(plan_head_on(other_features, "marnet", head.settings, head.training, 0), progress=False)
         assert_same(head, home, other_home)
 
 
-def test_a_killed_team_goes_on_alone_or_together(home: Path, other_home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_killed_ensemble_resumes_alone_or_together(home: Path, other_home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pipeline.training.loop.STATE_SECONDS", -math.inf)
     training = {"epochs": 12}
     grid = tiny_grid(home, pairs=AXES[:2], training=training)
     heads = list(grid.heads.values())
-    process = get_context("fork").Process(target=sweep, args=(grid, "local", 0, False, "stacked"))
+    process = get_context("fork").Process(target=run_grid, args=(grid, "local", 0, False, "stacked"))
     process.start()
     while len(list(home.glob("runs/tiny/*/seed0/state.pt"))) < len(heads):
         assert process.is_alive()
@@ -259,124 +263,124 @@ def test_a_killed_team_goes_on_alone_or_together(home: Path, other_home: Path, m
     assert process.exitcode == -signal.SIGKILL
     assert not any(head.run.is_done for head in heads)
     train_head(heads[0], progress=False)
-    swept = sweep(grid, workers=0, strategy="stacked")
+    swept = run_grid(grid, workers=0, strategy="stacked")
     assert list(swept.ranking["state"]) == ["done"] * 4
     alone = tiny_grid(other_home, pairs=AXES[:2], training=training)
-    sweep(alone, workers=0, strategy="processes")
+    run_grid(alone, workers=0, strategy="processes")
     for head in heads:
         assert_same(head, home, other_home)
 
 
-def sizes_of_teams(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How many heads each call of the grid trains together, in this process."""
+def record_ensemble_sizes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Record how many heads each call of `train_heads` by a grid trains together, in this process."""
     sizes: list[int] = []
 
-    def counted(heads: list[HeadPlan], *arguments: Any, **options: Any) -> Any:
+    def recorded(heads: list[HeadPlan], *arguments: Any, **options: Any) -> Any:
         sizes.append(len(heads))
         return train_heads(heads, *arguments, **options)
 
-    monkeypatch.setattr("pipeline.studies.search.train_heads", counted)
+    monkeypatch.setattr("pipeline.studies.search_worker.train_heads", recorded)
     return sizes
 
 
-def test_a_stacked_grid_is_the_grid(
+def test_a_stacked_grid_has_the_same_results(
     home: Path, other_home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    sizes = sizes_of_teams(monkeypatch)
-    expected = sweep(tiny_grid(other_home, pairs=AXES, seeds=(0, 1)), workers=0)
+    sizes = record_ensemble_sizes(monkeypatch)
+    expected = run_grid(tiny_grid(other_home, pairs=AXES, seeds=(0, 1)), workers=0)
     assert sizes == [1] * 16
     assert "this process alone, every cell by itself (no GPU), float32 products" in capsys.readouterr().err
     grid = tiny_grid(home, pairs=AXES, seeds=(0, 1))
-    swept = sweep(grid, workers=0, strategy="stacked", lanes=5)
+    swept = run_grid(grid, workers=0, strategy="stacked", max_ensemble_size=5)
     assert sizes[16:] == [4, 4, 4, 4]  # eight cells and two seeds
-    said = capsys.readouterr().err
-    assert "this process alone, cells of one structure as one model (--strategy stacked), float32 products" in said
+    log = capsys.readouterr().err
+    assert "this process alone, cells of one structure as one model (--strategy stacked), float32 products" in log
     pd.testing.assert_frame_equal(swept.ranking, expected.ranking, atol=1e-4)
     assert swept.winner["cell"] == expected.winner["cell"]
     for head in grid.heads.values():
         assert_same(head, home, other_home)
 
 
-def test_where_there_are_gpus_a_grid_is_stacked(
+def test_a_grid_is_stacked_if_there_is_a_gpu(
     home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    sizes = sizes_of_teams(monkeypatch)
+    sizes = record_ensemble_sizes(monkeypatch)
     monkeypatch.setattr("pipeline.runtime.executor._has_gpu", lambda: True)
-    sweep(tiny_grid(home, "ema", ("tau=0.07,0.2",)), workers=0)
+    run_grid(tiny_grid(home, "ema", ("tau=0.07,0.2",)), workers=0)
     assert sizes == [2]
     assert (
         "2 cells × 1 seeds: this process alone, cells of one structure as one model (on the GPU), " in capsys.readouterr().err
     )
 
 
-def test_structures_are_not_mixed(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    sizes = sizes_of_teams(monkeypatch)
+def test_different_structures_are_not_stacked(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = record_ensemble_sizes(monkeypatch)
     grid = tiny_grid(home, "ema", ("width=8,16", "tau=0.07,0.2,0.5", "batch_size=6,8"))
-    swept = sweep(grid, workers=0, strategy="stacked")
+    swept = run_grid(grid, workers=0, strategy="stacked")
     assert sizes == [3] * 4
     assert list(swept.ranking["state"]) == ["done"] * 12
 
 
-def test_cells_of_their_own_structure_are_the_heads_alone_bit_for_bit(home: Path, other_home: Path) -> None:
+def test_cells_with_a_structure_of_their_own_equal_single_heads_bit_for_bit(home: Path, other_home: Path) -> None:
     pairs = ("num_tokens=2,4", "residual=true,false")
-    swept = sweep(tiny_grid(home, pairs=pairs), workers=0, strategy="stacked")
-    sweep(tiny_grid(other_home, pairs=pairs), workers=0)
+    swept = run_grid(tiny_grid(home, pairs=pairs), workers=0, strategy="stacked")
+    run_grid(tiny_grid(other_home, pairs=pairs), workers=0)
     assert len(swept.ranking) == 4
     for run in home.glob("runs/tiny/*/seed0"):
         for name in ("checkpoint.safetensors", "history.csv"):
             assert (run / name).read_bytes() == (other_home / run.relative_to(home) / name).read_bytes()
 
 
-def test_halving_prunes_the_same_cells_of_a_team(home: Path, other_home: Path) -> None:
+def test_halving_prunes_the_same_cells_of_an_ensemble(home: Path, other_home: Path) -> None:
     options: dict[str, Any] = {"seeds": (0, 1), "search": "optuna", "training": {"epochs": 8}}
     pairs = ("lr=1e-2,1e-3,3e-3,1e-6", "weight_decay=0,1e-3")
-    expected = sweep(tiny_grid(other_home, "ema", pairs, **options), workers=0)
-    swept = sweep(tiny_grid(home, "ema", pairs, **options), workers=0, strategy="stacked")
+    expected = run_grid(tiny_grid(other_home, "ema", pairs, **options), workers=0)
+    swept = run_grid(tiny_grid(home, "ema", pairs, **options), workers=0, strategy="stacked")
     pd.testing.assert_frame_equal(swept.ranking, expected.ranking, atol=1e-4)
     assert swept.ranking["state"].str.startswith("pruned").sum() >= 2
 
 
-def test_lanes_are_as_many_as_memory_allows(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    sizes = sizes_of_teams(monkeypatch)
+def test_the_size_of_an_ensemble_is_limited_by_memory(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = record_ensemble_sizes(monkeypatch)
     grid = tiny_grid(home, "ema", ("tau=0.07,0.2,0.3,0.4,0.5",))
     monkeypatch.setattr("pipeline.training.heads.free_bytes", lambda device: 2**40)
-    each = 0.8 * 2**40 / capacity(grid.heads[0, 0])
+    each = 0.8 * 2**40 / head_capacity(grid.heads[0, 0])
     monkeypatch.setattr("pipeline.training.heads.free_bytes", lambda device: int(2.5 * each / 0.8))
-    assert capacity(grid.heads[0, 0]) == 2
-    sweep(grid, workers=0, strategy="stacked", read_test=False)
+    assert head_capacity(grid.heads[0, 0]) == 2
+    run_grid(grid, workers=0, strategy="stacked", read_test=False)
     assert sizes == [2, 2, 1]
     monkeypatch.setattr("pipeline.training.heads.free_bytes", lambda device: 1)
-    assert capacity(grid.heads[0, 0]) == 1
+    assert head_capacity(grid.heads[0, 0]) == 1
 
 
-def test_a_team_that_does_not_fit_is_halved(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_ensemble_that_does_not_fit_in_memory_is_halved(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sizes: list[int] = []
 
-    def too_much(heads: list[HeadPlan], *arguments: Any, **options: Any) -> Any:
+    def out_of_memory(heads: list[HeadPlan], *arguments: Any, **options: Any) -> Any:
         sizes.append(len(heads))
         if len(heads) > 1:
-            raise torch.OutOfMemoryError("CUDA out of memory")  # what a GPU would say
+            raise torch.OutOfMemoryError("CUDA out of memory")  # the error that a GPU raises
         return train_heads(heads, *arguments, **options)
 
     grid = tiny_grid(home, "ema", ("tau=0.07,0.2",))
     with monkeypatch.context() as patch:
-        patch.setattr("pipeline.studies.search.train_heads", too_much)
-        assert not sweep(grid, workers=0, strategy="stacked").failed
+        patch.setattr("pipeline.studies.search_worker.train_heads", out_of_memory)
+        assert not run_grid(grid, workers=0, strategy="stacked").failed
     assert sizes == [2, 1, 1]
     assert all(head.run.is_done for head in grid.heads.values())
 
 
-def test_lanes_are_for_stacks(tiny_home: Path) -> None:
+def test_lanes_need_the_stacked_strategy(tiny_home: Path) -> None:
     with pytest.raises(
         ValueError, match="--lanes are cells of one model, and --strategy processes trains every cell by itself"
     ):
-        sweep(tiny_grid(tiny_home), strategy="processes", lanes=2)
+        run_grid(tiny_grid(tiny_home), strategy="processes", max_ensemble_size=2)
 
 
 @pytest.mark.parametrize("method", plugins.names("methods"))
-def test_a_compiled_loss_is_the_loss(method: str, home: Path, other_home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As one graph, compiled once for all steps; torch's own kernels run it here, for others need a C++ compiler."""
-    monkeypatch.setattr("pipeline.training.optim.BACKEND", "aot_eager")
+def test_a_compiled_loss_equals_the_loss(method: str, home: Path, other_home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The loss is one graph, compiled once for all steps. The backend here uses torch's kernels and needs no C++ compiler."""
+    monkeypatch.setattr("pipeline.training.optim.COMPILE_BACKEND", "aot_eager")
     plain = [planned(opened(other_home, method), method, {}, {"lr": lr, "epochs": 2}) for lr in (1e-3, 1e-2)]
     compiled = [planned(opened(home, method), method, {}, {"lr": lr, "epochs": 2, "compiled": True}) for lr in (1e-3, 1e-2)]
     for head in plain:

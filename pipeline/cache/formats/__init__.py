@@ -1,1 +1,1 @@
-"""Formats of feature files: each module has `write(path, features, samples)` and the context manager `read(path)`."""
+"""Formats of feature files. Each module has `write(path, features, samples)` and the context manager `read(path)`."""

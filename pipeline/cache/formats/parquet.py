@@ -1,4 +1,7 @@
-"""Parquet: a row per sample with `id`, `split`, `labels`, `features` (`count` of them when there are several), and `about`."""
+"""Parquet: one row per sample with `id`, `split`, `labels` and `features`; `about` is JSON in the metadata of the schema.
+
+If samples have several rows of features, `features` is a list of lists, and `count` is the length of the outer list.
+"""
 
 from __future__ import annotations
 
@@ -14,32 +17,41 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pipeline.cache.exchange import NO_OFFSETS, FeatureFile, blame, check_declared, document, id_strings, spans, stored_dtype
-from pipeline.cache.incoming import check_id_bytes
+from pipeline.cache.exchange import (
+    NO_OFFSETS,
+    FeatureFile,
+    block_ranges,
+    check_declared_shape,
+    id_strings,
+    label_read_errors,
+    parse_json_object,
+    stored_dtype,
+)
+from pipeline.cache.import_plan import check_id_bytes
 from pipeline.types import Sample
 
-READ_BUFFER = 2**20  # bytes; without it whole column chunks are read
-BATCH_BYTES = 2**20  # of features that are decoded at a time
-ID_BATCH = 4096  # ids that are decoded at a time
-SMALL_ID_BATCH = 64  # when a few bytes may stand for each of them
+READ_BUFFER_BYTES = 2**20  # without a buffer, whole column chunks are read
+DECODE_BATCH_BYTES = 2**20  # of features that are decoded at a time
+IDS_PER_BATCH = 4096  # decoded at a time
+DELTA_IDS_PER_BATCH = 64  # in delta encodings, where a few bytes may stand for a long id
 
 
 def write(path: Path, features: FeatureFile, samples: Sequence[Sample]) -> None:
-    """Write features, a row group per shard, with what is known of their samples."""
+    """Write features, one row group per block, with the ids, splits and labels of their samples."""
     width, is_ragged = prod(features.shape[1:]), len(features.offsets) > 0
-    vector = pa.list_(pa.from_numpy_dtype(features.array_dtype), width)
+    vector_type = pa.list_(pa.from_numpy_dtype(features.array_dtype), width)
     columns = [("id", pa.string()), ("split", pa.string()), ("labels", pa.list_(pa.int32()))]
-    columns += [("count", pa.int64()), ("features", pa.list_(vector))] if is_ragged else [("features", vector)]
-    schema = pa.schema(columns, metadata={"about": json.dumps(features.about, ensure_ascii=False)})
+    columns += [("count", pa.int64()), ("features", pa.list_(vector_type))] if is_ragged else [("features", vector_type)]
+    schema = pa.schema(columns, metadata={"about": json.dumps(features.record, ensure_ascii=False)})
     offsets = features.offsets if is_ragged else np.arange(len(samples) + 1)
-    groups = _groups(offsets, features.block_ends[0])
-    blocks = features.blocks([int(offsets[stop]) for stop in groups])
+    group_ends = _row_group_ends(offsets, features.block_ends[0])
+    blocks = features.read_blocks([int(offsets[stop]) for stop in group_ends])
     with pq.ParquetWriter(path, schema, compression="none", use_dictionary=False, write_statistics=False) as file:
-        for (start, stop), block in zip(spans(groups), blocks, strict=True):
+        for (start, stop), block in zip(block_ranges(group_ends), blocks, strict=True):
             vectors: pa.Array = pa.FixedSizeListArray.from_arrays(pa.array(block.reshape(-1)), width)
             if is_ragged:
-                own = (offsets[start : stop + 1] - offsets[start]).astype(np.int32)
-                vectors = pa.ListArray.from_arrays(pa.array(own), vectors)
+                group_offsets = (offsets[start : stop + 1] - offsets[start]).astype(np.int32)
+                vectors = pa.ListArray.from_arrays(pa.array(group_offsets), vectors)
             values: dict[str, Any] = {
                 "id": features.ids[start:stop],
                 "split": [sample.split for sample in samples[start:stop]],
@@ -50,131 +62,147 @@ def write(path: Path, features: FeatureFile, samples: Sequence[Sample]) -> None:
             file.write_table(pa.table({name: values[name] for name in schema.names}, schema=schema))
 
 
-def _groups(offsets: np.ndarray, num_rows: int) -> list[int]:
-    """Samples after the last of each group, so that a group has about `num_rows` rows of features."""
+def _row_group_ends(offsets: np.ndarray, num_rows: int) -> list[int]:
+    """Return the sample after the last of each row group. A group has about `num_rows` rows of features."""
     cuts = np.searchsorted(offsets, np.arange(num_rows, offsets[-1], num_rows))
     return [*np.unique(cuts[(cuts > 0) & (cuts < len(offsets) - 1)]).tolist(), len(offsets) - 1]
 
 
 @contextmanager
 def read(path: Path) -> Iterator[FeatureFile]:
-    """The features of a file of `write`, or of any with `id` and either `features`, lists of numbers, or columns of floats.
+    """Open a file of `write`, or any Parquet file with a column `id` and features.
 
-    `ValueError` when it cannot be read.
+    The features are a column `features` of lists of numbers, or, without it, all other columns: one float each.
+
+    Raises:
+        ValueError: the file cannot be read.
     """
     with ExitStack() as stack:
-        with blame(path, pa.ArrowException):
-            file = stack.enter_context(pq.ParquetFile(path, buffer_size=READ_BUFFER))
+        with label_read_errors(path, pa.ArrowException):
+            file = stack.enter_context(pq.ParquetFile(path, buffer_size=READ_BUFFER_BYTES))
             schema, num_samples = file.schema_arrow, file.metadata.num_rows
-            about = document((schema.metadata or {}).get(b"about", b"{}"))
+            record = parse_json_object((schema.metadata or {}).get(b"about", b"{}"))
             if "id" not in schema.names:
                 raise ValueError(f"there is no column 'id', only: {', '.join(schema.names)}")
             columns = ["features"] if "features" in schema.names else [name for name in schema.names if name != "id"]
-            raw, width = _numbers(schema, columns), _width(file, columns)
-            dtype = stored_dtype(path, raw, about)
-            check_declared(path, (max(num_samples, 1), width), raw.itemsize)
-            ids = _ids(path, file.metadata)
+            raw, width = _feature_dtype(schema, columns), _feature_width(file, columns)
+            dtype = stored_dtype(path, raw, record)
+            check_declared_shape(path, (max(num_samples, 1), width), raw.itemsize)
+            ids = _read_ids(path, file.metadata)
             offsets = NO_OFFSETS
             if columns == ["features"] and _is_nested(schema.field("features").type) and "count" in schema.names:
                 offsets = np.cumsum([0, *file.read(columns=["count"]).column("count").to_pylist()], dtype=np.int64)
             num_rows = int(offsets[-1]) if len(offsets) else num_samples
-            shape = (num_rows, *(about.get("feature_shape", []) or [width]))
-            check_declared(path, shape, raw.itemsize)
+            shape = (num_rows, *(record.get("feature_shape", []) or [width]))
+            check_declared_shape(path, shape, raw.itemsize)
             if prod(shape[1:]) != width:
                 raise ValueError(f"a row has {width} numbers, its record says {list(shape[1:])}")
 
-        def blocks(block_ends: Sequence[int]) -> Iterator[np.ndarray]:
+        def read_blocks(block_ends: Sequence[int]) -> Iterator[np.ndarray]:
             sample_bytes = width * raw.itemsize * num_rows // num_samples
-            batch_rows = max(1, BATCH_BYTES // max(1, sample_bytes))
-            with blame(path, pa.ArrowException):
+            batch_rows = max(1, DECODE_BATCH_BYTES // max(1, sample_bytes))
+            with label_read_errors(path, pa.ArrowException):
                 batches = file.iter_batches(batch_size=batch_rows, columns=columns)
-            return _regroup(path, _arrays(path, batches, width), block_ends, shape[1:])
+            return _regroup(path, _batch_arrays(path, batches, width), block_ends, shape[1:])
 
-        yield FeatureFile(ids, offsets, shape, dtype, about, blocks)
+        yield FeatureFile(ids, offsets, shape, dtype, record, read_blocks)
 
 
-def _ids(path: Path, metadata: pq.FileMetaData) -> list[str]:
-    """The ids; their size is checked before they are decoded, and before a dictionary's long ones are copied out."""
+def _read_ids(path: Path, metadata: pq.FileMetaData) -> list[str]:
+    """Return the ids. Their size is checked before they are decoded, and before strings of a dictionary are copied."""
     groups = [metadata.row_group(group) for group in range(metadata.num_row_groups)]
     columns = [group.column(position) for group in groups for position in range(group.num_columns)]
     chunks = [column for column in columns if column.path_in_schema == "id"]
     check_id_bytes(path, sum(chunk.total_uncompressed_size for chunk in chunks))
-    is_delta = any("DELTA" in encoding for chunk in chunks for encoding in chunk.encodings)  # not read as a dictionary
+    # Delta encodings cannot be read as a dictionary.
+    is_delta = any("DELTA" in encoding for chunk in chunks for encoding in chunk.encodings)
     ids: list[str] = []
     num_bytes = 0
-    with pq.ParquetFile(path, metadata=metadata, buffer_size=READ_BUFFER, read_dictionary=[] if is_delta else ["id"]) as file:
-        for batch in file.iter_batches(batch_size=SMALL_ID_BATCH if is_delta else ID_BATCH, columns=["id"]):
-            num_bytes += _spelled_bytes(batch.column(0))
+    read_dictionary = [] if is_delta else ["id"]
+    with pq.ParquetFile(path, metadata=metadata, buffer_size=READ_BUFFER_BYTES, read_dictionary=read_dictionary) as file:
+        for batch in file.iter_batches(batch_size=DELTA_IDS_PER_BATCH if is_delta else IDS_PER_BATCH, columns=["id"]):
+            num_bytes += _decoded_bytes(batch.column(0))
             check_id_bytes(path, num_bytes)
             ids += id_strings(batch.column(0).to_pylist())
     return ids
 
 
-def _spelled_bytes(ids: pa.Array) -> int:
-    """Bytes of strings when each is spelled out."""
+def _decoded_bytes(ids: pa.Array) -> int:
+    """Return the bytes of all strings, when strings of a dictionary are copied for each row."""
     if not isinstance(ids, pa.DictionaryArray):
         return ids.nbytes
     lengths = pc.call_function("binary_length", [ids.dictionary]).take(ids.indices)
     return pc.call_function("sum", [lengths]).as_py() or 0
 
 
-def _leaf(kind: pa.DataType) -> pa.DataType:
+def _leaf_type(kind: pa.DataType) -> pa.DataType:
+    """Return the type of the values of a list, or of a list of lists."""
     is_list = pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
-    return _leaf(kind.value_type) if is_list else kind
+    return _leaf_type(kind.value_type) if is_list else kind
 
 
 def _is_nested(kind: pa.DataType) -> bool:
-    """Whether a list holds lists: a sample with several rows of features."""
-    return _leaf(kind.value_type) != kind.value_type
+    """Whether a list type holds lists: each sample has several rows of features."""
+    return _leaf_type(kind.value_type) != kind.value_type
 
 
-def _numbers(schema: pa.Schema, columns: Sequence[str]) -> np.dtype:
-    """What the features are made of; columns of their own must be floats: whole numbers are rather labels or row numbers."""
+def _feature_dtype(schema: pa.Schema, columns: Sequence[str]) -> np.dtype:
+    """Return the dtype of the features.
+
+    Columns of one number each must be floats: whole numbers are probably labels or row numbers.
+
+    Raises:
+        ValueError: a column holds something else, or there is no column.
+    """
     for name in columns:
         kind = schema.field(name).type
-        leaf = _leaf(kind)
+        leaf = _leaf_type(kind)
         if name == "features" and leaf != kind and (pa.types.is_integer(leaf) or pa.types.is_floating(leaf)):
             return np.dtype(leaf.to_pandas_dtype())
         if name == "features" or not pa.types.is_floating(kind):
-            wanted = "lists of numbers" if name == "features" else "floating point numbers; leave out what is no feature"
-            raise ValueError(f"column {name!r} holds {kind} instead of {wanted}")
+            expected = "lists of numbers" if name == "features" else "floating point numbers; leave out what is no feature"
+            raise ValueError(f"column {name!r} holds {kind} instead of {expected}")
     if not columns:
         raise ValueError("there is no column of features")
     return np.result_type(*(schema.field(name).type.to_pandas_dtype() for name in columns))
 
 
-def _width(file: pq.ParquetFile, columns: Sequence[str]) -> int:
-    """Numbers in a row of features: those of a fixed-size list, as many as all lists have on average, or the columns."""
+def _feature_width(file: pq.ParquetFile, columns: Sequence[str]) -> int:
+    """Return the numbers in a row of features.
+
+    It is the number of columns, the size of the fixed-size list, or the mean length of the lists.
+    """
     if columns != ["features"]:
         return len(columns)
     kind = file.schema_arrow.field("features").type
     inner = kind.value_type if _is_nested(kind) else kind
     if pa.types.is_fixed_size_list(inner):
         return inner.list_size
-    values = 0
+    num_values = 0
     for group in range(file.num_row_groups):
         chunks = file.metadata.row_group(group)
         for position in range(chunks.num_columns):
             if chunks.column(position).path_in_schema.startswith("features."):
-                values += chunks.column(position).num_values
-    return max(1, values // max(1, file.metadata.num_rows))
+                num_values += chunks.column(position).num_values
+    return max(1, num_values // max(1, file.metadata.num_rows))
 
 
-def _arrays(path: Path, batches: Iterator[pa.RecordBatch], width: int) -> Iterator[np.ndarray]:
-    """Batches as arrays [rows, width]."""
+def _batch_arrays(path: Path, batches: Iterator[pa.RecordBatch], width: int) -> Iterator[np.ndarray]:
+    """Yield record batches as arrays [rows, width]."""
     while True:
-        with blame(path, pa.ArrowException):
+        with label_read_errors(path, pa.ArrowException):
             batch = next(batches, None)
             if batch is None:
                 return
             if batch.schema.names != ["features"]:
                 array = np.stack([column.to_numpy(zero_copy_only=False) for column in batch.columns], axis=1)
             else:
-                array = _vectors(batch.column(0), width)
+                array = _list_array(batch.column(0), width)
         yield array
 
 
-def _vectors(column: pa.Array, width: int) -> np.ndarray:
+def _list_array(column: pa.Array, width: int) -> np.ndarray:
+    """Return a column of lists as an array [rows, width]."""
     lists = column.flatten() if _is_nested(column.type) else column
     values = lists.flatten()
     if column.null_count or lists.null_count or values.null_count:
@@ -186,16 +214,16 @@ def _vectors(column: pa.Array, width: int) -> np.ndarray:
 
 
 def _regroup(
-    path: Path, pieces: Iterator[np.ndarray], block_ends: Sequence[int], shape: tuple[int, ...]
+    path: Path, arrays: Iterator[np.ndarray], block_ends: Sequence[int], shape: tuple[int, ...]
 ) -> Iterator[np.ndarray]:
-    """Blocks [rows, *shape] that end where they should, out of pieces that end anywhere."""
+    """Cut consecutive arrays [rows, width] of any length into blocks [rows, *shape] that end at `block_ends`."""
     waiting: list[np.ndarray] = []
-    for start, stop in spans(block_ends):
+    for start, stop in block_ranges(block_ends):
         while sum(map(len, waiting)) < stop - start:
-            piece = next(pieces, None)
-            if piece is None:
+            array = next(arrays, None)
+            if array is None:
                 raise ValueError(f"{path} has fewer rows of features than it declares")
-            waiting.append(piece)
+            waiting.append(array)
         joined = np.concatenate(waiting)
         yield joined[: stop - start].reshape(-1, *shape)
         waiting = [joined[stop - start :]]

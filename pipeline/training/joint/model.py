@@ -1,4 +1,4 @@
-"""A head and the encoders under it as one method: what stage 3 trains, in the loop of stage 2."""
+"""The method that stage 3 trains: a head together with the encoders that compute its features."""
 
 from __future__ import annotations
 
@@ -10,28 +10,35 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from pipeline.nn.feature_space import ADAPT
+from pipeline.nn.feature_space import ADAPTER_PHASE
 from pipeline.runtime.rng import KeyedRNG
 from pipeline.training.joint.ddp import DistributedContext
 from pipeline.types import Batch, Method, Phase
 
-Encode = Callable[[Tensor], Tensor]  # prepared items [B, ...] to features [B, *shape]
+EncodeFn = Callable[[Tensor], Tensor]  # prepared items [B, ...] -> features [B, *shape]
 
 
-class Parts(nn.Module):
-    """An encoder that takes a batch in parts: those of all but the one at work are forgotten and computed again backwards.
+class MicroBatchEncoder(nn.Module):
+    """An encoder that processes a batch in several parts to save memory.
 
-    The gradient is that of the whole batch, contrasts included; the memory is that of a part.
+    Only the activations of one part are in memory at a time; the backward pass computes those of the other parts again. The
+    gradient is still that of the whole batch, also for contrastive losses.
     """
 
-    def __init__(self, encoder: nn.Module, encode: Encode, num_parts: int) -> None:
-        """`encode` runs the encoder, whole or from a block on."""
+    def __init__(self, encoder: nn.Module, encode: EncodeFn, num_parts: int) -> None:
+        """Wrap an encoder.
+
+        Args:
+            encoder: The encoder, whose parameters are registered here.
+            encode: Runs the whole encoder, or its last blocks.
+            num_parts: The number of parts of a batch.
+        """
         super().__init__()
         self.encoder, self.num_parts = encoder, num_parts
-        self._encode = (encode,)  # in a tuple: it may be the encoder, which is registered already
+        self._encode = (encode,)  # in a tuple, since `encode` may be the encoder, which must not be registered twice
 
     def forward(self, items: Tensor) -> Tensor:
-        """Features [B, *shape] of items [B, ...]."""
+        """Return the features [B, *shape] of items [B, ...]."""
         (encode,) = self._encode
         if self.num_parts == 1 or not torch.is_grad_enabled():
             return encode(items)
@@ -39,111 +46,133 @@ class Parts(nn.Module):
         return torch.cat(cast(list[Tensor], parts))
 
 
-class Joint(nn.Module):
-    """One loss of a head and of encoders that are trained with it; the features of the others are columns of the batch.
+class JointMethod(nn.Module):
+    """A head and the encoders that are trained with it, with one loss for all of them.
 
-    A batch brings, beside the cached columns, `<key>_items` [M, ...], this process's share of the prepared items of every live
-    encoder, and, as a sample can have several texts, `text_owner` [M'], the sample of each of the M' texts of all processes.
+    The features of the other encoders are columns of the batch, as in stage 2. Besides the cached columns, a batch holds:
 
-    The phases of the head become one, whose loss is the sum of theirs; only adapters stay as they are, since a target that is
-    learned together with its regression collapses (live texts move as well, as in the papers: their classification losses and
-    the standardisation hold them). The encoders stay in evaluation mode: their batch statistics are those they were pretrained
-    with, and nothing is dropped. The head's statistics (of standardisation, class centres: what `begin` takes) follow the
-    encoders: `follow` takes them anew before every validation.
+    - `<key>_items` [M, ...] for each trained encoder: this process's share of the prepared items;
+    - `text_owner` [M'] if the text encoder is trained, since a sample can have several texts: for each of the M' texts of all
+      processes, the position of its sample in the batch.
+
+    The phases of the head become one phase, whose loss is the sum of theirs. Adapters are the exception and stay as they are,
+    because a target that is learned together with its regression collapses. (Trained texts move as well, as in the papers:
+    their classification losses and the standardisation prevent a collapse.)
+
+    The encoders stay in evaluation mode: they keep the batch statistics of their pretraining, and use no dropout. The
+    statistics of the head (standardisation, class centres: everything that `begin` takes) must follow the encoders, so
+    `update_statistics` takes them again before every validation.
     """
 
     def __init__(
         self,
         head: Method,
         encoders: Mapping[str, nn.Module],
-        encode: Mapping[str, Encode],
+        encode: Mapping[str, EncodeFn],
         trains: tuple[str, ...],
         rates: tuple[tuple[str, float], ...],
-        ranks: DistributedContext,
+        context: DistributedContext,
     ) -> None:
-        """`encoders` by batch key, and what runs them in training; names of trained parameters begin with one of `trains`."""
+        """Combine a head and its encoders.
+
+        Args:
+            head: The head of stage 2.
+            encoders: The trained encoders by batch key.
+            encode: The functions that run the encoders in training, by batch key.
+            trains: Prefixes of the names of all trained encoder parameters.
+            rates: Prefixes of names of encoder parameters, with factors of the learning rate; see `Phase.rates`.
+            context: The processes that train the model.
+        """
         super().__init__()
         self.head = head
         for key, encoder in encoders.items():
             self.add_module(key, encoder)
-        self._encode, self._ranks = dict(encode), ranks
+        self._encode, self._context = dict(encode), context
         self.needs = head.needs
-        self.steps = tuple(phase for phase in head.phases if phase.name != ADAPT.name)
-        heads = tuple(f"head.{beginning}" for phase in self.steps for beginning in phase.trains)
-        self.phases = (Phase("joint", (*heads, *trains), rates=rates),)
+        self.head_phases = tuple(phase for phase in head.phases if phase.name != ADAPTER_PHASE.name)
+        head_prefixes = tuple(f"head.{prefix}" for phase in self.head_phases for prefix in phase.trains)
+        self.phases = (Phase("joint", (*head_prefixes, *trains), rates=rates),)
         for name, parameter in self.named_parameters():
             parameter.requires_grad_(name.startswith(self.phases[0].trains))
-        self.last_loss = torch.zeros(())  # of the step before
+        self.last_loss = torch.zeros(())  # loss of the previous step
 
-    def train(self, mode: bool = True) -> Joint:
-        """Set the head's mode; the encoders have one only."""
+    def train(self, mode: bool = True) -> JointMethod:
+        """Set the mode of the head; the encoders always stay in evaluation mode."""
         self.training = mode
         self.head.train(mode)
         return self
 
     def begin(self, phase: str, train: Callable[[], Iterator[Batch]]) -> None:
-        """Nothing: the head comes with its statistics."""
+        """Do nothing: the head already has its statistics."""
 
     def loss(self, batch: Batch, rng: KeyedRNG, phase: str) -> Batch:
-        """The sum of the head's losses on live features; the parts are named by the phase they come from."""
-        batch = self.live(batch)
+        """Return the sum of the head's losses on the features of the trained encoders, and the parts of each head phase."""
+        batch = self.encode_batch(batch)
         losses, parts = [], {}
-        for step in self.steps:
-            own = self.head.loss(batch, rng.at(step.name), step.name)
-            losses.append(own["loss"])
-            parts |= {f"{step.name}_{name}": value for name, value in own.items()}
+        for head_phase in self.head_phases:
+            phase_parts = self.head.loss(batch, rng.at(head_phase.name), head_phase.name)
+            losses.append(phase_parts["loss"])
+            parts |= {f"{head_phase.name}_{name}": value for name, value in phase_parts.items()}
         total = torch.stack(losses).sum()
         self.last_loss = total.detach()
         return {"loss": total, **parts}
 
-    def live(self, batch: Batch) -> Batch:
-        """The batch with live features instead of the cached ones."""
+    def encode_batch(self, batch: Batch) -> Batch:
+        """Return the batch with new features of the trained encoders instead of the cached ones."""
         return {**batch, **{key: self._features(key, batch) for key in self._encode}}
 
     def _features(self, key: str, batch: Batch) -> Tensor:
-        """Live features [B, *shape] of a batch key; samples without a live text keep what is in the column."""
+        """Return new features [B, *shape] for a batch key; samples without an encoded text keep their cached feature."""
         items = batch[f"{key}_items"]
         if key != "text":
-            return self._ranks.gather(self._encode[key](items), len(batch["key"]))
+            return self._context.gather(self._encode[key](items), len(batch["key"]))
         owner, column = batch["text_owner"], batch["text"]
         if not len(owner):
             return column
-        texts = self._ranks.gather(self._encode[key](items), len(owner)).to(column.dtype)
-        member = (owner == torch.arange(len(column), device=owner.device).unsqueeze(1)).to(texts.dtype)
-        counts = member.sum(dim=1, keepdim=True)  # a product sums in one order, unlike a scattered addition on a GPU
-        with torch.autocast(column.device.type, enabled=False):  # a mean of texts is that of stage 2
-            means = member / counts.clamp(min=1) @ texts
+        texts = self._context.gather(self._encode[key](items), len(owner)).to(column.dtype)
+        is_owned = (owner == torch.arange(len(column), device=owner.device).unsqueeze(1)).to(texts.dtype)
+        counts = is_owned.sum(dim=1, keepdim=True)
+        # The mean is a matrix product, whose order of summation is fixed; a scattered addition on a GPU has no fixed order.
+        # It is not autocast, so that the mean has the precision of stage 2.
+        with torch.autocast(column.device.type, enabled=False):
+            means = is_owned / counts.clamp(min=1) @ texts
         return torch.where(counts > 0, means, column)
 
     @torch.no_grad()
-    def follow(self, batches: Iterable[Batch]) -> dict[str, float]:
-        """Take the head's statistics of the training split, from one ordered pass of batches with items; see `loss`.
+    def update_statistics(self, batches: Iterable[Batch]) -> dict[str, float]:
+        """Take the statistics of the head again, from the current features of the training split.
 
-        Returns, for every live key, the mean cosine of live and cached features. Heads of all processes become the first one's.
+        The heads of all processes become equal to that of the first process.
+
+        Args:
+            batches: One ordered pass over the training split, with prepared items.
+
+        Returns:
+            For each trained encoder, the mean cosine similarity between its new and its cached features.
         """
         self.train(False)
-        self._ranks.align(self.head.state_dict().values())
+        self._context.broadcast_from_first(self.head.state_dict().values())
         cosines: dict[str, list[Tensor]] = {f"cosine_{key}": [] for key in self._encode}
-        seen = []
+        encoded = []
         for batch in batches:
-            live = self.live(batch)
-            seen.append({key: live[key] for key in (*self.needs, "key")})
+            features = self.encode_batch(batch)
+            encoded.append({key: features[key] for key in (*self.needs, "key")})
             for key in self._encode:
                 paired = batch["paired"] > 0 if key == "text" else slice(None)
-                near = F.cosine_similarity(live[key].flatten(1).float(), batch[key].flatten(1).float())
-                cosines[f"cosine_{key}"].append(near[paired])
-        for step in self.steps:
-            self.head.begin(step.name, lambda: iter(seen))
+                similarity = F.cosine_similarity(features[key].flatten(1).float(), batch[key].flatten(1).float())
+                cosines[f"cosine_{key}"].append(similarity[paired])
+        for head_phase in self.head_phases:
+            self.head.begin(head_phase.name, lambda: iter(encoded))
         return {name: float(torch.cat(parts).mean()) for name, parts in cosines.items()}
 
     def predict(self, image: Tensor, rng: KeyedRNG) -> Tensor:
-        """Logits [B,C] of prepared images [B, ...]; text cannot reach it."""
-        return self.head.predict(self._image(image), rng)
+        """Return the logits [B,C] of prepared images [B, ...]; text cannot reach a prediction."""
+        return self.head.predict(self._image_features(image), rng)
 
     def feature(self, image: Tensor, rng: KeyedRNG) -> Tensor:
-        """The head's feature [B,D] of prepared images [B, ...]."""
-        return self.head.feature(self._image(image), rng)
+        """Return the feature [B,D] of the head for prepared images [B, ...]."""
+        return self.head.feature(self._image_features(image), rng)
 
-    def _image(self, items: Tensor) -> Tensor:
+    def _image_features(self, items: Tensor) -> Tensor:
         encode = self._encode.get("image")
         return encode(items) if encode else items

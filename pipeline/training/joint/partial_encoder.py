@@ -1,4 +1,4 @@
-"""Train the last blocks of an image encoder from what reaches them: the blocks before them run once, not in every epoch."""
+"""Train only the last blocks of an image encoder: the blocks before them run once, not in every epoch."""
 
 from __future__ import annotations
 
@@ -8,60 +8,68 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-REFUSAL = "the last blocks of this encoder cannot be trained on their own; choose --train image"
+NOT_SEPARABLE = "the last blocks of this encoder cannot be trained on their own; choose --train image"
 
 
-class _Reached(Exception):
+class _FirstBlockReached(Exception):
     """Ends a forward pass at the first trained block."""
 
 
 class PartialEncoder:
-    """The encoder from its first trained block on.
+    """An encoder from its first trained block on: it computes features from the stored inputs of that block.
 
-    What comes before it runs on one item, for the sake of what is computed besides (masks, positions); then the stored states
-    of a batch take the place of that item's.
+    To also compute what the blocks need besides (masks, positions), the whole encoder runs on one item. The stored states of a
+    batch replace the input of the first trained block in that run.
     """
 
-    def __init__(self, encoder: nn.Module, parts: Sequence[nn.Module], num_trained: int, item: Tensor) -> None:
-        """`parts` are all blocks of the encoder, `item` [1, ...] is prepared.
+    def __init__(self, encoder: nn.Module, blocks: Sequence[nn.Module], num_trained: int, item: Tensor) -> None:
+        """Split the encoder before its last `num_trained` blocks.
 
-        `ValueError` for too many blocks, and for encoders whose last blocks depend on more than these states.
+        Args:
+            encoder: The whole encoder.
+            blocks: All blocks of the encoder, in execution order.
+            num_trained: The number of trained blocks.
+            item: One prepared item [1, ...].
+
+        Raises:
+            ValueError: too many blocks, or the last blocks depend on more than the states before them.
         """
-        if not 0 < num_trained < len(parts):
-            raise ValueError(f"last:{num_trained} of {len(parts)} blocks; choose last:1 to last:{len(parts) - 1}, or image")
+        if not 0 < num_trained < len(blocks):
+            raise ValueError(f"last:{num_trained} of {len(blocks)} blocks; choose last:1 to last:{len(blocks) - 1}, or image")
         self._encoder, self._item = encoder, item
-        self.trained = list(parts[-num_trained:])
+        self.trained_blocks = list(blocks[-num_trained:])
         if not self._is_exact():
-            raise ValueError(REFUSAL)
+            raise ValueError(NOT_SEPARABLE)
 
     @torch.no_grad()
     def capture(self, prepared: Tensor) -> Tensor:
-        """What reaches the first trained block [B, ...] for prepared items; what comes after does not run.
+        """Return the input of the first trained block [B, ...] for prepared items [B, ...]; later blocks do not run.
 
-        `ValueError` when that is not one tensor with a row per item.
+        Raises:
+            ValueError: the input is not one tensor with a row for each item.
         """
-        found: list[tuple[Any, ...]] = []
+        captured: list[tuple[Any, ...]] = []
 
         def stop(_: nn.Module, args: tuple[Any, ...]) -> None:
-            found.append(args)
-            raise _Reached
+            captured.append(args)
+            raise _FirstBlockReached
 
-        handle = self.trained[0].register_forward_pre_hook(stop)
+        handle = self.trained_blocks[0].register_forward_pre_hook(stop)
         try:
             self._encoder(prepared)
-        except _Reached:
+        except _FirstBlockReached:
             pass
         finally:
             handle.remove()
-        (args,) = found
+        (args,) = captured
         if not args or not isinstance(args[0], Tensor) or len(args[0]) != len(prepared):
-            raise ValueError(REFUSAL)
+            raise ValueError(NOT_SEPARABLE)
         return args[0]
 
     def __call__(self, states: Tensor) -> Tensor:
-        """Features [B, *shape] of states [B, ...]; gradients reach the trained blocks."""
-        waiting = [states]  # for the one time that the block runs
-        handle = self.trained[0].register_forward_pre_hook(lambda _, args: (waiting.pop(), *args[1:]))
+        """Return the features [B, *shape] of captured states [B, ...]; gradients reach the trained blocks."""
+        unused = [states]  # a block that runs twice finds the list empty and raises IndexError
+        handle = self.trained_blocks[0].register_forward_pre_hook(lambda _, args: (unused.pop(), *args[1:]))
         try:
             return self._encoder(self._item)
         finally:
@@ -69,13 +77,13 @@ class PartialEncoder:
 
     @torch.no_grad()
     def _is_exact(self) -> bool:
-        """Whether items beside the one that is held get the features of the whole encoder, within the rounding of bfloat16."""
-        other = self._item + (1 if self._item.is_floating_point() else 128)  # bytes wrap around: no item is its own other
+        """Return whether other items get the features of the whole encoder, within the rounding of bfloat16."""
+        other = self._item + (1 if self._item.is_floating_point() else 128)  # uint8 wraps around, so every value differs
         prepared = torch.cat([other, self._item])
         expected, states = self._encoder(prepared), self.capture(prepared)
         try:
             found = self(states)
-        except (RuntimeError, IndexError):  # of shapes that do not fit, or a block that runs twice
+        except (RuntimeError, IndexError):  # shapes do not fit, or a block runs twice
             return False
         if found.shape != expected.shape:
             return False

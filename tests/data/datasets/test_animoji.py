@@ -1,4 +1,4 @@
-"""Animated emoji on a miniature package with the quirks of the real one; every expected row is written by hand."""
+"""Animated emoji: a miniature package with the quirks of the real one; every expected row is written by hand."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ from PIL import Image
 
 from pipeline.data import fetch, splits
 from pipeline.data.datasets import animoji
-from pipeline.data.manifest import Manifest, load_spec
+from pipeline.data.manifest import Manifest
+from pipeline.data.spec import load_spec
 
 
 def webp(num_frames: int) -> bytes:
-    """A clip of frames that differ, or a static picture."""
+    """Return a clip of different frames; one frame is a still picture."""
     frames = [Image.new("RGBA", (8, 8), (40 * i, 90, 200, 255)) for i in range(num_frames)]
     data = io.BytesIO()
     frames[0].save(data, "WEBP", save_all=True, append_images=frames[1:], duration=40, lossless=True)
@@ -38,7 +39,7 @@ STATIC = ["0023-fe0f-20e3", "1f404"]
 
 @pytest.fixture(scope="module")
 def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The miniature as `fetch` leaves it."""
+    """The miniature, unpacked by `fetch`."""
     home = tmp_path_factory.mktemp("home")
     files = {f"package/assets/{name}.webp": webp(3) for name in CLIPS}
     files |= {f"package/assets/{name}.webp": webp(1) for name in STATIC}
@@ -89,19 +90,19 @@ def test_variants_of_one_emoji_share_a_split_and_every_split_has_every_class(min
     }
 
 
-def test_the_english_name_comes_without_a_language(package: Path) -> None:
+def test_without_languages_the_only_text_is_the_english_name(package: Path) -> None:
     built = animoji.build({**spec(), "languages": []}, package)
     assert all(len(sample.texts) == 1 for sample in built.samples)
 
 
-def test_every_frame_counts(package: Path) -> None:
+def test_thresholds_of_frames_class_sizes_and_groups(package: Path) -> None:
     assert "body-parts" not in animoji.build(spec(min_class_size=1), package).class_names  # one group is too few
     assert "body-parts" in animoji.build(spec(min_class_size=1, min_class_groups=1), package).class_names
     with pytest.raises(ValueError, match="no samples"):
         animoji.build(spec(min_frames=4), package)
 
 
-def test_mistakes_are_named(tmp_path: Path) -> None:
+def test_faults_are_named(tmp_path: Path) -> None:
     for root in (None, tmp_path):
         with pytest.raises(ValueError, match="run: diffalign fetch animoji"):
             animoji.build(spec(), root)
@@ -127,13 +128,13 @@ def test_unknown_languages_are_named(package: Path) -> None:
 def test_no_test_clip_has_the_names_of_a_training_clip(mini: Manifest) -> None:
     trained, tested = ({frozenset(sample.texts) for sample in mini.split(split)} for split in ("train", "test"))
     assert not trained & tested
-    assert not mini.meta["texts_recur"]  # so that the real ones are checked, too
+    assert not mini.meta["texts_recur"]  # so the texts of the real package are checked, too
 
 
 @pytest.mark.parametrize(
     ("size", "expected"), [(1, (1, 0, 0)), (2, (1, 1, 0)), (3, (1, 1, 1)), (8, (5, 1, 2)), (10, (6, 1, 3)), (41, (25, 4, 12))]
 )
-def test_cuts_by_rank(size: int, expected: tuple[int, int, int]) -> None:
+def test_splits_by_rank_are_cut_at_the_percentages(size: int, expected: tuple[int, int, int]) -> None:
     found = Counter(splits.by_rank([f"group {i}" for i in range(size)], {"train": 60, "val": 10, "test": 30}).values())
     assert (found["train"], found["val"], found["test"]) == expected
 

@@ -1,4 +1,4 @@
-"""Ingredients-101: the miniature gives the rows that were counted by hand, and every fault has file and line."""
+"""Ingredients-101: the miniature gives the rows that were counted by hand, and every fault is reported with file and line."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ import pytest
 from helpers.make_fixtures import make_ingredients101, write_text
 
 from pipeline.data.datasets import ingredients101
-from pipeline.data.manifest import Manifest, load_spec
+from pipeline.data.manifest import Manifest
 from pipeline.data.media import open_image
+from pipeline.data.spec import load_spec
 
 LISTS = Path("Ingredients101/annotations")
 APPLE, RIBS, WAFFLES = ("butter", "flour", "brown sugar"), ("pork", "salt"), ("flour", "egg")
@@ -27,12 +28,12 @@ EXPECTED = [
 
 @pytest.fixture(scope="module")
 def official(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The miniature; read it, never write to it."""
+    """The miniature; tests read it and never write to it."""
     return make_ingredients101(tmp_path_factory.mktemp("ingredients101"))
 
 
 def build(root: Path, **options: Any) -> Manifest:
-    """The manifest of a miniature."""
+    """Build the manifest of a miniature."""
     return ingredients101.build({**load_spec("ingredients101"), "counts_profile": "fixture", **options}, root)
 
 
@@ -41,7 +42,7 @@ def test_rows(official: Path) -> None:
     assert [(sample.id, sample.split, *sample.labels, sample.texts) for sample in manifest.samples] == EXPECTED
     assert manifest.samples[0].media == Path("waffles/10.jpg")
     assert manifest.class_names[:2] == ("apple_pie", "baby_back_ribs")
-    assert manifest.where(4) == "Ingredients101/annotations/val_images.txt, line 1"
+    assert manifest.source_location(4) == "Ingredients101/annotations/val_images.txt, line 1"
 
 
 def test_counts(official: Path) -> None:
@@ -83,7 +84,7 @@ def test_grey_pictures_open_as_rgb(official: Path) -> None:
     assert {open_image(manifest.media_path(sample), 24).mode for sample in manifest.samples} == {"RGB"}
 
 
-def test_lists_that_differ_from_those_of_food101_are_told(tmp_path: Path) -> None:
+def test_lists_that_differ_from_those_of_food101_give_a_warning(tmp_path: Path) -> None:
     root = make_ingredients101(tmp_path)
     write_text(root / "food-101" / "meta" / "test.txt", ["apple_pie/2", "apple_pie/3", "apple_pie/4"])
     assert build(root).meta["warnings"] == [
@@ -118,7 +119,7 @@ def test_official_counts_are_enforced(official: Path) -> None:
         build(official, counts_profile="official")
 
 
-def test_all_lists_that_are_missing_are_named_at_once(tmp_path: Path) -> None:
+def test_all_missing_lists_are_named_at_once(tmp_path: Path) -> None:
     root = make_ingredients101(tmp_path)
     for name in ("classes.txt", "val_labels.txt"):
         (root / LISTS / name).unlink()

@@ -1,4 +1,4 @@
-"""MSR-VTT: the miniature gives the rows that were counted by hand, and every fault has file and line."""
+"""MSR-VTT: the miniature gives the rows that were counted by hand, and every fault is reported with file and line."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers.make_fixtures import CLIPS, clip_records, make_msrvtt, write_text
+from helpers.make_fixtures import MSRVTT_CLIPS, clip_records, make_msrvtt, write_text
 
 from pipeline.data.datasets import msrvtt
-from pipeline.data.manifest import Manifest, load_spec
+from pipeline.data.manifest import Manifest
+from pipeline.data.spec import load_spec
 
 TRAIN_VAL, TEST = "train_val_videodatainfo.json", "test_videodatainfo.json"
 EXPECTED = [
@@ -26,23 +27,23 @@ EXPECTED = [
 
 @pytest.fixture(scope="module")
 def official(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The miniature; read it, never write to it."""
+    """The miniature; tests read it and never write to it."""
     return make_msrvtt(tmp_path_factory.mktemp("msrvtt"))
 
 
 def build(root: Path, **options: Any) -> Manifest:
-    """The manifest of a miniature."""
+    """Build the manifest of a miniature."""
     return msrvtt.build({**load_spec("msrvtt"), "counts_profile": "fixture", **options}, root)
 
 
-def shown(manifest: Manifest) -> list[tuple[Any, ...]]:
-    """The samples as in `EXPECTED`."""
+def sample_rows(manifest: Manifest) -> list[tuple[Any, ...]]:
+    """Return the samples in the form of `EXPECTED`."""
     return [(sample.id, sample.split, *sample.labels, sample.texts, sample.media.as_posix()) for sample in manifest.samples]
 
 
 def test_rows(official: Path) -> None:
     manifest = build(official)
-    assert shown(manifest) == EXPECTED
+    assert sample_rows(manifest) == EXPECTED
     assert manifest.class_names[9] == "vehicles/autos"
     assert manifest.samples[0].group == "youtube:-00000000xY"
     assert json.loads(manifest.extra["video6513"]) == {
@@ -66,7 +67,7 @@ def test_counts(official: Path) -> None:
     assert [manifest.meta["class_counts"][split][9] for split in ("train", "validate", "test")] == [1, 1, 0]
 
 
-def test_validation_clips_may_stay_validation(official: Path) -> None:
+def test_validation_clips_can_stay_in_the_validation_split(official: Path) -> None:
     manifest = build(official, train_splits=["train"])
     assert [sample.split for sample in manifest.samples] == ["train", "train", "val", "test", "test"]
 
@@ -86,13 +87,13 @@ def test_category_names_are_known_without_their_file(official: Path, tmp_path: P
 
 def test_one_file_of_a_mirror_with_one_folder_of_videos(official: Path, tmp_path: Path) -> None:
     (tmp_path / "msrvtt_data").mkdir()
-    (tmp_path / "msrvtt_data" / "MSRVTT_data.json").write_text(json.dumps(clip_records(CLIPS), indent=1))
-    for number, *_, file in CLIPS:
+    (tmp_path / "msrvtt_data" / "MSRVTT_data.json").write_text(json.dumps(clip_records(MSRVTT_CLIPS), indent=1))
+    for number, *_, file in MSRVTT_CLIPS:
         path = tmp_path / "videos" / "all" / f"video{number}{Path(file).suffix}"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.symlink_to(tmp_path / "videos" / "all" / "x")
     manifest = build(tmp_path)
-    assert [row[:4] for row in shown(manifest)] == [row[:4] for row in EXPECTED]
+    assert [row[:4] for row in sample_rows(manifest)] == [row[:4] for row in EXPECTED]
     assert manifest.samples[4].media.as_posix() == "videos/all/video7011.webm"
 
 
@@ -117,7 +118,7 @@ Records = dict[str, list[dict[str, Any]]]
 
 
 def change(key: str, position: int, **values: Any) -> Callable[[Records], Any]:
-    """A change of one record."""
+    """Return a function that changes one record."""
     return lambda records: records[key][position].update(values)
 
 
@@ -181,7 +182,7 @@ def test_faults_of_the_categories(tmp_path: Path, lines: list[str]) -> None:
         build(root)
 
 
-def test_a_youtube_video_on_both_sides_is_refused(tmp_path: Path) -> None:
+def test_a_youtube_video_in_two_splits_is_refused(tmp_path: Path) -> None:
     root = make_msrvtt(tmp_path)
     records = json.loads((root / TEST).read_text())
     records["videos"][0]["url"] = "https://www.youtube.com/watch?v=-00000000xY"

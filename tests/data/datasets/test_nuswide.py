@@ -1,4 +1,4 @@
-"""NUS-WIDE: the miniature gives the rows that were counted by hand, every quirk is met, every fault has file and line."""
+"""NUS-WIDE: the miniature gives the rows that were counted by hand, its quirks are handled, and faults have file and line."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ import pytest
 from helpers.make_fixtures import NUS_VOCABULARY, make_nuswide, make_nuswide_imports, write_text
 
 from pipeline.data.datasets import nuswide
-from pipeline.data.manifest import Manifest, load_spec
+from pipeline.data.manifest import Manifest
+from pipeline.data.spec import load_spec
 
 # Of the 12 photos, 3 has no concept, 4 no tag and 7 neither: nine are left.
 KEPT = [
@@ -33,24 +34,24 @@ TAGS = Path("NUS_WID_Tags")
 
 @pytest.fixture(scope="module")
 def official(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The miniature; read it, never write to it."""
+    """The miniature; tests read it and never write to it."""
     return make_nuswide(tmp_path_factory.mktemp("nuswide"))
 
 
 @pytest.fixture(scope="module")
 def imports(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The miniature of the imports; read it, never write to it."""
+    """The miniature of the imports; tests read it and never write to it."""
     return make_nuswide_imports(tmp_path_factory.mktemp("nuswide_imports"))
 
 
 def build(root: Path, layout: dict[str, Any] | None = None, **options: Any) -> Manifest:
-    """The manifest of a miniature."""
+    """Build the manifest of a miniature."""
     spec = {**load_spec("nuswide"), "counts_profile": "fixture", **options}
     return nuswide.build({**spec, "layout": {**spec["layout"], **(layout or {})}}, root)
 
 
-def shown(manifest: Manifest) -> list[tuple[str, str, tuple[str, ...], tuple[str, ...], str]]:
-    """The samples with class names in place of numbers."""
+def sample_rows(manifest: Manifest) -> list[tuple[str, str, tuple[str, ...], tuple[str, ...], str]]:
+    """Return the samples with class names instead of numbers."""
     return [
         (sample.id, sample.split, tuple(manifest.class_names[label] for label in sample.labels), sample.texts, sample.group)
         for sample in manifest.samples
@@ -59,9 +60,9 @@ def shown(manifest: Manifest) -> list[tuple[str, str, tuple[str, ...], tuple[str
 
 def test_kept_rows(official: Path) -> None:
     manifest = build(official)
-    assert shown(manifest) == KEPT
+    assert sample_rows(manifest) == KEPT
     assert [row + 1 for row in manifest.rows] == [1, 2, 3, 6, 7, 9, 10, 11, 12]
-    assert manifest.where(3).endswith("ImageList/Imagelist.txt, line 6")
+    assert manifest.source_location(3).endswith("ImageList/Imagelist.txt, line 6")
     assert [sample.media.as_posix() for sample in manifest.samples] == [f"{row[0]}.jpg" for row in KEPT]
     assert manifest.media_root == official / "Flickr"
 
@@ -80,7 +81,7 @@ def test_counts(official: Path) -> None:
     assert others == {"labels": 17, "tags": 17, "vocabulary": 1000, "folders": 9, "photo_ids": 11}
 
 
-def test_class_counts_are_those_of_both_whatever_the_filter(official: Path) -> None:
+def test_class_counts_are_of_labelled_and_tagged_photos_with_any_filter(official: Path) -> None:
     names = load_spec("nuswide")["class_names"]
     for choice in nuswide.FILTERS:
         found = build(official, filter=choice).meta["class_counts"]
@@ -103,7 +104,7 @@ def test_classes_are_in_the_order_of_the_concept_list(official: Path) -> None:
     assert names.index("water") < names.index("waterfall")
 
 
-def test_photos_on_both_sides_of_the_split_are_told(official: Path) -> None:
+def test_photos_in_two_splits_give_a_warning(official: Path) -> None:
     warnings = build(official).meta["warnings"]
     assert warnings[0].startswith("photos that stand in a second folder: 1;")
     assert warnings[1].endswith("sunset/0001_300000008.jpg and water/0009_300000008.jpg")
@@ -122,17 +123,17 @@ def test_held_out_photos_come_from_training_by_their_id(official: Path) -> None:
         assert (sample.split == "val") == (share < 40 and sample.id in {row[0] for row in KEPT if row[1] == "train"})
 
 
-def test_tags_of_all_images_serve_when_the_split_files_are_not_there(official: Path, tmp_path: Path) -> None:
+def test_tags_of_all_images_replace_missing_files_of_the_splits(official: Path, tmp_path: Path) -> None:
     shutil.copytree(official.parent, tmp_path / "copy")
     for split in ("Train", "Test"):
         (tmp_path / "copy" / TAGS / f"{split}_Tags1k.dat").unlink()
     assert build(tmp_path / "copy" / "NUS-WIDE").fingerprint() == build(official).fingerprint()
 
 
-def test_parts_may_lie_anywhere(official: Path, tmp_path: Path) -> None:
+def test_parts_can_be_in_any_folder(official: Path, tmp_path: Path) -> None:
     shutil.copytree(official, tmp_path / "labels", ignore=shutil.ignore_patterns("Flickr", "ImageList"))
-    places = {"tags_dir": official.parent / TAGS, "image_root": official / "Flickr", "imagelist_dir": official / "ImageList"}
-    manifest = build(tmp_path / "labels", {key: [str(place)] for key, place in places.items()})
+    layout = {"tags_dir": official.parent / TAGS, "image_root": official / "Flickr", "imagelist_dir": official / "ImageList"}
+    manifest = build(tmp_path / "labels", {key: [str(folder)] for key, folder in layout.items()})
     assert manifest.fingerprint() == build(official).fingerprint()
     assert not any(str(tmp_path) in name or str(official) in name for name in manifest.meta["sources"])
 
@@ -146,18 +147,18 @@ def test_irregular_spacing_of_tags_is_read(official: Path, tmp_path: Path) -> No
 
 def test_csv_import(imports: Path) -> None:
     manifest = build(imports, {"image_root": ["."]}, variant="csv")
-    assert [row[:4] for row in shown(manifest)] == [row[:4] for row in KEPT]  # its classes are sorted, as the official ones
+    assert [row[:4] for row in sample_rows(manifest)] == [row[:4] for row in KEPT]  # its classes are sorted, too
     assert len(build(imports, {"image_root": ["."]}, variant="csv", filter="label").samples) == 10
-    assert manifest.where(0).endswith("nus_wid_data.csv, line 2")
+    assert manifest.source_location(0).endswith("nus_wid_data.csv, line 2")
 
 
 @pytest.mark.parametrize("variant", ["hashnet", "mmcv"])
 def test_list_imports(imports: Path, variant: str) -> None:
-    places = {"image_root": ["../images"], "tags_dir": [str(imports.parent / TAGS)]}
-    manifest = build(imports / variant, places, variant=variant)
+    layout = {"image_root": ["../images"], "tags_dir": [str(imports.parent / TAGS)]}
+    manifest = build(imports / variant, layout, variant=variant)
     expected = [row for split in ("train", "test") for row in KEPT if row[1] == split]
-    assert [row[1:] for row in shown(manifest)] == [row[1:] for row in expected]
-    assert manifest.where(6) == "test.txt, line 1"
+    assert [row[1:] for row in sample_rows(manifest)] == [row[1:] for row in expected]
+    assert manifest.source_location(6) == "test.txt, line 1"
 
 
 def test_an_import_without_tags_says_so(imports: Path) -> None:
@@ -168,14 +169,14 @@ def test_an_import_without_tags_says_so(imports: Path) -> None:
     assert not any(sample.texts for sample in manifest.samples)
 
 
-def test_a_matrix_of_all_tags_is_refused(tmp_path: Path) -> None:
+def test_all_tags_as_zeros_and_ones_is_refused(tmp_path: Path) -> None:
     folder = make_nuswide_imports(tmp_path)
     write_text(tmp_path / TAGS / "All_Tags.txt", ["0 1 0 0 1"] * 12)
     with pytest.raises(ValueError, match=r"All_Tags\.txt, line 1: zeros and ones where an id and its words are due"):
         build(folder, {"image_root": ["."]}, variant="csv", filter="label")
 
 
-def test_twenty_one_classes_of_hashnet_have_numbers_for_names(tmp_path: Path) -> None:
+def test_the_21_classes_of_hashnet_are_named_by_number(tmp_path: Path) -> None:
     for split, path in (("train", "1_5_ab_m.jpg"), ("test", "2_6_ab_m.jpg")):
         write_text(tmp_path / f"{split}.txt", [f"./data/nuswide_21/images/{path} 0 1{' 0' * 19}"])
     manifest = build(tmp_path, {"image_root": ["."]}, variant="hashnet", filter="label")
@@ -184,7 +185,7 @@ def test_twenty_one_classes_of_hashnet_have_numbers_for_names(tmp_path: Path) ->
 
 
 def replace_line(path: Path, line: int, text: str) -> None:
-    """Change one line, counted from 1; "" takes it away."""
+    """Change one line, counted from 1; "" removes it."""
     lines = path.read_text(encoding="utf-8").split("\n")
     lines[line - 1 : line] = [text] if text else []
     path.write_text("\n".join(lines), encoding="utf-8", newline="\n")
@@ -294,7 +295,7 @@ def test_faults_of_label_lists(tmp_path: Path, variant: str, line: str, fault: s
         ),
     ],
 )
-def test_missing_parts_are_named_with_the_places(tmp_path: Path, change: Callable[[Path], Any], fault: str) -> None:
+def test_missing_parts_are_named_with_the_expected_paths(tmp_path: Path, change: Callable[[Path], Any], fault: str) -> None:
     root = make_nuswide(tmp_path)
     change(root)
     with pytest.raises(ValueError, match=fault):

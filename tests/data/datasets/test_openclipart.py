@@ -1,4 +1,4 @@
-"""Open Clip Art on a miniature package with the quirks of the real one; every expected row is counted by hand."""
+"""Open Clip Art: a miniature package with the quirks of the real one; every expected row is counted by hand."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers.archives import deb, member, tar
+from helpers.archives import deb, special_member, tar
 
 from pipeline.data import fetch
 from pipeline.data.datasets import openclipart
-from pipeline.data.manifest import Manifest, load_spec
+from pipeline.data.manifest import Manifest
+from pipeline.data.spec import load_spec
 from pipeline.types import SPLITS
 
 FOLDER = "./usr/share/openclipart/svg"
@@ -23,7 +24,7 @@ CC = 'xmlns:cc="http://web.resource.org/cc/"'
 
 
 def drawing(title: str, description: str, keywords: list[str], shape: str, head: str = DOCTYPE) -> bytes:
-    """An SVG file with the RDF of the Open Clip Art Library: other titles stand around the drawing's own."""
+    """Return an SVG file with the RDF of the Open Clip Art Library; other titles surround the drawing's own title."""
     items = "".join(f"<rdf:li>{keyword}</rdf:li>" for keyword in keywords)
     return f"""<?xml version="1.0" encoding="UTF-8"?>{head}
 <svg xmlns="http://www.w3.org/2000/svg" width="100" height="100"><title>not this</title><metadata><rdf:RDF {RDF} {CC}>
@@ -73,9 +74,9 @@ def spec(**select: Any) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The miniature as `fetch` leaves it."""
+    """The miniature, unpacked by `fetch`."""
     home = tmp_path_factory.mktemp("home")
-    link = member(f"{FOLDER}/birds/again.svg", tarfile.SYMTYPE, "eagle_01.svg")
+    link = special_member(f"{FOLDER}/birds/again.svg", tarfile.SYMTYPE, "eagle_01.svg")
     archive = home / "openclipart-svg_0.18_all.deb"
     archive.write_bytes(deb(tar({f"{FOLDER}/{name}": data for name, data in FILES.items()}, [link])))
     return fetch.fetch("openclipart", home, archive)
@@ -94,7 +95,7 @@ def test_rows_are_those_counted_by_hand(mini: Manifest) -> None:
     assert all(s.media.as_posix() == f"{s.id}.svg" and mini.media_path(s).is_file() for s in mini.samples)
 
 
-def test_what_is_left_out_is_counted(mini: Manifest, package: Path) -> None:
+def test_drawings_that_are_left_out_are_counted(mini: Manifest, package: Path) -> None:
     assert mini.meta["left_out"] == {
         "links": 0,
         "unreadable": {
@@ -109,7 +110,7 @@ def test_what_is_left_out_is_counted(mini: Manifest, package: Path) -> None:
         "no_concept": 1,
     }
     assert mini.meta["counts"] == {"drawings": 15, "groups": 4, "without_text": 1}
-    assert fetch.record(package)["links"] == 1
+    assert fetch.read_archive_record(package)["links"] == 1
     digest = hashlib.sha256((package.parents[1] / "openclipart-svg_0.18_all.deb").read_bytes()).hexdigest()
     assert mini.meta["sources"] == {"openclipart-svg": digest}
 
@@ -133,7 +134,7 @@ def test_concepts_are_cut_by_number_and_size(package: Path) -> None:
     assert "icon" not in openclipart.build(spec(min_images=1), package).class_names
 
 
-def test_groups_stay_in_one_split_and_splits_do_not_move(mini: Manifest) -> None:
+def test_the_split_is_decided_by_the_group(mini: Manifest) -> None:
     percent = {"train": 60, "val": 10, "test": 30}
     for sample in mini.samples:
         digest = hashlib.sha256(f"{spec()['split_seed']} {sample.group}".encode()).hexdigest()
@@ -154,12 +155,12 @@ def test_groups_stay_in_one_split_and_splits_do_not_move(mini: Manifest) -> None
     ],
 )
 def test_keywords_are_cleaned(text: str, expected: list[str]) -> None:
-    assert openclipart.clean(text) == expected
+    assert openclipart.split_keywords(text) == expected
 
 
 def test_plurals_and_series() -> None:
     pairs = {"flags": ["flag"], "cities": ["city", "citi", "citie"], "boxes": ["box", "boxe"], "glass": [], "is": [], "gas": []}
-    assert {word: list(openclipart.singulars(word)) for word in pairs} == pairs
+    assert {word: list(openclipart.possible_singulars(word)) for word in pairs} == pairs
     names = {
         "a/flying_wasp_gerald_g._02.svg": "flying_wasp_gerald_g",
         "b/people_06c.svg": "people",
@@ -168,13 +169,13 @@ def test_plurals_and_series() -> None:
         "connector-ps2.svg": "connector-ps",
         "06.svg": "",
     }
-    assert {path: openclipart.series(path) for path in names} == names
+    assert {path: openclipart.series_name(path) for path in names} == names
 
 
-def test_texts_lose_concept_words_however_they_are_written() -> None:
+def test_concept_words_are_removed_from_texts_in_every_form() -> None:
     banned = frozenset({"ice", "cream", "icecream", "arrow", "house"})
     text = "IceCream ice-creams ICE 3 arrows, greenArrow; houses & warehouse d'or"
-    assert openclipart.without(text, banned) == "green warehouse d'or"
+    assert openclipart.remove_banned_words(text, banned) == "green warehouse d'or"
 
 
 @pytest.mark.parametrize("encoding", ["nonsense", "rot13", "utf-7"])
@@ -184,13 +185,13 @@ def test_encodings_that_do_not_exist_are_named(tmp_path: Path, encoding: str) ->
         openclipart.read_drawing(tmp_path / "a.svg", "a.svg")
 
 
-def test_pipes_are_no_drawings(tmp_path: Path) -> None:
+def test_pipes_are_refused(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "a.svg")
     with pytest.raises(ValueError, match="not a regular file"):
         openclipart.read_drawing(tmp_path / "a.svg", "a.svg")
 
 
-def test_mistakes_name_the_remedy(tmp_path: Path) -> None:
+def test_missing_drawings_name_the_remedy(tmp_path: Path) -> None:
     for root in (None, tmp_path):
         with pytest.raises(ValueError, match="run: diffalign fetch openclipart"):
             openclipart.build(spec(), root)

@@ -1,4 +1,4 @@
-"""The packaged emoji: counts, classes, names and the split that is fixed forever."""
+"""OpenMoji: counts, classes, names and the split of the packaged emoji, which never changes."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.data import manifest as manifests
 from pipeline.data import splits
-from pipeline.data.annotations import Emoji, emoji_list, packaged
+from pipeline.data.annotations import Emoji, package_path, read_emoji_list
 from pipeline.data.datasets import openmoji
-from pipeline.data.manifest import Manifest
+from pipeline.data.manifest import Manifest, split_counts
+from pipeline.data.spec import load_spec
 
 PERCENT = {"train": 60, "val": 10, "test": 30}
 
@@ -43,7 +43,7 @@ NAMES = """# emoji-test.txt
 
 @pytest.fixture(scope="module")
 def packaged_manifest() -> Manifest:
-    return openmoji.build(manifests.load_spec("openmoji"), None)
+    return openmoji.build(load_spec("openmoji"), None)
 
 
 @pytest.fixture
@@ -57,13 +57,13 @@ def official(tmp_path: Path) -> Path:
 
 
 def spec(**changes: object) -> dict[str, object]:
-    loaded = manifests.load_spec("openmoji")
+    loaded = load_spec("openmoji")
     return {**loaded, "counts": {}, "select": {**loaded["select"], "min_class_size": 2}, **changes}
 
 
 def test_packaged_counts(packaged_manifest: Manifest) -> None:
     assert (len(packaged_manifest.samples), len(packaged_manifest.class_names)) == (1501, 68)
-    assert manifests.split_counts(packaged_manifest) == {"train": 899, "val": 154, "test": 448}
+    assert split_counts(packaged_manifest) == {"train": 899, "val": 154, "test": 448}
     assert min(Counter(sample.labels for sample in packaged_manifest.samples).values()) >= 8
     assert packaged_manifest.meta["missing_images"] == []
     assert len({(sample.labels, sample.split) for sample in packaged_manifest.samples}) == 3 * 68
@@ -82,7 +82,7 @@ def test_ids_texts_and_drawings_agree_with_unicode(packaged_manifest: Manifest) 
     assert len(agreeing) > 400  # CLDR names differ from Unicode's for many, never by accident
 
 
-def test_split_is_fixed_forever(packaged_manifest: Manifest) -> None:
+def test_split_never_changes(packaged_manifest: Manifest) -> None:
     split = {sample.id: sample.split for sample in packaged_manifest.samples}
     digest = hashlib.sha256("".join(f"{key} {split[key]}\n" for key in sorted(split)).encode()).hexdigest()
     assert digest == "568fdfe3c5bdf3ed9a4d188334ed6925e49d01f7fe8a3b366ec440938c6b5eb5"
@@ -134,7 +134,7 @@ def test_faults_are_named(official: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"must hold the file emoji-test\.txt and the folder svg"):
         openmoji.build(spec(), tmp_path / "nowhere")
     with pytest.raises(ValueError, match=r"all 3 \(expected 1501\), classes 1 \(expected 68\)"):
-        openmoji.build({**spec(), "counts": manifests.load_spec("openmoji")["counts"]}, official)
+        openmoji.build({**spec(), "counts": load_spec("openmoji")["counts"]}, official)
     openmoji.build({**spec(), "counts": {"all": 1501}, "counts_profile": "fixture"}, official)
     (official / "emoji-test.txt").write_text("# group: a\n# subgroup: b\n1F528 ; fully-qualified\n", encoding="utf-8")
     with pytest.raises(ValueError, match=r"emoji-test\.txt, line 3: "):
@@ -147,7 +147,7 @@ GOOD = "# group: g\n# subgroup: eyes\n\n1F441 FE0F   ; fully-qualified # 👁️
 def test_lists_of_emoji_are_read(tmp_path: Path) -> None:
     path = tmp_path / "emoji-test.txt"
     path.write_text(GOOD, encoding="utf-8")
-    assert list(emoji_list(path)) == [
+    assert list(read_emoji_list(path)) == [
         Emoji(("1F441", "FE0F"), "fully-qualified", "👁️", "eye: #1", "g", "eyes"),
         Emoji(("1F441",), "unqualified", "👁", "eye", "g", "eyes"),
     ]
@@ -166,13 +166,13 @@ def test_faults_of_lists_of_emoji_have_file_and_line(tmp_path: Path, line: str, 
     path = tmp_path / "emoji-test.txt"
     path.write_text(GOOD + line + "\n", encoding="utf-8")
     with pytest.raises(ValueError, match="line") as raised:
-        list(emoji_list(path))
+        list(read_emoji_list(path))
     assert f"emoji-test.txt, {fault}" in str(raised.value)
     path.write_bytes(GOOD.encode() + b"\xff\n")
     with pytest.raises(ValueError, match=r"emoji-test\.txt, line 6: not UTF-8"):
-        list(emoji_list(path))
+        list(read_emoji_list(path))
 
 
 def test_a_package_that_is_missing_is_named_with_the_remedy() -> None:
     with pytest.raises(ValueError, match=r'the package no_such_package is missing; run: pip install "diffalign\[demo\]"'):
-        packaged("no_such_package", "x")
+        package_path("no_such_package", "x")

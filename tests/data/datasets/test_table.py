@@ -1,4 +1,4 @@
-"""Your own data: tables, imagefolders and folder trees give the rows that a person reads in them."""
+"""Your own data: tables, imagefolders and folder trees give the expected rows."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers.tables import WRITERS, Writer, build, media, write_csv, write_jsonl
+from helpers.tables import WRITERS, Writer, build, make_empty_files, write_csv, write_jsonl
 
-from pipeline.data import manifest as manifests
-from pipeline.data.manifest import Manifest, load_spec
+from pipeline.data.manifest import Manifest
+from pipeline.data.manifest_files import read_manifest, write_manifest
 from pipeline.data.prepare import prepare
+from pipeline.data.spec import load_spec
 
 RECORDS = [
     {"path": "a/1.jpg", "kind": "cat", "caption": "a cat, sleeping", "part": "train"},
@@ -85,7 +86,7 @@ def test_labels_are_names_or_ids(
     assert (built.class_names, rows(built)[0][-1]) == (names, expected)
 
 
-def test_splits_that_nobody_gives_are_by_hash_of_the_group(tmp_path: Path) -> None:
+def test_splits_that_are_not_given_follow_from_the_hash_of_the_group(tmp_path: Path) -> None:
     records = [{"file_name": f"{i}.jpg", "label": "x", "group_id": f"g{i // 4}"} for i in range(4000)]
     write_csv(tmp_path / "m.csv", records)
     built = build(tmp_path, file="m.csv")
@@ -108,7 +109,7 @@ def test_the_percents_of_splits_can_be_set(tmp_path: Path) -> None:
         build(tmp_path, file="m.csv", splits={"train": 80, "val": 20, "test": 10})
 
 
-def test_validation_rows_may_be_taken_from_given_training_rows_group_by_group(tmp_path: Path) -> None:
+def test_val_percent_moves_whole_groups_from_training_to_validation(tmp_path: Path) -> None:
     records = [
         {"file_name": f"{i}.jpg", "label": "x", "group_id": f"g{i // 3}", "split": "test" if i // 3 % 4 == 0 else "train"}
         for i in range(3000)
@@ -143,30 +144,30 @@ def test_the_only_table_is_found_when_columns_are_named(tmp_path: Path) -> None:
     write_csv(tmp_path / "more.CSV", RECORDS)
     with pytest.raises(ValueError, match=r"holds 2 tables \(more\.CSV, photos\.csv\); say where it is, --set file=NAME"):
         build(tmp_path, **OPTIONS)
-    media(tmp_path / "tree", "cat/1.jpg")
+    make_empty_files(tmp_path / "tree", "cat/1.jpg")
     with pytest.raises(ValueError, match=r"holds 0 tables \(no \.csv, \.jsonl or \.parquet\); say where"):
         build(tmp_path / "tree", label_column="kind")
 
 
-def test_the_csv_twin_and_the_parquet_of_a_manifest_are_tables(tmp_path: Path) -> None:
-    media(tmp_path, "a/1.jpg", "a/2.jpg", "b/1.jpg")
+def test_the_csv_and_the_parquet_file_of_a_manifest_are_tables(tmp_path: Path) -> None:
+    make_empty_files(tmp_path, "a/1.jpg", "a/2.jpg", "b/1.jpg")
     write_csv(tmp_path / "m.csv", [{**record, "split": record["part"]} for record in RECORDS])
-    path = manifests.write_manifest(build(tmp_path, file="m.csv", **OPTIONS), tmp_path)
-    for twin in (path, path.with_suffix(".csv")):
-        shutil.copy(twin, tmp_path / f"twin{twin.suffix}")
-        built = build(tmp_path, file=f"twin{twin.suffix}")
+    path = write_manifest(build(tmp_path, file="m.csv", **OPTIONS), tmp_path)
+    for manifest_file in (path, path.with_suffix(".csv")):
+        shutil.copy(manifest_file, tmp_path / f"copy{manifest_file.suffix}")
+        built = build(tmp_path, file=f"copy{manifest_file.suffix}")
         assert [row[:4] for row in rows(built)] == [row[:4] for row in ROWS]
         assert [sample.labels for sample in built.samples] == [(0,), (1,), (0,)]
 
 
-def test_media_may_lie_in_another_folder(tmp_path: Path) -> None:
-    media(tmp_path / "photos", "a/1.jpg", "a/2.jpg", "b/1.jpg")
+def test_media_can_be_in_another_folder(tmp_path: Path) -> None:
+    make_empty_files(tmp_path / "photos", "a/1.jpg", "a/2.jpg", "b/1.jpg")
     (tmp_path / "tables").mkdir()
     write_csv(tmp_path / "tables" / "m.csv", RECORDS)
     settings = {**OPTIONS, "file": "m.csv", "split_column": "part"}
     report = prepare("table", tmp_path / "tables", tmp_path, settings, image_root=tmp_path / "photos")
     assert report.missing == 0
-    manifest = manifests.read_manifest(tmp_path, "table")
+    manifest = read_manifest(tmp_path, "table")
     assert rows(manifest) == ROWS
     assert manifest.media_root == tmp_path / "photos"
     assert rows(build(tmp_path / "tables", layout={"image_root": ["../photos"]}))[0][0] == "a/1"  # a folder of classes
@@ -175,7 +176,7 @@ def test_media_may_lie_in_another_folder(tmp_path: Path) -> None:
 def test_the_order_in_which_files_are_made_does_not_matter(tmp_path: Path) -> None:
     names = [f"{kind}/{i:02d}.jpg" for kind in ("b", "a", "é") for i in range(20)]
     for folder, order in (("one", names), ("two", names[::-1])):
-        media(tmp_path / folder, *order)
+        make_empty_files(tmp_path / folder, *order)
         prepare("table", tmp_path / folder, tmp_path / f"home {folder}", {})
     for kind in ("csv", "parquet", "meta.json"):
         one, two = ((tmp_path / f"home {folder}" / "manifests" / f"table.{kind}").read_bytes() for folder in ("one", "two"))
@@ -183,15 +184,17 @@ def test_the_order_in_which_files_are_made_does_not_matter(tmp_path: Path) -> No
 
 
 def test_folders_are_classes(tmp_path: Path) -> None:
-    media(tmp_path, "cat/b.PNG", "cat/more/a.jpg", "dog/1.webp", "dog/.hidden.jpg", "dog/notes.txt", "empty/readme.md")
-    media(tmp_path, ".thumbnails/1.jpg", "cat/.cache/1.jpg")
+    make_empty_files(
+        tmp_path, "cat/b.PNG", "cat/more/a.jpg", "dog/1.webp", "dog/.hidden.jpg", "dog/notes.txt", "empty/readme.md"
+    )
+    make_empty_files(tmp_path, ".thumbnails/1.jpg", "cat/.cache/1.jpg")
     built = build(tmp_path)
     assert [row[0] for row in rows(built)] == ["cat/b", "cat/more/a", "dog/1"]
     assert [row[-1] for row in rows(built)] == [("cat",), ("cat",), ("dog",)]
 
 
 def test_folders_are_splits_and_classes(tmp_path: Path) -> None:
-    media(tmp_path, "train/cat/1.mp4", "train/dog/1.mp4", "valid/cat/1.mp4", "Test/dog/1.mp4")
+    make_empty_files(tmp_path, "train/cat/1.mp4", "train/dog/1.mp4", "valid/cat/1.mp4", "Test/dog/1.mp4")
     built = build(tmp_path)
     assert sorted((row[1], row[-1][0]) for row in rows(built)) == [
         ("test", "dog"),
@@ -203,9 +206,9 @@ def test_folders_are_splits_and_classes(tmp_path: Path) -> None:
 
 
 def test_one_folder_may_be_called_train_but_a_mixture_is_refused(tmp_path: Path) -> None:
-    media(tmp_path, "car/1.jpg", "train/1.jpg")
+    make_empty_files(tmp_path, "car/1.jpg", "train/1.jpg")
     assert build(tmp_path).class_names == ("car", "train")
-    media(tmp_path, "test/1.jpg")
+    make_empty_files(tmp_path, "test/1.jpg")
     with pytest.raises(ValueError, match=r"holds split folders \(test, train\) and others \(car\)"):
         build(tmp_path)
 
@@ -227,6 +230,6 @@ def test_an_imagefolder_with_a_table_in_every_split(tmp_path: Path) -> None:
     built = build(tmp_path)
     assert [row[1:3] for row in rows(built)] == [("test", "test/1.png"), ("train", "train/1.png"), ("val", "validation/1.png")]
     assert [sample.labels for sample in built.samples] == [(0,), (1,), (2,)]
-    assert [built.where(i) for i in range(3)] == [
+    assert [built.source_location(i) for i in range(3)] == [
         f"{split}/metadata.jsonl, line 1" for split in ("test", "train", "validation")
     ]

@@ -1,11 +1,11 @@
-"""Your own data: what tables, imagefolders and folder trees refuse, with file and line."""
+"""Your own data: faulty tables, imagefolders and folder trees are refused, with file and line."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import pytest
-from helpers.tables import WRITERS, Writer, build, media, write_csv, write_jsonl
+from helpers.tables import WRITERS, Writer, build, make_empty_files, write_csv, write_jsonl
 
 GOOD = {"file_name": "x.jpg", "label": "a", "text": "t"}
 HOSTILE = {
@@ -31,7 +31,7 @@ NO_UTF8 = {
 
 
 @pytest.mark.parametrize("column", NO_UTF8)
-def test_text_that_no_utf8_can_spell_is_refused_with_file_and_line(tmp_path: Path, column: str) -> None:
+def test_half_characters_are_refused_with_file_and_line(tmp_path: Path, column: str) -> None:
     write_jsonl(tmp_path / "m.jsonl", [GOOD, {**GOOD, "file_name": "y.jpg", column: "\ud800"}])
     with pytest.raises(ValueError, match=NO_UTF8[column]):
         build(tmp_path, file="m.jsonl")
@@ -108,7 +108,7 @@ def test_options_are_checked(tmp_path: Path) -> None:
 
 def test_tables_that_are_links_to_the_outside_are_refused(tmp_path: Path) -> None:
     for name in ("root", "outside"):
-        media(tmp_path / name, "1.jpg")
+        make_empty_files(tmp_path / name, "1.jpg")
     write_jsonl(tmp_path / "outside" / "metadata.jsonl", [{"file_name": "1.jpg", "label": "a"}])
     (tmp_path / "root" / "metadata.jsonl").symlink_to(tmp_path / "outside" / "metadata.jsonl")
     with pytest.raises(ValueError, match=r"metadata\.jsonl is a symbolic link that leads out of"):
@@ -127,7 +127,7 @@ def test_rows_outside_the_split_folders_are_refused(tmp_path: Path) -> None:
         build(tmp_path)
 
 
-def test_images_and_videos_in_one_table_are_refused_unless_the_kind_is_said(tmp_path: Path) -> None:
+def test_images_and_videos_in_one_table_need_the_media_setting(tmp_path: Path) -> None:
     write_csv(tmp_path / "m.csv", [{"file_name": "x.webp", "label": "a"}, {"file_name": "y.mp4", "label": "a"}])
     with pytest.raises(ValueError, match=r"m\.csv, line 3: 'y\.mp4' makes images and videos in one table; --set media"):
         build(tmp_path, file="m.csv")
@@ -135,12 +135,12 @@ def test_images_and_videos_in_one_table_are_refused_unless_the_kind_is_said(tmp_
 
 
 def test_links_to_folders_and_stray_files_are_refused(tmp_path: Path) -> None:
-    media(tmp_path / "outside", "1.jpg")
-    media(tmp_path / "root", "cat/1.jpg")
+    make_empty_files(tmp_path / "outside", "1.jpg")
+    make_empty_files(tmp_path / "root", "cat/1.jpg")
     (tmp_path / "root" / "dog").symlink_to(tmp_path / "outside")
     with pytest.raises(ValueError, match=r"dog is a symbolic link to a folder"):
         build(tmp_path / "root")
     (tmp_path / "root" / "dog").unlink()
-    media(tmp_path / "root", "stray.jpg")
+    make_empty_files(tmp_path / "root", "stray.jpg")
     with pytest.raises(ValueError, match=r"stray\.jpg is in no class folder"):
         build(tmp_path / "root")

@@ -1,4 +1,4 @@
-"""VIREO Food-172: the miniature gives the rows that were counted by hand, and every fault has file and line."""
+"""VIREO Food-172: the miniature gives the rows that were counted by hand, and every fault is reported with file and line."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ import pytest
 from helpers.make_fixtures import make_vireo172, write_text
 
 from pipeline.data.datasets import vireo172
-from pipeline.data.manifest import Manifest, load_spec
+from pipeline.data.manifest import Manifest
 from pipeline.data.media import open_image
+from pipeline.data.spec import load_spec
 
 LISTS = "SplitAndIngreLabel"
 EXPECTED = [  # id, split, class from 0, ingredients
@@ -26,19 +27,19 @@ EXPECTED = [  # id, split, class from 0, ingredients
 
 @pytest.fixture(scope="module")
 def official(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The miniature; read it, never write to it."""
+    """The miniature; tests read it and never write to it."""
     return make_vireo172(tmp_path_factory.mktemp("vireo172"))
 
 
 def build(root: Path, **options: Any) -> Manifest:
-    """The manifest of a miniature."""
+    """Build the manifest of a miniature."""
     return vireo172.build({**load_spec("vireo172"), "counts_profile": "fixture", **options}, root)
 
 
 def test_rows(official: Path) -> None:
     manifest = build(official)
     assert [(sample.id, sample.split, *sample.labels, sample.texts) for sample in manifest.samples] == EXPECTED
-    assert [manifest.where(position) for position in (0, 4, 6)] == [
+    assert [manifest.source_location(position) for position in (0, 4, 6)] == [
         f"{LISTS}/TR.txt, line 1",
         f"{LISTS}/VAL.txt, line 1",
         f"{LISTS}/TE.txt, line 2",
@@ -84,7 +85,7 @@ def test_cmyk_and_grey_pictures_open_as_rgb(official: Path) -> None:
         assert open_image(manifest.media_path(sample), 24).mode == "RGB"
 
 
-def test_names_of_classes_that_come_twice_are_told_apart(tmp_path: Path) -> None:
+def test_class_names_that_occur_twice_get_a_number(tmp_path: Path) -> None:
     root = make_vireo172(tmp_path)
     write_text(root / LISTS / "FoodList.txt", ["Soup", "Soup;", *(f"Dish {number}" for number in range(170))])
     assert build(root).class_names[:3] == ("Soup (1)", "Soup (2)", "Dish 0")
@@ -119,7 +120,7 @@ def test_official_counts_are_enforced(official: Path) -> None:
         build(official, counts_profile="official")
 
 
-def test_all_lists_that_are_missing_are_named_at_once(tmp_path: Path) -> None:
+def test_all_missing_lists_are_named_at_once(tmp_path: Path) -> None:
     root = make_vireo172(tmp_path)
     for name in ("VAL.txt", "FoodList.txt"):
         (root / LISTS / name).unlink()

@@ -1,4 +1,4 @@
-"""Stage 3 as a whole: interrupted, poisoned, guarded, over several processes; and its encoders make caches again."""
+"""Stage 3 from start to end: interruptions, failures, several processes, and the caches of the tuned encoders."""
 
 from __future__ import annotations
 
@@ -23,29 +23,29 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from pipeline.cache import find_caches, open_cache
-from pipeline.cache.table import shuffled
+from pipeline.cache.table import shuffled_batches
 from pipeline.data.manifest import Manifest
 from pipeline.encoders.timm import Timm
 from pipeline.evaluation.evaluate import evaluate
 from pipeline.runtime.rng import KeyedRNG, sample_keys
 from pipeline.runtime.runs import RunFolder
-from pipeline.training import loop as train
+from pipeline.training import loop
 from pipeline.training.features import open_features
 from pipeline.training.joint.finetune import resolve_joint_settings
-from pipeline.training.joint.trainer import JointConfig
+from pipeline.training.joint.plan import JointConfig
 
 IMAGE, BOTH = JointConfig(train="image", encoder_lr=1e-3), JointConfig(train="both", encoder_lr=1e-3)
 
 
 @pytest.fixture(scope="module")
-def prepared(tiny_manifest: Manifest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def prepared_home(tiny_manifest: Manifest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return joint_home.make_home(tiny_manifest, tmp_path_factory.mktemp("finetune") / "home")
 
 
 @pytest.fixture
-def home(prepared: Path, tmp_path: Path) -> Path:
-    """A copy of the prepared home that may be written to."""
-    return Path(shutil.copytree(prepared, tmp_path / "home"))
+def home(prepared_home: Path, tmp_path: Path) -> Path:
+    """A copy of the prepared home that a test may write to."""
+    return Path(shutil.copytree(prepared_home, tmp_path / "home"))
 
 
 def joint_run(home: Path) -> RunFolder:
@@ -58,9 +58,9 @@ def logits(run: RunFolder, split: str) -> np.ndarray:
 
 
 def test_tuned_encoders_make_caches_that_the_joint_head_reads(home: Path) -> None:
-    """What the joint model computes from pixels is what its head computes from the next generation of the cache."""
-    init = joint_home.head(home, "ema", epochs=1)
-    outcome = joint_home.tuned(home, init, BOTH, epochs="4")
+    """The joint method predicts from pixels what its head predicts from the caches of the tuned encoders."""
+    init = joint_home.train_small_head(home, "ema", epochs=1)
+    outcome = joint_home.finetune_briefly(home, init, BOTH, epochs="4")
     assert outcome.is_better, outcome
     assert outcome.run.is_done
     assert outcome.run.config().caches.keys() == {"image", "text"}
@@ -69,67 +69,73 @@ def test_tuned_encoders_make_caches_that_the_joint_head_reads(home: Path) -> Non
     assert not (joint.path / "items").exists()
     metrics = evaluate(home, outcome.run, "val", {})["metrics"]
     assert metrics["acc1"] == outcome.after
-    plan = joint_home.together(home, init, BOTH, resolve_joint_settings(init, joint_home.SHORT))
-    model, live = joint_home.assembled(plan)
+    plan = joint_home.joint_plan(home, init, BOTH, resolve_joint_settings(init, joint_home.SHORT))
+    model, encoders = joint_home.build_joint(plan)
     model.load_state_dict(load_file(joint.path / "checkpoint.safetensors"))
     model.train(False)
     keys = sample_keys(plan.features.val.ids)
     with torch.no_grad():
-        found = model.predict(live["image"].items["val"], KeyedRNG.seeded(0, keys).at("predict"))
+        found = model.predict(encoders["image"].items["val"], KeyedRNG.seeded(0, keys).at("predict"))
     np.testing.assert_allclose(logits(outcome.run, "val"), found.numpy(), rtol=1e-4, atol=1e-4)
     history = pd.read_csv(joint.path / "history.csv")
     assert (history["cosine_image"] < 0.999).any()
     before = {path: path.stat().st_mtime_ns for path in home.rglob("*") if path.is_file()}
-    assert joint_home.tuned(home, init, BOTH, epochs="4") == outcome  # nothing is done twice
+    assert joint_home.finetune_briefly(home, init, BOTH, epochs="4") == outcome  # a finished run is not repeated
     written = {path for path in home.rglob("*") if path.is_file() and before.get(path) != path.stat().st_mtime_ns}
     assert {path.name for path in written} <= {".lock"}
 
 
 def test_killed_and_resumed_it_ends_in_the_same_bits(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    init = joint_home.head(home, "seda", epochs=1)
+    init = joint_home.train_small_head(home, "seda", epochs=1)
     undisturbed = Path(shutil.copytree(home, tmp_path / "undisturbed"))
-    joint_home.tuned(undisturbed, RunFolder(undisturbed / init.path.relative_to(home), 0), BOTH, epochs="5")
-    monkeypatch.setattr(train, "STATE_SECONDS", -1.0)
-    monkeypatch.setattr(train, "SAVE_SHARE", 0)
+    joint_home.finetune_briefly(undisturbed, RunFolder(undisturbed / init.path.relative_to(home), 0), BOTH, epochs="5")
+    monkeypatch.setattr(loop, "STATE_SECONDS", -1.0)
+    monkeypatch.setattr(loop, "SAVE_COST_FACTOR", 0)
     for _ in range(2):
-        process = get_context("fork").Process(target=joint_home.tuned, args=(home, init, BOTH), kwargs={"epochs": "5"})
-        saved = states(home)
+        process = get_context("fork").Process(
+            target=joint_home.finetune_briefly, args=(home, init, BOTH), kwargs={"epochs": "5"}
+        )
+        saved = state_times(home)
         process.start()
-        while states(home) in (saved, set()):
+        while state_times(home) in (saved, set()):
             assert process.is_alive()
             time.sleep(0.001)
         process.kill()
         process.join()
         assert process.exitcode == -signal.SIGKILL
-        shutil.rmtree(joint_run(home).path / "items", ignore_errors=True)  # a file that a crash has taken is made again
-    joint_home.tuned(home, init, BOTH, epochs="5")
+        shutil.rmtree(joint_run(home).path / "items", ignore_errors=True)  # lost items are prepared again
+    joint_home.finetune_briefly(home, init, BOTH, epochs="5")
     ours, theirs = joint_run(home).path, joint_run(undisturbed).path
     assert (ours / "checkpoint.safetensors").read_bytes() == (theirs / "checkpoint.safetensors").read_bytes()
     assert (ours / "history.csv").read_bytes() == (theirs / "history.csv").read_bytes()
 
 
-@pytest.mark.parametrize(("what", "folders"), [("image", ("joint", "runs", "caches")), ("last:1", ("joint",))])
+@pytest.mark.parametrize(
+    ("train", "folders"), [pytest.param("image", ("joint", "runs", "caches"), marks=pytest.mark.slow), ("last:1", ("joint",))]
+)
 def test_killed_at_any_write_it_ends_in_the_same_bytes(
-    what: str, folders: tuple[str, ...], home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    train: str, folders: tuple[str, ...], home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Once before any file comes or goes, each time as a process that goes on where the last one was killed."""
-    init = joint_home.head(home, "baseline", epochs=1)
-    joint = JointConfig(train=what, encoder_lr=1e-3)
+    """The run is killed once before each write and each deletion of a file, and resumed each time."""
+    init = joint_home.train_small_head(home, "baseline", epochs=1)
+    joint = JointConfig(train=train, encoder_lr=1e-3)
     undisturbed = Path(shutil.copytree(home, tmp_path / "undisturbed"))
-    monkeypatch.setattr(train, "STATE_SECONDS", -1.0)
-    monkeypatch.setattr(train, "SAVE_SHARE", 0)
-    expected = joint_home.tuned(undisturbed, RunFolder(undisturbed / init.path.relative_to(home), 0), joint, epochs="3")
+    monkeypatch.setattr(loop, "STATE_SECONDS", -1.0)
+    monkeypatch.setattr(loop, "SAVE_COST_FACTOR", 0)
+    expected = joint_home.finetune_briefly(
+        undisturbed, RunFolder(undisturbed / init.path.relative_to(home), 0), joint, epochs="3"
+    )
     assert expected.is_better
     survived: set[tuple[str, Path]] = set()
 
-    def deadly(module: Any, action: str) -> None:
+    def kill_before(module: Any, action: str) -> None:
         do = getattr(module, action)
 
         def act(*args: Any, **options: Any) -> Any:
-            place = Path(args[-1])
-            is_ours = place.suffix != ".tmp" and place.is_relative_to(home) and place.relative_to(home).parts[0] in folders
-            if is_ours and (action, place) not in survived:
-                survived.add((action, place))
+            path = Path(args[-1])
+            is_ours = path.suffix != ".tmp" and path.is_relative_to(home) and path.relative_to(home).parts[0] in folders
+            if is_ours and (action, path) not in survived:
+                survived.add((action, path))
                 raise KeyboardInterrupt
             return do(*args, **options)
 
@@ -137,22 +143,22 @@ def test_killed_at_any_write_it_ends_in_the_same_bytes(
 
     with monkeypatch.context() as patch:
         for module, action in ((os, "replace"), (Path, "unlink"), (shutil, "rmtree")):
-            deadly(module, action)
+            kill_before(module, action)
         outcome = None
         while outcome is None:
             with contextlib.suppress(KeyboardInterrupt):
-                outcome = joint_home.tuned(home, init, joint, epochs="3")
+                outcome = joint_home.finetune_briefly(home, init, joint, epochs="3")
     assert outcome.is_better
-    ends = {(action, place.name) for action, place in survived}
-    assert ends >= {("replace", "state.pt"), ("unlink", "state.pt"), ("rmtree", "items"), ("replace", "image.safetensors")}
-    assert (("unlink", "image-train.npy") in ends) == (what == "last:1")
+    kills = {(action, path.name) for action, path in survived}
+    assert kills >= {("replace", "state.pt"), ("unlink", "state.pt"), ("rmtree", "items"), ("replace", "image.safetensors")}
+    assert (("unlink", "image-train.npy") in kills) == (train == "last:1")
     ours, theirs = files(home), files(undisturbed)
     assert ours.keys() == theirs.keys()
     assert [name for name, content in ours.items() if content != theirs[name]] == []
 
 
 def files(home: Path) -> dict[str, bytes]:
-    """Every file of a home, but for where it lies and for the seconds that some hold."""
+    """The content of each file of a home, without its own path and without files that hold times."""
     found = {}
     for path in sorted(home.rglob("*")):
         if path.is_file():
@@ -161,11 +167,11 @@ def files(home: Path) -> dict[str, bytes]:
     return found
 
 
-def states(home: Path) -> set[int]:
+def state_times(home: Path) -> set[int]:
     return {path.stat().st_mtime_ns for path in home.glob("joint/tiny/*/seed0/state.pt")}
 
 
-def test_texts_of_other_splits_reach_nothing(tiny_manifest: Manifest, home: Path, tmp_path: Path) -> None:
+def test_texts_of_other_splits_change_nothing(tiny_manifest: Manifest, home: Path, tmp_path: Path) -> None:
     samples = tuple(
         sample if sample.split == "train" else replace(sample, texts=(f"the lazy dog {number}", "!"))
         for number, sample in enumerate(tiny_manifest.samples)
@@ -173,19 +179,21 @@ def test_texts_of_other_splits_reach_nothing(tiny_manifest: Manifest, home: Path
     (tmp_path / "other").mkdir()
     poisoned = joint_home.make_home(replace(tiny_manifest, samples=samples), tmp_path / "other" / "home")
     results = []
-    for place in (home, poisoned):
-        outcome = joint_home.tuned(place, joint_home.head(place, "ema", epochs=1), BOTH, epochs="3")
+    for each_home in (home, poisoned):
+        outcome = joint_home.finetune_briefly(
+            each_home, joint_home.train_small_head(each_home, "ema", epochs=1), BOTH, epochs="3"
+        )
         assert outcome.is_better
-        evaluate(place, outcome.run, "test", {})
-        results.append((load_file(joint_run(place).path / "checkpoint.safetensors"), logits(outcome.run, "test")))
+        evaluate(each_home, outcome.run, "test", {})
+        results.append((load_file(joint_run(each_home).path / "checkpoint.safetensors"), logits(outcome.run, "test")))
     (ours, our_logits), (theirs, their_logits) = results
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
     assert np.array_equal(our_logits, their_logits)
 
 
-def test_a_stage_that_does_not_pay_off_leaves_stage_2_as_it_is(home: Path) -> None:
-    init = joint_home.head(home, "baseline")
-    outcome = joint_home.tuned(home, init, JointConfig(encoder_lr=3.0), epochs="1")
+def test_a_joint_run_that_is_not_better_leaves_stage_2_as_it_is(home: Path) -> None:
+    init = joint_home.train_small_head(home, "baseline")
+    outcome = joint_home.finetune_briefly(home, init, JointConfig(encoder_lr=3.0), epochs="1")
     assert not outcome.is_better
     assert outcome.run == init
     assert len(find_caches(home, "tiny")) == 2
@@ -193,21 +201,21 @@ def test_a_stage_that_does_not_pay_off_leaves_stage_2_as_it_is(home: Path) -> No
 
 
 def test_a_loss_that_is_not_finite_names_step_samples_and_the_last_good_checkpoint(home: Path) -> None:
-    init = joint_home.head(home, "baseline")
+    init = joint_home.train_small_head(home, "baseline")
     with pytest.raises(
         ValueError,
         match=r"step [12] of epoch 0 \(samples (\w+-\d, ){7}\w+-\d\); the last good checkpoint is .*seed0/checkpoint",
     ) as error:
-        joint_home.tuned(home, init, JointConfig(encoder_lr=1e30), lr="1e30", grad_clip="1e30")
+        joint_home.finetune_briefly(home, init, JointConfig(encoder_lr=1e30), lr="1e30", grad_clip="1e30")
     assert str(init.path) in str(error.value)
 
 
 @pytest.mark.parametrize("step", [3, 6])
 def test_a_gradient_that_is_not_finite_stops_at_its_own_step(step: int, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In the last step of an epoch, which is not validated: the loss is finite, and so is every state on disk."""
+    """The failing step is the last one of an epoch that is not validated; the loss and the saved state are finite."""
     forward, calls = Timm.forward, 0
 
-    def steep(encoder: Timm, prepared: Tensor) -> Tensor:
+    def forward_with_infinite_gradient(encoder: Timm, prepared: Tensor) -> Tensor:
         nonlocal calls
         features = forward(encoder, prepared)
         if not torch.is_grad_enabled():
@@ -215,14 +223,14 @@ def test_a_gradient_that_is_not_finite_stops_at_its_own_step(step: int, home: Pa
         calls += 1
         return features + torch.sqrt(features - features.detach()) if calls == step else features
 
-    init = joint_home.head(home, "baseline", epochs=1)
-    monkeypatch.setattr(Timm, "forward", steep)
-    monkeypatch.setattr(train, "STATE_SECONDS", -1.0)
-    monkeypatch.setattr(train, "SAVE_SHARE", 0)
+    init = joint_home.train_small_head(home, "baseline", epochs=1)
+    monkeypatch.setattr(Timm, "forward", forward_with_infinite_gradient)
+    monkeypatch.setattr(loop, "STATE_SECONDS", -1.0)
+    monkeypatch.setattr(loop, "SAVE_COST_FACTOR", 0)
     with pytest.raises(ValueError, match=f"a gradient is not finite in step 2 of epoch {step // 3 - 1} ") as error:
-        joint_home.tuned(home, init, IMAGE, epochs="5", validate_every="5")
+        joint_home.finetune_briefly(home, init, IMAGE, epochs="5", validate_every="5")
     table = open_features(home, "tiny", "baseline", init.config().caches).train
-    *_, batch = shuffled(table, 8, init.seed)(step // 3 - 1)
+    *_, batch = shuffled_batches(table, 8, init.seed)(step // 3 - 1)
     ids = [table.ids[row] for row in (batch["key"][:, None] == table.columns["key"]).nonzero()[:, 1].tolist()]
     assert f"(samples {', '.join(ids)})" in str(error.value)
     state = joint_run(home).path / "state.pt"
@@ -234,18 +242,18 @@ def test_a_gradient_that_is_not_finite_stops_at_its_own_step(step: int, home: Pa
         assert all(tensor.isfinite().all() for tensor in saved["method"].values())
 
 
-@pytest.mark.parametrize(("what", "batch_size"), [("both", "7"), ("last:2", "8")])
-def test_two_processes_equal_one(what: str, batch_size: str, home: Path, tmp_path: Path) -> None:
-    """Batches of seven: the last share is filled up. The contrastive loss sees the features of both."""
-    joint = JointConfig(train=what, encoder_lr=1e-3)
-    init = joint_home.head(home, "ema", epochs=1)
+@pytest.mark.parametrize(("train", "batch_size"), [("both", "7"), ("last:2", "8")])
+def test_two_processes_equal_one(train: str, batch_size: str, home: Path, tmp_path: Path) -> None:
+    """With batches of seven, the last share is padded. The contrastive loss sees the features of both processes."""
+    joint = JointConfig(train=train, encoder_lr=1e-3)
+    init = joint_home.train_small_head(home, "ema", epochs=1)
     alone = Path(shutil.copytree(home, tmp_path / "alone"))
-    joint_home.tuned(alone, RunFolder(alone / init.path.relative_to(home), 0), joint, batch_size=batch_size)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    joint_home.finetune_briefly(alone, RunFolder(alone / init.path.relative_to(home), 0), joint, batch_size=batch_size)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
     processes = [
-        get_context("fork").Process(target=as_rank, args=(rank, port, home, init, joint, batch_size)) for rank in (0, 1)
+        get_context("fork").Process(target=run_as_rank, args=(rank, port, home, init, joint, batch_size)) for rank in (0, 1)
     ]
     for process in processes:
         process.start()
@@ -260,24 +268,24 @@ def test_two_processes_equal_one(what: str, batch_size: str, home: Path, tmp_pat
     np.testing.assert_allclose(*losses, rtol=1e-4)
 
 
-def as_rank(rank: int, port: int, home: Path, init: RunFolder, joint: JointConfig, batch_size: str) -> None:
-    """A process as torchrun starts it."""
+def run_as_rank(rank: int, port: int, home: Path, init: RunFolder, joint: JointConfig, batch_size: str) -> None:
+    """Tune in a process that has the environment of torchrun."""
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    joint_home.tuned(home, init, joint, batch_size=batch_size)
+    joint_home.finetune_briefly(home, init, joint, batch_size=batch_size)
 
 
-def test_the_last_blocks_alone(home: Path) -> None:
-    init = joint_home.head(home, "baseline", epochs=1)
-    outcome = joint_home.tuned(home, init, JointConfig(train="last:2", encoder_lr=1e-3), epochs="6")
+def test_only_the_last_blocks_change(home: Path) -> None:
+    init = joint_home.train_small_head(home, "baseline", epochs=1)
+    outcome = joint_home.finetune_briefly(home, init, JointConfig(train="last:2", encoder_lr=1e-3), epochs="6")
     assert outcome.is_better
     assert evaluate(home, outcome.run, "val", {})["metrics"]["acc1"] == outcome.after
     caches = joint_home.caches(home)
     (cache,) = [open_cache(path) for path in find_caches(home, "tiny") if open_cache(path).fingerprint == caches["image"]]
     tuned = load_file(outcome.weights["image"])
-    plan = joint_home.together(home, init, IMAGE, resolve_joint_settings(init, {}))
-    _, live = joint_home.assembled(plan)
-    moved = {name for name, tensor in live["image"].encoder.state_dict().items() if not torch.equal(tensor, tuned[name])}
+    plan = joint_home.joint_plan(home, init, IMAGE, resolve_joint_settings(init, {}))
+    _, encoders = joint_home.build_joint(plan)
+    moved = {name for name, tensor in encoders["image"].encoder.state_dict().items() if not torch.equal(tensor, tuned[name])}
     assert cache.identity["encoder"]["name"] == "timm"
     assert moved
     assert all(name.startswith(("network.blocks.4.", "network.blocks.5.")) for name in moved)
@@ -293,39 +301,39 @@ def test_the_last_blocks_alone(home: Path) -> None:
         ("baseline", {"train": "last:1", "augment": True}, "--augment needs --train image"),
     ],
 )
-def test_what_cannot_be_trained_is_refused(method: str, joint: dict[str, Any], message: str, home: Path) -> None:
+def test_impossible_joint_settings_are_refused(method: str, joint: dict[str, Any], message: str, home: Path) -> None:
     with pytest.raises(ValueError, match=message):
-        joint_home.tuned(home, joint_home.head(home, method, epochs=1), JointConfig(**joint))
+        joint_home.finetune_briefly(home, joint_home.train_small_head(home, method, epochs=1), JointConfig(**joint))
 
 
 @pytest.mark.parametrize("allocate", [lambda: torch.empty(2**60, dtype=torch.uint8), lambda: np.empty(2**60, np.uint8)])
-@pytest.mark.parametrize("place", ["opening", "training"])
+@pytest.mark.parametrize("moment", ["opening", "training"])
 def test_too_little_memory_names_the_options(
-    place: str, allocate: Callable[[], object], home: Path, monkeypatch: pytest.MonkeyPatch
+    moment: str, allocate: Callable[[], object], home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """An encoder asks for more than any machine has."""
+    """The encoder allocates more memory than any machine has."""
     forward = Timm.forward
 
-    def greedy(encoder: Timm, prepared: Tensor) -> Tensor:
-        if torch.is_grad_enabled() == (place == "training"):
+    def allocating_forward(encoder: Timm, prepared: Tensor) -> Tensor:
+        if torch.is_grad_enabled() == (moment == "training"):
             allocate()
         return forward(encoder, prepared)
 
-    init = joint_home.head(home, "baseline", epochs=1)
-    monkeypatch.setattr(Timm, "forward", greedy)
+    init = joint_home.train_small_head(home, "baseline", epochs=1)
+    monkeypatch.setattr(Timm, "forward", allocating_forward)
     with pytest.raises(ValueError, match=r"--checkpointing, --accumulate 4, or a smaller --train batch_size"):
-        joint_home.tuned(home, init, IMAGE)
+        joint_home.finetune_briefly(home, init, IMAGE)
 
 
-def test_what_failed_in_stage_1_does_not_stop_the_next_cache(tiny_manifest: Manifest, tmp_path: Path) -> None:
-    """An eighth of the pictures cannot be read, which the first extraction was told to put up with."""
+def test_failures_of_stage_1_do_not_stop_the_next_cache(tiny_manifest: Manifest, tmp_path: Path) -> None:
+    """An eighth of the images cannot be read, and the first extraction allowed that many failures."""
     media = Path(shutil.copytree(tiny_manifest.media_root, tmp_path / "media"))
     for number in (0, 4, 8):
         (media / f"red-{number}.png").write_bytes(b"")
     (media / "blue-0.png").write_bytes(b"")
     (media / "grey-1.png").write_bytes(b"")
     home = joint_home.make_home(replace(tiny_manifest, media_root=media), tmp_path / "home", max_failures=0.2)
-    outcome = joint_home.tuned(home, joint_home.head(home, "baseline", epochs=1), IMAGE, epochs="4")
+    outcome = joint_home.finetune_briefly(home, joint_home.train_small_head(home, "baseline", epochs=1), IMAGE, epochs="4")
     assert outcome.is_better
     tuned = {path.name: open_cache(path).failed_ids for path in find_caches(home, "tiny") if path.name.startswith("timm")}
     assert [len(failed) for failed in tuned.values()] == [5, 5]

@@ -1,4 +1,4 @@
-"""Live batches: the texts that stage 2 would have read, pictures that change by their name, items a batch ahead."""
+"""Inputs of joint training: the texts that stage 2 reads, image augmentation by sample, and items one batch ahead."""
 
 from __future__ import annotations
 
@@ -12,20 +12,21 @@ import torch
 from helpers import joint_home
 from torch import Tensor
 
-from pipeline.cache.table import shuffled
+from pipeline.cache.table import shuffled_batches
 from pipeline.data.manifest import Manifest
 from pipeline.runtime.rng import KeyedRNG
 from pipeline.training.config import TrainConfig
 from pipeline.training.joint.ddp import DistributedContext
-from pipeline.training.joint.inputs import Chunks, augmented, mapped, picked, with_items
-from pipeline.training.joint.trainer import JointConfig, source_of
+from pipeline.training.joint.inputs import TensorChunks, augment_images, open_mapped, prefetch_items, select_items
+from pipeline.training.joint.plan import JointConfig
+from pipeline.training.joint.trainer import joint_source
 from pipeline.types import Batch
 
 TRAINING = TrainConfig(batch_size=8)
 
 
 @pytest.fixture(scope="module")
-def captioned(tiny_manifest: Manifest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def captioned_home(tiny_manifest: Manifest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A home in which samples have three texts, one, or none."""
     words = ("a cat", "quick dog", "the lazy fox")
     samples = tuple(
@@ -37,45 +38,46 @@ def captioned(tiny_manifest: Manifest, tmp_path_factory: pytest.TempPathFactory)
 
 
 @pytest.mark.parametrize("aggregate", ["mean", "first", "random"])
-def test_live_texts_are_those_of_stage_2(aggregate: str, captioned: Path) -> None:
-    """Before a step is taken, live features are the cached ones in every epoch, filled up where a sample has no text."""
-    init = joint_home.head(captioned, "ema", aggregate=aggregate, epochs=1)
-    plan = joint_home.together(captioned, init, JointConfig(train="both"), TRAINING)
-    model, live = joint_home.assembled(plan)
-    source = source_of(plan, model, live, joint_home.ALONE, progress=False)
-    cached = shuffled(plan.features.train, 8, 0)
-    drawn = []
+def test_encoded_texts_are_those_of_stage_2(aggregate: str, captioned_home: Path) -> None:
+    """Before the first step, the encoded features equal the cached ones in every epoch, also for samples without a text."""
+    init = joint_home.train_small_head(captioned_home, "ema", aggregate=aggregate, epochs=1)
+    plan = joint_home.joint_plan(captioned_home, init, JointConfig(train="both"), TRAINING)
+    model, encoders = joint_home.build_joint(plan)
+    source = joint_source(plan, model, encoders, joint_home.ALONE, progress=False)
+    cached = shuffled_batches(plan.features.train, 8, 0)
+    num_texts = []
     for epoch in range(3):
         for ours, theirs in zip(source(epoch), cached(epoch), strict=True):
             with torch.no_grad():
-                found = model.live(ours)
+                found = model.encode_batch(ours)
             for key in ("text", "image"):
                 torch.testing.assert_close(found[key], theirs[key], rtol=1e-4, atol=1e-5)
-            drawn.append(len(ours["text_owner"]))
+            num_texts.append(len(ours["text_owner"]))
             model.loss(ours, KeyedRNG.seeded(0, ours["key"]), "joint")
-    texts = {"mean": 8 * (3 + 1), "first": 8 * 2, "random": 8 * 2}[aggregate]  # of 24 samples a third each
-    assert sum(drawn) == 3 * texts
+    # of the 24 samples, a third has three texts, a third one text, and a third no text
+    expected = {"mean": 8 * (3 + 1), "first": 8 * 2, "random": 8 * 2}[aggregate]
+    assert sum(num_texts) == 3 * expected
 
 
-def test_augmentation_is_named_by_the_sample() -> None:
+def test_augmentation_depends_on_seed_epoch_and_sample() -> None:
     items = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (6, 3, 20, 30), dtype=np.uint8))
     keys = torch.arange(6)
     rng = KeyedRNG.seeded(0, keys).at("augment", 1)
-    whole = augmented(items, rng)
+    whole = augment_images(items, rng)
     assert whole.shape == items.shape
     assert whole.dtype == torch.uint8
-    assert torch.equal(augmented(items[2:4], KeyedRNG.seeded(0, keys[2:4]).at("augment", 1)), whole[2:4])
-    assert not torch.equal(augmented(items, KeyedRNG.seeded(0, keys).at("augment", 2)), whole)
+    assert torch.equal(augment_images(items[2:4], KeyedRNG.seeded(0, keys[2:4]).at("augment", 1)), whole[2:4])
+    assert not torch.equal(augment_images(items, KeyedRNG.seeded(0, keys).at("augment", 2)), whole)
     with pytest.raises(ValueError, match="prepared items are pictures"):
-        augmented(torch.zeros(6, 768), rng)
+        augment_images(torch.zeros(6, 768), rng)
 
 
-def test_augmentation_sees_at_least_half_of_a_picture_and_mirrors_half_of_them() -> None:
-    """Pictures whose channels are the coordinates of their pixels show what was cut."""
+def test_augmentation_keeps_half_of_the_area_and_mirrors_half_of_the_images() -> None:
+    """The channels of these images are the coordinates of their pixels, which show the crop."""
     size, count = 40, 200
     row, column = torch.meshgrid(torch.arange(size), torch.arange(size), indexing="ij")
     items = torch.stack([row, column, row]).float().expand(count, 3, size, size)
-    seen = augmented(items, KeyedRNG.seeded(0, torch.arange(count)))
+    seen = augment_images(items, KeyedRNG.seeded(0, torch.arange(count)))
     height = (seen[:, 0].amax(dim=(1, 2)) - seen[:, 0].amin(dim=(1, 2)) + 1) / size
     width = (seen[:, 1].amax(dim=(1, 2)) - seen[:, 1].amin(dim=(1, 2)) + 1) / size
     assert (height * width).min() > 0.45
@@ -87,7 +89,7 @@ def test_augmentation_sees_at_least_half_of_a_picture_and_mirrors_half_of_them()
     assert 70 <= int(mirrored.sum()) <= 130
 
 
-def test_items_come_one_batch_ahead_and_errors_come_out() -> None:
+def test_items_are_prefetched_and_errors_are_raised() -> None:
     fetched = []
 
     def source(epoch: int) -> Iterator[Batch]:
@@ -100,29 +102,29 @@ def test_items_come_one_batch_ahead_and_errors_come_out() -> None:
             raise ValueError("no such file")
         return {"items": batch["key"] * 2}
 
-    batches = list(with_items(source, fetch)(0))
+    batches = list(prefetch_items(source, fetch)(0))
     assert [batch["items"].tolist() for batch in batches] == [[0, 0], [0, 2], [0, 4], [0, 6]]
     assert fetched == [0, 1, 2, 3]
     with pytest.raises(ValueError, match="no such file"):
-        list(with_items(source, fetch)(1))
+        list(prefetch_items(source, fetch)(1))
 
 
 @pytest.mark.parametrize("count", [1, 5, 7, 8])
-@pytest.mark.parametrize("size", [1, 2, 3, 4])
-def test_shares_are_equal_and_cover_a_batch_in_order(count: int, size: int) -> None:
-    shares = [DistributedContext(rank, size).share(count) for rank in range(size)]
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+def test_shares_are_equal_and_cover_a_batch_in_order(count: int, world_size: int) -> None:
+    shares = [DistributedContext(rank, world_size).local_positions(count) for rank in range(world_size)]
     assert len({len(share) for share in shares}) == 1
     joined: Tensor = torch.cat(shares)
     assert torch.equal(joined[:count], torch.arange(count))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_rows_are_picked_bit_by_bit(dtype: torch.dtype, tmp_path: Path) -> None:
+def test_items_are_selected_bit_by_bit(dtype: torch.dtype, tmp_path: Path) -> None:
     rows = torch.randn(20, 3).to(dtype)
 
-    def chunks() -> Chunks:
+    def chunks() -> TensorChunks:
         yield from rows.split(6)
 
-    items, order = mapped(tmp_path / "x.npy", chunks, 20), torch.tensor([7, 0, 19, 7])
-    assert torch.equal(picked(items, order), rows[order])
-    assert picked(items, order).dtype == dtype
+    items, order = open_mapped(tmp_path / "x.npy", chunks, 20), torch.tensor([7, 0, 19, 7])
+    assert torch.equal(select_items(items, order), rows[order])
+    assert select_items(items, order).dtype == dtype

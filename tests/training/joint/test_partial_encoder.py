@@ -1,4 +1,4 @@
-"""The blocks of every encoder family are found, and its last ones learn from stored states as they do from pictures."""
+"""The blocks of every encoder family are found, and the last blocks train from stored states as they do from images."""
 
 from __future__ import annotations
 
@@ -13,8 +13,13 @@ from PIL import Image
 from torch import Tensor, nn
 
 from pipeline.encoders._factory import build_encoder
-from pipeline.training.joint.encoder_blocks import blocks, depths, executed, recomputed
-from pipeline.training.joint.inputs import Chunks, mapped
+from pipeline.training.joint.encoder_blocks import (
+    enable_checkpointing,
+    find_blocks,
+    modules_in_execution_order,
+    parameter_depths,
+)
+from pipeline.training.joint.inputs import TensorChunks, open_mapped
 from pipeline.training.joint.partial_encoder import PartialEncoder
 
 KINDS = ("vit", "siglip")
@@ -39,8 +44,8 @@ BLOCKS = {  # the class of a family's blocks and how many it has
 
 
 def built(case: str, folder: Path) -> tuple[nn.Module, Tensor]:
-    """A small float32 encoder of a family, and a batch of three different items."""
-    name, settings = encoder_cases.family(case, folder / "model")
+    """A small float32 encoder of a family, and a prepared batch of three different items."""
+    name, settings = encoder_cases.family_settings(case, folder / "model")
     settings |= {"side": "64"} if name == "efficientnet_lite" else {}
     settings |= {} if name == "frames" else {"compute_dtype": "float32"}
     encoder = build_encoder(name, {"weights": "random", **settings})[1]
@@ -63,16 +68,16 @@ def built(case: str, folder: Path) -> tuple[nn.Module, Tensor]:
 @pytest.mark.parametrize("case", encoder_cases.FAMILIES)
 def test_the_blocks_of_every_family_are_found(case: str, tmp_path: Path) -> None:
     encoder, items = built(case, tmp_path)
-    ran = executed(encoder, items[:1])
-    parts = blocks(ran)
-    assert (type(parts[0]).__name__, len(parts)) == BLOCKS[case]
-    depth = depths(encoder, ran, parts)
+    executed = modules_in_execution_order(encoder, items[:1])
+    blocks = find_blocks(executed)
+    assert (type(blocks[0]).__name__, len(blocks)) == BLOCKS[case]
+    depth = parameter_depths(encoder, executed, blocks)
     for name, module in encoder.named_modules():
-        if module in parts:
+        if module in blocks:
             own = [depth[f"{name}.{parameter}"] for parameter, _ in module.named_parameters()]
-            assert set(own) == {parts.index(module) + 1}
+            assert set(own) == {blocks.index(module) + 1}
     before = gradients(encoder, encoder(items))
-    recomputed(parts)
+    enable_checkpointing(blocks)
     after = gradients(encoder, encoder(items))
     assert before.keys() == after.keys()
     for name, gradient in before.items():
@@ -88,38 +93,38 @@ def gradients(encoder: nn.Module, features: Tensor) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("case", IMAGES)
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_stored_states_train_the_last_blocks_as_pictures_do(case: str, checkpointing: bool, tmp_path: Path) -> None:
+def test_stored_states_train_the_last_blocks_as_images_do(case: str, checkpointing: bool, tmp_path: Path) -> None:
     encoder, items = built(case, tmp_path)
-    parts = blocks(executed(encoder, items[:1]))
-    bridge = PartialEncoder(encoder, parts, 1, items[:1])
-    states = bridge.capture(items)
+    blocks = find_blocks(modules_in_execution_order(encoder, items[:1]))
+    partial_encoder = PartialEncoder(encoder, blocks, 1, items[:1])
+    states = partial_encoder.capture(items)
     for parameter in encoder.parameters():
         parameter.requires_grad_(False)
-    for parameter in parts[-1].parameters():
+    for parameter in blocks[-1].parameters():
         parameter.requires_grad_(True)
-    live = encoder(items)
-    expected = gradients(encoder, live)
+    direct = encoder(items)
+    expected = gradients(encoder, direct)
     if checkpointing:
-        recomputed(bridge.trained)
-    replayed = bridge(states)
-    torch.testing.assert_close(replayed, live, rtol=1e-5, atol=1e-5)
+        enable_checkpointing(partial_encoder.trained_blocks)
+    replayed = partial_encoder(states)
+    torch.testing.assert_close(replayed, direct, rtol=1e-5, atol=1e-5)
     found = gradients(encoder, replayed)
     assert found.keys() == expected.keys()
     assert expected
     for name, gradient in expected.items():
         torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(encoder(items), live)  # the encoder itself is as it was
+    torch.testing.assert_close(encoder(items), direct)  # the encoder itself has not changed
 
 
 @pytest.mark.parametrize("case", ["frames", "transformers_video xclip"])
-def test_encoders_that_meet_several_pictures_are_refused(case: str, tmp_path: Path) -> None:
+def test_encoders_that_combine_several_images_are_refused(case: str, tmp_path: Path) -> None:
     encoder, items = built(case, tmp_path)
     with pytest.raises(ValueError, match="choose --train image"):
-        PartialEncoder(encoder, blocks(executed(encoder, items[:1])), 1, items[:1])
+        PartialEncoder(encoder, find_blocks(modules_in_execution_order(encoder, items[:1])), 1, items[:1])
 
 
-class Toy(nn.Module):
-    """Two blocks over tokens; `kind` is what the last one needs beside their states."""
+class ToyEncoder(nn.Module):
+    """Two blocks over tokens; `kind` says what the last block needs besides the states of the first."""
 
     def __init__(self, kind: str) -> None:
         super().__init__()
@@ -148,14 +153,14 @@ class Toy(nn.Module):
 
 
 class ToyBlock(nn.Module):
-    """A residual block that may be gated, and takes a tuple as it is."""
+    """A residual block with an optional gate; it takes a tensor or a tuple."""
 
     def __init__(self) -> None:
         super().__init__()
         self.linear = nn.Linear(4, 4)
 
     def forward(self, x: Tensor | tuple[Tensor, Tensor], gate: float | Tensor = 1.0) -> Any:
-        """Tokens [B, T, 4]."""
+        """Return tokens [B, T, 4]."""
         if isinstance(x, tuple):
             return self(x[0]), x[1]
         return x + gate * torch.tanh(self.linear(x))
@@ -165,7 +170,7 @@ class ToyBlock(nn.Module):
 @pytest.mark.parametrize("kind", ["gate", "skip", "tuple", "keyword", "sequence first", "twice", "nothing"])
 def test_last_blocks_that_need_more_than_their_states_are_refused(kind: str, item: Tensor) -> None:
     torch.manual_seed(0)
-    encoder = Toy(kind)
+    encoder = ToyEncoder(kind)
     if kind == "nothing":
         PartialEncoder(encoder, [*encoder.blocks], 1, item)
         return
@@ -178,7 +183,7 @@ def test_a_real_encoder_with_tuples_between_its_blocks_is_refused() -> None:
     item = torch.zeros(1, 3, 224, 224, dtype=torch.uint8)
     assert isinstance(encoder, nn.Module)
     with pytest.raises(ValueError, match="choose --train image"):
-        PartialEncoder(encoder, blocks(executed(encoder, item)), 1, item)
+        PartialEncoder(encoder, find_blocks(modules_in_execution_order(encoder, item)), 1, item)
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int32, torch.float32, torch.bfloat16])
@@ -186,7 +191,7 @@ def test_mapped_rows_are_made_once_and_whole(dtype: torch.dtype, tmp_path: Path)
     rows = (torch.arange(60).reshape(10, 2, 3) * 3).to(dtype)
     path, calls = tmp_path / "rows.npy", 0
 
-    def chunks(fail: bool = False) -> Chunks:
+    def chunks(fail: bool = False) -> TensorChunks:
         nonlocal calls
         calls += 1
         yield rows[:4]
@@ -195,11 +200,11 @@ def test_mapped_rows_are_made_once_and_whole(dtype: torch.dtype, tmp_path: Path)
         yield rows[4:]
 
     with pytest.raises(KeyboardInterrupt):
-        mapped(path, lambda: chunks(fail=True), 10)
+        open_mapped(path, lambda: chunks(fail=True), 10)
     assert not list(tmp_path.iterdir())
-    (tmp_path / ".rows.npy.tmp").write_bytes(b"left by a preparation that was killed")
+    (tmp_path / ".rows.npy.tmp").write_bytes(b"left by a process that was killed")
     for _ in range(2):
-        found = mapped(path, chunks, 10)
+        found = open_mapped(path, chunks, 10)
         assert found.dtype == dtype
         assert torch.equal(found, rows)
     assert calls == 2

@@ -1,0 +1,138 @@
+"""What a worker of a grid does: train a group of runs as one model, or evaluate one run on the test split.
+
+A worker is this process, another process of this machine, or a dask worker. It gets only names, settings and paths, opens the
+features itself, and writes its results into the folders of the runs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from threading import Lock
+from typing import Any, NamedTuple, TypeVar
+
+from pipeline.evaluation.evaluate import evaluate
+from pipeline.runtime.runs import RunFolder
+from pipeline.training.config import TrainConfig
+from pipeline.training.features import FeatureSet, open_features
+from pipeline.training.heads import HeadPlan, head_capacity, plan_head_on, train_heads
+
+ItemT = TypeVar("ItemT")
+_ONE_JOB = Lock()  # the generator that initialises weights and the number of threads belong to the whole process
+
+
+@dataclass(frozen=True, slots=True)
+class SearchOptions:
+    """How the runs of a grid are trained. These options do not change which runs they are."""
+
+    max_ensemble_size: int  # runs trained as one model at most; 0: as many as fit in memory
+    num_local_workers: int  # worker processes that share this machine's memory
+    progress: bool  # show a progress bar of epochs
+
+
+@dataclass(frozen=True, slots=True)
+class FeatureRef:
+    """Names and fingerprints of features, from which another process opens the same features."""
+
+    home: Path
+    dataset: str
+    manifest: str  # fingerprint
+    caches: tuple[tuple[str, str], ...]  # batch key, fingerprint
+    aggregate: str
+
+
+class PlannedRun(NamedTuple):
+    """One run of a group."""
+
+    settings: Any  # the method's Config
+    training: TrainConfig
+    path: Path  # folder of the run
+
+
+@dataclass(frozen=True, slots=True)
+class GroupJob:
+    """Runs of one structure and one seed to train together."""
+
+    features_ref: FeatureRef
+    method: str
+    seed: int
+    runs: tuple[PlannedRun, ...]
+    last_epoch: float  # training pauses when this epoch of the last phase is validated; inf: train to the end
+    options: SearchOptions
+
+
+def train_group(job: GroupJob) -> dict[Path, str]:
+    """Train or continue the runs of a job.
+
+    Returns:
+        The folders of the runs that failed, with the reason of each.
+
+    Raises:
+        ValueError: this machine has other files than the process that made the job, or no run can be started.
+    """
+    with _ONE_JOB:
+        try:
+            features = _open_features(job.features_ref, job.method)
+            heads = [plan_head_on(features, job.method, run.settings, run.training, job.seed) for run in job.runs]
+            for head, run in zip(heads, job.runs, strict=True):
+                if head.run.path != run.path:
+                    raise ValueError(f"a worker would train {head.run.path} instead of {run.path}: its files are not the same")
+            size = job.options.max_ensemble_size or max(1, head_capacity(heads[0]) // job.options.num_local_workers)
+        except (RuntimeError, MemoryError) as error:
+            raise _name_run(job.runs[0].path, error) from error
+        failed = _train_ensembles(split_evenly(heads, size), job)
+    return {run.path: str(error) for run, error in failed.items()}
+
+
+def _train_ensembles(ensembles: Sequence[Sequence[HeadPlan]], job: GroupJob) -> dict[RunFolder, ValueError]:
+    """Train each ensemble as one model and return the runs that failed.
+
+    When torch fails, the ensemble is split into halves: memory may be too small for all, or one run may cause the error.
+    """
+    failed: dict[RunFolder, ValueError] = {}
+    pending = list(ensembles)
+    while pending:
+        heads = pending.pop(0)
+        try:
+            failed |= train_heads(heads, job.options.progress, lambda epoch, metric: epoch >= job.last_epoch)
+        except (RuntimeError, MemoryError) as error:
+            if len(heads) > 1:
+                pending[:0] = split_evenly(heads, math.ceil(len(heads) / 2))
+            else:
+                failed[heads[0].run] = _name_run(heads[0].run.path, error)
+    return failed
+
+
+def _name_run(run: Path, error: RuntimeError | MemoryError) -> ValueError:
+    """Return an error of torch as one line that names the run."""
+    lines = str(error).splitlines() or [type(error).__name__]
+    return ValueError(f"{run}: {lines[0]}")
+
+
+def split_evenly(items: Sequence[ItemT], max_size: int) -> list[Sequence[ItemT]]:
+    """Split items, in order, into as few parts of at most `max_size` as possible; all but the last are equally large."""
+    size = math.ceil(len(items) / math.ceil(len(items) / max_size))
+    return [items[start : start + size] for start in range(0, len(items), size)]
+
+
+@lru_cache(maxsize=1)
+def _open_features(features_ref: FeatureRef, method: str) -> FeatureSet:
+    """Open the features; the latest ones stay in memory for the next job of this process."""
+    return open_features(features_ref.home, features_ref.dataset, method, dict(features_ref.caches), features_ref.aggregate)
+
+
+def evaluate_run(job: tuple[Path, Path]) -> dict[str, float]:
+    """Return the metrics of a run on the test split.
+
+    Args:
+        job: The home folder, and the folder of the run.
+    """
+    home, path = job
+    with _ONE_JOB:
+        try:
+            return evaluate(home, RunFolder.at(path), "test", {})["metrics"]
+        except (RuntimeError, MemoryError) as error:
+            raise _name_run(path, error) from error

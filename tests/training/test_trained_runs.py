@@ -1,0 +1,144 @@
+"""Finished runs: their files, damage to them, and evaluation, which text can never influence."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from threading import Thread
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from helpers.tiny_heads import caches_by_key, train_tiny
+
+from pipeline.cache import open_cache
+from pipeline.cache.table import load_split
+from pipeline.evaluation.evaluate import evaluate, predict, read_metrics
+from pipeline.runtime import files, plugins
+from pipeline.training.config import TrainConfig
+from pipeline.training.heads import resolve_head_settings
+
+
+@pytest.mark.parametrize("method", plugins.names("methods"))
+def test_a_run_leaves_everything_and_is_not_repeated(method: str, home: Path) -> None:
+    run = train_tiny(home, method)
+    names = {path.name for path in run.path.iterdir()}
+    assert {"config.json", "history.csv", "checkpoint.safetensors", "done"} <= names
+    assert "state.pt" not in names
+    history = pd.read_csv(run.path / "history.csv")
+    assert np.isfinite(history["loss"]).all()
+    written = {path: path.stat().st_mtime_ns for path in run.path.iterdir()}
+    assert train_tiny(home, method).path == run.path
+    assert {path: path.stat().st_mtime_ns for path in run.path.iterdir()} == written
+
+
+@pytest.mark.parametrize(
+    ("name", "damage", "message"),
+    [
+        ("config.json", "{", "config.json is damaged"),
+        ("config.json", '{"dataset": "tiny"}', "config.json is damaged"),
+        ("config.json", None, "does not hash to the name of its folder"),
+        ("checkpoint.safetensors", "", "checkpoint.safetensors is damaged"),
+        ("done", "", "done is damaged"),
+        ("metrics.json", "[1]", "metrics.json is damaged"),
+    ],
+)
+def test_damaged_runs_are_named_with_the_remedy(name: str, damage: str | None, message: str, home: Path) -> None:
+    run = train_tiny(home, "ema")
+    evaluate(home, run, "val", {})
+    path = run.path / name
+    path.write_text(path.read_text().replace("per_dim", "l2sqrtd") if damage is None else damage)
+    with pytest.raises(ValueError, match=message):
+        evaluate(home, run, "test", {})
+
+
+@pytest.mark.parametrize(
+    "state", [b"nonsense", {}, [], {"state": {"colour": 1}}, {"state": {}, "method": {}}, {"state": {"phase": 9}}]
+)
+def test_a_damaged_state_is_named_with_the_remedy(state: Any, home: Path) -> None:
+    run = train_tiny(home, "ema")
+    (run.path / "done").unlink()
+    if isinstance(state, bytes):
+        (run.path / "state.pt").write_bytes(state)
+    else:
+        torch.save(state, run.path / "state.pt")
+    with pytest.raises(ValueError, match=r"state\.pt is damaged; delete "):
+        train_tiny(home, "ema")
+
+
+def test_one_run_has_one_writer(home: Path) -> None:
+    run = train_tiny(home, "ema")
+    with files.lock(run.path):
+        other = Thread(target=evaluate, args=(home, run, "val", {}))
+        other.start()
+        time.sleep(0.3)
+        assert other.is_alive()
+        assert not read_metrics(run)
+    other.join(60)
+    assert list(read_metrics(run)) == ["val"]
+
+
+@pytest.mark.parametrize("method", plugins.names("methods"))
+def test_text_cannot_reach_a_prediction(method: str, home: Path) -> None:
+    run = train_tiny(home, method)
+    before = evaluate(home, run, "test", {})
+    logits = np.load(run.path / "predictions-test.npz")["logits"]
+    text_cache = home / "caches" / "tiny" / caches_by_key(home)["text"]
+    for shard in (text_cache / "features").rglob("*"):
+        if shard.is_file() and shard.name != "zarr.json":
+            shard.write_bytes(np.full(shard.stat().st_size // 2, np.nan, dtype=np.float16).tobytes())
+    (run.path / "metrics.json").unlink()
+    assert evaluate(home, run, "test", {})["metrics"] == before["metrics"]
+    assert np.array_equal(np.load(run.path / "predictions-test.npz")["logits"], logits)
+
+
+def test_predictions_do_not_depend_on_batches(home: Path) -> None:
+    from pipeline.data.manifest_files import read_manifest
+    from pipeline.evaluation.evaluate import apply_overrides, load_method
+
+    run = train_tiny(home, "seda")
+    image = open_cache(home / "caches" / "tiny" / caches_by_key(home)["image"])
+    table = load_split(read_manifest(home, "tiny"), {"image": image}, "test", torch.device("cpu"), "mean")
+    settings, changes = apply_overrides(run.config(), {"draws": "2"})
+    assert changes == {"draws": 2}
+    method = load_method(run, run.config(), settings)
+    one, seven, all_rows = (predict(method, table, 0, batch_size=size) for size in (1, 7, 64))
+    assert torch.allclose(one, all_rows, atol=1e-5)
+    assert torch.allclose(seven, all_rows, atol=1e-5)
+
+
+def test_every_read_of_the_test_split_is_logged(home: Path) -> None:
+    run = train_tiny(home, "cdr")
+    evaluate(home, run, "val", {})
+    assert not (run.path / "test_reads.jsonl").exists()
+    evaluate(home, run, "test", {})
+    evaluate(home, run, "test", {})
+    evaluate(home, run, "test", {"draws": "2"})
+    lines = [json.loads(line) for line in (run.path / "test_reads.jsonl").read_text().splitlines()]
+    assert [line["evaluation"] for line in lines] == ["test", "test@draws=2"]
+
+
+def test_only_settings_of_prediction_can_be_overridden(home: Path) -> None:
+    run = train_tiny(home, "cdr")
+    for key in ("hidden", "scale", "dropout", "T", "w_ce"):
+        with pytest.raises(ValueError, match="is a setting of training"):
+            evaluate(home, run, "val", {key: "global" if key == "scale" else "8"})
+    with pytest.raises(ValueError, match="prediction can change nothing of ema"):
+        evaluate(home, train_tiny(home, "ema"), "val", {"width": "8"})
+    evaluate(
+        home, run, "val", {"draws": "1", "sample_steps": "5"}
+    )  # equal to the settings of the run, so this is the same evaluation
+    evaluate(home, run, "val", {"draws": "2", "eta": "0.0"})
+    assert list(read_metrics(run)) == ["val", "val@draws=2"]
+
+
+def test_settings_out_of_range_are_refused() -> None:
+    with pytest.raises(ValueError, match="'lr' must be positive"):
+        TrainConfig(lr=0.0)
+    with pytest.raises(ValueError, match="unknown preset 'fast'; choose one of: paper, head, tuned"):
+        resolve_head_settings("tiny", "ema", "fast", {}, {})
+    with pytest.raises(ValueError, match=r"unknown setting 'depth'; choose one of: denoiser, .*T \(= num_steps\)"):
+        resolve_head_settings("tiny", "cdr", "head", {"depth": 3}, {})
