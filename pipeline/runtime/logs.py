@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import logging
 import sys
+import time
 from collections.abc import Iterable
 from typing import Any
 
@@ -40,22 +41,32 @@ def set_up_logging(level: int = logging.INFO) -> None:
 class ProgressBar(tqdm):
     """A progress bar with a label.
 
-    On a terminal it is drawn in place; elsewhere a line is printed now and then. It is not shown if the logging level is above
-    INFO.
+    On a terminal it is drawn in place. Elsewhere a line is printed every ten seconds and at the end. It is not shown if the
+    logging level is above INFO.
     """
 
     def __init__(self, iterable: Iterable[Any] | None = None, *, label: str, show: bool = True, **options: Any) -> None:
         self._is_sparse = not sys.stderr.isatty()
+        self._next_line_at = time.monotonic() + SPARSE_SECONDS
         if self._is_sparse:
             options |= {"mininterval": SPARSE_SECONDS, "maxinterval": SPARSE_SECONDS, "ncols": 100}
         is_quiet = logging.getLogger("pipeline").level > logging.INFO
         super().__init__(iterable, desc=label, disable=not show or is_quiet, file=sys.stderr, **options)
 
-    def close(self) -> None:
-        """Show the final state and close the bar."""
-        if self._is_sparse and not self.disable and self.last_print_t >= self.start_t + (self.delay or 0):
-            self.display()
+    def display(self, msg: str | None = None, pos: int | None = None) -> bool:
+        """Draw the bar; where lines are printed, only if the last one is old enough."""
         if self._is_sparse:
+            if time.monotonic() < self._next_line_at:
+                return False
+            self._next_line_at = time.monotonic() + SPARSE_SECONDS
+        return bool(super().display(msg, pos))
+
+    def close(self) -> None:
+        """Show the final state, unless the bar is one that disappears, and end."""
+        if self._is_sparse and not self.disable:
+            if self.leave is not False and time.time() >= self.start_t + (self.delay or 0):
+                self._next_line_at = 0.0
+                self.display()
             self.fp = io.StringIO()  # tqdm would print a line break, but each line has one already
             self.sp = _print_nothing
         super().close()
