@@ -53,13 +53,13 @@ class ProgressBar(tqdm):
         is_quiet = logging.getLogger("pipeline").level > logging.INFO
         super().__init__(iterable, desc=label, disable=not show or is_quiet, file=sys.stderr, **options)
 
-    def display(self, msg: str | None = None, pos: int | None = None) -> bool:
+    def display(self, msg: str | None = None, pos: int | None = None) -> Any:
         """Draw the bar; where lines are printed, only if the last one is old enough."""
         if self._is_sparse:
             if time.monotonic() < self._next_line_at:
                 return False
             self._next_line_at = time.monotonic() + SPARSE_SECONDS
-        return bool(super().display(msg, pos))
+        return super().display(msg, pos)
 
     def close(self) -> None:
         """Show the final state, unless the bar is one that disappears, and end."""
