@@ -32,7 +32,7 @@ def purpose(room: str) -> str:
 
 
 def wrapped(text: str, width: float) -> list[str]:
-    """The words of a text in lines that are not wider than so many pixels."""
+    """Break a text into lines that are at most `width` pixels wide."""
     lines = [""]
     for word in text.split():
         longer = f"{lines[-1]} {word}".strip()

@@ -49,3 +49,13 @@ def tiny_home(tiny_manifest: Manifest, tmp_path_factory: pytest.TempPathFactory)
     )
     extract(tiny_manifest, "random_projection", {"modality": "text", "width": 24}, home, options=ExtractOptions(progress=False))
     return home
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out the tests of GPUs where there is none."""
+    if torch.cuda.is_available():
+        return
+    on_gpu = [item for item in items if item.get_closest_marker("gpu")]
+    if on_gpu:
+        config.hook.pytest_deselected(items=on_gpu)
+        items[:] = [item for item in items if item not in on_gpu]

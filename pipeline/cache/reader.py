@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -20,6 +21,8 @@ from pipeline.cache import layout
 from pipeline.cache.layout import Commit
 from pipeline.data.manifest import Manifest
 from pipeline.runtime.files import fingerprint
+
+logger = logging.getLogger(__name__)
 
 SAMPLES_PER_READ = 8192  # samples whose rows are read and aggregated at a time
 
@@ -136,6 +139,7 @@ def open_cache(path: Path, expect: Mapping[str, Any] | None = None) -> Cache:
         state = f"{len(commits)} of {len(commits) + len(problems)} shards are complete ({unfinished[0]})"
         raise ValueError(f"{path} is incomplete: {state}; to complete it, run: {command}")
     ids = [str(sample_id) for sample_id in np.asarray(zarr.open_array(path / "ids", mode="r")[:])]
+    logger.debug("opened %s: %d samples in %d shards", path, len(ids), len(commits))
     is_ragged = attributes["kind"] == "ragged"
     offsets = np.asarray(zarr.open_array(path / "offsets", mode="r")[:]) if is_ragged else np.arange(len(ids) + 1)
     return Cache(

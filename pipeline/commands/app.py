@@ -6,13 +6,13 @@ The commands import the stages when they run, so that `diffalign --help` is quic
 from __future__ import annotations
 
 import errno
-import os
 import sys
 
 import typer
 
 from pipeline.commands import cache, data, doctor, features, finetune, grid, heads, report, studies
 from pipeline.commands.options import CommandGroup
+from pipeline.runtime.environment import set_environment
 from pipeline.runtime.logs import set_up_logging
 
 HELP = """Image classifiers that learn from text which exists only in training (MARNet, SeDA), on cached features.
@@ -62,7 +62,7 @@ def main() -> None:
 
     The exit code is 0 for success, 2 for bad input (with one line on stderr), 130 after an interruption, else 1.
     """
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    set_environment()
     set_up_logging()
     try:
         sys.exit(_run_command())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import sys
+import logging
 from pathlib import Path
 from typing import Annotated
 
@@ -22,6 +22,8 @@ from pipeline.commands.options import (
     show_table,
     to_frame,
 )
+
+logger = logging.getLogger(__name__)
 
 
 def fetch(
@@ -66,7 +68,7 @@ def prepare(
     source = root or (fetched if fetched.is_dir() else None)
     done = run_prepare(dataset, source, home, given, image_root=image_root, verify_media=verify_media, progress=True)
     for warning in (*done.warnings, *done.undecodable):
-        print(f"warning: {warning}", file=sys.stderr)
+        logger.warning(warning)
     if as_json:
         print(json.dumps({**asdict(done), "path": str(done.path)}, indent=1))
     else:

@@ -13,8 +13,8 @@ from pipeline.data.readers import LINE_LIMIT, line_error, text_lines
 from pipeline.types import Split
 
 _PACKAGE = Path(str(resources.files("pipeline")))
-# inside the installed package, or beside it in a checkout
-SPEC_FOLDER = next(f for f in (_PACKAGE / "data_manifests", _PACKAGE.parent / "data_manifests") if f.is_dir())
+_INSTALLED_SPECS, _CHECKOUT_SPECS = _PACKAGE / "data_manifests", _PACKAGE.parent / "data_manifests"
+SPEC_FOLDER = _INSTALLED_SPECS if _INSTALLED_SPECS.is_dir() else _CHECKOUT_SPECS
 COUNTS_PROFILES = ("official", "fixture")
 TEXT_AGGREGATES = ("join", "mean", "first", "random")  # how the texts of a sample become one vector
 RECORDED_OPTIONS = (  # keys of a spec that are recorded in the manifest, because they decide how it was built

@@ -13,7 +13,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 from pipeline.data.media import open_image
-from pipeline.runtime.device import default_device, make_cublas_repeatable
+from pipeline.runtime.device import default_device
+from pipeline.runtime.environment import set_environment
 
 THUMBNAIL_SIDE = 16  # pixels
 NUM_BUCKETS = 512  # trigrams are counted by their hash modulo this number
@@ -70,5 +71,5 @@ class RandomProjection(nn.Module):
 
 def build(config: Config) -> RandomProjection:
     """Build the encoder."""
-    make_cublas_repeatable()
+    set_environment()
     return RandomProjection(config).to(default_device())

@@ -142,6 +142,7 @@ def run_extraction(task: ExtractionTask, ignored_failures: frozenset[str] = NO_S
         if len(commits) < writer.num_shards:
             for warning in check_libraries(target.path, writer.provenance.get("versions", {}), target.input_rows.modality):
                 logger.warning(warning)
+        logger.debug("%s: %d of %d shards are complete", target.path, len(commits), writer.num_shards)
         if len(commits) < writer.num_shards or not writer.is_finished:
             budget = FailureBudget(len(target.input_rows), target.options.max_failures, ignored_failures)
             for commit in commits.values():

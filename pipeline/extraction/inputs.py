@@ -6,6 +6,7 @@ How a shard is cut into batches depends only on the shard and the batch size, so
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import sys
 import time
@@ -21,6 +22,8 @@ from pipeline.cache.layout import Failure, from_stored, to_stored
 from pipeline.data.manifest import Manifest
 from pipeline.runtime.device import default_device
 from pipeline.types import Encoder, Sample
+
+logger = logging.getLogger(__name__)
 
 NUM_PROBED_ITEMS = 16  # items that are tried to find out how many bytes one takes
 
@@ -185,6 +188,7 @@ class MemorySafeEncoder:
                 raise ValueError("one item alone does not fit into memory; take --set compute_dtype=bfloat16")
             else:
                 self.max_items = len(items) // 2
+                logger.debug("a batch of %d items does not fit into memory; %d from now on", len(items), self.max_items)
                 torch.cuda.empty_cache()
         return torch.cat(parts)
 

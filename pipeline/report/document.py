@@ -34,7 +34,7 @@ from pipeline.report.figure_blocks import (
 )
 from pipeline.report.figures import draw_differences
 from pipeline.report.grid_page import grid_sections
-from pipeline.report.provenance import provenance_blocks, test_read_blocks
+from pipeline.report.provenance import provenance_blocks, split_read_blocks
 from pipeline.report.results import DatasetResults, collect_results, plural
 from pipeline.report.sampler import sampler_curve_blocks
 from pipeline.runtime.files import write_atomic
@@ -183,7 +183,7 @@ def _selection_blocks(results: DatasetResults) -> list[Block]:
         f"Selection happens on the validation split. The epoch that is kept: {chosen}. Where a method has several "
         "configurations, the pictures show the one with the best mean validation metric."
     )
-    return [Paragraph(text), *test_read_blocks(results)]
+    return [Paragraph(text), *split_read_blocks(results)]
 
 
 def _old_manifest_warning(results: DatasetResults, manifest: Manifest) -> list[Block]:

@@ -14,7 +14,7 @@ from pipeline.runtime.files import canonical_json
 MAX_VALUE_CHARS = 400  # longer values are cut
 
 
-def test_read_blocks(results: DatasetResults) -> list[Block]:
+def split_read_blocks(results: DatasetResults) -> list[Block]:
     """Return how often, and when, the runs have read the test split."""
     rows = []
     num_reads = 0
@@ -46,10 +46,10 @@ def provenance_blocks(results: DatasetResults, manifest: Manifest) -> list[Block
         Heading("Provenance"),
         Table(("field", "value"), rows, "Licence and attribution as in the manifest.", num_text_columns=2),
     ]
-    return [*blocks, _versions(results), *_cache_sections(results), *_settings_sections(results)]
+    return [*blocks, _package_versions(results), *_cache_sections(results), *_settings_sections(results)]
 
 
-def _versions(results: DatasetResults) -> Block:
+def _package_versions(results: DatasetResults) -> Block:
     versions_by_library: dict[str, set[str]] = {}
     sources = [record["versions"] for row in results.rows for record in row.records]
     for versions in [*sources, *(cache["provenance"].get("versions", {}) for cache in results.caches)]:

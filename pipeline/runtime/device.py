@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import resource
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from typing import Literal
@@ -13,6 +12,8 @@ from typing import Literal
 import psutil
 import torch
 from torch import nn
+
+from pipeline.runtime.environment import set_environment
 
 CGROUP_LIMIT_FILES = tuple(
     Path("/sys/fs/cgroup", name) for name in ("memory/memory.limit_in_bytes", "memory.max", "memory.high")
@@ -52,8 +53,9 @@ def memory_limit_bytes() -> int:
     """
     found = [psutil.virtual_memory().total, resource.getrlimit(resource.RLIMIT_RSS)[0]]
     for path in CGROUP_LIMIT_FILES:
-        text = path.read_text().strip() if path.is_file() else ""
-        found += [int(text)] if text.isdecimal() else []
+        with suppress(OSError):  # a file that is not there, or that this user may not read, says nothing
+            text = path.read_text().strip()
+            found += [int(text)] if text.isdecimal() else []
     return min(limit for limit in found if limit > 0)
 
 
@@ -87,15 +89,10 @@ def move_for_inference(network: nn.Module, precision: Precision, device: torch.d
     return dtype
 
 
-def make_cublas_repeatable() -> None:
-    """Let cuBLAS give the same bits each time, by a fixed workspace; call it before the first matrix product on a GPU."""
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-
-
 @contextmanager
 def use_precision(precision: Precision, device: torch.device) -> Iterator[None]:
     """Inside the block, compute matrix products and convolutions in exactly this format, with repeatable results on a GPU."""
-    make_cublas_repeatable()
+    set_environment()
     exact = torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False)
     # cache_enabled=False: a cached bfloat16 copy of a weight would outlive the optimiser's step
     with exact, torch.autocast(device.type, torch.bfloat16, enabled=precision == "mixed", cache_enabled=False):

@@ -22,6 +22,8 @@ from dask.distributed import CancelledError, Client, Future, KilledWorker, Nanny
 from dask.system import CPU_COUNT
 
 from pipeline.runtime.device import default_device, num_visible_gpus, total_bytes
+from pipeline.runtime.environment import set_environment
+from pipeline.runtime.logs import set_up_logging
 
 EXECUTOR_MEMORY_SHARE = 0.8  # share of the memory that all processes together may use
 PROCESS_BYTES = 2**30  # memory of a process without data, roughly
@@ -103,8 +105,19 @@ def _has_gpu() -> bool:
     return default_device().type == "cuda"
 
 
+def _set_up_workers(client: Client) -> None:
+    """Let the workers say as much as this process, and set their environment before they compute."""
+    client.run(set_up_worker, logging.getLogger("pipeline").getEffectiveLevel())
+
+
+def set_up_worker(level: int) -> None:
+    """Set up a worker process: messages from this level upwards, and the environment variables of libraries."""
+    set_environment()
+    set_up_logging(level)
+
+
 def run_on_cluster(
-    client: Client, task: Callable[[JobT], ResultT], jobs: Sequence[JobT], name_of: Callable[[JobT], str] = lambda job: "it"
+    client: Client, task: Callable[[JobT], ResultT], jobs: Sequence[JobT], name_of: Callable[[JobT], str] | None = None
 ) -> Iterator[tuple[int, Callable[[], ResultT]]]:
     """Run jobs in the workers of a cluster, as `MapJobs`. Closing the iterator cancels the jobs that have not started.
 
@@ -112,7 +125,7 @@ def run_on_cluster(
         client: client of the cluster.
         task: the function to call.
         jobs: its arguments.
-        name_of: returns the name of a job, for the message that workers died while they ran it.
+        name_of: returns the name of a job that reads files, for the message that workers died while they ran it.
 
     Raises:
         ValueError: the connection to the scheduler is lost.
@@ -122,7 +135,7 @@ def run_on_cluster(
     try:
         for future in as_completed(list(futures), loop=client.loop):
             number = futures[future]
-            yield number, _result(future, name_of(jobs[number]))
+            yield number, _result(future, name_of(jobs[number]) if name_of else "")
     finally:
         if client.status == "running":
             with suppress(*SCHEDULER_LOST):
@@ -134,8 +147,9 @@ def _result(future: Future, name: str) -> Callable[[], Any]:
     try:
         return partial(_return, future.result())
     except KilledWorker as error:
-        message = f"{error.allowed_failures + 1} workers died of {name}: is a file damaged there, or memory short? "
-        return partial(_raise, ValueError(f"{message}with fewer of them the same command goes on from here"))
+        died = f"{error.allowed_failures + 1} workers died of {name or 'it'}: is"
+        remedy = "a file damaged there, or memory short? with fewer of them the same command goes on from here"
+        return partial(_raise, ValueError(f"{died} {remedy if name else 'memory short?'}"))
     except SCHEDULER_LOST as error:
         if future.status == "error":  # the worker's own error, such as a full disk
             raise
@@ -176,6 +190,7 @@ def connect_to_scheduler(address: str) -> Iterator[Client]:
     with client:
         if not client.scheduler_info()["workers"]:
             raise ValueError(f"the scheduler at {address} has no workers; start some with: dask worker {address}")
+        _set_up_workers(client)
         yield client
 
 
@@ -231,6 +246,7 @@ def local_cluster(environments: Sequence[Mapping[str, str]]) -> Iterator[Client]
         SpecCluster(workers=workers, scheduler=scheduler) as cluster,
         Client(cluster, set_as_default=False) as client,
     ):
+        _set_up_workers(client)
         yield client
 
 

@@ -117,7 +117,9 @@ def lock_file(path: Path, busy: str, wait: bool = False, shared: bool = False) -
         shared: other processes may hold the lock at the same time, if they also ask for a shared lock.
     """
     mode = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
-    with path.open("a") as file:
+    with path.open(
+        "a+"
+    ) as file:  # on NFS a shared lock needs a file that can be read, an exclusive one a file that can be written
         try:
             fcntl.flock(file, mode | fcntl.LOCK_NB)
         except BlockingIOError as error:
@@ -125,6 +127,7 @@ def lock_file(path: Path, busy: str, wait: bool = False, shared: bool = False) -
                 raise ValueError(busy) from error
             logger.info("waiting for the process that writes to %s", path.parent)
             fcntl.flock(file, mode)
+        logger.debug("locked %s%s", path, " together with others" if shared else "")
         try:
             yield
         finally:

@@ -61,6 +61,11 @@ class ProgressBar(tqdm):
             self._next_line_at = time.monotonic() + SPARSE_SECONDS
         return super().display(msg, pos)
 
+    def moveto(self, n: int) -> None:
+        """Move the cursor to another bar's line, which exists only on a terminal."""
+        if not self._is_sparse:
+            super().moveto(n)
+
     def close(self) -> None:
         """Show the final state, unless the bar is one that disappears, and end."""
         if self._is_sparse and not self.disable:

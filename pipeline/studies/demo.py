@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from pipeline.data.manifest_files import read_manifest
 from pipeline.data.prepare import prepare
@@ -18,6 +18,8 @@ from pipeline.training.heads import HeadPlan, plan_head, resolve_head_settings, 
 
 logger = logging.getLogger(__name__)
 
+RunT = TypeVar("RunT")
+ScoresT = TypeVar("ScoresT")
 DEMO_DATASET = "openmoji"
 DEMO_METHODS = ("baseline", "ema", "cdr", "marnet", "seda")
 DEMO_SEEDS = (0, 1, 2)
@@ -58,7 +60,7 @@ def run_demo(home: Path) -> str:
             extract(manifest, encoder, {}, home)
         seeds = ", ".join(map(str, DEMO_SEEDS))
         logger.info("3/4 %s methods, seeds %s; settings chosen on validation", len(DEMO_METHODS), seeds)
-        _train_all(runs)
+        train_on_all_cores(_train_and_evaluate, runs)
     summary = home / "reports" / DEMO_DATASET / "demo.txt"
     if runs or not summary.is_file():
         from pipeline.report import results_table, write_report
@@ -77,20 +79,20 @@ def _pending_runs(home: Path, encoders: Mapping[str, str]) -> list[DemoRun]:
     plans = [(method, encoders) for method in DEMO_METHODS] + [("baseline", {"image": encoders["text"]})]
     runs = [DemoRun(home.absolute(), method, seed, caches) for method, caches in plans for seed in DEMO_SEEDS]
     try:
-        return [run for run in runs if not set(_evaluation_names(run)) <= set(read_metrics(_plan(run).run))]
+        return [run for run in runs if not set(_planned_evaluations(run)) <= set(read_metrics(_plan(run).run))]
     except ValueError:  # there is no cache yet, or extract has to complete one
         return runs
 
 
-def _train_all(runs: Sequence[DemoRun]) -> None:
-    """Train and evaluate the runs on all cores."""
+def train_on_all_cores(train: Callable[[RunT], ScoresT], runs: Sequence[RunT]) -> list[ScoresT]:
+    """Call `train` for every run, on all cores, and return the results in the same order; the error of a run is raised."""
     from pipeline.runtime.executor import num_processes, open_executor
 
+    results: dict[int, ScoresT] = {}
     with open_executor("local", num_processes(-1, len(runs))) as executor:
-        for _, get_result in ProgressBar(
-            executor.map(_train_and_evaluate, runs), label="training", total=len(runs), unit="run"
-        ):
-            get_result()  # raises the error of a run that failed
+        for number, get_result in ProgressBar(executor.map(train, runs), label="training", total=len(runs), unit="run"):
+            results[number] = get_result()
+    return [results[number] for number in range(len(runs))]
 
 
 def _plan(run: DemoRun) -> HeadPlan:
@@ -103,7 +105,7 @@ def _overrides(run: DemoRun) -> list[Mapping[str, Any]]:
     return [{}, *EXTRA_OVERRIDES.get(run.method, ())] if "text" in run.caches else [{}]
 
 
-def _evaluation_names(run: DemoRun) -> list[str]:
+def _planned_evaluations(run: DemoRun) -> list[str]:
     return [evaluation_name(split, overrides) for split in ("val", "test") for overrides in _overrides(run)]
 
 

@@ -17,10 +17,8 @@ from pipeline.data.spec import load_spec
 from pipeline.evaluation.evaluate import evaluate
 from pipeline.evaluation.statistics import format_seeds
 from pipeline.extraction.extract import extract
-from pipeline.runtime.executor import num_processes, open_executor
-from pipeline.runtime.logs import ProgressBar
 from pipeline.runtime.runs import RunFolder
-from pipeline.studies.demo import DEMO_DATASET, DEMO_SEEDS
+from pipeline.studies.demo import DEMO_DATASET, DEMO_SEEDS, train_on_all_cores
 from pipeline.training.heads import plan_head, resolve_head_settings, train_head
 from pipeline.training.joint.ddp import check_single_process
 from pipeline.training.joint.finetune import finetune, resolve_joint_settings
@@ -76,12 +74,12 @@ def run_demo_joint(home: Path) -> str:
     }
     logger.info("2/3 %s: on frozen features, then together with the image encoder", ", ".join(JOINT_DEMO_METHODS))
     runs = _runs(home, caches, has_joint_stage=True)
-    first = _train_all(runs)
+    first = train_on_all_cores(train_and_score, runs)
     best, best_run = max(zip(first, runs, strict=True), key=lambda pair: pair[0].joint_val)
     rows = {"frozen": [scores.frozen for scores in first], "joint": [scores.joint for scores in first]}
     if best.joint_val:
         logger.info("3/3 heads on the encoder that was tuned with %s, the best on validation", best_run.method)
-        second = _train_all(_runs(home, {**caches, "image": best.image_cache}, has_joint_stage=False))
+        second = train_on_all_cores(train_and_score, _runs(home, {**caches, "image": best.image_cache}, has_joint_stage=False))
         rows["heads on tuned features"] = [scores.frozen for scores in second]
     else:
         logger.info("3/3 left out: nothing gained on validation, so there is no tuned encoder")
@@ -111,17 +109,6 @@ def train_and_score(run: JointDemoRun) -> JointDemoScores:
 
 def _test_accuracy(home: Path, run: RunFolder) -> float:
     return evaluate(home, run, "test", {})["metrics"]["acc1"]
-
-
-def _train_all(runs: Sequence[JointDemoRun]) -> list[JointDemoScores]:
-    """Train the runs on all cores and return their scores in the same order."""
-    scores: dict[int, JointDemoScores] = {}
-    with open_executor("local", num_processes(-1, len(runs))) as executor:
-        for number, get_result in ProgressBar(
-            executor.map(train_and_score, runs), label="training", total=len(runs), unit="run"
-        ):
-            scores[number] = get_result()
-    return [scores[number] for number in range(len(runs))]
 
 
 def _format_table(rows: Mapping[str, Sequence[float]], is_joint_better: Sequence[bool]) -> str:

@@ -269,7 +269,7 @@ def _evaluate_winner(
     """Return the winner's metrics on the test split by seed, and the reason for each run that could not be evaluated."""
     grid = leaderboard.grid
     runs = [leaderboard.run(cell, seed) for seed in grid.seeds]
-    _log_test_read(grid, cell, runs)
+    _announce_test_read(grid, cell, runs)
     tests: dict[int, Mapping[str, float]] = {}
     failed: dict[str, str] = {}
     for number, get_result in executor.map(evaluate_run, [(grid.features.home, run.path) for run in runs]):
@@ -280,7 +280,7 @@ def _evaluate_winner(
     return tests, failed
 
 
-def _log_test_read(grid: Grid, cell: int, runs: Sequence[RunFolder]) -> None:
+def _announce_test_read(grid: Grid, cell: int, runs: Sequence[RunFolder]) -> None:
     """Log for which cell the test split is read now, and whether runs of the grid have read it before."""
     earlier = {head.run for head in grid.heads.values() if (head.run.path / "test_reads.jsonl").is_file()}
     num_others = len(earlier.difference(runs))

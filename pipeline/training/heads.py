@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -29,6 +30,8 @@ from pipeline.training.features import FeatureSet, open_features
 from pipeline.training.loop import train
 from pipeline.training.state import Score, StopCheck, TrainState, delete_saved_state, never_stop
 from pipeline.types import Method, Predictor
+
+logger = logging.getLogger(__name__)
 
 HEADS_MEMORY_SHARE = 0.8  # share of the free memory that heads trained together may use
 STATE_COPIES = 5  # memory that a run needs on the CPU, in multiples of its weights: the best weights, and what is being saved
@@ -142,6 +145,7 @@ def train_heads(heads: Sequence[HeadPlan], progress: bool, should_stop: StopChec
         # All processes lock folders in the same order, so that no two of them wait for each other.
         for head in sorted(heads, key=lambda head: head.run.path):
             if head.run.is_done:
+                logger.debug("%s is trained already", head.run.path)
                 delete_saved_state(head.run)
                 continue
             method = _build_method(head, device)

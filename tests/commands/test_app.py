@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -201,3 +202,17 @@ def test_help_is_quick_and_imports_no_stage() -> None:
     assert "train-head" in done.stdout
     for module in ("torch", "pandas", "zarr", "pipeline.cache", "pipeline.data.manifest", "pipeline.runtime.runs"):
         assert f"'{module}'" not in done.stderr
+
+
+def test_verbose_and_quiet_change_what_is_said(
+    home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = [*train_arguments(home, "baseline"), "--json"]
+    assert run([*command, "-q"], monkeypatch) == 0
+    quiet = capsys.readouterr()
+    assert quiet.err == ""
+    assert run([*command, "-v"], monkeypatch) == 0
+    verbose = capsys.readouterr()
+    assert "is trained already" in verbose.err
+    assert re.search(r"opened \S+: 40 samples in 1 shards", verbose.err)
+    assert json.loads(verbose.out) == json.loads(quiet.out)

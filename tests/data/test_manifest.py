@@ -67,13 +67,13 @@ def test_files_are_byte_stable_and_say_nothing_about_the_machine(tmp_path: Path)
 def test_csv_holds_the_same_table_without_loss(tmp_path: Path) -> None:
     path = write_manifest(small_manifest(tmp_path), tmp_path)
     table = pd.read_parquet(path)
-    twin = pd.read_csv(path.with_suffix(".csv"), dtype=str, keep_default_na=False, na_values=[])
-    assert list(twin.columns) == list(table.columns)
+    csv_table = pd.read_csv(path.with_suffix(".csv"), dtype=str, keep_default_na=False, na_values=[])
+    assert list(csv_table.columns) == list(table.columns)
     for name in ("label_ids", "texts"):
-        assert [json.loads(cell) for cell in twin[name]] == [list(cell) for cell in table[name]]
+        assert [json.loads(cell) for cell in csv_table[name]] == [list(cell) for cell in table[name]]
     for name in ("dataset", "sample_id", "split", "media_type", "media_path", "source_row", "extra"):
-        assert twin[name].tolist() == table[name].astype(str).tolist()
-    assert twin["group_id"].tolist() == table["group_id"].fillna("").tolist() == ["g1", "g1", "", ""]
+        assert csv_table[name].tolist() == table[name].astype(str).tolist()
+    assert csv_table["group_id"].tolist() == table["group_id"].fillna("").tolist() == ["g1", "g1", "", ""]
     assert table["split"].tolist() == ["train", "train", "val", "test"]
     assert table["source_row"].tolist() == [1, 3, 2, 0]
 

@@ -77,12 +77,12 @@ def test_manifests_read_back_and_the_csv_file_holds_the_same_table(
     manifest = read_manifest(tmp_path, name)
     assert manifest.fingerprint() == report.fingerprint
     table = pd.read_parquet(report.path)
-    twin = pd.read_csv(report.path.with_suffix(".csv"), dtype=str, keep_default_na=False, na_values=[])
-    assert [json.loads(cell) for cell in twin["texts"]] == [list(cell) for cell in table["texts"]]
-    assert [json.loads(cell) for cell in twin["label_ids"]] == [list(cell) for cell in table["label_ids"]]
+    csv_table = pd.read_csv(report.path.with_suffix(".csv"), dtype=str, keep_default_na=False, na_values=[])
+    assert [json.loads(cell) for cell in csv_table["texts"]] == [list(cell) for cell in table["texts"]]
+    assert [json.loads(cell) for cell in csv_table["label_ids"]] == [list(cell) for cell in table["label_ids"]]
     for column in ("sample_id", "split", "media_path", "source_row", "extra"):
-        assert twin[column].tolist() == table[column].astype(str).tolist()
-    assert twin["group_id"].tolist() == table["group_id"].fillna("").tolist()
+        assert csv_table[column].tolist() == table[column].astype(str).tolist()
+    assert csv_table["group_id"].tolist() == table["group_id"].fillna("").tolist()
     write_manifest(manifest, tmp_path / "again")
     assert (tmp_path / "again" / "manifests" / f"{name}.parquet").read_bytes() == report.path.read_bytes()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 from pathlib import Path
@@ -20,3 +21,8 @@ def kill_first_attempt(marker: Path) -> int:
         marker.touch()
         os.kill(os.getpid(), signal.SIGKILL)
     return os.getpid()
+
+
+def logging_level(name: str) -> tuple[int, str]:
+    """Return the level of a logger, and the environment variable that cuBLAS reads."""
+    return logging.getLogger(name).level, os.environ["CUBLAS_WORKSPACE_CONFIG"]

@@ -22,3 +22,12 @@ def test_the_user_s_workspace_of_cublas_is_kept(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":16:8")
     with use_precision("float32", CPU):
         assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":16:8"
+
+
+@pytest.mark.gpu
+def test_products_on_a_gpu_repeat_their_bits() -> None:
+    device = torch.device("cuda")
+    a, b = (torch.randn(512, 768, device=device) for _ in range(2))
+    with use_precision("mixed", device):
+        first, second = ((a @ b.T).sum(dim=0) for _ in range(2))
+    assert torch.equal(first, second)

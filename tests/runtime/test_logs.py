@@ -76,3 +76,18 @@ def test_quiet_shows_warnings_alone(capsys: pytest.CaptureFixture[str]) -> None:
     set_up_logging(logging.DEBUG)
     logger.debug("shown")
     assert capsys.readouterr().err == "shown\n"
+
+
+def test_bars_in_one_another_leave_no_terminal_codes_in_a_file(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logs, "SPARSE_SECONDS", 0.0)
+    with ProgressBar(range(2), label="runs") as runs:
+        for _ in runs:
+            with ProgressBar(range(3), label="epochs", leave=False) as epochs:
+                for _ in epochs:
+                    pass
+    lines = capsys.readouterr().err.splitlines()
+    assert any(line.startswith("epochs: ") for line in lines)
+    assert all(line.startswith(("runs: ", "epochs: ")) for line in lines)
+    assert not any(character in line for line in lines for character in "\x1b\r")

@@ -191,8 +191,8 @@ def test_an_error_of_torch_fails_its_run_alone(strategy: Any, home: Path, monkey
         return train_heads(heads, *arguments, **options)
 
     monkeypatch.setattr("pipeline.studies.search_worker.train_heads", limited)
-    swept = run_grid(grid, workers=0, strategy=strategy)
-    assert swept.failed == {str(failing_run.path): f"{failing_run.path}: did not converge"}
+    result = run_grid(grid, workers=0, strategy=strategy)
+    assert result.failed == {str(failing_run.path): f"{failing_run.path}: did not converge"}
     assert [head.run.is_done for head in grid.heads.values()] == [True, True, False, True]
 
 
@@ -263,8 +263,8 @@ def test_a_killed_ensemble_resumes_alone_or_together(home: Path, other_home: Pat
     assert process.exitcode == -signal.SIGKILL
     assert not any(head.run.is_done for head in heads)
     train_head(heads[0], progress=False)
-    swept = run_grid(grid, workers=0, strategy="stacked")
-    assert list(swept.ranking["state"]) == ["done"] * 4
+    result = run_grid(grid, workers=0, strategy="stacked")
+    assert list(result.ranking["state"]) == ["done"] * 4
     alone = tiny_grid(other_home, pairs=AXES[:2], training=training)
     run_grid(alone, workers=0, strategy="processes")
     for head in heads:
@@ -291,12 +291,12 @@ def test_a_stacked_grid_has_the_same_results(
     assert sizes == [1] * 16
     assert "this process alone, every cell by itself (no GPU), float32 products" in capsys.readouterr().err
     grid = tiny_grid(home, pairs=AXES, seeds=(0, 1))
-    swept = run_grid(grid, workers=0, strategy="stacked", max_ensemble_size=5)
+    result = run_grid(grid, workers=0, strategy="stacked", max_ensemble_size=5)
     assert sizes[16:] == [4, 4, 4, 4]  # eight cells and two seeds
     log = capsys.readouterr().err
     assert "this process alone, cells of one structure as one model (--strategy stacked), float32 products" in log
-    pd.testing.assert_frame_equal(swept.ranking, expected.ranking, atol=1e-4)
-    assert swept.winner["cell"] == expected.winner["cell"]
+    pd.testing.assert_frame_equal(result.ranking, expected.ranking, atol=1e-4)
+    assert result.winner["cell"] == expected.winner["cell"]
     for head in grid.heads.values():
         assert_same(head, home, other_home)
 
@@ -316,16 +316,16 @@ def test_a_grid_is_stacked_if_there_is_a_gpu(
 def test_different_structures_are_not_stacked(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sizes = record_ensemble_sizes(monkeypatch)
     grid = tiny_grid(home, "ema", ("width=8,16", "tau=0.07,0.2,0.5", "batch_size=6,8"))
-    swept = run_grid(grid, workers=0, strategy="stacked")
+    result = run_grid(grid, workers=0, strategy="stacked")
     assert sizes == [3] * 4
-    assert list(swept.ranking["state"]) == ["done"] * 12
+    assert list(result.ranking["state"]) == ["done"] * 12
 
 
 def test_cells_with_a_structure_of_their_own_equal_single_heads_bit_for_bit(home: Path, other_home: Path) -> None:
     pairs = ("num_tokens=2,4", "residual=true,false")
-    swept = run_grid(tiny_grid(home, pairs=pairs), workers=0, strategy="stacked")
+    result = run_grid(tiny_grid(home, pairs=pairs), workers=0, strategy="stacked")
     run_grid(tiny_grid(other_home, pairs=pairs), workers=0)
-    assert len(swept.ranking) == 4
+    assert len(result.ranking) == 4
     for run in home.glob("runs/tiny/*/seed0"):
         for name in ("checkpoint.safetensors", "history.csv"):
             assert (run / name).read_bytes() == (other_home / run.relative_to(home) / name).read_bytes()
@@ -335,9 +335,9 @@ def test_halving_prunes_the_same_cells_of_an_ensemble(home: Path, other_home: Pa
     options: dict[str, Any] = {"seeds": (0, 1), "search": "optuna", "training": {"epochs": 8}}
     pairs = ("lr=1e-2,1e-3,3e-3,1e-6", "weight_decay=0,1e-3")
     expected = run_grid(tiny_grid(other_home, "ema", pairs, **options), workers=0)
-    swept = run_grid(tiny_grid(home, "ema", pairs, **options), workers=0, strategy="stacked")
-    pd.testing.assert_frame_equal(swept.ranking, expected.ranking, atol=1e-4)
-    assert swept.ranking["state"].str.startswith("pruned").sum() >= 2
+    result = run_grid(tiny_grid(home, "ema", pairs, **options), workers=0, strategy="stacked")
+    pd.testing.assert_frame_equal(result.ranking, expected.ranking, atol=1e-4)
+    assert result.ranking["state"].str.startswith("pruned").sum() >= 2
 
 
 def test_the_size_of_an_ensemble_is_limited_by_memory(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:

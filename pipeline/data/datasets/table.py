@@ -38,7 +38,6 @@ from pipeline.types import Sample
 _SPLIT_ALIASES = {"train": "train", "val": "val", "valid": "val", "validation": "val", "dev": "val", "test": "test"}
 _IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".svg")
 _VIDEO_SUFFIXES = (".mp4", ".webm", ".mkv", ".avi", ".mov", ".m4v")
-_MEDIA_SUFFIXES = (*_IMAGE_SUFFIXES, *_VIDEO_SUFFIXES)
 _METADATA_FILES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 _TABLE_SUFFIXES = (".csv", ".jsonl", ".ndjson", ".parquet")
 MAX_CLASSES = 100_000  # of numbered labels without class names; larger numbers are probably those of a wrong column

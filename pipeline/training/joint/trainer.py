@@ -18,7 +18,8 @@ from torch.nn.utils import get_total_norm
 
 from pipeline.cache.table import FeatureTable, ordered_batches, shuffled_batches
 from pipeline.evaluation.evaluate import predict
-from pipeline.runtime.device import default_device, make_cublas_repeatable, use_precision
+from pipeline.runtime.device import default_device, use_precision
+from pipeline.runtime.environment import set_environment
 from pipeline.runtime.files import label_os_errors, lock
 from pipeline.runtime.logs import ProgressBar
 from pipeline.runtime.rng import KeyedRNG
@@ -184,7 +185,7 @@ def deterministic_algorithms(device: torch.device) -> Iterator[None]:
 
     A GPU needs a special mode for this, and some of its kernels have no deterministic version.
     """
-    make_cublas_repeatable()
+    set_environment()
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(device.type == "cuda", warn_only=True)
     try:
