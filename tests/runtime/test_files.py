@@ -34,9 +34,14 @@ def test_a_forked_process_does_not_keep_the_lock(tmp_path: Path) -> None:
 def test_an_error_leaves_the_old_file_and_nothing_beside_it(alone: bool, tmp_path: Path) -> None:
     path = tmp_path / "x.json"
     write_atomic(path, "old")
-    with pytest.raises(KeyError), written_aside(path, alone=alone) as aside:
-        aside.write_text("half of the n")
-        raise KeyError
+
+    def fail() -> None:
+        with written_aside(path, alone=alone) as aside:
+            aside.write_text("half of the n")
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail()
     assert [file.read_text() for file in tmp_path.iterdir()] == ["old"]
     with written_aside(path, alone=alone) as aside:
         assert (aside.name == ".x.json.tmp") == alone
