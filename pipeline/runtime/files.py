@@ -117,9 +117,7 @@ def lock_file(path: Path, busy: str, wait: bool = False, shared: bool = False) -
         shared: other processes may hold the lock at the same time, if they also ask for a shared lock.
     """
     mode = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
-    with path.open(
-        "a+"
-    ) as file:  # on NFS a shared lock needs a file that can be read, an exclusive one a file that can be written
+    with path.open("a+") as file:  # NFS wants a readable file for a shared lock, a writable one for an exclusive lock
         try:
             fcntl.flock(file, mode | fcntl.LOCK_NB)
         except BlockingIOError as error:
