@@ -57,8 +57,9 @@ bench: setup ## the ratios of benchmarks/RESULTS.md, on a machine with nothing e
 	$(RUN)python benchmarks/extract.py
 	$(RUN)python benchmarks/grid.py
 
-docs: setup ## draw the picture of the rooms from the import contract
+docs: setup ## draw the rooms from the import contract, write the API page from the docstrings
 	$(RUN)python docs/draw_rooms.py
+	$(RUN)python docs/write_api.py
 
 lock: ## renew requirements.lock from pyproject.toml
 	$(RUN)uv pip compile pyproject.toml --all-extras --universal --python-version 3.11 --no-emit-index-url --no-header --no-annotate --quiet --upgrade -o requirements.lock

@@ -1,10 +1,10 @@
 """Measure what the fast grid saves, as ratios measured in one run; results are in RESULTS.md.
 
-    python benchmarks/grid.py [--parts cells,loop,flops,profile] [--rows 121962]
+    python benchmarks/grid.py [--parts cells,loop,flops,profile] [--rows 121962] [--precision mixed]
     python benchmarks/grid.py --parts sampling,whole --home DIR     # DIR: a home in which `diffalign demo` has run
 
-cells     SeDA cells per second with the tool's own strategy, over those of a plain float32 loop, one cell after another
-loop      steps per second of one head, over those of the usual TensorDataset and DataLoader(shuffle=True)
+cells     SeDA cells per second with the tool's own strategy, over those of plain_heads.py, one cell after another
+loop      time of training one head with plain_heads.py over that with the tool
 sampling  time of SeDA's prediction with all T = 1500 steps over that with 20 steps, and the accuracies of both
 whole     wall time of the 48 cells of SeDA's Fig. 3 with three seeds, on openmoji
 flops     FLOP/s of SeDA's training step over the best that a matrix product reaches on this machine
@@ -18,8 +18,7 @@ import json
 import platform
 import statistics
 import tempfile
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,18 +26,18 @@ from typing import Any
 import numpy as np
 import torch
 from dask.system import CPU_COUNT
-from torch import Tensor
+from plain_heads import Rounds, make_columns, plain_training, wait_seconds
 from torch.profiler import ProfilerActivity, profile
-from torch.utils.data import DataLoader, TensorDataset
 from torch.utils.flop_counter import FlopCounterMode
 
 from pipeline.cache import Writer, layout
+from pipeline.cache.table import shuffled_batches
 from pipeline.data.manifest import Manifest
 from pipeline.data.manifest_files import write_manifest
 from pipeline.data.spec import load_spec
 from pipeline.evaluation.evaluate import evaluate
 from pipeline.runtime import plugins
-from pipeline.runtime.device import default_device, reproducible, resolve_dtype, use_precision
+from pipeline.runtime.device import default_device, reproducible, use_precision
 from pipeline.runtime.rng import KeyedRNG
 from pipeline.runtime.runs import RunFolder
 from pipeline.studies.grid import Grid, plan_grid, read_axes
@@ -51,7 +50,9 @@ WIDTH = 768
 CLASSES = {"nuswide": 81, "vireo172": 172}
 PAPER_ROWS = {"nuswide": 121_962, "vireo172": 66_071}  # training rows
 AXES = ["T=900,1800", "gamma=0.5,2"]  # four of the 48 cells; the cost of a cell does not depend on T and gamma
+NUM_CELLS = 4  # of the axes
 BATCH_SIZE = 64
+ROUNDS = 3
 
 
 def generate_home(home: Path, dataset: str, rows: int) -> None:
@@ -92,86 +93,48 @@ def write_cache(home: Path, manifest: Manifest, name: str, rng: np.random.Genera
     writer.finish(commits)
 
 
-def seconds(function: Callable[[], Any]) -> float:
-    """Return the wall time of a call, until the device has finished."""
-    started = time.perf_counter()
-    function()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter() - started
-
-
-def plan_one_epoch(home: Path, dataset: str, axes: list[str], method: str = "seda") -> Grid:
-    """Plan a grid whose cells train for one epoch."""
-    return plan_grid(
-        home, dataset, method, read_axes(method, axes), [0], settings={}, training={"epochs": "1"}, image="image", text="text"
-    )
+def plan_one_epoch(home: Path, dataset: str, seed: int, precision: str) -> Grid:
+    """Plan a grid of SeDA whose cells train for one epoch."""
+    training = {"epochs": "1", "precision": precision}
+    axes = read_axes("seda", AXES)
+    return plan_grid(home, dataset, "seda", axes, [seed], settings={}, training=training, image="image", text="text")
 
 
 def build_method(features: FeatureSet, method: str, settings: dict[str, str]) -> Any:
     """Build a method on the device and compute its statistics, so that it is ready to train."""
     config, _ = resolve_head_settings(features.manifest.dataset, method, "head", settings, {})
     torch.manual_seed(0)
-    model = plugins.get("methods", method).build(config, features.shapes).to(default_device())
+    model = plugins.get("methods", method)(config, features.shapes).to(default_device())
     with torch.no_grad():
         model.begin(model.phases[-1].name, lambda: iter([features.train.columns]))
     return model.train()
 
 
-def batches_in_memory(features: FeatureSet, seed: int) -> Iterator[dict[str, Tensor]]:
-    """Yield shuffled batches of data that is kept in memory."""
-    columns = features.train.columns
-    order = torch.randperm(len(features.train), generator=torch.Generator().manual_seed(seed)).to(columns["key"].device)
-    for start in range(0, len(order) - BATCH_SIZE + 1, BATCH_SIZE):
-        yield {key: column[order[start : start + BATCH_SIZE]] for key, column in columns.items()}
+def plain_cell(features: FeatureSet, method: str, settings: dict[str, Any], precision: str) -> None:
+    """Train a head for one pass as plain_heads.py does it by hand; its features are standardised first."""
+    raw = features.train.columns
+    training = plain_training(method, raw, features.shapes["classes"][0], precision, BATCH_SIZE, **settings)
+    training.epoch(make_columns(raw))
 
 
-def batches_of_loader(features: FeatureSet, seed: int) -> Iterator[dict[str, Tensor]]:
-    """Yield batches as the documentation of PyTorch shows it."""
-    columns = {key: column.cpu() for key, column in features.train.columns.items()}
-    torch.manual_seed(seed)
-    for batch in DataLoader(TensorDataset(*columns.values()), batch_size=BATCH_SIZE, shuffle=True, drop_last=True):
-        yield {key: part.to(default_device()) for key, part in zip(columns, batch, strict=True)}
-
-
-def plain_steps(model: Any, batches: Iterator[dict[str, Tensor]]) -> int:
-    """Train in the usual way: float32, Adam with its default settings, and the loss is read in each step.
-
-    Returns:
-        The number of steps.
-    """
-    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3, weight_decay=1e-4)
-    phase, steps, total = model.phases[-1].name, 0, 0.0
-    for batch in batches:
-        optimizer.zero_grad()
-        parts = model.loss(batch, KeyedRNG.seeded(0, batch["key"]).at("train", phase, 0, steps), phase)
-        parts["loss"].backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        total += parts["loss"].item()
-        steps += 1
-    return steps
-
-
-def plain_cell(features: FeatureSet, settings: dict[str, str]) -> int:
-    """Train one cell of SeDA with the plain loop."""
-    return plain_steps(build_method(features, "seda", settings), batches_in_memory(features, 0))
-
-
-def cells(home: Path, rows: int) -> None:
-    """Print cells per second of the tool over those of the plain loop."""
+def cells(home: Path, rows: int, precision: str) -> None:
+    """Print cells per second of the tool over those of the loop by hand, one cell after another on one thread."""
     for dataset in CLASSES:
         used = min(rows, PAPER_ROWS[dataset])
         generate_home(home, dataset, used)
-        grid = plan_one_epoch(home, dataset, AXES)
-        features = grid.features
-        steps = len(features.train) // BATCH_SIZE
-        plain = statistics.median(seconds(partial(plain_cell, features, _settings(cell.point))) for cell in grid.cells[:2])
-        ours = seconds(partial(_run, grid)) / len(grid.cells)
+        rounds = Rounds()
+        for seed in range(ROUNDS):
+            grid = plan_one_epoch(home, dataset, seed, precision)
+            assert len(grid.cells) == NUM_CELLS
+            point = grid.cells[seed % NUM_CELLS].point  # its cost does not depend on the cell
+            settings = {"num_steps": point["num_steps"], "gamma": point["w_ce_dst"]}
+            assert len(grid.features.train)  # load this table before the time is measured
+            plain = partial(plain_cell, grid.features, "seda", settings, precision)
+            rounds.measure(partial(_run, grid), partial(on_one_thread, plain))
         print(
-            f"cells {dataset}: {used:,} rows x {WIDTH}, one pass of {steps} steps: {plain:.1f} s a cell one after another, "
-            f"{ours:.1f} s by the tool, its start and validation included: ratio {plain / ours:.2f} "
-            f"(wanted >= {'10' if default_device().type == 'cuda' else '3'})",
+            f"cells {dataset} {precision}: {used:,} rows x {WIDTH}, one pass of {used // BATCH_SIZE} steps, start and "
+            f"validation included: ratio {rounds.ratio(NUM_CELLS)} "
+            f"(wanted >= {'10' if default_device().type == 'cuda' else '1.8'})",
             flush=True,
         )
 
@@ -180,37 +143,40 @@ def _run(grid: Grid) -> None:
     assert not run_grid(grid, read_test=False).failed
 
 
-def _settings(point: Any) -> dict[str, str]:
-    return {field: str(value) for field, value in point.items()}
+def on_one_thread(function: Callable[[], Any]) -> None:
+    """Call a function on one thread, as the tool trains every cell."""
+    with reproducible(default_device()):
+        function()
 
 
-def loop(home: Path, rows: int) -> None:
-    """Print the time of training one head with the usual DataLoader loop over that with the tool; features are in memory."""
+def loop(home: Path, rows: int, precision: str) -> None:
+    """Print the time of training one head by hand over that with the tool; features are in memory."""
     dataset = "nuswide"
     generate_home(home, dataset, rows)
-    precision = resolve_dtype("auto", default_device(), "mixed")
-    for method, wanted in (("seda", "1.2"), ("baseline", "3")):
+    for method in ("seda", "baseline"):
         features = open_features(home, dataset, method, {"image": "image", "text": "text"})
         config, training = resolve_head_settings(dataset, method, "head", {}, {"epochs": "1", "precision": precision})
-        head = plan_head_on(features, method, config, training, 0)
-        model, batches = build_method(features, method, {}), batches_of_loader(features, 0)
-        usual = seconds(partial(plain_steps, model, batches))
-        assert len(features.val)  # load this table before the time is measured
-        ours = seconds(partial(train_head, head, progress=False))
+        assert len(features.train)  # load the tables before the time is measured
+        assert len(features.val)
+        rounds = Rounds()
+        for seed in range(ROUNDS):
+            head = plan_head_on(features, method, config, training, seed)
+            plain = partial(plain_cell, features, method, {}, precision)
+            rounds.measure(partial(train_head, head, progress=False), partial(on_one_thread, plain))
         print(
-            f"loop {method}: {rows:,} rows, one pass: {usual:.1f} s by DataLoader, {ours:.1f} s by the tool ({precision}, its "
-            f"statistics, a validation and the checkpoint included): ratio {usual / ours:.2f} (wanted >= {wanted})",
+            f"loop {method} {precision}: {rows:,} rows, one pass, the tool's statistics, validation and checkpoint included: "
+            f"ratio {rounds.ratio()} (wanted >= 1.0)",
             flush=True,
         )
 
 
-def sampling(home: Path, rows: int) -> None:
+def sampling(home: Path, rows: int, precision: str) -> None:
     """Compare SeDA's prediction with S = 20 steps and with all T = 1500 steps.
 
     Three seeds, on the 602 images of openmoji that it was not trained on; nothing is chosen by the result on the test split.
     """
     features = open_features(home, "openmoji", "seda", load_spec("openmoji")["encoders"])
-    config, training = resolve_head_settings("openmoji", "seda", "head", {"T": "1500"}, {})
+    config, training = resolve_head_settings("openmoji", "seda", "head", {"T": "1500"}, {"precision": precision})
     ways: dict[str, dict[str, str]] = {"S=20": {"sampler": "ddim", "sample_steps": "20"}, "T=1500": {"sampler": "ancestral"}}
     right: dict[str, list[float]] = {way: [] for way in ways}  # by seed
     took: dict[str, list[float]] = {way: [] for way in ways}
@@ -232,11 +198,12 @@ def sampling(home: Path, rows: int) -> None:
     )
 
 
-def whole(home: Path, rows: int) -> None:
+def whole(home: Path, rows: int, precision: str) -> None:
     """Run the grid of SeDA's Fig. 3, 48 cells, with three seeds on openmoji."""
-    grid = plan_grid(home, "openmoji", "seda", read_axes("seda", ["papers"]), [0, 1, 2], settings={}, training={})
+    axes = read_axes("seda", ["papers"])
+    grid = plan_grid(home, "openmoji", "seda", axes, [0, 1, 2], settings={}, training={"precision": precision})
     left = sum(not head.run.is_done for head in grid.heads.values())
-    took = seconds(partial(_run, grid))
+    took = wait_seconds(partial(_run, grid))
     alone = [json.loads((RunFolder.at(head.run.path).path / "done").read_text())["seconds"] for head in grid.heads.values()]
     print(
         f"whole: {left} of {len(grid.heads)} runs in {took / 60:.1f} minutes; "
@@ -245,13 +212,12 @@ def whole(home: Path, rows: int) -> None:
     )
 
 
-def make_step(home: Path, rows: int) -> Callable[[], None]:
+def make_step(home: Path, rows: int, precision: Any) -> Callable[[], None]:
     """Return one training step of SeDA, as the tool does it on one core or on the GPU."""
     generate_home(home, "nuswide", min(rows, 8192))
     features = open_features(home, "nuswide", "seda", {"image": "image", "text": "text"})
-    model, batch = build_method(features, "seda", {}), next(batches_in_memory(features, 0))
+    model, batch = build_method(features, "seda", {}), next(shuffled_batches(features.train, BATCH_SIZE, 0)(0))
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3, weight_decay=1e-4, fused=True)
-    precision = resolve_dtype("auto", default_device(), "mixed")
     rng = KeyedRNG.seeded(0, batch["key"]).at("train")
 
     def step() -> None:
@@ -265,18 +231,17 @@ def make_step(home: Path, rows: int) -> Callable[[], None]:
     return step
 
 
-def flops(home: Path, rows: int) -> None:
+def flops(home: Path, rows: int, precision: str) -> None:
     """Print FLOP/s of the step over those of a large matrix product in the same format, on one thread."""
-    step = make_step(home, rows)
+    step = make_step(home, rows, precision)
     with FlopCounterMode(display=False) as counter:
         step()
     device = default_device()
-    precision = resolve_dtype("auto", device, "mixed")
     dtype = torch.bfloat16 if precision == "mixed" else torch.float32
     left = torch.randn(2048, 2048, device=device, dtype=dtype)
     with reproducible(device):  # on one thread, as in the training of a cell
-        step_seconds = statistics.median(seconds(step) for _ in range(30))
-        peak = 2 * 2048**3 / min(seconds(lambda: left @ left) for _ in range(10))
+        step_seconds = statistics.median(wait_seconds(step) for _ in range(30))
+        peak = 2 * 2048**3 / min(wait_seconds(lambda: left @ left) for _ in range(10))
     reached = counter.get_total_flops() / step_seconds
     print(
         f"flops: a step of {counter.get_total_flops() / 1e9:.1f} GFLOP takes {step_seconds * 1e3:.1f} ms in {precision}: "
@@ -285,9 +250,9 @@ def flops(home: Path, rows: int) -> None:
     )
 
 
-def profile_step(home: Path, rows: int) -> None:
+def profile_step(home: Path, rows: int, precision: str) -> None:
     """Print the operators of the step that take most of the time themselves."""
-    step = make_step(home, rows)
+    step = make_step(home, rows, precision)
     with reproducible(default_device()):
         step()
         activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])
@@ -300,7 +265,7 @@ def profile_step(home: Path, rows: int) -> None:
         print(f"profile: {event.key:40s} {event.self_cpu_time_total / total:6.1%} {event.count // 10:4d} calls a step")
 
 
-PARTS: dict[str, Callable[[Path, int], None]] = {
+PARTS: dict[str, Callable[[Path, int, str], None]] = {
     "cells": cells, "loop": loop, "sampling": sampling, "whole": whole, "flops": flops, "profile": profile_step
 }  # fmt: skip
 
@@ -311,13 +276,14 @@ def main() -> None:
     parser.add_argument("--parts", default="cells,loop,flops,profile")
     parser.add_argument("--rows", type=int, default=PAPER_ROWS["nuswide"], help="training rows, at most")
     parser.add_argument("--home", type=Path, help="where the demo has run, for sampling and whole")
+    parser.add_argument("--precision", choices=["float32", "mixed"], default="float32", help="of both sides")
     arguments = parser.parse_args()
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{CPU_COUNT} cores, {platform.machine()}"
     print(f"torch {torch.__version__}, {device}", flush=True)
     for part in arguments.parts.split(","):
         with tempfile.TemporaryDirectory() as scratch:
             home = arguments.home if part in ("sampling", "whole") else Path(scratch)
-            PARTS[part](home, arguments.rows)
+            PARTS[part](home, arguments.rows, arguments.precision)
 
 
 if __name__ == "__main__":

@@ -29,8 +29,8 @@ from pipeline.data.manifest import Manifest
 from pipeline.data.manifest_files import write_manifest
 from pipeline.evaluation.evaluate import load_method
 from pipeline.extraction.extract import ExtractOptions, extract
-from pipeline.runtime import plugins
 from pipeline.runtime.device import default_device
+from pipeline.runtime.settings import configure
 from pipeline.training.heads import plan_head, resolve_head_settings, train_head
 from pipeline.training.joint.ddp import DistributedContext
 from pipeline.training.joint.plan import JointConfig, JointOptions, JointPlan
@@ -62,7 +62,7 @@ def make_plan(home: Path, encoder: str, settings: dict[str, str], images: int, b
     config, training = resolve_head_settings("bench", "baseline", "head", {}, {"epochs": 1, "batch_size": batch})
     head = plan_head(home, "bench", "baseline", config, training, 0, {"image": cache})
     init = train_head(head, progress=False)
-    loaded = load_method(init, head.config, plugins.configure(type(config), head.config.settings))
+    loaded = load_method(init, head.config, configure(type(config), head.config.settings))
     run = replace(init, path=home / "joint" / "bench" / "x-0" / "seed0")
     joint = JointConfig()
     return JointPlan(

@@ -175,7 +175,7 @@ def run_trial(
     inside, outside = (_rows(table, rows) for rows in (~held_out, held_out))
     module = plugins.get("methods", name)
     torch.manual_seed(seed)
-    method = module.build(module.Config(**settings), shapes).to(default_device())
+    method = module(module.Config(**settings), shapes).to(default_device())
     config = TrainConfig(**training)
     scores: dict[str, float] = {}
 
@@ -190,7 +190,7 @@ def run_trial(
             raise error
     for fusion in FUSIONS if name == "marnet" else ("",):
         variant = {"fusion": fusion} if fusion else {}
-        scored = module.build(module.Config(**settings, **variant), shapes)
+        scored = module(module.Config(**settings, **variant), shapes)
         scored.load_state_dict(state.progress.best)
         logits, label = predict(scored.to(default_device()), outside, seed), outside.columns["label"].cpu()
         scores[fusion] = metrics.summary_metrics(logits, label)["acc1" if label.ndim == 1 else "map"]

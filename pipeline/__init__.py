@@ -5,3 +5,47 @@ a verified cache. Stage 2 (`train-head`) trains light heads on the cached featur
 features with the text features by diffusion. Stage 3 (`finetune`) trains the encoders together with a head, and stage 1 can
 extract the features of the tuned encoders again.
 """
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pipeline.cache.arrays import Features
+    from pipeline.cache.reader import Cache
+    from pipeline.data.manifest import Manifest
+    from pipeline.nn.method import Method
+    from pipeline.runtime.errors import UserError
+    from pipeline.studies.runs import Run, Runs, load_run
+    from pipeline.types import Encoder
+    from pipeline.workspace import Workspace
+
+__all__ = ["Cache", "Encoder", "Features", "Manifest", "Method", "Run", "Runs", "UserError", "Workspace", "load_run"]
+
+# The public API. Everything else is internal. A name is imported at its first use, so that `import pipeline` is instant.
+_MODULES = {
+    "Cache": "pipeline.cache.reader",
+    "Encoder": "pipeline.types",
+    "Features": "pipeline.cache.arrays",
+    "Manifest": "pipeline.data.manifest",
+    "Method": "pipeline.nn.method",
+    "Run": "pipeline.studies.runs",
+    "Runs": "pipeline.studies.runs",
+    "UserError": "pipeline.runtime.errors",
+    "Workspace": "pipeline.workspace",
+    "load_run": "pipeline.studies.runs",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import a name of the public API at its first use."""
+    if name not in _MODULES:
+        raise AttributeError(f"module 'pipeline' has no attribute {name!r}; its public names: {', '.join(__all__)}")
+    value = getattr(importlib.import_module(_MODULES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -11,10 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
-    from torch.nn import Parameter
 
+    from pipeline.data.manifest import Manifest
     from pipeline.runtime.rng import KeyedRNG
 
 Batch = dict[str, "Tensor"]  # "image" [B,Dv], "text" [B,Ds], "paired" [B], "label" [B] or [B,C], "key" [B]
@@ -51,12 +50,27 @@ class Encoder(Protocol):
         """Preprocess one media file or text on the CPU. The result is deterministic and can be pickled.
 
         Raises:
-            ValueError: the file cannot be decoded.
+            UserError: the file cannot be decoded.
         """
         ...
 
     def __call__(self, prepared: Tensor) -> Tensor:
         """Return the features [B, *feature_shape] of a batch of prepared items [B, ...]; they are differentiable."""
+        ...
+
+
+class EncoderPlugin(Protocol):
+    """A module in pipeline/encoders, or from outside: a Config and a function that builds the encoder."""
+
+    Config: type[Any]
+    build: Callable[..., Encoder]  # of the config; `frames` takes its image encoder besides
+
+
+class DatasetPlugin(Protocol):
+    """A module in pipeline/data/datasets, or from outside, with NAME.yaml beside it."""
+
+    def build(self, spec: Mapping[str, Any], root: Path | None) -> Manifest:
+        """Build the manifest from the contents of NAME.yaml and the folder of official files, if there is one."""
         ...
 
 
@@ -86,42 +100,3 @@ class Predictor(Protocol):
     def predict(self, image: Tensor, rng: KeyedRNG) -> Tensor:
         """Return logits [B,C] from image features [B,Dv] alone."""
         ...
-
-
-class Method(Protocol):
-    """A head on features; always an `nn.Module`. Only training reads text (learning using privileged information, LUPI)."""
-
-    needs: tuple[str, ...]  # batch keys that it reads in training
-    phases: tuple[Phase, ...]  # trained one after another, each with a new optimiser
-
-    def begin(self, phase: str, train: Callable[[], Iterator[Batch]]) -> None:
-        """Prepare for a phase: compute statistics of the training split and store them in buffers.
-
-        Args:
-            phase: name of the phase that is about to start.
-            train: starts an ordered pass over the training split; it may be called more than once.
-        """
-        ...
-
-    def loss(self, batch: Batch, rng: KeyedRNG, phase: str) -> Batch:
-        """Return {"loss": scalar, ...parts}; the parts are logged.
-
-        An ensemble runs several methods as one. Therefore only operations on tensors are allowed here: read no number back
-        from a tensor, and assign no attribute.
-        """
-        ...
-
-    def predict(self, image: Tensor, rng: KeyedRNG) -> Tensor:
-        """Return logits [B,C] from image features [B,Dv] alone."""
-        ...
-
-    def feature(self, image: Tensor, rng: KeyedRNG) -> Tensor:
-        """Return the vectors [B,D] that the classifier reads, from image features alone; used to draw the feature space."""
-        ...
-
-    # Methods of nn.Module that the stages use.
-    def train(self, mode: bool = True) -> Any: ...
-    def named_parameters(self) -> Iterator[tuple[str, Parameter]]: ...
-    def state_dict(self) -> dict[str, Tensor]: ...
-    def load_state_dict(self, state_dict: Mapping[str, Tensor]) -> Any: ...
-    def to(self, device: torch.device) -> Any: ...

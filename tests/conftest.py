@@ -12,9 +12,11 @@ from PIL import Image
 from pipeline.data.manifest import Manifest
 from pipeline.data.manifest_files import write_manifest
 from pipeline.extraction.extract import ExtractOptions, extract
+from pipeline.runtime import plugins
 from pipeline.runtime.logs import set_up_logging
 from pipeline.types import Sample
 
+plugins.load_file(Path(__file__).parents[1] / "examples" / "own_method.py")  # a method from outside obeys every contract too
 set_up_logging()  # as the command line does, because tests read the messages
 torch.set_num_threads(1)  # the tensors of tests are so small that threads would only wait for each other
 

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from pipeline.cache.reader import Cache, open_cache
+from pipeline.runtime.errors import UserError
 
 DRIFT_BLOCK_SAMPLES = 2048
 DRIFT_PERCENTILES = (1, 5, 25, 50, 75, 95, 99)
@@ -28,7 +29,7 @@ def drift(first: Path, second: Path, top: int = 10) -> dict[str, Any]:
         Counts, mean, extremes and percentiles of the cosines, and `moved`, as JSON values.
 
     Raises:
-        ValueError: the caches are of different datasets or shapes, or have no sample in common.
+        UserError: the caches are of different datasets or shapes, or have no sample in common.
     """
     caches = open_cache(first), open_cache(second)
     for property_name, values in (
@@ -36,7 +37,7 @@ def drift(first: Path, second: Path, top: int = 10) -> dict[str, Any]:
         ("feature shape", [list(cache.feature_shape) for cache in caches]),
     ):
         if values[0] != values[1]:
-            raise ValueError(
+            raise UserError(
                 f"{first} and {second} differ in {property_name}: {values[0]} and {values[1]}; their features do not compare"
             )
     ids_in_second = set(caches[1].ids)
@@ -44,7 +45,7 @@ def drift(first: Path, second: Path, top: int = 10) -> dict[str, Any]:
     cosines = _cosines(caches, ids)
     usable = np.flatnonzero(np.isfinite(cosines))
     if not len(usable):
-        raise ValueError(f"{first} and {second} have no sample in common that has features in both")
+        raise UserError(f"{first} and {second} have no sample in common that has features in both")
     usable_cosines = cosines[usable]
     order = np.argsort(usable_cosines, kind="stable")[:top]
     return {

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from pipeline.cache import layout
+from pipeline.runtime.errors import UserError
 
 # Largest number of feature bytes per byte of a file. No codec compresses more, so a file that declares more is forged.
 MAX_FEATURE_COMPRESSION = 1000
@@ -57,7 +58,7 @@ def block_ranges(block_ends: Iterable[int]) -> Iterator[tuple[int, int]]:
 
 @contextmanager
 def label_read_errors(path: Path, *errors: type[Exception]) -> Iterator[None]:
-    """Turn the error of a library that cannot read a file into a `ValueError` that names the file.
+    """Turn the error of a library that cannot read a file into a `UserError` that names the file.
 
     Args:
         path: the file.
@@ -69,7 +70,7 @@ def label_read_errors(path: Path, *errors: type[Exception]) -> Iterator[None]:
         message = str(error)
         if str(path) not in message:
             message = f"{path} cannot be read: {message or type(error).__name__}"
-        raise ValueError(message) from error
+        raise UserError(message) from error
 
 
 def check_declared_shape(path: Path, shape: Sequence[int], itemsize: int) -> None:
@@ -81,13 +82,13 @@ def check_declared_shape(path: Path, shape: Sequence[int], itemsize: int) -> Non
         itemsize: bytes of a number.
 
     Raises:
-        ValueError: the shape is not one of features, or too large for the size of the file.
+        UserError: the shape is not one of features, or too large for the size of the file.
     """
     if len(shape) < 2 or min(shape) < 1:
-        raise ValueError(f"{path}: features must be [rows, width] or [rows, ..., width], not {list(shape)}")
+        raise UserError(f"{path}: features must be [rows, width] or [rows, ..., width], not {list(shape)}")
     size = path.stat().st_size
     if shape[0] > size or prod(shape) * itemsize > MAX_FEATURE_COMPRESSION * size:
-        raise ValueError(f"{path} declares features of shape {list(shape)}, which its {size} bytes cannot hold")
+        raise UserError(f"{path} declares features of shape {list(shape)}, which its {size} bytes cannot hold")
 
 
 def stored_dtype(path: Path, raw: np.dtype, record: Mapping[str, Any]) -> str:
@@ -99,10 +100,10 @@ def stored_dtype(path: Path, raw: np.dtype, record: Mapping[str, Any]) -> str:
         record: the `FeatureFile.record`; it says whether uint16 is really bfloat16.
 
     Raises:
-        ValueError: the array does not hold numbers of at most 8 bytes.
+        UserError: the array does not hold numbers of at most 8 bytes.
     """
     if raw.kind not in "fiu" or raw.itemsize > 8:
-        raise ValueError(f"{path}: features must be numbers, not {raw}")
+        raise UserError(f"{path}: features must be numbers, not {raw}")
     identity = record.get("identity")
     if raw.newbyteorder("=") == np.uint16 and isinstance(identity, dict) and identity.get("store_dtype") == "bfloat16":
         return "bfloat16"
@@ -121,21 +122,21 @@ def check_feature_file(features: FeatureFile, path: Path) -> None:
     """Check the ids and offsets of a file of features.
 
     Raises:
-        ValueError: a sample has no id, an id is too long or occurs twice, or the offsets do not cover the rows.
+        UserError: a sample has no id, an id is too long or occurs twice, or the offsets do not cover the rows.
     """
     seen: dict[str, int] = {}
     for row, sample_id in enumerate(features.ids):
         if not sample_id or len(sample_id) > MAX_ID_CHARACTERS:
-            raise ValueError(f"{path}: the id of row {row} must have 1 to {MAX_ID_CHARACTERS} characters")
+            raise UserError(f"{path}: the id of row {row} must have 1 to {MAX_ID_CHARACTERS} characters")
         if seen.setdefault(sample_id, row) != row:
-            raise ValueError(f"{path}: rows {seen[sample_id]} and {row} have the same id {sample_id!r}; keep one of them")
+            raise UserError(f"{path}: rows {seen[sample_id]} and {row} have the same id {sample_id!r}; keep one of them")
     rows, offsets = features.shape[0], features.offsets
     if not len(offsets) and len(features.ids) != rows:
-        raise ValueError(f"{path} has {len(features.ids)} ids for {rows} rows of features")
+        raise UserError(f"{path} has {len(features.ids)} ids for {rows} rows of features")
     if len(offsets) and (
         len(offsets) != len(features.ids) + 1 or offsets[0] != 0 or offsets[-1] != rows or (np.diff(offsets) < 0).any()
     ):
-        raise ValueError(f"{path}: its offsets do not share its {rows} rows among {len(features.ids)} ids")
+        raise UserError(f"{path}: its offsets do not share its {rows} rows among {len(features.ids)} ids")
 
 
 def id_strings(values: Iterable[Any]) -> list[str]:
@@ -155,7 +156,7 @@ def parse_json_object(text: str | bytes) -> dict[str, Any]:
     """Return the JSON object in a text.
 
     Raises:
-        ValueError: the text is not JSON.
+        UserError: the text is not JSON.
         TypeError: it is JSON, but not an object.
     """
     value = json.loads(text)
@@ -168,11 +169,11 @@ def parse_offsets(values: Any) -> np.ndarray:
     """Return offsets as an array, [N+1] int64; an empty list gives [0].
 
     Raises:
-        ValueError: the values are not a list of whole numbers.
+        UserError: the values are not a list of whole numbers.
     """
     offsets = np.asarray(values)
     if offsets.ndim != 1 or (len(offsets) and offsets.dtype.kind not in "iu"):
-        raise ValueError("its offsets are no list of whole numbers")
+        raise UserError("its offsets are no list of whole numbers")
     return offsets.astype(np.int64)
 
 
@@ -182,16 +183,16 @@ def read_sidecar(path: Path) -> dict[str, Any]:
     The sidecar is <stem>.json, a list of ids or an object with `ids`, or <stem>.txt with one id on each line.
 
     Raises:
-        ValueError: there is no sidecar, or it is not of this form.
+        UserError: there is no sidecar, or it is not of this form.
     """
     json_file = path.with_suffix(".json")
     if json_file.is_file():
         value = json.loads(json_file.read_text(encoding="utf-8"))
         described = {"ids": value} if isinstance(value, list) else value
         if not isinstance(described, dict) or not isinstance(described.get("about", {}), dict):
-            raise ValueError(f"{json_file} must be a JSON list of ids, or an object with `ids`")
+            raise UserError(f"{json_file} must be a JSON list of ids, or an object with `ids`")
         return described
     text_file = path.with_suffix(".txt")
     if text_file.is_file():
         return {"ids": text_file.read_text(encoding="utf-8").removesuffix("\n").split("\n")}
-    raise ValueError(f"{path} has no ids: put them into {json_file.name}, a JSON list, or {text_file.name}, one on each line")
+    raise UserError(f"{path} has no ids: put them into {json_file.name}, a JSON list, or {text_file.name}, one on each line")

@@ -9,6 +9,7 @@ from typing import Any
 
 from pipeline.cache.reader import find_caches, info
 from pipeline.cache.samples import cache_home
+from pipeline.runtime.errors import UserError
 from pipeline.runtime.files import lock, sync_folder
 
 
@@ -31,7 +32,7 @@ def _describe_cache(path: Path) -> dict[str, Any]:
     line = {"dataset": path.parent.name, "name": path.name, "problem": ""}
     try:
         facts = info(path)
-    except ValueError as error:
+    except UserError as error:
         return {**line, "complete": False, "problem": str(error)}
     numbers = {key: facts[key] for key in ("samples", "rows", "feature_shape", "store_dtype", "bytes", "failed", "complete")}
     return {**line, "encoder": facts["identity"]["encoder"]["name"], **numbers, "command": facts["provenance"]["command"]}
@@ -41,14 +42,14 @@ def preview_removal(path: Path) -> RemovalSummary:
     """Return what `rm` would remove.
 
     Raises:
-        ValueError: the folder is not a cache in <home>/caches/<dataset>/, or it is reached by a symbolic link.
+        UserError: the folder is not a cache in <home>/caches/<dataset>/, or it is reached by a symbolic link.
     """
     absolute = path.absolute()  # "." has no name
     folder = cache_home(path) / "caches" / absolute.parent.name / absolute.name
     if path.is_symlink() or folder.parent.is_symlink():
-        raise ValueError(f"{path} is reached by a symbolic link; give the folder itself")
+        raise UserError(f"{path} is reached by a symbolic link; give the folder itself")
     if folder not in find_caches(cache_home(path), folder.parent.name) and not _removal_path(folder).is_dir():
-        raise ValueError(f"{path} is not a feature cache; diffalign cache ls shows them")
+        raise UserError(f"{path} is not a feature cache; diffalign cache ls shows them")
     files = [
         file for root in (folder, _removal_path(folder)) for file in root.rglob("*") if file.is_file() and not file.is_symlink()
     ]
@@ -61,7 +62,7 @@ def rm(path: Path) -> RemovalSummary:
     The folder is renamed first. If the process is killed, the whole cache is left or none of it. The same command then goes on.
 
     Raises:
-        ValueError: as in `preview_removal`, or another process writes to the cache.
+        UserError: as in `preview_removal`, or another process writes to the cache.
     """
     removed = preview_removal(path)
     renamed = _removal_path(removed.path)

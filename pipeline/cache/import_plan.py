@@ -16,6 +16,7 @@ from pipeline.cache.exchange import NO_OFFSETS, FeatureFile, as_float32, block_r
 from pipeline.cache.layout import Failure
 from pipeline.data.manifest import DATASET_NAME, Manifest
 from pipeline.runtime import plugins
+from pipeline.runtime.errors import UserError
 from pipeline.runtime.files import file_sha256, fingerprint, sha256
 
 ImportedShard = tuple[np.ndarray, list[Failure]]  # features float32 [rows, *shape], NaN where an item failed; the failures
@@ -47,11 +48,11 @@ def check_id_bytes(source: Path, num_bytes: int) -> None:
         num_bytes: bytes of its ids, as far as they are known.
 
     Raises:
-        ValueError: they need too much.
+        UserError: they need too much.
     """
     size = source.stat().st_size
     if num_bytes > MAX_ID_COMPRESSION * size + ID_BYTES_ALLOWANCE:
-        raise ValueError(f"{source} has {size} bytes, and its ids would take more than {num_bytes - 1}")
+        raise UserError(f"{source} has {size} bytes, and its ids would take more than {num_bytes - 1}")
 
 
 def feature_digests(features: FeatureFile) -> dict[str, Any]:
@@ -79,18 +80,18 @@ def plan_reimport(features: FeatureFile, source: Path) -> ImportPlan:
         source: the file, for messages.
 
     Raises:
-        ValueError: the file was not exported from a cache, or its record is damaged or does not fit its features. Damaged
+        UserError: the file was not exported from a cache, or its record is damaged or does not fit its features. Damaged
             features are found when the shards are read.
     """
     if not features.record:
-        raise ValueError(
+        raise UserError(
             f"{source} does not say which cache it was exported from; "
             "features computed elsewhere need a dataset and a name: give --dataset and --name"
         )
     try:
         identity, provenance, chunk_digests, shard_rows, failures = _read_export_record(features)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise ValueError(f"the record in {source} is damaged or does not fit ({error}); export the cache again") from error
+        raise UserError(f"the record in {source} is damaged or does not fit ({error}); export the cache again") from error
 
     def read_shards(_: Path, block_ends: Sequence[int]) -> Iterator[ImportedShard]:
         for (start, stop), block in zip(block_ranges(block_ends), features.read_blocks(block_ends), strict=True):
@@ -100,7 +101,7 @@ def plan_reimport(features: FeatureFile, source: Path) -> ImportPlan:
             chunks = slice(start // layout.CHUNK_ROWS, -(-stop // layout.CHUNK_ROWS))
             is_same = _chunk_sha256(features, block) == chunk_digests[chunks]
             if not is_same or empty_rows.tolist() != sorted(failure.row for failure in shard_failures):
-                raise ValueError(f"{source} is damaged: rows {start} to {stop - 1} are not those that were exported")
+                raise UserError(f"{source} is damaged: rows {start} to {stop - 1} are not those that were exported")
             yield rows, shard_failures
 
     shape = features.shape
@@ -139,7 +140,7 @@ def _read_export_record(features: FeatureFile) -> tuple[dict[str, Any], dict[str
     }
     wrong = [name for name, is_right in checks.items() if not is_right]
     if wrong:
-        raise ValueError(", ".join(wrong))
+        raise UserError(", ".join(wrong))
     return identity, provenance, list(recorded["chunks"]), shard_rows, failures
 
 
@@ -168,7 +169,7 @@ def plan_external_import(
         max_failures: the largest share (0..1) of samples that may fail.
 
     Raises:
-        ValueError: the name is not allowed, the file has several rows per sample, or none of its ids is known. Too many
+        UserError: the name is not allowed, the file has several rows per sample, or none of its ids is known. Too many
             failures are found when the shards are read.
     """
     _check_external(features, source, name)
@@ -178,7 +179,7 @@ def plan_external_import(
     has_row = np.zeros(len(ids), dtype=bool)
     has_row[target_rows[target_rows >= 0]] = True
     if not has_row.any():
-        raise ValueError(f"no id of {source} is in {manifest.dataset}: it has {features.ids[0]!r}, the dataset {ids[0]!r}")
+        raise UserError(f"no id of {source} is in {manifest.dataset}: it has {features.ids[0]!r}, the dataset {ids[0]!r}")
     same_dtype = features.dtype if features.dtype in layout.STORE_DTYPES else "float32"
     target_dtype = same_dtype if store_dtype == "same" else store_dtype
 
@@ -189,7 +190,7 @@ def plan_external_import(
             failures = _mark_failures(rows, ids[start:stop], has_row[start:stop], start, target_dtype, source.name)
             num_failed += len(failures)
             if failures and max(num_failed, num_missing) > max_failures * len(ids):
-                raise ValueError(
+                raise UserError(
                     f"{max(num_failed, num_missing)} of {len(ids)} samples have no features in {source}, more than "
                     f"--max-failures {max_failures:g} allows; one of them: {failures[-1].id!r}: {failures[-1].error}"
                 )
@@ -223,9 +224,9 @@ def _external_identity(
 
 def _check_external(features: FeatureFile, source: Path, name: str) -> None:
     if not DATASET_NAME.fullmatch(name) or name in plugins.names("encoders"):
-        raise ValueError(f"{name!r} cannot name imported features: letters, digits, '_', '-', '.', and no encoder of diffalign")
+        raise UserError(f"{name!r} cannot name imported features: letters, digits, '_', '-', '.', and no encoder of diffalign")
     if len(features.offsets):
-        raise ValueError(f"{source} has several rows per sample: they can only come back as the cache that they were")
+        raise UserError(f"{source} has several rows per sample: they can only come back as the cache that they were")
 
 
 def _import_command(source: Path, *values: str | float) -> str:

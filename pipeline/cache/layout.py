@@ -19,6 +19,7 @@ from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import numpy as np
 
+from pipeline.runtime.errors import UserError
 from pipeline.runtime.files import canonical_json, file_sha256, fingerprint, sha256, write_atomic
 
 StoreDtype = Literal["float16", "float32", "bfloat16"]
@@ -146,7 +147,7 @@ def read_record(path: Path) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the record is damaged.
+        UserError: the record is damaged.
     """
     data = path.read_bytes()
     try:
@@ -154,9 +155,9 @@ def read_record(path: Path) -> dict[str, Any]:
         del record["check"]
         is_intact = _encode_record(record) == data
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is damaged ({error})") from error
+        raise UserError(f"{path} is damaged ({error})") from error
     if not is_intact:
-        raise ValueError(f"{path} is damaged (its checksum does not fit)")
+        raise UserError(f"{path} is damaged (its checksum does not fit)")
     return record
 
 
@@ -175,7 +176,7 @@ def file_problems(path: Path, name: str) -> list[str]:
         record = read_record(path / "commits" / f"{name}.json")
     except FileNotFoundError:
         return [f"commits/{name}.json is missing"]
-    except ValueError as error:
+    except UserError as error:
         return [str(error)]
     missing = [file for file in record if not (path / file).is_file()]
     changed = [file for file in record if file not in missing and file_sha256(path / file) != record[file]]
@@ -197,16 +198,16 @@ def read_commit(path: Path, shard: int) -> Commit:
 
     Raises:
         FileNotFoundError: the shard is not committed.
-        ValueError: the record is damaged, or belongs to another shard.
+        UserError: the record is damaged, or belongs to another shard.
     """
     record = read_record(commit_path(path, shard))
     try:
         failures = tuple(dataclass_from_json(Failure, failure) for failure in record["failures"])
         commit = dataclass_from_json(Commit, {**record, "failures": failures})
     except (KeyError, TypeError) as error:
-        raise ValueError(f"{commit_path(path, shard)} is no record of a shard ({error})") from error
+        raise UserError(f"{commit_path(path, shard)} is no record of a shard ({error})") from error
     if commit.shard != shard:
-        raise ValueError(f"{commit_path(path, shard)} is the record of shard {commit.shard}")
+        raise UserError(f"{commit_path(path, shard)} is the record of shard {commit.shard}")
     return commit
 
 

@@ -10,6 +10,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from pipeline.runtime.errors import UserError
+
 MEDIA_MODALITIES = ("image", "video")
 ALL_MODALITIES = (*MEDIA_MODALITIES, "text")
 FEATURE_LIBRARIES: Mapping[str, tuple[str, ...]] = {  # library -> modalities whose features it can change
@@ -89,7 +91,7 @@ def check_libraries(path: Path, recorded: Mapping[str, str], modality: str) -> l
         The warnings.
 
     Raises:
-        ValueError: a library has another release; the message has the remedy.
+        UserError: a library has another release; the message has the remedy.
     """
     installed = _versions()
     changed = {
@@ -104,7 +106,7 @@ def check_libraries(path: Path, recorded: Mapping[str, str], modality: str) -> l
     if all(_release_of(version) == _release_of(current[name]) for name, version in changed.items()):
         return [f"{message}: the last bits of what is added may differ"]
     pins = " ".join(f"{name}=={version}" for name, version in changed.items())
-    raise ValueError(
+    raise UserError(
         f"{message}: one cache would hold features of two kinds; run: pip install {pins}, "
         f"or remove it (diffalign cache rm {path}) and extract it anew"
     )

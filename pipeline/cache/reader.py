@@ -20,6 +20,7 @@ import zarr
 from pipeline.cache import layout
 from pipeline.cache.layout import Commit
 from pipeline.data.manifest import Manifest
+from pipeline.runtime.errors import UserError
 from pipeline.runtime.files import fingerprint
 
 logger = logging.getLogger(__name__)
@@ -52,7 +53,7 @@ class Cache:
             float32 [len(ids), *shape]; NaN for a sample that failed, or that has no text.
 
         Raises:
-            ValueError: an id is unknown, or a shard is damaged or missing.
+            UserError: an id is unknown, or a shard is damaged or missing.
         """
         if self.kind == "dense":
             return self.read_rows(ids)[0]
@@ -77,11 +78,11 @@ class Cache:
             The rows, float32 [M, *shape], and the number of rows of each sample [len(ids)].
 
         Raises:
-            ValueError: as in `read`.
+            UserError: as in `read`.
         """
         unknown = [sample_id for sample_id in ids if sample_id not in self._index_of]
         if unknown:
-            raise ValueError(f"{len(unknown)} ids are not in {self.path}, the first: {', '.join(map(repr, unknown[:3]))}")
+            raise UserError(f"{len(unknown)} ids are not in {self.path}, the first: {', '.join(map(repr, unknown[:3]))}")
         samples = np.fromiter((self._index_of[sample_id] for sample_id in ids), dtype=np.int64, count=len(ids))
         starts, counts = self.offsets[samples], np.diff(self.offsets)[samples]
         if first_only:
@@ -113,8 +114,8 @@ class Cache:
             result[picked] = layout.from_stored(block[rows[picked] - low], store_dtype)
         return result
 
-    def _damage_error(self, file: Path, reason: object) -> ValueError:
-        return ValueError(f"{file} is damaged or missing ({reason}); to redo it, run: {self.provenance['command']}")
+    def _damage_error(self, file: Path, reason: object) -> UserError:
+        return UserError(f"{file} is damaged or missing ({reason}); to redo it, run: {self.provenance['command']}")
 
 
 def open_cache(path: Path, expect: Mapping[str, Any] | None = None) -> Cache:
@@ -125,19 +126,19 @@ def open_cache(path: Path, expect: Mapping[str, Any] | None = None) -> Cache:
         expect: fields that the identity must have, with these values; nested as in the identity.
 
     Raises:
-        ValueError: there is no cache, a field of its identity has another value (the message names it), it is incomplete,
+        UserError: there is no cache, a field of its identity has another value (the message names it), it is incomplete,
             or a file is missing or has the wrong size.
     """
     attributes = read_attributes(path)
     identity, command = attributes["identity"], attributes["provenance"]["command"]
     for field, wanted, found in identity_differences(expect or {}, identity):
-        raise ValueError(f"{path} was made with {field} = {found!r}, but {wanted!r} is needed; extract a cache with it")
+        raise UserError(f"{path} was made with {field} = {found!r}, but {wanted!r} is needed; extract a cache with it")
     array = zarr.open_array(path / "features", mode="r")
     commits, problems = read_commits(path)
     unfinished = problems or layout.file_problems(path, "failures")
     if unfinished:
         state = f"{len(commits)} of {len(commits) + len(problems)} shards are complete ({unfinished[0]})"
-        raise ValueError(f"{path} is incomplete: {state}; to complete it, run: {command}")
+        raise UserError(f"{path} is incomplete: {state}; to complete it, run: {command}")
     ids = [str(sample_id) for sample_id in np.asarray(zarr.open_array(path / "ids", mode="r")[:])]
     logger.debug("opened %s: %d samples in %d shards", path, len(ids), len(commits))
     is_ragged = attributes["kind"] == "ragged"
@@ -165,7 +166,7 @@ def info(path: Path) -> dict[str, Any]:
     """Return what a cache holds and how much of it is complete, as JSON values. The cache may be incomplete.
 
     Raises:
-        ValueError: as in `read_attributes`.
+        UserError: as in `read_attributes`.
     """
     attributes = read_attributes(path)
     array = zarr.open_array(path / "features", mode="r")
@@ -194,11 +195,11 @@ def read_attributes(path: Path) -> dict[str, Any]:
     """Return the attributes of a cache, after checking its metadata, ids and offsets against their record.
 
     Raises:
-        ValueError: there is no cache, or one of these files is missing or damaged. The shards are not looked at.
+        UserError: there is no cache, or one of these files is missing or damaged. The shards are not looked at.
     """
     attributes = read_zarr_attributes(path)
     for problem in layout.file_problems(path, "arrays"):
-        raise ValueError(f"{path}: {problem}; to redo it, run: {attributes['provenance']['command']}")
+        raise UserError(f"{path}: {problem}; to redo it, run: {attributes['provenance']['command']}")
     return attributes
 
 
@@ -206,17 +207,17 @@ def read_zarr_attributes(path: Path) -> dict[str, Any]:
     """Return the attributes in zarr.json. No other file is read.
 
     Raises:
-        ValueError: there is no cache, zarr.json is damaged, or its identity does not hash to the name of the folder.
+        UserError: there is no cache, zarr.json is damaged, or its identity does not hash to the name of the folder.
     """
     try:
         attributes = json.loads((path / "zarr.json").read_bytes())["attributes"]
         name, command = fingerprint(dict(attributes["identity"]))[:12], dict(attributes["provenance"])["command"]
     except FileNotFoundError as error:
-        raise ValueError(f"{path} is not a feature cache; make one with: diffalign extract") from error
+        raise UserError(f"{path} is not a feature cache; make one with: diffalign extract") from error
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path / 'zarr.json'} is damaged ({error}); to redo it, run diffalign extract again") from error
+        raise UserError(f"{path / 'zarr.json'} is damaged ({error}); to redo it, run diffalign extract again") from error
     if not os.path.abspath(path).endswith(f"-{name}"):  # the path itself may be "."
-        raise ValueError(f"{path} does not fit its identity, which hashes to {name}; to make a right one, run: {command}")
+        raise UserError(f"{path} does not fit its identity, which hashes to {name}; to make a right one, run: {command}")
     return attributes
 
 
@@ -232,7 +233,7 @@ def read_commits(path: Path) -> tuple[list[Commit], list[str]]:
             size = file.stat().st_size
         except FileNotFoundError as error:
             problems.append(f"{Path(error.filename).relative_to(path)} is missing")
-        except ValueError as error:
+        except UserError as error:
             problems.append(str(error))
         else:
             if size == commit.num_bytes:
@@ -251,7 +252,7 @@ def read_failed_ids(path: Path) -> frozenset[str]:
     if not layout.file_problems(path, "failures"):
         failed_ids += pq.read_table(path / "failures.parquet", columns=["id"]).column("id").to_pylist()
     for file in (path / "commits").glob("[0-9]*.json"):
-        with contextlib.suppress(ValueError):
+        with contextlib.suppress(UserError):
             failed_ids += [failure.id for failure in layout.read_commit(path, int(file.stem)).failures]
     return frozenset(failed_ids)
 
@@ -287,7 +288,7 @@ def find_cache(home: Path, manifest: Manifest, name: str) -> Cache:
             fit, its name means the one with default settings, unless the caches are of different modalities.
 
     Raises:
-        ValueError: no cache or several caches fit (the message names the choices), or the caches of that name were made from
+        UserError: no cache or several caches fit (the message names the choices), or the caches of that name were made from
             another manifest.
     """
     folders = find_caches(home, manifest.dataset)
@@ -304,7 +305,7 @@ def find_cache(home: Path, manifest: Manifest, name: str) -> Cache:
     problem = "several caches" if matching else "no cache"
     choices = ", ".join(path.name for path in matching or folders) or "none yet"
     command = f"diffalign extract {manifest.dataset}"
-    raise ValueError(f"{problem} of {manifest.dataset} named {name!r} (there are: {choices}); make one with: {command}")
+    raise UserError(f"{problem} of {manifest.dataset} named {name!r} (there are: {choices}); make one with: {command}")
 
 
 def _matches_name(folder: str, name: str) -> bool:

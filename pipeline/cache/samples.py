@@ -8,6 +8,7 @@ from pathlib import Path
 from pipeline.cache.reader import Cache
 from pipeline.data.manifest import Manifest
 from pipeline.data.manifest_files import read_manifest
+from pipeline.runtime.errors import UserError
 from pipeline.types import Sample
 
 
@@ -15,11 +16,11 @@ def cache_home(path: Path) -> Path:
     """Return <home> of a cache folder <home>/caches/<dataset>/<name>.
 
     Raises:
-        ValueError: the folder is not at such a place.
+        UserError: the folder is not at such a place.
     """
     absolute = Path(os.path.abspath(path))  # symbolic links are not resolved
     if absolute.parent.parent.name != "caches":
-        raise ValueError(f"{path} is not in <home>/caches/<dataset>/, where feature caches lie; diffalign cache ls shows them")
+        raise UserError(f"{path} is not in <home>/caches/<dataset>/, where feature caches lie; diffalign cache ls shows them")
     return absolute.parents[2]
 
 
@@ -27,11 +28,11 @@ def read_cache_manifest(cache: Cache) -> tuple[Manifest, list[Sample]]:
     """Return the manifest of a cache, and its samples in the order of the cache.
 
     Raises:
-        ValueError: there is no manifest in the cache's home, or it is not the one that the cache was made from.
+        UserError: there is no manifest in the cache's home, or it is not the one that the cache was made from.
     """
     manifest = read_manifest(cache_home(cache.path), str(cache.identity["dataset"]))
     if cache.identity.get("manifest") != manifest.fingerprint():
-        raise ValueError(
+        raise UserError(
             f"{cache.path} belongs to another manifest of {manifest.dataset} than the one that is prepared; "
             f"prepare that one again, or make a new cache with: {cache.provenance['command']}"
         )

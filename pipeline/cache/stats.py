@@ -15,6 +15,7 @@ from pipeline.cache import layout
 from pipeline.cache.neighbours import close_pairs
 from pipeline.cache.reader import Cache, open_cache
 from pipeline.cache.samples import read_cache_manifest
+from pipeline.runtime.errors import UserError
 
 STATS_BLOCK_BYTES = 2**22  # of a block of features as float32; a block is at least a chunk of the store
 STATS_THREADS = 4  # blocks in memory at a time; the number of cores does not change it
@@ -37,10 +38,10 @@ def stats(path: Path, threshold: float = 0.95, top: int = 10) -> dict[str, Any]:
         Mean, standard deviation and norms of the features, class centres, and near duplicates.
 
     Raises:
-        ValueError: as in `open_cache`, or the cache has no finite row, or its manifest has changed.
+        UserError: as in `open_cache`, or the cache has no finite row, or its manifest has changed.
     """
     if not -1 <= threshold <= 1 or top < 1:
-        raise ValueError(f"the threshold is a cosine, from -1 to 1, and top at least 1, not {threshold} and {top}")
+        raise UserError(f"the threshold is a cosine, from -1 to 1, and top at least 1, not {threshold} and {top}")
     cache = open_cache(path)
     manifest, samples = read_cache_manifest(cache)
     sample_of = np.repeat(np.arange(len(samples)), np.diff(cache.offsets))
@@ -94,7 +95,7 @@ def _moments(features: da.Array) -> tuple[dict[str, Any], np.ndarray]:
         )
     finite = norms[np.isfinite(norms)]
     if not len(finite):
-        raise ValueError("the cache has no row whose features are finite")
+        raise UserError("the cache has no row whose features are finite")
     counts, edges = np.histogram(finite, HISTOGRAM_BINS)
     return {
         "mean": _summarise(mean),

@@ -73,7 +73,7 @@ def open_split(
         window: samples; 0: all of them are loaded.
 
     Raises:
-        ValueError: as in `load_split`.
+        UserError: as in `load_split`.
     """
     samples = split_samples(manifest, split)
     if not 0 < window < len(samples):

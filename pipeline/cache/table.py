@@ -12,6 +12,7 @@ from torch import Tensor
 
 from pipeline.cache import Cache
 from pipeline.data.manifest import Manifest
+from pipeline.runtime.errors import UserError
 from pipeline.runtime.rng import KeyedRNG, sample_keys
 from pipeline.types import Batch, Sample, Source, Split
 
@@ -114,7 +115,7 @@ def load_split(
         aggregate: how several texts of a sample become one: "mean", "first", or "random" (another one in each epoch).
 
     Raises:
-        ValueError: the split has no samples, or none with an image feature, or none with a text feature.
+        UserError: the split has no samples, or none with an image feature, or none with a text feature.
     """
     table = read_table(manifest, caches, split_samples(manifest, split), device, aggregate)
     check_split_usable(manifest, split, len(table), "text" not in caches or bool(table.columns["paired"].any()))
@@ -125,13 +126,13 @@ def split_samples(manifest: Manifest, split: Split) -> Sequence[Sample]:
     """Return the samples of a split.
 
     Raises:
-        ValueError: there are none.
+        UserError: there are none.
     """
     samples = manifest.split(split)
     if not samples:
         remedy = manifest.meta.get("val_remedy", "") if split == "val" else ""
-        again = f"run: diffalign prepare {manifest.dataset} {remedy}" if remedy else "prepare it with samples in every split"
-        raise ValueError(f"the {split} split of {manifest.dataset} is empty; {again}")
+        again = f"run: {manifest.prepare_command} {remedy}" if remedy else "prepare it with samples in every split"
+        raise UserError(f"the {split} split of {manifest.dataset} is empty; {again}")
     return samples
 
 
@@ -139,12 +140,12 @@ def check_split_usable(manifest: Manifest, split: Split, num_images: int, has_te
     """Check that a split has something to train on.
 
     Raises:
-        ValueError: it has no sample with an image feature, or none with a text feature.
+        UserError: it has no sample with an image feature, or none with a text feature.
     """
     if not num_images:
-        raise ValueError(f"the {split} split of {manifest.dataset} has no sample with an image feature")
+        raise UserError(f"the {split} split of {manifest.dataset} has no sample with an image feature")
     if not has_text:
-        raise ValueError(f"no sample of the {split} split has a text feature; extract the texts, or use a method without text")
+        raise UserError(f"no sample of the {split} split has a text feature; extract the texts, or use a method without text")
 
 
 def read_table(

@@ -26,6 +26,7 @@ from pipeline.cache.reader import Cache, open_cache, read_commits
 from pipeline.cache.samples import read_cache_manifest
 from pipeline.cache.writer import Writer
 from pipeline.data.manifest_files import read_manifest
+from pipeline.runtime.errors import UserError
 from pipeline.runtime.files import lock, sync_folder
 
 FORMAT_MODULES = {".h5": "hdf5", ".hdf5": "hdf5", ".npy": "npy", ".parquet": "parquet", ".safetensors": "safetensors"}
@@ -53,12 +54,12 @@ def export_cache(path: Path, target: Path) -> Path:
         target: the file to write; its suffix is the format.
 
     Raises:
-        ValueError: the format is unknown, the file exists, the cache is not complete, or its manifest is gone or has changed.
+        UserError: the format is unknown, the file exists, the cache is not complete, or its manifest is gone or has changed.
     """
     format_module = _format_module(target)
     for file in [target, target.with_suffix(".json")][: 1 + (target.suffix == ".npy")]:
         if file.exists():
-            raise ValueError(f"{file} is there already; remove it, or export to another name")
+            raise UserError(f"{file} is there already; remove it, or export to another name")
     cache = open_cache(path)
     manifest, samples = read_cache_manifest(cache)
     features, shard_rows = _open_stored(cache)
@@ -110,15 +111,15 @@ def import_features(
         max_failures: the largest share (0..1) of samples that may fail.
 
     Raises:
-        ValueError: the file cannot be read or does not fit. Then no new cache is left.
+        UserError: the file cannot be read or does not fit. Then no new cache is left.
     """
     format_module = _format_module(source)
     if not source.is_file():
-        raise ValueError(f"{source} is no file")
+        raise UserError(f"{source} is no file")
     if not 0 <= max_failures <= 1:
-        raise ValueError("max failures must be a share of the samples, from 0 to 1")
+        raise UserError("max failures must be a share of the samples, from 0 to 1")
     if name and not dataset:
-        raise ValueError(f"{name!r} needs a dataset whose samples the features are of: give --dataset")
+        raise UserError(f"{name!r} needs a dataset whose samples the features are of: give --dataset")
     with format_module.read(source) as features:
         check_feature_file(features, source)
         if name:
@@ -127,13 +128,13 @@ def import_features(
         else:
             plan = plan_reimport(features, source)
         if dataset not in ("", plan.identity["dataset"]):
-            raise ValueError(f"{source} was exported from {plan.identity['dataset']}, not from {dataset}")
+            raise UserError(f"{source} was exported from {plan.identity['dataset']}, not from {dataset}")
         return _write_cache(plan, home)
 
 
 def _format_module(path: Path) -> ModuleType:
     if path.suffix not in FORMAT_MODULES:
-        raise ValueError(f"{path} has no suffix of a format; choose one of: {', '.join(FORMAT_MODULES)}")
+        raise UserError(f"{path} has no suffix of a format; choose one of: {', '.join(FORMAT_MODULES)}")
     return importlib.import_module(f"pipeline.cache.formats.{FORMAT_MODULES[path.suffix]}")
 
 
@@ -175,7 +176,7 @@ def _write_cache(plan: ImportPlan, home: Path) -> ImportResult:
                         seconds = time.monotonic() - start_time
                         commits[shard] = writer.commit(shard, rows, failures, seconds=seconds, batch_size=0, device="import")
                     start_time = time.monotonic()
-        except ValueError:
+        except UserError:
             if is_new:
                 shutil.rmtree(path)
             raise

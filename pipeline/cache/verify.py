@@ -10,6 +10,7 @@ import zarr
 from pipeline.cache import layout
 from pipeline.cache.layout import Commit
 from pipeline.cache.reader import read_attributes, read_commits
+from pipeline.runtime.errors import UserError
 from pipeline.runtime.files import file_sha256
 
 
@@ -17,7 +18,7 @@ def verify(path: Path) -> list[str]:
     """Return the problems of a cache, one line each; an empty list when it is complete and undamaged."""
     try:
         read_attributes(path)
-    except ValueError as error:
+    except UserError as error:
         return [str(error)]
     commits, problems = read_commits(path)
     array = zarr.open_array(path / "features", mode="r")

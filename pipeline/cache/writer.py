@@ -23,6 +23,7 @@ from zarr.storage import MemoryStore
 
 from pipeline.cache import layout
 from pipeline.cache.layout import Commit, Failure
+from pipeline.runtime.errors import UserError
 from pipeline.runtime.files import file_sha256, sha256, write_atomic
 
 TEMPORARY_FILE_PATTERN = ".*.tmp"  # files that `write_atomic` has not finished
@@ -65,7 +66,7 @@ class Writer:
             shard_rows: rows per shard, for a new cache; 0: 8,192.
 
         Raises:
-            ValueError: damaged files cannot be made again as they were.
+            UserError: damaged files cannot be made again as they were.
         """
         remove_temporary_files(path)
         num_rows = int(offsets[-1]) if len(offsets) else len(ids)
@@ -85,7 +86,7 @@ class Writer:
             candidates = map(encode, (_read_provenance(path), provenance))
             restored = next((files for files in candidates if _matches_recorded(path, files)), None)
             if restored is None:
-                raise ValueError(
+                raise UserError(
                     f"{path}: {problems[0]}, and these options and libraries do not make it again as it was; take those that "
                     f"it was begun with, or remove the folder and run: {provenance['command']}"
                 )
@@ -126,7 +127,7 @@ class Writer:
         """Return the undamaged commit records by shard. The shards themselves are not looked at."""
         commits = {}
         for shard in range(self.num_shards):
-            with contextlib.suppress(ValueError, FileNotFoundError):
+            with contextlib.suppress(UserError, FileNotFoundError):
                 commits[shard] = layout.read_commit(self.path, shard)
         return {shard: commit for shard, commit in commits.items() if commit.rows == len(self.rows(shard))}
 
@@ -243,7 +244,7 @@ def _matches_recorded(path: Path, files: Mapping[str, bytes]) -> bool:
     """
     try:
         recorded = layout.read_record(path / "commits" / "arrays.json")
-    except (ValueError, FileNotFoundError):
+    except (UserError, FileNotFoundError):
         recorded = {name: file_sha256(path / name) for name in files if (path / name).is_file()}
     return "zarr.json" in recorded and all(sha256(files.get(name, b"")) == digest for name, digest in recorded.items())
 

@@ -7,19 +7,23 @@ from __future__ import annotations
 
 import errno
 import sys
+import traceback
+from typing import Annotated
 
 import typer
 
 from pipeline.commands import cache, data, doctor, features, finetune, grid, heads, report, studies
 from pipeline.commands.options import CommandGroup
 from pipeline.runtime.environment import set_environment
+from pipeline.runtime.errors import UserError, describe_error, is_out_of_memory, traceback_file
 from pipeline.runtime.logs import set_up_logging
+from pipeline.runtime.version import DISTRIBUTION, program_version
 
 HELP = """Image classifiers that learn from text which exists only in training (MARNet, SeDA), on cached features.
 
 prepare → extract → train-head → evaluate → report. `diffalign demo` runs them all."""
 
-app = CommandGroup(HELP)
+app = CommandGroup(HELP, add_completion=True)
 for command in (
     data.fetch,
     data.prepare,
@@ -39,6 +43,22 @@ for command in (
     app.command()(command)
 app.add_typer(cache.cache_commands, name="cache")
 app.add_typer(studies.ablate_commands, name="ablate")
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        print(f"{DISTRIBUTION} {program_version()}")
+        raise typer.Exit
+
+
+@app.callback()
+def read_global_options(
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_print_version, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Read the options that stand before the command."""
+
 
 REMEDIES = {  # of errors of the operating system
     errno.ENOSPC: "free some space, or take another disk with --home; the same command goes on from here",
@@ -60,7 +80,8 @@ def _run_command() -> int:
 def main() -> None:
     """Run the command of `sys.argv` and exit.
 
-    The exit code is 0 for success, 2 for bad input (with one line on stderr), 130 after an interruption, else 1.
+    The exit code is 0 for success, 2 for bad input (with one line on stderr), 130 after an interruption, and 1 for a bug, whose
+    traceback follows one line that says so.
     """
     set_environment()
     set_up_logging()
@@ -71,7 +92,7 @@ def main() -> None:
         remedy = REMEDIES.get(error.errno or 0, "give a readable file, or a writable folder with --home")
         print(f"diffalign: {file}{error.strerror or error}; {remedy}", file=sys.stderr)
         sys.exit(2)
-    except (ValueError, typer.TyperException) as error:
+    except (UserError, typer.TyperException) as error:
         message = error.format_message() if isinstance(error, typer.TyperException) else str(error)
         if message.startswith("Usage:"):  # `diffalign` without a command asks for help
             print(message)
@@ -81,3 +102,16 @@ def main() -> None:
     except (KeyboardInterrupt, typer.Abort):
         print("diffalign: interrupted; the same command goes on from here", file=sys.stderr)
         sys.exit(130)
+    except Exception as error:
+        print(f"diffalign: {_describe_unexpected(error)}", file=sys.stderr)
+        traceback.print_exc()
+        sys.exit(1)
+
+
+def _describe_unexpected(error: Exception) -> str:
+    """Return the line that comes before the traceback of an error that is not the user's."""
+    if is_out_of_memory(error):
+        return f"memory ran out ({describe_error(error)}); take smaller batches or fewer workers, or a machine with more memory"
+    file = traceback_file(error)
+    where = f"; its traceback is below, and in {file}" if file else "; its traceback is below"
+    return f"this is a bug in diffalign, please report it ({describe_error(error)}){where}"

@@ -8,7 +8,9 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from pipeline.commands.checks import check_dataset
 from pipeline.commands.options import DEFAULT_HOME, AsJson, CommandGroup, Home, show, show_table
+from pipeline.runtime.errors import UserError
 
 cache_commands = CommandGroup("List, check, repair, compare, move and remove feature caches.")
 
@@ -30,7 +32,7 @@ def verify(path: CachePath) -> None:
 
     problems = cache_verify(path)
     if problems:
-        raise ValueError(f"{path}: {'; '.join(problems)}")
+        raise UserError(f"{path}: {'; '.join(problems)}")
     print(f"{path}: every shard agrees with its commit record")
 
 
@@ -141,6 +143,9 @@ def import_file(
 ) -> None:
     """Make a cache from a file of `export`, or from features computed elsewhere; rows and samples are joined by id."""
     from dataclasses import asdict
+
+    if dataset:
+        check_dataset(dataset, home)
 
     from pipeline.cache.transfer import import_features
 

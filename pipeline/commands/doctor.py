@@ -17,6 +17,8 @@ import typer
 
 from pipeline.commands.options import DEFAULT_HOME, Home
 from pipeline.runtime import plugins
+from pipeline.runtime.errors import UserError
+from pipeline.runtime.version import program_requirements, program_version
 
 if TYPE_CHECKING:
     from pipeline.data.manifest import Manifest
@@ -53,9 +55,10 @@ def run_checks(home: Path, dataset: str) -> Iterator[Finding]:
     The device and the dataset are only checked when all packages are installed, because these checks import them.
 
     Raises:
-        ValueError: there is no such dataset.
+        UserError: there is no such dataset.
     """
-    plugins.get("datasets", dataset)  # an unknown name is a mistake in the command, not a problem of the machine
+    # an unknown name is a mistake in the command, not a problem of the machine
+    plugin = _find_plugin(home, dataset)
     yield Finding(sys.version_info >= (3, 11), f"Python {platform.python_version()}", "install Python 3.11 or newer")
     packages = list(_check_packages())
     yield from packages
@@ -63,16 +66,17 @@ def run_checks(home: Path, dataset: str) -> Iterator[Finding]:
     yield _check_free_space(home)
     if all(package.is_ok for package in packages):
         yield _check_device()
-        yield _check_source_files(home, dataset)
+        yield _check_source_files(home, dataset) if plugin == dataset else _check_media_folder(home, dataset)
         yield from _check_prepared(home, dataset)
 
 
 def _check_packages() -> Iterator[Finding]:
     """Check the packages that the project's metadata requires, and their versions; extras only when they are installed."""
+    yield Finding(True, f"diffalign {program_version()}")
+    required = program_requirements()
     try:
-        required = importlib.metadata.requires("diffalign") or []
         from packaging.requirements import Requirement
-    except (importlib.metadata.PackageNotFoundError, ModuleNotFoundError) as error:
+    except ModuleNotFoundError as error:
         yield Finding(False, f"{error.name} is not installed", "run: make setup")
         return
     for requirement in map(Requirement, required):
@@ -131,9 +135,32 @@ def _check_source_files(home: Path, dataset: str) -> Finding:
     root = download_folder(dataset, home)
     try:
         manifest = plugins.get("datasets", dataset).build(load_spec(dataset), root if root.is_dir() else None)
-    except (ValueError, OSError) as error:
+    except (UserError, OSError) as error:
         return Finding(False, f"the files of {dataset} are not complete", str(error))
     return Finding(True, f"the files of {dataset}: {len(manifest.samples)} samples")
+
+
+def _find_plugin(home: Path, dataset: str) -> str:
+    """Return the plug-in that builds a dataset; one that has another name than its plug-in is looked up in its manifest."""
+    if dataset in plugins.names("datasets"):
+        return dataset
+    from pipeline.data.manifest_files import read_plugin
+
+    plugin = read_plugin(home, dataset)
+    plugins.get("datasets", plugin)  # refuses one that is not there
+    return plugin
+
+
+def _check_media_folder(home: Path, dataset: str) -> Finding:
+    """Check that the media folder of a dataset with a name of its own is there; where its official files were is not known."""
+    from pipeline.data.manifest_files import read_manifest
+
+    try:
+        manifest = read_manifest(home, dataset)
+    except UserError as error:
+        return Finding(False, f"{dataset} is not prepared", str(error))
+    subject = f"the media folder of {dataset}: {manifest.media_root}"
+    return Finding(manifest.media_root.is_dir(), subject, f"bring it back, or run: {manifest.prepare_command}")
 
 
 def check_encoder(home: Path, manifest: Manifest, name: str) -> Finding:
@@ -144,7 +171,7 @@ def check_encoder(home: Path, manifest: Manifest, name: str) -> Finding:
     try:
         _, encoder = build_encoder(name, {})
         items = make_encoder_inputs(manifest, encoder, "float16")
-    except ValueError as error:
+    except UserError as error:
         return Finding(False, f"encoder {name} cannot run", str(error))
     needed = len(items) * math.prod(encoder.feature_shape) * BYTES_PER_NUMBER
     subject = f"encoder {name}: a cache of {len(items)} x {encoder.feature_shape} takes {needed / 1024**2:.0f} MiB"
@@ -155,16 +182,15 @@ def check_encoder(home: Path, manifest: Manifest, name: str) -> Finding:
 def _check_prepared(home: Path, dataset: str) -> Iterator[Finding]:
     """Check the dataset's manifest, its default encoders and its caches."""
     from pipeline.cache import find_caches
-    from pipeline.data.manifest_files import read_manifest
-    from pipeline.data.spec import load_spec
+    from pipeline.data.manifest_files import load_dataset_spec, read_manifest
 
     try:
         manifest = read_manifest(home, dataset)
-    except ValueError as error:
+    except UserError as error:
         yield Finding(False, f"{dataset} is not prepared", str(error))
     else:
         yield Finding(True, f"{dataset} is prepared")
-        for name in load_spec(dataset)["encoders"].values():
+        for name in load_dataset_spec(home, dataset)["encoders"].values():
             yield check_encoder(home, manifest, name)
     for path in find_caches(home, dataset):
         yield _check_cache(path)
@@ -175,6 +201,6 @@ def _check_cache(path: Path) -> Finding:
 
     try:
         facts = info(path)
-    except (ValueError, OSError) as error:
+    except (UserError, OSError) as error:
         return Finding(False, f"cache {path.name} is damaged", f"{error}; run: diffalign cache repair {path}")
     return Finding(facts["complete"], f"cache {path.name}: {facts['rows']} rows", f"run: {facts['provenance']['command']}")

@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 import typer
 
+from pipeline.commands.checks import check_dataset, check_setting_names
 from pipeline.commands.options import (
     DEFAULT_HOME,
     NO_PAIRS,
@@ -14,11 +15,12 @@ from pipeline.commands.options import (
     Home,
     Scheduler,
     SettingOptions,
-    describe_plugin,
     parse_assignments,
     parse_integers,
     show,
 )
+from pipeline.commands.plugin_table import show_plugin
+from pipeline.runtime.errors import UserError
 
 
 def extract(
@@ -48,27 +50,37 @@ def extract(
     as_json: AsJson = False,
 ) -> None:
     """Stage 1: run encoders once over a dataset; an interrupted extraction goes on where it was."""
-    from pipeline.data.spec import load_spec
-    from pipeline.extraction.distributed import dispatch_extraction
-    from pipeline.extraction.extract import ExtractOptions
     from pipeline.runtime import plugins
+    from pipeline.workspace import Workspace
 
-    chosen = encoder or list(load_spec(dataset)["encoders"].values())
+    check_dataset(dataset, home)
     given = parse_assignments([*settings, *([f"weights={weights}"] if weights else [])])
-    if given and len(chosen) > 1:
-        raise ValueError("--set and --weights belong to one encoder: name it with --encoder")
-    for name in chosen:
-        plugins.get("encoders", name)  # refuses an unknown name before the first encoder runs
-    options = ExtractOptions(
-        batch_size=batch_size, workers=workers, shard_rows=shard_rows, max_failures=max_failures, retry_failed=retry_failed
-    )
+    if given and len(encoder) != 1:
+        raise UserError("--set and --weights belong to one encoder: name it with --encoder")
+    for name in encoder:
+        plugins.check_name("encoders", name)
     gpus = parse_integers(workers_gpu, "--workers-gpu") if workers_gpu else []
-    done = [dispatch_extraction(scheduler, gpus, home, dataset, name, given, store_dtype, compiled, options) for name in chosen]
-    show(dict(zip(chosen, map(str, done), strict=True)), as_json)
+    if given:
+        check_setting_names(plugins.get("encoders", encoder[0]).Config, given)
+    caches = Workspace(home).extract(
+        dataset,
+        encoder,
+        batch_size=batch_size,
+        workers=workers,
+        shard_rows=shard_rows,
+        max_failures=max_failures,
+        retry_failed=retry_failed,
+        store_dtype=store_dtype,
+        compiled=compiled,
+        scheduler=scheduler,
+        gpus=gpus,
+        settings=given,
+    )
+    show({name: str(cache.path) for name, cache in caches.items()}, as_json)
 
 
 def encoders(
     name: Annotated[str, typer.Argument(help="An encoder, to see its settings.")] = "", as_json: AsJson = False
 ) -> None:
     """The encoders, or one encoder's settings."""
-    show(describe_plugin("encoders", name), as_json)
+    show_plugin("encoders", name, as_json)

@@ -2,26 +2,33 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from pipeline.commands.checks import check_setting_names
 from pipeline.commands.joint_options import Accumulate, Augment, Checkpointing, EncoderLr, LayerDecay, Workers
 from pipeline.commands.options import DEFAULT_HOME, NO_PAIRS, AsJson, Home, parse_assignments, show
+from pipeline.runtime.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 
 def finetune(
     init: Annotated[Path, typer.Option(help="Run of stage 2 to start from, …/seed<k>; it decides the head and the encoders.")],
     method: Annotated[str, typer.Option(help="Method of that run; another one is refused. Default: that of the run.")] = "",
     dataset: Annotated[str, typer.Option(help="Dataset of that run; another one is refused. Default: that of the run.")] = "",
-    training: Annotated[
-        list[str],
+    unfreeze: Annotated[
+        str,
         typer.Option(
-            "--train",
-            help="What is trained beside the head: image (the default), text, both or last:K, the last K blocks of the image "
-            "encoder; or a training setting, KEY=VALUE. May be given several times.",
+            metavar="image|text|both|last:K",
+            help="The encoders that are trained with the head; last:K: the last K blocks of the image encoder. Default: image.",
         ),
+    ] = "",
+    training: Annotated[
+        list[str], typer.Option("--train", help="A training setting, KEY=VALUE; may be given several times.")
     ] = NO_PAIRS,
     encoder_lr: EncoderLr = 5e-5,
     layer_decay: LayerDecay = 1.0,
@@ -36,24 +43,27 @@ def finetune(
 
     Several GPUs: torchrun --nproc-per-node N -m pipeline finetune …; an interrupted run goes on where it was.
     """
-    from pipeline.runtime import plugins
     from pipeline.runtime.runs import RunFolder
-    from pipeline.training.joint.ddp import is_first_process
-    from pipeline.training.joint.finetune import finetune as run_finetune
-    from pipeline.training.joint.finetune import resolve_joint_settings
-    from pipeline.training.joint.plan import JointConfig, JointOptions
+    from pipeline.runtime.settings import configure
+    from pipeline.training.config import TrainConfig
 
     run = RunFolder.at(init)
     config = run.config()
     for option, given, found in (("--method", method, config.method), ("--dataset", dataset, config.dataset)):
         if given not in ("", found):
-            raise ValueError(f"{option} is {given}, but {init} is a run of {found}")
-    trained = [word for word in training if "=" not in word]
-    if len(trained) > 1:
-        raise ValueError(f"--train takes one of image, text, both and last:K, not {' and '.join(trained)}")
+            raise UserError(f"{option} is {given}, but {init} is a run of {found}")
+    unfrozen = _read_unfreeze(unfreeze, [word for word in training if "=" not in word])
+    given_training = parse_assignments(word for word in training if "=" in word)
+    check_setting_names(TrainConfig, given_training)
+
+    from pipeline.training.joint.ddp import is_first_process
+    from pipeline.training.joint.finetune import finetune as run_finetune
+    from pipeline.training.joint.finetune import resolve_joint_settings
+    from pipeline.training.joint.plan import JointConfig, JointOptions
+
     given = {"encoder_lr": encoder_lr, "layer_decay": layer_decay, "augment": augment}
-    joint = plugins.configure(JointConfig, {**given, "train": trained[0] if trained else "image"})
-    joint_training = resolve_joint_settings(run, parse_assignments(word for word in training if "=" in word))
+    joint = configure(JointConfig, {**given, "train": unfrozen})
+    joint_training = resolve_joint_settings(run, given_training)
     options = JointOptions(accumulate=accumulate, checkpointing=checkpointing, workers=workers)
     outcome = run_finetune(home, run, joint, joint_training, options)
     if not is_first_process():
@@ -63,3 +73,21 @@ def finetune(
         verdict += "; the head of stage 2 stays the result"
     weights = {f"{key} weights": str(path) for key, path in outcome.weights.items()}
     show({"verdict": verdict, "run": str(outcome.run.path), **weights}, as_json)
+
+
+def _read_unfreeze(unfreeze: str, words: list[str]) -> str:
+    """Return which encoders are trained.
+
+    Args:
+        unfreeze: The value of --unfreeze; "" if it was not given.
+        words: The values of --train that are no KEY=VALUE: the old way to say the same.
+
+    Raises:
+        UserError: it is given twice.
+    """
+    for word in words:
+        logger.warning("--train %s is the old form and will be refused by the next release; write --unfreeze %s", word, word)
+    given = list(dict.fromkeys([unfreeze, *words] if unfreeze else words))
+    if len(given) > 1:
+        raise UserError(f"--unfreeze takes one of image, text, both and last:K, not {' and '.join(given)}")
+    return given[0] if given else "image"

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from pipeline.commands.checks import check_dataset, check_file, check_method, check_setting_names
 from pipeline.commands.options import (
     DEFAULT_HOME,
     NO_PAIRS,
@@ -19,6 +21,8 @@ from pipeline.commands.options import (
     show,
     show_table,
 )
+from pipeline.runtime import plugins
+from pipeline.runtime.errors import UserError
 
 if TYPE_CHECKING:
     from pipeline.studies.search import GridResult
@@ -47,9 +51,12 @@ def grid(
     training: Annotated[list[str], typer.Option("--train", help="A training setting of all cells, KEY=VALUE.")] = NO_PAIRS,
     preset: Annotated[str, typer.Option(help="head, paper or tuned, as in train-head.")] = "head",
     precision: Annotated[
-        Literal["auto", "float32", "mixed"],
-        typer.Option(help="Precision of matrix products; mixed: bfloat16. auto: mixed where this machine has it."),
-    ] = "auto",
+        Literal["auto", "float32", "mixed"] | None,
+        typer.Option(
+            help="Precision of matrix products; mixed: bfloat16. auto: mixed where this machine has it. Default: float32, "
+            "as in train-head."
+        ),
+    ] = None,
     search: Annotated[
         Literal["all", "optuna"], typer.Option(help="Train all cells to the end, or the better ones (successive halving).")
     ] = "all",
@@ -75,6 +82,16 @@ def grid(
     as_json: AsJson = False,
 ) -> None:
     """Train all combinations of some settings, rank them on validation, and test the winner; finished runs are not repeated."""
+    from pipeline.training.config import TrainConfig
+
+    check_method(method, preset)
+    check_dataset(dataset, home)
+    check_file(grid_file, "--grid-file")
+    chosen, given, given_training = parse_integers(seeds, "--seeds"), parse_assignments(settings), parse_assignments(training)
+    check_setting_names(TrainConfig, given_training)
+    plugin = plugins.get("methods", method)
+    check_setting_names(plugin.Config, given, plugin.symbols)
+
     from pipeline.report import write_grid_page
     from pipeline.studies.grid import plan_grid, read_axes
     from pipeline.studies.search import run_grid
@@ -84,10 +101,10 @@ def grid(
         dataset,
         method,
         read_axes(method, fields, grid_file),
-        parse_integers(seeds, "--seeds"),
+        chosen,
         preset=preset,
-        settings=parse_assignments(settings),
-        training=parse_assignments(training),
+        settings=given,
+        training=given_training,
         points=points,
         precision=precision,
         search=search,
@@ -100,9 +117,12 @@ def grid(
     )
     _print_result(result, write_grid_page(result.folder), as_json)
     if result.failed:
-        run, reason = next(iter(result.failed.items()))
-        total = len(planned.heads)
-        raise ValueError(f"{len(result.failed)} of {total} runs failed, the first is {run}: {reason}")
+        run, reason = next(each for each in result.failed.items() if each[0] in result.bugs or not result.bugs)
+        message = f"{len(result.failed)} of {len(planned.heads)} runs failed, the first is {run}: {reason}"
+        if not result.bugs:
+            raise UserError(message)
+        print(f"diffalign: {message}; please report the bugs ({len(result.bugs)} of these runs)", file=sys.stderr)
+        raise typer.Exit(1)
 
 
 def _print_result(result: GridResult, page: Path, as_json: bool) -> None:

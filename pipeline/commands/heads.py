@@ -3,25 +3,28 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from pipeline.commands.checks import check_dataset, check_method, check_setting_names, check_split
 from pipeline.commands.options import (
     DEFAULT_HOME,
     NO_PAIRS,
     AsJson,
     Home,
     SettingOptions,
-    describe_plugin,
     parse_assignments,
     parse_integers,
     show,
     show_table,
     to_frame,
 )
+from pipeline.commands.plugin_table import show_plugin
+from pipeline.runtime import plugins
 
 if TYPE_CHECKING:
+    from pipeline.runtime.runs import RunFolder
     from pipeline.types import Split
 
 
@@ -46,20 +49,22 @@ def train_head(
     as_json: AsJson = False,
 ) -> None:
     """Stage 2: train a head on cached features and score it on validation; finished runs are not repeated."""
-    from pipeline.evaluation.evaluate import evaluate as run_evaluate
-    from pipeline.training.features import cache_names, open_features
-    from pipeline.training.heads import plan_head_on, resolve_head_settings
-    from pipeline.training.heads import train_head as run_train_head
+    from pipeline.training.config import TrainConfig
 
-    config, train_config = resolve_head_settings(
-        dataset, method, preset, parse_assignments(settings), parse_assignments(training)
+    check_method(method, preset)
+    check_dataset(dataset, home)
+    chosen, given, given_training = parse_integers(seeds, "--seeds"), parse_assignments(settings), parse_assignments(training)
+    check_setting_names(TrainConfig, given_training)
+    plugin = plugins.get("methods", method)
+    check_setting_names(plugin.Config, given, plugin.symbols)
+
+    from pipeline.workspace import Workspace
+
+    caches: dict[str, Any] = {"image": image, "text": text, "aggregate": aggregate}
+    runs = Workspace(home).train_heads(
+        dataset, method, seeds=chosen, preset=preset, train=given_training, **caches, settings=given
     )
-    chosen = parse_integers(seeds, "--seeds")
-    features = open_features(home, dataset, method, cache_names(dataset, image, text), aggregate)
-    results = []
-    for seed in chosen:
-        run = run_train_head(plan_head_on(features, method, config, train_config, seed), progress=True)
-        results.append({"run": str(run.path), "split": "val", **run_evaluate(home, run, "val", {})["metrics"]})
+    results = [{"run": str(run.path), "split": "val", **run.evaluate("val")} for run in runs]
     show_table(to_frame(results), as_json)
 
 
@@ -74,29 +79,29 @@ def evaluate(
     as_json: AsJson = False,
 ) -> None:
     """Metrics of finished runs on a split, from image features alone; --set changes settings of prediction (draws=8)."""
-    from pipeline.evaluation.evaluate import evaluate as run_evaluate
     from pipeline.runtime.runs import RunFolder
-    from pipeline.types import SPLITS
 
-    if split not in SPLITS:
-        raise ValueError(f"unknown split {split!r}; choose one of: {', '.join(SPLITS)}")
+    chosen, given = check_split(split), parse_assignments(settings)
     folders = [run] if (run / "config.json").is_file() else sorted(run.glob("seed*")) or [run]
+    runs = [RunFolder.at(folder) for folder in folders]
     if sampler_curve:
-        _print_sampler_curves(home, folders, split, parse_assignments(settings), as_json)
+        _print_sampler_curves(home, runs, chosen, given, as_json)
         return
+
+    from pipeline.evaluation.evaluate import evaluate as run_evaluate
+
     results = []
-    for folder in folders:
-        record = run_evaluate(home, RunFolder.at(folder), split, parse_assignments(settings))
-        results.append({"run": str(folder), "split": split, "n": record["n"], **record["metrics"]})
+    for each in runs:
+        record = run_evaluate(home, each, chosen, given)
+        results.append({"run": str(each.path), "split": chosen, "n": record["n"], **record["metrics"]})
     show_table(to_frame(results), as_json)
 
 
-def _print_sampler_curves(home: Path, folders: list[Path], split: Split, settings: dict[str, str], as_json: bool) -> None:
+def _print_sampler_curves(home: Path, runs: list[RunFolder], split: Split, settings: dict[str, str], as_json: bool) -> None:
     """Write the sampler curve of every run, and print the points and the paths of the files."""
-    from pipeline.runtime.runs import RunFolder
     from pipeline.studies.sampler_curve import write_sampler_curve
 
-    curves = [write_sampler_curve(home, RunFolder.at(folder), split, settings) for folder in folders]
+    curves = [write_sampler_curve(home, run, split, settings) for run in runs]
     if as_json:
         described = [
             {"run": str(curve.run), "split": split, "table": str(curve.table), "picture": str(curve.picture)}
@@ -112,4 +117,4 @@ def _print_sampler_curves(home: Path, folders: list[Path], split: Split, setting
 
 def methods(name: Annotated[str, typer.Argument(help="A method, to see its settings.")] = "", as_json: AsJson = False) -> None:
     """The methods, or one method's settings, letters and grid."""
-    show(describe_plugin("methods", name), as_json)
+    show_plugin("methods", name, as_json)

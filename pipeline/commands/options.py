@@ -6,13 +6,16 @@ import inspect
 import json
 import logging
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
+from pipeline.commands.signatures import accept_dataset_both_ways
+from pipeline.runtime import plugins
+from pipeline.runtime.errors import UserError
 from pipeline.runtime.logs import set_up_logging
 
 if TYPE_CHECKING:
@@ -27,10 +30,10 @@ def _check_scheduler(scheduler: str) -> str:
     """Return the value of the option; refuse at once what cannot be an address, because a connection fails after half a minute.
 
     Raises:
-        ValueError: the value is neither "local" nor an address.
+        UserError: the value is neither "local" nor an address.
     """
     if scheduler != "local" and not re.fullmatch(r"(tcp|tls|ucx|ws|wss)://[^\s/]+:\d+/?", scheduler):
-        raise ValueError(f"--scheduler takes local or tcp://host:port, not {scheduler!r}")
+        raise UserError(f"--scheduler takes local or tcp://host:port, not {scheduler!r}")
     return scheduler
 
 
@@ -45,17 +48,29 @@ Scheduler = Annotated[
 Dataset = Annotated[str, typer.Argument(help="Name of a dataset; `diffalign datasets` lists them.")]
 SettingOptions = Annotated[list[str], typer.Option("--set", help="A setting, KEY=VALUE; may be given several times.")]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Show more messages.")]
+PluginFiles = Annotated[
+    list[Path],
+    typer.Option(
+        "--plugin",
+        help="A Python file with a method, an encoder or a dataset of your own; its code is run. May be given several times.",
+    ),
+]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, only warnings and results.")]
 DEFAULT_HOME = Path("artifacts")
 NO_PAIRS: list[str] = []  # the default of options that may be given several times
 
 
 class CommandGroup(typer.Typer):
-    """A group of commands, each of which also takes --verbose and --quiet."""
+    """A group of commands; each also takes --verbose, --quiet and --plugin, and its dataset as argument or as --dataset."""
 
-    def __init__(self, help: str) -> None:
+    def __init__(self, help: str, add_completion: bool = False) -> None:
         super().__init__(
-            help=help, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False, add_completion=False
+            help=help,
+            no_args_is_help=True,
+            rich_markup_mode=None,
+            pretty_exceptions_enable=False,
+            add_completion=add_completion,
+            context_settings={"help_option_names": ["-h", "--help"]},
         )
 
     def command(self, name: str | None = None, **options: Any) -> Callable[[CommandT], CommandT]:
@@ -63,24 +78,26 @@ class CommandGroup(typer.Typer):
         register = super().command(name, **options)
 
         def decorate(function: CommandT) -> CommandT:
-            register(_add_verbosity(function))
+            register(_add_verbosity(accept_dataset_both_ways(function)))
             return function
 
         return decorate
 
 
 def _add_verbosity(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a function with two more arguments, --verbose and --quiet, which set the level of logging."""
+    """Return a function with more arguments: --verbose and --quiet set the level of logging, --plugin loads files."""
 
     @wraps(function)
-    def run(verbose: bool = False, quiet: bool = False, **arguments: Any) -> Any:
+    def run(verbose: bool = False, quiet: bool = False, plugin: Sequence[Path] = (), **arguments: Any) -> Any:
         set_up_logging(logging.DEBUG if verbose else logging.WARNING if quiet else logging.INFO)
+        for path in plugin:
+            plugins.load_file(path)
         return function(**arguments)
 
     signature = inspect.signature(function, eval_str=True)
     keyword_only = inspect.Parameter.KEYWORD_ONLY
-    options = {"verbose": Verbose, "quiet": Quiet}
-    added = [inspect.Parameter(name, keyword_only, default=False, annotation=hint) for name, hint in options.items()]
+    options = {"verbose": (Verbose, False), "quiet": (Quiet, False), "plugin": (PluginFiles, [])}
+    added = [inspect.Parameter(name, keyword_only, default=value, annotation=hint) for name, (hint, value) in options.items()]
     parameters = [parameter.replace(kind=keyword_only) for parameter in signature.parameters.values()]
     setattr(run, "__signature__", signature.replace(parameters=[*parameters, *added]))  # noqa: B010 - no attribute for pyright
     return run
@@ -106,43 +123,19 @@ def to_frame(rows: list[dict[str, Any]]) -> pd.DataFrame:
     return pd.DataFrame(rows).round(2)
 
 
-def describe_plugin(kind: str, name: str) -> dict[str, Any]:
-    """Return a description of one plug-in or of all plug-ins of a kind.
-
-    Args:
-        kind: "methods", "encoders" or "datasets".
-        name: The name of a plug-in, or "".
-
-    Returns:
-        The documentation and the settings of the named plug-in; without a name, the first line of the documentation of each
-        plug-in, by name.
-    """
-    from dataclasses import asdict
-
-    from pipeline.runtime import plugins
-
-    if not name:
-        return {found: plugins.first_line(kind, found) for found in plugins.names(kind)}
-    module = plugins.get(kind, name)
-    described: dict[str, Any] = {"about": " ".join((module.__doc__ or "").split()), **asdict(module.Config())}
-    if kind == "methods":
-        described |= {"letters": dict(module.SYMBOLS), "grid": {key: list(values) for key, values in module.GRID.items()}}
-    return described
-
-
 def parse_assignments(pairs: Iterable[str]) -> dict[str, str]:
     """Return the values of KEY=VALUE pairs by key: {"lr": "1e-3"} from ["lr=1e-3"].
 
     Raises:
-        ValueError: a pair has another form, or a key is given twice.
+        UserError: a pair has another form, or a key is given twice.
     """
     result: dict[str, str] = {}
     for pair in pairs:
         key, equals, value = pair.partition("=")
         if not (key and equals):
-            raise ValueError(f"--set takes KEY=VALUE, not {pair!r}")
+            raise UserError(f"--set takes KEY=VALUE, not {pair!r}")
         if key in result:
-            raise ValueError(f"{key!r} is given twice: {result[key]!r} and {value!r}")
+            raise UserError(f"{key!r} is given twice: {result[key]!r} and {value!r}")
         result[key] = value
     return result
 
@@ -155,9 +148,9 @@ def parse_integers(text: str, option: str) -> list[int]:
         option: The name of the option, for the error.
 
     Raises:
-        ValueError: the text has another form, or a number is 2^63 or larger.
+        UserError: the text has another form, or a number is 2^63 or larger.
     """
     words = [word.strip() for word in text.split(",")]
     if not all(word.isascii() and word.isdecimal() and int(word) < 2**63 for word in words):
-        raise ValueError(f"{option} takes numbers such as 0,1,2, not {text!r}")
+        raise UserError(f"{option} takes numbers such as 0,1,2, not {text!r}")
     return list(dict.fromkeys(int(word) for word in words))

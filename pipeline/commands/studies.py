@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from pipeline.commands.checks import check_dataset, check_method, check_setting_names
 from pipeline.commands.joint_options import Accumulate, Augment, Checkpointing, EncoderLr, LayerDecay, Workers
 from pipeline.commands.options import (
     DEFAULT_HOME,
@@ -47,13 +48,19 @@ def strategy(
     as_json: AsJson = False,
 ) -> None:
     """Which encoders to train (SeDA Table 3): freeze both, train the visual one, train both; metrics on the test split."""
+    from pipeline.training.config import TrainConfig
+
+    check_method(method, preset)
+    check_dataset(dataset, home)
+    chosen, given = parse_integers(seeds, "--seeds"), parse_assignments(training)
+    check_setting_names(TrainConfig, given)
+
     from pipeline.studies.ablation import compare_strategies
     from pipeline.training.joint.plan import JointOptions
 
     joint = {"encoder_lr": encoder_lr, "layer_decay": layer_decay, "augment": augment}
     options = JointOptions(accumulate=accumulate, checkpointing=checkpointing, workers=workers)
     caches = {"image": image, "text": text}
-    chosen, given = parse_integers(seeds, "--seeds"), parse_assignments(training)
     show_table(compare_strategies(home, dataset, method, preset, chosen, caches, joint, given, options), as_json)
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from pipeline.data.readers import csv_rows, line_error, parse_whole_number, stripped_lines, text_lines
+from pipeline.runtime.errors import UserError
 
 _EMOJI_LINE = re.compile(r"([0-9A-F]+(?: [0-9A-F]+)*) *; *([a-z-]+) *# (\S+) E[0-9.]+ (\S.*)")
 
@@ -49,12 +50,12 @@ def read_indicator_lists(files: Mapping[str, Path], class_names: list[str]) -> t
         The class names, and the lines of all lists.
 
     Raises:
-        ValueError: a line is faulty, or the lists have different numbers of classes.
+        UserError: a line is faulty, or the lists have different numbers of classes.
     """
     lines = [line for split, path in files.items() for line in _read_indicator_list(path, split)]
     widths = {split: next((width for width, line in lines if line.split == split), 0) for split in files}
     if len(set(widths.values())) != 1:
-        raise ValueError(f"the lists have different numbers of classes: {widths}")
+        raise UserError(f"the lists have different numbers of classes: {widths}")
     width = max(widths.values())
     names = class_names if width == len(class_names) else [f"class {number}" for number in range(width)]
     return names, [line for _, line in lines]
@@ -71,7 +72,7 @@ def read_class_number_lists(files: Mapping[str, Path], class_names: list[str]) -
         The class names, unchanged, and the lines of all lists.
 
     Raises:
-        ValueError: a line is faulty.
+        UserError: a line is faulty.
     """
     return class_names, [
         line for split, path in files.items() for line in _read_class_number_list(path, split, len(class_names))
@@ -91,7 +92,7 @@ def read_class_name_csv(path: Path, splits: Mapping[str, str]) -> tuple[list[str
         The sorted class names, and the lines.
 
     Raises:
-        ValueError: a line is faulty.
+        UserError: a line is faulty.
     """
     table = list(_read_class_name_rows(path, splits))
     class_names = sorted({name for _, _, present, _ in table for name in present})
@@ -163,7 +164,7 @@ def read_tags_by_id(path: Path, vocabulary: list[str]) -> dict[int, list[int]]:
         For every id, the ascending positions of its tags in the vocabulary.
 
     Raises:
-        ValueError: a line does not start with an id, or holds only zeros and ones: a matrix of tags has no ids.
+        UserError: a line does not start with an id, or holds only zeros and ones: a matrix of tags has no ids.
     """
     position = {word: number for number, word in enumerate(vocabulary)}
     found: dict[int, set[int]] = {}
@@ -183,19 +184,19 @@ def package_path(package: str, file: str) -> Path:
     """Return the path of a file or folder in an installed package.
 
     Raises:
-        ValueError: the package is not installed; the message says how to install it.
+        UserError: the package is not installed; the message says how to install it.
     """
     try:
         return Path(str(importlib.resources.files(package))) / file
     except ModuleNotFoundError as error:
-        raise ValueError(f'the package {error.name} is missing; run: pip install "diffalign[demo]"') from error
+        raise UserError(f'the package {error.name} is missing; run: pip install "diffalign[demo]"') from error
 
 
 def read_emoji_list(path: Path) -> Iterator[Emoji]:
     """Yield the emoji in a file emoji-test.txt, in the order of the file.
 
     Raises:
-        ValueError: a line is faulty; names file and line.
+        UserError: a line is faulty; names file and line.
     """
     group = subgroup = ""
     for number, line in enumerate(text_lines(path), start=1):

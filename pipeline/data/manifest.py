@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.data.readers import LINE_LIMIT, UNPRINTABLE, looks_like_formula
+from pipeline.runtime.errors import UserError
 from pipeline.runtime.files import canonical_json
 from pipeline.types import SPLITS, Sample
 
@@ -62,6 +63,16 @@ class Manifest:
         digest.update(b"]]")
         return digest.hexdigest()
 
+    @property
+    def plugin(self) -> str:
+        """The plug-in that built the manifest: the dataset itself, unless `prepare` gave it another name."""
+        return self.meta.get("plugin", self.dataset)
+
+    @property
+    def prepare_command(self) -> str:
+        """The command that builds the manifest again, without its options."""
+        return prepare_command(self.dataset, self.plugin)
+
     def in_file_order(self) -> Iterator[tuple[int, Sample]]:
         """Yield (source row, sample), sorted by split and then by source row."""
         source = np.array(self.rows) if self.rows else np.arange(len(self.samples))
@@ -73,21 +84,21 @@ class Manifest:
         """Return the samples of a split.
 
         Raises:
-            ValueError: there is no such split; the message lists the splits.
+            UserError: there is no such split; the message lists the splits.
         """
         if name not in SPLITS:
-            raise ValueError(f"unknown split {name!r}; choose one of: {', '.join(SPLITS)}")
+            raise UserError(f"unknown split {name!r}; choose one of: {', '.join(SPLITS)}")
         return [sample for sample in self.samples if sample.split == name]
 
     def media_path(self, sample: Sample) -> Path:
         """Return the path of the sample's media file.
 
         Raises:
-            ValueError: the path, or a symbolic link on it, leads out of the media root.
+            UserError: the path, or a symbolic link on it, leads out of the media root.
         """
         path = (self.media_root / sample.media).resolve()
         if not path.is_relative_to(self.media_root.resolve()):
-            raise ValueError(f"{sample.media.as_posix()} of sample {sample.id!r} leads out of the media folder")
+            raise UserError(f"{sample.media.as_posix()} of sample {sample.id!r} leads out of the media folder")
         return path
 
     def source_location(self, position: int) -> str:
@@ -100,6 +111,11 @@ class Manifest:
         return f"row {row}"
 
 
+def prepare_command(dataset: str, plugin: str) -> str:
+    """Return the command that prepares a dataset: the one of a plug-in, or, under another name, what a plug-in builds."""
+    return f"diffalign prepare {plugin}" + (f" --name {dataset}" if dataset != plugin else "")
+
+
 def check_manifest(manifest: Manifest, counts: Mapping[str, int] = _NO_COUNTS) -> None:
     """Check the schema, then the counts, then that nothing leaks from one split into another.
 
@@ -108,7 +124,7 @@ def check_manifest(manifest: Manifest, counts: Mapping[str, int] = _NO_COUNTS) -
         counts: expected counts, see `check_counts`.
 
     Raises:
-        ValueError: names the first faulty row by its list and line.
+        UserError: names the first faulty row by its list and line.
     """
     _check_schema(manifest)
     check_counts(manifest, counts)
@@ -120,13 +136,13 @@ def check_manifest(manifest: Manifest, counts: Mapping[str, int] = _NO_COUNTS) -
 
 def _check_schema(manifest: Manifest) -> None:
     if not DATASET_NAME.fullmatch(manifest.dataset):
-        raise ValueError(f"dataset name {manifest.dataset!r} may hold only letters, digits, '_', '-' and '.'")
+        raise UserError(f"dataset name {manifest.dataset!r} may hold only letters, digits, '_', '-' and '.'")
     if not manifest.samples:
-        raise ValueError(f"dataset {manifest.dataset!r} has no samples")
+        raise UserError(f"dataset {manifest.dataset!r} has no samples")
     for name, count in Counter(manifest.class_names).items():
         if count > 1 or not name or UNPRINTABLE.search(name):
             what = "more than once" if count > 1 else "which is empty or unprintable"
-            raise ValueError(f"dataset {manifest.dataset!r} names the class {name[:80]!r} {what}")
+            raise UserError(f"dataset {manifest.dataset!r} names the class {name[:80]!r} {what}")
     for position, sample in enumerate(manifest.samples):
         if problem := _row_problem(sample, manifest):
             raise _row_error(manifest, position, problem)
@@ -134,9 +150,9 @@ def _check_schema(manifest: Manifest) -> None:
         raise _row_error(manifest, second, f"repeats the id of {manifest.source_location(first)}")
 
 
-def _row_error(manifest: Manifest, position: int, what: str) -> ValueError:
+def _row_error(manifest: Manifest, position: int, what: str) -> UserError:
     shown = manifest.samples[position].id[:80]
-    return ValueError(f"dataset {manifest.dataset!r}, {manifest.source_location(position)}, sample {shown!r}: {what}")
+    return UserError(f"dataset {manifest.dataset!r}, {manifest.source_location(position)}, sample {shown!r}: {what}")
 
 
 def _row_problem(sample: Sample, manifest: Manifest) -> str:
@@ -228,13 +244,13 @@ def check_counts(manifest: Manifest, expected: Mapping[str, int]) -> None:
         expected: numbers by name: "all", "train", "val", "test", "classes", or a count of the builder's own.
 
     Raises:
-        ValueError: a number is not the expected one.
+        UserError: a number is not the expected one.
     """
     found = found_counts(manifest)
     wrong = [f"{name} {found[name]} (expected {count})" for name, count in expected.items() if found[name] != count]
     if wrong:
         files = ", ".join(entry["file"] for entry in manifest.meta.get("lists", ())) or "the files"
-        raise ValueError(f"dataset {manifest.dataset!r} has unexpected counts: {', '.join(wrong)}; are {files} complete?")
+        raise UserError(f"dataset {manifest.dataset!r} has unexpected counts: {', '.join(wrong)}; are {files} complete?")
 
 
 def found_counts(manifest: Manifest) -> dict[str, int]:

@@ -17,7 +17,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.data.manifest import DATASET_NAME, SCHEMA_VERSION, Manifest, check_manifest, split_counts
+from pipeline.data import spec as specs
+from pipeline.data.manifest import DATASET_NAME, SCHEMA_VERSION, Manifest, check_manifest, prepare_command, split_counts
+from pipeline.runtime.errors import UserError
 from pipeline.runtime.files import write_atomic, written_aside
 from pipeline.types import SPLITS, Sample
 
@@ -51,7 +53,7 @@ def write_manifest(manifest: Manifest, home: Path) -> Path:
         The path of the Parquet file.
 
     Raises:
-        ValueError: names the first faulty row, see `check_manifest`.
+        UserError: names the first faulty row, see `check_manifest`.
     """
     check_manifest(manifest)
     sidecar = _sidecar(manifest)
@@ -98,13 +100,13 @@ def read_manifest(home: Path, dataset: str) -> Manifest:
     """Read the manifest that `write_manifest` wrote, and check it again.
 
     Raises:
-        ValueError: a file is missing or does not fit the others (with the remedy), or a row is faulty (with the row).
+        UserError: a file is missing or does not fit the others (with the remedy), or a row is faulty (with the row).
     """
-    remedy = f"run: diffalign prepare {dataset}"
+    remedy = f"run: {prepare_command(dataset, read_plugin(home, dataset))}"
     paths = [_manifest_path(home, dataset, suffix) for suffix in ("parquet", "meta.json", "location.json")]
     for path in paths:
         if not path.is_file():
-            raise ValueError(f"{path} is missing; {remedy}")
+            raise UserError(f"{path} is missing; {remedy}")
     try:
         sidecar, location = (json.loads(path.read_text(encoding="utf-8")) for path in paths[1:])
         manifest = Manifest(
@@ -117,11 +119,28 @@ def read_manifest(home: Path, dataset: str) -> Manifest:
         )
         is_intact = manifest.fingerprint() == sidecar["fingerprint"]
     except (pa.ArrowException, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{paths[0]} or its sidecar cannot be read ({error}); {remedy}") from error
+        raise UserError(f"{paths[0]} or its sidecar cannot be read ({error}); {remedy}") from error
     if not is_intact:
-        raise ValueError(f"{paths[0]} does not fit {paths[1].name}: one of them was changed or half written; {remedy}")
+        raise UserError(f"{paths[0]} does not fit {paths[1].name}: one of them was changed or half written; {remedy}")
     check_manifest(manifest)
     return manifest
+
+
+def read_plugin(home: Path, dataset: str) -> str:
+    """Return the plug-in that builds a dataset: that of its manifest in `home`, else the one of the same name.
+
+    Only the small sidecar of the manifest is read.
+    """
+    path = _manifest_path(home, dataset, "meta.json")
+    try:
+        return str(json.loads(path.read_text(encoding="utf-8"))["meta"].get("plugin", dataset))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # `read_manifest` says what is wrong with it
+        return dataset
+
+
+def load_dataset_spec(home: Path, dataset: str) -> dict[str, Any]:
+    """Return the spec of a dataset of this home, which is that of the plug-in that built it; see `spec.load_spec`."""
+    return specs.load_spec(read_plugin(home, dataset))
 
 
 def _read_rows(path: Path) -> dict[str, Any]:
@@ -132,7 +151,7 @@ def _read_rows(path: Path) -> dict[str, Any]:
     media_ok: dict[str, bool] = {}
     with pq.ParquetFile(path) as file:
         if not file.schema_arrow.equals(MANIFEST_SCHEMA):
-            raise ValueError("it has other columns than a manifest")
+            raise UserError("it has other columns than a manifest")
         for batch in file.iter_batches(ROWS_PER_BATCH, columns=list(_COLUMNS_READ)):
             for row in zip(*(batch[name].to_pylist() for name in _COLUMNS_READ), strict=True):
                 source_row, sample_id, split, media, texts, labels, group, facts, is_ok = row
@@ -153,7 +172,7 @@ def _read_rows(path: Path) -> dict[str, Any]:
 
 def _manifest_path(home: Path, dataset: str, suffix: str) -> Path:
     if not DATASET_NAME.fullmatch(dataset):
-        raise ValueError(f"dataset name {dataset!r} may hold only letters, digits, '_', '-' and '.'")
+        raise UserError(f"dataset name {dataset!r} may hold only letters, digits, '_', '-' and '.'")
     return home / "manifests" / f"{dataset}.{suffix}"
 
 

@@ -1,6 +1,6 @@
 """Open images and video clips as RGB pixels; transparent parts become white.
 
-A file that cannot be read is a `ValueError` with the name of the file and the reason.
+A file that cannot be read is a `UserError` with the name of the file and the reason.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from xml.etree import ElementTree
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from pipeline.data.svg import draw_svg
+from pipeline.runtime.errors import UserError
 
 if TYPE_CHECKING:
     from av.container import InputContainer
@@ -61,7 +62,7 @@ def open_image(path: Path, size: int) -> Image.Image:
             square.
 
     Raises:
-        ValueError: there is no whole image in the file; with the name of the file and the reason.
+        UserError: there is no whole image in the file; with the name of the file and the reason.
     """
     with _explain_errors(path):
         return _render_svg(_read_svg(path), size) if path.suffix.lower() == ".svg" else _decode_raster(path)
@@ -78,7 +79,7 @@ def open_frames(path: Path, num_frames: int) -> list[Image.Image]:
         num_frames: number of frames, at least 1; `midpoint_frames` says which ones.
 
     Raises:
-        ValueError: with the name of the file and the reason, if there is no whole clip in it: it is damaged, cut short, has no
+        UserError: with the name of the file and the reason, if there is no whole clip in it: it is damaged, cut short, has no
             picture, or has more than `MAX_FRAMES` frames.
     """
     assert num_frames >= 1, num_frames
@@ -100,21 +101,21 @@ def midpoint_frames(num_frames: int, length: int) -> list[int]:
 
 @contextmanager
 def _explain_errors(path: Path) -> Iterator[None]:
-    """Turn every error of reading a file into a `ValueError` that starts with the name of the file."""
+    """Turn every error of reading a file into a `UserError` that starts with the name of the file."""
     try:
         if path.exists() and not path.is_file():
-            raise ValueError("not a regular file")  # reading a pipe or a device may never end
+            raise UserError("not a regular file")  # reading a pipe or a device may never end
         yield
     except FileNotFoundError as error:
-        raise ValueError(f"{path.name}: no such file") from error
+        raise UserError(f"{path.name}: no such file") from error
     except OSError as error:
         unknown = f"not a {', '.join(IMAGE_FORMATS)} or SVG picture"
         reason = unknown if isinstance(error, UnidentifiedImageError) else error.strerror or error
-        raise ValueError(f"{path.name}: {reason}") from error
+        raise UserError(f"{path.name}: {reason}") from error
     except MemoryError as error:
-        raise ValueError(f"{path.name}: it does not fit into memory") from error
+        raise UserError(f"{path.name}: it does not fit into memory") from error
     except DAMAGE_ERRORS as error:
-        raise ValueError(f"{path.name}: {error}") from error
+        raise UserError(f"{path.name}: {error}") from error
 
 
 def _decode_raster(path: Path) -> Image.Image:
@@ -158,19 +159,19 @@ def _check_gif_end(path: Path) -> None:
     with path.open("rb") as file:
         file.seek(-min(path.stat().st_size, 64), os.SEEK_END)  # some programs write a few bytes after the end
         if b"\x00;" not in file.read():
-            raise ValueError("cut short: the end of the animation is missing")
+            raise UserError("cut short: the end of the animation is missing")
 
 
 def _check_size(width: int, height: int) -> None:
     if width * height > (Image.MAX_IMAGE_PIXELS or math.inf):
-        raise ValueError(f"{width} x {height} pixels exceed Pillow's limit, could be a bomb")
+        raise UserError(f"{width} x {height} pixels exceed Pillow's limit, could be a bomb")
     if max(width, height) > MAX_ASPECT_RATIO * min(width, height):
-        raise ValueError(f"{width} x {height} pixels: one side is more than {MAX_ASPECT_RATIO} times the other")
+        raise UserError(f"{width} x {height} pixels: one side is more than {MAX_ASPECT_RATIO} times the other")
 
 
 def _check_length(length: int) -> None:
     if length > MAX_FRAMES:
-        raise ValueError(f"more than {MAX_FRAMES} frames; cut it into clips first")
+        raise UserError(f"more than {MAX_FRAMES} frames; cut it into clips first")
 
 
 def _video_frames(path: Path, num_frames: int) -> list[Image.Image]:
@@ -187,7 +188,7 @@ def _video_frames(path: Path, num_frames: int) -> list[Image.Image]:
                 wanted = [times[i] for i in midpoint_frames(num_frames, len(times))]
                 return _frames_at_times(container, _video_stream(container), wanted)
     except FFmpegError as error:
-        raise ValueError(f"not a whole video: {error.strerror}") from error
+        raise UserError(f"not a whole video: {error.strerror}") from error
 
 
 def _video_stream(container: InputContainer) -> VideoStream:
@@ -197,10 +198,10 @@ def _video_stream(container: InputContainer) -> VideoStream:
     streams = [stream for stream in container.streams.video if not stream.disposition & Disposition.attached_pic]
     if not streams:
         found = ", ".join(stream.type for stream in container.streams) or "nothing"
-        raise ValueError(f"there is no video in it, but {found}")
+        raise UserError(f"there is no video in it, but {found}")
     stream = streams[0]
     if stream.codec_context is None:
-        raise ValueError("its video is in a format that cannot be decoded")
+        raise UserError("its video is in a format that cannot be decoded")
     _check_size(stream.width, stream.height)
     stream.codec_context.thread_count = 1  # extraction decodes in several processes already
     return stream
@@ -214,18 +215,18 @@ def _display_times(container: InputContainer, stream: VideoStream) -> list[int]:
         if not packet.size:
             continue  # the end of the stream
         if packet.is_corrupt:
-            raise ValueError(f"damaged or cut short at frame {len(times) + 1}")
+            raise UserError(f"damaged or cut short at frame {len(times) + 1}")
         time = packet.pts if packet.pts is not None else packet.dts
         if time is None:
-            raise ValueError(f"frame {len(times) + 1} does not say when it is shown")
+            raise UserError(f"frame {len(times) + 1} does not say when it is shown")
         times.append(time)
         end = max(end, time + (packet.duration or 0))
         _check_length(len(times))
     if not times:
-        raise ValueError("there is no frame in it")
+        raise UserError("there is no frame in it")
     seconds, declared = _seconds(stream, end - min(times)), _declared_seconds(container, stream)
     if seconds < (1 - MAX_MISSING_SHARE) * declared:
-        raise ValueError(f"cut short: {seconds:.2f} of {declared:.2f} seconds are there")
+        raise UserError(f"cut short: {seconds:.2f} of {declared:.2f} seconds are there")
     return sorted(times)
 
 
@@ -250,7 +251,7 @@ def _frames_at_times(container: InputContainer, stream: VideoStream, wanted: lis
     for frame in container.decode(stream):
         time = frame.pts if frame.pts is not None else frame.dts
         if frame.is_corrupt or time is None:  # later frames are computed from it
-            raise ValueError(f"damaged: of the {len(wanted)} frames asked for, only {len(images)} come before the fault")
+            raise UserError(f"damaged: of the {len(wanted)} frames asked for, only {len(images)} come before the fault")
         if time < wanted[len(images)]:
             continue
         _check_size(frame.width, frame.height)  # the size may change within a video
@@ -259,7 +260,7 @@ def _frames_at_times(container: InputContainer, stream: VideoStream, wanted: lis
             images.append(image)
         if len(images) == len(wanted):
             return images
-    raise ValueError(f"ends before frame {len(images) + 1} of the {len(wanted)} that were asked for")
+    raise UserError(f"ends before frame {len(images) + 1} of the {len(wanted)} that were asked for")
 
 
 def _on_white(image: Image.Image) -> Image.Image:
@@ -273,15 +274,15 @@ def _on_white(image: Image.Image) -> Image.Image:
 
 
 def _read_svg(path: Path) -> str:
-    """Return the text of an SVG file; raise `ValueError` if it is huge or refers to external images."""
+    """Return the text of an SVG file; raise `UserError` if it is huge or refers to external images."""
     with path.open("rb") as file:
         data = file.read(MAX_SVG_BYTES + 1)
     if len(data) > MAX_SVG_BYTES:
-        raise ValueError(f"the drawing is larger than {MAX_SVG_BYTES} bytes")
+        raise UserError(f"the drawing is larger than {MAX_SVG_BYTES} bytes")
     for element in ElementTree.fromstring(data).iter():
         links = [value for name, value in element.attrib.items() if name.rpartition("}")[2] == "href"]
         if element.tag.rpartition("}")[2] in ("image", "feImage") and not all(v.startswith(("data:", "#")) for v in links):
-            raise ValueError("the drawing refers to an external picture")
+            raise UserError("the drawing refers to an external picture")
     return data.decode("utf-8")
 
 

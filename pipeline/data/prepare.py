@@ -12,12 +12,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from pipeline.data.manifest import Manifest, found_counts, recurring_texts, split_counts
+from pipeline.data.manifest import DATASET_NAME, Manifest, found_counts, recurring_texts, split_counts
 from pipeline.data.manifest_files import write_manifest
 from pipeline.data.media import open_frames, open_image
 from pipeline.data.readers import find_missing_media
 from pipeline.data.spec import load_spec
 from pipeline.runtime import plugins
+from pipeline.runtime.choices import unknown_choice
+from pipeline.runtime.errors import UserError
 from pipeline.runtime.files import write_atomic
 from pipeline.runtime.logs import ProgressBar
 
@@ -44,6 +46,7 @@ def prepare(
     home: Path,
     settings: Mapping[str, str],
     *,
+    name: str = "",
     image_root: Path | None = None,
     verify_media: bool = False,
     progress: bool = False,
@@ -53,24 +56,28 @@ def prepare(
     The order of checks: parse, schema, counts, leaks between splits, missing media, decoding.
 
     Args:
-        dataset: name of the dataset.
+        dataset: name of the dataset's plug-in.
         root: folder of the official files; None for a dataset that comes with a package.
         home: folder to write to.
         settings: new values for settings of the spec, see `changeable_settings`; for example {"filter": "label",
             "tags_dir": "/data/tags"}.
+        name: name of the dataset in `home`, so that a home holds several datasets of one plug-in; "": the plug-in's name.
         image_root: folder of the media, if it is not in its usual place below `root`.
         verify_media: whether to decode every media file once.
         progress: whether to show a progress bar.
 
     Raises:
-        ValueError: names file and line, or what is missing and the remedy.
+        UserError: names file and line, or what is missing and the remedy.
     """
     spec = apply_settings(load_spec(dataset), settings)
     if image_root is not None:
         spec = _with_image_root(spec, image_root)
+    _check_own_name(name, dataset)
     manifest = plugins.get("datasets", dataset).build(spec, root)
+    if name not in ("", dataset):
+        manifest = replace(manifest, dataset=name, meta={**manifest.meta, "plugin": dataset})
     counts, differences = _compare_counts(manifest, spec)
-    missing_list = home / "manifests" / f"{dataset}.missing.txt"
+    missing_list = home / "manifests" / f"{manifest.dataset}.missing.txt"
     manifest, num_missing = _leave_out_missing(manifest, missing_list, spec["allow_missing"])
     if num_missing:
         counts += [_count_row(f"{split} with media", found) for split, found in split_counts(manifest).items()]
@@ -88,6 +95,14 @@ def prepare(
         missing_list=str(missing_list) if num_missing else "",
         undecodable=tuple(f"{manifest.source_location(position)}: {reason}" for position, reason in undecodable.items()),
     )
+
+
+def _check_own_name(name: str, dataset: str) -> None:
+    """Refuse a name that cannot be one of files, or that is another plug-in's."""
+    if name and not DATASET_NAME.fullmatch(name):
+        raise UserError(f"--name {name!r} may hold only letters, digits, '_', '-' and '.'")
+    if name != dataset and name in plugins.names("datasets"):
+        raise UserError(f"--name {name!r} is a dataset of its own: choose another name for what {dataset} builds")
 
 
 def changeable_settings(spec: Mapping[str, Any]) -> dict[str, Any]:
@@ -108,13 +123,13 @@ def apply_settings(spec: Mapping[str, Any], settings: Mapping[str, str]) -> dict
             "splits": "80,10,10"}.
 
     Raises:
-        ValueError: a setting is unknown (the message lists the choices), or its value has the wrong type.
+        UserError: a setting is unknown (the message lists the choices), or its value has the wrong type.
     """
     changed = {**spec, "layout": dict(spec["layout"]), "text": dict(spec["text"])}
     current = changeable_settings(spec)
     for key, text in settings.items():
         if key not in current:
-            raise ValueError(f"unknown setting {key!r} of {spec['name']}; choose one of: {', '.join(current)}")
+            raise unknown_choice(key, f"unknown setting {key!r} of {spec['name']}", current)
         part = changed if key in spec else changed["text"] if key in TEXT_OPTIONS else changed["layout"]
         part[key] = _parse_setting(key, text, current[key])
     return changed
@@ -128,13 +143,13 @@ def _parse_setting(key: str, text: str, example: Any) -> Any:
     """Convert the text of a setting to the type of the value in the YAML file, `example`."""
     if isinstance(example, bool):
         if text.lower() not in ("true", "false"):
-            raise ValueError(f"setting {key!r} is {text!r}; it takes true or false")
+            raise UserError(f"setting {key!r} is {text!r}; it takes true or false")
         return text.lower() == "true"
     parts = [part.strip() for part in text.split(",")]
     numbers = 1 if isinstance(example, int) else len(example) if isinstance(example, dict) else 0
     if numbers and (len(parts) != numbers or not all(part.isdecimal() for part in parts)):
         names = f"for {', '.join(example)}, parted by commas" if isinstance(example, dict) else ""
-        raise ValueError(f"setting {key!r} is {text!r}; it takes a whole number {names}".rstrip())
+        raise UserError(f"setting {key!r} is {text!r}; it takes a whole number {names}".rstrip())
     if isinstance(example, dict):
         return dict(zip(example, map(int, parts), strict=True))
     if isinstance(example, int):
@@ -144,9 +159,9 @@ def _parse_setting(key: str, text: str, example: Any) -> Any:
 
 def _with_image_root(spec: Mapping[str, Any], image_root: Path) -> dict[str, Any]:
     if "image_root" not in spec["layout"]:
-        raise ValueError(f"{spec['name']} finds its media by itself: leave out --image-root")
+        raise UserError(f"{spec['name']} finds its media by itself: leave out --image-root")
     if not image_root.is_dir():
-        raise ValueError(f"--image-root {image_root} is no folder")
+        raise UserError(f"--image-root {image_root} is no folder")
     return {**spec, "layout": {**spec["layout"], "image_root": [str(image_root.resolve())]}}
 
 
@@ -192,7 +207,7 @@ def _leave_out_missing(manifest: Manifest, missing_list: Path, allow: bool) -> t
         The remaining manifest, and the number of samples that were removed.
 
     Raises:
-        ValueError: media files are missing and that is not allowed, or all are missing.
+        UserError: media files are missing and that is not allowed, or all are missing.
     """
     media = (sample.media.as_posix() for sample in manifest.samples)
     missing = find_missing_media(manifest.media_root, media, manifest.source_location)
@@ -203,12 +218,12 @@ def _leave_out_missing(manifest: Manifest, missing_list: Path, allow: bool) -> t
     write_atomic(missing_list, "\n".join(lines) + "\n")
     share = f"{len(missing)} of {len(manifest.samples)} media files of {manifest.dataset} are missing"
     if not allow:
-        raise ValueError(
+        raise UserError(
             f"{share} below {manifest.media_root}, the first of {lines[0]}; {missing_list} lists them. "
             "Say where they are with --image-root, or leave these samples out with --allow-missing"
         )
     if len(missing) == len(manifest.samples):
-        raise ValueError(f"{share} below {manifest.media_root}: there is nothing to prepare; see {missing_list}")
+        raise UserError(f"{share} below {manifest.media_root}: there is nothing to prepare; see {missing_list}")
     removed = set(missing)
     kept = [position for position in range(len(manifest.samples)) if position not in removed]
     remaining = replace(
@@ -230,7 +245,7 @@ def _find_undecodable(manifest: Manifest, progress: bool) -> dict[int, str]:
                 open_frames(path, 1)
             else:
                 open_image(path, 64)
-        except ValueError as error:
+        except UserError as error:
             return str(error)
         return ""
 

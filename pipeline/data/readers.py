@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline.runtime.errors import UserError
 from pipeline.runtime.files import file_sha256
 
 LINE_LIMIT = 2**20  # most bytes of one line, and most characters of one field; the longest official line has about 10,000
@@ -25,9 +26,9 @@ _DRIVE = re.compile(r"[A-Za-z]:")
 _PATH_LIMIT = 1024  # characters
 
 
-def line_error(path: Path, line: int, message: str) -> ValueError:
+def line_error(path: Path, line: int, message: str) -> UserError:
     """Return the error that every reader raises: file, line, what is wrong."""
-    return ValueError(f"{path}, line {line}: {message}")
+    return UserError(f"{path}, line {line}: {message}")
 
 
 def source_hashes(files: Iterable[Path], root: Path) -> dict[str, str]:
@@ -62,12 +63,12 @@ def locate(root: Path, candidates: Sequence[str], what: str) -> Path:
         what: what is looked for, for the message.
 
     Raises:
-        ValueError: no candidate exists (the message lists all places), or it is a symbolic link that leads elsewhere.
+        UserError: no candidate exists (the message lists all places), or it is a symbolic link that leads elsewhere.
     """
     found = _find_existing(root, candidates)
     if not found:
         places = ", ".join(str(root / candidate) for candidate in candidates)
-        raise ValueError(f"{what} is missing: looked for {places}")
+        raise UserError(f"{what} is missing: looked for {places}")
     return found
 
 
@@ -80,24 +81,24 @@ def locate_all(folder: Path, wanted: Sequence[Sequence[str]], what: str) -> list
         what: what the files are, for the message.
 
     Raises:
-        ValueError: files are missing; the message lists all of them.
+        UserError: files are missing; the message lists all of them.
     """
     found = [_find_existing(folder, candidates) for candidates in wanted]
     missing = [" or ".join(candidates) for candidates, path in zip(wanted, found, strict=True) if not path]
     if missing:
-        raise ValueError(f"{len(missing)} of {len(wanted)} {what} are missing in {folder}: {', '.join(missing)}")
+        raise UserError(f"{len(missing)} of {len(wanted)} {what} are missing in {folder}: {', '.join(missing)}")
     return [path for path in found if path]
 
 
 def _find_existing(root: Path, candidates: Iterable[str]) -> Path | None:
-    """Return the first candidate that exists, or None; raise `ValueError` for a symbolic link that leads elsewhere."""
+    """Return the first candidate that exists, or None; raise `UserError` for a symbolic link that leads elsewhere."""
     for candidate in candidates:
         base = root.parent if candidate.startswith("../") else root
         path = _ignore_case(base, PurePosixPath(candidate.removeprefix("../")))
         if path.is_file() or path.is_dir():
             anchor = path.parent if PurePosixPath(candidate).is_absolute() else base
             if not path.resolve().is_relative_to(anchor.resolve()):
-                raise ValueError(f"{path} is a symbolic link that leads out of {anchor}; give its real place instead")
+                raise UserError(f"{path} is a symbolic link that leads out of {anchor}; give its real place instead")
             return path
     return None
 
@@ -118,7 +119,7 @@ def raw_lines(path: Path) -> Iterator[tuple[int, bytes]]:
     """Yield (line number from 1, bytes) for every line; only LF ends a line.
 
     Raises:
-        ValueError: a line is longer than `LINE_LIMIT`.
+        UserError: a line is longer than `LINE_LIMIT`.
     """
     with path.open("rb") as file:
         number = 0
@@ -133,7 +134,7 @@ def stripped_lines(path: Path) -> Iterator[tuple[int, str]]:
     """Yield (line number, text without white space around it) for every line of a list.
 
     Raises:
-        ValueError: a blank line is not at the end of the list.
+        UserError: a blank line is not at the end of the list.
     """
     blank = 0
     for number, line in enumerate(text_lines(path), start=1):
@@ -160,7 +161,7 @@ def parse_whole_number(text: str, path: Path, line: int) -> int:
     """Parse a whole number below 10^18 that is written with the digits 0 to 9.
 
     Raises:
-        ValueError: with file and line, for any other text.
+        UserError: with file and line, for any other text.
     """
     if not (text.isascii() and text.isdigit() and len(text) <= 18):
         raise line_error(path, line, f"{text[:40]!r} is no whole number")
@@ -171,7 +172,7 @@ def parse_media_path(text: str, path: Path, line: int) -> str:
     """Return a media path from a list as a relative POSIX path.
 
     Raises:
-        ValueError: with file and line, if the path is absolute, empty or too long, contains '..' or unprintable characters, or
+        UserError: with file and line, if the path is absolute, empty or too long, contains '..' or unprintable characters, or
             looks like a formula.
     """
     posix = text.replace("\\", "/")
@@ -202,7 +203,7 @@ def find_missing_media(root: Path, media: Iterable[str], where: Callable[[int], 
         where: returns the list and line of the path at a position, for messages.
 
     Raises:
-        ValueError: a symbolic link leads out of `root`, or a file cannot be looked at.
+        UserError: a symbolic link leads out of `root`, or a file cannot be looked at.
     """
     real_root = os.path.realpath(root)
     inside: dict[str, bool] = {}
@@ -216,12 +217,12 @@ def find_missing_media(root: Path, media: Iterable[str], where: Callable[[int], 
             mode = os.lstat(full).st_mode
         except OSError as error:
             if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG):
-                raise ValueError(f"{where(position)}: {name} cannot be looked at: {error.strerror}") from error
+                raise UserError(f"{where(position)}: {name} cannot be looked at: {error.strerror}") from error
             missing.append(position)
             continue
         is_link = stat.S_ISLNK(mode)
         if not inside[folder] or (is_link and not _is_inside(full, real_root)):
-            raise ValueError(f"{where(position)}: {name} is a symbolic link that leads out of the media folder {root}")
+            raise UserError(f"{where(position)}: {name} is a symbolic link that leads out of the media folder {root}")
         if not (stat.S_ISREG(mode) or (is_link and os.path.isfile(full))):
             missing.append(position)
     return missing
@@ -238,10 +239,10 @@ def binary_column(path: Path, num_rows: int) -> NDArray[np.int64]:
         The ascending numbers, from 0, of the lines with a `1`.
 
     Raises:
-        ValueError: a line holds neither (the first one is named), or the number of lines is not `num_rows`.
+        UserError: a line holds neither (the first one is named), or the number of lines is not `num_rows`.
     """
     if path.stat().st_size > (num_rows + 1) * 16:
-        raise ValueError(f"{path} has more than 16 bytes for each of the {num_rows} images: it is no column of 0 and 1")
+        raise UserError(f"{path} has more than 16 bytes for each of the {num_rows} images: it is no column of 0 and 1")
     values = path.read_bytes().translate(None, b" \t\r").rstrip(b"\n").split(b"\n")
     if len(values) != num_rows:
         raise line_error(path, len(values), f"the file ends after {len(values)} values, the image list has {num_rows}")
@@ -255,7 +256,7 @@ def binary_rows(path: Path, width: int) -> Iterator[NDArray[np.int64]]:
     """Read a file with `width` zeros and ones on every line; yield for each line the ascending columns that hold a `1`.
 
     Raises:
-        ValueError: with file and line, for anything else.
+        UserError: with file and line, for anything else.
     """
     expected = 2 * width - 1
     for number, line in raw_lines(path):
@@ -279,7 +280,7 @@ def csv_rows(path: Path) -> Iterator[tuple[int, list[str]]]:
     """Yield (line number, cells) for every row of a UTF-8 CSV file.
 
     Raises:
-        ValueError: with file and line, for a cell that is a formula, a huge field, or broken quoting.
+        UserError: with file and line, for a cell that is a formula, a huge field, or broken quoting.
     """
     csv.field_size_limit(LINE_LIMIT)
     reader = csv.reader(text_lines(path), strict=True)
@@ -301,7 +302,7 @@ def text_lines(path: Path) -> Iterator[str]:
     """Yield the lines of a UTF-8 file with their line ends; a byte order mark is removed.
 
     Raises:
-        ValueError: with file and line, for bytes that are not UTF-8, and for a line that is longer than `LINE_LIMIT`.
+        UserError: with file and line, for bytes that are not UTF-8, and for a line that is longer than `LINE_LIMIT`.
     """
     for number, line in raw_lines(path):
         try:

@@ -10,6 +10,9 @@ from typing import Any
 import yaml
 
 from pipeline.data.readers import LINE_LIMIT, line_error, text_lines
+from pipeline.runtime import plugins
+from pipeline.runtime.choices import unknown_choice
+from pipeline.runtime.errors import UserError
 from pipeline.types import Split
 
 _PACKAGE = Path(str(resources.files("pipeline")))
@@ -41,14 +44,16 @@ MAX_YAML_DEPTH = 20  # nesting of lists and mappings; the time to scan a file gr
 
 
 def load_spec(dataset: str) -> dict[str, Any]:
-    """Return the content of `data_manifests/<dataset>.yaml`.
+    """Return the content of `data_manifests/<dataset>.yaml`; the file of a plug-in from outside stands beside its code.
 
     Raises:
-        ValueError: there is no such dataset; the message lists the datasets.
+        UserError: there is no such dataset; the message lists the datasets.
     """
+    if plugins.is_external("datasets", dataset):
+        return parse_spec(plugins.source_file("datasets", dataset).with_suffix(".yaml"))
     choices = sorted(path.stem for path in SPEC_FOLDER.glob("*.yaml"))
     if dataset not in choices:
-        raise ValueError(f"unknown dataset {dataset!r}; choose one of: {', '.join(choices)}")
+        raise unknown_choice(dataset, f"unknown dataset {dataset!r}", choices)
     return parse_spec(SPEC_FOLDER / f"{dataset}.yaml")
 
 
@@ -56,11 +61,11 @@ def parse_spec(path: Path) -> dict[str, Any]:
     """Return the mapping in a YAML file.
 
     Raises:
-        ValueError: with file and line, for anything but a mapping of plain values. Tags, anchors, aliases, directives and
+        UserError: with file and line, for anything but a mapping of plain values. Tags, anchors, aliases, directives and
             deep nesting are refused.
     """
     if path.stat().st_size > LINE_LIMIT:
-        raise ValueError(f"{path} is larger than {LINE_LIMIT} bytes")
+        raise UserError(f"{path} is larger than {LINE_LIMIT} bytes")
     text = "".join(text_lines(path))
     try:
         refused = _first_refused_token(text)
@@ -71,7 +76,7 @@ def parse_spec(path: Path) -> dict[str, Any]:
     except yaml.reader.ReaderError as error:
         raise line_error(path, text.count("\n", 0, error.position) + 1, f"not YAML: {error.reason}") from error
     except ValueError as error:  # a number with too many digits, or a date that does not exist
-        raise ValueError(f"{path}: not YAML that can be read: {str(error)[:80]}") from error
+        raise UserError(f"{path}: not YAML that can be read: {str(error)[:80]}") from error
     if refused:
         message = "YAML tags, anchors, aliases, directives and deep nesting are not read"
         raise line_error(path, refused.start_mark.line + 1, message)
@@ -97,10 +102,10 @@ def manifest_meta(spec: Mapping[str, Any], **facts: Any) -> dict[str, Any]:
         facts: more entries, found by the builder.
 
     Raises:
-        ValueError: the spec asks for a way to aggregate texts that does not exist.
+        UserError: the spec asks for a way to aggregate texts that does not exist.
     """
     if spec["text"]["aggregate"] not in TEXT_AGGREGATES:
-        raise ValueError(f"aggregate is {spec['text']['aggregate']!r}; choose one of: {', '.join(TEXT_AGGREGATES)}")
+        raise UserError(f"aggregate is {spec['text']['aggregate']!r}; choose one of: {', '.join(TEXT_AGGREGATES)}")
     kept = ("media_type", "text", "metrics", "licence", "attribution", "texts_recur")
     return {
         **{key: spec[key] for key in kept},
@@ -121,10 +126,10 @@ def held_out_percent(spec: Mapping[str, Any]) -> int:
     """Return the percentage of the training samples that becomes the validation split.
 
     Raises:
-        ValueError: it is not in 0..99.
+        UserError: it is not in 0..99.
     """
     if not 0 <= spec["val_percent"] < 100:
-        raise ValueError(f"val_percent is {spec['val_percent']}; it takes a whole number from 0 to 99")
+        raise UserError(f"val_percent is {spec['val_percent']}; it takes a whole number from 0 to 99")
     return spec["val_percent"]
 
 
@@ -136,12 +141,12 @@ def target_splits(spec: Mapping[str, Any], source_splits: Sequence[str]) -> dict
         source_splits: the official names of the training, validation and test split, in this order.
 
     Raises:
-        ValueError: `train_splits` is neither the training split nor the training and the validation split.
+        UserError: `train_splits` is neither the training split nor the training and the validation split.
     """
     train, validation, test = source_splits
     chosen = spec["train_splits"]
     if train not in chosen or not {train, validation}.issuperset(chosen):
-        raise ValueError(f"train_splits is {chosen}; choose [{train}] or [{train}, {validation}]")
+        raise UserError(f"train_splits is {chosen}; choose [{train}] or [{train}, {validation}]")
     return {train: "train", validation: "train" if validation in chosen else "val", test: "test"}
 
 
@@ -149,10 +154,10 @@ def official_root(spec: Mapping[str, Any], root: Path | None) -> Path:
     """Return the absolute path of the folder of official files.
 
     Raises:
-        ValueError: no folder is given, or it is not a folder.
+        UserError: no folder is given, or it is not a folder.
     """
     if root is None or not root.is_dir():
-        raise ValueError(f"{spec['name']} is built from its official files: give their folder, --root DIR (found {root})")
+        raise UserError(f"{spec['name']} is built from its official files: give their folder, --root DIR (found {root})")
     return root.resolve()
 
 
@@ -160,8 +165,8 @@ def required_counts(spec: Mapping[str, Any]) -> Mapping[str, int]:
     """Return the counts that the official files must have; a fixture (a small imitation for tests) has none.
 
     Raises:
-        ValueError: `counts_profile` is unknown.
+        UserError: `counts_profile` is unknown.
     """
     if spec["counts_profile"] not in COUNTS_PROFILES:
-        raise ValueError(f"unknown counts_profile {spec['counts_profile']!r}; choose one of: {', '.join(COUNTS_PROFILES)}")
+        raise UserError(f"unknown counts_profile {spec['counts_profile']!r}; choose one of: {', '.join(COUNTS_PROFILES)}")
     return spec["counts"] if spec["counts_profile"] == "official" else {}

@@ -6,6 +6,8 @@ import hashlib
 from collections.abc import Iterable, Mapping
 from itertools import accumulate
 
+from pipeline.runtime.errors import UserError
+
 
 def by_hash(group: str, percent: Mapping[str, int]) -> str:
     """Return the split of one group; it does not depend on the other groups.
@@ -17,10 +19,10 @@ def by_hash(group: str, percent: Mapping[str, int]) -> str:
         percent: percentage of each split.
 
     Raises:
-        ValueError: the percentages do not add up to 100.
+        UserError: the percentages do not add up to 100.
     """
     if sum(percent.values()) != 100:
-        raise ValueError(f"the splits {dict(percent)} do not add up to 100 percent")
+        raise UserError(f"the splits {dict(percent)} do not add up to 100 percent")
     share = int.from_bytes(hashlib.sha256(group.encode()).digest()[:8], "big") * 100 // 2**64
     return next(split for split, part in zip(percent, accumulate(percent.values()), strict=True) if share < part)
 
@@ -36,10 +38,10 @@ def by_rank(groups: Iterable[str], percent: Mapping[str, int]) -> dict[str, str]
         percent: percentage of each split.
 
     Raises:
-        ValueError: the percentages do not add up to 100.
+        UserError: the percentages do not add up to 100.
     """
     if sum(percent.values()) != 100:
-        raise ValueError(f"the splits {dict(percent)} do not add up to 100 percent")
+        raise UserError(f"the splits {dict(percent)} do not add up to 100 percent")
     ordered = sorted(set(groups), key=lambda group: hashlib.sha256(group.encode()).digest())
     result: dict[str, str] = {}
     start = cumulative = 0

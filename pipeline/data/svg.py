@@ -13,6 +13,8 @@ import threading
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 
+from pipeline.runtime.errors import UserError
+
 DRAWING_SECONDS = 60.0  # time to render one drawing
 RENDERER_BYTES = 4 * 2**30  # address space of the process
 _SUCCESS = b"+"  # first byte of a reply with a PNG; any other reply is the reason why there is none
@@ -59,7 +61,7 @@ def draw_svg(drawing: str, size: int) -> bytes:
         size: width and height in pixels; a drawing that is not square is smaller in one of them.
 
     Raises:
-        ValueError: it cannot be rendered; with the reason.
+        UserError: it cannot be rendered; with the reason.
     """
     renderer: Renderer | None = getattr(_thread, "renderer", None)
     if renderer is None or renderer.owner != os.getpid():
@@ -72,9 +74,9 @@ def draw_svg(drawing: str, size: int) -> bytes:
     except (EOFError, OSError) as error:
         _thread.renderer = None
         renderer.end()
-        raise ValueError(str(error) if isinstance(error, TimeoutError) else "it brings its renderer down") from error
+        raise UserError(str(error) if isinstance(error, TimeoutError) else "it brings its renderer down") from error
     if not reply.startswith(_SUCCESS):
-        raise ValueError(reply.decode())
+        raise UserError(reply.decode())
     return reply.removeprefix(_SUCCESS)
 
 

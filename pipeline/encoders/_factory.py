@@ -9,6 +9,8 @@ from typing import Any
 
 from pipeline.encoders import frames
 from pipeline.runtime import plugins
+from pipeline.runtime.errors import UserError
+from pipeline.runtime.settings import configure
 from pipeline.types import Encoder
 
 _PATH_SETTINGS = ("model", "weights")  # settings whose value may be a local file or folder
@@ -26,10 +28,10 @@ def build_encoder(name: str, settings: Mapping[str, Any]) -> tuple[Any, Encoder]
         The config and the encoder. The config names local files by absolute paths, so that it means the same in any folder.
 
     Raises:
-        ValueError: the name, a setting or the weights do not exist.
+        UserError: the name, a setting or the weights do not exist.
     """
     module = plugins.get("encoders", name)
-    config = plugins.configure(module.Config, with_absolute_paths(settings))
+    config = configure(module.Config, with_absolute_paths(settings))
     if not isinstance(config, frames.Config):
         return config, module.build(config)
     weights = {"weights": config.weights} if config.weights else {}
@@ -59,5 +61,5 @@ def _parse_assignments(settings: str) -> dict[str, str]:
     pairs = [setting.partition("=") for setting in settings.split(",") if setting]
     for key, equals, value in pairs:
         if not (key and equals and value):
-            raise ValueError(f"settings takes KEY=VALUE,KEY=VALUE, not {settings!r}")
+            raise UserError(f"settings takes KEY=VALUE,KEY=VALUE, not {settings!r}")
     return {key: value for key, _, value in pairs}

@@ -6,14 +6,16 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from pipeline.encoders._weights import WEIGHT_FILES, fixed_seed, hub_folder, read_state_dict, state_sha256
 from pipeline.runtime.device import ComputeDtype, Precision, default_device, move_for_inference, resolve_dtype, use_precision
+from pipeline.runtime.errors import UserError
 from pipeline.runtime.files import fingerprint
+from pipeline.runtime.settings import Settings
 
 # entries of a configuration that do not change features
 _IGNORED_KEYS = ("_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version")
@@ -22,19 +24,24 @@ Tower = Literal["vision_model", "text_model", ""]  # the part of a two-tower mod
 
 
 @dataclass(frozen=True, kw_only=True)
-class VisionConfig:
+class VisionConfig(Settings):
     """Which image or video model to use, with which weights, and which of its outputs is the feature."""
 
-    model: str  # a local folder or an id of the Hugging Face hub; it decides the preprocessing
-    weights: str = "pretrained"  # pretrained (the model's own), random, or a local .pth or .safetensors file or folder
-    pooling: Literal["cls", "mean", "pooler"]  # first token, mean of all tokens, or the model's own pooling
-    layer: int = -1  # hidden state: 0 is the embeddings, 1, 2, … the blocks, -1 the last one after the final norm
-    tokens: bool = False  # all tokens [T,D] instead of one vector
-    compute_dtype: ComputeDtype = "auto"  # auto: bfloat16 if the processor supports it; mixed keeps float32 parameters
+    model: Annotated[str, "a local folder or an id of the Hugging Face hub; it decides the preprocessing"]
+    weights: Annotated[str, "pretrained (the model's own), random, or a local .pth or .safetensors file or folder"] = (
+        "pretrained"
+    )
+    pooling: Annotated[Literal["cls", "mean", "pooler"], "first token, mean of all tokens, or the model's own pooling"]
+    layer: Annotated[int, "hidden state: 0 is the embeddings, 1, 2, … the blocks, -1 the last one after the final norm"] = -1
+    tokens: Annotated[bool, "all tokens [T,D] instead of one vector"] = False
+    compute_dtype: Annotated[ComputeDtype, "auto: bfloat16 if the processor supports it; mixed keeps float32 parameters"] = (
+        "auto"
+    )
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.pooling == "pooler" and (self.layer != -1 or self.tokens):
-            raise ValueError("pooling=pooler reads the final layer and gives one vector; leave layer and tokens alone")
+            raise UserError("pooling=pooler reads the final layer and gives one vector; leave layer and tokens alone")
 
 
 class TransformersVision(nn.Module):
@@ -55,7 +62,7 @@ class TransformersVision(nn.Module):
         self.input_dtype = move_for_inference(self, self.compute_dtype, self.device)
 
     def check_network(self) -> None:
-        """Raise `ValueError` if the network cannot give the features that the config asks for."""
+        """Raise `UserError` if the network cannot give the features that the config asks for."""
         if self.config.pooling == "cls" and not self.config.tokens:
             check_class_token(self.network)
 
@@ -101,7 +108,7 @@ def load_transformers_network(folder: Path, weights: str, tower: Tower, needs_po
         needs_pooler: whether the weights of the pooler are needed, too; many checkpoints do not have them.
 
     Raises:
-        ValueError: a tensor is missing or has another shape; the message names it.
+        UserError: a tensor is missing or has another shape; the message names it.
     """
     from transformers import AutoConfig, AutoModel  # takes seconds to import
     from transformers.utils import logging
@@ -135,7 +142,7 @@ def _with_tower_prefix(state: Mapping[str, Tensor], tower: str, network: nn.Modu
 
 
 def _check_complete(info: Mapping[str, Any], prefix: str, needs_pooler: bool, fault: str) -> None:
-    """Raise `ValueError` if transformers did not find a tensor whose name begins with `prefix`.
+    """Raise `UserError` if transformers did not find a tensor whose name begins with `prefix`.
 
     Args:
         info: the loading info of transformers.
@@ -146,7 +153,7 @@ def _check_complete(info: Mapping[str, Any], prefix: str, needs_pooler: bool, fa
     lacking = [f"{name} is missing" for name in info["missing_keys"] if needs_pooler or "pooler" not in name]
     lacking += [f"{name} has another shape" for name, *_ in info["mismatched_keys"]]
     for each in sorted(each for each in lacking if each.startswith(prefix)):
-        raise ValueError(f"{fault}: {each}")
+        raise UserError(f"{fault}: {each}")
 
 
 def hidden_states(output: Any, layer: int) -> Tensor:
@@ -168,9 +175,9 @@ def pool_tokens(states_BTD: Tensor, pooling: str, tokens: bool) -> Tensor:
 
 
 def check_class_token(network: nn.Module) -> None:
-    """Raise `ValueError` if the first token of a transformer is not a class token, learned to represent the whole input."""
+    """Raise `UserError` if the first token of a transformer is not a class token, learned to represent the whole input."""
     if not any(name.endswith(("cls_token", "class_embedding")) for name in network.state_dict()):
-        raise ValueError(f"{type(network).__name__} has no class token; set pooling=mean or pooling=pooler")
+        raise UserError(f"{type(network).__name__} has no class token; set pooling=mean or pooling=pooler")
 
 
 def transformers_identity(network: Any) -> dict[str, Any]:

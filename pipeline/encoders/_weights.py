@@ -22,6 +22,8 @@ from PIL import Image
 from torch import Tensor, nn
 from torchvision.transforms import Compose, Normalize
 
+from pipeline.runtime.errors import UserError
+
 CONFIGURATION_FILES = ("*.json", "*.txt", "*.model")  # vocabularies, too
 WEIGHT_FILES = "*.safetensors"
 _NO_CODE = " weights; other formats can carry code and are not loaded"
@@ -39,17 +41,17 @@ def read_state_dict(path: Path, modality: Literal["image", "text"] = "image") ->
         modality: of two encoders, the one whose tensors are returned.
 
     Raises:
-        ValueError: there is no such file, it holds other things than tensors, or it cannot be read without running code.
+        UserError: there is no such file, it holds other things than tensors, or it cannot be read without running code.
     """
     files = sorted(path.glob(WEIGHT_FILES)) if path.is_dir() else [path]
     if not files:
-        raise ValueError(f"{path} holds no .safetensors{_NO_CODE}")
+        raise UserError(f"{path} holds no .safetensors{_NO_CODE}")
     state: dict[str, Any] = {}
     for file in files:
         state |= _read_file(file)
     state = state.get("state_dict", state)  # many training programs store the state under this key
     if not all(isinstance(tensor, Tensor) for tensor in state.values()):
-        raise ValueError(f"{path.name} holds other things than tensors; save the network's state_dict alone")
+        raise UserError(f"{path.name} holds other things than tensors; save the network's state_dict alone")
     others = ("image.", "video.") if modality == "text" else ("text.",)
     kept = {name: tensor for name, tensor in state.items() if not (name.startswith(others) and _ENCODER_PREFIX.match(name))}
     return {_ENCODER_PREFIX.sub("", name, count=1): tensor for name, tensor in kept.items()}
@@ -58,13 +60,13 @@ def read_state_dict(path: Path, modality: Literal["image", "text"] = "image") ->
 def _read_file(file: Path) -> dict[str, Any]:
     """Return the contents of one weight file."""
     if not file.is_file():
-        raise ValueError(f"weights {str(file)!r} are no file; give a .pth or .safetensors file, or what else `weights` takes")
+        raise UserError(f"weights {str(file)!r} are no file; give a .pth or .safetensors file, or what else `weights` takes")
     try:
         if file.suffix == ".safetensors":
             return safetensors.torch.load_file(file)
         return dict(torch.load(file, map_location="cpu", weights_only=True))
     except (pickle.UnpicklingError, safetensors.SafetensorError, RuntimeError, EOFError, TypeError) as error:
-        raise ValueError(f"{file.name} does not hold weights that can be loaded without running code") from error
+        raise UserError(f"{file.name} does not hold weights that can be loaded without running code") from error
 
 
 def load_matching_state(network: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
@@ -76,13 +78,13 @@ def load_matching_state(network: nn.Module, state: Mapping[str, Tensor], source:
         source: where the state comes from, for messages.
 
     Raises:
-        ValueError: a tensor is missing or has another shape; the message names the first one.
+        UserError: a tensor is missing or has another shape; the message names the first one.
     """
     wanted = network.state_dict()
     for name, tensor in wanted.items():
         if name not in state or state[name].shape != tensor.shape:
             found = f"has shape {tuple(state[name].shape)}" if name in state else "is missing"
-            raise ValueError(f"{source} does not fit: {name} {tuple(tensor.shape)} {found}")
+            raise UserError(f"{source} does not fit: {name} {tuple(tensor.shape)} {found}")
     network.load_state_dict({name: state[name] for name in wanted})
 
 
@@ -117,7 +119,7 @@ def hub_folder(model: str, needed: str = WEIGHT_FILES) -> Path:
         needed: pattern of the files that must be there.
 
     Raises:
-        ValueError: the files are not available; at once if there is no network, or with HF_HUB_OFFLINE=1.
+        UserError: the files are not available; at once if there is no network, or with HF_HUB_OFFLINE=1.
     """
     if Path(model).is_dir():
         folder = Path(model)
@@ -125,12 +127,12 @@ def hub_folder(model: str, needed: str = WEIGHT_FILES) -> Path:
         try:
             folder = _stored_or_downloaded(model, needed)
         except (OSError, ValueError) as error:
-            raise ValueError(
+            raise UserError(
                 f"model {model!r} is neither a local folder nor available from the hub ({type(error).__name__}); download it "
                 f"where there is a network (hf download {model} --local-dir FOLDER) and give --set model=FOLDER"
             ) from error
     if not list(folder.glob(needed)):
-        raise ValueError(f"{folder} holds no {needed.removeprefix('*')}{_NO_CODE if needed.endswith(WEIGHT_FILES[1:]) else ''}")
+        raise UserError(f"{folder} holds no {needed.removeprefix('*')}{_NO_CODE if needed.endswith(WEIGHT_FILES[1:]) else ''}")
     return folder
 
 
@@ -151,7 +153,7 @@ def probe_feature_shape(encoder: Any, blank: Tensor) -> tuple[int, ...]:
         blank: any prepared item.
 
     Raises:
-        ValueError: the model does not have the layer that the config names.
+        UserError: the model does not have the layer that the config names.
     """
     probe = copy.deepcopy(encoder)  # a run can leave hooks or cached values in the network
     try:
@@ -162,7 +164,7 @@ def probe_feature_shape(encoder: Any, blank: Tensor) -> tuple[int, ...]:
         AttributeError,
         IndexError,
     ) as error:  # OpenCLIP or timm; no layers; transformers
-        raise ValueError(f"model {encoder.config.model!r} does not give layer {encoder.config.layer}: {error}") from error
+        raise UserError(f"model {encoder.config.model!r} does not give layer {encoder.config.layer}: {error}") from error
 
 
 def split_transform(transform: object) -> tuple[Compose, Normalize]:

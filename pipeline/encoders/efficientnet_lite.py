@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import timm
 import torch
@@ -17,6 +17,8 @@ from pipeline.data.annotations import package_path
 from pipeline.data.media import open_image
 from pipeline.encoders._weights import fixed_seed, image_to_uint8, load_matching_state, read_state_dict, state_sha256
 from pipeline.runtime.device import ComputeDtype, Precision, default_device, move_for_inference, resolve_dtype, use_precision
+from pipeline.runtime.errors import UserError
+from pipeline.runtime.settings import Range, Settings
 
 ARCHITECTURE = "tf_efficientnet_lite0"  # this variant pads as in training: unevenly at even strides
 PIXEL_MEAN, PIXEL_DEVIATION = 127.0, 128.0  # normalisation of 8-bit channels, as in training
@@ -25,21 +27,19 @@ _PACKAGED_WEIGHTS = "models/efficientnet-lite0-57934424.pth"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config:
+class Config(Settings):
     """Which weights to use, and how to crop and scale a picture."""
 
-    weights: str = "package"  # package, random, or a local .pth or .safetensors file or folder
-    crop: float = 1.0  # share of the shorter side that the network sees, 0.25..1; ImageNet accuracies are measured with 0.875
-    side: int = 224  # pixels of the square that the network sees, 32..1024; it was pretrained with 224
-    compute_dtype: ComputeDtype = (
-        "auto"  # auto: mixed if the processor has bfloat16; plain bfloat16 is less exact and no faster
-    )
-
-    def __post_init__(self) -> None:
-        if not 0.25 <= self.crop <= 1:
-            raise ValueError(f"crop must be in 0.25..1, found {self.crop}")
-        if not 32 <= self.side <= 1024:
-            raise ValueError(f"side must be in 32..1024, found {self.side}")
+    weights: Annotated[str, "package, random, or a local .pth or .safetensors file or folder"] = "package"
+    crop: Annotated[
+        float,
+        Range(0.25, 1),
+        "share of the shorter side that the network sees; ImageNet accuracies are measured with 0.875",
+    ] = 1.0
+    side: Annotated[int, Range(32, 1024), "pixels of the square that the network sees; it was pretrained with 224"] = 224
+    compute_dtype: Annotated[
+        ComputeDtype, "auto: mixed if the processor has bfloat16; plain bfloat16 is less exact and no faster"
+    ] = "auto"
 
 
 class EfficientNetLite(nn.Module):
@@ -88,7 +88,7 @@ class EfficientNetLite(nn.Module):
 
 
 def build(config: Config) -> EfficientNetLite:
-    """Build the encoder; `ValueError` if the weights are missing or do not fit."""
+    """Build the encoder; `UserError` if the weights are missing or do not fit."""
     return EfficientNetLite(config, load_weights(config.weights))
 
 
@@ -117,14 +117,14 @@ def match_tensor_names(state: Mapping[str, Tensor], reference: Mapping[str, Tens
         source: where the state comes from, for messages.
 
     Raises:
-        ValueError: the numbers of tensors differ, or a tensor and its counterpart differ in kind (weight, bias, running_mean,
+        UserError: the numbers of tensors differ, or a tensor and its counterpart differ in kind (weight, bias, running_mean,
             …) or in shape; the message names them.
     """
     if {name for name in reference if not name.startswith("classifier.")} <= set(state):
         return dict(state)
     if len(state) != len(reference):
-        raise ValueError(f"{source} holds {len(state)} tensors, {ARCHITECTURE} has {len(reference)}")
+        raise UserError(f"{source} holds {len(state)} tensors, {ARCHITECTURE} has {len(reference)}")
     for (found, tensor), (name, wanted) in zip(state.items(), reference.items(), strict=True):
         if tensor.shape != wanted.shape or found.rpartition(".")[2] != name.rpartition(".")[2]:
-            raise ValueError(f"{source}: {found} {tuple(tensor.shape)} does not fit {name} {tuple(wanted.shape)}")
+            raise UserError(f"{source}: {found} {tuple(tensor.shape)} does not fit {name} {tuple(wanted.shape)}")
     return dict(zip(reference, state.values(), strict=True))

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Annotated, Any, Literal, Protocol
 
 import torch
 from PIL import Image
 from torch import Tensor, nn
 
 from pipeline.data.media import FRAME_SAMPLING, open_frames
+from pipeline.runtime.errors import UserError
+from pipeline.runtime.settings import Range, Settings
 from pipeline.types import Encoder
 
 
@@ -23,17 +25,13 @@ class ImageEncoder(Encoder, Protocol):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config:
+class Config(Settings):
     """Which image encoder is applied to how many frames. `pipeline/encoders/_factory.py` builds the image encoder."""
 
-    encoder: str = "efficientnet_lite"  # the name of an image encoder
-    settings: str = ""  # settings of the image encoder: KEY=VALUE,KEY=VALUE
-    weights: str = ""  # weights of the image encoder; empty: its own default
-    num_frames: int = 8  # sampled frames per clip, 1..256
-
-    def __post_init__(self) -> None:
-        if not 1 <= self.num_frames <= 256:
-            raise ValueError(f"num_frames must be in 1..256, found {self.num_frames}")
+    encoder: Annotated[str, "the name of an image encoder"] = "efficientnet_lite"
+    settings: Annotated[str, "settings of the image encoder: KEY=VALUE,KEY=VALUE"] = ""
+    weights: Annotated[str, "weights of the image encoder; empty: its own default"] = ""
+    num_frames: Annotated[int, Range(1, 256), "sampled frames per clip"] = 8
 
 
 class Frames(nn.Module):
@@ -66,7 +64,7 @@ class Frames(nn.Module):
 
 
 def build(config: Config, image: ImageEncoder) -> Frames:
-    """Build the encoder around an image encoder; `ValueError` if the latter does not read images."""
+    """Build the encoder around an image encoder; `UserError` if the latter does not read images."""
     if image.modality != "image":
-        raise ValueError(f"frames takes an image encoder; {config.encoder} reads {image.modality}")
+        raise UserError(f"frames takes an image encoder; {config.encoder} reads {image.modality}")
     return Frames(config, image)

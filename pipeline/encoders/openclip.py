@@ -7,7 +7,7 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import open_clip
 import torch
@@ -29,30 +29,41 @@ from pipeline.encoders._weights import (
     state_sha256,
 )
 from pipeline.runtime.device import ComputeDtype, Precision, default_device, move_for_inference, resolve_dtype, use_precision
+from pipeline.runtime.errors import UserError
 from pipeline.runtime.files import fingerprint
+from pipeline.runtime.settings import Settings
 
 _WEIGHTS_FILE = "open_clip_model.safetensors"  # in folders that OpenCLIP saves
 _CONFIG_FILE = "open_clip_config.json"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config:
+class Config(Settings):
     """Which model to use, with which weights, which of its towers, and which of its outputs is the feature."""
 
-    model: str = "ViT-B-32/laion2b_s34b_b79k"  # NAME/TAG, NAME, or a folder saved by OpenCLIP; it decides the preprocessing
-    weights: str = "pretrained"  # pretrained, a tag of the model, random, or a local .pth or .safetensors file or folder
-    modality: Literal["image", "text"] = "image"  # which tower
-    pooling: Literal["native", "mean"] = "native"  # native: vector in the shared space; mean: over an image's patches
-    layer: int = -1  # block of the image tower whose output is used: 0, 1, … or, from the end, -1, -2, …
-    tokens: bool = False  # all patches [T,D] of an image instead of one vector
-    compute_dtype: ComputeDtype = "auto"  # auto: bfloat16 if the processor supports it; mixed keeps float32 parameters
+    model: Annotated[str, "NAME/TAG, NAME, or a folder saved by OpenCLIP; it decides the preprocessing"] = (
+        "ViT-B-32/laion2b_s34b_b79k"
+    )
+    weights: Annotated[str, "pretrained, a tag of the model, random, or a local .pth or .safetensors file or folder"] = (
+        "pretrained"
+    )
+    modality: Annotated[Literal["image", "text"], "which tower"] = "image"
+    pooling: Annotated[Literal["native", "mean"], "native: vector in the shared space; mean: over an image's patches"] = (
+        "native"
+    )
+    layer: Annotated[int, "block of the image tower whose output is used: 0, 1, … or, from the end, -1, -2, …"] = -1
+    tokens: Annotated[bool, "all patches [T,D] of an image instead of one vector"] = False
+    compute_dtype: Annotated[ComputeDtype, "auto: bfloat16 if the processor supports it; mixed keeps float32 parameters"] = (
+        "auto"
+    )
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         native = self.pooling == "native" and not self.tokens
         if self.layer != -1 and native:
-            raise ValueError(f"layer {self.layer} has no native pooling; set pooling=mean or tokens=true")
+            raise UserError(f"layer {self.layer} has no native pooling; set pooling=mean or tokens=true")
         if self.modality == "text" and not native:
-            raise ValueError("modality=text has native pooling only; for layers of a text model take transformers_text")
+            raise UserError("modality=text has native pooling only; for layers of a text model take transformers_text")
 
 
 class OpenClip(nn.Module):
@@ -101,7 +112,7 @@ class OpenClip(nn.Module):
         if self.modality == "image":
             return self.prepare_image(open_image(Path(raw), max(self.input_size)))
         if not str(raw).strip():
-            raise ValueError("the text is blank")
+            raise UserError("the text is blank")
         return self.tokenizer([str(raw)])[0]
 
     def prepare_image(self, image: Image.Image) -> Tensor:
@@ -129,10 +140,10 @@ class OpenClip(nn.Module):
 
 
 def build(config: Config) -> OpenClip:
-    """Build the encoder; `ValueError` if the model or its weights are not available, or do not fit each other."""
+    """Build the encoder; `UserError` if the model or its weights are not available, or do not fit each other."""
     if Path(config.model).is_dir():
         if not (Path(config.model) / _CONFIG_FILE).is_file():
-            raise ValueError(f"{config.model} holds no {_CONFIG_FILE}; give a folder that OpenCLIP saved")
+            raise UserError(f"{config.model} holds no {_CONFIG_FILE}; give a folder that OpenCLIP saved")
         name, tag = f"local-dir:{config.model}", ""
         weights = config.model if config.weights == "pretrained" else config.weights
     else:
@@ -174,13 +185,13 @@ def _resolve_model(model: str, weights: str) -> tuple[str, str, str]:
     """
     name, _, tag = model.partition("/")
     if name not in open_clip.list_models():
-        raise ValueError(f"OpenCLIP has no model {name!r}; choose one of: {', '.join(open_clip.list_models())}")
+        raise UserError(f"OpenCLIP has no model {name!r}; choose one of: {', '.join(open_clip.list_models())}")
     tags = open_clip.list_pretrained_tags_by_model(name)
     if weights in tags:
         tag, weights = weights, "pretrained"
     if tag not in ("", *tags) or (weights == "pretrained" and not tag):
         known = ", ".join(f"{name}/{each}" for each in tags)
-        raise ValueError(f"model {model!r} names no weights that OpenCLIP has; choose one of: {known}")
+        raise UserError(f"model {model!r} names no weights that OpenCLIP has; choose one of: {known}")
     return name, tag, weights
 
 
@@ -204,7 +215,7 @@ def _create_random(name: str, described: Mapping[str, Any]) -> tuple[Any, Any]:
         return network, open_clip.get_tokenizer(name)
     except OSError as error:
         reason = str(error).partition("\n")[0]
-        raise ValueError(
+        raise UserError(
             f"model {name!r} is configured by another one on the hub, which is not stored here: {reason}"
         ) from error
     finally:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
@@ -15,22 +15,19 @@ from torch import Tensor, nn
 from pipeline.data.media import open_image
 from pipeline.runtime.device import default_device
 from pipeline.runtime.environment import set_environment
+from pipeline.runtime.settings import Range, Settings
 
 THUMBNAIL_SIDE = 16  # pixels
 NUM_BUCKETS = 512  # trigrams are counted by their hash modulo this number
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config:
+class Config(Settings):
     """Which modality to read, and how wide the features are."""
 
-    modality: Literal["image", "text"] = "image"
-    width: int = 32  # number of features, 1..16384
-    seed: int = 0  # of the projection, >= 0
-
-    def __post_init__(self) -> None:
-        if not 1 <= self.width <= 16_384 or self.seed < 0:
-            raise ValueError(f"random_projection needs width in 1..16384 and seed >= 0, found {self.width} and {self.seed}")
+    modality: Annotated[Literal["image", "text"], "what to read"] = "image"
+    width: Annotated[int, Range(1, 16_384), "number of features"] = 32
+    seed: Annotated[int, Range(0), "of the projection"] = 0
 
 
 class RandomProjection(nn.Module):

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import timm
 import torch
@@ -27,6 +27,8 @@ from pipeline.encoders._weights import (
     state_sha256,
 )
 from pipeline.runtime.device import ComputeDtype, Precision, default_device, move_for_inference, resolve_dtype, use_precision
+from pipeline.runtime.errors import UserError
+from pipeline.runtime.settings import Settings
 
 PRESETS = {"repvgg": "repvgg_b0", "swin_tiny": "swin_tiny_patch4_window7_224"}  # short name -> timm's name
 _WEIGHTS_FILE = "model.safetensors"  # in timm's repositories on the hub
@@ -34,19 +36,28 @@ _CONFIG_FILE = "config.json"  # in folders that timm saves
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config:
+class Config(Settings):
     """Which network to use, with which weights, and which of its outputs is the feature."""
 
-    model: str = "vit_base_patch16_224"  # timm's name, NAME.TAG, or a folder saved by timm; it decides the preprocessing
-    weights: str = "pretrained"  # pretrained, a tag of the model, random, or a local .pth or .safetensors file or folder
-    pooling: Literal["native", "mean"] = "native"  # native: the input of the network's own classifier; mean: over positions
-    layer: int = -1  # block (or stage) whose output is used: 0, 1, … or, from the end, -1, -2, …
-    tokens: bool = False  # all positions [T,D] instead of one vector
-    compute_dtype: ComputeDtype = "auto"  # auto: bfloat16 if the processor supports it; mixed keeps float32 parameters
+    model: Annotated[str, "timm's name, NAME.TAG, or a folder saved by timm; it decides the preprocessing"] = (
+        "vit_base_patch16_224"
+    )
+    weights: Annotated[str, "pretrained, a tag of the model, random, or a local .pth or .safetensors file or folder"] = (
+        "pretrained"
+    )
+    pooling: Annotated[Literal["native", "mean"], "native: the input of the network's own classifier; mean: over positions"] = (
+        "native"
+    )
+    layer: Annotated[int, "block (or stage) whose output is used: 0, 1, … or, from the end, -1, -2, …"] = -1
+    tokens: Annotated[bool, "all positions [T,D] instead of one vector"] = False
+    compute_dtype: Annotated[ComputeDtype, "auto: bfloat16 if the processor supports it; mixed keeps float32 parameters"] = (
+        "auto"
+    )
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.layer != -1 and self.pooling == "native" and not self.tokens:
-            raise ValueError(f"layer {self.layer} has no native pooling; set pooling=mean or tokens=true")
+            raise UserError(f"layer {self.layer} has no native pooling; set pooling=mean or tokens=true")
 
 
 class Timm(nn.Module):
@@ -108,7 +119,7 @@ class Timm(nn.Module):
 
 
 def build(config: Config) -> Timm:
-    """Build the encoder; `ValueError` if the model or its weights are not available, or do not fit each other."""
+    """Build the encoder; `UserError` if the model or its weights are not available, or do not fit each other."""
     folder = Path(PRESETS.get(config.model, config.model))
     arguments: dict[str, Any] = {}
     if folder.is_dir():
@@ -120,7 +131,7 @@ def build(config: Config) -> Timm:
     if weights == "pretrained":
         recorded = timm.get_pretrained_cfg(name)
         if not (recorded and recorded.hf_hub_id):
-            raise ValueError(f"the weights of {name} are not on the hub; download them and give --set weights=FILE")
+            raise UserError(f"the weights of {name} are not on the hub; download them and give --set weights=FILE")
         path = hub_folder(recorded.hf_hub_id, _WEIGHTS_FILE) / _WEIGHTS_FILE
         options = {"pretrained": True, "pretrained_cfg_overlay": {"file": str(path)}}
     with fixed_seed():
@@ -136,7 +147,7 @@ def _folder_arguments(folder: Path) -> dict[str, Any]:
     The number of classes is left out, because the classifier is left out.
     """
     if not (folder / _CONFIG_FILE).is_file():
-        raise ValueError(f"{folder} holds no {_CONFIG_FILE}; give a folder that timm saved")
+        raise UserError(f"{folder} holds no {_CONFIG_FILE}; give a folder that timm saved")
     arguments = json.loads((folder / _CONFIG_FILE).read_text()).get("model_args", {})
     return {name: value for name, value in arguments.items() if name != "num_classes"}
 
@@ -145,11 +156,11 @@ def _resolve_model(model: str, weights: str) -> tuple[str, str]:
     """Return timm's name of the model with its tag, and the weights; weights that are a tag go into the name."""
     architecture, _, tag = model.partition(".")
     if not timm.is_model(architecture):
-        raise ValueError(f"timm has no model {model!r}; for its names: python -c 'import timm; print(timm.list_models())'")
+        raise UserError(f"timm has no model {model!r}; for its names: python -c 'import timm; print(timm.list_models())'")
     tags = [name.partition(".")[2] for name in timm.list_pretrained(f"{architecture}.*")]
     if weights in tags:
         return f"{architecture}.{weights}", "pretrained"
     if (tag and tag not in tags) or (weights == "pretrained" and not tags):
         known = ", ".join(tags) or "random"
-        raise ValueError(f"timm has no weights {tag or weights!r} of {architecture}; choose one of: {known}")
+        raise UserError(f"timm has no weights {tag or weights!r} of {architecture}; choose one of: {known}")
     return model, weights

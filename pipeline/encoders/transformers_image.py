@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from PIL import Image
 from torch import Tensor
@@ -12,14 +12,17 @@ from torch import Tensor
 from pipeline.data.media import open_image
 from pipeline.encoders._transformers import TransformersVision, VisionConfig, transformers_folder
 from pipeline.encoders._weights import probe_feature_shape
+from pipeline.runtime.errors import UserError
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config(VisionConfig):
     """Which image model to use, with which weights, and which of its outputs is the feature."""
 
-    model: str = "google/vit-base-patch16-224-in21k"  # a local folder or an id of the hub; it decides the preprocessing
-    pooling: Literal["cls", "mean", "pooler"] = "cls"  # first token, mean of all tokens, or the model's own pooling
+    model: Annotated[str, "a local folder or an id of the hub; it decides the preprocessing"] = (
+        "google/vit-base-patch16-224-in21k"
+    )
+    pooling: Annotated[Literal["cls", "mean", "pooler"], "first token, mean of all tokens, or the model's own pooling"] = "cls"
 
 
 class TransformersImage(TransformersVision):
@@ -41,7 +44,7 @@ class TransformersImage(TransformersVision):
         """Return normalised pixels float32 [3,H,W] of an opened image."""
         prepared = self.processor(image, return_tensors="pt")
         if set(prepared) != {"pixel_values"}:
-            raise ValueError(f"model {self.config.model!r} reads {', '.join(prepared)}; only pixel_values are supported")
+            raise UserError(f"model {self.config.model!r} reads {', '.join(prepared)}; only pixel_values are supported")
         return prepared["pixel_values"][0]
 
     def forward(self, prepared: Tensor) -> Tensor:
@@ -49,11 +52,11 @@ class TransformersImage(TransformersVision):
         output = self.run_network(prepared)
         if self.config.pooling == "pooler":
             if output.get("pooler_output") is None:
-                raise ValueError(f"model {self.config.model!r} has no pooler; set pooling=mean or pooling=cls")
+                raise UserError(f"model {self.config.model!r} has no pooler; set pooling=mean or pooling=cls")
             return output["pooler_output"].float().flatten(1)
         return self.token_features(output)
 
 
 def build(config: Config) -> TransformersImage:
-    """Build the encoder; `ValueError` if the model or its weights are not available, or do not fit each other."""
+    """Build the encoder; `UserError` if the model or its weights are not available, or do not fit each other."""
     return TransformersImage(config, transformers_folder(config.model, config.weights))

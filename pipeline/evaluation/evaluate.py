@@ -5,7 +5,6 @@ Only the image cache is opened, because text is privileged information of traini
 
 from __future__ import annotations
 
-import importlib.metadata
 import io
 import json
 import os
@@ -26,12 +25,16 @@ from pipeline.cache.streaming import choose_window, open_split
 from pipeline.cache.table import FeatureSource
 from pipeline.data.manifest_files import read_manifest
 from pipeline.evaluation import metrics
+from pipeline.nn.method import Method
 from pipeline.runtime import plugins
 from pipeline.runtime.device import Precision, default_device, reproducible
+from pipeline.runtime.errors import UserError
 from pipeline.runtime.files import canonical_json, lock, write_atomic
 from pipeline.runtime.rng import KeyedRNG
 from pipeline.runtime.runs import RunConfig, RunFolder
-from pipeline.types import Method, Predictor, Split
+from pipeline.runtime.settings import configure
+from pipeline.runtime.version import program_version
+from pipeline.types import Predictor, Split
 
 PREDICTION_BATCH_SIZE = 1024  # samples that are predicted at once
 NUM_STORED_FEATURES = 2000  # samples whose feature is stored, for figures of the feature space
@@ -74,16 +77,16 @@ def apply_overrides(config: RunConfig, overrides: Mapping[str, Any]) -> tuple[An
         The method's `Config`, and the values that differ from the run's own, by field name.
 
     Raises:
-        ValueError: a setting is unknown, or the weights depend on it: it needs a training run of its own.
+        UserError: a setting is unknown, or the weights depend on it: it needs a training run of its own.
     """
     module = plugins.get("methods", config.method)
-    changes = {module.SYMBOLS.get(key, key): value for key, value in overrides.items()}
+    changes = {module.symbols.get(key, key): value for key, value in overrides.items()}
     for field in changes:
-        if field in config.settings and field not in module.PREDICTION:
-            choices = ", ".join(module.PREDICTION) or f"nothing of {config.method}"
-            raise ValueError(f"{field!r} is a setting of training: train a run with it; prediction can change {choices}")
-    plugins.configure(module.Config, overrides, module.SYMBOLS)  # refuses an unknown or repeated key by its name
-    settings = plugins.configure(module.Config, {**config.settings, **changes})
+        if field in config.settings and field not in module.prediction:
+            choices = ", ".join(module.prediction) or f"nothing of {config.method}"
+            raise UserError(f"{field!r} is a setting of training: train a run with it; prediction can change {choices}")
+    configure(module.Config, overrides, module.symbols)  # refuses an unknown or repeated key by its name
+    settings = configure(module.Config, {**config.settings, **changes})
     values = asdict(settings)
     return settings, {field: values[field] for field in sorted(changes) if values[field] != config.settings[field]}
 
@@ -97,17 +100,14 @@ def load_method(run: RunFolder, config: RunConfig, settings: Any) -> Method:
     """Return the trained method on the default device.
 
     Raises:
-        ValueError: the checkpoint is not the one that training wrote, or the settings need weights that it does not have.
+        UserError: the checkpoint is not the one that training wrote, or the settings need weights that it does not have.
     """
     weights = run.read_checkpoint()
-    build = plugins.get("methods", config.method).build
-    method: Method = build(settings, {key: tuple(shape) for key, shape in config.shapes.items()})
+    method = plugins.get("methods", config.method)(settings, {key: tuple(shape) for key, shape in config.shapes.items()})
     try:
         method.load_state_dict(safetensors_load(weights))
     except RuntimeError as error:
-        raise ValueError(
-            f"{run.path} was trained without what these settings need: train a run of its own with them"
-        ) from error
+        raise UserError(f"{run.path} was trained without what these settings need: train a run of its own with them") from error
     return method.to(default_device())
 
 
@@ -148,7 +148,7 @@ def _evaluate(home: Path, run: RunFolder, config: RunConfig, settings: Any, spli
     seconds = time.perf_counter() - started
     label = source.label
     if not logits.isfinite().all():
-        raise ValueError(f"{run.path} predicts numbers that are not finite: it diverged in training; train with a lower lr")
+        raise UserError(f"{run.path} predicts numbers that are not finite: it diverged in training; train with a lower lr")
     _write_predictions(run, name, source, logits, label, _first_features(method, source, run.seed, precision))
     done = run.read_done()
     return {
@@ -165,7 +165,7 @@ def _evaluate(home: Path, run: RunFolder, config: RunConfig, settings: Any, spli
         "caches": dict(config.caches),
         "config": config.fingerprint(),
         "device": str(default_device()),
-        "versions": {"torch": torch.__version__, "diffalign": importlib.metadata.version("diffalign")},
+        "versions": {"torch": torch.__version__, "diffalign": program_version()},
     }
 
 
@@ -173,13 +173,13 @@ def read_metrics(run: RunFolder) -> dict[str, Any]:
     """Return all evaluations of a run by name; empty when there is none.
 
     Raises:
-        ValueError: the file is damaged.
+        UserError: the file is damaged.
     """
     path = run.path / "metrics.json"
     try:
         return dict(json.loads(path.read_text())) if path.is_file() else {}
     except (ValueError, TypeError) as error:
-        raise ValueError(f"{path} is damaged ({error}); delete it and evaluate again") from error
+        raise UserError(f"{path} is damaged ({error}); delete it and evaluate again") from error
 
 
 def _log_test_read(run: RunFolder, name: str) -> None:

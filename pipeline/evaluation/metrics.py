@@ -11,16 +11,18 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from pipeline.runtime.errors import UserError
+
 
 def top_classes(logits: Tensor, k: int) -> Tensor:
     """Return the k classes with the largest logits of each row, best first, int64 [N, min(k,C)].
 
     Raises:
-        ValueError: a logit is not finite.
+        UserError: a logit is not finite.
     """
     bad_rows = (~logits.isfinite().all(dim=1)).nonzero()
     if len(bad_rows):
-        raise ValueError(f"logits of row {int(bad_rows[0])} are not finite ({len(bad_rows)} such rows); nothing can be ranked")
+        raise UserError(f"logits of row {int(bad_rows[0])} are not finite ({len(bad_rows)} such rows); nothing can be ranked")
     return logits.sort(dim=1, descending=True, stable=True).indices[:, :k]
 
 
@@ -35,10 +37,10 @@ def _predicted_indicator(logits: Tensor, k: int) -> Tensor:
 
 
 def _label_indicator(label: Tensor) -> Tensor:
-    """Return the labels as float64 [N,C]; `ValueError` for a row without label, because its recall is not defined."""
+    """Return the labels as float64 [N,C]; `UserError` for a row without label, because its recall is not defined."""
     empty = (label.sum(1) == 0).nonzero()
     if len(empty):
-        raise ValueError(f"row {int(empty[0])} has no label ({len(empty)} such rows); leave unlabelled samples out")
+        raise UserError(f"row {int(empty[0])} has no label ({len(empty)} such rows); leave unlabelled samples out")
     return label.to("cpu", torch.float64)
 
 
@@ -105,7 +107,7 @@ def summary_metrics(logits: Tensor, label: Tensor, ks: Sequence[int] = (1, 5)) -
         overall_rec<k>, per_class_pre<k> and per_class_rec<k>.
 
     Raises:
-        ValueError: a logit is not finite, or a sample has no label.
+        UserError: a logit is not finite, or a sample has no label.
     """
     result = {name: float(terms.mean()) for name, terms in per_example(logits, label, ks).items()}
     if label.ndim == 1:

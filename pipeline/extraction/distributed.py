@@ -39,6 +39,7 @@ from pipeline.extraction.inputs import EncodedBatch
 from pipeline.extraction.throughput import ThroughputMeter
 from pipeline.extraction.workers import allowed_workers
 from pipeline.runtime.device import default_device
+from pipeline.runtime.errors import UserError
 from pipeline.runtime.executor import connect_to_scheduler, gpu_cluster, num_threads, run_on_cluster
 from pipeline.runtime.files import label_os_errors, lock, lock_shared
 from pipeline.runtime.logs import ProgressBar
@@ -89,13 +90,13 @@ def dispatch_extraction(
             of the cores as child processes.
 
     Raises:
-        ValueError: both a scheduler and GPUs are given, or as in `extract`.
+        UserError: both a scheduler and GPUs are given, or as in `extract`.
     """
     if scheduler == "local" and not gpus:
         manifest = read_manifest(home, dataset)
         return extract(manifest, encoder, settings, home, store_dtype=store_dtype, compiled=compiled, options=options)
     if gpus and scheduler != "local":
-        raise ValueError("--workers-gpu are processes of this machine, --scheduler has its own: give one of them")
+        raise UserError("--workers-gpu are processes of this machine, --scheduler has its own: give one of them")
     default_workers = max(1, CPU_COUNT // len(gpus)) if gpus else 0
     spec = ExtractionSpec(
         home=home.absolute(),
@@ -199,13 +200,13 @@ def encode_and_commit_shard(spec: ExtractionSpec, call_id: str, cache_name: str,
         shard: number of the shard.
 
     Raises:
-        ValueError: nothing was written, because this machine would fill another cache or has other libraries, or because
+        UserError: nothing was written, because this machine would fill another cache or has other libraries, or because
             too many items have failed in this shard and in those that are committed by now.
     """
     task = _task_of(spec, call_id)
     target, options = task.target, task.target.options
     if target.path.name != cache_name:
-        raise ValueError(
+        raise UserError(
             f"a worker would fill {target.path.name} instead of {cache_name}: its files or weights are not the same, or its "
             "processor takes another number format (--set compute_dtype=float32 is one that all have)"
         )
@@ -239,8 +240,8 @@ def _budget_without(shard: int, target: ExtractionTarget, writer: Writer) -> Fai
 def _check_worker_libraries(target: ExtractionTarget, writer: Writer) -> None:
     try:
         check_libraries(target.path, writer.provenance.get("versions", {}), target.input_rows.modality)
-    except ValueError as error:
-        raise ValueError(f"a worker cannot take part: {error}") from error
+    except UserError as error:
+        raise UserError(f"a worker cannot take part: {error}") from error
 
 
 def _task_of(spec: ExtractionSpec, call_id: str) -> ExtractionTask:

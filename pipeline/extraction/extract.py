@@ -23,6 +23,7 @@ from pipeline.extraction.inputs import EncodedBatch, EncoderInputs, InputRows, M
 from pipeline.extraction.throughput import ThroughputMeter
 from pipeline.extraction.workers import allowed_workers, encode_batches
 from pipeline.runtime.device import default_device
+from pipeline.runtime.errors import UserError
 from pipeline.runtime.files import canonical_json, label_os_errors, lock
 from pipeline.runtime.logs import ProgressBar
 from pipeline.types import Encoder
@@ -51,9 +52,9 @@ class ExtractOptions:
 
     def __post_init__(self) -> None:
         if self.batch_size < 0 or self.workers < -1 or not 0 <= self.max_failures <= 1:
-            raise ValueError("batch size must be >= 0, workers >= -1 and max failures a share of the items, from 0 to 1")
+            raise UserError("batch size must be >= 0, workers >= -1 and max failures a share of the items, from 0 to 1")
         if self.shard_rows < 0 or self.shard_rows % CHUNK_ROWS:
-            raise ValueError(f"shard rows must be a multiple of {CHUNK_ROWS}, found {self.shard_rows}")
+            raise UserError(f"shard rows must be a multiple of {CHUNK_ROWS}, found {self.shard_rows}")
 
 
 @dataclass(frozen=True)
@@ -122,7 +123,7 @@ def extract(
         options: how the extraction runs.
 
     Raises:
-        ValueError: the settings, media or files do not fit; more items fail than the options allow; the cache was begun with
+        UserError: the settings, media or files do not fit; more items fail than the options allow; the cache was begun with
             other libraries (`provenance.check_libraries`) or from other media. A media file counts as another one when its
             size has changed; a replacement of the same size is not noticed.
     """
@@ -163,7 +164,7 @@ def plan_extraction(
 ) -> ExtractionTask:
     """Return what `extract` would do with these arguments; nothing is written."""
     if store_dtype not in STORE_DTYPES:
-        raise ValueError(f"unknown store dtype {store_dtype!r}; choose one of: {', '.join(STORE_DTYPES)}")
+        raise UserError(f"unknown store dtype {store_dtype!r}; choose one of: {', '.join(STORE_DTYPES)}")
     config, encoder = build_encoder(encoder_name, settings)
     input_rows = make_input_rows(manifest, encoder.modality)
     inputs = EncoderInputs(manifest, encoder, input_rows.items, store_dtype)
@@ -203,7 +204,7 @@ def start_or_resume(target: ExtractionTarget) -> tuple[Writer, dict[int, Commit]
         The writer, and the commits of the shards that need not be encoded again.
 
     Raises:
-        ValueError: the media have changed since the existing shards were written.
+        UserError: the media have changed since the existing shards were written.
     """
     ids, options = [sample.id for sample in target.input_rows.manifest.samples], target.options
     shape, provenance = target.feature_shape, target.provenance
@@ -233,7 +234,7 @@ def _check_media(target: ExtractionTarget, writer: Writer) -> None:
         sizes = target.input_rows.media_sizes(rows, {failure.row for failure in commit.failures})
         if sizes and commit.media_sizes not in ("", sizes):
             first, last = (target.input_rows[row][0].id for row in (rows.start, rows.stop - 1))
-            raise ValueError(
+            raise UserError(
                 f"the media of samples {first!r} to {last!r} are not those that {target.path} was made of: files have other "
                 f"sizes now; bring those back, or remove it (diffalign cache rm {target.path}) and extract it anew"
             )
@@ -321,12 +322,12 @@ class FailureBudget:
         """Count these failures.
 
         Raises:
-            ValueError: more items have failed than may fail.
+            UserError: more items have failed than may fail.
         """
         for failure in failures:
             self.num_failed += failure.id not in self.ignored_ids
             if self.num_failed > self.max_share * self.num_items:
-                raise ValueError(
+                raise UserError(
                     f"{self.num_failed} of {self.num_items} items failed, more than --max-failures {self.max_share:g} allows; "
                     f"the last one: sample {failure.id!r}: {failure.error}"
                 )

@@ -21,6 +21,7 @@ from torch import Tensor
 from pipeline.cache.layout import Failure, from_stored, to_stored
 from pipeline.data.manifest import Manifest
 from pipeline.runtime.device import default_device
+from pipeline.runtime.errors import UserError
 from pipeline.types import Encoder, Sample
 
 logger = logging.getLogger(__name__)
@@ -174,7 +175,7 @@ class MemorySafeEncoder:
         """Return the features float32 [B, *feature_shape] of stacked items.
 
         Raises:
-            ValueError: a single item does not fit into memory.
+            UserError: a single item does not fit into memory.
         """
         parts: list[Tensor] = []
         start = 0
@@ -185,7 +186,7 @@ class MemorySafeEncoder:
                 parts.append(part)
                 start += len(items)
             elif len(items) == 1:
-                raise ValueError("one item alone does not fit into memory; take --set compute_dtype=bfloat16")
+                raise UserError("one item alone does not fit into memory; take --set compute_dtype=bfloat16")
             else:
                 self.max_items = len(items) // 2
                 logger.debug("a batch of %d items does not fit into memory; %d from now on", len(items), self.max_items)
@@ -212,19 +213,19 @@ def make_input_rows(manifest: Manifest, modality: str) -> InputRows:
     """Return one row per media file, or one row per text.
 
     Raises:
-        ValueError: the dataset has nothing of this modality, or its media folder is missing.
+        UserError: the dataset has nothing of this modality, or its media folder is missing.
     """
     media_type = manifest.meta["media_type"]
     if modality not in ("text", media_type):
-        raise ValueError(f"dataset {manifest.dataset!r} has {media_type} media, the encoder reads {modality}")
+        raise UserError(f"dataset {manifest.dataset!r} has {media_type} media, the encoder reads {modality}")
     if modality != "text":
         if not manifest.media_root.is_dir():
-            raise ValueError(f"the media folder {manifest.media_root} is gone; run: diffalign prepare {manifest.dataset}")
+            raise UserError(f"the media folder {manifest.media_root} is gone; run: {manifest.prepare_command}")
         return InputRows(manifest, modality, tuple((sample, "") for sample in manifest.samples), np.zeros(0, np.int64))
     texts = [texts_to_encode(sample, manifest.meta["text"]) for sample in manifest.samples]
     offsets = np.cumsum([0, *map(len, texts)], dtype=np.int64)
     if not offsets[-1]:
-        raise ValueError(f"dataset {manifest.dataset!r} has no texts to encode")
+        raise UserError(f"dataset {manifest.dataset!r} has no texts to encode")
     items = tuple((sample, text) for sample, own in zip(manifest.samples, texts, strict=True) for text in own)
     return InputRows(manifest, modality, items, offsets)
 
@@ -239,12 +240,12 @@ def texts_to_encode(sample: Sample, rule: Mapping[str, str]) -> tuple[str, ...]:
             without text features, "error" refuses it, and any other value is the text that is used instead.
 
     Raises:
-        ValueError: the sample has no text, and `empty` is "error".
+        UserError: the sample has no text, and `empty` is "error".
     """
     texts = tuple(text for text in sample.texts if text.strip())
     empty = rule.get("empty", "skip")
     if not texts and empty != "skip":
         if empty == "error":
-            raise ValueError(f"sample {sample.id!r} has no text, and the dataset's yaml says text.empty: error")
+            raise UserError(f"sample {sample.id!r} has no text, and the dataset's yaml says text.empty: error")
         return (empty,)
     return (rule["sep"].join(texts),) if rule["aggregate"] == "join" and texts else texts

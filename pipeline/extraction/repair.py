@@ -13,6 +13,7 @@ from pipeline.cache.samples import cache_home
 from pipeline.cache.writer import TEMPORARY_FILE_PATTERN, remove_temporary_files
 from pipeline.data.manifest_files import read_manifest
 from pipeline.extraction.extract import NO_SAMPLE_IDS, ExtractionTask, ExtractOptions, plan_extraction, run_extraction
+from pipeline.runtime.errors import UserError
 from pipeline.runtime.files import fingerprint, lock
 
 
@@ -29,7 +30,7 @@ def repair(path: Path, options: ExtractOptions) -> list[str]:
         One line per problem that was repaired; empty when there was none.
 
     Raises:
-        ValueError: the cache cannot be repaired: it is not in the folder of its identity, the manifest, the weights or the
+        UserError: the cache cannot be repaired: it is not in the folder of its identity, the manifest, the weights or the
             media are not those that made it, or a library has another release (as in `extract`). Or it still has problems
             after the repair.
     """
@@ -43,18 +44,16 @@ def repair(path: Path, options: ExtractOptions) -> list[str]:
     group = read_zarr_attributes(path)
     identity, provenance = group["identity"], group["provenance"]
     if not {"settings", "shard_rows"} <= provenance.keys():
-        raise ValueError(
-            f"{path} was not extracted here: {'; '.join(problems)}; to make it again, run: {provenance['command']}"
-        )
+        raise UserError(f"{path} was not extracted here: {'; '.join(problems)}; to make it again, run: {provenance['command']}")
     try:
         task = _plan_repair(path, identity, provenance, options)
-    except ValueError as error:
-        raise ValueError(f"{path} cannot be mended: {error}; to make it again, run: {provenance['command']}") from error
+    except UserError as error:
+        raise UserError(f"{path} cannot be mended: {error}; to make it again, run: {provenance['command']}") from error
     # Without this record the cache was never finished: nobody has checked that its failures are few enough.
     was_finished = (path / "commits" / "failures.json").is_file()
     run_extraction(task, read_failed_ids(path) if was_finished else NO_SAMPLE_IDS)
     if remaining := verify(path):
-        raise ValueError(f"{path} was extracted again, and still: {'; '.join(remaining)}; is the disk sound?")
+        raise UserError(f"{path} was extracted again, and still: {'; '.join(remaining)}; is the disk sound?")
     return problems
 
 
@@ -64,7 +63,7 @@ def _plan_repair(
     """Return the extraction that made the cache.
 
     Raises:
-        ValueError: that extraction would fill another cache today.
+        UserError: that extraction would fill another cache today.
     """
     home = cache_home(path)
     settings, compiled = provenance["settings"], identity.get("compiled", False)
@@ -74,10 +73,10 @@ def _plan_repair(
     task = plan_extraction(manifest, identity["encoder"]["name"], settings, home, identity["store_dtype"], compiled, options)
     target = task.target
     for field, wanted, found in identity_differences(identity, target.identity):
-        raise ValueError(f"it was made with {field} = {wanted!r}, which is {found!r} now; bring that back")
+        raise UserError(f"it was made with {field} = {wanted!r}, which is {found!r} now; bring that back")
     if fingerprint(target.identity) != fingerprint(identity):
         added = ", ".join(field for field, *_ in identity_differences(target.identity, identity))
-        raise ValueError(f"its identity would have {added} now, which it was made without")
+        raise UserError(f"its identity would have {added} now, which it was made without")
     if not target.path.exists() or not path.samefile(target.path):
-        raise ValueError(f"a cache of its identity belongs to {target.path}; move it there")
+        raise UserError(f"a cache of its identity belongs to {target.path}; move it there")
     return task

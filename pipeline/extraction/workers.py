@@ -13,12 +13,14 @@ import multiprocessing
 import signal
 import sys
 import time
+import traceback
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from multiprocessing.reduction import ForkingPickler
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -27,7 +29,9 @@ from torch import Tensor
 
 from pipeline.extraction.inputs import EncodedBatch, EncoderInputs, MemorySafeEncoder, PreparedBatch
 from pipeline.extraction.throughput import ThroughputMeter
+from pipeline.runtime import plugins
 from pipeline.runtime.device import default_device
+from pipeline.runtime.errors import UserError
 
 START_METHOD = "fork" if sys.platform == "linux" else "spawn"  # forked workers start at once and share the encoder's memory
 BATCHES_PER_WORKER = 2  # batches that a worker has been asked for at the same time
@@ -47,6 +51,28 @@ class BatchJobs:
         """Prepare, and perhaps encode, the batch of this number."""
         prepared = self.inputs.prepare(self.batches[number])
         return encode_on_cpu(self.inputs, prepared, self.encoder) if self.encoder else prepared
+
+
+@dataclass(frozen=True)
+class LoadedPlugins:
+    """Files of plug-ins; unpickling it loads them, before the jobs that follow it name their classes."""
+
+    files: tuple[Path, ...]
+
+    def __reduce__(self) -> Any:
+        return _load_plugins, (self.files,)
+
+
+def _load_plugins(files: tuple[Path, ...]) -> LoadedPlugins:
+    for path in files:
+        plugins.load_file(path)
+    return LoadedPlugins(files)
+
+
+class WorkerTraceback(NamedTuple):
+    """The formatted traceback of a bug that ends a worker process."""
+
+    text: str
 
 
 class GpuBatch(NamedTuple):
@@ -89,7 +115,7 @@ def encode_batches(
             process does everything.
 
     Raises:
-        ValueError: a worker was killed, by a damaged file that crashed a decoder or because memory ran out.
+        UserError: a worker was killed, by a damaged file that crashed a decoder or because memory ran out.
     """
     on_gpu = default_device().type == "cuda"
     jobs = BatchJobs(inputs, batches, None if on_gpu else encoder)
@@ -128,7 +154,9 @@ def _run_on_workers(jobs: BatchJobs, num_workers: int) -> Iterator[Any]:
     try:
         for _ in range(num_workers):
             our_end, worker_end = context.Pipe()
-            process = context.Process(target=_worker_main, args=(jobs, worker_end), daemon=True)
+            process = context.Process(
+                target=_worker_main, args=(LoadedPlugins(plugins.loaded_files()), jobs, worker_end), daemon=True
+            )
             process.start()
             worker_end.close()  # so that our end reports EOF when the worker ends
             workers.append((process, our_end))
@@ -140,8 +168,10 @@ def _run_on_workers(jobs: BatchJobs, num_workers: int) -> Iterator[Any]:
                     pipe.send(number + num_ahead)
             except (EOFError, OSError) as error:
                 raise _worker_error(process, jobs, max(number, 0)) from error
-            if isinstance(result, ValueError):
+            if isinstance(result, UserError):
                 raise result
+            if isinstance(result, WorkerTraceback):
+                raise _worker_failed(result)
             if result is not None:
                 yield result
     finally:
@@ -151,7 +181,7 @@ def _run_on_workers(jobs: BatchJobs, num_workers: int) -> Iterator[Any]:
             pipe.close()
 
 
-def _worker_main(jobs: BatchJobs, pipe: Connection) -> None:
+def _worker_main(_: LoadedPlugins, jobs: BatchJobs, pipe: Connection) -> None:
     """Run the requested batches in a worker process; a thread sends each result while the next batch is computed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # on Ctrl-C the parent ends its workers
     if sys.platform == "linux":
@@ -163,19 +193,29 @@ def _worker_main(jobs: BatchJobs, pipe: Connection) -> None:
             number = pipe.recv()
             try:
                 result = jobs.run(number)
-            except ValueError as error:
+            except UserError as error:
                 result = error
+            except Exception:  # a bug ends the worker; its traceback is shown here, and sent for a parent on another machine
+                sender.submit(pipe.send_bytes, ForkingPickler.dumps(WorkerTraceback(traceback.format_exc())))
+                raise
             sender.submit(pipe.send_bytes, ForkingPickler.dumps(result))
 
 
+def _worker_failed(sent: WorkerTraceback) -> RuntimeError:
+    """Return the error for a worker that a bug has ended, with the traceback of the worker as a note."""
+    error = RuntimeError("a worker process failed; what it said is above")
+    error.add_note(f"The worker process says:\n{sent.text}")
+    return error
+
+
 def _worker_error(process: Any, jobs: BatchJobs, number: int) -> Exception:
-    """Return the error for a lost worker: `ValueError` when it was killed, else it has printed its own error already."""
+    """Return the error for a lost worker: `UserError` when it was killed, else it has printed its own error already."""
     process.join()
     if process.exitcode >= 0:
-        return RuntimeError("a worker process failed; what it said is above")
+        return _worker_failed(WorkerTraceback("it could not send its traceback"))
     signal_name = signal.Signals(-process.exitcode).name
     first = jobs.inputs.rows[int(jobs.batches[number][0])][0].id
-    return ValueError(
+    return UserError(
         f"a worker process was killed ({signal_name}) at sample {first!r} or a little later: is a file damaged there, "
         "or memory short? with fewer --workers the same command goes on from here"
     )

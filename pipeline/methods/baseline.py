@@ -2,44 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar
 
 from torch import Tensor, nn
 
-from pipeline.nn.feature_space import num_classes_in, require_in_range
+from pipeline.nn.feature_space import num_classes_in
 from pipeline.nn.layers import ScaleMode, Standardise, dropout, register_hyperparameters
 from pipeline.nn.losses import LabelLoss, classification_loss
+from pipeline.nn.method import Method
 from pipeline.runtime.rng import KeyedRNG
-from pipeline.types import SINGLE_PHASE, Batch, Shapes
-
-NEEDS = ("image", "label")
-PREDICTION: tuple[str, ...] = ()
-SYMBOLS: dict[str, str] = {}
-GRID: dict[str, tuple[float, ...]] = {"dropout": (0.0, 0.2, 0.5)}
+from pipeline.runtime.settings import Range, Settings
+from pipeline.types import Batch, Shapes
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config:
+class Config(Settings):
     """Settings of the baseline."""
 
-    scale: ScaleMode = "per_dim"  # standardisation of the image features
-    label_loss: LabelLoss = "softmax_kl"  # for multi-label data
-    dropout: float = 0.0  # probability, on the image features, 0..0.99
-
-    def __post_init__(self) -> None:
-        require_in_range(self, 0, 0.99, "dropout")
+    scale: Annotated[ScaleMode, "standardisation of the image features"] = "per_dim"
+    label_loss: Annotated[LabelLoss, "for multi-label data"] = "softmax_kl"
+    dropout: Annotated[float, Range(0, 0.99), "probability, on the image features"] = 0.0
 
 
-class Baseline(nn.Module):
+class Baseline(Method):
     """softmax(W x_v + b) with cross-entropy (MARNet eq. 12, SeDA eq. 7)."""
+
+    Config = Config
+    needs = ("image", "label")
+    grid: ClassVar[Mapping[str, tuple[Any, ...]]] = {"dropout": (0.0, 0.2, 0.5)}
 
     p_dropout: Tensor
 
     def __init__(self, config: Config, shapes: Shapes) -> None:
-        super().__init__()
+        super().__init__(config, shapes)
         (width,) = shapes["image"]
-        self.needs, self.phases = NEEDS, SINGLE_PHASE
         self.label_loss: LabelLoss = config.label_loss
         self.scale = Standardise(config.scale, width)
         self.classifier = nn.Linear(width, num_classes_in(shapes))
@@ -61,8 +59,3 @@ class Baseline(nn.Module):
     def feature(self, image: Tensor, rng: KeyedRNG) -> Tensor:
         """Return the standardised image features [B,Dv]."""
         return self.scale(image)
-
-
-def build(config: Config, shapes: Shapes) -> Baseline:
-    """Return a baseline for features of these shapes."""
-    return Baseline(config, shapes)

@@ -2,65 +2,62 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
 from pipeline.nn.denoisers import ConcatMLP, Denoiser
 from pipeline.nn.diffusion import Schedule, alphas_cumprod, q_sample
-from pipeline.nn.feature_space import ADAPTER_PHASE, AdapterKind, FeatureSpace, num_classes_in, require_in_range
+from pipeline.nn.feature_space import ADAPTER_PHASE, AdapterKind, FeatureSpace, num_classes_in
 from pipeline.nn.layers import MLP, LookupTable, ScaleMode, register_hyperparameters
 from pipeline.nn.losses import LabelLoss, MSEReduction, classification_loss, mse_loss
-from pipeline.nn.sampler import Sampler
+from pipeline.nn.method import Method
+from pipeline.nn.sampler import Draws, Eta, Sampler, SamplerKind, SampleSteps, ZeroStart, check_sample_steps
 from pipeline.nn.unet import UNet
+from pipeline.runtime.errors import UserError
 from pipeline.runtime.rng import KeyedRNG
+from pipeline.runtime.settings import Range, Settings
 from pipeline.types import Batch, Phase, Shapes
-
-NEEDS = ("image", "text", "paired", "label")
-PREDICTION = ("sampler", "sample_steps", "eta", "draws", "zero_start")
-SYMBOLS = {"T": "num_steps", "alpha2": "w_ce", "gamma": "w_mse"}
-GRID = {"w_mse": (0.1, 0.3, 1.0, 3.0), "num_steps": (900, 1000, 1200, 1500)}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config:
+class Config(Settings):
     """Settings of MARNet eq. 14-23. In MARNet gamma weights the MSE; in SeDA it weights the cross-entropy."""
 
-    denoiser: Literal["mlp", "unet", "regression"] = "mlp"  # "regression": the row +MLP of Table 2, without diffusion
-    hidden: int = 1024  # width of the MLP, 1..65536
-    num_steps: int = 1000  # T, 1..100000
-    schedule: Schedule = "linear"  # noise schedule; the paper gives none
-    w_ce: float = 1.0  # alpha_2, weight of the cross-entropy
-    w_mse: float = 1.0  # gamma, weight of the reconstruction loss
-    mse_reduction: MSEReduction = "mean"  # over the text dimensions
-    # fraction of T, 0..1: at steps below it there is no cross-entropy, because the input still contains much of the text
-    ce_min_step: float = 0.0
-    train_min_step: float = 0.0  # fraction of T, 0..1: steps below it are not trained; the paper has 0
-    dropout: float = 0.0  # probability, in the denoiser, 0..0.99
-    sampler: Literal["ddim", "ancestral"] = "ddim"  # for prediction: S steps, or all T steps
-    sample_steps: int = 10  # S, steps of "ddim", 1..T
-    eta: float = 0.0  # amount of noise of "ddim", 0..1
-    draws: int = 1  # K, chains per image, 1..1000; the paper has 1
-    zero_start: bool = False  # start the chain from 0 instead of noise
-    adapter: AdapterKind = "none"  # frozen adapters to a common width
-    width: int = 512  # width of the adapters' outputs, 1..65536
-    scale: ScaleMode = "per_dim"  # standardisation of image and text features
-    label_loss: LabelLoss = "softmax_kl"  # for multi-label data
+    denoiser: Annotated[
+        Literal["mlp", "unet", "regression"], "regression: the row +MLP of Table 2, four layers without diffusion"
+    ] = "mlp"
+    hidden: Annotated[int, Range(1, 65_536), "width of the MLP"] = 1024
+    num_steps: Annotated[int, Range(1, 100_000), "T, steps of the diffusion"] = 1000
+    schedule: Annotated[Schedule, "noise schedule; the paper gives none"] = "linear"
+    w_ce: Annotated[float, Range(0), "alpha_2, weight of the cross-entropy"] = 1.0
+    w_mse: Annotated[float, Range(0), "gamma, weight of the reconstruction loss"] = 1.0
+    mse_reduction: Annotated[MSEReduction, "over the text dimensions"] = "mean"
+    ce_min_step: Annotated[
+        float,
+        Range(0, 1),
+        "fraction of T: at steps below it there is no cross-entropy, because the input still contains much of the text",
+    ] = 0.0
+    train_min_step: Annotated[float, Range(0, 1), "fraction of T: steps below it are not trained; the paper has 0"] = 0.0
+    dropout: Annotated[float, Range(0, 0.99), "probability, in the denoiser"] = 0.0
+    sampler: SamplerKind = "ddim"
+    sample_steps: SampleSteps = 10
+    eta: Eta = 0.0
+    draws: Draws = 1
+    zero_start: ZeroStart = False
+    adapter: Annotated[AdapterKind, "frozen adapters to a common width"] = "none"
+    width: Annotated[int, Range(1, 65_536), "width of the adapters' outputs"] = 512
+    scale: Annotated[ScaleMode, "standardisation of image and text features"] = "per_dim"
+    label_loss: Annotated[LabelLoss, "for multi-label data"] = "softmax_kl"
 
     def __post_init__(self) -> None:
-        require_in_range(self, 0, math.inf, "w_ce", "w_mse")
-        require_in_range(self, 1, 65_536, "hidden", "width")
-        require_in_range(self, 1, 100_000, "num_steps")
-        require_in_range(self, 1, 1_000, "draws")
-        require_in_range(self, 0, 1, "ce_min_step", "train_min_step", "eta")
-        require_in_range(self, 0, 0.99, "dropout")
-        require_in_range(self, 1, self.num_steps if self.sampler == "ddim" else math.inf, "sample_steps")
+        super().__post_init__()
+        check_sample_steps(self)
         if self.denoiser == "regression" and self.ce_min_step > 0:
-            raise ValueError("ce_min_step must be 0 with denoiser=regression, which has no steps")
+            raise UserError("ce_min_step must be 0 with denoiser=regression, which has no steps")
 
 
 class RegressionDenoiser(nn.Module):
@@ -87,19 +84,25 @@ def build_denoiser(config: Config, text_width: int, image_width: int) -> Denoise
     """Return the denoiser that the config names.
 
     Raises:
-        ValueError: the U-Net is asked for and the two widths differ.
+        UserError: the U-Net is asked for and the two widths differ.
     """
     if config.denoiser == "mlp":
         return ConcatMLP(text_width, image_width, hidden=config.hidden)
     if config.denoiser == "regression":
         return RegressionDenoiser(text_width, image_width, config.hidden)
     if text_width != image_width:
-        raise ValueError(f"denoiser 'unet' needs equal widths, not {text_width} and {image_width}: set adapter=classifier")
+        raise UserError(f"denoiser 'unet' needs equal widths, not {text_width} and {image_width}: set adapter=classifier")
     return UNet(text_width)
 
 
-class CDR(nn.Module):
+class CDR(Method):
     """The forward process adds noise to x_s, X_theta(x_s^n, n, x_v) predicts x_s, and a classifier reads the prediction."""
+
+    Config = Config
+    needs = ("image", "text", "paired", "label")
+    symbols: ClassVar[Mapping[str, str]] = {"T": "num_steps", "alpha2": "w_ce", "gamma": "w_mse"}
+    grid: ClassVar[Mapping[str, tuple[Any, ...]]] = {"w_mse": (0.1, 0.3, 1.0, 3.0), "num_steps": (900, 1000, 1200, 1500)}
+    prediction = ("sampler", "sample_steps", "eta", "draws", "zero_start")
 
     first_ce_step: Tensor
     first_step: Tensor
@@ -109,11 +112,10 @@ class CDR(nn.Module):
     w_mse: Tensor
 
     def __init__(self, config: Config, shapes: Shapes) -> None:
-        super().__init__()
+        super().__init__(config, shapes)
         self.mse_reduction: MSEReduction = config.mse_reduction
         self.label_loss: LabelLoss = config.label_loss
         self.space = FeatureSpace(shapes, config.adapter, config.width, config.scale)
-        self.needs = NEEDS
         self.phases = (*self.space.phases, Phase("head", ("denoiser.", "classifier.")))
         width = self.space.text_width
         self.denoiser = build_denoiser(config, width, self.space.image_width)
@@ -127,6 +129,11 @@ class CDR(nn.Module):
         )
         register_hyperparameters(self, first_ce_step=min(round(config.ce_min_step * config.num_steps), last))
         register_hyperparameters(self, p_dropout=config.dropout, w_ce=config.w_ce, w_mse=config.w_mse)
+
+    @classmethod
+    def small(cls) -> dict[str, Any]:
+        """Return settings for a small and fast head."""
+        return {"width": 16, "hidden": 32, "num_steps": 20, "sample_steps": 5}
 
     def begin(self, phase: str, train: Callable[[], Iterator[Batch]]) -> None:
         """Compute the statistics of the image and text features."""
@@ -166,8 +173,3 @@ class CDR(nn.Module):
     def predict(self, image: Tensor, rng: KeyedRNG) -> Tensor:
         """Return logits [B,C] from image features [B,Dv]."""
         return self.sampler.average_predictions(lambda draw: self.classifier(self.feature(image, rng, draw)))
-
-
-def build(config: Config, shapes: Shapes) -> CDR:
-    """Return a CDR head for features of these shapes."""
-    return CDR(config, shapes)

@@ -3,48 +3,51 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pipeline.nn.feature_space import num_classes_in, paired_text, require_in_range
+from pipeline.nn.feature_space import num_classes_in, paired_text
 from pipeline.nn.layers import ScaleMode, Standardise, dropout, register_hyperparameters
 from pipeline.nn.losses import LabelLoss, classification_loss, info_nce
+from pipeline.nn.method import Method
 from pipeline.runtime.rng import KeyedRNG
-from pipeline.types import SINGLE_PHASE, Batch, Shapes
+from pipeline.runtime.settings import Range, Settings
+from pipeline.types import Batch, Shapes
 
-NEEDS = ("image", "text", "paired", "label")
-PREDICTION: tuple[str, ...] = ()
-SYMBOLS = {"alpha1": "w_ce", "beta": "w_ita", "tau": "tau", "d": "width"}
-GRID = {"w_ita": (0.1, 0.3, 1.0, 3.0), "tau": (0.03, 0.07, 0.2)}
 MAX_INVERSE_TAU = 100.0  # upper limit of 1/tau if it is learned
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config:
+class Config(Settings):
     """Settings of MARNet eq. 6-13. Defaults that the paper does not give are ours."""
 
-    width: int = 768  # d, width of the common embedding, 1..65536
-    w_ce: float = 1.0  # alpha_1, weight of the cross-entropy
-    w_ita: float = 1.0  # beta, weight of the alignment loss L_ITA
-    tau: float = 0.07  # temperature of the cosine, at least 0.001; if learned, its initial value, at least 0.01
-    learn_tau: bool = False  # learn log(1/tau), with 1/tau at most 100
-    dropout: float = 0.0  # probability, on the image features, 0..0.99
-    scale: ScaleMode = "per_dim"  # standardisation of both features
-    label_loss: LabelLoss = "softmax_kl"  # for multi-label data
+    width: Annotated[int, Range(1, 65_536), "d, width of the common embedding"] = 768
+    w_ce: Annotated[float, Range(0), "alpha_1, weight of the cross-entropy"] = 1.0
+    w_ita: Annotated[float, Range(0), "beta, weight of the alignment loss L_ITA"] = 1.0
+    tau: Annotated[float, Range(1e-3), "temperature of the cosine; if learned, its initial value, at least 0.01"] = 0.07
+    learn_tau: Annotated[bool, "learn log(1/tau), with 1/tau at most 100"] = False
+    dropout: Annotated[float, Range(0, 0.99), "probability, on the image features"] = 0.0
+    scale: Annotated[ScaleMode, "standardisation of both features"] = "per_dim"
+    label_loss: Annotated[LabelLoss, "for multi-label data"] = "softmax_kl"
 
     def __post_init__(self) -> None:
-        require_in_range(self, 0, math.inf, "w_ce", "w_ita")
-        require_in_range(self, 0, 0.99, "dropout")
-        require_in_range(self, 1, 65_536, "width")
-        require_in_range(self, 1 / MAX_INVERSE_TAU if self.learn_tau else 1e-3, math.inf, "tau")
+        super().__post_init__()
+        if self.learn_tau:
+            Range(1 / MAX_INVERSE_TAU).check("tau", self.tau)
 
 
-class EMA(nn.Module):
+class EMA(Method):
     """x_v' and x_s', each from one linear layer and LeakyReLU (eq. 6-8). Text is used only by the alignment loss."""
+
+    Config = Config
+    needs = ("image", "text", "paired", "label")
+    symbols: ClassVar[Mapping[str, str]] = {"alpha1": "w_ce", "beta": "w_ita", "tau": "tau", "d": "width"}
+    grid: ClassVar[Mapping[str, tuple[Any, ...]]] = {"w_ita": (0.1, 0.3, 1.0, 3.0), "tau": (0.03, 0.07, 0.2)}
 
     p_dropout: Tensor
     tau: Tensor
@@ -52,9 +55,8 @@ class EMA(nn.Module):
     w_ita: Tensor
 
     def __init__(self, config: Config, shapes: Shapes) -> None:
-        super().__init__()
+        super().__init__(config, shapes)
         (image_width,), (text_width,) = shapes["image"], shapes["text"]
-        self.needs, self.phases = NEEDS, SINGLE_PHASE
         self.label_loss: LabelLoss = config.label_loss
         self.image_scale, self.text_scale = Standardise(config.scale, image_width), Standardise(config.scale, text_width)
         self.image_projector = nn.Linear(image_width, config.width)
@@ -64,6 +66,11 @@ class EMA(nn.Module):
         if config.learn_tau:
             self.log_scale = nn.Parameter(torch.tensor(-math.log(config.tau)))
         register_hyperparameters(self, p_dropout=config.dropout, tau=config.tau, w_ce=config.w_ce, w_ita=config.w_ita)
+
+    @classmethod
+    def small(cls) -> dict[str, Any]:
+        """Return settings for a small and fast head."""
+        return {"width": 16}
 
     def begin(self, phase: str, train: Callable[[], Iterator[Batch]]) -> None:
         """Compute the statistics of the image and text features."""
@@ -90,8 +97,3 @@ class EMA(nn.Module):
     def predict(self, image: Tensor, rng: KeyedRNG) -> Tensor:
         """Return logits [B,C] from image features [B,Dv], with the image projector and the classifier only."""
         return self.classifier(self.feature(image, rng))
-
-
-def build(config: Config, shapes: Shapes) -> EMA:
-    """Return an EMA head for features of these shapes."""
-    return EMA(config, shapes)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -15,47 +15,52 @@ from pipeline.nn.diffusion import Schedule
 from pipeline.nn.feature_space import num_classes_in
 from pipeline.nn.layers import ScaleMode
 from pipeline.nn.losses import LabelLoss, MSEReduction, classification_loss
+from pipeline.nn.method import Method
+from pipeline.nn.sampler import Draws, Eta, SamplerKind, SampleSteps, ZeroStart
 from pipeline.runtime.rng import KeyedRNG
+from pipeline.runtime.settings import Range, Settings
 from pipeline.types import Batch, Phase, Shapes
 
-NEEDS = ("image", "text", "paired", "label")
-PREDICTION = ("fusion", "sampler", "sample_steps", "eta", "draws", "zero_start")
-SYMBOLS = {"T": "num_steps", "alpha1": "w_ce_ema", "beta": "w_ita", "alpha2": "w_ce_cdr", "gamma": "w_mse", "tau": "tau"}
-GRID = {"w_ita": (0.1, 0.3, 1.0, 3.0), "w_mse": (0.1, 0.3, 1.0, 3.0), "num_steps": (900, 1000, 1200, 1500)}
 FEATURE_FUSIONS = ("concat", "add", "mul")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config:
+class Config(Settings):
     """Settings of the fusion and of both branches; see `ema.Config` and `cdr.Config`."""
 
-    fusion: Literal["concat", "add", "mul", "sum", "hm"] = "concat"  # "staged" trains all, so prediction may choose another
-    # "staged" trains the branches and then fuses their sampled features; "joint" trains all at once on one-step predictions
-    regime: Literal["staged", "joint"] = "staged"
-    width: int = 768  # d, width of EMA's embedding, 1..65536
-    tau: float = 0.07  # temperature of EMA's cosine
-    learn_tau: bool = False  # learn log(1/tau), with 1/tau at most 100
-    w_ce_ema: float = 1.0  # alpha_1, weight of EMA's cross-entropy
-    w_ita: float = 1.0  # beta, weight of EMA's alignment loss
-    hidden: int = 1024  # width of CDR's MLP, 1..65536
-    num_steps: int = 1000  # T of CDR, 1..100000
-    schedule: Schedule = "linear"  # CDR's noise schedule
-    w_ce_cdr: float = 1.0  # alpha_2, weight of CDR's cross-entropy
-    w_mse: float = 1.0  # gamma, weight of CDR's reconstruction loss
-    mse_reduction: MSEReduction = "mean"  # over the text dimensions
-    ce_min_step: float = 0.0  # fraction of T, 0..1: at steps below it CDR has no cross-entropy
-    train_min_step: float = 0.0  # fraction of T, 0..1: CDR does not train the steps below it
-    dropout_ema: float = 0.0  # probability, 0..0.99
-    dropout_cdr: float = 0.0  # probability, 0..0.99
-    sampler: Literal["ddim", "ancestral"] = "ddim"  # of CDR, for prediction: S steps, or all T steps
-    sample_steps: int = 10  # S, steps of "ddim", 1..T
-    eta: float = 0.0  # amount of noise of "ddim", 0..1
-    draws: int = 1  # K, chains per image, 1..1000
-    zero_start: bool = False  # start the chain from 0 instead of noise
-    scale: ScaleMode = "per_dim"  # standardisation of image and text features
-    label_loss: LabelLoss = "softmax_kl"  # for multi-label data
+    fusion: Annotated[
+        Literal["concat", "add", "mul", "sum", "hm"],
+        "of features (concat, add, mul) or of logits (sum, hm); regime=staged trains all, so prediction may choose another",
+    ] = "concat"
+    regime: Annotated[
+        Literal["staged", "joint"],
+        "staged: train the branches, then fuse their sampled features; joint: train all at once on one-step predictions",
+    ] = "staged"
+    width: Annotated[int, Range(1, 65_536), "d, width of EMA's embedding"] = 768
+    tau: Annotated[float, Range(1e-3), "temperature of EMA's cosine; if learned, its initial value, at least 0.01"] = 0.07
+    learn_tau: Annotated[bool, "learn log(1/tau), with 1/tau at most 100"] = False
+    w_ce_ema: Annotated[float, Range(0), "alpha_1, weight of EMA's cross-entropy"] = 1.0
+    w_ita: Annotated[float, Range(0), "beta, weight of EMA's alignment loss"] = 1.0
+    hidden: Annotated[int, Range(1, 65_536), "width of CDR's MLP"] = 1024
+    num_steps: Annotated[int, Range(1, 100_000), "T of CDR, steps of the diffusion"] = 1000
+    schedule: Annotated[Schedule, "CDR's noise schedule"] = "linear"
+    w_ce_cdr: Annotated[float, Range(0), "alpha_2, weight of CDR's cross-entropy"] = 1.0
+    w_mse: Annotated[float, Range(0), "gamma, weight of CDR's reconstruction loss"] = 1.0
+    mse_reduction: Annotated[MSEReduction, "over the text dimensions"] = "mean"
+    ce_min_step: Annotated[float, Range(0, 1), "fraction of T: at steps below it CDR has no cross-entropy"] = 0.0
+    train_min_step: Annotated[float, Range(0, 1), "fraction of T: CDR does not train the steps below it"] = 0.0
+    dropout_ema: Annotated[float, Range(0, 0.99), "probability, on EMA's image features"] = 0.0
+    dropout_cdr: Annotated[float, Range(0, 0.99), "probability, in CDR's denoiser"] = 0.0
+    sampler: SamplerKind = "ddim"
+    sample_steps: SampleSteps = 10
+    eta: Eta = 0.0
+    draws: Draws = 1
+    zero_start: ZeroStart = False
+    scale: Annotated[ScaleMode, "standardisation of image and text features"] = "per_dim"
+    label_loss: Annotated[LabelLoss, "for multi-label data"] = "softmax_kl"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         self.ema()
         self.cdr()
 
@@ -130,7 +135,7 @@ class FeatureFusion(nn.Module):
         return self.classifier(self.join(f_e, f_c))
 
 
-class MARNet(nn.Module):
+class MARNet(Method):
     """Two branches, EMA and CDR, and the classifiers that fuse them.
 
     The regime "staged" trains EMA, then CDR, then one classifier for each feature fusion. In the last phase the branches are
@@ -139,20 +144,41 @@ class MARNet(nn.Module):
     distribution.
     """
 
+    Config = Config
+    needs = ("image", "text", "paired", "label")
+    symbols: ClassVar[Mapping[str, str]] = {
+        "T": "num_steps",
+        "alpha1": "w_ce_ema",
+        "beta": "w_ita",
+        "alpha2": "w_ce_cdr",
+        "gamma": "w_mse",
+        "tau": "tau",
+    }
+    grid: ClassVar[Mapping[str, tuple[Any, ...]]] = {
+        "w_ita": (0.1, 0.3, 1.0, 3.0),
+        "w_mse": (0.1, 0.3, 1.0, 3.0),
+        "num_steps": (900, 1000, 1200, 1500),
+    }
+    prediction = ("fusion", "sampler", "sample_steps", "eta", "draws", "zero_start")
+
     def __init__(self, config: Config, shapes: Shapes) -> None:
-        super().__init__()
+        super().__init__(config, shapes)
         self.fusion: str = config.fusion
         self.label_loss: LabelLoss = config.label_loss
-        self.ema = ema.build(config.ema(), shapes)
-        self.cdr = cdr.build(config.cdr(), shapes)
+        self.ema = ema.EMA(config.ema(), shapes)
+        self.cdr = cdr.CDR(config.cdr(), shapes)
         (text_width,) = shapes["text"]
         is_staged = config.regime == "staged"
         kinds = [kind for kind in FEATURE_FUSIONS if is_staged or kind == config.fusion]
         num_classes = num_classes_in(shapes)
         self.fusions = nn.ModuleDict({kind: FeatureFusion(kind, config.width, text_width, num_classes) for kind in kinds})
-        self.needs = NEEDS
         stages = (Phase("ema", ("ema.",)), Phase("cdr", ("cdr.",)), Phase("fusion", ("fusions.",), share=0.5))
         self.phases = stages if is_staged else (Phase("joint"),)
+
+    @classmethod
+    def small(cls) -> dict[str, Any]:
+        """Return settings for a small and fast head."""
+        return {"width": 16, "hidden": 32, "num_steps": 20, "sample_steps": 5}
 
     def begin(self, phase: str, train: Callable[[], Iterator[Batch]]) -> None:
         """Compute the statistics of the image and text features, for the branches that the phase trains."""
@@ -218,8 +244,3 @@ class MARNet(nn.Module):
         fusion = self.fusions[self.fusion]
         assert isinstance(fusion, FeatureFusion)
         return fusion.join(f_e, f_c)
-
-
-def build(config: Config, shapes: Shapes) -> MARNet:
-    """Return a MARNet head for features of these shapes."""
-    return MARNet(config, shapes)

@@ -6,10 +6,9 @@ translator (DST), whose target is the text feature. The step n decides which sta
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 
 from pipeline.nn.denoisers import PFIN, Denoiser, Interaction
 from pipeline.nn.diffusion import Schedule, alphas_cumprod, q_sample
-from pipeline.nn.feature_space import ADAPTER_PHASE, AdapterKind, FeatureSpace, num_classes_in, require_in_range
+from pipeline.nn.feature_space import ADAPTER_PHASE, AdapterKind, FeatureSpace, num_classes_in
 from pipeline.nn.layers import LookupTable, ScaleMode, register_hyperparameters
 from pipeline.nn.losses import (
     LabelLoss,
@@ -27,73 +26,69 @@ from pipeline.nn.losses import (
     multi_hot,
     structural_consistency_loss,
 )
-from pipeline.nn.sampler import Sampler
+from pipeline.nn.method import Method
+from pipeline.nn.sampler import Draws, Eta, Sampler, SamplerKind, SampleSteps, ZeroStart, check_sample_steps
 from pipeline.nn.unet import UNet
+from pipeline.runtime.errors import UserError
 from pipeline.runtime.rng import KeyedRNG
+from pipeline.runtime.settings import Range, Settings
 from pipeline.types import Batch, Phase, Shapes
-
-NEEDS = ("image", "text", "paired", "label")
-PREDICTION = ("sampler", "sample_steps", "eta", "draws", "zero_start")
-SYMBOLS = {
-    "T": "num_steps",
-    "t": "stage_step",
-    "gamma": "w_ce_dst",
-    "beta": "w_ce_dsl",
-    "alpha1": "w_sc",
-    "alpha2": "w_mse",
-}
-GRID = {"w_ce_dst": (0.5, 1.0, 1.5, 2.0), "num_steps": (900, 1200, 1500, 1800), "stage_step": (0, 300, 500)}  # Figure 3
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config:
+class Config(Settings):
     """Settings of SeDA eq. 1-15. The defaults are inside the ranges of section 5.1, and at the optimum of section 5.4."""
 
-    stages: Literal["both", "dsl", "dst"] = "both"  # both stages, the learner only, or the translator only (Table 2)
-    # which steps the learner trains with stages="both": "literal": n <= t (eq. 12); "reverse": n >= T - t (section 4.2)
-    stage_order: Literal["literal", "reverse"] = "literal"
-    per_sample_stage: bool = False  # draw the stage for each sample instead of once per batch
-    num_steps: int = 1500  # T, 1..100000
-    stage_step: int = 300  # t, 0..T-1
-    schedule: Schedule = "linear"  # noise schedule; the paper gives none
-    train_min_step: float = 0.0  # fraction of T, 0..1: the translator does not train the steps below it; the paper has 0
-    w_sc: float = 1.0  # alpha_1, weight of the structural consistency loss; the paper tries 0.1..2
-    w_ce_dsl: float = 1.0  # beta, weight of the learner's cross-entropy; the paper tries 0.5..2
-    w_mse: float = 1.0  # alpha_2, weight of the reconstruction loss; the paper tries 0.1..2
-    w_ce_dst: float = 1.5  # gamma, weight of the translator's cross-entropy
-    sc_reduction: StructuralReduction = "mean"  # of eq. 6: means, whose scale does not depend on the width, or its literal sums
-    centres: Literal["batch", "train"] = "batch"  # visual class centres of eq. 5: of the batch, or of the training split
-    denoiser: Literal["pfin", "unet"] = "pfin"
-    interaction: Interaction = "cross_attention"  # of PFIN (Table 3)
-    num_tokens: int = 8  # chunks per feature vector, 1..65536; it must divide the width
-    token_width: int = 128  # width of a token, 1..65536
-    num_heads: int = 4  # heads of the attention
-    residual: bool = True  # add the noisy text to the output of the attention
-    dropout: float = 0.0  # probability, in the denoiser, 0..0.99
-    sampler: Literal["ddim", "ancestral"] = "ddim"  # for prediction: S steps, or all T steps
-    sample_steps: int = 20  # S, steps of "ddim", 1..T; from 20 on, several of them are steps of the learner
-    eta: float = 0.0  # amount of noise of "ddim", 0..1
-    draws: int = 1  # K, chains per image, 1..1000; the paper has 1
-    zero_start: bool = False  # start the chain from 0 instead of noise
-    adapter: Literal["auto", "none", "classifier", "pca"] = "auto"  # frozen adapters; "auto": "classifier" if widths differ
-    width: int = 512  # width of the adapters' outputs, 1..65536
-    scale: ScaleMode = "per_dim"  # standardisation of image and text features
-    label_loss: LabelLoss = "softmax_kl"  # for multi-label data
+    stages: Annotated[Literal["both", "dsl", "dst"], "both stages, the learner only, or the translator only (Table 2)"] = "both"
+    stage_order: Annotated[
+        Literal["literal", "reverse"],
+        "steps that the learner trains with stages=both; literal: n <= t (eq. 12), reverse: n >= T - t (section 4.2)",
+    ] = "literal"
+    per_sample_stage: Annotated[bool, "draw the stage for each sample instead of once per batch"] = False
+    num_steps: Annotated[int, Range(1, 100_000), "T, steps of the diffusion"] = 1500
+    stage_step: Annotated[int, Range(0), "t, below T: the border between the stages"] = 300
+    schedule: Annotated[Schedule, "noise schedule; the paper gives none"] = "linear"
+    train_min_step: Annotated[
+        float, Range(0, 1), "fraction of T: the translator does not train the steps below it; the paper has 0"
+    ] = 0.0
+    w_sc: Annotated[float, Range(0), "alpha_1, weight of the structural consistency loss; the paper tries 0.1..2"] = 1.0
+    w_ce_dsl: Annotated[float, Range(0), "beta, weight of the learner's cross-entropy; the paper tries 0.5..2"] = 1.0
+    w_mse: Annotated[float, Range(0), "alpha_2, weight of the reconstruction loss; the paper tries 0.1..2"] = 1.0
+    w_ce_dst: Annotated[float, Range(0), "gamma, weight of the translator's cross-entropy"] = 1.5
+    sc_reduction: Annotated[
+        StructuralReduction, "of eq. 6; mean: means, whose scale does not depend on the width, literal: its sums"
+    ] = "mean"
+    centres: Annotated[Literal["batch", "train"], "visual class centres of eq. 5: of the batch, or of the training split"] = (
+        "batch"
+    )
+    denoiser: Annotated[Literal["pfin", "unet"], "network; unet has no settings of its own"] = "pfin"
+    interaction: Annotated[Interaction, "of image and text in PFIN (Table 3)"] = "cross_attention"
+    num_tokens: Annotated[int, Range(1, 65_536), "chunks per feature vector; it must divide the width"] = 8
+    token_width: Annotated[int, Range(1, 65_536), "width of a token"] = 128
+    num_heads: Annotated[int, Range(1, 65_536), "heads of the attention"] = 4
+    residual: Annotated[bool, "add the noisy text to the output of the attention"] = True
+    dropout: Annotated[float, Range(0, 0.99), "probability, in the denoiser"] = 0.0
+    sampler: SamplerKind = "ddim"
+    sample_steps: Annotated[SampleSteps, "S, steps of ddim, at most T; from 20 on, several are steps of the learner"] = 20
+    eta: Eta = 0.0
+    draws: Draws = 1
+    zero_start: ZeroStart = False
+    adapter: Annotated[Literal["auto", "none", "classifier", "pca"], "frozen adapters; auto: classifier if widths differ"] = (
+        "auto"
+    )
+    width: Annotated[int, Range(1, 65_536), "width of the adapters' outputs"] = 512
+    scale: Annotated[ScaleMode, "standardisation of image and text features"] = "per_dim"
+    label_loss: Annotated[LabelLoss, "for multi-label data"] = "softmax_kl"
 
     def __post_init__(self) -> None:
-        require_in_range(self, 0, math.inf, "w_sc", "w_ce_dsl", "w_mse", "w_ce_dst")
-        require_in_range(self, 1, 65_536, "width", "num_tokens", "token_width", "num_heads")
-        require_in_range(self, 1, 100_000, "num_steps")
-        require_in_range(self, 1, 1_000, "draws")
-        require_in_range(self, 0, self.num_steps - 1, "stage_step")
+        super().__post_init__()
+        Range(0, self.num_steps - 1).check("stage_step", self.stage_step)
+        check_sample_steps(self)
         if self.stages == "both" and self.stage_order == "reverse" and self.first_step >= self.num_steps - self.stage_step:
-            raise ValueError(
+            raise UserError(
                 f"train_min_step {self.train_min_step} leaves the translator no step below T - t = "
                 f"{self.num_steps - self.stage_step}: lower it, or say stages=dsl"
             )
-        require_in_range(self, 0, 1, "train_min_step", "eta")
-        require_in_range(self, 0, 0.99, "dropout")
-        require_in_range(self, 1, self.num_steps if self.sampler == "ddim" else math.inf, "sample_steps")
 
     @property
     def first_step(self) -> int:
@@ -101,8 +96,25 @@ class Config:
         return min(round(self.train_min_step * self.num_steps), self.num_steps - 1)
 
 
-class SeDA(nn.Module):
+class SeDA(Method):
     """One denoiser and one classifier for both stages; see the module docstring."""
+
+    Config = Config
+    needs = ("image", "text", "paired", "label")
+    symbols: ClassVar[Mapping[str, str]] = {
+        "T": "num_steps",
+        "t": "stage_step",
+        "gamma": "w_ce_dst",
+        "beta": "w_ce_dsl",
+        "alpha1": "w_sc",
+        "alpha2": "w_mse",
+    }
+    grid: ClassVar[Mapping[str, tuple[Any, ...]]] = {
+        "w_ce_dst": (0.5, 1.0, 1.5, 2.0),
+        "num_steps": (900, 1200, 1500, 1800),
+        "stage_step": (0, 300, 500),
+    }  # Figure 3
+    prediction = ("sampler", "sample_steps", "eta", "draws", "zero_start")
 
     centres: Tensor
     first_step: Tensor
@@ -115,7 +127,7 @@ class SeDA(nn.Module):
     w_sc: Tensor
 
     def __init__(self, config: Config, shapes: Shapes) -> None:
-        super().__init__()
+        super().__init__(config, shapes)
         self.stages, self.stage_order, self.per_sample_stage = config.stages, config.stage_order, config.per_sample_stage
         self.has_train_centres = config.centres == "train"
         self.sc_reduction: StructuralReduction = config.sc_reduction
@@ -123,10 +135,7 @@ class SeDA(nn.Module):
         self.space = FeatureSpace(shapes, _adapter_kind(config, shapes), config.width, config.scale)
         width = self.space.text_width
         if width != self.space.image_width:
-            raise ValueError(
-                f"seda needs equal widths, not {self.space.image_width} and {width}: set adapter=classifier or pca"
-            )
-        self.needs = NEEDS
+            raise UserError(f"seda needs equal widths, not {self.space.image_width} and {width}: set adapter=classifier or pca")
         self.phases = (*self.space.phases, Phase("head", ("denoiser.", "classifier.")))
         self.num_classes = num_classes_in(shapes)
         self.denoiser: Denoiser = (
@@ -141,6 +150,19 @@ class SeDA(nn.Module):
         register_hyperparameters(self, steps=config.num_steps, stage_step=config.stage_step, first_step=config.first_step)
         register_hyperparameters(self, w_sc=config.w_sc, w_ce_dsl=config.w_ce_dsl, w_mse=config.w_mse, w_ce_dst=config.w_ce_dst)
         register_hyperparameters(self, p_dropout=config.dropout)
+
+    @classmethod
+    def small(cls) -> dict[str, Any]:
+        """Return settings for a small and fast head."""
+        return {
+            "width": 16,
+            "num_tokens": 4,
+            "token_width": 8,
+            "num_heads": 2,
+            "num_steps": 20,
+            "stage_step": 5,
+            "sample_steps": 5,
+        }
 
     def begin(self, phase: str, train: Callable[[], Iterator[Batch]]) -> None:
         """Compute the statistics of the features and, if centres="train", the visual class centres of the training split."""
@@ -235,8 +257,3 @@ def _adapter_kind(config: Config, shapes: Shapes) -> AdapterKind:
     if config.adapter != "auto":
         return config.adapter
     return "none" if shapes["image"] == shapes["text"] else "classifier"
-
-
-def build(config: Config, shapes: Shapes) -> SeDA:
-    """Return a SeDA head for features of these shapes."""
-    return SeDA(config, shapes)

@@ -22,6 +22,7 @@ from pipeline.nn.layers import (
     dropout,
     multi_head_attention,
 )
+from pipeline.runtime.errors import UserError
 from pipeline.runtime.rng import KeyedRNG
 
 Interaction = Literal["concat", "self_attention", "multimodal_transformer", "cross_attention"]
@@ -55,7 +56,7 @@ class ConcatMLP(nn.Module):
     """An MLP with GELU on the concatenation [x_s^n; x_v; e_n]; MARNet has four linear layers (sec. 3.3).
 
     Raises:
-        ValueError: num_layers < 2.
+        UserError: num_layers < 2.
     """
 
     def __init__(
@@ -63,7 +64,7 @@ class ConcatMLP(nn.Module):
     ) -> None:
         super().__init__()
         if num_layers < 2:
-            raise ValueError(f"num_layers is {num_layers}; the denoiser needs at least 2")
+            raise UserError(f"num_layers is {num_layers}; the denoiser needs at least 2")
         self.embed = TimeEmbedding(time_width)
         self.first = ConcatLinear([text_width, image_width, time_width], hidden)
         self.rest = MLP([hidden] * (num_layers - 1) + [text_width])
@@ -88,13 +89,13 @@ class CrossAttention(nn.Module):
     Chunks are necessary: with one token per modality, the softmax over a single key is 1, and x_s^n has no influence.
 
     Raises:
-        ValueError: num_heads does not divide token_width, or num_tokens does not divide the width.
+        UserError: num_heads does not divide token_width, or num_tokens does not divide the width.
     """
 
     def __init__(self, width: int, num_tokens: int, token_width: int, num_heads: int) -> None:
         super().__init__()
         if num_heads < 1 or token_width % num_heads:
-            raise ValueError(f"token_width {token_width} is not divisible by num_heads {num_heads}")
+            raise UserError(f"token_width {token_width} is not divisible by num_heads {num_heads}")
         self.num_heads = num_heads
         self.query = ChunkTokens(width, num_tokens, token_width)
         self.key_value = ChunkTokens(width, num_tokens, 2 * token_width)

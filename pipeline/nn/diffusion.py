@@ -14,6 +14,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from pipeline.runtime.errors import UserError
+
 Schedule = Literal["linear", "linear_scaled", "cosine"]
 MAX_BETA = 0.999
 
@@ -27,10 +29,10 @@ def betas(schedule: Schedule, num_steps: int) -> Tensor:
         num_steps: T.
 
     Raises:
-        ValueError: num_steps < 1.
+        UserError: num_steps < 1.
     """
     if num_steps < 1:
-        raise ValueError(f"num_steps is {num_steps}; a schedule needs at least one step")
+        raise UserError(f"num_steps is {num_steps}; a schedule needs at least one step")
     if schedule == "cosine":
         level = torch.cos((torch.arange(num_steps + 1, dtype=torch.float64) / num_steps + 0.008) / 1.008 * math.pi / 2).square()
         return (1.0 - level[1:] / level[:-1]).clamp(max=MAX_BETA)

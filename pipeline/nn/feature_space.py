@@ -2,31 +2,19 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from pipeline.nn.layers import Adapter, ScaleMode, Standardise
 from pipeline.nn.losses import LabelLoss, classification_loss
+from pipeline.runtime.errors import UserError
 from pipeline.types import Batch, Phase, Shapes
 
 AdapterKind = Literal["none", "classifier", "pca"]
 ADAPTER_PHASE = Phase("adapt", ("space.",), share=0.4)  # 8 of the default 20 epochs
-
-
-def require_in_range(config: Any, low: float, high: float, *names: str) -> None:
-    """Check that these settings of a config are in low..high, both included.
-
-    Raises:
-        ValueError: a setting is outside; the message names the first one.
-    """
-    for name in names:
-        value = getattr(config, name)
-        if not low <= value <= high:
-            raise ValueError(f"{name} must be {f'in {low}..{high}' if high < math.inf else f'at least {low}'}, not {value}")
 
 
 def num_classes_in(shapes: Shapes) -> int:
@@ -56,7 +44,7 @@ class FeatureSpace(nn.Module):
         scale: see `layers.Standardise`.
 
     Raises:
-        ValueError: "pca" adapters would have to increase a width.
+        UserError: "pca" adapters would have to increase a width.
     """
 
     def __init__(self, shapes: Shapes, adapter: AdapterKind, width: int, scale: ScaleMode) -> None:
@@ -67,7 +55,7 @@ class FeatureSpace(nn.Module):
         self.image_width, self.text_width = image_width, text_width
         self.image_scale, self.text_scale = Standardise(scale, image_width), Standardise(scale, text_width)
         if adapter == "pca" and width > min(image_width, text_width):
-            raise ValueError(f"width is {width}; pca adapters of widths {image_width} and {text_width} cannot widen them")
+            raise UserError(f"width is {width}; pca adapters of widths {image_width} and {text_width} cannot widen them")
         if adapter != "none":
             self.image_width = self.text_width = width
             # A classifier adapter is trained with batch normalisation after it; "per_dim" takes over the same role.

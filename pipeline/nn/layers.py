@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pipeline.runtime.errors import UserError
 from pipeline.runtime.rng import KeyedRNG
 
 ScaleMode = Literal["per_dim", "global", "l2sqrtd"]  # see `Standardise`
@@ -100,7 +101,7 @@ def moments(batches: Iterable[Tensor], full_covariance: bool = False) -> tuple[T
         The mean [D], and the variances [D] or the covariance [D,D].
 
     Raises:
-        ValueError: no row is finite.
+        UserError: no row is finite.
     """
 
     def scatter(centred: Tensor) -> Tensor:
@@ -122,7 +123,7 @@ def moments(batches: Iterable[Tensor], full_covariance: bool = False) -> tuple[T
         mean = mean + delta * (num_rows / (count + num_rows))
         count += num_rows
     if count == 0:
-        raise ValueError("the training split has no finite feature row to take statistics of; extract its features again")
+        raise UserError("the training split has no finite feature row to take statistics of; extract its features again")
     return mean, total / count
 
 
@@ -171,13 +172,13 @@ class TimeEmbedding(nn.Module):
     """The time embedding e_n = phi(MLP(sinusoid(n))) with phi = GELU (SeDA eq. 3).
 
     Raises:
-        ValueError: the width is odd or smaller than 4.
+        UserError: the width is odd or smaller than 4.
     """
 
     def __init__(self, width: int = 128) -> None:
         super().__init__()
         if width < 4 or width % 2:
-            raise ValueError(f"time embedding width is {width}; choose an even number of at least 4")
+            raise UserError(f"time embedding width is {width}; choose an even number of at least 4")
         self.width = width
         self.layers = nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width), nn.GELU())
 
@@ -192,14 +193,14 @@ class ChunkTokens(nn.Module):
     The bias of a chunk's layer acts as the learned position of its token.
 
     Raises:
-        ValueError: num_tokens does not divide the width; the message lists the divisors.
+        UserError: num_tokens does not divide the width; the message lists the divisors.
     """
 
     def __init__(self, width: int, num_tokens: int, token_width: int) -> None:
         super().__init__()
         if num_tokens < 1 or width % num_tokens:
             choices = ", ".join(str(k) for k in range(1, width + 1) if width % k == 0)
-            raise ValueError(f"width {width} cannot be cut into {num_tokens} tokens; choose num_tokens from: {choices}")
+            raise UserError(f"width {width} cannot be cut into {num_tokens} tokens; choose num_tokens from: {choices}")
         chunk = width // num_tokens
         self.weight = nn.Parameter(torch.empty(num_tokens, chunk, token_width).uniform_(-(chunk**-0.5), chunk**-0.5))
         self.bias = nn.Parameter(torch.empty(num_tokens, token_width).uniform_(-(chunk**-0.5), chunk**-0.5))
@@ -230,13 +231,13 @@ class SelfAttention(nn.Module):
     """Multi-head attention among the tokens of a sample, with an output layer.
 
     Raises:
-        ValueError: num_heads does not divide the width.
+        UserError: num_heads does not divide the width.
     """
 
     def __init__(self, width: int, num_heads: int) -> None:
         super().__init__()
         if num_heads < 1 or width % num_heads:
-            raise ValueError(f"token width {width} is not divisible by num_heads {num_heads}; choose a divisor of {width}")
+            raise UserError(f"token width {width} is not divisible by num_heads {num_heads}; choose a divisor of {width}")
         self.num_heads = num_heads
         self.query_key_value = nn.Linear(width, 3 * width)
         self.out = nn.Linear(width, width)
@@ -287,11 +288,11 @@ class Adapter(nn.Module):
         """Set the map to the leading principal components of batches [B, in_width].
 
         Raises:
-            ValueError: out_width > in_width.
+            UserError: out_width > in_width.
         """
         out_width, in_width = self.project.weight.shape
         if out_width > in_width:
-            raise ValueError(f"principal components cannot widen {in_width} features to {out_width}; use a learned adapter")
+            raise UserError(f"principal components cannot widen {in_width} features to {out_width}; use a learned adapter")
         mean, covariance = moments(batches, full_covariance=True)
         components = torch.linalg.eigh(covariance).eigenvectors.flip(1)[:, :out_width].T
         # The sign of an eigenvector is arbitrary. The entry of largest size is made positive, so that all machines agree.

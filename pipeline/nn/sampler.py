@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Annotated, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -13,6 +13,16 @@ from torch import Tensor
 from pipeline.nn.denoisers import Denoiser
 from pipeline.nn.diffusion import ddim_sample, trailing_steps
 from pipeline.runtime.rng import KeyedRNG
+from pipeline.runtime.settings import Range
+
+# the fields of a method's `Config` that describe sampling
+SamplerKind = Annotated[
+    Literal["ddim", "ancestral"], "for prediction; ddim: S steps, ancestral: all T steps with the noise of the posterior"
+]
+SampleSteps = Annotated[int, Range(1), "S, steps of ddim, at most T"]
+Eta = Annotated[float, Range(0, 1), "amount of noise of ddim; 1: the noise of the posterior"]
+Draws = Annotated[int, Range(1, 1_000), "K, chains per image, whose class probabilities are averaged; the papers have 1"]
+ZeroStart = Annotated[bool, "start the chain from 0 instead of noise"]
 
 
 class SamplerConfig(Protocol):
@@ -30,6 +40,16 @@ class SamplerConfig(Protocol):
     def draws(self) -> int: ...
     @property
     def zero_start(self) -> bool: ...
+
+
+def check_sample_steps(config: SamplerConfig) -> None:
+    """Check that "ddim" has at most T steps.
+
+    Raises:
+        UserError: it has more.
+    """
+    if config.sampler == "ddim":
+        Range(1, config.num_steps).check("sample_steps", config.sample_steps)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,6 +11,7 @@ import pandas as pd
 
 from pipeline.evaluation.statistics import format_mean_std, mean_of_finite, paired_bootstrap, sample_std
 from pipeline.report.results import BASELINE, DatasetResults, ResultRow, collect_results
+from pipeline.runtime.errors import UserError
 
 NUM_BOOTSTRAP_RESAMPLES = 4000
 METRIC_LABELS = {
@@ -65,6 +66,62 @@ def bootstrap_differences(row: ResultRow, baseline: ResultRow) -> dict[str, tupl
     }
 
 
+def compare_pairs(home: Path, dataset: str, names: Sequence[str], split: str = "test") -> pd.DataFrame:
+    """Compare heads with one another on the samples of a split: the first with each of the others.
+
+    Seeds are averaged first; then samples are resampled, as in `bootstrap_differences`.
+
+    Args:
+        home: The folder of all artifacts.
+        dataset: The name of a dataset with runs.
+        names: At least two folders of heads, "<method>-<fingerprint>", or unique beginnings of them.
+        split: The split that the runs have been evaluated on, with their own settings.
+
+    Returns:
+        One row per pair and metric that is a mean over samples. Columns: a, b (folders of the two heads); metric; a_mean,
+        b_mean (percent, over seeds); difference, low, high (a - b in points, with its 95 % interval); a_seeds, b_seeds.
+
+    Raises:
+        UserError: A name fits no head or several, a head is not evaluated on the split, or two heads were evaluated on other
+            samples.
+    """
+    if len(names) < 2:
+        raise UserError("a comparison takes at least two heads: give two names of folders, <method>-<fingerprint>")
+    rows = [row for row in collect_results(home, dataset, split).rows if row.evaluation_name == split]
+    first, *others = (_find_row(rows, name, split) for name in names)
+    return pd.DataFrame([line for other in others for line in _compare_pair(first, other)])
+
+
+def _compare_pair(a: ResultRow, b: ResultRow) -> list[dict[str, Any]]:
+    """Return the lines of `compare_pairs` for two heads, one per metric."""
+    differences = bootstrap_differences(a, b)
+    if not differences:
+        raise UserError(f"{a.folder} and {b.folder} were not evaluated on the same samples: compare heads of one manifest")
+    return [
+        {
+            "a": a.folder,
+            "b": b.folder,
+            "metric": metric,
+            "a_mean": float(a.metric_values(metric).mean()),
+            "b_mean": float(b.metric_values(metric).mean()),
+            **dict(zip(("difference", "low", "high"), interval, strict=True)),
+            "a_seeds": len(a.runs),
+            "b_seeds": len(b.runs),
+        }
+        for metric, interval in differences.items()
+    ]
+
+
+def _find_row(rows: Sequence[ResultRow], name: str, split: str) -> ResultRow:
+    """Return the row of the head whose folder begins with a name."""
+    found = [row for row in rows if row.folder == name] or [row for row in rows if row.folder.startswith(name)]
+    if len(found) != 1:
+        choices = ", ".join(sorted(row.folder for row in found or rows)) or "none"
+        problem = "several heads begin" if found else f"no head that is evaluated on {split} begins"
+        raise UserError(f"{problem} with {name!r}; choose one of: {choices}")
+    return found[0]
+
+
 def list_metrics(results: DatasetResults) -> list[str]:
     """Return the metrics of all rows: first those of `METRIC_LABELS` in that order, then the others by name."""
     found = {name for row in results.rows for record in row.records for name in record["metrics"]}
@@ -85,7 +142,7 @@ def results_frame(home: Path, dataset: str, split: str = "test") -> pd.DataFrame
         been evaluated on the split.
 
     Raises:
-        ValueError: The dataset has no runs.
+        UserError: The dataset has no runs.
     """
     return compare_results(collect_results(home, dataset, split))
 

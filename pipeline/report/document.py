@@ -52,7 +52,7 @@ def write_report(home: Path, dataset: str, split: str = "test") -> tuple[Path, P
     The HTML file needs no other file. The same runs give the same bytes.
 
     Raises:
-        ValueError: The dataset has no runs or no manifest.
+        UserError: The dataset has no runs or no manifest.
     """
     results = collect_results(home, dataset, split)
     manifest = read_manifest(home, dataset)

@@ -14,6 +14,7 @@ from pipeline.report import figure_data, figures
 from pipeline.report.blocks import Block, ExampleGroup, Paragraph, SvgFigure
 from pipeline.report.figures import TrainingCurve
 from pipeline.report.results import BASELINE, DatasetResults, HeadRuns, ResultRow, read_history
+from pipeline.runtime.errors import UserError
 
 NUM_EXAMPLES_PER_CASE = 2
 MAX_WHOLE_MATRIX_CLASSES = 20  # a confusion matrix of more classes shows the most confused ones only
@@ -92,7 +93,7 @@ def feature_space_blocks(results: DatasetResults, manifest: Manifest, shown_head
     shown_ids = [ids[index] for index in indices]
     try:
         vectors = {"image features": _read_image_features(results, shown_heads.rows[0].head, shown_ids)}
-    except ValueError as error:
+    except UserError as error:
         return [Paragraph(f"The image features cannot be read, so there is no t-SNE: {error}.")]
     stored = {row.label: _read_stored_features(row, shown_ids) for row in shown_heads.rows}
     vectors |= {

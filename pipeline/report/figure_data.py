@@ -17,6 +17,7 @@ from pipeline.data.manifest import Manifest
 from pipeline.data.media import open_image
 from pipeline.report.blocks import ClassPredictions, ExampleCard
 from pipeline.report.results import ResultRow, predictions_path
+from pipeline.runtime.errors import UserError
 
 NUM_TSNE_CLASSES = 5
 MAX_SAMPLES_PER_TSNE_CLASS = 40
@@ -173,7 +174,7 @@ def _thumbnail(manifest: Manifest, sample_id: str) -> bytes:
     (sample,) = (sample for sample in manifest.samples if sample.id == sample_id)
     try:
         picture = open_image(manifest.media_path(sample), THUMBNAIL_PIXELS)
-    except ValueError:
+    except UserError:
         return b""
     picture.thumbnail((THUMBNAIL_PIXELS, THUMBNAIL_PIXELS))
     buffer = io.BytesIO()

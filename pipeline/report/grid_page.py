@@ -31,7 +31,7 @@ def write_grid_page(folder: Path) -> Path:
     """Write `index.html` into the folder of a grid and return its path; the page needs no other file.
 
     Raises:
-        ValueError: The folder is not a grid, or one of its files is damaged.
+        UserError: The folder is not a grid, or one of its files is damaged.
     """
     grid = read_grid(folder)
     page = folder / "index.html"

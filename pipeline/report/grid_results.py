@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 
 from pipeline.runtime import plugins
+from pipeline.runtime.errors import UserError
 
 CELL_TABLE_COLUMNS = ("cell", "seed", "state", "reason", "val_loss", "run")  # of cells.csv, beside the axes and the metric
 
@@ -59,7 +60,7 @@ def find_grids(home: Path, dataset: str) -> tuple[list[GridResults], list[str]]:
     for file in sorted((home / "grids" / dataset).glob("*/grid.json")):
         try:
             grids.append(read_grid(file.parent))
-        except ValueError as error:
+        except UserError as error:
             notes.append(f"A grid cannot be read: {error}.")
     return grids, notes
 
@@ -68,14 +69,14 @@ def read_grid(folder: Path) -> GridResults:
     """Read the grid in a folder `<home>/grids/<dataset>/<method>-<fingerprint12>`.
 
     Raises:
-        ValueError: The folder is not a grid, or one of its files is damaged.
+        UserError: The folder is not a grid, or one of its files is damaged.
     """
     if not (folder / "grid.json").is_file():
-        raise ValueError(f"{folder} is not a grid: give a folder …/grids/<dataset>/<method>-<fingerprint>")
+        raise UserError(f"{folder} is not a grid: give a folder …/grids/<dataset>/<method>-<fingerprint>")
     try:
         return _read_files(folder)
     except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
-        raise ValueError(f"{folder} is damaged ({error!r}); run the same grid command again") from error
+        raise UserError(f"{folder} is damaged ({error!r}); run the same grid command again") from error
 
 
 def _read_files(folder: Path) -> GridResults:
@@ -87,7 +88,7 @@ def _read_files(folder: Path) -> GridResults:
     seeds = tuple(int(seed) for seed in plan["seeds"])
     metrics = [column for column in map(str, cell_table.columns) if column.startswith("val_") and column != "val_loss"]
     if not plan["cells"] or not seeds:
-        raise ValueError("grid.json has no cells, or no seeds")
+        raise UserError("grid.json has no cells, or no seeds")
     return GridResults(
         path=folder,
         dataset=str(plan["dataset"]),
@@ -155,9 +156,10 @@ def _read_symbols(method: str) -> dict[str, str]:
     """Return field -> letter of the papers from the source text of a method; to import the method would import torch."""
     if method not in plugins.names("methods"):
         return {}
-    for statement in ast.parse(plugins.source("methods", method)).body:
+    tree = ast.parse(plugins.source("methods", method))
+    for statement in (each for node in tree.body if isinstance(node, ast.ClassDef) for each in node.body):
         targets = statement.targets if isinstance(statement, ast.Assign) else [getattr(statement, "target", None)]
-        if any(isinstance(target, ast.Name) and target.id == "SYMBOLS" for target in targets):
+        if any(isinstance(target, ast.Name) and target.id == "symbols" for target in targets):
             assert isinstance(statement, ast.Assign | ast.AnnAssign), method
             assert statement.value is not None, method
             return {field: letter for letter, field in ast.literal_eval(statement.value).items()}

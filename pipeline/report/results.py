@@ -16,6 +16,7 @@ import numpy as np
 import pandas as pd
 
 from pipeline.cache import find_caches, info
+from pipeline.runtime.errors import UserError
 from pipeline.runtime.files import canonical_json
 from pipeline.runtime.runs import RunConfig, RunFolder, find_runs
 
@@ -48,6 +49,11 @@ class ResultRow:
     runs: tuple[RunFolder, ...]  # the runs of the head that have this evaluation
     records: tuple[Mapping[str, Any], ...]  # the entry of this evaluation in each run's metrics.json
 
+    @property
+    def folder(self) -> str:
+        """The name of the head's folder, "<method>-<fingerprint12>"."""
+        return self.runs[0].path.parent.name
+
     def metric_values(self, metric: str) -> np.ndarray:
         """Return a metric in percent, one value per seed."""
         return np.array([record["metrics"][metric] for record in self.records])
@@ -56,7 +62,7 @@ class ResultRow:
         """Return the sample ids and the values [N] of each metric that is a mean over samples, averaged over seeds.
 
         Raises:
-            ValueError: A file with predictions is missing or does not fit metrics.json.
+            UserError: A file with predictions is missing or does not fit metrics.json.
         """
         ids: list[str] = []
         sums: dict[str, np.ndarray] = {}
@@ -86,15 +92,15 @@ def predictions_path(run: RunFolder, evaluation_name: str) -> Path:
 
 
 def _read_per_sample_metrics(path: Path, record: Mapping[str, Any]) -> tuple[list[str], dict[str, np.ndarray]]:
-    """Return sample ids and values [N] by metric; `ValueError` when their means are not those of the record."""
+    """Return sample ids and values [N] by metric; `UserError` when their means are not those of the record."""
     if not path.is_file():
-        raise ValueError(f"{path} is missing; delete metrics.json beside it and evaluate the run again")
+        raise UserError(f"{path} is missing; delete metrics.json beside it and evaluate the run again")
     with np.load(path) as arrays:
         ids = [str(sample_id) for sample_id in arrays["ids"]]
         metrics = {name: np.asarray(arrays[name], dtype=np.float64) for name in arrays.files if name not in NON_METRIC_ARRAYS}
     for name, values in metrics.items():
         if not np.isclose(values.mean(), record["metrics"][name], atol=1e-3):
-            raise ValueError(f"{path} does not fit metrics.json ({name}); delete both and evaluate the run again")
+            raise UserError(f"{path} does not fit metrics.json ({name}); delete both and evaluate the run again")
     return ids, metrics
 
 
@@ -102,12 +108,12 @@ def collect_results(home: Path, dataset: str, split: str) -> DatasetResults:
     """Read the finished runs of a dataset with their evaluations on a split.
 
     Raises:
-        ValueError: The dataset has no run.
+        UserError: The dataset has no run.
     """
     runs = find_runs(home, dataset)
     if not runs:
         command = f"diffalign train-head --dataset {dataset} --method {BASELINE}"
-        raise ValueError(f"{home / 'runs' / dataset} has no runs; train one with: {command}")
+        raise UserError(f"{home / 'runs' / dataset} has no runs; train one with: {command}")
     caches, notes = _read_cache_infos(home, dataset)
     done = [run for run in runs if run.is_done]
     if len(done) < len(runs):
@@ -132,7 +138,7 @@ def _read_cache_infos(home: Path, dataset: str) -> tuple[list[Mapping[str, Any]]
     for folder in find_caches(home, dataset):
         try:
             caches.append(info(folder))
-        except ValueError as error:
+        except UserError as error:
             notes.append(f"A feature cache cannot be read: {error}.")
     return caches, notes
 

@@ -10,19 +10,23 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import pickle
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any, NoReturn, Protocol, TypeVar
 
 import dask.config as dask_config
 from dask.distributed import CancelledError, Client, Future, KilledWorker, Nanny, Scheduler, SpecCluster, as_completed
 from dask.system import CPU_COUNT
 
+from pipeline.runtime import plugins
 from pipeline.runtime.device import default_device, num_visible_gpus, total_bytes
 from pipeline.runtime.environment import set_environment
+from pipeline.runtime.errors import UserError
 from pipeline.runtime.logs import set_up_logging
 
 EXECUTOR_MEMORY_SHARE = 0.8  # share of the memory that all processes together may use
@@ -36,7 +40,7 @@ ResultT = TypeVar("ResultT")
 class MapJobs(Protocol):
     """Call `task(job)` for every job. As each job ends, yield its position and a function that returns its result.
 
-    That function raises the `ValueError` that the task raised. The iterator itself raises any other error at once.
+    That function raises the `UserError` that the task raised. The iterator itself raises any other error at once.
     """
 
     def __call__(
@@ -86,7 +90,7 @@ def open_executor(scheduler: str, number: int) -> Iterator[Executor]:
         number: processes to start on this machine, with one thread each; 0: only this process.
 
     Raises:
-        ValueError: no scheduler answers, or the scheduler has no workers.
+        UserError: no scheduler answers, or the scheduler has no workers.
     """
     if scheduler == "local" and number == 0:
         yield Executor(run_here, 1, _has_gpu())
@@ -128,10 +132,11 @@ def run_on_cluster(
         name_of: returns the name of a job that reads files, for the message that workers died while they ran it.
 
     Raises:
-        ValueError: the connection to the scheduler is lost.
+        UserError: the connection to the scheduler is lost.
     """
     key = f"job-{time.time_ns()}"
-    futures = {client.submit(task, job, key=f"{key}-{number}", pure=False): number for number, job in enumerate(jobs)}
+    call, packed = _with_plugins(task, jobs)
+    futures = {client.submit(call, job, key=f"{key}-{number}", pure=False): number for number, job in enumerate(packed)}
     try:
         for future in as_completed(list(futures), loop=client.loop):
             number = futures[future]
@@ -142,19 +147,35 @@ def run_on_cluster(
                 client.cancel(list(futures))
 
 
+def _with_plugins(task: Callable[[JobT], Any], jobs: Sequence[JobT]) -> tuple[Callable[..., Any], Sequence[Any]]:
+    """Return what workers call, and the jobs for it: where files of plug-ins are loaded, workers load them first.
+
+    Then a job is sent as bytes, because its classes can be unpickled only after that, also by a worker that starts later.
+    """
+    files = plugins.loaded_files()
+    return (partial(_run_packed, files), [pickle.dumps((task, job)) for job in jobs]) if files else (task, jobs)
+
+
+def _run_packed(files: Sequence[Path], packed: bytes) -> Any:
+    for path in files:
+        plugins.load_file(path)
+    task, job = pickle.loads(packed)
+    return task(job)
+
+
 def _result(future: Future, name: str) -> Callable[[], Any]:
-    """Return a function that returns the result of a finished job or raises its `ValueError`; raise other errors now."""
+    """Return a function that returns the result of a finished job or raises its `UserError`; raise other errors now."""
     try:
         return partial(_return, future.result())
     except KilledWorker as error:
         died = f"{error.allowed_failures + 1} workers died of {name or 'it'}: is"
         remedy = "a file damaged there, or memory short? with fewer of them the same command goes on from here"
-        return partial(_raise, ValueError(f"{died} {remedy if name else 'memory short?'}"))
+        return partial(_raise, UserError(f"{died} {remedy if name else 'memory short?'}"))
     except SCHEDULER_LOST as error:
         if future.status == "error":  # the worker's own error, such as a full disk
             raise
-        raise ValueError("the scheduler was lost; the same command goes on from here") from error
-    except ValueError as error:
+        raise UserError("the scheduler was lost; the same command goes on from here") from error
+    except UserError as error:
         return partial(_raise, error)
 
 
@@ -162,7 +183,7 @@ def _return(result: ResultT) -> ResultT:
     return result
 
 
-def _raise(error: ValueError) -> NoReturn:
+def _raise(error: UserError) -> NoReturn:
     raise error
 
 
@@ -180,16 +201,16 @@ def connect_to_scheduler(address: str) -> Iterator[Client]:
         address: tcp://host:port.
 
     Raises:
-        ValueError: no scheduler answers at the address, or the scheduler has no workers.
+        UserError: no scheduler answers at the address, or the scheduler has no workers.
     """
     _silence_dask()
     try:
         client = Client(address, timeout=CONNECT_SECONDS, set_as_default=False)
     except (OSError, ValueError) as error:
-        raise ValueError(f"no dask scheduler answers at {address!r} ({error}); start one with: dask scheduler") from error
+        raise UserError(f"no dask scheduler answers at {address!r} ({error}); start one with: dask scheduler") from error
     with client:
         if not client.scheduler_info()["workers"]:
-            raise ValueError(f"the scheduler at {address} has no workers; start some with: dask worker {address}")
+            raise UserError(f"the scheduler at {address} has no workers; start some with: dask worker {address}")
         _set_up_workers(client)
         yield client
 
@@ -199,7 +220,7 @@ def gpu_cluster(gpus: Sequence[int]) -> Iterator[Client]:
     """Start a cluster of one process for each of these GPUs of this machine, and yield a client of it.
 
     Raises:
-        ValueError: a GPU does not exist.
+        UserError: a GPU does not exist.
     """
     names = cuda_visible_devices(gpus, num_visible_gpus(), os.environ.get("CUDA_VISIBLE_DEVICES", ""))
     with local_cluster([{"CUDA_VISIBLE_DEVICES": name} for name in names]) as client:
@@ -215,11 +236,11 @@ def cuda_visible_devices(gpus: Sequence[int], num_gpus: int, visible: str) -> li
         visible: CUDA_VISIBLE_DEVICES of this process: with "2,3", GPUs 0 and 1 are the devices 2 and 3.
 
     Raises:
-        ValueError: a GPU does not exist.
+        UserError: a GPU does not exist.
     """
     for gpu in gpus:
         if gpu not in range(num_gpus):
-            raise ValueError(f"--workers-gpu names GPU {gpu}, but torch sees {num_gpus}")
+            raise UserError(f"--workers-gpu names GPU {gpu}, but torch sees {num_gpus}")
     devices = visible.split(",") if visible else [str(gpu) for gpu in range(num_gpus)]
     return [devices[gpu].strip() for gpu in gpus]
 

@@ -13,6 +13,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from pipeline.runtime.errors import UserError
+
 logger = logging.getLogger(__name__)
 
 
@@ -86,7 +88,7 @@ def lock(folder: Path, wait: bool = False) -> Iterator[None]:
         wait: wait for another process that holds the lock, instead of raising.
 
     Raises:
-        ValueError: another process holds the lock, and `wait` is false.
+        UserError: another process holds the lock, and `wait` is false.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with lock_file(folder / ".lock", f"another process is writing to {folder}; wait until it has ended", wait=wait):
@@ -100,7 +102,7 @@ def lock_shared(folder: Path) -> Iterator[None]:
     """Inside the block, write to an existing folder; other processes that use `lock_shared` may do so at the same time.
 
     Raises:
-        ValueError: another process holds the folder with `lock`.
+        UserError: another process holds the folder with `lock`.
     """
     with lock_file(folder / ".lock", f"another process is writing to {folder}; wait until it has ended", shared=True):
         yield
@@ -112,7 +114,7 @@ def lock_file(path: Path, busy: str, wait: bool = False, shared: bool = False) -
 
     Args:
         path: the file; it is created if needed, and nothing is written to it.
-        busy: message of the `ValueError` when another process holds the lock.
+        busy: message of the `UserError` when another process holds the lock.
         wait: wait for the other process instead of raising.
         shared: other processes may hold the lock at the same time, if they also ask for a shared lock.
     """
@@ -122,7 +124,7 @@ def lock_file(path: Path, busy: str, wait: bool = False, shared: bool = False) -
             fcntl.flock(file, mode | fcntl.LOCK_NB)
         except BlockingIOError as error:
             if not wait:
-                raise ValueError(busy) from error
+                raise UserError(busy) from error
             logger.info("waiting for the process that writes to %s", path.parent)
             fcntl.flock(file, mode)
         logger.debug("locked %s%s", path, " together with others" if shared else "")

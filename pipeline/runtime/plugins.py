@@ -1,114 +1,242 @@
-"""Find and configure plug-ins: data sets, encoders and methods.
+"""Find plug-ins: data sets, encoders and methods.
 
-A plug-in is one file in the folder of its kind. Its name is the file's name without ".py". There is no registry.
+A plug-in is one file. Its name is the file's name without ".py". It stands in the folder of its kind, or outside of this
+repository: then it is loaded by `load_file`, or found as an entry point of an installed distribution, in one of the groups
+diffalign.methods, diffalign.encoders and diffalign.datasets. There is no registry to edit.
 """
 
 from __future__ import annotations
 
 import ast
 import importlib
-import math
+import importlib.util
+import inspect
 import pkgutil
-from collections.abc import Mapping
+import sys
+from dataclasses import dataclass
 from functools import cache
-from importlib import resources
+from importlib import metadata
+from pathlib import Path
 from types import ModuleType
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, overload
+
+from pipeline.runtime.choices import unknown_choice
+from pipeline.runtime.errors import UserError
+from pipeline.runtime.method_rules import check_method as check_method  # part of this module's interface
+
+if TYPE_CHECKING:
+    from pipeline.nn.method import Method
+    from pipeline.types import DatasetPlugin, EncoderPlugin
 
 PACKAGES = {"datasets": "pipeline.data.datasets", "encoders": "pipeline.encoders", "methods": "pipeline.methods"}
+METHOD_BASE = ("pipeline.nn.method", "Method")  # by name: this module must not import torch
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """Where a plug-in comes from."""
+
+    module: str  # the name to import it by
+    text: str  # for messages
+
+
+_loaded: dict[str, tuple[str, Path]] = {}  # the module's name of a loaded file -> its kind and its path
 
 
 def names(kind: str) -> list[str]:
     """Return the sorted names of the plug-ins of a kind.
 
-    Files whose names begin with "_" are helpers and are left out. Only the (empty) package is imported, no plug-in.
-    """
-    package = importlib.import_module(PACKAGES[kind])
-    return sorted(module.name for module in pkgutil.iter_modules(package.__path__) if not module.name.startswith("_"))
-
-
-def get(kind: str, name: str) -> ModuleType:
-    """Import and return the module of a plug-in.
+    Files whose names begin with "_" are helpers and are left out. No plug-in of this package is imported.
 
     Raises:
-        ValueError: there is no such plug-in; the message lists the choices.
+        UserError: two plug-ins have one name.
+    """
+    return sorted(_places(kind))
+
+
+def check_name(kind: str, name: str) -> None:
+    """Check that there is a plug-in of this name, without importing it.
+
+    Raises:
+        UserError: there is none; the message lists the choices.
     """
     choices = names(kind)
     if name not in choices:
-        raise ValueError(f"unknown {kind[:-1]} {name!r}; choose one of: {', '.join(choices)}")
-    return importlib.import_module(f"{PACKAGES[kind]}.{name}")
+        raise unknown_choice(name, f"unknown {kind[:-1]} {name!r}", choices, hint="a file of yours is given by --plugin FILE")
+
+
+@overload
+def get(kind: Literal["methods"], name: str) -> type[Method]: ...
+@overload
+def get(kind: Literal["encoders"], name: str) -> EncoderPlugin: ...
+@overload
+def get(kind: Literal["datasets"], name: str) -> DatasetPlugin: ...
+@overload
+def get(kind: str, name: str) -> Any: ...
+def get(kind: str, name: str) -> Any:
+    """Import and return a plug-in: the class of a method, the module of an encoder or of a data set.
+
+    Raises:
+        UserError: there is no such plug-in (the message lists the choices), or the file defines none.
+    """
+    check_name(kind, name)
+    module = importlib.import_module(_places(kind)[name].module)
+    if kind == "methods":
+        return _method_class(module)
+    if not callable(getattr(module, "build", None)):
+        raise UserError(f"{module.__file__} defines no {kind[:-1]}: it needs a function build")
+    return module
+
+
+def load_file(path: Path) -> str:
+    """Run a Python file that defines a plug-in, so that `names` and `get` know it; return its kind.
+
+    The file defines one subclass of `pipeline.nn.method.Method`, or an encoder (a class Config and a function build), or a data
+    set (a function build, with NAME.yaml beside the file). Loading the same file again does nothing.
+
+    Raises:
+        UserError: there is no such file, it cannot be imported, it defines no plug-in, it breaks a rule, or its name is taken.
+    """
+    path = path.absolute()
+    module_name = f"diffalign_plugin_{path.stem}"
+    if _loaded.get(module_name, ("", None))[1] == path:
+        return _loaded[module_name][0]
+    if path.suffix != ".py" or not path.stem.isidentifier() or not path.is_file():
+        raise UserError(f"{path} is no plug-in: give a Python file whose name is a word, such as own_method.py")
+    if module_name in _loaded:
+        raise UserError(f"two plug-ins are named {path.stem!r}: {_loaded[module_name][1]} and {path}; rename one of the files")
+    kind = _run(path, module_name)
+    taken = _places(kind).get(path.stem)
+    if taken:
+        del sys.modules[module_name]
+        raise UserError(f"two {kind} are named {path.stem!r}: {taken.text} and {path}; rename the file")
+    _loaded[module_name] = kind, path
+    return kind
+
+
+def loaded_files() -> tuple[Path, ...]:
+    """Return the files that `load_file` has loaded, in order; a worker process loads them too."""
+    return tuple(path for _, path in _loaded.values())
+
+
+def forget_file(path: Path) -> None:
+    """Undo `load_file`, for tests and notebooks: afterwards the file is loaded anew."""
+    module_name = f"diffalign_plugin_{path.stem}"
+    if _loaded.pop(module_name, None):
+        del sys.modules[module_name]
 
 
 def first_line(kind: str, name: str) -> str:
     """Return the first line of a plug-in's docstring without importing the plug-in."""
-    return (ast.get_docstring(ast.parse(source(kind, name))) or "").splitlines()[0]
+    return documentation(kind, name).partition("\n")[0]
+
+
+def documentation(kind: str, name: str) -> str:
+    """Return the docstring of a plug-in's file without importing the plug-in."""
+    return ast.get_docstring(ast.parse(source(kind, name))) or ""
 
 
 def source(kind: str, name: str) -> str:
     """Return the source code of a plug-in without importing it."""
-    return (resources.files(PACKAGES[kind]) / f"{name}.py").read_text(encoding="utf-8")
+    return source_file(kind, name).read_text(encoding="utf-8")
+
+
+def source_file(kind: str, name: str) -> Path:
+    """Return the file of a plug-in without importing the plug-in."""
+    module_name = _places(kind)[name].module
+    if module_name in _loaded:
+        return _loaded[module_name][1]
+    spec = importlib.util.find_spec(module_name)
+    if spec is None or spec.origin is None:
+        raise UserError(f"the {kind[:-1]} {name!r} has no file: {_places(kind)[name].text}")
+    return Path(spec.origin)
+
+
+def is_external(kind: str, name: str) -> bool:
+    """Whether a plug-in comes from outside of this package."""
+    place = _places(kind).get(name)
+    return place is not None and not place.module.startswith(f"{PACKAGES[kind]}.")
+
+
+def _places(kind: str) -> dict[str, _Place]:
+    """Return all plug-ins of a kind by name.
+
+    Raises:
+        UserError: two have one name.
+    """
+    package = importlib.import_module(PACKAGES[kind])
+    found = [module.name for module in pkgutil.iter_modules(package.__path__) if not module.name.startswith("_")]
+    places = {name: _Place(f"{package.__name__}.{name}", f"{package.__name__}.{name}") for name in found}
+    files = [(path.stem, _Place(module, str(path))) for module, (of, path) in _loaded.items() if of == kind]
+    for name, place in (*_entry_points(kind, tuple(sys.path)), *files):
+        if name in places:
+            raise UserError(f"two {kind} are named {name!r}: {places[name].text} and {place.text}; rename or remove one")
+        places[name] = place
+    return places
 
 
 @cache
-def field_types(config_type: type[Any]) -> Mapping[str, Any]:
-    """Return the annotated types of the fields of a config, by name."""
-    return get_type_hints(config_type)
+def _entry_points(kind: str, path: tuple[str, ...]) -> tuple[tuple[str, _Place], ...]:
+    """Return the plug-ins of installed distributions; `path` is `sys.path`, where they are sought."""
+    found = metadata.entry_points(group=f"diffalign.{kind}")
+    return tuple(
+        (point.name, _Place(point.module, f"{point.value} of {point.dist.name if point.dist else 'a distribution'}"))
+        for point in found
+    )
 
 
-def configure(config_type: type[Any], settings: Mapping[str, Any], symbols: Mapping[str, str] | None = None) -> Any:
-    """Make a config from settings.
-
-    Args:
-        config_type: the dataclass of the config.
-        settings: values by field name or by the papers' letters. A value may be a string from the command line; it is
-            parsed as the annotated type of the field.
-        symbols: the papers' letters, each with the name of its field.
-
-    Raises:
-        ValueError: a setting is unknown (the message lists the choices), is given twice, or has a value of the wrong type.
-    """
-    symbols = symbols or {}
-    hints = field_types(config_type)
-    values: dict[str, Any] = {}
-    for key, value in settings.items():
-        field = symbols.get(key, key)
-        if field not in hints:
-            letters = [f"{letter} (= {name})" for letter, name in symbols.items()]
-            raise ValueError(f"unknown setting {key!r}; choose one of: {', '.join([*hints, *letters])}")
-        if field in values:
-            raise ValueError(f"setting {field!r} is given twice")
-        values[field] = parse_value(field, value, hints[field])
-    return config_type(**values)
-
-
-def parse_value(field: str, value: Any, hint: Any) -> Any:
-    """Convert the value of a setting, possibly a string, to the annotated type of its field.
-
-    Args:
-        field: name of the setting, for messages.
-        value: the value to convert.
-        hint: the annotated type: a `Literal`, str, bool, int or float.
-
-    Raises:
-        ValueError: the value does not fit the type; the message says what the setting takes.
-    """
-    if get_origin(hint) is Literal:
-        choices = get_args(hint)
-        if value not in choices:
-            raise ValueError(f"setting {field!r} is {value!r}; choose one of: {', '.join(map(str, choices))}")
-        return value
-    if hint is str:
-        return str(value)
-    if hint is bool and str(value).lower() in ("true", "false"):
-        return str(value).lower() == "true"
-    if hint in (int, float) and _is_number(value, whole=hint is int):
-        return hint(float(value))
-    raise ValueError(f"setting {field!r} is {value!r}; it takes a finite {hint.__name__}")
-
-
-def _is_number(value: Any, whole: bool) -> bool:
+def _run(path: Path, module_name: str) -> str:
+    """Import a file under a name and return the kind of plug-in that it defines."""
+    spec = importlib.util.spec_from_file_location(module_name, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[module_name] = module  # pickle finds classes by the name of their module
     try:
-        number = float(value)
-    except (TypeError, ValueError, OverflowError):
-        return False
-    return not isinstance(value, bool) and math.isfinite(number) and (not whole or number.is_integer())
+        try:
+            spec.loader.exec_module(module)
+        except (SyntaxError, ImportError) as error:
+            raise UserError(f"{path} cannot be loaded: {type(error).__name__}: {error}") from error
+        return _kind_of(module, path)
+    except BaseException:
+        del sys.modules[module_name]
+        raise
+
+
+def _kind_of(module: ModuleType, path: Path) -> str:
+    if _method_classes(module):
+        _method_class(module)
+        return "methods"
+    if callable(getattr(module, "build", None)):
+        if isinstance(getattr(module, "Config", None), type):
+            return "encoders"
+        if path.with_suffix(".yaml").is_file():
+            return "datasets"
+    raise UserError(
+        f"{path} defines no plug-in: it needs a subclass of pipeline.nn.method.Method; for an encoder, Config and build; for a "
+        f"data set, build, and {path.stem}.yaml beside it"
+    )
+
+
+def _method_classes(module: ModuleType) -> list[type[Method]]:
+    """Return the subclasses of `Method` that a module itself defines."""
+    own: list[Any] = [
+        value for value in vars(module).values() if inspect.isclass(value) and value.__module__ == module.__name__
+    ]
+    return [each for each in own if METHOD_BASE in {(base.__module__, base.__name__) for base in each.__mro__}]
+
+
+def _method_class(module: ModuleType) -> type[Method]:
+    """Return the method that a module defines; one from outside of this package is checked."""
+    classes = _method_classes(module)
+    if len(classes) != 1:
+        found = ", ".join(each.__name__ for each in classes) or "none"
+        raise UserError(f"{module.__file__} must define one subclass of pipeline.nn.method.Method; found: {found}")
+    if not module.__name__.startswith(PACKAGES["methods"]):
+        _check_once(classes[0])
+    return classes[0]
+
+
+@cache
+def _check_once(method: type[Method]) -> None:
+    check_method(method)

@@ -47,9 +47,16 @@ def _mix(value: Word) -> Word:
     return value ^ _shift(value, 31)
 
 
-@torch.compiler.assume_constant_result  # torch.compile cannot trace a hash
 def _word(name: str) -> int:
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little", signed=True)
+
+
+def make_streams_compilable() -> None:
+    """Let torch.compile take the hash of a stream's name as a constant, because it cannot trace it; call this before compiling.
+
+    As a decorator of the hash this would import torch._dynamo, 3 seconds of CPU, in programs that compile nothing.
+    """
+    torch.compiler.assume_constant_result(_word)
 
 
 @dataclass(frozen=True, slots=True)

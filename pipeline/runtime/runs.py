@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import traceback
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from pipeline.runtime.errors import UserError, note_traceback_file
 from pipeline.runtime.files import fingerprint, sha256, write_atomic
 
 
@@ -47,10 +49,10 @@ class RunFolder:
         """Return the run in an existing folder.
 
         Raises:
-            ValueError: the folder does not hold a run.
+            UserError: the folder does not hold a run.
         """
         if not (path / "config.json").is_file() or not path.name.removeprefix("seed").isdigit():
-            raise ValueError(f"{path} is not a run: give a folder …/runs/<dataset>/<method>-<fingerprint>/seed<k>")
+            raise UserError(f"{path} is not a run: give a folder …/runs/<dataset>/<method>-<fingerprint>/seed<k>")
         return RunFolder(path, int(path.name.removeprefix("seed")))
 
     @property
@@ -62,25 +64,25 @@ class RunFolder:
         """Return what training recorded when it finished: "seconds", and "checkpoint_sha256".
 
         Raises:
-            ValueError: the file `done` is damaged.
+            UserError: the file `done` is damaged.
         """
         path = self.path / "done"
         try:
             facts = json.loads(path.read_text())
             return {"seconds": float(facts["seconds"]), "checkpoint_sha256": str(facts["checkpoint_sha256"])}
         except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{path} is damaged; {self.remedy}") from error
+            raise UserError(f"{path} is damaged; {self.remedy}") from error
 
     def read_checkpoint(self) -> bytes:
         """Return the bytes of the checkpoint of a finished run, in the safetensors format.
 
         Raises:
-            ValueError: its SHA-256 is not the one that training recorded.
+            UserError: its SHA-256 is not the one that training recorded.
         """
         path = self.path / "checkpoint.safetensors"
         content = path.read_bytes()
         if sha256(content) != self.read_done()["checkpoint_sha256"]:
-            raise ValueError(f"{path} is damaged (its sha256 does not fit); {self.remedy}")
+            raise UserError(f"{path} is damaged (its sha256 does not fit); {self.remedy}")
         return content
 
     def create(self, config: RunConfig) -> None:
@@ -91,15 +93,15 @@ class RunFolder:
         """Return the config that the run was started with.
 
         Raises:
-            ValueError: config.json is damaged, or its hash is not in the name of the folder.
+            UserError: config.json is damaged, or its hash is not in the name of the folder.
         """
         path = self.path / "config.json"
         try:
             config = RunConfig(**json.loads(path.read_text()))
         except (ValueError, TypeError) as error:
-            raise ValueError(f"{path} is damaged ({error}); {self.remedy}") from error
+            raise UserError(f"{path} is damaged ({error}); {self.remedy}") from error
         if not self.path.parent.name.endswith(f"-{config.fingerprint()[:12]}"):
-            raise ValueError(f"{path} was changed: it does not hash to the name of its folder; {self.remedy}")
+            raise UserError(f"{path} was changed: it does not hash to the name of its folder; {self.remedy}")
         return config
 
     @property
@@ -107,14 +109,27 @@ class RunFolder:
         """What the user should do when a file of the run is damaged."""
         return f"delete {self.path} and run the same command again"
 
+    def write_traceback(self, error: BaseException) -> Path:
+        """Write the traceback of a bug to `error.txt`, note that on the error, and return the path. No other code reads it."""
+        path = self.path / "error.txt"
+        write_atomic(path, "".join(traceback.format_exception(error)))
+        note_traceback_file(error, path)
+        return path
+
+    def delete_traceback(self) -> None:
+        """Delete the traceback of an earlier attempt, if there is one."""
+        path = self.path / "error.txt"
+        if path.is_file():  # the folder of a finished run may be read-only; then there is nothing to delete
+            path.unlink(missing_ok=True)
+
     def check_done(self) -> None:
         """Check that training has finished.
 
         Raises:
-            ValueError: it has not.
+            UserError: it has not.
         """
         if not self.is_done:
-            raise ValueError(f"{self.path} has not finished training; run the same command again to complete it")
+            raise UserError(f"{self.path} has not finished training; run the same command again to complete it")
 
 
 def find_runs(home: Path, dataset: str) -> list[RunFolder]:

@@ -11,6 +11,7 @@ import pandas as pd
 from pipeline.evaluation.evaluate import evaluate
 from pipeline.evaluation.statistics import format_seeds
 from pipeline.runtime import plugins
+from pipeline.runtime.errors import UserError
 from pipeline.training.features import cache_names
 from pipeline.training.heads import plan_head, resolve_head_settings, train_head
 from pipeline.training.joint.ddp import check_single_process
@@ -50,13 +51,13 @@ def compare_strategies(
         says for how many seeds joint training was better on validation. For the other seeds, the row uses the head of stage 2.
 
     Raises:
-        ValueError: the method reads no text, or torchrun runs several processes.
+        UserError: the method reads no text, or torchrun runs several processes.
     """
     check_single_process("ablate strategy")
-    if "text" not in plugins.get("methods", method).NEEDS:
-        raise ValueError(f"{method} reads no text, so there is no text encoder to train with it; choose a method that does")
-    settings, head_training = resolve_head_settings(dataset, method, preset, {}, {})
-    names = cache_names(dataset, caches.get("image", ""), caches.get("text", ""))
+    if "text" not in plugins.get("methods", method).needs:
+        raise UserError(f"{method} reads no text, so there is no text encoder to train with it; choose a method that does")
+    settings, head_training = resolve_head_settings(dataset, method, preset, {}, {}, home)
+    names = cache_names(home, dataset, caches.get("image", ""), caches.get("text", ""))
     rows = []
     for title, train in TRAINED_ENCODERS.items():
         records, num_kept = [], 0

@@ -12,6 +12,7 @@ from pipeline.data.manifest_files import read_manifest
 from pipeline.data.prepare import prepare
 from pipeline.data.spec import load_spec
 from pipeline.evaluation.evaluate import evaluate, evaluation_name, read_metrics
+from pipeline.runtime.errors import UserError
 from pipeline.runtime.files import write_atomic
 from pipeline.runtime.logs import ProgressBar
 from pipeline.training.heads import HeadPlan, plan_head, resolve_head_settings, train_head
@@ -80,7 +81,7 @@ def _pending_runs(home: Path, encoders: Mapping[str, str]) -> list[DemoRun]:
     runs = [DemoRun(home.absolute(), method, seed, caches) for method, caches in plans for seed in DEMO_SEEDS]
     try:
         return [run for run in runs if not set(_planned_evaluations(run)) <= set(read_metrics(_plan(run).run))]
-    except ValueError:  # there is no cache yet, or extract has to complete one
+    except UserError:  # there is no cache yet, or extract has to complete one
         return runs
 
 

@@ -58,7 +58,7 @@ def run_demo_joint(home: Path) -> str:
         The table of accuracies on the test split and the duration, as text.
 
     Raises:
-        ValueError: torchrun runs several processes.
+        UserError: torchrun runs several processes.
     """
     check_single_process("demo-joint")
     started = time.monotonic()

@@ -1,8 +1,7 @@
 """A grid of settings: fields of a method and of its training, each with the values to try. Every cell is an ordinary run.
 
 A cell is the same run, in the same folder, as `train-head` makes from the same settings. Precision is one of these settings;
-on machines with native bfloat16, the two commands have different defaults for it. A cell that cannot be trained is refused
-here, before any training starts.
+both commands have the same default. A cell that cannot be trained is refused here, before any training starts.
 """
 
 from __future__ import annotations
@@ -22,8 +21,11 @@ import torch
 
 from pipeline.data.spec import parse_spec
 from pipeline.runtime import plugins
+from pipeline.runtime.choices import unknown_choice
 from pipeline.runtime.device import default_device, resolve_dtype
+from pipeline.runtime.errors import UserError, describe_error, is_bug
 from pipeline.runtime.files import fingerprint, write_atomic
+from pipeline.runtime.settings import field_types, parse_value
 from pipeline.training.config import SHARED_SETTINGS, TrainConfig
 from pipeline.training.ensemble import structure_key
 from pipeline.training.features import FeatureSet, cache_names, open_features
@@ -72,9 +74,9 @@ class Grid:
         """A key by cell, for cells with unfinished runs; runs with equal keys and one seed can be trained as one model.
 
         Raises:
-            ValueError: the method of a cell cannot be built; the message names the cell.
+            UserError: the method of a cell cannot be built; the message names the cell.
         """
-        build = plugins.get("methods", self.method).build
+        build = plugins.get("methods", self.method)
         keys: dict[int, Hashable] = {}
         keys_by_settings: dict[Any, Hashable] = {}
         for number, cell in enumerate(self.cells):
@@ -83,8 +85,12 @@ class Grid:
                     try:
                         with torch.device("meta" if len(self.cells) > MAX_REAL_BUILDS else "cpu"):
                             keys_by_settings[cell.settings] = structure_key(build(cell.settings, self.features.shapes))
-                    except (ValueError, RuntimeError) as error:
-                        raise ValueError(f"cell {cell.label}: {error}") from error
+                    except UserError as error:
+                        raise UserError(f"cell {cell.label}: {error}") from error
+                    except Exception as error:
+                        if not is_bug(error):
+                            raise UserError(f"cell {cell.label}: {describe_error(error)}") from error
+                        keys_by_settings[cell.settings] = object()  # trained alone, where the bug is met again and recorded
                 shared = tuple(getattr(cell.training, name) for name in SHARED_SETTINGS)
                 keys[number] = keys_by_settings[cell.settings], shared
         return keys
@@ -123,27 +129,27 @@ def read_axes(method: str, pairs: Sequence[str], file: Path | None = None) -> Ax
         file: A YAML file {FIELD: [VALUE, VALUE]} with more axes.
 
     Raises:
-        ValueError: a field is unknown, empty or given twice.
+        UserError: a field is unknown, empty or given twice.
     """
     module = plugins.get("methods", method)
-    hints = {**plugins.field_types(module.Config), **plugins.field_types(TrainConfig)}
-    letters = {field: letter for letter, field in module.SYMBOLS.items()}
+    hints = {**field_types(module.Config), **field_types(TrainConfig)}
+    letters = {field: letter for letter, field in module.symbols.items()}
     axes: dict[str, tuple[Any, ...]] = {}
-    for key, values in _raw_axes(module.GRID, pairs, file):
-        field = module.SYMBOLS.get(key, key)
+    for key, values in _raw_axes(module.grid, pairs, file):
+        field = module.symbols.get(key, key)
         if field not in hints:
-            symbols = [f"{letter} (= {name})" for letter, name in module.SYMBOLS.items()]
-            raise ValueError(f"unknown grid field {key!r}; choose one of: {', '.join([*hints, *symbols])}")
+            symbols = [f"{letter} (= {name})" for letter, name in module.symbols.items()]
+            raise unknown_choice(key, f"unknown grid field {key!r}", hints, symbols)
         if field in axes:
-            raise ValueError(f"grid field {field!r} is given twice; {letters.get(field, field)!r} is the same field")
+            raise UserError(f"grid field {field!r} is given twice; {letters.get(field, field)!r} is the same field")
         if not values:
-            raise ValueError(f"grid field {key!r} has no values: the grid is empty")
-        axes[field] = tuple(plugins.parse_value(key, value, hints[field]) for value in values)
+            raise UserError(f"grid field {key!r} has no values: the grid is empty")
+        axes[field] = tuple(parse_value(key, value, hints[field]) for value in values)
         ((value, count),) = Counter(axes[field]).most_common(1)
         if count > 1:
-            raise ValueError(f"grid field {key!r} has the value {value} {count} times")
+            raise UserError(f"grid field {key!r} has the value {value} {count} times")
     if not axes:
-        raise ValueError(f"the papers have no grid of {method}: name fields, --grid FIELD=VALUE,VALUE")
+        raise UserError(f"the papers have no grid of {method}: name fields, --grid FIELD=VALUE,VALUE")
     return axes
 
 
@@ -156,7 +162,7 @@ def _raw_axes(papers: Axes, pairs: Sequence[str], file: Path | None) -> Iterator
         elif key and equals:
             yield key, values.split(",") if values else []
         else:
-            raise ValueError(f"--grid takes FIELD=VALUE,VALUE or {PAPERS_GRID}, not {pair!r}")
+            raise UserError(f"--grid takes FIELD=VALUE,VALUE or {PAPERS_GRID}, not {pair!r}")
     for key, values in parse_spec(file).items() if file else ():
         yield str(key), values if isinstance(values, list) else [values]
 
@@ -169,6 +175,7 @@ def read_cells(
     settings: Mapping[str, Any],
     training: Mapping[str, Any],
     points: int = 0,
+    home: Path | None = None,
 ) -> tuple[Cell, ...]:
     """Return all combinations of the axes' values, or some of them at random. The last axis varies fastest.
 
@@ -180,23 +187,24 @@ def read_cells(
         settings: Fields of the method with one value for all cells, by name or by the papers' letter.
         training: Fields of training with one value for all cells.
         points: How many cells to draw without replacement; 0: all. A larger number includes the cells of a smaller one.
+        home: See `resolve_head_settings`.
 
     Raises:
-        ValueError: the settings of a cell are impossible (the message names the first such cell), a field is given twice, or
+        UserError: the settings of a cell are impossible (the message names the first such cell), a field is given twice, or
             there are more than `MAX_CELLS` cells.
     """
     module = plugins.get("methods", method)
-    for field in chain((module.SYMBOLS.get(key, key) for key in settings), training):
+    for field in chain((module.symbols.get(key, key) for key in settings), training):
         if field in axes:
-            raise ValueError(f"{field!r} is on the grid and set besides: give it once")
+            raise UserError(f"{field!r} is on the grid and set besides: give it once")
     total = math.prod(len(values) for values in axes.values())
     if points > total:
-        raise ValueError(f"--points {points} of a grid of {total} cells: give fewer, or none for all")
+        raise UserError(f"--points {points} of a grid of {total} cells: give fewer, or none for all")
     if (points or total) > MAX_CELLS:
         remedy = "give fewer --points" if points else "give fewer values, or try some of them, --points"
-        raise ValueError(f"a grid has at most {MAX_CELLS} cells, not {points or total}: {remedy}")
-    letters = {field: letter for letter, field in module.SYMBOLS.items()}
-    method_fields = plugins.field_types(module.Config)
+        raise UserError(f"a grid has at most {MAX_CELLS} cells, not {points or total}: {remedy}")
+    letters = {field: letter for letter, field in module.symbols.items()}
+    method_fields = field_types(module.Config)
     cells = []
     for number in _draw_numbers(total, points) if points else range(total):
         point = _point(axes, number)
@@ -205,10 +213,10 @@ def read_cells(
         of_training = {field: value for field, value in point.items() if field not in of_method}
         try:
             config, train_config = resolve_head_settings(
-                dataset, method, preset, {**settings, **of_method}, {**training, **of_training}
+                dataset, method, preset, {**settings, **of_method}, {**training, **of_training}, home
             )
-        except ValueError as error:
-            raise ValueError(f"cell {label}: {error}") from error
+        except UserError as error:
+            raise UserError(f"cell {label}: {error}") from error
         cells.append(Cell(point=point, label=label, settings=config, training=train_config))
     return tuple(cells)
 
@@ -246,7 +254,7 @@ def plan_grid(
     settings: Mapping[str, Any],
     training: Mapping[str, Any],
     points: int = 0,
-    precision: PrecisionChoice = "auto",
+    precision: PrecisionChoice | None = None,
     search: SearchKind = "all",
     image: str = "",
     text: str = "",
@@ -264,22 +272,23 @@ def plan_grid(
         settings: See `read_cells`.
         training: See `read_cells`.
         points: See `read_cells`.
-        precision: "auto" is "mixed" where this machine multiplies bfloat16 natively, else "float32". The result becomes a
-            training setting of every cell.
+        precision: The training setting of this name, for every cell. "auto" is "mixed" where this machine multiplies bfloat16
+            natively, else "float32". None is the default of `train_head`: that of the preset, else "float32".
         search: "all" trains every cell to its end, "optuna" only the better cells.
         image: The cache of the image features; "": that of the dataset's image encoder.
         text: The cache of the text features; "": that of the dataset's text encoder.
         aggregate: How several texts of a sample become one vector; see `open_features`.
 
     Raises:
-        ValueError: a cell cannot be trained (the message names it), a field is given twice, or files are missing.
+        UserError: a cell cannot be trained (the message names it), a field is given twice, or files are missing.
     """
-    if "precision" not in {*axes, *training}:
+    if "precision" in {*axes, *training}:
+        if precision not in (None, "auto"):
+            raise UserError("'precision' is given twice: by --precision, and by --grid or --train")
+    elif precision:
         training = {**training, "precision": resolve_dtype(precision, default_device(), "mixed")}
-    elif precision != "auto":
-        raise ValueError("'precision' is given twice: by --precision, and by --grid or --train")
-    cells = read_cells(dataset, method, preset, axes, settings, training, points)
-    features = open_features(home.absolute(), dataset, method, cache_names(dataset, image, text), aggregate)
+    cells = read_cells(dataset, method, preset, axes, settings, training, points, home)
+    features = open_features(home.absolute(), dataset, method, cache_names(home, dataset, image, text), aggregate)
     grid = Grid(features=features, method=method, axes=axes, cells=cells, seeds=tuple(seeds), search=search)
     _ = grid.structures  # builds the methods of unfinished cells, so that a bad cell is found now
     return grid

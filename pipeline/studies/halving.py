@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from pipeline.runtime.errors import UserError
 from pipeline.training.history import Validation
 
 HALVING_FACTOR = 2  # of the epochs, and of the cells that go on, from rung to rung
@@ -26,12 +27,12 @@ class Halving:
             num_epochs: For each cell, the number of epochs of its whole training.
 
         Raises:
-            ValueError: Optuna is not installed.
+            UserError: Optuna is not installed.
         """
         try:
             import optuna
         except ModuleNotFoundError as error:
-            raise ValueError("--search optuna needs Optuna: pip install 'diffalign[search]'") from error
+            raise UserError("--search optuna needs Optuna: pip install 'diffalign[search]'") from error
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         first = max(1, min(num_epochs) // HALVING_FACTOR**NUM_RUNGS)
         powers = (first * HALVING_FACTOR**exponent for exponent in range(30))

@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 
 from pipeline.evaluation.statistics import rank_cells, sample_std
+from pipeline.runtime.errors import UserError
 from pipeline.runtime.files import write_atomic
 from pipeline.runtime.runs import RunFolder
 from pipeline.studies.grid import Grid
@@ -31,6 +32,7 @@ class RunOutcome:
 
     state: Literal["done", "stopped", "pruned", "failed"]  # stopped: paused at a rung of the search
     reason: str = ""
+    is_bug: bool = False  # the run failed by a bug; its traceback is in `error.txt`
     metric: float = math.nan  # on validation, percent
     loss: float = math.nan
     seconds: float = math.nan  # of training
@@ -58,7 +60,7 @@ class Leaderboard:
         """Return the validated epochs of a run; empty when the run has not started.
 
         Raises:
-            ValueError: the history of the run is damaged, or a finished run has none.
+            UserError: the history of the run is damaged, or a finished run has none.
         """
         run = self.run(cell, seed)
         return read_validations(run) if run.is_done or (run.path / "history.csv").is_file() else []
@@ -70,10 +72,10 @@ class Leaderboard:
             validations = self.validations(cell, seed)
             best = best_validation(validations, self.grid.cells[cell].training.select)
             if run.is_done:
-                return RunOutcome("done", "", best.metric, best.loss, run.read_done()["seconds"])
-        except ValueError as error:
+                return RunOutcome("done", metric=best.metric, loss=best.loss, seconds=run.read_done()["seconds"])
+        except UserError as error:
             return RunOutcome("failed", str(error))
-        return RunOutcome("stopped", f"stopped at epoch {validations[-1].epoch}", best.metric, best.loss)
+        return RunOutcome("stopped", f"stopped at epoch {validations[-1].epoch}", metric=best.metric, loss=best.loss)
 
     def add(self, cell: int, seed: int, outcome: RunOutcome) -> None:
         """Record the outcome of a run in memory; `save` writes it to disk."""

@@ -23,6 +23,7 @@ from pipeline.evaluation.evaluate import apply_overrides, evaluate, evaluation_n
 from pipeline.report.sampler import draw_sampler_curve, sampler_curve_filename
 from pipeline.runtime import plugins
 from pipeline.runtime.device import Precision, default_device
+from pipeline.runtime.errors import UserError
 from pipeline.runtime.files import lock, write_atomic
 from pipeline.runtime.logs import ProgressBar
 from pipeline.runtime.runs import RunConfig, RunFolder
@@ -86,7 +87,7 @@ def write_sampler_curve(
         progress: Whether to show a progress bar.
 
     Raises:
-        ValueError: the head does not sample, the run is not finished, or `overrides` has a setting that the curve varies.
+        UserError: the head does not sample, the run is not finished, or `overrides` has a setting that the curve varies.
     """
     config = run.config()
     _, changes = apply_overrides(config, overrides)
@@ -114,17 +115,17 @@ def write_sampler_curve(
 
 
 def _check_run(run: RunFolder, config: RunConfig, repeated: list[str]) -> None:
-    """Raise `ValueError` for a run that is not finished or does not sample, and for overrides that the curve varies."""
+    """Raise `UserError` for a run that is not finished or does not sample, and for overrides that the curve varies."""
     run.check_done()
     if not _has_sampler(config.method) or config.settings.get("denoiser") == "regression":
         able = ", ".join(name for name in plugins.names("methods") if _has_sampler(name))
-        raise ValueError(f"{run.path} predicts without a sampler, so there is no curve; methods that sample: {able}")
+        raise UserError(f"{run.path} predicts without a sampler, so there is no curve; methods that sample: {able}")
     if repeated:
-        raise ValueError(f"--sampler-curve varies {', '.join(VARIED_SETTINGS)}: leave {', '.join(repeated)} out of --set")
+        raise UserError(f"--sampler-curve varies {', '.join(VARIED_SETTINGS)}: leave {', '.join(repeated)} out of --set")
 
 
 def _has_sampler(method: str) -> bool:
-    return set(VARIED_SETTINGS) <= set(plugins.get("methods", method).PREDICTION)
+    return set(VARIED_SETTINGS) <= set(plugins.get("methods", method).prediction)
 
 
 def _timed_batch(home: Path, config: RunConfig) -> FeatureTable:

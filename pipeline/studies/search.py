@@ -1,8 +1,9 @@
 """Run a grid: train its cells, rank them on validation, and read the test split only for the winner.
 
 The cells are trained on all cores of this machine or by the workers of a dask scheduler. Cells are ordinary runs: finished runs
-are not trained again, and the same command resumes after any interruption. A run that fails is listed, and the others finish.
-On a GPU, cells of one structure and one seed are trained as one model, because a single head leaves the GPU mostly idle.
+are not trained again, and the same command resumes after any interruption. A run that fails is listed, and the others finish;
+the traceback of a bug is in `error.txt` of the run. On a GPU, cells of one structure and one seed are trained as one model,
+because a single head leaves the GPU mostly idle.
 
 This module is what the leading process does; `search_worker` is what a worker does.
 """
@@ -19,6 +20,7 @@ from typing import Any, Literal
 
 import pandas as pd
 
+from pipeline.runtime.errors import UserError
 from pipeline.runtime.executor import Executor, num_processes, open_executor, run_here
 from pipeline.runtime.files import lock
 from pipeline.runtime.logs import ProgressBar
@@ -30,6 +32,7 @@ from pipeline.studies.search_worker import (
     FeatureRef,
     GroupJob,
     PlannedRun,
+    RunFailure,
     SearchOptions,
     evaluate_run,
     split_evenly,
@@ -51,6 +54,7 @@ class GridResult:
     ranking: pd.DataFrame  # one row per cell
     winner: Mapping[str, Any]  # empty when no cell finished
     failed: Mapping[str, str]  # run -> reason
+    bugs: frozenset[str]  # the runs among them that failed by a bug, whose tracebacks are in their `error.txt`
 
 
 def run_grid(
@@ -73,12 +77,12 @@ def run_grid(
         max_ensemble_size: Cells of one model at most; 0: as many as fit in memory. Not with the strategy "processes".
 
     Raises:
-        ValueError: two options contradict each other, or the scheduler does not answer.
+        UserError: two options contradict each other, or the scheduler does not answer.
     """
     if scheduler != "local" and workers >= 0:
-        raise ValueError("--workers are processes of this machine, --scheduler has its own: give one of them")
+        raise UserError("--workers are processes of this machine, --scheduler has its own: give one of them")
     if max_ensemble_size and strategy == "processes":
-        raise ValueError(
+        raise UserError(
             "--lanes are cells of one model, and --strategy processes trains every cell by itself: give one of them"
         )
     folder = grid.create_folder()
@@ -102,13 +106,17 @@ def run_grid(
         trainer = GridTrainer(leaderboard, executor, options)
         trainer.train(trainer.run_halving() if grid.search == "optuna" else list(grid.heads), math.inf)
         winner, failed = _choose_winner(leaderboard, executor, read_test)
-    return GridResult(folder, tuple(grid.axes), leaderboard.ranking(), winner, failed)
+    reasons = {run: failure.reason for run, failure in failed.items()}
+    bugs = frozenset(run for run, failure in failed.items() if failure.is_bug)
+    return GridResult(folder, tuple(grid.axes), leaderboard.ranking(), winner, reasons, bugs)
 
 
-def _choose_winner(leaderboard: Leaderboard, executor: Executor, read_test: bool) -> tuple[dict[str, Any], dict[str, str]]:
-    """Write the winner, with its test metrics when they may be read, and return it with the reason of every failed run."""
+def _choose_winner(
+    leaderboard: Leaderboard, executor: Executor, read_test: bool
+) -> tuple[dict[str, Any], dict[str, RunFailure]]:
+    """Write the winner, with its test metrics when they may be read, and return it with every failed run."""
     failed = {
-        str(leaderboard.run(*pair).path): outcome.reason
+        str(leaderboard.run(*pair).path): RunFailure(outcome.reason, outcome.is_bug)
         for pair, outcome in leaderboard.outcomes.items()
         if outcome.state == "failed"
     }
@@ -151,8 +159,8 @@ class GridTrainer:
             for number, get_result in self.executor.map(train_group, jobs):
                 try:
                     failed = get_result()
-                except ValueError as error:
-                    failed = {run.path: str(error) for run in jobs[number].runs}
+                except UserError as error:
+                    failed = {run.path: RunFailure(str(error)) for run in jobs[number].runs}
                 self._record(groups[number], failed)
                 if leaderboard.is_save_due:
                     leaderboard.save()
@@ -161,12 +169,12 @@ class GridTrainer:
             bar.set_postfix_str(leaderboard.describe_best())
         leaderboard.save()
 
-    def _record(self, pairs: Sequence[tuple[int, int]], failed: Mapping[Path, str]) -> None:
+    def _record(self, pairs: Sequence[tuple[int, int]], failed: Mapping[Path, RunFailure]) -> None:
         """Add the outcomes of a group; a run that another process finished meanwhile has not failed."""
         for cell, seed in pairs:
             run = self.leaderboard.run(cell, seed)
-            has_failed = run.path in failed and not run.is_done
-            outcome = RunOutcome("failed", failed[run.path]) if has_failed else self.leaderboard.read_outcome(cell, seed)
+            failure = None if run.is_done else failed.get(run.path)
+            outcome = RunOutcome("failed", *failure) if failure else self.leaderboard.read_outcome(cell, seed)
             self.leaderboard.add(cell, seed, outcome)
 
     def _needs_training(self, cell: int, seed: int, last_epoch: float) -> bool:
@@ -177,7 +185,7 @@ class GridTrainer:
             return False
         try:
             validations = self.leaderboard.validations(cell, seed)
-        except ValueError:
+        except UserError:
             return False
         return not validations or validations[-1].epoch < last_epoch
 
@@ -241,7 +249,7 @@ class GridTrainer:
             return ""
         reason = f"pruned at epoch {pruned_epoch}"
         last = validations_until(validations, rung)[-1]
-        leaderboard.add(cell, seed, RunOutcome("pruned", reason, last.metric, last.loss))
+        leaderboard.add(cell, seed, RunOutcome("pruned", reason, metric=last.metric, loss=last.loss))
         _free_disk(leaderboard.run(cell, seed))
         return reason
 
@@ -249,7 +257,7 @@ class GridTrainer:
 def _free_disk(run: RunFolder) -> None:
     """Delete the saved state of a pruned run, unless another process trains it. If it is wanted later, it starts again."""
     if not run.is_done:
-        with suppress(ValueError), lock(run.path):
+        with suppress(UserError), lock(run.path):
             delete_saved_state(run)
 
 
@@ -265,18 +273,22 @@ def _is_decided(leaderboard: Leaderboard) -> bool:
 
 def _evaluate_winner(
     leaderboard: Leaderboard, executor: Executor, cell: int
-) -> tuple[dict[int, Mapping[str, float]], dict[str, str]]:
-    """Return the winner's metrics on the test split by seed, and the reason for each run that could not be evaluated."""
+) -> tuple[dict[int, Mapping[str, float]], dict[str, RunFailure]]:
+    """Return the winner's metrics on the test split by seed, and the failure of each run that could not be evaluated."""
     grid = leaderboard.grid
     runs = [leaderboard.run(cell, seed) for seed in grid.seeds]
     _announce_test_read(grid, cell, runs)
     tests: dict[int, Mapping[str, float]] = {}
-    failed: dict[str, str] = {}
+    failed: dict[str, RunFailure] = {}
     for number, get_result in executor.map(evaluate_run, [(grid.features.home, run.path) for run in runs]):
         try:
-            tests[grid.seeds[number]] = get_result()
-        except ValueError as error:
-            failed[str(runs[number].path)] = f"not evaluated on the test split: {error}"
+            outcome = get_result()
+        except UserError as error:
+            outcome = RunFailure(str(error))
+        if isinstance(outcome, RunFailure):
+            failed[str(runs[number].path)] = outcome._replace(reason=f"not evaluated on the test split: {outcome.reason}")
+        else:
+            tests[grid.seeds[number]] = outcome
     return tests, failed
 
 

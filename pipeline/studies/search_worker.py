@@ -15,10 +15,11 @@ from threading import Lock
 from typing import Any, NamedTuple, TypeVar
 
 from pipeline.evaluation.evaluate import evaluate
+from pipeline.runtime.errors import UserError, describe_error, is_bug, is_out_of_memory
 from pipeline.runtime.runs import RunFolder
 from pipeline.training.config import TrainConfig
 from pipeline.training.features import FeatureSet, open_features
-from pipeline.training.heads import HeadPlan, head_capacity, plan_head_on, train_heads
+from pipeline.training.heads import HeadPlan, head_capacity, out_of_memory_error, plan_head_on, train_heads
 
 ItemT = TypeVar("ItemT")
 _ONE_JOB = Lock()  # the generator that initialises weights and the number of threads belong to the whole process
@@ -52,6 +53,13 @@ class PlannedRun(NamedTuple):
     path: Path  # folder of the run
 
 
+class RunFailure(NamedTuple):
+    """Why a run failed, as one line."""
+
+    reason: str
+    is_bug: bool = False
+
+
 @dataclass(frozen=True, slots=True)
 class GroupJob:
     """Runs of one structure and one seed to train together."""
@@ -64,52 +72,78 @@ class GroupJob:
     options: SearchOptions
 
 
-def train_group(job: GroupJob) -> dict[Path, str]:
+def train_group(job: GroupJob) -> dict[Path, RunFailure]:
     """Train or continue the runs of a job.
 
     Returns:
-        The folders of the runs that failed, with the reason of each.
+        The folders of the runs that failed, with the failure of each. The traceback of a bug is in `error.txt` of the folder.
 
     Raises:
-        ValueError: this machine has other files than the process that made the job, or no run can be started.
+        UserError: this machine has other files than the process that made the job, or its memory is too small to start.
     """
     with _ONE_JOB:
         try:
-            features = _open_features(job.features_ref, job.method)
-            heads = [plan_head_on(features, job.method, run.settings, run.training, job.seed) for run in job.runs]
-            for head, run in zip(heads, job.runs, strict=True):
-                if head.run.path != run.path:
-                    raise ValueError(f"a worker would train {head.run.path} instead of {run.path}: its files are not the same")
-            size = job.options.max_ensemble_size or max(1, head_capacity(heads[0]) // job.options.num_local_workers)
-        except (RuntimeError, MemoryError) as error:
-            raise _name_run(job.runs[0].path, error) from error
-        failed = _train_ensembles(split_evenly(heads, size), job)
-    return {run.path: str(error) for run, error in failed.items()}
+            heads = _plan_heads(job)
+            size = job.options.max_ensemble_size or _ensemble_size(heads[0], job.options)
+        except Exception as error:
+            if isinstance(error, (UserError, OSError)):
+                raise
+            return {run.path: _failure(RunFolder(run.path, job.seed), error) for run in job.runs}
+        return _train_ensembles(split_evenly(heads, size), job)
 
 
-def _train_ensembles(ensembles: Sequence[Sequence[HeadPlan]], job: GroupJob) -> dict[RunFolder, ValueError]:
+def _plan_heads(job: GroupJob) -> list[HeadPlan]:
+    """Open the features of a job and plan its runs.
+
+    Raises:
+        UserError: this machine has other files than the process that made the job.
+    """
+    features = _open_features(job.features_ref, job.method)
+    heads = [plan_head_on(features, job.method, run.settings, run.training, job.seed) for run in job.runs]
+    for head, run in zip(heads, job.runs, strict=True):
+        if head.run.path != run.path:
+            raise UserError(f"a worker would train {head.run.path} instead of {run.path}: its files are not the same")
+    return heads
+
+
+def _ensemble_size(head: HeadPlan, options: SearchOptions) -> int:
+    """Return how many heads like this one fit in the memory of a worker; 1 after a bug, which each run then meets by itself."""
+    try:
+        return max(1, head_capacity(head) // options.num_local_workers)
+    except Exception as error:
+        if is_bug(error):
+            return 1
+        raise
+
+
+def _train_ensembles(ensembles: Sequence[Sequence[HeadPlan]], job: GroupJob) -> dict[Path, RunFailure]:
     """Train each ensemble as one model and return the runs that failed.
 
-    When torch fails, the ensemble is split into halves: memory may be too small for all, or one run may cause the error.
+    After a bug, or when memory runs out, the ensemble is split into halves: memory may be too small for all, or one run may
+    cause the error.
     """
-    failed: dict[RunFolder, ValueError] = {}
+    failed: dict[Path, RunFailure] = {}
     pending = list(ensembles)
     while pending:
         heads = pending.pop(0)
         try:
-            failed |= train_heads(heads, job.options.progress, lambda epoch, metric: epoch >= job.last_epoch)
-        except (RuntimeError, MemoryError) as error:
+            errors = train_heads(heads, job.options.progress, lambda epoch, metric: epoch >= job.last_epoch)
+            failed |= {run.path: RunFailure(str(error)) for run, error in errors.items()}
+        except Exception as error:
+            if isinstance(error, (UserError, OSError)):
+                raise
             if len(heads) > 1:
                 pending[:0] = split_evenly(heads, math.ceil(len(heads) / 2))
             else:
-                failed[heads[0].run] = _name_run(heads[0].run.path, error)
+                failed[heads[0].run.path] = _failure(heads[0].run, error)
     return failed
 
 
-def _name_run(run: Path, error: RuntimeError | MemoryError) -> ValueError:
-    """Return an error of torch as one line that names the run."""
-    lines = str(error).splitlines() or [type(error).__name__]
-    return ValueError(f"{run}: {lines[0]}")
+def _failure(run: RunFolder, error: Exception) -> RunFailure:
+    """Return the failure of a run as one line; the traceback of a bug is written to `error.txt` of the run."""
+    if is_out_of_memory(error):
+        return RunFailure(str(out_of_memory_error(run, error)))
+    return RunFailure(f"{describe_error(error)}; a bug, its traceback is in {run.write_traceback(error)}", is_bug=True)
 
 
 def split_evenly(items: Sequence[ItemT], max_size: int) -> list[Sequence[ItemT]]:
@@ -124,8 +158,8 @@ def _open_features(features_ref: FeatureRef, method: str) -> FeatureSet:
     return open_features(features_ref.home, features_ref.dataset, method, dict(features_ref.caches), features_ref.aggregate)
 
 
-def evaluate_run(job: tuple[Path, Path]) -> dict[str, float]:
-    """Return the metrics of a run on the test split.
+def evaluate_run(job: tuple[Path, Path]) -> dict[str, float] | RunFailure:
+    """Return the metrics of a run on the test split, or why there are none.
 
     Args:
         job: The home folder, and the folder of the run.
@@ -133,6 +167,10 @@ def evaluate_run(job: tuple[Path, Path]) -> dict[str, float]:
     home, path = job
     with _ONE_JOB:
         try:
-            return evaluate(home, RunFolder.at(path), "test", {})["metrics"]
-        except (RuntimeError, MemoryError) as error:
-            raise _name_run(path, error) from error
+            metrics = evaluate(home, RunFolder.at(path), "test", {})["metrics"]
+        except Exception as error:
+            if isinstance(error, (UserError, OSError)):
+                raise
+            return _failure(RunFolder.at(path), error)
+        RunFolder.at(path).delete_traceback()
+        return metrics

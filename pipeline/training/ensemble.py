@@ -14,8 +14,9 @@ from torch.func import functional_call
 from torch.nn.utils.rnn import pad_sequence
 
 from pipeline.nn.layers import LookupTable
+from pipeline.nn.method import Method
 from pipeline.runtime.rng import KeyedRNG
-from pipeline.types import Batch, Method
+from pipeline.types import Batch
 
 _MODULE_ATTRIBUTES = frozenset(vars(nn.Module()))
 
@@ -28,7 +29,7 @@ def structure_key(method: Method) -> Hashable:
     may not. An attribute that cannot be compared by value equals no other attribute, so its method is trained alone.
     """
     parts = []
-    for name, module in _as_module(method).named_modules():
+    for name, module in method.named_modules():
         attributes = {key: _comparable(value) for key, value in vars(module).items() if key not in _MODULE_ATTRIBUTES}
         tensors = chain(module.named_parameters(recurse=False), module.named_buffers(recurse=False))
         num_free = 1 if isinstance(module, LookupTable) else 0  # leading dimensions in which stacked methods may differ
@@ -88,15 +89,10 @@ class _MethodModule(nn.Module):
 
     def __init__(self, method: Method) -> None:
         super().__init__()
-        self.method = _as_module(method)
+        self.method = method
 
     def forward(self, use: Callable[[Any], Any]) -> Any:
         return use(self.method)
-
-
-def _as_module(method: Method) -> nn.Module:
-    assert isinstance(method, nn.Module)
-    return method
 
 
 def _named_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -132,7 +128,7 @@ def bytes_per_method(method: Method, batch: Batch, rng: KeyedRNG, num_rows: int)
     scaled to `num_rows`.
     """
     weights = sum(parameter.nbytes for _, parameter in method.named_parameters())
-    own_tensors = dict(_named_tensors(_as_module(method))).values()
+    own_tensors = dict(_named_tensors(method)).values()
     known = {tensor.untyped_storage().data_ptr() for tensor in chain(batch.values(), own_tensors)}
     largest = max(_bytes_saved_for_backward(partial(method.loss, batch, rng, phase.name), known) for phase in method.phases)
     return 4 * weights + largest * num_rows // len(batch["key"])

@@ -14,10 +14,10 @@ from pipeline.cache.reader import find_cache
 from pipeline.cache.streaming import bytes_per_sample, open_split
 from pipeline.cache.table import FeatureSource, FeatureTable, load_split
 from pipeline.data.manifest import Manifest
-from pipeline.data.manifest_files import read_manifest
-from pipeline.data.spec import load_spec
+from pipeline.data.manifest_files import load_dataset_spec, read_manifest
 from pipeline.runtime import plugins
 from pipeline.runtime.device import default_device
+from pipeline.runtime.errors import UserError
 from pipeline.types import Split
 
 logger = logging.getLogger(__name__)
@@ -103,18 +103,32 @@ def open_features(home: Path, dataset: str, method: str, encoders: Mapping[str, 
             "" is the choice of the dataset.
 
     Raises:
-        ValueError: the dataset is not prepared, or there is no such cache.
+        UserError: the dataset is not prepared, there is no such cache, or a cache holds tokens instead of vectors.
     """
     manifest = read_manifest(home, dataset)
-    needs = plugins.get("methods", method).NEEDS
+    needs = plugins.get("methods", method).needs
     caches = {key: find_cache(home, manifest, name) for key, name in encoders.items() if key in needs}
+    if not getattr(plugins.get("methods", method), "reads_tokens", False):
+        for cache in caches.values():
+            _check_vectors(cache, method)
     return FeatureSet(home=home, manifest=manifest, caches=caches, aggregate=aggregate or manifest.meta["text"]["aggregate"])
 
 
-def cache_names(dataset: str, image: str, text: str) -> dict[str, str]:
-    """Return the cache names by batch key: those given, or the dataset's default encoders where a name is ""."""
+def _check_vectors(cache: Cache, method: str) -> None:
+    """Refuse a cache of tokens, [T,D] for each sample or text, of which the method reads one vector each."""
+    if len(cache.feature_shape) > 1:
+        size = "×".join(map(str, cache.feature_shape))
+        raise UserError(
+            f"{cache.path} holds tokens, {size} of each item, and {method} wants one vector of each: extract without "
+            "--set tokens=true, and name that cache with --image or --text; the cache of tokens was made by: "
+            f"{cache.provenance['command']}"
+        )
+
+
+def cache_names(home: Path, dataset: str, image: str, text: str) -> dict[str, str]:
+    """Return the cache names by batch key: those given, or the default encoders of the home's dataset where a name is ""."""
     given = {"image": image, "text": text}
     if image and text:
         return given
-    defaults = load_spec(dataset)["encoders"]
+    defaults = load_dataset_spec(home, dataset)["encoders"]
     return {key: name or defaults[key] for key, name in given.items()}

@@ -15,21 +15,26 @@ from torch import Tensor
 
 from pipeline.cache.streaming import choose_window
 from pipeline.cache.table import ordered_batches, shuffled_batches
+from pipeline.data.manifest_files import read_plugin
 from pipeline.data.spec import load_spec
 from pipeline.evaluation import metrics
 from pipeline.evaluation.evaluate import PREDICTION_BATCH_SIZE, predict
 from pipeline.nn import losses
+from pipeline.nn.method import Method
 from pipeline.runtime import plugins
+from pipeline.runtime.choices import unknown_choice
 from pipeline.runtime.device import default_device, free_bytes, reproducible
+from pipeline.runtime.errors import UserError, describe_error, is_bug, is_out_of_memory
 from pipeline.runtime.files import lock
 from pipeline.runtime.rng import KeyedRNG
 from pipeline.runtime.runs import RunConfig, RunFolder
+from pipeline.runtime.settings import configure
 from pipeline.training.config import TRAINING_PRESETS, TrainConfig
 from pipeline.training.ensemble import bytes_per_method
 from pipeline.training.features import FeatureSet, open_features
 from pipeline.training.loop import train
 from pipeline.training.state import Score, StopCheck, TrainState, delete_saved_state, never_stop
-from pipeline.types import Method, Predictor
+from pipeline.types import Predictor
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +43,12 @@ STATE_COPIES = 5  # memory that a run needs on the CPU, in multiples of its weig
 
 
 def resolve_head_settings(
-    dataset: str, method: str, preset: str, settings: Mapping[str, Any], training: Mapping[str, Any]
+    dataset: str,
+    method: str,
+    preset: str,
+    settings: Mapping[str, Any],
+    training: Mapping[str, Any],
+    home: Path | None = None,
 ) -> tuple[Any, TrainConfig]:
     """Return the config of the method and the training config.
 
@@ -51,23 +61,25 @@ def resolve_head_settings(
             for the method, which were chosen on validation.
         settings: Given settings of the method, by field name or by the symbol of the papers.
         training: Given settings of `TrainConfig`.
+        home: Where the dataset is prepared, for tuned settings of a dataset that has another name there than its plug-in.
 
     Raises:
-        ValueError: there is no such preset or setting, or the dataset has no tuned settings for the method.
+        UserError: there is no such preset or setting, or the dataset has no tuned settings for the method.
     """
     module = plugins.get("methods", method)
     chosen: Mapping[str, Any] = {}
     base: Mapping[str, Any] = TRAINING_PRESETS.get(preset, {})
     if preset == "tuned":
-        tuned = load_spec(dataset).get("tuned", {})
+        plugin = read_plugin(home, dataset) if home else dataset
+        tuned = load_spec(plugin).get("tuned", {})
         if method not in tuned:
-            raise ValueError(f"data_manifests/{dataset}.yaml has no tuned settings for {method!r}; use --preset head or paper")
+            raise UserError(f"data_manifests/{plugin}.yaml has no tuned settings for {method!r}; use --preset head or paper")
         chosen, base = tuned[method].get("settings", {}), tuned[method].get("training", {})
     elif preset not in TRAINING_PRESETS:
-        raise ValueError(f"unknown preset {preset!r}; choose one of: {', '.join([*TRAINING_PRESETS, 'tuned'])}")
-    fields = {module.SYMBOLS.get(key, key): value for key, value in settings.items()}
-    plugins.configure(module.Config, settings, module.SYMBOLS)
-    return plugins.configure(module.Config, {**chosen, **fields}), plugins.configure(TrainConfig, {**base, **training})
+        raise unknown_choice(preset, f"unknown preset {preset!r}", [*TRAINING_PRESETS, "tuned"])
+    fields = {module.symbols.get(key, key): value for key, value in settings.items()}
+    configure(module.Config, settings, module.symbols)
+    return configure(module.Config, {**chosen, **fields}), configure(TrainConfig, {**base, **training})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,14 +134,28 @@ def train_head(head: HeadPlan, progress: bool, should_stop: StopCheck = never_st
         should_stop: Called after each validation; training stops early when it returns True.
 
     Raises:
-        ValueError: the run fails, for example because it diverges.
+        UserError: the run fails, for example because it diverges or because memory runs out.
+        Exception: there is a bug; its traceback is in `error.txt` of the run until a later attempt ends without a bug.
     """
-    for error in train_heads([head], progress, should_stop).values():
+    try:
+        failed = train_heads([head], progress, should_stop)
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise out_of_memory_error(head.run, error) from error
+        if is_bug(error):
+            head.run.write_traceback(error)
+        raise
+    for error in failed.values():
         raise error
     return head.run
 
 
-def train_heads(heads: Sequence[HeadPlan], progress: bool, should_stop: StopCheck = never_stop) -> dict[RunFolder, ValueError]:
+def out_of_memory_error(run: RunFolder, error: Exception) -> UserError:
+    """Return the failure of a run for which memory ran out, as one line."""
+    return UserError(f"{run.path}: memory ran out ({describe_error(error)}); take a smaller batch_size, or a window")
+
+
+def train_heads(heads: Sequence[HeadPlan], progress: bool, should_stop: StopCheck = never_stop) -> dict[RunFolder, UserError]:
     """Train heads on the same features as one model; see `train_head`.
 
     Args:
@@ -138,7 +164,7 @@ def train_heads(heads: Sequence[HeadPlan], progress: bool, should_stop: StopChec
         should_stop: Called for each run after each of its validations.
 
     Returns:
-        The runs that failed, and why. A failed run does not disturb the others.
+        The runs that failed, and why. A failed run does not disturb the others. A bug is raised, and ends them all.
     """
     device, states = default_device(), []
     with reproducible(device), ExitStack() as all_locks:
@@ -147,6 +173,7 @@ def train_heads(heads: Sequence[HeadPlan], progress: bool, should_stop: StopChec
             if head.run.is_done:
                 logger.debug("%s is trained already", head.run.path)
                 delete_saved_state(head.run)
+                head.run.delete_traceback()
                 continue
             method = _build_method(head, device)
             folder_lock = all_locks.enter_context(ExitStack())
@@ -158,16 +185,18 @@ def train_heads(heads: Sequence[HeadPlan], progress: bool, should_stop: StopChec
             states.append(
                 TrainState(method=method, run=head.run, config=head.training, should_stop=should_stop, folder_lock=folder_lock)
             )
-        return _train_states(heads[0], states, progress) if states else {}
+        failed = _train_states(heads[0], states, progress) if states else {}
+        for state in states:
+            state.run.delete_traceback()
+    return failed
 
 
 def _build_method(head: HeadPlan, device: torch.device) -> Method:
     torch.manual_seed(head.run.seed)
-    method: Method = plugins.get("methods", head.config.method).build(head.settings, head.features.shapes)
-    return method.to(device)
+    return plugins.get("methods", head.config.method)(head.settings, head.features.shapes).to(device)
 
 
-def _train_states(head: HeadPlan, states: Sequence[TrainState], progress: bool) -> dict[RunFolder, ValueError]:
+def _train_states(head: HeadPlan, states: Sequence[TrainState], progress: bool) -> dict[RunFolder, UserError]:
     """Train runs with the features, the seed and the shared settings of `head`, which is one of them."""
     seed, training = head.run.seed, head.training
     train_source, val = head.features.splits(training.window)

@@ -6,6 +6,7 @@ import csv
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from pipeline.runtime.errors import UserError
 from pipeline.runtime.runs import RunFolder
 
 
@@ -35,7 +36,7 @@ def read_validations(run: RunFolder) -> list[Validation]:
     A finished run has at least one.
 
     Raises:
-        ValueError: the history is damaged or missing.
+        UserError: the history is damaged or missing.
     """
     path = run.path / "history.csv"
     try:
@@ -43,9 +44,9 @@ def read_validations(run: RunFolder) -> list[Validation]:
             rows = [row for row in csv.DictReader(file) if row.get("val_metric")]
         found = [Validation(int(row["epoch"]) + 1, float(row["val_metric"]), float(row["val_loss"])) for row in rows]
     except (FileNotFoundError, ValueError, KeyError, TypeError, csv.Error) as error:
-        raise ValueError(f"{path} is damaged or missing; {run.remedy}") from error
+        raise UserError(f"{path} is damaged or missing; {run.remedy}") from error
     if run.is_done and not found:
-        raise ValueError(f"{path} has no validated epoch; {run.remedy}")
+        raise UserError(f"{path} has no validated epoch; {run.remedy}")
     return found
 
 

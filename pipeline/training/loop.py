@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from pipeline.runtime.device import use_precision
+from pipeline.runtime.errors import UserError
 from pipeline.runtime.logs import ProgressBar
 from pipeline.runtime.rng import KeyedRNG
 from pipeline.runtime.runs import RunFolder
@@ -27,7 +28,7 @@ Validate = Callable[[Predictor], Sequence[Score]]  # returns one score for each 
 
 def train(
     states: Sequence[TrainState], source: Source, train_pass: Callable[[], Iterator[Batch]], validate: Validate, progress: bool
-) -> dict[RunFolder, ValueError]:
+) -> dict[RunFolder, UserError]:
     """Train runs through the phases of their methods and write their checkpoints.
 
     Runs at the same epoch are trained together as one model. Each run keeps its epoch that is best on validation. After an
@@ -42,9 +43,9 @@ def train(
         progress: Whether to show a progress bar.
 
     Returns:
-        The runs that failed, and why. A failed run does not disturb the others.
+        The runs that failed, and why. A failed run does not disturb the others. A bug is raised, and ends them all.
     """
-    failed: dict[RunFolder, ValueError] = {}
+    failed: dict[RunFolder, UserError] = {}
     remaining = list(states)
     for state in states:
         _run_or_record_failure(state, state.resume, failed)
@@ -62,15 +63,15 @@ def train(
     return failed
 
 
-def _run_or_record_failure(state: TrainState, action: Callable[[], None], failed: dict[RunFolder, ValueError]) -> None:
-    """Run an action for a state; when it raises `ValueError`, record it as the failure of the run."""
+def _run_or_record_failure(state: TrainState, action: Callable[[], None], failed: dict[RunFolder, UserError]) -> None:
+    """Run an action for a state; when it raises a `UserError`, record it as the failure of the run."""
     try:
         action()
-    except ValueError as error:
+    except UserError as error:
         failed[state.run] = error
 
 
-def _advance_or_finish(state: TrainState, failed: dict[RunFolder, ValueError]) -> bool:
+def _advance_or_finish(state: TrainState, failed: dict[RunFolder, UserError]) -> bool:
     """Return whether there is more to train; if not, write what the run has and release its folder."""
     if state.run not in failed:
         if state.is_stopped:
@@ -90,7 +91,7 @@ def _train_ensemble(
     train_pass: Callable[[], Iterator[Batch]],
     validate: Validate,
     bar: ProgressBar,
-    failed: dict[RunFolder, ValueError],
+    failed: dict[RunFolder, UserError],
 ) -> None:
     """Train runs at the same position as one model, up to epoch `until` of their phase or until a run fails or stops."""
     for state in states:
@@ -120,7 +121,7 @@ def _train_ensemble(
 
 
 def _train_and_validate_epoch(
-    optimizer: EnsembleOptimizer, source: Source, validate: Validate, failed: dict[RunFolder, ValueError]
+    optimizer: EnsembleOptimizer, source: Source, validate: Validate, failed: dict[RunFolder, UserError]
 ) -> list[float]:
     """Train one epoch, validate it if that is due, and record both in the states; return the loss of each run."""
     rows = train_epoch(optimizer, source)

@@ -14,7 +14,8 @@ from torch._dynamo.exc import TorchDynamoException
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from pipeline.runtime.device import default_device
-from pipeline.runtime.rng import KeyedRNG
+from pipeline.runtime.errors import UserError
+from pipeline.runtime.rng import KeyedRNG, make_streams_compilable
 from pipeline.training.config import TrainConfig
 from pipeline.training.ensemble import ModelEnsemble, clip_gradients_per_model
 from pipeline.training.state import TrainState
@@ -52,7 +53,7 @@ class EnsembleOptimizer:
         The tensors that a compiled loss returns are valid until the next call.
 
         Raises:
-            ValueError: torch.compile fails.
+            UserError: torch.compile fails.
         """
         for parameter in self._parameters:
             parameter.grad = None
@@ -64,7 +65,7 @@ class EnsembleOptimizer:
             return self._compiled_loss(batch, key, phase)
         except TorchDynamoException as error:
             reason = str(error).splitlines()[0]
-            raise ValueError(f"torch.compile fails, {reason}; does it have its compiler? leave --train compiled out") from error
+            raise UserError(f"torch.compile fails, {reason}; does it have its compiler? leave --train compiled out") from error
 
     def step(self, loss: Tensor) -> None:
         """Take one step with the gradient of each run's own loss, [] or [K], after clipping the norm of each gradient."""
@@ -109,6 +110,7 @@ class EnsembleOptimizer:
 def _compile_loss(model: Any) -> Callable[..., Batch]:
     """Return the loss as one compiled graph of (batch, key of the random streams, phase); drop all earlier compilations."""
     torch.compiler.reset()
+    make_streams_compilable()
 
     def loss(batch: Batch, key: Tensor, phase: str) -> Batch:
         return model.loss(batch, KeyedRNG(key, batch["key"]), phase)

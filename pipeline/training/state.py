@@ -16,11 +16,13 @@ import torch
 from safetensors.torch import save as safetensors_bytes
 from torch import Tensor
 
+from pipeline.nn.method import Method
+from pipeline.runtime.errors import UserError
 from pipeline.runtime.files import sha256, write_atomic
 from pipeline.runtime.runs import RunFolder
 from pipeline.training.config import TrainConfig
 from pipeline.training.history import Validation
-from pipeline.types import Batch, Method, Phase
+from pipeline.types import Batch, Phase
 
 DIVERGED = "not finite"  # part of the error message of every run that diverged: such a run would diverge again
 StopCheck = Callable[[int, float], bool]  # (finished epochs of the last phase, validation metric) -> whether to stop now
@@ -87,7 +89,7 @@ class TrainState:
         """Load the progress that is saved in the run's folder, if there is any.
 
         Raises:
-            ValueError: the saved state is damaged.
+            UserError: the saved state is damaged.
         """
         path = self.run.path / "state.pt"
         if not path.is_file():
@@ -98,8 +100,8 @@ class TrainState:
             self.method.load_state_dict(saved.pop("method"))
             self.optimizer_state = {name: saved[name] for name in ("optimizer", "scheduler", "average")} if saved else {}
             _ = self.phase  # raises IndexError when the method has no such phase
-        except (RuntimeError, EOFError, LookupError, TypeError, AttributeError, UnpicklingError) as error:
-            raise ValueError(f"{path} is damaged; {self.run.remedy}") from error
+        except (ValueError, RuntimeError, EOFError, LookupError, TypeError, AttributeError, UnpicklingError) as error:
+            raise UserError(f"{path} is damaged; {self.run.remedy}") from error
         self._check_stop()
 
     def start_phase(self, train_pass: Callable[[], Iterator[Batch]]) -> None:
@@ -119,11 +121,11 @@ class TrainState:
         """Count a finished epoch and append its row to the history.
 
         Raises:
-            ValueError: its loss is not finite.
+            UserError: its loss is not finite.
         """
         if not math.isfinite(row["loss"]):
             position = f"epoch {row['epoch']} of phase {row['phase']!r}"
-            raise ValueError(f"the loss is {DIVERGED} in {position}; lower lr, or raise tau")
+            raise UserError(f"the loss is {DIVERGED} in {position}; lower lr, or raise tau")
         self.progress.epoch += 1
         self.progress.history.append(row)
 
@@ -136,10 +138,10 @@ class TrainState:
         """Add a score to the history, keep the weights if they are the best so far, and check for an early stop.
 
         Raises:
-            ValueError: the validation loss is not finite.
+            UserError: the validation loss is not finite.
         """
         if not math.isfinite(score.loss):
-            raise ValueError(f"{self.run.path} predicts numbers that are {DIVERGED}: it diverges; train with a lower lr")
+            raise UserError(f"{self.run.path} predicts numbers that are {DIVERGED}: it diverges; train with a lower lr")
         self.progress.history[-1] |= {"val_metric": score.metric, "val_loss": score.loss, **score.facts}
         rank = Validation(self.progress.epoch, score.metric, score.loss).rank(self.config.select)
         if rank >= self.progress.best_score:

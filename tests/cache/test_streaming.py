@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers.tiny_heads import SMALL_SETTINGS, caches_by_key
+from helpers.tiny_heads import caches_by_key, small_settings
 
 from pipeline.cache import Cache, streaming
 from pipeline.cache.reader import find_cache
@@ -153,7 +153,7 @@ def test_a_reader_that_fails_or_is_abandoned_ends(tiny_caches: Any, monkeypatch:
 
 def train(home: Path, method: str, **training: Any) -> RunFolder:
     settings, config = resolve_head_settings(
-        "tiny", method, "head", SMALL_SETTINGS.get(method, {}), {"epochs": 3, "batch_size": 8, **training}
+        "tiny", method, "head", small_settings(method), {"epochs": 3, "batch_size": 8, **training}
     )
     return train_head(plan_head(home, "tiny", method, settings, config, 0, caches_by_key(home)), progress=False)
 

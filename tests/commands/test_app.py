@@ -13,11 +13,12 @@ from types import SimpleNamespace
 
 import pytest
 from helpers.command_line import run
-from helpers.tiny_heads import FAST_TRAINING, SMALL_SETTINGS, caches_by_key
+from helpers.tiny_heads import FAST_TRAINING, caches_by_key, small_settings
 
 from pipeline.commands import doctor
 from pipeline.data.manifest import Manifest
 from pipeline.runtime import plugins
+from pipeline.runtime.settings import configure
 
 
 @pytest.fixture
@@ -29,7 +30,7 @@ def home(tiny_home: Path, tmp_path: Path) -> Path:
 def train_arguments(home: Path, method: str) -> list[str]:
     """Return the arguments of a small train-head command on the tiny dataset."""
     keys = caches_by_key(home)
-    settings = [f"--set={key}={value}" for key, value in SMALL_SETTINGS[method].items()]
+    settings = [f"--set={key}={value}" for key, value in small_settings(method).items()]
     training = [f"--train={key}={value}" for key, value in FAST_TRAINING.items()]
     caches = ["--image", keys["image"], "--text", keys["text"]]
     return ["train-head", "--dataset", "tiny", "--method", method, "--home", str(home), *caches, *settings, *training]
@@ -72,7 +73,7 @@ def test_a_method_shows_its_settings(method: str, monkeypatch: pytest.MonkeyPatc
     assert set(described["grid"]) <= described.keys()
     for field, values in described["grid"].items():
         for value in values:
-            plugins.configure(module.Config, {field: value})
+            configure(module.Config, {field: value})
 
 
 @pytest.mark.parametrize(

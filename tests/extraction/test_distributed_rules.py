@@ -76,8 +76,9 @@ def test_workers_that_go_on_after_an_error_keep_the_cache_locked(tmp_path: Path)
     write_texts(tmp_path, 340)
     with process_cluster(2) as client:
         client.register_plugin(FailWhileOtherWorks(tmp_path))
-        with pytest.raises(KeyError, match="a mistake"):
+        with pytest.raises(KeyError, match="a mistake") as raised:
             extract_on_cluster(client, texts_spec(tmp_path))
+        assert "_fail" in {frame.name for frame in raised.traceback}  # the worker's part of the traceback
         (path,) = (tmp_path / "caches" / "texts").iterdir()
         before = num_commits(path)
         with pytest.raises(ValueError, match="another process is writing"), lock(path):

@@ -8,6 +8,7 @@ import re
 import shutil
 import threading
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ from pipeline.data.manifest_files import read_manifest
 from pipeline.encoders.random_projection import RandomProjection
 from pipeline.extraction.extract import ExtractOptions
 from pipeline.extraction.repair import repair
+from pipeline.runtime.errors import UserError
 from pipeline.runtime.files import lock
 
 NUM_SHARDS = 8
@@ -207,7 +209,8 @@ def run_command_and_kill_worker(delay: float, arguments: list[str], errors: Path
 @pytest.mark.parametrize(
     ("error", "kind", "message"),
     [
-        (ValueError("nothing fits"), ValueError, "^nothing fits$"),
+        (UserError("nothing fits"), UserError, "^nothing fits$"),
+        (ValueError("a mistake"), RuntimeError, "a worker process failed; what it said is above"),
         (ZeroDivisionError("a mistake"), RuntimeError, "a worker process failed; what it said is above"),
     ],
 )
@@ -224,7 +227,9 @@ def test_an_error_in_a_worker_is_reported(
         raise error
 
     monkeypatch.setattr(RandomProjection, "forward", fail)
-    with pytest.raises(kind, match=message):
+    with pytest.raises(kind, match=message) as raised:
         extract_texts(texts, tmp_path, workers=2)
-    assert ("ZeroDivisionError: a mistake" in capfd.readouterr().err) == (kind is RuntimeError)
+    is_bug, shown = kind is RuntimeError, f"{type(error).__name__}: a mistake"
+    assert (shown in capfd.readouterr().err) == is_bug
+    assert (shown in "".join(traceback.format_exception(raised.value))) == is_bug
     assert not multiprocessing.active_children()

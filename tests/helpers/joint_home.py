@@ -6,7 +6,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from helpers import encoder_cases
-from helpers.tiny_heads import SMALL_SETTINGS
+from helpers.tiny_heads import small_settings
 from pipeline.cache import find_caches, open_cache
 from pipeline.cache.layout import StoreDtype
 from pipeline.data.manifest import Manifest
@@ -16,6 +16,7 @@ from pipeline.evaluation.evaluate import load_method
 from pipeline.extraction.extract import ExtractOptions, extract
 from pipeline.runtime import plugins
 from pipeline.runtime.runs import RunFolder
+from pipeline.runtime.settings import configure
 from pipeline.training.config import TrainConfig
 from pipeline.training.features import open_features
 from pipeline.training.heads import plan_head, resolve_head_settings, train_head
@@ -53,7 +54,7 @@ def caches(home: Path) -> dict[str, str]:
 def train_small_head(home: Path, method: str, epochs: int = 3, aggregate: str = "") -> RunFolder:
     """Train a small head in stage 2."""
     settings, training = resolve_head_settings(
-        "tiny", method, "head", SMALL_SETTINGS[method], {"epochs": epochs, "batch_size": 8}
+        "tiny", method, "head", small_settings(method), {"epochs": epochs, "batch_size": 8}
     )
     return train_head(plan_head(home, "tiny", method, settings, training, 0, caches(home), aggregate), progress=False)
 
@@ -62,7 +63,7 @@ def joint_plan(home: Path, init: RunFolder, joint: JointConfig, training: TrainC
     """The plan that `finetune` makes."""
     config = init.config()
     features = open_features(home, "tiny", config.method, config.caches, config.text_aggregate)
-    settings = plugins.configure(plugins.get("methods", config.method).Config, config.settings)
+    settings = configure(plugins.get("methods", config.method).Config, config.settings)
     loaded = load_method(init, config, settings)
     name = replace(config, training=asdict(joint)).fingerprint()
     run = replace(init, path=home / "joint" / "tiny" / name / "seed0")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import fields
+from dataclasses import replace
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import numpy as np
@@ -12,20 +12,11 @@ from scipy.special import log_softmax
 from torch import Tensor, nn
 
 from pipeline.runtime import plugins
+from pipeline.runtime.errors import UserError
 from pipeline.runtime.rng import KeyedRNG, sample_keys
 from pipeline.types import Batch, Phase, Shapes
 
 ROWS, WIDTH, CLASSES = 64, 16, 5
-TINY_SETTINGS = {
-    "hidden": 20,
-    "num_steps": 12,
-    "stage_step": 4,
-    "sample_steps": 4,
-    "num_tokens": 4,
-    "token_width": 8,
-    "num_heads": 2,
-    "width": 12,
-}
 # Numeric settings that get a variant of their own, with its value.
 VARIED_NUMBERS = {"dropout": 0.5, "eta": 1.0, "draws": 3, "train_min_step": 0.5, "ce_min_step": 0.5}
 LABEL_KINDS = ("single", "multi")
@@ -42,9 +33,8 @@ def shapes(kind: str = "single", text_width: int = WIDTH) -> Shapes:
 
 def settings(method: str, **changes: Any) -> Any:
     """Return the config of a method with tiny sizes."""
-    config_type = plugins.get("methods", method).Config
-    known = {field.name for field in fields(config_type)}
-    return config_type(**{name: size for name, size in TINY_SETTINGS.items() if name in known} | changes)
+    method_class = plugins.get("methods", method)
+    return method_class.Config(**{**method_class.small(), **changes})
 
 
 def variants() -> list[tuple[str, dict[str, Any]]]:
@@ -72,7 +62,7 @@ def variant_id(variant: object) -> str:
 
 def build(method: str, kind: str = "single", text_width: int = WIDTH, seed: int = 0, **changes: Any) -> Any:
     torch.manual_seed(seed)
-    return plugins.get("methods", method).build(settings(method, **changes), shapes(kind, text_width))
+    return plugins.get("methods", method)(settings(method, **changes), shapes(kind, text_width))
 
 
 def make_sample_keys(rows: int = ROWS) -> Tensor:
@@ -154,25 +144,20 @@ class StubDenoiser(nn.Module):
         return context if self.returns == "image" else x_n
 
 
-# A valid value, different from the tiny one, of settings for which 0.5 is not valid or not different.
-OTHER_VALUES = {
-    "num_heads": 4,
-    "stage_step": 2,
-    "eta": 0.5,
-    "tau": 0.2,
-    "sample_steps": 3,
-    "num_tokens": 2,
-    "token_width": 16,
-    "width": 8,
-    "hidden": 24,
-    "num_steps": 14,
-    "draws": 2,
-}
-
-
 def another_value(config: Any, field: str, hint: Any) -> Any:
-    """Return a valid value of a setting that differs from the one in the config."""
+    """Return a valid value of a setting that differs from the one in the config; any field of any method has one."""
     value = getattr(config, field)
     if get_origin(hint) is Literal:
         return next(choice for choice in reversed(get_args(hint)) if choice != value)
-    return (not value) if hint is bool else OTHER_VALUES.get(field, 0.5)
+    if hint is bool:
+        return not value
+    candidates = (2 * value, value // 2, value + 1, value - 1) if hint is int else (0.5, value / 2, 2 * value, 1.0)
+    return next(each for each in candidates if each != value and _is_valid(config, field, each))
+
+
+def _is_valid(config: Any, field: str, value: Any) -> bool:
+    try:
+        replace(config, **{field: value})
+    except UserError:
+        return False
+    return True

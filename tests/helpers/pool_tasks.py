@@ -7,11 +7,13 @@ import os
 import signal
 from pathlib import Path
 
+from pipeline.runtime.errors import UserError
+
 
 def square(number: int) -> tuple[int, int, str]:
     """Return the square, the process id, and the number of threads."""
     if number < 0:
-        raise ValueError(f"{number} has no square here")
+        raise UserError(f"{number} has no square here")
     return number**2, os.getpid(), os.environ["OMP_NUM_THREADS"]
 
 

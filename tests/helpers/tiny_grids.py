@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from helpers.tiny_heads import FAST_TRAINING, SMALL_SETTINGS, caches_by_key
+from helpers.tiny_heads import FAST_TRAINING, caches_by_key, small_settings
 from pipeline.studies.grid import Grid, plan_grid, read_axes
 
 SHORT = {"epochs": 2}
@@ -14,7 +14,7 @@ SHORT = {"epochs": 2}
 def tiny_grid(home: Path, method: str = "seda", pairs: tuple[str, ...] = ("T=20,30", "t=0,5"), **options: Any) -> Grid:
     """A grid on the tiny dataset; settings that are no axis have the small values of the other tests."""
     axes = read_axes(method, pairs)
-    settings = {key: value for key, value in SMALL_SETTINGS[method].items() if key not in axes}
+    settings = {key: value for key, value in small_settings(method).items() if key not in axes}
     training = {key: value for key, value in {"precision": "float32", **FAST_TRAINING}.items() if key not in axes}
     training |= options.pop("training", {})
     caches = caches_by_key(home)

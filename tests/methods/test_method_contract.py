@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 from dataclasses import fields
-from typing import Any
+from typing import Any, get_type_hints
 
 import pytest
 import torch
@@ -13,6 +13,7 @@ from helpers.method_cases import (
     CLASSES,
     LABEL_KINDS,
     ROWS,
+    another_value,
     batches_of,
     build,
     fitted,
@@ -28,6 +29,7 @@ from torch import Tensor
 
 from pipeline.runtime import plugins
 from pipeline.runtime.rng import KeyedRNG
+from pipeline.runtime.settings import configure
 from pipeline.training.ensemble import ModelEnsemble, structure_key
 from pipeline.types import Batch
 
@@ -57,12 +59,12 @@ def test_all_methods_are_found() -> None:
 def test_symbols_and_grid_name_settings(name: str) -> None:
     module = plugins.get("methods", name)
     known = {field.name for field in fields(module.Config)}
-    assert set(module.SYMBOLS.values()) <= known
-    assert all(letter == field for letter, field in module.SYMBOLS.items() if letter in known)
-    assert set(module.GRID) <= known
-    for field, values in module.GRID.items():
+    assert set(module.symbols.values()) <= known
+    assert all(letter == field for letter, field in module.symbols.items() if letter in known)
+    assert set(module.grid) <= known
+    for field, values in module.grid.items():
         for value in values:
-            assert getattr(plugins.configure(module.Config, {field: str(value)}), field) == value
+            assert getattr(configure(module.Config, {field: str(value)}), field) == value
 
 
 @for_all_label_kinds
@@ -70,7 +72,7 @@ def test_symbols_and_grid_name_settings(name: str) -> None:
 def test_every_phase_trains_only_the_parameters_that_it_names(variant: tuple[str, dict[str, Any]], kind: str) -> None:
     name, changes = variant
     method, batch = build(name, kind, **changes), make_batch(kind)
-    assert method.needs == plugins.get("methods", name).NEEDS
+    assert method.needs == plugins.get("methods", name).needs
     needed = {key: batch[key] for key in method.needs}
     learned: set[str] = set()
     for index, phase in enumerate(method.phases):
@@ -102,6 +104,32 @@ def test_every_phase_trains_only_the_parameters_that_it_names(variant: tuple[str
     assert len(feature) == ROWS
     assert logits.isfinite().all()
     assert feature.isfinite().all()
+
+
+@for_all_methods
+def test_numbers_are_tensors(name: str) -> None:
+    """Heads that differ in a float, such as a weight, can be trained as one model; settings of prediction are exempt."""
+    method, default = plugins.get("methods", name), settings(name)
+    known = structure_key(build(name))
+    hints = get_type_hints(method.Config)
+    for field in fields(default):
+        if hints[field.name] is float and field.name not in method.prediction:
+            changed = {field.name: another_value(default, field.name, float)}
+            assert structure_key(build(name, **changed)) == known, f"numbers are tensors, but {field.name} is an attribute"
+
+
+@for_all_methods
+def test_text_is_weighted_by_paired(name: str) -> None:
+    """The loss changes when samples lose their texts, by "paired" alone."""
+    method, batch = fitted(name)
+    if "text" not in method.needs:
+        return
+    assert "paired" in method.needs
+    fewer = {**batch, "paired": batch["paired"] * (torch.arange(ROWS) % 2 == 0)}
+    losses = [[method.loss(each, make_rng(), phase.name)["loss"] for phase in method.phases] for each in (batch, fewer)]
+    assert any(not torch.equal(*pair) for pair in zip(*losses, strict=True)), (
+        "text is weighted by paired, but paired is not read"
+    )
 
 
 @for_all_methods
@@ -198,7 +226,8 @@ def test_a_sample_without_text_does_not_change_the_text_losses(variant: tuple[st
                 gradients = torch.autograd.grad(parts[part], list(method.parameters()), allow_unused=True, retain_graph=True)
                 outcomes[-1][part] = [parts[part], *(g for g in gradients if g is not None)]
     clean, dirty = outcomes
-    assert ("paired" in method.needs) == bool(clean)
+    # the parts have these names in the methods of this package; `test_text_is_weighted_by_paired` needs no names
+    assert plugins.is_external("methods", name) or ("paired" in method.needs) == bool(clean)
     torch.testing.assert_close(dirty, clean, atol=1e-5, rtol=1e-4)
 
 

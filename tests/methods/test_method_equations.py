@@ -9,20 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers.method_cases import (
-    CLASSES,
-    LABEL_KINDS,
-    ROWS,
-    WIDTH,
-    build,
-    cross_entropy,
-    fitted,
-    make_batch,
-    make_rng,
-    noise_levels,
-    settings,
-    to_numpy,
-)
+from helpers.equation_cases import build, fitted, settings
+from helpers.method_cases import CLASSES, LABEL_KINDS, ROWS, WIDTH, cross_entropy, make_batch, make_rng, noise_levels, to_numpy
 from scipy import special, stats
 from torch import Tensor, nn
 
@@ -227,7 +215,7 @@ class TestMARNet:
     def test_a_branch_trains_like_the_method_of_the_same_name(self, branch: str) -> None:
         model, batch = fitted("marnet", seed=1)
         config = getattr(settings("marnet"), branch)()
-        alone = plugins.get("methods", branch).build(
+        alone = plugins.get("methods", branch)(
             config, {"image": (WIDTH,), "text": (WIDTH,), "label": (), "classes": (CLASSES,)}
         )
         alone.load_state_dict(getattr(model, branch).state_dict())

@@ -7,15 +7,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers.equation_cases import build, fitted
 from helpers.method_cases import (
     CLASSES,
     LABEL_KINDS,
     ROWS,
     WIDTH,
     StubDenoiser,
-    build,
     cross_entropy,
-    fitted,
     make_batch,
     make_rng,
     make_sample_keys,

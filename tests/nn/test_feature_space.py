@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from helpers.method_cases import build, fitted, make_batch, make_rng, to_numpy
+from helpers.equation_cases import build, fitted
+from helpers.method_cases import make_batch, make_rng, to_numpy
 
 
 def test_adapters_are_used_if_the_widths_differ() -> None:

@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers.method_cases import ROWS, WIDTH, StubDenoiser, fitted, make_rng, noise_levels, to_numpy
+from helpers.equation_cases import fitted
+from helpers.method_cases import ROWS, WIDTH, StubDenoiser, make_rng, noise_levels, to_numpy
 from scipy import stats
 from torch import Tensor
 

@@ -28,7 +28,7 @@ def test_every_method_of_the_demo_has_tuned_settings(method: str) -> None:
     settings, training = resolve_head_settings(DEMO_DATASET, method, "tuned", {}, {})
     assert training.epochs > 0
     for overrides in EXTRA_OVERRIDES.get(method, ()):
-        assert set(overrides) <= set(plugins.get("methods", method).PREDICTION)
+        assert set(overrides) <= set(plugins.get("methods", method).prediction)
         assert all(getattr(settings, field) != value for field, value in overrides.items())
 
 

@@ -10,7 +10,7 @@ from typing import get_type_hints
 
 import pytest
 from helpers.tiny_grids import tiny_grid
-from helpers.tiny_heads import FAST_TRAINING, SMALL_SETTINGS, caches_by_key
+from helpers.tiny_heads import FAST_TRAINING, caches_by_key, small_settings
 
 from pipeline.runtime import plugins
 from pipeline.runtime.device import default_device, resolve_dtype
@@ -149,7 +149,7 @@ def test_a_cell_is_the_run_of_train_head(tiny_home: Path) -> None:
     grid = tiny_grid(tiny_home, pairs=("T=20,30", "t=0,5", "lr=1e-3,1e-2"), seeds=(0, 3))
     assert len(grid.heads) == 16
     settings, training = resolve_head_settings(
-        "tiny", "seda", "head", {**SMALL_SETTINGS["seda"], "num_steps": 30}, {**FAST_TRAINING, "lr": 0.01}
+        "tiny", "seda", "head", {**small_settings("seda"), "num_steps": 30}, {**FAST_TRAINING, "lr": 0.01}
     )
     alone = plan_head(tiny_home, "tiny", "seda", settings, training, 3, caches_by_key(tiny_home))
     assert grid.heads[7, 3].run == alone.run

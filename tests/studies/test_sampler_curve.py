@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 from helpers.command_line import run as run_cli
 from helpers.pages import Page
-from helpers.tiny_heads import SMALL_SETTINGS, train_tiny
+from helpers.tiny_heads import small_settings, train_tiny
 
 from pipeline.evaluation.evaluate import evaluate, read_metrics
 from pipeline.report import write_report
@@ -128,7 +128,8 @@ def test_the_command_prints_a_table_or_one_object_and_the_report_shows_the_curve
 def test_a_head_that_does_not_sample_is_refused_in_one_line(
     home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setitem(SMALL_SETTINGS["cdr"], "denoiser", "regression")
+    small = {**small_settings("cdr"), "denoiser": "regression"}
+    monkeypatch.setattr("pipeline.methods.cdr.CDR.small", lambda: small)
     for method in ("ema", "cdr"):
         run = train_tiny(home, method)
         assert run_cli(["evaluate", str(run.path), "--sampler-curve", "--home", str(home)], monkeypatch) == 2

@@ -60,7 +60,7 @@ TRAINING_FIELDS = ("lr", "weight_decay", "epochs", "batch_size", "precision")
 def axes_of(method: str) -> list[str]:
     """Return axes as --grid options, with two values each: fields of the method's grid and symbols, and some of training."""
     module = plugins.get("methods", method)
-    fields = dict.fromkeys([*module.GRID, *module.SYMBOLS.values(), *(TRAINING_FIELDS if method == "seda" else ())])
+    fields = dict.fromkeys([*module.grid, *module.symbols.values(), *(TRAINING_FIELDS if method == "seda" else ())])
     return [f"{field}={','.join(map(str, VALUES.get(field, (0.3, 1.0))))}" for field in fields]
 
 

@@ -44,12 +44,12 @@ NUMERIC_SETTINGS = ("num_steps", "stage_step", "schedule", "train_min_step", "ce
 def test_methods_that_differ_only_in_numbers_have_the_same_structure(name: str) -> None:
     default = settings(name, **({"adapter": "classifier"} if name in ("cdr", "seda") else {}))
     method = plugins.get("methods", name)
-    known = structure_key(method.build(default, shapes()))
+    known = structure_key(method(default, shapes()))
     hints = get_type_hints(method.Config)
-    assert structure_key(method.build(replace(default), shapes())) == known
+    assert structure_key(method(replace(default), shapes())) == known
     for field in fields(default):
         changed = replace(default, **{field.name: another_value(default, field.name, hints[field.name])})
-        same = structure_key(method.build(changed, shapes())) == known
+        same = structure_key(method(changed, shapes())) == known
         assert same == field.name.startswith(NUMERIC_SETTINGS), field.name
 
 

@@ -18,7 +18,7 @@ import pytest
 import torch
 from helpers.method_cases import another_value
 from helpers.tiny_grids import tiny_grid
-from helpers.tiny_heads import FAST_TRAINING, SMALL_SETTINGS, caches_by_key
+from helpers.tiny_heads import FAST_TRAINING, caches_by_key, small_settings
 from torch._dynamo.utils import counters
 
 from pipeline.evaluation.evaluate import evaluate
@@ -44,8 +44,8 @@ OTHER_TRAINING: dict[str, Any] = {
     "lr_gamma": 0.3,
     "grad_clip": 0.01,
     "select": "last",
+    "weight_average": 0.9,
 }
-OTHER_TRAINING["weight_average"] = 0.9
 AXES = ("T=16,20", "t=0,5", "lr=1e-3,1e-2")
 
 
@@ -63,9 +63,8 @@ def planned(
     features: FeatureSet, method: str, changes: Mapping[str, Any], training: Mapping[str, Any], seed: int = 0
 ) -> HeadPlan:
     """The plan of a small head with some settings changed."""
-    settings, config = resolve_head_settings(
-        "tiny", method, "head", {**SMALL_SETTINGS[method], **changes}, {**FAST_TRAINING, **training}
-    )
+    given = {**small_settings(method), **changes}
+    settings, config = resolve_head_settings("tiny", method, "head", given, {**FAST_TRAINING, **training})
     return plan_head_on(features, method, settings, config, seed)
 
 
@@ -90,13 +89,12 @@ def assert_same(head: HeadPlan, home: Path, other_home: Path) -> None:
 def variations(features: FeatureSet, method: str, training: Mapping[str, Any]) -> list[HeadPlan]:
     """Plans of heads with equal structure: the default, each possible change, all changes at once, and other training."""
     module = plugins.get("methods", method)
-    hints = get_type_hints(module.Config)
     default = planned(features, method, {}, training)
-    known = structure_key(module.build(default.settings, features.shapes))
+    known = structure_key(module(default.settings, features.shapes))
     changes: dict[str, Any] = {}
-    for field, hint in hints.items():
+    for field, hint in get_type_hints(module.Config).items():
         changed = replace(default.settings, **{field: another_value(default.settings, field, hint)})
-        if structure_key(module.build(changed, features.shapes)) == known:
+        if structure_key(module(changed, features.shapes)) == known:
             changes[field] = getattr(changed, field)
     heads = [planned(features, method, {field: value}, training) for field, value in changes.items()]
     mixed = planned(features, method, changes, {**training, **OTHER_TRAINING})
@@ -192,7 +190,10 @@ def test_an_error_of_torch_fails_its_run_alone(strategy: Any, home: Path, monkey
 
     monkeypatch.setattr("pipeline.studies.search_worker.train_heads", limited)
     result = run_grid(grid, workers=0, strategy=strategy)
-    assert result.failed == {str(failing_run.path): f"{failing_run.path}: did not converge"}
+    traceback_file = failing_run.path / "error.txt"
+    reason = f"RuntimeError: did not converge; a bug, its traceback is in {traceback_file}"
+    assert result.failed == {str(failing_run.path): reason}
+    assert result.bugs == set(result.failed)
     assert [head.run.is_done for head in grid.heads.values()] == [True, True, False, True]
 
 
@@ -387,7 +388,7 @@ def test_a_compiled_loss_equals_the_loss(method: str, home: Path, other_home: Pa
         train_head(head, progress=False)
     counters.clear()
     assert not train_heads(compiled, progress=False)
-    phases = len(plugins.get("methods", method).build(plain[0].settings, plain[0].features.shapes).phases)
+    phases = len(plugins.get("methods", method)(plain[0].settings, plain[0].features.shapes).phases)
     assert counters["stats"]["unique_graphs"] == phases
     for pair in zip(compiled, plain, strict=True):
         (ours, our_metrics), (theirs, their_metrics) = (

@@ -22,9 +22,11 @@ from torch import Tensor, nn
 from pipeline.cache import open_cache
 from pipeline.cache.table import Captions, load_split, shuffled_batches
 from pipeline.evaluation.evaluate import evaluate
+from pipeline.nn.method import Method
 from pipeline.runtime import files, plugins
 from pipeline.runtime.rng import KeyedRNG
 from pipeline.runtime.runs import RunFolder
+from pipeline.runtime.settings import configure
 from pipeline.training import loop
 from pipeline.training.config import TrainConfig
 from pipeline.training.optim import EnsembleOptimizer
@@ -85,15 +87,13 @@ def test_sigkill_ends_in_the_same_metrics(home: Path, tmp_path: Path, monkeypatc
     assert evaluate(home, run, "test", {})["metrics"] == expected["metrics"]
 
 
-class TwoPhases(nn.Module):
+class TwoPhases(Method):
     """Two linear layers, trained one after the other: the second reads the output of the first."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__(None, {})
         self.needs, self.phases = ("image", "label"), (Phase("a", ("a.",)), Phase("b", ("b.",), share=0.5))
         self.a, self.b = nn.Linear(3, 4), nn.Linear(4, 2)
-
-    def begin(self, phase: str, train: object) -> None: ...
 
     def loss(self, batch: Batch, rng: KeyedRNG, phase: str) -> Batch:
         hidden = torch.tanh(self.a(batch["image"]))
@@ -192,7 +192,7 @@ def test_the_epoch_is_chosen_on_validation(select: str, best: int, tmp_path: Pat
         validated.append({name: tensor.clone() for name, tensor in method.state_dict().items()})
         return [Score(*next(scores))]
 
-    config = plugins.configure(TrainConfig, {"lr": 0.05, "epochs": 12, "select": select})
+    config = configure(TrainConfig, {"lr": 0.05, "epochs": 12, "select": select})
     run = RunFolder(tmp_path / "two-0" / "seed0", 0)
     state = TrainState(method=method, run=run, config=config)
     assert not loop.train([state], two_phase_source, lambda: iter(()), validate, progress=False)

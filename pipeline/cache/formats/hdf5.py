@@ -26,6 +26,7 @@ from pipeline.cache.exchange import (
     stored_dtype,
 )
 from pipeline.cache.import_plan import check_id_bytes
+from pipeline.runtime.errors import UserError
 from pipeline.types import Sample
 
 MAX_IDS_PER_READ = 512
@@ -70,7 +71,7 @@ def read(path: Path) -> Iterator[FeatureFile]:
     """Open a file of `write`, or any HDF5 file with datasets `features` and `ids`.
 
     Raises:
-        ValueError: the file cannot be read.
+        UserError: the file cannot be read.
     """
     with ExitStack() as stack:
         with label_read_errors(path, RuntimeError):
@@ -99,29 +100,29 @@ def _own_dataset(file: h5py.File, name: str) -> h5py.Dataset:
     """
     link = file.get(name, getlink=True)
     if link is None:
-        raise ValueError(f"there is no dataset {name!r}, only: {', '.join(file) or 'nothing'}")
+        raise UserError(f"there is no dataset {name!r}, only: {', '.join(file) or 'nothing'}")
     item = file[name] if isinstance(link, h5py.HardLink) else None
     if not isinstance(item, h5py.Dataset) or item.is_virtual or item.external:
-        raise ValueError(f"{name!r} is no dataset of the file itself")
+        raise UserError(f"{name!r} is no dataset of the file itself")
     return item
 
 
 def _column(path: Path, file: h5py.File, name: str) -> h5py.Dataset:
-    """Return a dataset of one dimension; `ValueError` when it is longer than the file can hold."""
+    """Return a dataset of one dimension; `UserError` when it is longer than the file can hold."""
     column = _own_dataset(file, name)
     if column.ndim != 1 or not 1 <= len(column) <= path.stat().st_size:
-        raise ValueError(f"{name!r} must be one list of a length that the file can hold, not of shape {column.shape}")
+        raise UserError(f"{name!r} must be one list of a length that the file can hold, not of shape {column.shape}")
     return column
 
 
 def _read_ids(path: Path, ids: h5py.Dataset) -> list[str]:
     is_text = h5py.check_string_dtype(ids.dtype) is not None
     if not is_text and ids.dtype.kind not in "iu":
-        raise ValueError(f"'ids' must be strings or whole numbers, not {ids.dtype}")
+        raise UserError(f"'ids' must be strings or whole numbers, not {ids.dtype}")
     values = ids.asstr("utf-8") if is_text else ids
     is_fixed = ids.dtype.kind != "O"
     if is_fixed and ids.dtype.itemsize > 4 * MAX_ID_CHARACTERS:
-        raise ValueError(f"'ids' are strings of {ids.dtype.itemsize} bytes; an id has {MAX_ID_CHARACTERS} characters at most")
+        raise UserError(f"'ids' are strings of {ids.dtype.itemsize} bytes; an id has {MAX_ID_CHARACTERS} characters at most")
     ids_per_read = MAX_IDS_PER_READ
     if not is_fixed:  # an id may be as long as the file, and all ids may be that string, which is stored once
         ids_per_read = max(MIN_IDS_PER_READ, min(MAX_IDS_PER_READ, MAX_ID_READ_BYTES // path.stat().st_size))

@@ -20,6 +20,7 @@ from pipeline.cache.exchange import (
     read_sidecar,
     stored_dtype,
 )
+from pipeline.runtime.errors import UserError
 from pipeline.types import Sample
 
 
@@ -45,7 +46,7 @@ def read(path: Path) -> Iterator[FeatureFile]:
     """Open a file of `write`, or any .npy file with its ids in a file beside it, see `read_sidecar`.
 
     Raises:
-        ValueError: the file cannot be read.
+        UserError: the file cannot be read.
     """
     with label_read_errors(path):
         described = read_sidecar(path)
@@ -67,11 +68,11 @@ def _map_features(path: Path, record: dict[str, object]) -> np.ndarray:
         version = np.lib.format.read_magic(file)
         read_header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
         if version not in read_header:
-            raise ValueError(f"version {version} of the npy format is for structured arrays")
+            raise UserError(f"version {version} of the npy format is for structured arrays")
         shape, fortran_order, dtype = read_header[version](file)
         stored_dtype(path, dtype, record)
         check_declared_shape(path, shape, dtype.itemsize)
         num_bytes, expected_bytes = path.stat().st_size - file.tell(), prod(shape) * dtype.itemsize
         if num_bytes != expected_bytes:
-            raise ValueError(f"{path} holds {num_bytes} bytes of features, its shape {list(shape)} needs {expected_bytes}")
+            raise UserError(f"{path} holds {num_bytes} bytes of features, its shape {list(shape)} needs {expected_bytes}")
         return np.memmap(file, dtype, "r", file.tell(), shape, "F" if fortran_order else "C")

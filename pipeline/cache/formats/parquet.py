@@ -28,6 +28,7 @@ from pipeline.cache.exchange import (
     stored_dtype,
 )
 from pipeline.cache.import_plan import check_id_bytes
+from pipeline.runtime.errors import UserError
 from pipeline.types import Sample
 
 READ_BUFFER_BYTES = 2**20  # without a buffer, whole column chunks are read
@@ -75,7 +76,7 @@ def read(path: Path) -> Iterator[FeatureFile]:
     The features are a column `features` of lists of numbers, or, without it, all other columns: one float each.
 
     Raises:
-        ValueError: the file cannot be read.
+        UserError: the file cannot be read.
     """
     with ExitStack() as stack:
         with label_read_errors(path, pa.ArrowException):
@@ -83,7 +84,7 @@ def read(path: Path) -> Iterator[FeatureFile]:
             schema, num_samples = file.schema_arrow, file.metadata.num_rows
             record = parse_json_object((schema.metadata or {}).get(b"about", b"{}"))
             if "id" not in schema.names:
-                raise ValueError(f"there is no column 'id', only: {', '.join(schema.names)}")
+                raise UserError(f"there is no column 'id', only: {', '.join(schema.names)}")
             columns = ["features"] if "features" in schema.names else [name for name in schema.names if name != "id"]
             raw, width = _feature_dtype(schema, columns), _feature_width(file, columns)
             dtype = stored_dtype(path, raw, record)
@@ -96,7 +97,7 @@ def read(path: Path) -> Iterator[FeatureFile]:
             shape = (num_rows, *(record.get("feature_shape", []) or [width]))
             check_declared_shape(path, shape, raw.itemsize)
             if prod(shape[1:]) != width:
-                raise ValueError(f"a row has {width} numbers, its record says {list(shape[1:])}")
+                raise UserError(f"a row has {width} numbers, its record says {list(shape[1:])}")
 
         def read_blocks(block_ends: Sequence[int]) -> Iterator[np.ndarray]:
             sample_bytes = width * raw.itemsize * num_rows // num_samples
@@ -152,7 +153,7 @@ def _feature_dtype(schema: pa.Schema, columns: Sequence[str]) -> np.dtype:
     Columns of one number each must be floats: whole numbers are probably labels or row numbers.
 
     Raises:
-        ValueError: a column holds something else, or there is no column.
+        UserError: a column holds something else, or there is no column.
     """
     for name in columns:
         kind = schema.field(name).type
@@ -161,9 +162,9 @@ def _feature_dtype(schema: pa.Schema, columns: Sequence[str]) -> np.dtype:
             return np.dtype(leaf.to_pandas_dtype())
         if name == "features" or not pa.types.is_floating(kind):
             expected = "lists of numbers" if name == "features" else "floating point numbers; leave out what is no feature"
-            raise ValueError(f"column {name!r} holds {kind} instead of {expected}")
+            raise UserError(f"column {name!r} holds {kind} instead of {expected}")
     if not columns:
-        raise ValueError("there is no column of features")
+        raise UserError("there is no column of features")
     return np.result_type(*(schema.field(name).type.to_pandas_dtype() for name in columns))
 
 
@@ -206,10 +207,10 @@ def _list_array(column: pa.Array, width: int) -> np.ndarray:
     lists = column.flatten() if _is_nested(column.type) else column
     values = lists.flatten()
     if column.null_count or lists.null_count or values.null_count:
-        raise ValueError("a row of `features` is null; leave it out")
+        raise UserError("a row of `features` is null; leave it out")
     lengths = pc.call_function("list_value_length", [lists]).to_numpy(zero_copy_only=False)
     if (lengths != width).any():
-        raise ValueError(f"not every row of `features` has {width} numbers")
+        raise UserError(f"not every row of `features` has {width} numbers")
     return values.to_numpy(zero_copy_only=False).reshape(len(lists), width)
 
 
@@ -222,7 +223,7 @@ def _regroup(
         while sum(map(len, waiting)) < stop - start:
             array = next(arrays, None)
             if array is None:
-                raise ValueError(f"{path} has fewer rows of features than it declares")
+                raise UserError(f"{path} has fewer rows of features than it declares")
             waiting.append(array)
         joined = np.concatenate(waiting)
         yield joined[: stop - start].reshape(-1, *shape)

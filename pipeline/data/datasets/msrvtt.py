@@ -13,6 +13,7 @@ from pipeline.data.json_reader import json_records
 from pipeline.data.manifest import Manifest, check_manifest
 from pipeline.data.readers import line_error, list_entry, locate, parse_whole_number, source_hashes, stripped_lines
 from pipeline.data.spec import manifest_meta, official_root, required_counts, target_splits
+from pipeline.runtime.errors import UserError
 from pipeline.types import Sample
 
 _SPLIT_ALIASES = {"train": "train", "validate": "validate", "val": "validate", "validation": "validate", "test": "test"}
@@ -43,7 +44,7 @@ def build(spec: Mapping[str, Any], root: Path | None) -> Manifest:
         root: the folder of the official files.
 
     Raises:
-        ValueError: annotations are missing or faulty (the message names file and line), or the counts are not as expected.
+        UserError: annotations are missing or faulty (the message names file and line), or the counts are not as expected.
     """
     layout, root = spec["layout"], official_root(spec, root)
     target = target_splits(spec, list(_VIDEO_NUMBERS))
@@ -83,12 +84,12 @@ def build(spec: Mapping[str, Any], root: Path | None) -> Manifest:
 
 
 def _find_annotations(root: Path, choices: Sequence[Sequence[str]]) -> list[Path]:
-    """Return the files of the first set that is complete; `ValueError` lists the sets."""
+    """Return the files of the first set that is complete; `UserError` lists the sets."""
     for choice in choices:
         if all((root / name).is_file() for name in choice):
             return [locate(root, [name], "the annotations") for name in choice]
     sets = "; or ".join(" and ".join(choice) for choice in choices)
-    raise ValueError(f"{root} has no MSR-VTT annotations: looked for {sets}")
+    raise UserError(f"{root} has no MSR-VTT annotations: looked for {sets}")
 
 
 def _categories(path: Path) -> list[str]:
@@ -99,7 +100,7 @@ def _categories(path: Path) -> list[str]:
         if not tab or found.setdefault(parse_whole_number(number, path, line), name.strip()) != name.strip():
             raise line_error(path, line, f"{text[:80]!r} is not a name, a tab and a number of its own")
     if sorted(found) != list(range(len(found))):
-        raise ValueError(f"{path}: the numbers of the categories are not 0..{len(found) - 1}")
+        raise UserError(f"{path}: the numbers of the categories are not 0..{len(found) - 1}")
     return [found[number] for number in range(len(found))]
 
 

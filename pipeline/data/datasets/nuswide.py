@@ -33,6 +33,7 @@ from pipeline.data.readers import (
 )
 from pipeline.data.spec import held_out_percent, manifest_meta, official_root, required_counts
 from pipeline.data.splits import is_held_out
+from pipeline.runtime.errors import UserError
 from pipeline.types import SPLITS, Sample
 
 FILTERS = ("none", "label", "label_and_tag")
@@ -85,12 +86,12 @@ def build(spec: Mapping[str, Any], root: Path | None) -> Manifest:
         root: the folder of the official files, or of the import.
 
     Raises:
-        ValueError: an option is unknown, a file is missing or faulty (the message names file and line), or the counts are not
+        UserError: an option is unknown, a file is missing or faulty (the message names file and line), or the counts are not
             the expected ones.
     """
     for key, choices in (("filter", FILTERS), ("variant", VARIANTS)):
         if spec[key] not in choices:
-            raise ValueError(f"unknown {key} {spec[key]!r}; choose one of: {', '.join(choices)}")
+            raise UserError(f"unknown {key} {spec[key]!r}; choose one of: {', '.join(choices)}")
     percent = held_out_percent(spec)
     root = official_root(spec, root)
     photos, list_entries, files = (
@@ -359,14 +360,14 @@ def _tags_by_id(spec: Mapping[str, Any], root: Path, photo_id: NDArray[np.int64]
     If there is no file of tags, all three are empty.
 
     Raises:
-        ValueError: there is no file of tags, and the filter needs tags.
+        UserError: there is no file of tags, and the filter needs tags.
     """
     candidates = [f"{folder}/All_Tags.txt" for folder in spec["layout"]["tags_dir"]]
     try:
         tags_file = locate(root, candidates, "the file of tags")
-    except ValueError as error:
+    except UserError as error:
         if spec["filter"] == "label_and_tag":
-            raise ValueError(f"{error}; without it prepare with --set filter=label") from error
+            raise UserError(f"{error}; without it prepare with --set filter=label") from error
         return [], RaggedRows.from_pairs(np.zeros(0, np.int64), np.zeros(0, np.int32), len(photo_id)), []
     words_file = locate(tags_file.parent, ["TagList1k.txt"], "the list of tags")
     vocabulary = read_names(words_file)

@@ -37,6 +37,7 @@ from pipeline.data import fetch, splits
 from pipeline.data.manifest import Manifest, check_manifest
 from pipeline.data.media import MAX_SVG_BYTES, open_image
 from pipeline.data.spec import manifest_meta, required_counts
+from pipeline.runtime.errors import UserError
 from pipeline.runtime.logs import ProgressBar
 from pipeline.types import Sample
 
@@ -68,10 +69,10 @@ def build(spec: Mapping[str, Any], root: Path | None) -> Manifest:
         root: the folder that `diffalign fetch openclipart` made.
 
     Raises:
-        ValueError: the folder is missing, or the counts are not the expected ones.
+        UserError: the folder is missing, or the counts are not the expected ones.
     """
     if root is None or not (root / spec["layout"]["images"]).is_dir():
-        raise ValueError(f"the drawings ({spec['layout']['images']}) are missing; run: diffalign fetch openclipart")
+        raise UserError(f"the drawings ({spec['layout']['images']}) are missing; run: diffalign fetch openclipart")
     folder = root / spec["layout"]["images"]
     drawings, left_out = _read_all(folder)
     kept = [drawing for drawing in drawings if not set(spec["select"]["drop_series"]) & set(drawing.keywords)]
@@ -143,7 +144,7 @@ def _read_all(folder: Path) -> tuple[list[Drawing], dict[str, Any]]:
             continue
         try:
             drawings.append(read_drawing(path, relative))
-        except ValueError as error:
+        except UserError as error:
             unreadable[relative] = str(error)
     return drawings, {"links": links, "unreadable": unreadable}
 
@@ -156,14 +157,14 @@ def read_drawing(path: Path, relative: str) -> Drawing:
         relative: its path relative to the folder of drawings.
 
     Raises:
-        ValueError: it is not a regular file, is too large, declares an entity, is broken XML, or holds a text that is too long.
+        UserError: it is not a regular file, is too large, declares an entity, is broken XML, or holds a text that is too long.
     """
     if not path.is_file():
-        raise ValueError("not a regular file")  # reading a pipe may never end
+        raise UserError("not a regular file")  # reading a pipe may never end
     with path.open("rb") as file:
         data = file.read(MAX_SVG_BYTES + 1)
     if len(data) > MAX_SVG_BYTES:
-        raise ValueError(f"the drawing is larger than {MAX_SVG_BYTES} bytes")
+        raise UserError(f"the drawing is larger than {MAX_SVG_BYTES} bytes")
     reader = _DescriptionReader()
     parser = expat.ParserCreate(namespace_separator=" ")
     parser.buffer_text = True
@@ -174,12 +175,12 @@ def read_drawing(path: Path, relative: str) -> Drawing:
     try:
         parser.Parse(data, True)
     except (expat.ExpatError, LookupError) as error:  # LookupError: an encoding that does not exist
-        raise ValueError(f"broken XML: {error}") from error
+        raise UserError(f"broken XML: {error}") from error
     return Drawing(relative, reader.title, reader.description, tuple(reader.keywords))
 
 
 def _refuse_entity(name: str, *_: Any) -> None:
-    raise ValueError(f"it declares the entity {name[:40]!r}; entities are not resolved")
+    raise UserError(f"it declares the entity {name[:40]!r}; entities are not resolved")
 
 
 class _DescriptionReader:
@@ -201,7 +202,7 @@ class _DescriptionReader:
         if is_keyword or (parent == "Work" and name in ("title", "description")):
             text = " ".join("".join(self.text).split())
             if len(text) > TEXT_LIMIT:
-                raise ValueError(f"its {name} is longer than {TEXT_LIMIT} characters")
+                raise UserError(f"its {name} is longer than {TEXT_LIMIT} characters")
             if is_keyword:
                 self.keywords.append(text)
             elif name == "title":
@@ -223,7 +224,7 @@ def _render_hashes(folder: Path, drawings: list[Drawing]) -> tuple[dict[str, str
     def pixel_hash(drawing: Drawing) -> str:
         try:
             image = open_image(folder / drawing.path, RENDER_SIZE)
-        except ValueError:
+        except UserError:
             return "undrawable"
         is_flat = image.getcolors(1) is not None  # None: more than one colour
         return "flat" if is_flat else hashlib.sha256(image.tobytes()).hexdigest()

@@ -17,6 +17,7 @@ from pipeline.data import splits
 from pipeline.data.annotations import Emoji, package_path, read_emoji_list
 from pipeline.data.manifest import Manifest, check_manifest
 from pipeline.data.spec import manifest_meta, required_counts
+from pipeline.runtime.errors import UserError
 from pipeline.runtime.files import file_sha256
 from pipeline.types import Sample
 
@@ -31,7 +32,7 @@ def build(spec: Mapping[str, Any], root: Path | None) -> Manifest:
         root: a folder with the layout that `spec` describes, or None for the packages.
 
     Raises:
-        ValueError: a package or a file is missing, or the counts are not the expected ones.
+        UserError: a package or a file is missing, or the counts are not the expected ones.
     """
     names, images, sources = _packaged(spec["layout"]) if root is None else _in_folder(spec["layout"], root)
     select = spec["select"]
@@ -83,7 +84,7 @@ def _in_folder(layout: Mapping[str, str], root: Path) -> tuple[Path, Path, dict[
     """Return the list of names, the folder of images and no versions, from a folder of official files."""
     names, images = root / layout["names"], root / layout["images"]
     if not names.is_file() or not images.is_dir():
-        raise ValueError(f"{root} must hold the file {layout['names']} and the folder {layout['images']}")
+        raise UserError(f"{root} must hold the file {layout['names']} and the folder {layout['images']}")
     return names, images, {}
 
 

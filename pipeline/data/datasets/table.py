@@ -33,6 +33,7 @@ import pyarrow.parquet as pq
 from pipeline.data import readers, splits
 from pipeline.data.manifest import Manifest, check_manifest
 from pipeline.data.spec import held_out_percent, manifest_meta, required_counts
+from pipeline.runtime.errors import UserError
 from pipeline.types import Sample
 
 _SPLIT_ALIASES = {"train": "train", "val": "val", "valid": "val", "validation": "val", "dev": "val", "test": "test"}
@@ -66,16 +67,16 @@ def build(spec: Mapping[str, Any], root: Path | None) -> Manifest:
         root: the folder of the data.
 
     Raises:
-        ValueError: the data cannot be used; the message names file and line.
+        UserError: the data cannot be used; the message names file and line.
     """
     if root is None or not root.is_dir():
-        raise ValueError(f"{root} is no folder; --root takes the folder of your media")
+        raise UserError(f"{root} is no folder; --root takes the folder of your media")
     spec = {**spec, "file": _named_table(spec, root)}
     media_root = readers.locate(root, spec["layout"]["image_root"], "the folder of media")
     tables = _find_tables(spec, root)
     rows = [row for table in tables for row in _read_table(spec, root, table)] if tables else list(_read_tree(media_root))
     if not rows:
-        raise ValueError(f"{tables[0] if tables else media_root} has no rows; see the layouts in `diffalign datasets table`")
+        raise UserError(f"{tables[0] if tables else media_root} has no rows; see the layouts in `diffalign datasets table`")
     names_file = [readers.locate(root, [spec["class_names"]], "the list of class names")] if spec["class_names"] else []
     label_kind = _chosen_or_found(spec, "labels", "multi" if any(len(set(row.labels)) > 1 for row in rows) else "single")
     classes, labels = _label_ids(rows, label_kind, [name for path in names_file for name in readers.read_names(path)])
@@ -131,7 +132,7 @@ def _chosen_or_found(spec: Mapping[str, Any], key: str, found: str) -> Any:
     """Return the user's choice, or, if it is "auto", what was found in the data."""
     choices = {"labels": ("single", "multi"), "media": ("image", "video")}[key]
     if spec[key] not in ("auto", *choices):
-        raise ValueError(f"{key} is {spec[key]!r}; choose one of: auto, {', '.join(choices)}")
+        raise UserError(f"{key} is {spec[key]!r}; choose one of: auto, {', '.join(choices)}")
     return found if spec[key] == "auto" else spec[key]
 
 
@@ -153,7 +154,7 @@ def _named_table(spec: Mapping[str, Any], root: Path) -> str:
     found = sorted(path.name for path in root.iterdir() if path.suffix.lower() in _TABLE_SUFFIXES and path.is_file())
     if len(found) != 1:
         choices = ", ".join(found) or "no .csv, .jsonl or .parquet"
-        raise ValueError(f"{root} holds {len(found)} tables ({choices}); say where it is, --set file=NAME")
+        raise UserError(f"{root} holds {len(found)} tables ({choices}); say where it is, --set file=NAME")
     return found[0]
 
 
@@ -176,7 +177,7 @@ def _read_tree(root: Path) -> Iterator[TableRow]:
         inside[:] = sorted(name for name in inside if not name.startswith("."))
         linked = next((name for name in inside if os.path.islink(os.path.join(base, name))), "")
         if linked:
-            raise ValueError(f"{Path(base, linked)} is a symbolic link to a folder; put the folder itself there")
+            raise UserError(f"{Path(base, linked)} is a symbolic link to a folder; put the folder itself there")
         for name in sorted(
             name for name in names if name.lower().endswith((*_IMAGE_SUFFIXES, *_VIDEO_SUFFIXES)) and name[0] != "."
         ):
@@ -184,19 +185,19 @@ def _read_tree(root: Path) -> Iterator[TableRow]:
             media = readers.parse_media_path(Path(base, name).relative_to(root).as_posix(), root, line)
             parts = media.split("/")
             if len(parts) < depth + 2:
-                raise ValueError(f"{root / media} is in no class folder; name a table, or make folders <class>/…")
+                raise UserError(f"{root / media} is in no class folder; name a table, or make folders <class>/…")
             split = _SPLIT_ALIASES[parts[0].lower()] if depth else ""
             yield TableRow(root, line, media, (parts[depth],), (), split, _stem(media), "")
 
 
 def _split_depth(root: Path) -> int:
-    """Return 1 if the folders below the root are splits, 0 if they are classes; `ValueError` if they are a mixture."""
+    """Return 1 if the folders below the root are splits, 0 if they are classes; `UserError` if they are a mixture."""
     folders = sorted(path.name for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
     named = [name for name in folders if name.lower() in _SPLIT_ALIASES]
     if len(named) < 2 or len(named) == len(folders):  # a single "train" folder may be the class of trains
         return int(bool(folders) and len(named) == len(folders))
     other = next(name for name in folders if name not in named)
-    raise ValueError(
+    raise UserError(
         f"{root} holds split folders ({', '.join(named)}) and others ({other}); move the others away, or name a table"
     )
 
@@ -231,13 +232,13 @@ def _column_candidates(spec: Mapping[str, Any], role: str) -> list[str]:
 
 
 def _find_columns(spec: Mapping[str, Any], record: Mapping[str, Any], table: Path) -> dict[str, str]:
-    """Return the column of every role; `ValueError` lists the columns if a given or needed one does not exist."""
+    """Return the column of every role; `UserError` lists the columns if a given or needed one does not exist."""
     columns: dict[str, str] = {}
     for role in spec["defaults"]:
         names = _column_candidates(spec, role)
         found = next((name for name in names if name in record), "")
         if not found and (spec[f"{role}_column"] or role == "media"):
-            raise ValueError(f"{table} has no column {' or '.join(names)}; choose one of: {', '.join(record)}")
+            raise UserError(f"{table} has no column {' or '.join(names)}; choose one of: {', '.join(record)}")
         if found:
             columns[role] = found
     return columns
@@ -252,7 +253,7 @@ def _read_records(table: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
     elif table.suffix.lower() == ".parquet":
         yield from _parquet_records(table)
     else:
-        raise ValueError(f"{table} is none of: .csv, .jsonl, .parquet")
+        raise UserError(f"{table} is none of: .csv, .jsonl, .parquet")
 
 
 def _csv_records(table: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
@@ -290,7 +291,7 @@ def _parquet_records(table: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
                     row += 1
                     yield row, record
     except (pa.ArrowException, OSError) as error:
-        raise ValueError(f"{table} is damaged or no Parquet file: {error}") from error
+        raise UserError(f"{table} is damaged or no Parquet file: {error}") from error
 
 
 def _parse_name(value: Any, table: Path, line: int) -> str:
@@ -388,5 +389,5 @@ def _numbered_classes(written: Iterable[str], rows: list[TableRow]) -> list[str]
     """Return the class names "0", "1", … up to the largest number."""
     largest = max((int(label) for label in written), default=0)
     if largest >= MAX_CLASSES:
-        raise ValueError(f"{rows[0].file}: the label {largest} is above {MAX_CLASSES - 1}; give a list of class names")
+        raise UserError(f"{rows[0].file}: the label {largest} is above {MAX_CLASSES - 1}; give a list of class names")
     return [str(i) for i in range(largest + 1)]

@@ -39,7 +39,7 @@ def build(spec: Mapping[str, Any], root: Path | None) -> Manifest:
         root: the folder of the official files.
 
     Raises:
-        ValueError: a list is missing or faulty (the message names file and line), or the counts are not the expected ones.
+        UserError: a list is missing or faulty (the message names file and line), or the counts are not the expected ones.
     """
     layout, root = spec["layout"], official_root(spec, root)
     target = target_splits(spec, list(spec["lists"]))
@@ -119,7 +119,7 @@ def _ingredients(path: Path, width: int) -> dict[str, tuple[int, ...]]:
 def _check_ingredients_listed(
     pictures: list[DishPicture], lists: Mapping[str, Path], ingredients: Mapping[str, tuple[int, ...]], marks: Path
 ) -> None:
-    """Raise `ValueError`, with the line of the picture, if a picture has no line of ingredients."""
+    """Raise `UserError`, with the line of the picture, if a picture has no line of ingredients."""
     lines: Counter[str] = Counter()  # number of the current line in the list of each split
     for picture in pictures:
         lines[picture.split] += 1

@@ -13,6 +13,7 @@ from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from pipeline.runtime.device import default_device
+from pipeline.runtime.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -94,10 +95,10 @@ def check_single_process(command: str) -> None:
     """Refuse to run under torchrun; for commands that train several runs.
 
     Raises:
-        ValueError: torchrun has started several processes.
+        UserError: torchrun has started several processes.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ValueError(f"{command} runs in one process: start it without torchrun")
+        raise UserError(f"{command} runs in one process: start it without torchrun")
 
 
 def is_first_process() -> bool:

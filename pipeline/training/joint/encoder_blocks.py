@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from pipeline.runtime.errors import UserError
+
 
 def modules_in_execution_order(encoder: nn.Module, prepared: Tensor) -> list[nn.Module]:
     """Run the encoder and return its modules in the order in which they start.
@@ -40,7 +42,7 @@ def find_blocks(executed: Sequence[nn.Module]) -> list[nn.Module]:
         executed: The result of `modules_in_execution_order`.
 
     Raises:
-        ValueError: no class occurs more than once.
+        UserError: no class occurs more than once.
     """
     groups: dict[type, list[nn.Module]] = {}
     for module in dict.fromkeys(executed):
@@ -48,7 +50,7 @@ def find_blocks(executed: Sequence[nn.Module]) -> list[nn.Module]:
             groups.setdefault(type(module), []).append(module)
     repeated = [group for group in groups.values() if len(group) > 1]
     if not repeated:
-        raise ValueError("this encoder has no repeated blocks; train all of it, without --layer-decay and --checkpointing")
+        raise UserError("this encoder has no repeated blocks; train all of it, without --layer-decay and --checkpointing")
     return max(repeated, key=lambda group: sum(parameter.numel() for module in group for parameter in module.parameters()))
 
 

@@ -18,6 +18,7 @@ from pipeline.data.manifest import Manifest
 from pipeline.encoders._factory import build_encoder
 from pipeline.extraction.extract import ExtractOptions, extract
 from pipeline.runtime import plugins
+from pipeline.runtime.errors import UserError
 from pipeline.runtime.files import canonical_json, write_atomic
 from pipeline.runtime.runs import RunFolder
 
@@ -35,15 +36,15 @@ def rebuild_encoder(cache: Cache) -> RebuiltEncoder:
     """Build the encoder of a cache again, so that it can be trained.
 
     Raises:
-        ValueError: the encoder has no weights to tune, or it is no longer the encoder that made the cache.
+        UserError: the encoder has no weights to tune, or it is no longer the encoder that made the cache.
     """
     made_by = cache.identity["encoder"]
     name, inner = made_by["name"], made_by.get("image")  # the encoder `frames` has an image encoder inside
     inner_name = inner["name"] if inner else name
     if inner_name not in plugins.names("encoders"):
-        raise ValueError(f"{cache.path} was computed elsewhere, so there is nothing to tune; extract features with an encoder")
+        raise UserError(f"{cache.path} was computed elsewhere, so there is nothing to tune; extract features with an encoder")
     if "weights" not in {field.name for field in fields(plugins.get("encoders", inner_name).Config)}:
-        raise ValueError(f"{inner_name} takes no weights, so it cannot be tuned; extract features with another encoder")
+        raise UserError(f"{inner_name} takes no weights, so it cannot be tuned; extract features with another encoder")
     precision = "float32" if (inner or made_by)["compute_dtype"] == "float32" else "mixed"
     settings = dict(cache.provenance["settings"])
     if inner:
@@ -56,7 +57,7 @@ def rebuild_encoder(cache: Cache) -> RebuiltEncoder:
     found = json.loads(canonical_json({"name": name, "modality": encoder.modality, **encoder.identity()}))
     for field, wanted, have in identity_differences(made_by, found, "encoder."):
         if not field.endswith("compute_dtype"):
-            raise ValueError(f"{cache.path} was made with {field} = {wanted!r}, which is {have!r} by now; extract it again")
+            raise UserError(f"{cache.path} was made with {field} = {wanted!r}, which is {have!r} by now; extract it again")
     return RebuiltEncoder(name, settings, encoder)
 
 
@@ -68,7 +69,7 @@ def load_joint_weights(run: RunFolder, key: str) -> dict[str, Tensor]:
         key: "head", "image" or "text".
 
     Raises:
-        ValueError: the checkpoint is not the one that the run wrote.
+        UserError: the checkpoint is not the one that the run wrote.
     """
     state = safetensors.torch.load(run.read_checkpoint())
     return {name.removeprefix(f"{key}."): tensor for name, tensor in state.items() if name.startswith(f"{key}.")}

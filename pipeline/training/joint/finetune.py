@@ -14,8 +14,10 @@ import safetensors.torch
 from pipeline.evaluation.evaluate import evaluate, load_method
 from pipeline.extraction.extract import ExtractOptions
 from pipeline.runtime import plugins
+from pipeline.runtime.errors import UserError
 from pipeline.runtime.files import lock, sha256, write_atomic
 from pipeline.runtime.runs import RunConfig, RunFolder
+from pipeline.runtime.settings import configure
 from pipeline.training.config import TrainConfig
 from pipeline.training.features import FeatureSet, open_features
 from pipeline.training.history import best_validation, read_validations
@@ -48,16 +50,14 @@ def resolve_joint_settings(init: RunFolder, training: Mapping[str, Any]) -> Trai
     The defaults are the learning rate of the papers for the head, ten epochs, and selection by the metric.
 
     Raises:
-        ValueError: a setting is not possible in joint training.
+        UserError: a setting is not possible in joint training.
     """
     base = {"lr": 1e-4, "epochs": 10, "precision": init.config().training.get("precision", "float32")}
-    config = plugins.configure(TrainConfig, {**base, **training})
+    config = configure(TrainConfig, {**base, **training})
     if config.compiled:
-        raise ValueError("joint training is not compiled: leave --train compiled out")
+        raise UserError("joint training is not compiled: leave --train compiled out")
     if config.window or init.config().training.get("window", 0):
-        raise ValueError(
-            "joint training keeps the features in memory: it takes no window, nor a head that was trained with one"
-        )
+        raise UserError("joint training keeps the features in memory: it takes no window, nor a head that was trained with one")
     return config
 
 
@@ -78,15 +78,15 @@ def finetune(home: Path, init: RunFolder, joint: JointConfig, training: TrainCon
         The result. Under torchrun, processes other than the first return the run of stage 2.
 
     Raises:
-        ValueError: the run of stage 2 has not finished, or its encoders cannot be tuned.
+        UserError: the run of stage 2 has not finished, or its encoders cannot be tuned.
     """
     init.check_done()
     init_config = init.config()
     missing = [key for key in joint.trained_keys if key not in init_config.caches]
     if missing:
-        raise ValueError(f"{init_config.method} reads no {missing[0]}; choose --train image")
+        raise UserError(f"{init_config.method} reads no {missing[0]}; choose --unfreeze image")
     if init_config.settings.get("adapter") == "pca":
-        raise ValueError("principal components turn as the encoder moves; train the head with adapter=classifier, or none")
+        raise UserError("principal components turn as the encoder moves; train the head with adapter=classifier, or none")
     changes = {"stage": "joint", **asdict(joint), "init": init_config.fingerprint()[:12]}
     config = replace(init_config, training={**asdict(training), **changes})
     run = RunFolder(
@@ -95,7 +95,7 @@ def finetune(home: Path, init: RunFolder, joint: JointConfig, training: TrainCon
     features = open_features(home, config.dataset, config.method, config.caches, config.text_aggregate)
     with distributed_context() as context:
         if not run.is_done:
-            settings = plugins.configure(plugins.get("methods", config.method).Config, config.settings)
+            settings = configure(plugins.get("methods", config.method).Config, config.settings)
             head = load_method(init, init_config, settings)
             plan = JointPlan(config=config, joint=joint, training=training, head=head, init=init, run=run, features=features)
             train_joint(plan, options, context)

@@ -18,6 +18,7 @@ from torchvision.transforms.v2 import functional as image_ops
 from pipeline.cache.table import Captions
 from pipeline.extraction.inputs import EncoderInputs
 from pipeline.extraction.workers import prepare_batches
+from pipeline.runtime.errors import UserError
 from pipeline.runtime.files import written_aside
 from pipeline.runtime.logs import ProgressBar
 from pipeline.runtime.rng import KeyedRNG
@@ -91,7 +92,7 @@ def open_prepared_items(inputs: EncoderInputs, path: Path, workers: int, progres
         progress: Whether to show a progress bar.
 
     Raises:
-        ValueError: an item cannot be prepared any more; the message names the first such sample.
+        UserError: an item cannot be prepared any more; the message names the first such sample.
     """
 
     def chunks() -> TensorChunks:
@@ -102,7 +103,7 @@ def open_prepared_items(inputs: EncoderInputs, path: Path, workers: int, progres
                 for row, reason in zip(batch.rows, batch.errors, strict=True):
                     if reason:
                         sample, _ = inputs.rows[row]
-                        raise ValueError(f"sample {sample.id!r} could be encoded once, and cannot be read now: {reason}")
+                        raise UserError(f"sample {sample.id!r} could be encoded once, and cannot be read now: {reason}")
                 bar.update(len(batch.rows))
                 yield torch.from_numpy(batch.items)
 
@@ -143,10 +144,10 @@ def augment_images(items: Tensor, rng: KeyedRNG) -> Tensor:
     A crop keeps at least half of the area. It changes the ratio of the sides by a factor of 3/4 to 4/3.
 
     Raises:
-        ValueError: the items are not images.
+        UserError: the items are not images.
     """
     if items.ndim < 4 or items.shape[-3] != 3:
-        raise ValueError("--augment needs an encoder whose prepared items are pictures")
+        raise UserError("--augment needs an encoder whose prepared items are pictures")
     height, width = items.shape[-2:]
     results = []
     for item, (area, ratio, top, left, flip) in zip(items, rng.uniform(5).tolist(), strict=True):

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from pipeline.nn.feature_space import ADAPTER_PHASE
+from pipeline.nn.method import Method
 from pipeline.runtime.rng import KeyedRNG
 from pipeline.training.joint.ddp import DistributedContext
-from pipeline.types import Batch, Method, Phase
+from pipeline.types import Batch, Phase
 
 EncodeFn = Callable[[Tensor], Tensor]  # prepared items [B, ...] -> features [B, *shape]
 
@@ -46,7 +47,7 @@ class MicroBatchEncoder(nn.Module):
         return torch.cat(cast(list[Tensor], parts))
 
 
-class JointMethod(nn.Module):
+class JointMethod(Method):
     """A head and the encoders that are trained with it, with one loss for all of them.
 
     The features of the other encoders are columns of the batch, as in stage 2. Besides the cached columns, a batch holds:
@@ -83,7 +84,7 @@ class JointMethod(nn.Module):
             rates: Prefixes of names of encoder parameters, with factors of the learning rate; see `Phase.rates`.
             context: The processes that train the model.
         """
-        super().__init__()
+        nn.Module.__init__(self)  # it has no Config: its parts are given
         self.head = head
         for key, encoder in encoders.items():
             self.add_module(key, encoder)

@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-NOT_SEPARABLE = "the last blocks of this encoder cannot be trained on their own; choose --train image"
+from pipeline.runtime.errors import UserError
+
+NOT_SEPARABLE = "the last blocks of this encoder cannot be trained on their own; choose --unfreeze image"
 
 
 class _FirstBlockReached(Exception):
@@ -32,21 +34,21 @@ class PartialEncoder:
             item: One prepared item [1, ...].
 
         Raises:
-            ValueError: too many blocks, or the last blocks depend on more than the states before them.
+            UserError: too many blocks, or the last blocks depend on more than the states before them.
         """
         if not 0 < num_trained < len(blocks):
-            raise ValueError(f"last:{num_trained} of {len(blocks)} blocks; choose last:1 to last:{len(blocks) - 1}, or image")
+            raise UserError(f"last:{num_trained} of {len(blocks)} blocks; choose last:1 to last:{len(blocks) - 1}, or image")
         self._encoder, self._item = encoder, item
         self.trained_blocks = list(blocks[-num_trained:])
         if not self._is_exact():
-            raise ValueError(NOT_SEPARABLE)
+            raise UserError(NOT_SEPARABLE)
 
     @torch.no_grad()
     def capture(self, prepared: Tensor) -> Tensor:
         """Return the input of the first trained block [B, ...] for prepared items [B, ...]; later blocks do not run.
 
         Raises:
-            ValueError: the input is not one tensor with a row for each item.
+            UserError: the input is not one tensor with a row for each item.
         """
         captured: list[tuple[Any, ...]] = []
 
@@ -63,7 +65,7 @@ class PartialEncoder:
             handle.remove()
         (args,) = captured
         if not args or not isinstance(args[0], Tensor) or len(args[0]) != len(prepared):
-            raise ValueError(NOT_SEPARABLE)
+            raise UserError(NOT_SEPARABLE)
         return args[0]
 
     def __call__(self, states: Tensor) -> Tensor:

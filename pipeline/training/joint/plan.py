@@ -5,31 +5,40 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Annotated
 
+from pipeline.nn.method import Method
+from pipeline.runtime.errors import UserError
 from pipeline.runtime.runs import RunConfig, RunFolder
+from pipeline.runtime.settings import POSITIVE, Range, Settings
 from pipeline.training.config import TrainConfig
 from pipeline.training.features import FeatureSet
-from pipeline.types import Method
 
 ENCODERS_BY_OPTION: Mapping[str, tuple[str, ...]] = {"image": ("image",), "text": ("text",), "both": ("image", "text")}
 
 
 @dataclass(frozen=True, kw_only=True)
-class JointConfig:
+class JointConfig(Settings):
     """Which encoders are trained together with the head, and how."""
 
-    train: str = "image"  # image, text, both, or last:K, the last K blocks of the image encoder
-    encoder_lr: float = 5e-5  # learning rate of the encoders; the papers use 5e-5 to 1e-4
-    layer_decay: float = 1.0  # factor of the learning rate for each block towards the input, above 0 and at most 1
-    augment: bool = False  # random crops and mirrored images in training
+    train: Annotated[str, "image, text, both, or last:K, the last K blocks of the image encoder"] = "image"
+    encoder_lr: Annotated[float, POSITIVE, "learning rate of the encoders; the papers use 5e-5 to 1e-4"] = 5e-5
+    layer_decay: Annotated[
+        float, Range(0, 1, open_low=True), "factor of the learning rate for each block towards the input"
+    ] = 1.0
+    augment: Annotated[bool, "random crops and mirrored images in training"] = False
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.train not in ENCODERS_BY_OPTION and not re.fullmatch(r"last:[1-9][0-9]*", self.train):
-            raise ValueError(f"--train takes image, text, both or last:K, not {self.train!r}")
-        if not self.encoder_lr > 0 or not 0 < self.layer_decay <= 1:
-            raise ValueError("--encoder-lr must be positive, and --layer-decay above 0 and at most 1")
+            raise UserError(f"--unfreeze takes image, text, both or last:K, not {self.train!r}")
         if self.augment and self.num_blocks:
-            raise ValueError("last:K stores what reaches the last blocks of each image once; --augment needs --train image")
+            raise UserError("last:K stores what reaches the last blocks of each image once; --augment needs --unfreeze image")
+
+    @staticmethod
+    def label_of(field: str) -> str:
+        """Return how messages about ranges call a field: by its option."""
+        return f"--{field.replace('_', '-')}"
 
     @property
     def trained_keys(self) -> tuple[str, ...]:

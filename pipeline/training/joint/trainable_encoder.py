@@ -52,7 +52,7 @@ def open_trainable_encoder(plan: JointPlan, key: str, options: JointOptions, con
     """Open the encoder of a batch key for training.
 
     Raises:
-        ValueError: the encoder cannot be tuned, or an item cannot be prepared any more.
+        UserError: the encoder cannot be tuned, or an item cannot be prepared any more.
     """
     joint, encoder = plan.joint, rebuild_encoder(plan.features.caches[key]).encoder
     rows, text_index = _text_rows(plan.features) if key == "text" else (_media_rows(plan.features), None)

@@ -20,6 +20,7 @@ from pipeline.cache.table import FeatureTable, ordered_batches, shuffled_batches
 from pipeline.evaluation.evaluate import predict
 from pipeline.runtime.device import default_device, use_precision
 from pipeline.runtime.environment import set_environment
+from pipeline.runtime.errors import UserError, is_out_of_memory
 from pipeline.runtime.files import label_os_errors, lock
 from pipeline.runtime.logs import ProgressBar
 from pipeline.runtime.rng import KeyedRNG
@@ -40,7 +41,7 @@ def train_joint(plan: JointPlan, options: JointOptions, context: DistributedCont
     """Train a joint run with all processes, starting from its saved state; only the first process writes to its folder.
 
     Raises:
-        ValueError: an encoder cannot be tuned, a loss or gradient is not finite, or there is too little memory.
+        UserError: an encoder cannot be tuned, a loss or gradient is not finite, or there is too little memory.
     """
     with ExitStack() as resources:
         run = plan.run
@@ -109,7 +110,7 @@ def joint_source(
 ) -> Source:
     """Return the training batches of stage 2, with prepared items.
 
-    After each step, the source checks that the loss and the gradients are finite, and raises `ValueError` if they are not.
+    After each step, the source checks that the loss and the gradients are finite, and raises `UserError` if they are not.
     """
     table, batch_size = _with_row_numbers(plan.features.train), plan.training.batch_size
     device = table.columns["key"].device
@@ -121,7 +122,7 @@ def joint_source(
             for step, batch in enumerate(batches(epoch)):
                 yield batch
                 for name in _non_finite_values(model):
-                    raise ValueError(_failure_message(plan, batch, f"{name} is not finite in step {step} of epoch {epoch}"))
+                    raise UserError(_failure_message(plan, batch, f"{name} is not finite in step {step} of epoch {epoch}"))
                 bar.set_postfix(memory=f"{_peak_memory(device) / 2**30:.1f}GiB", refresh=False)
                 bar.update()
 
@@ -197,14 +198,12 @@ def deterministic_algorithms(device: torch.device) -> Iterator[None]:
 
 @contextmanager
 def _explain_out_of_memory() -> Iterator[None]:
-    """Turn an out-of-memory error into a `ValueError` that names the options that help."""
+    """Turn an out-of-memory error into a `UserError` that names the options that help."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
-        signs = ("allocate memory", "out of memory", "STATUS_ALLOC_FAILED")  # of the CPU, of CUDA, of cuBLAS and cuDNN
-        is_known = isinstance(error, (MemoryError, torch.OutOfMemoryError))
-        if not is_known and not any(sign in str(error) for sign in signs):
+        if not is_out_of_memory(error):
             raise
-        raise ValueError(
+        raise UserError(
             "too little memory for this batch: take --checkpointing, --accumulate 4, or a smaller --train batch_size"
         ) from error

@@ -298,7 +298,7 @@ def test_only_the_last_blocks_change(home: Path) -> None:
         ("baseline", {"train": "last:99"}, "choose last:1 to last:5"),
         ("baseline", {"train": "some"}, "takes image, text, both or last:K"),
         ("baseline", {"encoder_lr": 0.0}, "must be positive"),
-        ("baseline", {"train": "last:1", "augment": True}, "--augment needs --train image"),
+        ("baseline", {"train": "last:1", "augment": True}, "--augment needs --unfreeze image"),
     ],
 )
 def test_impossible_joint_settings_are_refused(method: str, joint: dict[str, Any], message: str, home: Path) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from pipeline.cache.table import shuffled_batches
 from pipeline.data.manifest import Manifest
+from pipeline.nn.method import Method
 from pipeline.runtime import plugins
 from pipeline.runtime.device import Precision, use_precision
 from pipeline.runtime.rng import KeyedRNG
@@ -43,7 +44,7 @@ def first_batch(plan: JointPlan, encoders: dict[str, TrainableEncoder]) -> Batch
 
 def first_losses(home: Path, method: str, precision: Precision) -> tuple[JointMethod, Tensor, Tensor]:
     """The joint method, its loss of the first batch, and the loss of the head of stage 2 on the cached features."""
-    joint = BOTH if "text" in plugins.get("methods", method).NEEDS else JointConfig(train="image")
+    joint = BOTH if "text" in plugins.get("methods", method).needs else JointConfig(train="image")
     plan = joint_home.joint_plan(home, joint_home.train_small_head(home, method), joint, TRAINING)
     model, encoders = joint_home.build_joint(plan)
     batch = first_batch(plan, encoders)
@@ -64,7 +65,7 @@ def test_the_first_loss_is_that_of_stage_2(method: str, home: Path) -> None:
     model, loss, expected = first_losses(home, method, "float32")
     torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-5)
     loss.backward()
-    for key in ("image", "text")[: 1 + ("text" in plugins.get("methods", method).NEEDS)]:
+    for key in ("image", "text")[: 1 + ("text" in plugins.get("methods", method).needs)]:
         grads = [parameter.grad for parameter in getattr(model, key).parameters() if parameter.grad is not None]
         assert grads
         assert all(grad.isfinite().all() for grad in grads)
@@ -152,15 +153,13 @@ def test_learning_rates_decrease_towards_the_input(home: Path) -> None:
             assert rates[f"image.network.{name}"] == pytest.approx(1e-4 * 0.5 ** (depth - 1 - block))
 
 
-class TwoRates(nn.Module):
+class TwoRates(Method):
     """Two layers; the second has a tenth of the learning rate of the first."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__(None, {})
         self.needs, self.phases = ("x",), (Phase("only", rates=(("slow.", 0.1),)),)
         self.fast, self.slow = nn.Linear(3, 3), nn.Linear(3, 3)
-
-    def begin(self, phase: str, train: object) -> None: ...
 
     def loss(self, batch: Batch, rng: KeyedRNG, phase: str) -> Batch:
         return {"loss": self.slow(torch.tanh(self.fast(batch["x"]))).square().sum()}

@@ -119,7 +119,7 @@ def test_stored_states_train_the_last_blocks_as_images_do(case: str, checkpointi
 @pytest.mark.parametrize("case", ["frames", "transformers_video xclip"])
 def test_encoders_that_combine_several_images_are_refused(case: str, tmp_path: Path) -> None:
     encoder, items = built(case, tmp_path)
-    with pytest.raises(ValueError, match="choose --train image"):
+    with pytest.raises(ValueError, match="choose --unfreeze image"):
         PartialEncoder(encoder, find_blocks(modules_in_execution_order(encoder, items[:1])), 1, items[:1])
 
 
@@ -174,7 +174,7 @@ def test_last_blocks_that_need_more_than_their_states_are_refused(kind: str, ite
     if kind == "nothing":
         PartialEncoder(encoder, [*encoder.blocks], 1, item)
         return
-    with pytest.raises(ValueError, match="cannot be trained on their own; choose --train image"):
+    with pytest.raises(ValueError, match="cannot be trained on their own; choose --unfreeze image"):
         PartialEncoder(encoder, [*encoder.blocks], 1, item)
 
 
@@ -182,7 +182,7 @@ def test_a_real_encoder_with_tuples_between_its_blocks_is_refused() -> None:
     encoder = build_encoder("timm", {"model": "pit_ti_224", "weights": "random", "compute_dtype": "float32"})[1]
     item = torch.zeros(1, 3, 224, 224, dtype=torch.uint8)
     assert isinstance(encoder, nn.Module)
-    with pytest.raises(ValueError, match="choose --train image"):
+    with pytest.raises(ValueError, match="choose --unfreeze image"):
         PartialEncoder(encoder, find_blocks(modules_in_execution_order(encoder, item)), 1, item)
 
 

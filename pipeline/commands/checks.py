@@ -1,0 +1,86 @@
+"""Checks of names that a command was given, before it imports torch: no function here imports a stage.
+
+What a setting may be is known to the plug-ins alone, so settings are checked when torch is there, before a cache is opened.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipeline.runtime import plugins
+from pipeline.runtime.choices import unknown_choice
+from pipeline.runtime.errors import UserError
+from pipeline.runtime.settings import field_types
+
+if TYPE_CHECKING:
+    from pipeline.types import Split
+
+
+def check_method(method: str, preset: str = "head") -> None:
+    """Check the names of a method and a preset.
+
+    Raises:
+        UserError: there is no such method or preset; the message lists the choices.
+    """
+    from pipeline.training.config import TRAINING_PRESETS
+
+    plugins.check_name("methods", method)
+    presets = [*TRAINING_PRESETS, "tuned"]
+    if preset not in presets:
+        raise unknown_choice(preset, f"unknown preset {preset!r}", presets)
+
+
+def check_dataset(dataset: str, home: Path) -> None:
+    """Check the name of a dataset: it has a builder, or `home` has its manifest or its runs.
+
+    Raises:
+        UserError: neither; the message lists the choices.
+    """
+    found = {path.stem for path in (home / "manifests").glob("*.parquet")} | {path.name for path in home.glob("runs/*")}
+    choices = sorted({*plugins.names("datasets"), *found})
+    if dataset not in choices:
+        raise unknown_choice(dataset, f"unknown dataset {dataset!r}", choices)
+
+
+def check_split(split: str) -> Split:
+    """Check and return the name of a split.
+
+    Raises:
+        UserError: it is none of train, val and test.
+    """
+    from pipeline.types import SPLITS
+
+    for known in SPLITS:
+        if split == known:
+            return known
+    raise unknown_choice(split, f"unknown split {split!r}", SPLITS)
+
+
+def check_file(path: Path | None, option: str) -> None:
+    """Check that a file is there; None is an option that was not given.
+
+    Raises:
+        UserError: there is no such file.
+    """
+    if path is not None and not path.is_file():
+        raise UserError(f"{option}: {path} is no file")
+
+
+def check_setting_names(config_type: type[Any], names: Iterable[str], symbols: Mapping[str, str] | None = None) -> None:
+    """Check the names of settings of a config; their values are checked later, before a cache is opened.
+
+    Args:
+        config_type: The dataclass of the config.
+        names: The names.
+        symbols: Other names of fields, such as the papers' letters, each with the name of its field.
+
+    Raises:
+        UserError: there is no such setting; the message lists the choices.
+    """
+    fields, symbols = field_types(config_type), symbols or {}
+    letters = [f"{letter} (= {field})" for letter, field in symbols.items()]
+    for name in names:
+        if name not in fields and name not in symbols:
+            raise unknown_choice(name, f"unknown setting {name!r}", fields, letters)

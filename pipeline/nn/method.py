@@ -1,0 +1,73 @@
+"""`Method`: the base class of all heads. A plug-in of the kind "methods" is one file with one subclass of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from pipeline.runtime.rng import KeyedRNG
+from pipeline.types import SINGLE_PHASE, Batch, Phase, Shapes
+
+
+class Method(nn.Module):
+    """A head on features. Only training reads text (learning using privileged information, LUPI).
+
+    Rules that `plugins.check_method` and the contract tests hold:
+
+    - "image is needed": `needs` names batch keys, "image" among them.
+    - "text is weighted by paired": a method that needs "text" needs "paired" too, because some samples have no text.
+    - "prediction reads images alone": the arguments of `predict` are image and rng.
+    - "no number is read back": `loss`, `predict` and `feature` run on tensors alone. An ensemble runs them for several heads at
+      once, and reading a number back waits for the GPU.
+    - "numbers are tensors": a number of the config that may differ between heads of one ensemble is a buffer (see
+      `layers.register_hyperparameters`), not an attribute.
+    - "a sample is predicted by itself": its prediction does not depend on the other samples of the batch.
+    """
+
+    Config: ClassVar[type[Any]]  # a frozen dataclass: the settings, all with defaults
+    needs: tuple[str, ...]  # batch keys that training reads
+    symbols: ClassVar[Mapping[str, str]] = {}  # letters of the papers -> settings
+    grid: ClassVar[Mapping[str, tuple[Any, ...]]] = {}  # the grid of the paper: settings -> values
+    prediction: ClassVar[tuple[str, ...]] = ()  # settings that may change after training
+    reads_tokens: ClassVar[bool] = False  # features may be tokens, [B,T,D]; else `open_features` refuses all but vectors [B,D]
+    phases: tuple[Phase, ...] = SINGLE_PHASE  # trained one after another, each with a new optimiser
+
+    def __init__(self, config: Any, shapes: Shapes) -> None:
+        """Make an untrained head.
+
+        Args:
+            config: an object of the class's `Config`.
+            shapes: the shapes of the columns of a batch.
+        """
+        super().__init__()
+
+    @classmethod
+    def small(cls) -> dict[str, Any]:
+        """Return settings for a small and fast head, for tests; by default none differs from the default."""
+        return {}
+
+    def begin(self, phase: str, train: Callable[[], Iterator[Batch]]) -> None:
+        """Prepare for a phase: compute statistics of the training split and store them in buffers. By default, do nothing.
+
+        Args:
+            phase: name of the phase that is about to start.
+            train: starts an ordered pass over the training split; it may be called more than once.
+        """
+
+    def loss(self, batch: Batch, rng: KeyedRNG, phase: str) -> Batch:
+        """Return {"loss": scalar, ...parts}; the parts are logged.
+
+        An ensemble runs several methods as one. Therefore only operations on tensors are allowed here: read no number back
+        from a tensor, and assign no attribute.
+        """
+        raise NotImplementedError
+
+    def predict(self, image: Tensor, rng: KeyedRNG) -> Tensor:
+        """Return logits [B,C] from image features [B,Dv] alone."""
+        raise NotImplementedError
+
+    def feature(self, image: Tensor, rng: KeyedRNG) -> Tensor:
+        """Return the vectors [B,D] that the classifier reads, from image features alone; used to draw the feature space."""
+        raise NotImplementedError

@@ -1,0 +1,222 @@
+"""Settings: a config declares each field once, with its range and its meaning; both are checked and printed from there.
+
+@dataclass(frozen=True, kw_only=True)
+class Config(Settings):
+    hidden: Annotated[int, Range(1, 65_536), "width of the MLP"] = 1024
+    pooling: Annotated[Literal["cls", "mean"], "which tokens are the feature"] = "cls"
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import KW_ONLY, dataclass, fields
+from functools import cache
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+
+from pipeline.runtime.choices import unknown_choice
+from pipeline.runtime.errors import UserError
+
+ConfigT = TypeVar("ConfigT")
+
+
+@dataclass(frozen=True)
+class Range:
+    """The numbers that a setting may have: finite, from `low` to `high`; an end belongs to the range unless it is open."""
+
+    low: float
+    high: float = math.inf
+    _: KW_ONLY
+    open_low: bool = False
+    open_high: bool = False
+
+    def __contains__(self, value: float) -> bool:
+        above = self.low < value if self.open_low else self.low <= value
+        below = value < self.high if self.open_high else value <= self.high
+        return above and below and abs(value) < math.inf
+
+    def __str__(self) -> str:
+        """Return the range as tables show it: "1..65536", ">= 0", "> 0, <= 1"."""
+        if not (self.open_low or self.open_high or self.high == math.inf):
+            return f"{self.low}..{self.high}"
+        lower = f"{'>' if self.open_low else '>='} {self.low}"
+        return lower if self.high == math.inf else f"{lower}, {'<' if self.open_high else '<='} {self.high}"
+
+    def in_words(self) -> str:
+        """Return the range as messages say it, after "must be": "in 1..65536", "positive", "above 0 and at most 1"."""
+        if not (self.open_low or self.open_high or self.high == math.inf):
+            return f"in {self.low}..{self.high}"
+        if self == POSITIVE:
+            return "positive"
+        lower = f"{'above' if self.open_low else 'at least'} {self.low}"
+        return lower if self.high == math.inf else f"{lower} and {'below' if self.open_high else 'at most'} {self.high}"
+
+    def check(self, label: str, value: float) -> None:
+        """Check that a value is in the range.
+
+        Args:
+            label: how the message calls the setting.
+            value: its value.
+
+        Raises:
+            UserError: it is outside.
+        """
+        if value not in self:
+            raise UserError(f"{label} must be {self.in_words()}, not {value}")
+
+
+POSITIVE = Range(0, open_low=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """What the declaration of one field says."""
+
+    name: str
+    type: Any  # the annotated type without the facts about it: a `Literal`, str, bool, int or float
+    default: Any  # `dataclasses.MISSING` if it must be given
+    range: Range | None  # of numbers
+    choices: tuple[Any, ...]  # of a `Literal`; else empty
+    meaning: str
+
+    @property
+    def values(self) -> str:
+        """Which values the setting takes, for people: "int 1..65536", "cls | mean", "true | false"."""
+        if self.choices:
+            return " | ".join(map(str, self.choices))
+        if self.type is bool:
+            return "true | false"
+        name = "text" if self.type is str else self.type.__name__
+        return f"{name} {self.range}" if self.range else name
+
+    def check(self, label: str, value: Any) -> None:
+        """Check that a value is in the range or among the choices.
+
+        Args:
+            label: how the message calls the setting.
+            value: its value.
+
+        Raises:
+            UserError: it is not.
+        """
+        if self.range:
+            self.range.check(label, value)
+        if self.choices:
+            _check_choice(self.name, value, self.choices)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Base class of configs: when one is built, every field is checked against its range or choices.
+
+    A config is a frozen keyword-only dataclass. The type of a field is `Annotated[type, Range(…), "meaning"]`; a `Literal`, and
+    a field that takes every value of its type, have no range. Rules between fields go to `__post_init__`, after
+    `super().__post_init__()`.
+    """
+
+    def __post_init__(self) -> None:
+        for setting in describe_settings(type(self)):
+            setting.check(self.label_of(setting.name), getattr(self, setting.name))
+
+    @staticmethod
+    def label_of(field: str) -> str:
+        """Return how messages about ranges call a field: its name, unless a config says otherwise."""
+        return field
+
+
+@cache
+def describe_settings(config_type: type[Any]) -> tuple[Setting, ...]:
+    """Return what the fields of a config declare, in their order.
+
+    A type alias may carry facts, and a field may add to them: of several ranges or meanings, the last one counts.
+    """
+    hints = get_type_hints(config_type, include_extras=True)
+    return tuple(_describe(field.name, field.default, hints[field.name]) for field in fields(config_type))
+
+
+def _describe(name: str, default: Any, hint: Any) -> Setting:
+    kind, facts = _split(hint)
+    ranges = [fact for fact in facts if isinstance(fact, Range)]
+    meanings = [fact for fact in facts if isinstance(fact, str)]
+    return Setting(
+        name=name,
+        type=kind,
+        default=default,
+        range=ranges[-1] if ranges else None,
+        choices=get_args(kind) if get_origin(kind) is Literal else (),
+        meaning=meanings[-1] if meanings else "",
+    )
+
+
+def _split(hint: Any) -> tuple[Any, tuple[Any, ...]]:
+    """Return a type and the facts that `Annotated` adds to it."""
+    return (hint.__origin__, hint.__metadata__) if get_origin(hint) is Annotated else (hint, ())
+
+
+def field_types(config_type: type[Any]) -> Mapping[str, Any]:
+    """Return the types of the fields of a config, by name, without ranges and meanings."""
+    return {setting.name: setting.type for setting in describe_settings(config_type)}
+
+
+def configure(config_type: type[ConfigT], settings: Mapping[str, Any], symbols: Mapping[str, str] | None = None) -> ConfigT:
+    """Make a config from settings.
+
+    Args:
+        config_type: the dataclass of the config.
+        settings: values by field name or by the papers' letters. A value may be a string from the command line; it is
+            parsed as the annotated type of the field.
+        symbols: the papers' letters, each with the name of its field.
+
+    Raises:
+        UserError: a setting is unknown (the message lists the choices), is given twice, has a value of the wrong type, or one
+            that the config refuses.
+    """
+    symbols = symbols or {}
+    types = field_types(config_type)
+    values: dict[str, Any] = {}
+    for key, value in settings.items():
+        field = symbols.get(key, key)
+        if field not in types:
+            letters = [f"{letter} (= {name})" for letter, name in symbols.items()]
+            raise unknown_choice(key, f"unknown setting {key!r}", types, letters)
+        if field in values:
+            raise UserError(f"setting {field!r} is given twice")
+        values[field] = parse_value(field, value, types[field])
+    return config_type(**values)
+
+
+def parse_value(field: str, value: Any, hint: Any) -> Any:
+    """Convert the value of a setting, possibly a string, to the annotated type of its field.
+
+    Args:
+        field: name of the setting, for messages.
+        value: the value to convert.
+        hint: the annotated type: a `Literal`, str, bool, int or float, with or without facts about it.
+
+    Raises:
+        UserError: the value does not fit the type; the message says what the setting takes.
+    """
+    kind, _ = _split(hint)
+    if get_origin(kind) is Literal:
+        _check_choice(field, value, get_args(kind))
+        return value
+    if kind is str:
+        return str(value)
+    if kind is bool and str(value).lower() in ("true", "false"):
+        return str(value).lower() == "true"
+    if kind in (int, float) and _is_number(value, whole=kind is int):
+        return kind(float(value))
+    raise UserError(f"setting {field!r} is {value!r}; it takes a finite {kind.__name__}")
+
+
+def _check_choice(field: str, value: Any, choices: tuple[Any, ...]) -> None:
+    if value not in choices:
+        raise unknown_choice(value, f"setting {field!r} is {value!r}", choices)
+
+
+def _is_number(value: Any, whole: bool) -> bool:
+    try:
+        number = float(value)
+    except (TypeError, ValueError, OverflowError):
+        return False
+    return not isinstance(value, bool) and math.isfinite(number) and (not whole or number.is_integer())

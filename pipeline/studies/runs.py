@@ -1,0 +1,201 @@
+"""The runs of a home as objects: their metrics, histories and predictions as tables, and comparisons between them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipeline.runtime.errors import UserError
+from pipeline.runtime.runs import RunConfig, RunFolder, find_runs
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+@dataclass(frozen=True)
+class Run:
+    """One trained head: a method with its settings, and one seed. It is a view of a folder, and holds no data."""
+
+    home: Path  # the folder that has the manifest and the caches of the run
+    path: Path  # <home>/runs/<dataset>/<method>-<fingerprint12>/seed<k>
+
+    @property
+    def name(self) -> str:
+        """The folder that all seeds share, "<method>-<fingerprint12>": what `Runs.compare` takes."""
+        return self.path.parent.name
+
+    @property
+    def seed(self) -> int:
+        """The seed of the run."""
+        return self.folder.seed
+
+    @property
+    def is_done(self) -> bool:
+        """Whether training has finished."""
+        return self.folder.is_done
+
+    @property
+    def config(self) -> RunConfig:
+        """Everything that can change the numbers of the run but its seed: dataset, method, settings, training, caches, …"""
+        return self.folder.config()
+
+    @property
+    def metrics(self) -> pd.DataFrame:
+        """All evaluations so far: one row each ("val", "test", "val@draws=8"), one column per metric, in percent."""
+        import pandas as pd
+
+        from pipeline.evaluation.evaluate import read_metrics
+
+        records = {name: record["metrics"] for name, record in read_metrics(self.folder).items()}
+        return pd.DataFrame.from_dict(records, orient="index")
+
+    @property
+    def history(self) -> pd.DataFrame:
+        """One row per epoch: phase, epoch (from 0), lr, mean loss and its parts; val_metric (percent) and val_loss, else NaN.
+
+        Raises:
+            UserError: no epoch has finished yet.
+        """
+        import pandas as pd
+
+        path = self.path / "history.csv"
+        if not path.is_file():
+            raise UserError(f"{path} is missing: no epoch has finished yet")
+        return pd.read_csv(path)
+
+    def evaluate(self, split: str = "val", **overrides: Any) -> dict[str, float]:
+        """Return the metrics on a split, in percent, from image features alone; what was computed before is read.
+
+        Every read of "test" is logged in the run's folder: choose settings on "val".
+
+        Args:
+            split: "train", "val" or "test".
+            overrides: Settings of prediction, by name or by the papers' letter, such as draws=8; settings of training are
+                refused.
+
+        Raises:
+            UserError: the run has not finished, or there is no such split or setting.
+        """
+        from pipeline.evaluation.evaluate import evaluate
+        from pipeline.types import SPLITS
+
+        if split not in SPLITS:
+            raise UserError(f"unknown split {split!r}; choose one of: {', '.join(SPLITS)}")
+        return dict(evaluate(self.home, self.folder, split, overrides)["metrics"])
+
+    def predictions(self, split: str = "val", **overrides: Any) -> pd.DataFrame:
+        """Return the prediction for each of the N samples of a split, in the order of the manifest.
+
+        Samples without image feature have none, and are left out.
+
+        Args:
+            split: As in `evaluate`, which is called first.
+            overrides: As in `evaluate`.
+
+        Returns:
+            N rows. Columns: sample_id; label, the true class index, or a tuple of them for multi-label data; predicted, the
+            class index with the largest logit; and one column per class, "logit <class name>", float32.
+            `frame.filter(like="logit ").to_numpy()` gives the logits [N,C].
+        """
+        import numpy as np
+        import pandas as pd
+
+        from pipeline.data.manifest_files import read_manifest
+        from pipeline.evaluation.evaluate import apply_overrides, evaluation_name
+
+        self.evaluate(split, **overrides)
+        config = self.config
+        _, changes = apply_overrides(config, overrides)
+        class_names = read_manifest(self.home, config.dataset).class_names
+        with np.load(self.path / f"predictions-{evaluation_name(split, changes)}.npz") as arrays:
+            ids, logits, label = (arrays[key] for key in ("ids", "logits", "label"))
+        labels = label if label.ndim == 1 else [tuple(np.flatnonzero(row).tolist()) for row in label]
+        table = pd.DataFrame({"sample_id": ids, "label": labels, "predicted": logits.argmax(axis=1)})
+        columns = [f"logit {name}" for name in class_names]
+        return pd.concat([table, pd.DataFrame(logits, columns=columns)], axis=1)
+
+    @property
+    def folder(self) -> RunFolder:
+        """The folder with its files, as the stages take it."""
+        return RunFolder.at(self.path)
+
+
+def load_run(path: str | Path, home: str | Path | None = None) -> Run:
+    """Return the run in a folder …/runs/<dataset>/<method>-<fingerprint12>/seed<k>.
+
+    Args:
+        path: The folder of the run.
+        home: The folder that has the manifest and the caches; None: the one that the run lies in.
+
+    Raises:
+        UserError: the folder holds no run.
+    """
+    folder = RunFolder.at(Path(path).absolute())
+    return Run(Path(home).absolute() if home else folder.path.parents[3], folder.path)
+
+
+def list_runs(home: Path, dataset: str) -> Runs:
+    """Return all runs of a dataset, finished or not."""
+    return Runs(home, dataset, tuple(Run(home, folder.path) for folder in find_runs(home, dataset)))
+
+
+@dataclass(frozen=True)
+class Runs(Sequence[Run]):
+    """Runs of one dataset, sorted by name and seed: a sequence of `Run`, with a table of all and comparisons."""
+
+    home: Path
+    dataset: str
+    items: tuple[Run, ...]
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.items[index]
+
+    def __iter__(self) -> Iterator[Run]:
+        return iter(self.items)
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    @property
+    def table(self) -> pd.DataFrame:
+        """One row per run. Columns: name, method, seed, done, and "<split> <metric>" of its own evaluations, in percent."""
+        import pandas as pd
+
+        return pd.DataFrame([self._row(run) for run in self.items])
+
+    @staticmethod
+    def _row(run: Run) -> dict[str, Any]:
+        evaluations = run.metrics.to_dict(orient="index")
+        scores = {f"{name} {metric}": value for name, row in evaluations.items() for metric, value in row.items()}
+        own = {key: value for key, value in scores.items() if "@" not in key}
+        return {"name": run.name, "method": run.config.method, "seed": run.seed, "done": run.is_done, **own}
+
+    def _repr_html_(self) -> str:
+        return str(self.table.to_html())
+
+    def compare(self, first: str, *others: str, split: str = "val") -> pd.DataFrame:
+        """Compare heads on the same samples: the first with each of the others, by a paired bootstrap.
+
+        The metric of each sample is averaged over the seeds of a head first; then samples are resampled, as in the report.
+        Finished runs that lack an evaluation on the split are evaluated.
+
+        Args:
+            first: `Run.name` of a head, "seda-1f…", or a beginning of it that fits no other head.
+            others: The same, of at least one other head.
+            split: "val"; or "test" once all choices are made, because its reads are logged.
+
+        Returns:
+            One row per pair and metric. Columns: a, b (names); metric; a_mean, b_mean (percent); difference, low, high (a - b
+            in points, with its 95 % interval); a_seeds, b_seeds (numbers of seeds).
+
+        Raises:
+            UserError: a name fits no head or several, or two heads were evaluated on different samples.
+        """
+        from pipeline.report.comparison import compare_pairs
+
+        for run in self.items:
+            if run.is_done and run.name.startswith((first, *others)):
+                run.evaluate(split)
+        return compare_pairs(self.home, self.dataset, (first, *others), split)

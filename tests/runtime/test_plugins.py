@@ -1,0 +1,279 @@
+"""Plug-ins from outside of the repository: files, entry points, names that exist twice, and rules that are checked at once."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from helpers.command_line import run
+from helpers.planted_methods import PLAIN_NUMBER, planted
+from helpers.tiny_heads import caches_by_key
+
+from pipeline.cache import open_cache
+from pipeline.data.prepare import prepare
+from pipeline.data.spec import load_spec
+from pipeline.extraction.extract import ExtractOptions, extract
+from pipeline.nn.method import Method
+from pipeline.runtime import executor, plugins
+from pipeline.runtime.errors import UserError
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(autouse=True)
+def _restored() -> Iterator[None]:
+    """Forget the files that a test loads."""
+    before = plugins.loaded_files()
+    yield
+    for path in set(plugins.loaded_files()) - set(before):
+        plugins.forget_file(path)
+
+
+def test_a_loaded_file_is_a_plugin_like_others(tmp_path: Path) -> None:
+    path = planted(tmp_path, "copied")
+    assert plugins.load_file(path) == "methods"
+    assert plugins.load_file(path) == "methods"
+    assert plugins.loaded_files()[-1] == path
+    assert "copied" in plugins.names("methods")
+    found = plugins.get("methods", "copied")
+    assert issubclass(found, Method)
+    assert found is plugins.get("methods", "copied")
+    assert plugins.first_line("methods", "copied").startswith("Imitation: ")
+    assert plugins.source("methods", "copied") == path.read_text(encoding="utf-8")
+    assert plugins.is_external("methods", "copied")
+    assert not plugins.is_external("methods", "ema")
+    plugins.forget_file(path)
+    assert "copied" not in plugins.names("methods")
+
+
+@pytest.mark.parametrize(
+    ("name", "code", "message"),
+    [
+        ("nothing", "x = 1\n", "defines no plug-in: it needs a subclass of pipeline.nn.method.Method"),
+        ("broken", "def (\n", "cannot be loaded: SyntaxError"),
+        ("missing", "import no_such_library\n", "cannot be loaded: ModuleNotFoundError"),
+        ("two", "from pipeline.nn.method import Method\nclass A(Method): ...\nclass B(Method): ...\n", "found: A, B"),
+        ("bare", "from pipeline.nn.method import Method\nclass A(Method): ...\n", "breaks the rule 'settings are a frozen"),
+    ],
+)
+def test_a_bad_file_is_named_with_what_it_needs(name: str, code: str, message: str, tmp_path: Path) -> None:
+    path = tmp_path / f"{name}.py"
+    path.write_text(code)
+    with pytest.raises(UserError, match=message):
+        plugins.load_file(path)
+    assert f"diffalign_plugin_{name}" not in sys.modules
+
+
+def test_a_missing_file_is_a_mistake(tmp_path: Path) -> None:
+    for path in (tmp_path / "none.py", tmp_path):
+        with pytest.raises(UserError, match="is no plug-in: give a Python file"):
+            plugins.load_file(path)
+
+
+def test_a_bug_in_a_file_keeps_its_traceback(tmp_path: Path) -> None:
+    path = tmp_path / "bug.py"
+    path.write_text("1 / 0\n")
+    with pytest.raises(ZeroDivisionError):
+        plugins.load_file(path)
+
+
+def test_a_name_that_exists_twice_names_both_places(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"two methods are named 'ema': pipeline\.methods\.ema and .*/ema\.py"):
+        plugins.load_file(planted(tmp_path, "ema"))
+    first, second = planted(tmp_path, "copied"), planted(tmp_path / "b", "copied")
+    plugins.load_file(first)
+    with pytest.raises(UserError, match=f"two plug-ins are named 'copied': {first} and {second}"):
+        plugins.load_file(second)
+
+
+def install(folder: Path, name: str, group: str, module: str) -> None:
+    """Write what an installed distribution with one entry point leaves."""
+    info = folder / f"{name}-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text(f"[{group}]\n{name} = {module}\n")
+
+
+def test_entry_points_are_plugins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    planted(tmp_path, "installed_module")
+    install(tmp_path, "installed", "diffalign.methods", "installed_module")
+    assert "installed" not in plugins.names("methods")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert "installed" in plugins.names("methods")
+    assert plugins.first_line("methods", "installed").startswith("Imitation: ")
+    assert "installed_module" not in sys.modules
+    assert issubclass(plugins.get("methods", "installed"), Method)
+    with pytest.raises(UserError, match=r"are named 'installed': installed_module of installed and .*installed\.py"):
+        plugins.load_file(planted(tmp_path, "installed"))
+    (tmp_path / "twice").mkdir()
+    install(tmp_path / "twice", "ema", "diffalign.methods", "installed_module")
+    monkeypatch.syspath_prepend(str(tmp_path / "twice"))
+    with pytest.raises(UserError, match=r"two methods are named 'ema': pipeline\.methods\.ema and installed_module of ema"):
+        plugins.names("methods")
+
+
+RULES = [
+    ("text is weighted by paired", ('"text", "paired", "label")', '"text", "label")')),
+    ("image is needed", ('needs = ("image", ', "needs = (")),
+    ("prediction reads images alone", ("def predict(self, image: Tensor,", "def predict(self, image: Tensor, text: Tensor,")),
+    ("prediction reads images alone", ("def feature(self, image: Tensor,", "def feature(self, text: Tensor,")),
+    ("no number is read back", ('return {"loss": ce + self.w_text', 'return {"loss": ce + self.w_text.item()')),
+    ("no number is read back", ('        return {"loss": ce', '        self.last = ce\n        return {"loss": ce')),
+    ("every setting has a default", ('"width of the hidden layer"] = 512', '"width of the hidden layer"]')),
+    ("letters, grid and prediction name settings", ('{"gamma": "w_text"}', '{"gamma": "weight"}')),
+    ("a loss takes batch, rng and phase", (", rng: KeyedRNG, phase: str)", ", rng: KeyedRNG)")),
+]
+
+
+@pytest.mark.parametrize(("rule", "change"), RULES)
+def test_a_method_that_breaks_a_rule_is_refused_by_the_rule_s_name(rule: str, change: tuple[str, str], tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=f"method Imitation breaks the rule '{rule}': "):
+        plugins.load_file(planted(tmp_path, "planted", change))
+
+
+@pytest.mark.parametrize("name", plugins.names("methods"))
+def test_all_methods_obey_the_rules(name: str, caplog: pytest.LogCaptureFixture) -> None:
+    plugins.check_method(plugins.get("methods", name))
+    assert not caplog.records
+
+
+def test_a_number_that_is_an_attribute_is_warned_about(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    plugins.load_file(planted(tmp_path, "planted", PLAIN_NUMBER))
+    assert "breaks the rule 'numbers are tensors': 'w_text' is kept as an attribute" in capsys.readouterr().err
+
+
+DATASET = '''"""A dataset of one file: name, split, class."""
+from pathlib import Path
+from pipeline.data.manifest import Manifest, check_manifest
+from pipeline.data.spec import manifest_meta
+from pipeline.types import Sample
+
+def build(spec, root):
+    samples = tuple(
+        Sample(name, split, Path(f"{name}.png"), (f"a {name}",), (0,), "")
+        for name, split in zip("abc", ("train", "val", "test"), strict=True)
+    )
+    return Manifest(spec["name"], "single", ("thing",), samples, manifest_meta(spec), root)
+'''
+
+
+def test_a_dataset_from_outside_has_its_yaml_beside_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "letters.py"
+    path.write_text(DATASET)
+    with pytest.raises(UserError, match=r"for a data set, build, and letters\.yaml beside it"):
+        plugins.load_file(path)
+    text = (ROOT / "data_manifests" / "openmoji.yaml").read_text(encoding="utf-8").replace("name: openmoji", "name: letters")
+    path.with_suffix(".yaml").write_text(text.replace("counts_profile: official", "counts_profile: fixture"))
+    assert plugins.load_file(path) == "datasets"
+    assert load_spec("letters")["name"] == "letters"
+    for name in "abc":
+        (tmp_path / f"{name}.png").write_bytes(b"")
+    assert prepare("letters", tmp_path, tmp_path / "home", {}).path.is_file()
+
+
+ENCODER = '''"""An encoder that returns the mean colour."""
+from dataclasses import dataclass
+import numpy as np
+import torch
+from pipeline.data.media import open_image
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Nothing to set but the scale."""
+    scale: float = 1.0
+
+class MeanColour(torch.nn.Module):
+    modality = "image"
+    feature_shape = (3,)
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+    def identity(self):
+        return {"scale": self.config.scale}
+    def prepare(self, raw):
+        return torch.from_numpy(np.asarray(open_image(raw, 8), dtype=np.float32).mean((0, 1)))
+    def forward(self, prepared):
+        return prepared * self.config.scale
+
+def build(config):
+    return MeanColour(config)
+'''
+
+
+@pytest.mark.parametrize("start_method", ["fork", "spawn"])
+def test_workers_of_extraction_know_an_encoder_from_outside(
+    start_method: str, tiny_manifest: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "mean_colour.py"
+    path.write_text(ENCODER)
+    assert plugins.load_file(path) == "encoders"
+    monkeypatch.setattr("pipeline.extraction.workers.START_METHOD", start_method)
+    extracted = extract(
+        tiny_manifest, "mean_colour", {"scale": "0.5"}, tmp_path / "home", options=ExtractOptions(progress=False, workers=2)
+    )
+    (cache,) = (tmp_path / "home" / "caches" / "tiny").iterdir()
+    assert extracted is not None
+    assert open_cache(cache).feature_shape == (3,)
+
+
+def class_name(config: Any) -> str:
+    return type(config).__module__
+
+
+def test_processes_of_a_cluster_load_the_same_files(tmp_path: Path) -> None:
+    plugins.load_file(planted(tmp_path, "copied"))
+    configs = [plugins.get("methods", "copied").Config(hidden=size) for size in (4, 8)]
+    with executor.open_executor("local", 1) as processes:
+        results = [get() for _, get in processes.map(class_name, configs)]
+    assert results == ["diffalign_plugin_copied"] * 2
+
+
+def test_the_example_goes_through_all_stages(tiny_home: Path, tmp_path: Path) -> None:
+    """The commands run in processes of their own, where nothing but --plugin loads the file."""
+    home, path = Path(shutil.copytree(tiny_home, tmp_path / "home")), planted(tmp_path, "my_own_method")
+    keys = caches_by_key(home)
+
+    def command(*arguments: str, plugin: Path | None = path) -> subprocess.CompletedProcess[str]:
+        given = [*arguments, *(["--plugin", str(plugin)] if plugin else [])]
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "DIFFALIGN_HOME": str(home)}
+        return subprocess.run(
+            [sys.executable, "-m", "pipeline", *given], capture_output=True, text=True, env=environment, check=False
+        )
+
+    training = ["--train", "epochs=2", "--train", "batch_size=8", "--set", "hidden=8"]
+    trained = command(
+        "train-head", "--dataset", "tiny", "--method", "my_own_method", "--image", keys["image"], "--text", keys["text"],
+        *training, "--set", "gamma=0.5", "--json",
+    )  # fmt: skip
+    assert trained.returncode == 0, trained.stderr
+    (row,) = json.loads(trained.stdout)
+    config = json.loads((Path(row["run"]) / "config.json").read_text())
+    assert config["method"] == "my_own_method"
+    assert config["settings"] == {"hidden": 8, "w_text": 0.5, "dropout": 0.0}
+    evaluated = command("evaluate", row["run"], "--split", "test", "--json")
+    assert evaluated.returncode == 0, evaluated.stderr
+    assert json.loads(evaluated.stdout)[0]["n"] == 12
+    grid = command(
+        "grid", "--dataset", "tiny", "--method", "my_own_method", "--image", keys["image"], "--text", keys["text"],
+        *training, "--grid", "gamma=0.5,1", "--workers", "1", "--strategy", "processes",
+    )  # fmt: skip
+    assert grid.returncode == 0, grid.stderr
+    reported = command("report", "tiny", "--json")
+    assert reported.returncode == 0, reported.stderr
+    assert "my_own_method" in Path(json.loads(reported.stdout)["html"]).read_text()
+    forgotten = command("evaluate", row["run"], plugin=None)
+    assert forgotten.returncode == 2
+    assert "unknown method 'my_own_method'; choose one of: " in forgotten.stderr
+    assert "(a file of yours is given by --plugin FILE)" in forgotten.stderr
+
+
+def test_help_says_that_code_is_run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["train-head", "--help"], monkeypatch) == 0
+    assert "its code is run" in " ".join(capsys.readouterr().out.split())

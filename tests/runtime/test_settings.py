@@ -1,0 +1,225 @@
+"""Settings: ranges and meanings stand in the annotations of configs, are checked when a config is built, and change no hash."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import MISSING, asdict, dataclass, fields
+from typing import Annotated, Any, Literal
+
+import pytest
+
+from pipeline.runtime import plugins
+from pipeline.runtime.errors import UserError
+from pipeline.runtime.files import fingerprint
+from pipeline.runtime.runs import RunConfig
+from pipeline.runtime.settings import POSITIVE, Range, Settings, configure, describe_settings, field_types, parse_value
+from pipeline.training.config import TrainConfig
+from pipeline.training.joint.plan import JointConfig
+
+Share = Annotated[float, Range(0, 1), "a share"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Toy(Settings):
+    """A config with every kind of field."""
+
+    width: Annotated[int, Range(1, 65_536), "width of the MLP"] = 4
+    rate: Annotated[float, POSITIVE, "learning rate"] = 0.1
+    share: Share = 0.5
+    other: Annotated[Share, Range(0, 1, open_high=True), "another share"] = 0.5
+    kind: Annotated[Literal["cls", "mean"], "which tokens"] = "cls"
+    fast: Annotated[bool, "be fast"] = False
+    name: Annotated[str, "what it is called"] = ""
+    layer: int = -1
+
+
+def all_configs() -> Iterator[Any]:
+    yield pytest.param(TrainConfig, id="TrainConfig")
+    yield pytest.param(JointConfig, id="JointConfig")
+    for kind in ("methods", "encoders"):
+        for name in plugins.names(kind):
+            yield pytest.param(plugins.get(kind, name).Config, id=f"{kind}-{name}")
+
+
+for_all_configs = pytest.mark.parametrize("config_type", list(all_configs()))
+
+
+@pytest.mark.parametrize(
+    ("values", "inside", "outside", "shown", "words"),
+    [
+        (Range(1, 65_536), (1, 2, 65_536), (0, 65_537, -1), "1..65536", "in 1..65536"),
+        (Range(0, 0.99), (0, 0.5, 0.99), (-1e-9, 0.991), "0..0.99", "in 0..0.99"),
+        (Range(0), (0, 1e300, 10**400), (-1e-9, math.inf, math.nan), ">= 0", "at least 0"),
+        (POSITIVE, (1e-300, 1), (0, -1, math.inf, math.nan), "> 0", "positive"),
+        (Range(3, open_low=True), (4,), (3,), "> 3", "above 3"),
+        (Range(0, 1, open_high=True), (0, 0.999), (1, -0.1), ">= 0, < 1", "at least 0 and below 1"),
+        (Range(0, 1, open_low=True), (0.001, 1), (0, 1.001), "> 0, <= 1", "above 0 and at most 1"),
+    ],
+)
+def test_a_range(values: Range, inside: tuple[float, ...], outside: tuple[float, ...], shown: str, words: str) -> None:
+    assert str(values) == shown
+    for value in inside:
+        values.check("x", value)
+    for value in outside:
+        with pytest.raises(UserError) as caught:
+            values.check("x", value)
+        assert str(caught.value) == f"x must be {words}, not {value}"
+
+
+def test_a_field_is_described_by_its_annotation() -> None:
+    facts = [(each.name, each.default, each.values, each.meaning) for each in describe_settings(Toy)]
+    assert facts == [
+        ("width", 4, "int 1..65536", "width of the MLP"),
+        ("rate", 0.1, "float > 0", "learning rate"),
+        ("share", 0.5, "float 0..1", "a share"),
+        ("other", 0.5, "float >= 0, < 1", "another share"),
+        ("kind", "cls", "cls | mean", "which tokens"),
+        ("fast", False, "true | false", "be fast"),
+        ("name", "", "text", "what it is called"),
+        ("layer", -1, "int", ""),
+    ]
+    assert field_types(Toy) == {
+        "width": int,
+        "rate": float,
+        "share": float,
+        "other": float,
+        "kind": Literal["cls", "mean"],
+        "fast": bool,
+        "name": str,
+        "layer": int,
+    }
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"width": 0}, "width must be in 1..65536, not 0"),
+        ({"rate": math.inf}, "rate must be positive, not inf"),
+        ({"share": math.nan}, "share must be in 0..1, not nan"),
+        ({"other": 1}, "other must be at least 0 and below 1, not 1"),
+        ({"kind": "max"}, "setting 'kind' is 'max'; choose one of: cls, mean"),
+    ],
+)
+def test_a_config_is_checked_when_it_is_built(wrong: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError) as caught:
+        Toy(**wrong)
+    assert str(caught.value).startswith(message)
+
+
+def test_strings_of_the_command_line_are_parsed_by_the_bare_type() -> None:
+    hint = Annotated[int, Range(1, 8), "a number"]
+    assert parse_value("width", "3", hint) == parse_value("width", "3", int) == 3
+    assert parse_value("kind", "cls", Annotated[Literal["cls"], "which"]) == "cls"
+    with pytest.raises(UserError, match=r"setting 'width' is '1\.5'; it takes a finite int"):
+        parse_value("width", "1.5", hint)
+    with pytest.raises(UserError, match=r"width must be in 1\.\.65536, not 0"):
+        configure(Toy, {"width": "0"})
+
+
+@for_all_configs
+def test_every_setting_has_a_meaning_and_a_default_in_its_range(config_type: type[Any]) -> None:
+    assert issubclass(config_type, Settings)
+    described = describe_settings(config_type)
+    assert [each.name for each in described] == [field.name for field in fields(config_type)]
+    for setting in described:
+        assert setting.meaning, setting.name
+        assert setting.default is not MISSING, setting.name
+        assert setting.range is None or setting.type in (int, float), setting.name
+        setting.check(setting.name, setting.default)
+        assert parse_value(setting.name, str(setting.default), setting.type) == setting.default
+
+
+@for_all_configs
+def test_every_range_is_enforced(config_type: type[Any]) -> None:
+    """A config whose `__post_init__` forgets `super().__post_init__()` would accept everything."""
+    for setting in describe_settings(config_type):
+        if setting.choices:
+            with pytest.raises(UserError, match=f"setting '{setting.name}' is 'planted'; choose one of"):
+                config_type(**{setting.name: "planted"})
+        if setting.range:
+            step = 1 if setting.type is int else 1e-6
+            below = setting.range.low - (0 if setting.range.open_low else step)
+            above = setting.range.high + (0 if setting.range.open_high else step)
+            for value in (below, above):
+                with pytest.raises(UserError, match="must be"):
+                    config_type(**{setting.name: value})
+
+
+def test_messages_call_a_setting_as_users_do() -> None:
+    with pytest.raises(UserError, match=r"^training setting 'lr' must be positive, not 0$"):
+        TrainConfig(lr=0)
+    with pytest.raises(UserError, match=r"^training setting 'weight_average' must be at least 0 and below 1, not 1$"):
+        TrainConfig(weight_average=1)
+    with pytest.raises(UserError, match=r"^--encoder-lr must be positive, not 0$"):
+        JointConfig(encoder_lr=0)
+    with pytest.raises(UserError, match=r"^--layer-decay must be above 0 and at most 1, not 2$"):
+        JointConfig(layer_decay=2)
+
+
+@pytest.mark.parametrize(
+    ("method", "given", "expected"),
+    [
+        ("seda", {"T": "900", "t": "0", "gamma": "0.5", "beta": "2"}, {"num_steps": 900, "stage_step": 0, "w_ce_dst": 0.5}),
+        ("marnet", {"tau": "0.1", "w_ce_ema": "0.5", "alpha2": "3"}, {"tau": 0.1, "w_ce_ema": 0.5, "w_ce_cdr": 3.0}),
+        ("ema", {"d": "8", "tau": "0.2"}, {"width": 8, "tau": 0.2}),
+        ("cdr", {"T": "50", "gamma": "0.5"}, {"num_steps": 50, "w_mse": 0.5}),
+    ],
+)
+def test_letters_and_old_names_are_read(method: str, given: dict[str, str], expected: dict[str, Any]) -> None:
+    plugin = plugins.get("methods", method)
+    config = configure(plugin.Config, given, plugin.symbols)
+    assert {name: getattr(config, name) for name in expected} == expected
+
+
+def test_the_methods_that_sample_declare_their_sampler_once() -> None:
+    names = ("sampler", "eta", "draws", "zero_start")
+    facts = []
+    for method in ("cdr", "marnet", "seda"):
+        described = {each.name: each for each in describe_settings(plugins.get("methods", method).Config)}
+        facts.append([described[name] for name in names])
+    assert facts[0] == facts[1] == facts[2]
+
+
+# The hashes of the default settings before ranges and meanings stood in the annotations: a change would rename every run.
+RUNS = {
+    "baseline": "8ef0e595d67865f864d2be054256596ef7ed2196e82e1b3ad2b4edbaec0dcd29",
+    "cdr": "724bc4fe91c2c4d4f81ae4907828f14f559178c9fc4cd0d6c5f9c70abc9a7271",
+    "ema": "670e38831df57f2c5b3b7981d5229bf4cca87078c8c0456ff480d8613a1d334f",
+    "marnet": "b5c7eb4064e4523c62b7500ebbeb11f79c6cd6ef5bb16e28c0371bfef3fae536",
+    "seda": "ee93916d2b8c00e936e0cdf05619180649f139a91d82a8d65c3ab70aaaeff7b1",
+}
+ENCODERS = {
+    "efficientnet_lite": "e147c7877f8fbc43fa7b3e38ed31a3fa985bb319dc50a5f9d0f22ddbccc913be",
+    "frames": "ff60cb03689c52efd2867aa6a4c1d37e8489242fb0704667dfd9d05a08c47a41",
+    "openclip": "272119a550e8293ced5bc9488ef80885394f22b2a7ef22849d67b0ac8bf342cc",
+    "random_projection": "2f42f3590fe387d5550c8b479701be1692f0714fb5d73353b95b246cba0f960e",
+    "timm": "420d5ca554c5b9a9654a810a58343a472593da1785b52249cd647874b252bb13",
+    "transformers_image": "4e67eb55683ccd74c3389072556363bfd0d36f64f24de21cc5ef8a9e798d7144",
+    "transformers_text": "d298250a151b688c47e2ab5f4cc53a56b2bfbca039627c259967c08259ab3d02",
+    "transformers_video": "f613c157669603e8aca0479a367679d3ed0a75f52a68ecd0da03bdd2044a361a",
+}
+
+
+@pytest.mark.parametrize("method", RUNS)
+def test_the_default_settings_of_a_method_hash_as_before(method: str) -> None:
+    config = RunConfig(
+        dataset="d",
+        method=method,
+        settings=asdict(plugins.get("methods", method).Config()),
+        training=asdict(TrainConfig()),
+        caches={"image": "i"},
+        shapes={"image": [4]},
+        text_aggregate="mean",
+        manifest="m",
+    )
+    assert config.fingerprint() == RUNS[method]
+
+
+@pytest.mark.parametrize("encoder", ENCODERS)
+def test_the_default_settings_of_an_encoder_hash_as_before(encoder: str) -> None:
+    assert fingerprint(asdict(plugins.get("encoders", encoder).Config())) == ENCODERS[encoder]
+
+
+def test_the_default_settings_of_joint_training_hash_as_before() -> None:
+    assert fingerprint(asdict(JointConfig())) == "9aee3d23e58f2ab94c3417892545582b59e8ce71eadbd4467e52dee3c6b8be7d"

@@ -1,0 +1,66 @@
+"""The notebook of examples/ is run as its reader runs it: from its folder, cell by cell, in one process."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from helpers.photos import write_photos
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+NOTEBOOK = EXAMPLES / "quickstart.ipynb"
+
+
+def read_cells() -> list[dict[str, Any]]:
+    return json.loads(NOTEBOOK.read_text(encoding="utf-8"))["cells"]
+
+
+def test_the_notebook_stores_no_outputs() -> None:
+    notebook = json.loads(NOTEBOOK.read_text(encoding="utf-8"))
+    assert (notebook["nbformat"], notebook["nbformat_minor"]) == (4, 5)
+    assert len({cell["id"] for cell in notebook["cells"]}) == len(notebook["cells"])
+    for cell in notebook["cells"]:
+        assert cell["cell_type"] in ("code", "markdown")
+        if cell["cell_type"] == "code":
+            assert (cell["outputs"], cell["execution_count"]) == ([], None)
+            compile("".join(cell["source"]), cell["id"], "exec")
+
+
+@pytest.mark.slow
+def test_the_notebook_runs_from_an_empty_folder(tmp_path: Path) -> None:
+    """Each cell is compiled by itself in one namespace, as a kernel does; then what it promises is looked at."""
+    sources = ["".join(cell["source"]) for cell in read_cells() if cell["cell_type"] == "code"]
+    program = f"""
+for number, source in enumerate({sources!r}):
+    exec(compile(source, f"cell {{number}}", "exec"), globals())
+print(len(features.ids), features.array.shape, len(ema), comparison["metric"].tolist(), len(figure.axes))
+assert comparison["a_mean"].gt(20).all()  # percent of 68 classes; chance is below 6
+"""
+    environment = {**os.environ, "MPLBACKEND": "Agg", "PYTHONPATH": str(EXAMPLES.parent)}
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, check=False, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "1501 (1501, 1280) 2 ['acc1', 'acc5'] 2"
+    assert len(list((tmp_path / "artifacts" / "runs" / "openmoji").glob("*/seed*/done"))) == 4
+
+
+@pytest.mark.slow
+def test_the_python_of_the_readme_runs_as_written(tmp_path: Path) -> None:
+    """On folders of a user's own; the paths in it are below the folder that it runs in."""
+    readme = (EXAMPLES.parent / "README.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
+    (tmp_path / "photos").mkdir()
+    write_photos(tmp_path / "photos")
+    checks = """
+assert len(run.history) >= 20 and len(run.predictions("val")) == 9
+"""
+    environment = {**os.environ, "PYTHONPATH": str(EXAMPLES.parent)}
+    command = [sys.executable, "-c", block + checks]
+    done = subprocess.run(command, check=False, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
