@@ -38,7 +38,6 @@ from pipeline.data.spec import load_spec
 from pipeline.evaluation.evaluate import evaluate
 from pipeline.runtime import plugins
 from pipeline.runtime.device import default_device, reproducible, use_precision
-from pipeline.runtime.rng import KeyedRNG
 from pipeline.runtime.runs import RunFolder
 from pipeline.studies.grid import Grid, plan_grid, read_axes
 from pipeline.studies.search import run_grid
@@ -218,11 +217,10 @@ def make_step(home: Path, rows: int, precision: Any) -> Callable[[], None]:
     features = open_features(home, "nuswide", "seda", {"image": "image", "text": "text"})
     model, batch = build_method(features, "seda", {}), next(shuffled_batches(features.train, BATCH_SIZE, 0)(0))
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3, weight_decay=1e-4, fused=True)
-    rng = KeyedRNG.seeded(0, batch["key"]).at("train")
 
     def step() -> None:
         with use_precision(precision, default_device()):
-            value = model.loss(batch, rng, model.phases[-1].name)["loss"]
+            value = model.loss(batch, model.phases[-1].name)["loss"]
         optimizer.zero_grad(set_to_none=True)
         value.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

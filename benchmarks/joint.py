@@ -36,8 +36,7 @@ from pipeline.training.joint.ddp import DistributedContext
 from pipeline.training.joint.plan import JointConfig, JointOptions, JointPlan
 from pipeline.training.joint.trainable_encoder import TrainableEncoder, build_joint_method, open_trainable_encoder
 from pipeline.training.joint.trainer import deterministic_algorithms, joint_source, validate_joint
-from pipeline.training.loop import train_epoch
-from pipeline.training.optim import EnsembleOptimizer
+from pipeline.training.loop import Trainer, train_epoch
 from pipeline.training.state import TrainState
 from pipeline.types import Sample
 
@@ -79,9 +78,9 @@ def joint_epoch(plan: JointPlan, options: JointOptions) -> tuple[Callable[[], ob
     encoders = {"image": open_trainable_encoder(plan, "image", options, SINGLE_PROCESS)}
     model = build_joint_method(plan, encoders, SINGLE_PROCESS)
     source = joint_source(plan, model, encoders, SINGLE_PROCESS, progress=False)
-    optimizer = EnsembleOptimizer([TrainState(method=model, run=plan.run, config=plan.training)])
+    trainer = Trainer([TrainState(method=model, run=plan.run, config=plan.training)])
     return (
-        lambda: train_epoch(optimizer, source),
+        lambda: train_epoch(trainer, source),
         lambda: validate_joint(plan, encoders, SINGLE_PROCESS, model),
         encoders["image"],
     )

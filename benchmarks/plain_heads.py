@@ -122,7 +122,7 @@ class PlainSeDA(PlainHead):
         self.num_steps, self.border, self.gamma, self.heads, self.classes = num_steps, stage_step + 1, gamma, heads, classes
         self.learner_share = self.border / num_steps
         self.query, self.key_value = (ChunkLinear(width, tokens, size) for size in (token_width, 2 * token_width))
-        self.attended = nn.Linear(tokens * token_width, width)
+        self.attended, self.visual = nn.Linear(tokens * token_width, width), nn.Linear(width, width, bias=False)
         self.time = nn.Sequential(
             nn.Linear(time_width, 2 * time_width), nn.GELU(), nn.Linear(2 * time_width, time_width), nn.GELU()
         )
@@ -150,11 +150,11 @@ class PlainSeDA(PlainHead):
             part.unflatten(2, (heads, -1)).permute(1, 2, 0, 3) for part in self.key_value(x_v).chunk(2, dim=2)
         )  # [B, heads, tokens, width of a head]
         attended = F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(1)
-        h = torch.cat([x_n + self.attended(attended), self.time(self.sinusoid[n])], dim=1)
+        h = torch.cat([self.attended(attended) + self.visual(x_v), self.time(self.sinusoid[n])], dim=1)
         return self.out(self.dropout(F.gelu(self.hidden(h))))
 
     def loss(self, batch: Columns, learner: bool, n: Tensor, noise: Tensor) -> Columns:
-        """Return the loss of the stage, its parts, and the cosines that ours writes into the history too."""
+        """Return the loss of the stage and its parts."""
         x_v, x_s = batch["image"], batch["text"]
         x_r = self.denoise(self.signal[n] * x_s + self.noise[n] * noise, n, x_v)
         ce = F.cross_entropy(self.classifier(x_r), batch["target"])
@@ -165,9 +165,7 @@ class PlainSeDA(PlainHead):
         else:
             sc, mse = zero, squared_error(x_r, x_s, batch["paired"])
             loss = mse + self.gamma * ce
-        with torch.no_grad():
-            cos_image, cos_text = (F.cosine_similarity(x_r, x).mean() for x in (x_v, x_s))
-        return {"loss": loss, "sc": sc, "mse": mse, "ce": ce, "cos_image": cos_image, "cos_text": cos_text}
+        return {"loss": loss, "sc": sc, "mse": mse, "ce": ce}
 
 
 def structural_consistency(x_r: Tensor, x_v: Tensor, label: Tensor, classes: int) -> Tensor:
@@ -176,7 +174,7 @@ def structural_consistency(x_r: Tensor, x_v: Tensor, label: Tensor, classes: int
     count = member.sum(0)
     present = (count > 0).float()
     between = (member.T @ (x_r - x_v)) / count.clamp(min=1.0).unsqueeze(1)
-    distance = (between.square().sum(1) + 1e-12).sqrt()
+    distance = torch.linalg.vector_norm(between, dim=1)
     return (distance * present).sum() / present.sum() / math.sqrt(x_v.shape[1]) + F.l1_loss(x_r.float(), x_v)
 
 

@@ -34,8 +34,8 @@ from pipeline.runtime.device import default_device
 from pipeline.runtime.rng import KeyedRNG
 from pipeline.runtime.runs import RunFolder
 from pipeline.training.config import TrainConfig
-from pipeline.training.loop import train
 from pipeline.training.state import Score, TrainState
+from pipeline.training.train import train
 from pipeline.types import Predictor
 
 FOLDS = 5

@@ -24,12 +24,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import pipeline
 from pipeline.cache.table import FeatureTable, shuffled_batches
 from pipeline.runtime import plugins
-from pipeline.runtime.device import default_device, reproducible, use_precision
-from pipeline.runtime.rng import KeyedRNG, sample_keys
+from pipeline.runtime.device import default_device, reproducible
+from pipeline.runtime.rng import sample_keys
 from pipeline.runtime.runs import RunFolder
 from pipeline.training.config import TrainConfig
-from pipeline.training.loop import train_epoch
-from pipeline.training.optim import EnsembleOptimizer
+from pipeline.training.loop import Trainer, train_epoch
 from pipeline.training.state import TrainState
 from pipeline.types import Batch
 
@@ -37,7 +36,7 @@ PACKAGE = Path(pipeline.__file__).parent
 PAGE = Path(__file__).parents[1] / "docs" / "training-step.md"
 START, END = "<!-- printed by benchmarks/training_step.py -->\n", "<!-- end -->\n"
 METHODS = ("seda", "ema", "baseline")
-KINDS = ("random numbers", "casts", "losses", "statistics", "network", "clipping", "optimiser")
+KINDS = ("random numbers", "casts", "losses", "network", "clipping", "optimiser")
 WIDTH, CLASSES, BATCH_SIZE = 768, 172, 64  # of the tables
 
 
@@ -69,7 +68,7 @@ class OurTraining:
         config = TrainConfig(precision=precision, batch_size=batch_size)
         self.state = TrainState(method=self.head, run=RunFolder(Path("unused"), 0), config=config)
         self.state.start_phase(lambda: iter([needed]))
-        self.optimizer = EnsembleOptimizer([self.state])
+        self.trainer = Trainer([self.state])
 
     def epoch(self, steps: int | None = None) -> list[dict[str, Any]]:
         """Train one epoch, or the first `steps` steps of it, and return the rows of the history."""
@@ -78,15 +77,11 @@ class OurTraining:
             yield from (batch for _, batch in zip(range(steps or 0), self.batches(epoch), strict=False))
 
         with reproducible(default_device()):
-            return train_epoch(self.optimizer, self.batches if steps is None else first)
+            return train_epoch(self.trainer, self.batches if steps is None else first)
 
     def step(self, batch: Batch) -> Batch:
         """Take one step as the loop does."""
-        rng = KeyedRNG.seeded(0, batch["key"]).at("train", self.state.phase.name, 0, 0)
-        with use_precision(self.state.config.precision, batch["key"].device):
-            parts = self.optimizer.loss(batch, rng, self.state.phase.name)
-        self.optimizer.step(parts["loss"])
-        return parts
+        return self.trainer.step(batch, self.state.phase.name)
 
     def operators(self) -> dict[str, int]:
         """Return the operators of one step by kind."""
@@ -153,13 +148,11 @@ def kind_of(operator: Any, lines: str) -> str:
         return "clipping"
     if "/torch/optim/" in lines:
         return "optimiser"
-    if "runtime/rng.py" in lines or "in draw" in lines:
+    if "rand" in operator.name() or "in draw" in lines:
         return "random numbers"
     if operator.overloadpacket is torch.ops.aten._to_copy:
         return "casts"
-    if "nn/losses.py" in lines or "cross_entropy" in lines:
-        return "losses"
-    return "statistics" if "cosine_similarity" in lines else "network"
+    return "losses" if "nn/losses.py" in lines or "cross_entropy" in lines else "network"
 
 
 def count_operators(step: Callable[[], Any]) -> Counter[str]:

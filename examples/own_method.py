@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.nn.feature_space import num_classes_in, paired_text
-from pipeline.nn.layers import Standardise, dropout, register_hyperparameters
+from pipeline.nn.layers import Dropout, Standardise, register_hyperparameters
 from pipeline.nn.losses import classification_loss, mse_loss
 from pipeline.nn.method import Method
 from pipeline.runtime.rng import KeyedRNG
@@ -43,18 +43,17 @@ class Imitation(Method):
     symbols: ClassVar[Mapping[str, str]] = {"gamma": "w_text"}  # so that --set gamma=0.5 works too
     grid: ClassVar[Mapping[str, tuple[Any, ...]]] = {"w_text": (0.1, 0.3, 1.0, 3.0)}  # for --grid papers
 
-    # Tensors of register_hyperparameters, declared here for type checkers.
-    p_dropout: Tensor
-    w_text: Tensor
+    w_text: Tensor  # registered below; declared here for type checkers
 
     def __init__(self, config: Config, shapes: Shapes) -> None:
         super().__init__(config, shapes)
         (image_width,), (text_width,) = shapes["image"], shapes["text"]
         self.image_scale, self.text_scale = Standardise("per_dim", image_width), Standardise("per_dim", text_width)
+        self.dropout = Dropout(config.dropout)
         self.imitate = nn.Sequential(nn.Linear(image_width, config.hidden), nn.ReLU(), nn.Linear(config.hidden, text_width))
         self.classifier = nn.Linear(image_width + text_width, num_classes_in(shapes))
         # Numbers become tensors: then the heads of a grid that differ in nothing but numbers are trained as one model.
-        register_hyperparameters(self, p_dropout=config.dropout, w_text=config.w_text)
+        register_hyperparameters(self, w_text=config.w_text)
 
     @classmethod
     def small(cls) -> dict[str, Any]:
@@ -66,10 +65,10 @@ class Imitation(Method):
         self.image_scale.fit(batch["image"] for batch in train())
         self.text_scale.fit(paired_text(batch) for batch in train())
 
-    def loss(self, batch: Batch, rng: KeyedRNG, phase: str) -> Batch:
+    def loss(self, batch: Batch, phase: str) -> Batch:
         """Return the cross-entropy plus gamma times the error of the imitation, and both parts, which are logged."""
-        # Random numbers come from rng alone, by a name: a run that is interrupted goes on with the same numbers.
-        image = dropout(self.image_scale(batch["image"]), self.p_dropout, rng.at("dropout"), self.training)
+        # The loop seeds torch before every step: a run that is interrupted goes on with the same masks of dropout.
+        image = self.dropout(self.image_scale(batch["image"]))
         imitation = self.imitate(image)
         ce = classification_loss(self.classifier(torch.cat([image, imitation], dim=1)), batch["label"], "softmax_kl")
         mse = mse_loss(imitation, self.text_scale(batch["text"]), "mean", batch["paired"])

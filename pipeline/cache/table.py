@@ -236,7 +236,7 @@ def ordered_batches(source: FeatureSource, seed: int, batch_size: int = 1024) ->
 
 
 def _select_batch(table: FeatureTable, rows: Tensor, seed: int, epoch: int) -> Batch:
-    batch = {key: column[rows] for key, column in table.columns.items()}
+    batch = {key: column.index_select(0, rows) for key, column in table.columns.items()}
     if table.captions:
         batch["text"] = table.captions.draw(rows, batch["key"], seed, epoch, batch["text"])
     return batch

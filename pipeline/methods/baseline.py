@@ -9,7 +9,7 @@ from typing import Annotated, Any, ClassVar
 from torch import Tensor, nn
 
 from pipeline.nn.feature_space import num_classes_in
-from pipeline.nn.layers import ScaleMode, Standardise, dropout, register_hyperparameters
+from pipeline.nn.layers import Dropout, ScaleMode, Standardise
 from pipeline.nn.losses import LabelLoss, classification_loss
 from pipeline.nn.method import Method
 from pipeline.runtime.rng import KeyedRNG
@@ -33,24 +33,22 @@ class Baseline(Method):
     needs = ("image", "label")
     grid: ClassVar[Mapping[str, tuple[Any, ...]]] = {"dropout": (0.0, 0.2, 0.5)}
 
-    p_dropout: Tensor
-
     def __init__(self, config: Config, shapes: Shapes) -> None:
         super().__init__(config, shapes)
         (width,) = shapes["image"]
         self.label_loss: LabelLoss = config.label_loss
         self.scale = Standardise(config.scale, width)
+        self.dropout = Dropout(config.dropout)
         self.classifier = nn.Linear(width, num_classes_in(shapes))
-        register_hyperparameters(self, p_dropout=config.dropout)
 
     def begin(self, phase: str, train: Callable[[], Iterator[Batch]]) -> None:
         """Compute the statistics of the image features."""
         self.scale.fit(batch["image"] for batch in train())
 
-    def loss(self, batch: Batch, rng: KeyedRNG, phase: str) -> Batch:
+    def loss(self, batch: Batch, phase: str) -> Batch:
         """Return {"loss"}, the classification loss."""
-        x = dropout(self.scale(batch["image"]), self.p_dropout, rng.at("dropout"), self.training)
-        return {"loss": classification_loss(self.classifier(x), batch["label"], self.label_loss)}
+        logits = self.classifier(self.dropout(self.scale(batch["image"])))
+        return {"loss": classification_loss(logits, batch["label"], self.label_loss)}
 
     def predict(self, image: Tensor, rng: KeyedRNG) -> Tensor:
         """Return logits [B,C] from image features [B,Dv]."""

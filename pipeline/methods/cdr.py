@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.nn.denoisers import ConcatMLP, Denoiser
-from pipeline.nn.diffusion import Schedule, alphas_cumprod, q_sample
+from pipeline.nn.diffusion import Schedule, alphas_cumprod, noise_levels, q_sample
 from pipeline.nn.feature_space import ADAPTER_PHASE, AdapterKind, FeatureSpace, num_classes_in
 from pipeline.nn.layers import MLP, LookupTable, ScaleMode, register_hyperparameters
 from pipeline.nn.losses import LabelLoss, MSEReduction, classification_loss, mse_loss
@@ -63,9 +63,9 @@ class Config(Settings):
 class RegressionDenoiser(nn.Module):
     """Four linear layers from x_v to x_s. It is a `Denoiser` that ignores the noisy text and the step."""
 
-    def __init__(self, text_width: int, image_width: int, hidden: int) -> None:
+    def __init__(self, text_width: int, image_width: int, hidden: int, dropout: float) -> None:
         super().__init__()
-        self.mlp = MLP([image_width, hidden, hidden, hidden, text_width])
+        self.mlp = MLP([image_width, hidden, hidden, hidden, text_width], dropout)
 
     def image_context(self, x_v: Tensor) -> Tensor:
         """Return x_v."""
@@ -75,9 +75,9 @@ class RegressionDenoiser(nn.Module):
         """Return zeros [..., 1], because the step is ignored."""
         return torch.zeros(*n.shape, 1, device=n.device)
 
-    def forward(self, x_n: Tensor, e: Tensor, context: Tensor, rng: KeyedRNG | None, p: Tensor) -> Tensor:
+    def forward(self, x_n: Tensor, e: Tensor, context: Tensor) -> Tensor:
         """Return the prediction of x_s [B,D] from context = x_v [B,Dv]."""
-        return self.mlp(context, rng, p)
+        return self.mlp(context)
 
 
 def build_denoiser(config: Config, text_width: int, image_width: int) -> Denoiser:
@@ -87,12 +87,12 @@ def build_denoiser(config: Config, text_width: int, image_width: int) -> Denoise
         UserError: the U-Net is asked for and the two widths differ.
     """
     if config.denoiser == "mlp":
-        return ConcatMLP(text_width, image_width, hidden=config.hidden)
+        return ConcatMLP(text_width, image_width, config.num_steps, hidden=config.hidden, dropout=config.dropout)
     if config.denoiser == "regression":
-        return RegressionDenoiser(text_width, image_width, config.hidden)
+        return RegressionDenoiser(text_width, image_width, config.hidden, config.dropout)
     if text_width != image_width:
         raise UserError(f"denoiser 'unet' needs equal widths, not {text_width} and {image_width}: set adapter=classifier")
-    return UNet(text_width)
+    return UNet(text_width, config.num_steps, dropout=config.dropout)
 
 
 class CDR(Method):
@@ -106,7 +106,6 @@ class CDR(Method):
 
     first_ce_step: Tensor
     first_step: Tensor
-    p_dropout: Tensor
     steps: Tensor
     w_ce: Tensor
     w_mse: Tensor
@@ -122,13 +121,14 @@ class CDR(Method):
         self.classifier = nn.Linear(width, num_classes_in(shapes))
         has_chain = config.denoiser != "regression"
         self.sampler = Sampler.from_config(config) if has_chain else Sampler(num_sample_steps=1, zero_start=True)
-        self.abar = LookupTable(alphas_cumprod(config.schedule, config.num_steps))
+        abar = alphas_cumprod(config.schedule, config.num_steps)
+        self.abar, self.levels = LookupTable(abar), LookupTable(noise_levels(abar))
         last = config.num_steps - 1
         register_hyperparameters(
             self, steps=config.num_steps, first_step=min(round(config.train_min_step * config.num_steps), last)
         )
         register_hyperparameters(self, first_ce_step=min(round(config.ce_min_step * config.num_steps), last))
-        register_hyperparameters(self, p_dropout=config.dropout, w_ce=config.w_ce, w_mse=config.w_mse)
+        register_hyperparameters(self, w_ce=config.w_ce, w_mse=config.w_mse)
 
     @classmethod
     def small(cls) -> dict[str, Any]:
@@ -139,28 +139,28 @@ class CDR(Method):
         """Compute the statistics of the image and text features."""
         self.space.begin(phase, train)
 
-    def loss(self, batch: Batch, rng: KeyedRNG, phase: str) -> Batch:
+    def loss(self, batch: Batch, phase: str) -> Batch:
         """Return L_CDR = alpha_2 L_CE + gamma L_MSE (eq. 19-20) of the one-step prediction, and its parts."""
         if phase == ADAPTER_PHASE.name:
             return self.space.adapter_loss(batch, self.label_loss)
-        return self.objective(*self.predict_one_step(batch, rng), batch)
+        return self.objective(*self.predict_one_step(batch), batch)
 
-    def predict_one_step(self, batch: Batch, rng: KeyedRNG) -> tuple[Tensor, Tensor, Tensor]:
+    def predict_one_step(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """Draw a uniform random step n for each sample and predict x_s from its noisy version x_s^n.
 
         Returns:
             The prediction X_theta(x_s^n, n, x_v) [B,Ds], its target x_s [B,Ds], and n, int64 [B].
         """
         x_v, x_s = self.space.image(batch["image"]), self.space.text(batch["text"])
-        n = (self.first_step + torch.floor(rng.at("n").uniform() * (self.steps - self.first_step))).long()
-        x_n = q_sample(x_s, n, rng.at("noise").normal(x_s.shape[1]), self.abar.values)
-        e, context = self.denoiser.embed_step(n), self.denoiser.image_context(x_v)
-        x_0 = self.denoiser(x_n, e, context, rng.at("dropout"), self.p_dropout)
+        uniform = torch.rand(len(x_s), device=x_s.device)
+        n = (self.first_step + torch.floor(uniform * (self.steps - self.first_step))).long()
+        x_n = q_sample(x_s, n, torch.randn_like(x_s), self.levels.values)
+        x_0 = self.denoiser(x_n, self.denoiser.embed_step(n), self.denoiser.image_context(x_v))
         return x_0, x_s, n
 
     def objective(self, x_0: Tensor, x_s: Tensor, n: Tensor, batch: Batch) -> Batch:
         """Return L_CDR and its parts from the outputs of `predict_one_step`."""
-        error = mse_loss(x_0, x_s, self.mse_reduction, batch["paired"])
+        error = mse_loss(x_0, x_s.detach(), self.mse_reduction, batch["paired"])  # the target is data, also if it is trained
         has_ce = (n >= self.first_ce_step).float()
         ce = classification_loss(self.classifier(x_0), batch["label"], self.label_loss, has_ce)
         return {"loss": self.w_ce * ce + self.w_mse * error, "ce": ce, "mse": error}

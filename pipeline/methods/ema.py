@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipeline.nn.feature_space import num_classes_in, paired_text
-from pipeline.nn.layers import ScaleMode, Standardise, dropout, register_hyperparameters
+from pipeline.nn.layers import Dropout, ScaleMode, Standardise, register_hyperparameters
 from pipeline.nn.losses import LabelLoss, classification_loss, info_nce
 from pipeline.nn.method import Method
 from pipeline.runtime.rng import KeyedRNG
@@ -49,7 +49,6 @@ class EMA(Method):
     symbols: ClassVar[Mapping[str, str]] = {"alpha1": "w_ce", "beta": "w_ita", "tau": "tau", "d": "width"}
     grid: ClassVar[Mapping[str, tuple[Any, ...]]] = {"w_ita": (0.1, 0.3, 1.0, 3.0), "tau": (0.03, 0.07, 0.2)}
 
-    p_dropout: Tensor
     tau: Tensor
     w_ce: Tensor
     w_ita: Tensor
@@ -59,13 +58,14 @@ class EMA(Method):
         (image_width,), (text_width,) = shapes["image"], shapes["text"]
         self.label_loss: LabelLoss = config.label_loss
         self.image_scale, self.text_scale = Standardise(config.scale, image_width), Standardise(config.scale, text_width)
+        self.dropout = Dropout(config.dropout)
         self.image_projector = nn.Linear(image_width, config.width)
         self.text_projector = nn.Linear(text_width, config.width)
         self.classifier = nn.Linear(config.width, num_classes_in(shapes))
         self.learn_tau = config.learn_tau
         if config.learn_tau:
             self.log_scale = nn.Parameter(torch.tensor(-math.log(config.tau)))
-        register_hyperparameters(self, p_dropout=config.dropout, tau=config.tau, w_ce=config.w_ce, w_ita=config.w_ita)
+        register_hyperparameters(self, tau=config.tau, w_ce=config.w_ce, w_ita=config.w_ita)
 
     @classmethod
     def small(cls) -> dict[str, Any]:
@@ -77,22 +77,26 @@ class EMA(Method):
         self.image_scale.fit(batch["image"] for batch in train())
         self.text_scale.fit(paired_text(batch) for batch in train())
 
-    def loss(self, batch: Batch, rng: KeyedRNG, phase: str) -> Batch:
+    def loss(self, batch: Batch, phase: str) -> Batch:
         """Return L_EMA = alpha_1 L_CE + beta L_ITA (eq. 13) with L_ITA = L_v2s + L_s2v (eq. 9-11), and its parts."""
-        image = dropout(self.image_scale(batch["image"]), self.p_dropout, rng.at("dropout"), self.training)
-        x_v = F.leaky_relu(self.image_projector(image))  # eq. 6-8
+        x_v = self.embed(batch["image"])
         x_s = F.leaky_relu(self.text_projector(self.text_scale(batch["text"])))
         v2s, s2v = info_nce(x_v, x_s, self.temperature(), batch["paired"])
         ce = classification_loss(self.classifier(x_v), batch["label"], self.label_loss)
-        return {"loss": self.w_ce * ce + self.w_ita * (v2s + s2v), "ce": ce, "ita": v2s + s2v}
+        ita = v2s + s2v
+        return {"loss": self.w_ce * ce + self.w_ita * ita, "ce": ce, "ita": ita}
 
     def temperature(self) -> Tensor:
         """Return the temperature tau, a tensor []."""
         return torch.exp(-self.log_scale.clamp(max=math.log(MAX_INVERSE_TAU))) if self.learn_tau else self.tau
 
+    def embed(self, image: Tensor) -> Tensor:
+        """Return x_v' [B,d] from image features [B,Dv] (eq. 6-8)."""
+        return F.leaky_relu(self.image_projector(self.dropout(self.image_scale(image))))
+
     def feature(self, image: Tensor, rng: KeyedRNG) -> Tensor:
         """Return x_v' [B,d] from image features [B,Dv]."""
-        return F.leaky_relu(self.image_projector(self.image_scale(image)))
+        return self.embed(image)
 
     def predict(self, image: Tensor, rng: KeyedRNG) -> Tensor:
         """Return logits [B,C] from image features [B,Dv], with the image projector and the classifier only."""

@@ -187,32 +187,32 @@ class MARNet(Method):
         if phase in ("cdr", "joint"):
             self.cdr.begin(phase, train)
 
-    def loss(self, batch: Batch, rng: KeyedRNG, phase: str) -> Batch:
+    def loss(self, batch: Batch, phase: str) -> Batch:
         """Return the loss of a phase and its parts.
 
         Args:
             batch: see `types.Batch`.
-            rng: streams of random numbers.
             phase: "ema" has L_EMA (eq. 13), "cdr" has L_CDR (eq. 20), "fusion" has the sum of the cross-entropies of all
                 feature fusions (eq. 24), and "joint" has L_EMA + L_CDR + the cross-entropy of the chosen fusion.
         """
         if phase == "ema":
-            return self.ema.loss(batch, rng, phase)
+            return self.ema.loss(batch, phase)
         if phase == "cdr":
-            return self.cdr.loss(batch, rng, phase)
+            return self.cdr.loss(batch, phase)
         if phase == "joint":
-            return self._joint_loss(batch, rng)
+            return self._joint_loss(batch)
         with torch.no_grad():
+            rng = KeyedRNG.drawn(len(batch["image"]), batch["image"].device)
             f_e = self.ema.feature(batch["image"], rng)
             f_c = self.cdr.feature(batch["image"], rng)
         losses = {kind: self._fusion_loss(kind, f_e, f_c, batch) for kind in self.fusions}
         return {"loss": torch.stack(list(losses.values())).sum(), **losses}
 
-    def _joint_loss(self, batch: Batch, rng: KeyedRNG) -> Batch:
-        ema_parts = self.ema.loss(batch, rng.at("ema"), "joint")
-        x_0, x_s, n = self.cdr.predict_one_step(batch, rng.at("cdr"))
+    def _joint_loss(self, batch: Batch) -> Batch:
+        ema_parts = self.ema.loss(batch, "joint")
+        x_0, x_s, n = self.cdr.predict_one_step(batch)
         cdr_parts = self.cdr.objective(x_0, x_s, n, batch)
-        ce_fused = self._fusion_loss(self.fusion, self.ema.feature(batch["image"], rng), x_0, batch)
+        ce_fused = self._fusion_loss(self.fusion, self.ema.embed(batch["image"]), x_0, batch)
         parts = {"ita": ema_parts["ita"], "mse": cdr_parts["mse"], "ce_ema": ema_parts["ce"], "ce_cdr": cdr_parts["ce"]}
         return {"loss": ema_parts["loss"] + cdr_parts["loss"] + ce_fused, **parts, "ce_fused": ce_fused}
 

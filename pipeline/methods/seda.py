@@ -11,17 +11,16 @@ from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pipeline.nn.denoisers import PFIN, Denoiser, Interaction
-from pipeline.nn.diffusion import Schedule, alphas_cumprod, q_sample
+from pipeline.nn.denoisers import PFIN, Denoiser, Interaction, Residual
+from pipeline.nn.diffusion import Schedule, alphas_cumprod, noise_levels, q_sample
 from pipeline.nn.feature_space import ADAPTER_PHASE, AdapterKind, FeatureSpace, num_classes_in
 from pipeline.nn.layers import LookupTable, ScaleMode, register_hyperparameters
 from pipeline.nn.losses import (
     LabelLoss,
     StructuralReduction,
-    classification_loss,
+    classification_losses,
     mse_loss,
     multi_hot,
     structural_consistency_loss,
@@ -66,7 +65,9 @@ class Config(Settings):
     num_tokens: Annotated[int, Range(1, 65_536), "chunks per feature vector; it must divide the width"] = 8
     token_width: Annotated[int, Range(1, 65_536), "width of a token"] = 128
     num_heads: Annotated[int, Range(1, 65_536), "heads of the attention"] = 4
-    residual: Annotated[bool, "add the noisy text to the output of the attention"] = True
+    residual: Annotated[
+        Residual, "added to PFIN's attention: visual: a linear map of the image, text: the noisy text; eq. 2 has none"
+    ] = "visual"
     dropout: Annotated[float, Range(0, 0.99), "probability, in the denoiser"] = 0.0
     sampler: SamplerKind = "ddim"
     sample_steps: Annotated[SampleSteps, "S, steps of ddim, at most T; from 20 on, several are steps of the learner"] = 20
@@ -95,6 +96,19 @@ class Config(Settings):
         """The lowest step that the translator trains."""
         return min(round(self.train_min_step * self.num_steps), self.num_steps - 1)
 
+    def stage_ranges(self) -> tuple[range, range]:
+        """Return the steps that the learner (DSL) trains and those that the translator (DST) trains."""
+        steps, first = self.num_steps, self.first_step
+        if self.stages == "dsl":
+            return range(steps), range(0)
+        if self.stages == "dst":
+            return range(0), range(first, steps)
+        if self.stage_order == "literal":
+            border = self.stage_step + 1  # eq. 12: the learner trains i <= t
+            return range(border), range(max(border, first), steps)
+        border = steps - self.stage_step
+        return range(border, steps), range(first, border)
+
 
 class SeDA(Method):
     """One denoiser and one classifier for both stages; see the module docstring."""
@@ -117,9 +131,11 @@ class SeDA(Method):
     prediction = ("sampler", "sample_steps", "eta", "draws", "zero_start")
 
     centres: Tensor
-    first_step: Tensor
-    p_dropout: Tensor
-    stage_step: Tensor
+    dsl_low: Tensor
+    dsl_probability: Tensor
+    dsl_steps: Tensor
+    dst_low: Tensor
+    dst_steps: Tensor
     steps: Tensor
     w_ce_dsl: Tensor
     w_ce_dst: Tensor
@@ -128,7 +144,7 @@ class SeDA(Method):
 
     def __init__(self, config: Config, shapes: Shapes) -> None:
         super().__init__(config, shapes)
-        self.stages, self.stage_order, self.per_sample_stage = config.stages, config.stage_order, config.per_sample_stage
+        self.per_sample_stage = config.per_sample_stage
         self.has_train_centres = config.centres == "train"
         self.sc_reduction: StructuralReduction = config.sc_reduction
         self.label_loss: LabelLoss = config.label_loss
@@ -139,17 +155,28 @@ class SeDA(Method):
         self.phases = (*self.space.phases, Phase("head", ("denoiser.", "classifier.")))
         self.num_classes = num_classes_in(shapes)
         self.denoiser: Denoiser = (
-            UNet(width)
+            UNet(width, config.num_steps, dropout=config.dropout)
             if config.denoiser == "unet"
-            else PFIN(width, config.interaction, config.num_tokens, config.token_width, config.num_heads, config.residual)
+            else PFIN(
+                width,
+                config.num_steps,
+                config.interaction,
+                config.num_tokens,
+                config.token_width,
+                config.num_heads,
+                config.residual,
+                dropout=config.dropout,
+            )
         )
         self.classifier = nn.Linear(width, self.num_classes)
         self.sampler = Sampler.from_config(config)
-        self.abar = LookupTable(alphas_cumprod(config.schedule, config.num_steps))
+        abar = alphas_cumprod(config.schedule, config.num_steps)
+        self.abar, self.levels = LookupTable(abar), LookupTable(noise_levels(abar))
         self.register_buffer("centres", torch.zeros(self.num_classes, width))
-        register_hyperparameters(self, steps=config.num_steps, stage_step=config.stage_step, first_step=config.first_step)
+        dsl, dst = config.stage_ranges()
+        register_hyperparameters(self, steps=config.num_steps, dsl_probability=len(dsl) / (len(dsl) + len(dst)))
+        register_hyperparameters(self, dsl_low=dsl.start, dsl_steps=len(dsl), dst_low=dst.start, dst_steps=len(dst))
         register_hyperparameters(self, w_sc=config.w_sc, w_ce_dsl=config.w_ce_dsl, w_mse=config.w_mse, w_ce_dst=config.w_ce_dst)
-        register_hyperparameters(self, p_dropout=config.dropout)
 
     @classmethod
     def small(cls) -> dict[str, Any]:
@@ -177,43 +204,26 @@ class SeDA(Method):
             count += member.sum(dim=0)
         self.centres.copy_(total / count.clamp(min=1.0).unsqueeze(1))
 
-    def draw_steps(self, rng: KeyedRNG) -> tuple[Tensor, Tensor]:
+    def draw_steps(self, x_s: Tensor) -> tuple[Tensor, Tensor]:
         """Draw a step for each sample, uniformly over the trained steps (eq. 12 divided by T).
 
         By default the stage is drawn once per batch, because class centres need many samples of one stage. The probability of a
         stage is its fraction of the trained steps. Then the step of each sample is drawn uniformly from the steps of the stage.
 
-        Returns:
-            Steps n, int64 [B], and a mask [B] that is 1 if the learner (DSL) is trained and 0 if the translator (DST) is.
-        """
-        low_dsl, high_dsl, low_dst, high_dst = self.stage_ranges()
-        num_dsl, num_dst = high_dsl - low_dsl, high_dst - low_dst
-        stage_rng = rng.at("stage")
-        uniform = stage_rng.uniform() if self.per_sample_stage else stage_rng.shared_uniform()
-        is_dsl = uniform * (num_dsl + num_dst) < num_dsl
-        low, num_steps = torch.where(is_dsl, low_dsl, low_dst), torch.where(is_dsl, num_dsl, num_dst)
-        n = low + torch.floor(rng.at("n").uniform() * num_steps)
-        return n.long(), is_dsl.float().expand(n.shape)
-
-    def stage_ranges(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Return the ranges of steps that the two stages train.
+        Args:
+            x_s: [B,D].
 
         Returns:
-            low_dsl, high_dsl, low_dst, high_dst, all []: the learner trains low_dsl <= n < high_dsl, the translator trains
-            low_dst <= n < high_dst.
+            Steps n, int64 [B], and whether the learner (DSL) trains the sample, else the translator (DST) does: bool [B], or []
+            for the whole batch.
         """
-        zero, steps, first = torch.zeros_like(self.steps), self.steps, self.first_step
-        if self.stages == "dsl":
-            return zero, steps, steps, steps
-        if self.stages == "dst":
-            return zero, zero, first, steps
-        if self.stage_order == "literal":
-            border = self.stage_step + 1  # eq. 12: the learner trains i <= t
-            return zero, border, torch.maximum(border, first), steps
-        border = steps - self.stage_step
-        return border, steps, first, border
+        place = torch.rand(len(x_s), device=x_s.device)
+        stage = torch.rand(place.shape if self.per_sample_stage else (), device=x_s.device)
+        is_dsl = stage < self.dsl_probability
+        low, num_steps = torch.where(is_dsl, self.dsl_low, self.dst_low), torch.where(is_dsl, self.dsl_steps, self.dst_steps)
+        return (low + torch.floor(place * num_steps)).long(), is_dsl
 
-    def loss(self, batch: Batch, rng: KeyedRNG, phase: str) -> Batch:
+    def loss(self, batch: Batch, phase: str) -> Batch:
         """Return L and its parts: L_SCC for samples of the learner, L_CT for samples of the translator (eq. 8, 11, 12).
 
         A sample without a text does not count in L_MSE. It counts in L_SC, which needs only the image.
@@ -221,27 +231,23 @@ class SeDA(Method):
         if phase == ADAPTER_PHASE.name:
             return self.space.adapter_loss(batch, self.label_loss)
         x_v, x_s = self.space.image(batch["image"]), self.space.text(batch["text"])
-        n, is_dsl = self.draw_steps(rng)
-        x_n = q_sample(x_s, n, rng.at("noise").normal(x_s.shape[1]), self.abar.values)
-        e, context = self.denoiser.embed_step(n), self.denoiser.image_context(x_v)
-        x_r = self.denoiser(x_n, e, context, rng.at("dropout"), self.p_dropout)
-        centres = self.centres if self.has_train_centres else None
-        sc = structural_consistency_loss(x_r, x_v, batch["label"], self.num_classes, centres, self.sc_reduction, is_dsl)
-        error = mse_loss(x_r, x_s, "mean", (1.0 - is_dsl) * batch["paired"])
-        logits = self.classifier(x_r)
-        ce_dsl = classification_loss(logits, batch["label"], self.label_loss, is_dsl)
-        ce_dst = classification_loss(logits, batch["label"], self.label_loss, 1.0 - is_dsl)
-        dsl_fraction = is_dsl.mean()
-        scc = self.w_sc * sc + self.w_ce_dsl * ce_dsl  # eq. 8
-        ct = self.w_mse * error + self.w_ce_dst * ce_dst  # eq. 11
-        return {
-            "loss": dsl_fraction * scc + (1.0 - dsl_fraction) * ct,
-            "sc": dsl_fraction * sc,
-            "mse": (1.0 - dsl_fraction) * error,
-            "ce": dsl_fraction * ce_dsl + (1.0 - dsl_fraction) * ce_dst,
-            "cos_image": F.cosine_similarity(x_r, x_v).mean(),
-            "cos_text": F.cosine_similarity(x_r, x_s).mean(),
-        }
+        n, is_dsl = self.draw_steps(x_s)
+        x_n = q_sample(x_s, n, torch.randn_like(x_s), self.levels.values)
+        x_r = self.denoiser(x_n, self.denoiser.embed_step(n), self.denoiser.image_context(x_v))
+        in_dsl = is_dsl.float()
+        ce = classification_losses(self.classifier(x_r), batch["label"], self.label_loss)
+        w_ce = torch.where(is_dsl, self.w_ce_dsl, self.w_ce_dst)
+        if self.per_sample_stage:  # samples of the other stage do not count in a loss
+            dsl_share, in_sc, in_mse = in_dsl.mean(), in_dsl, (1.0 - in_dsl) * batch["paired"]
+            weighted_ce, ce = (w_ce * ce).mean(), ce.mean()
+        else:  # the whole batch is of one stage, whose share is 0 or 1
+            dsl_share, in_sc, in_mse, ce = in_dsl, None, batch["paired"], ce.mean()
+            weighted_ce = w_ce * ce
+        # Targets are data: where the encoders are trained too, no gradient reaches them through a target.
+        x_v, x_s, centres = x_v.detach(), x_s.detach(), self.centres if self.has_train_centres else None
+        sc = structural_consistency_loss(x_r, x_v, batch["label"], self.num_classes, centres, self.sc_reduction, in_sc)
+        sc, mse = dsl_share * sc, (1.0 - dsl_share) * mse_loss(x_r, x_s, "mean", in_mse)
+        return {"loss": self.w_sc * sc + self.w_mse * mse + weighted_ce, "sc": sc, "mse": mse, "ce": ce}
 
     def feature(self, image: Tensor, rng: KeyedRNG, draw: int = 0) -> Tensor:
         """Return the aligned feature xhat_r^0 [B,D] from image features [B,Dv]: the result of one reverse chain (eq. 13-15)."""

@@ -45,17 +45,22 @@ def alphas_cumprod(schedule: Schedule, num_steps: int) -> Tensor:
     return torch.cumprod(1.0 - betas(schedule, num_steps), dim=0).to(torch.float32)
 
 
-def q_sample(x0: Tensor, n: Tensor, noise: Tensor, abar: Tensor) -> Tensor:
+def noise_levels(abar: Tensor) -> Tensor:
+    """Return sqrt(abar_n) and sqrt(1 - abar_n) of every step, [T,2,1], from abar [T]."""
+    return torch.stack([torch.sqrt(abar), torch.sqrt(1.0 - abar)], dim=1).unsqueeze(-1)
+
+
+def q_sample(x0: Tensor, n: Tensor, noise: Tensor, levels: Tensor) -> Tensor:
     """Return x_n = sqrt(abar_n) x_0 + sqrt(1 - abar_n) noise (MARNet eq. 15, SeDA eq. 1).
 
     Args:
         x0: clean features [B,D].
         n: step of each sample, int64 [B].
         noise: standard normal numbers [B,D].
-        abar: see `alphas_cumprod`, [T].
+        levels: see `noise_levels`, [T,2,1].
     """
-    a = abar[n].unsqueeze(-1)
-    return torch.sqrt(a) * x0 + torch.sqrt(1.0 - a) * noise
+    signal, spread = levels[n].unbind(1)
+    return torch.addcmul(signal * x0, spread, noise)
 
 
 def trailing_steps(num_train_steps: Tensor, num_sample_steps: int) -> Tensor:

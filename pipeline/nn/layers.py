@@ -1,4 +1,4 @@
-"""Layers that methods share: dropout with named streams, MLP, standardisation, time embedding, attention and adapters."""
+"""Layers that methods share: dropout, MLP, standardisation, time embedding, attention and adapters."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipeline.runtime.errors import UserError
-from pipeline.runtime.rng import KeyedRNG
 
 ScaleMode = Literal["per_dim", "global", "l2sqrtd"]  # see `Standardise`
 MIN_STD = 1e-3
@@ -40,33 +39,40 @@ class LookupTable(nn.Module):
         self.register_buffer("values", values, persistent=False)
 
 
-def dropout(x: Tensor, p: Tensor, rng: KeyedRNG | None, training: bool) -> Tensor:
-    """Set each entry of x to 0 with probability p and divide the others by 1-p; outside training, return x unchanged.
+class Dropout(nn.Module):
+    """Dropout whose probability p is a tensor, so that the models of an ensemble may differ in it; p = 0 draws nothing.
 
-    Args:
-        x: [B, ...].
-        p: probability in [0, 1), a tensor [].
-        rng: stream of the random mask; None returns x unchanged.
-        training: whether the module is in training mode.
+    In training, each entry becomes 0 with probability p, and the others are divided by 1 - p.
     """
-    if rng is None or not training:
-        return x
-    return x * (rng.uniform(*x.shape[1:]) >= p) / (1.0 - p)
+
+    p: Tensor
+
+    def __init__(self, p: float) -> None:
+        super().__init__()
+        self.is_on = p > 0
+        register_hyperparameters(self, p=p)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map [...] to [...]."""
+        if not (self.is_on and self.training):
+            return x
+        return x * (torch.rand_like(x, dtype=torch.float32) >= self.p) / (1.0 - self.p)
 
 
 class MLP(nn.Module):
     """Linear layers with the given widths; GELU and dropout follow each layer except the last."""
 
-    def __init__(self, widths: Sequence[int]) -> None:
+    def __init__(self, widths: Sequence[int], dropout: float = 0.0) -> None:
         super().__init__()
         self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(widths))
+        self.dropout = Dropout(dropout)
 
-    def forward(self, x: Tensor, rng: KeyedRNG | None, p: Tensor) -> Tensor:
-        """Map [B, widths[0]] to [B, widths[-1]]; rng None means prediction, without dropout."""
-        for i, layer in enumerate(self.layers):
-            if i > 0:
-                x = dropout(F.gelu(x), p, rng and rng.at(i), self.training)
-            x = layer(x)
+    def forward(self, x: Tensor) -> Tensor:
+        """Map [B, widths[0]] to [B, widths[-1]]."""
+        first, *others = self.layers
+        x = first(x)
+        for layer in others:
+            x = layer(self.dropout(F.gelu(x)))
         return x
 
 
@@ -83,9 +89,15 @@ class ConcatLinear(nn.Module):
         self.weights = nn.ParameterList(part.clone() for part in linear.weight.detach().split(list(in_widths), dim=1))
         self.bias = linear.bias
 
-    def forward(self, part: int, x: Tensor) -> Tensor:
-        """Map one part [..., in_widths[part]] to its contribution to the output [..., out_width]; part 0 adds the bias."""
-        return F.linear(x, self.weights[part], self.bias if part == 0 else None)
+    def forward(self, part: int, x: Tensor, others: Tensor | None = None) -> Tensor:
+        """Map one part [..., in_widths[part]] to its contribution to the output [..., out_width]; part 0 adds the bias.
+
+        If contributions of other parts [B,out_width] are given, return the sum with them.
+        """
+        if others is not None and x.ndim == 2:
+            return torch.addmm(others, x, self.weights[part].T)
+        own = F.linear(x, self.weights[part], self.bias if part == 0 else None)
+        return own if others is None else others + own
 
 
 def moments(batches: Iterable[Tensor], full_covariance: bool = False) -> tuple[Tensor, Tensor]:
@@ -169,22 +181,22 @@ def sinusoidal_embedding(n: Tensor, width: int) -> Tensor:
 
 
 class TimeEmbedding(nn.Module):
-    """The time embedding e_n = phi(MLP(sinusoid(n))) with phi = GELU (SeDA eq. 3).
+    """The time embedding e_n = phi(MLP(sinusoid(n))) of the steps 0..T-1, with phi = GELU (SeDA eq. 3).
 
     Raises:
         UserError: the width is odd or smaller than 4.
     """
 
-    def __init__(self, width: int = 128) -> None:
+    def __init__(self, num_steps: int, width: int = 128) -> None:
         super().__init__()
         if width < 4 or width % 2:
             raise UserError(f"time embedding width is {width}; choose an even number of at least 4")
-        self.width = width
+        self.sinusoids = LookupTable(sinusoidal_embedding(torch.arange(num_steps), width))
         self.layers = nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width), nn.GELU())
 
     def forward(self, n: Tensor) -> Tensor:
         """Map step numbers [...] to [..., width]."""
-        return self.layers(sinusoidal_embedding(n, self.width))
+        return self.layers(self.sinusoids.values[n])
 
 
 class ChunkTokens(nn.Module):
@@ -207,24 +219,24 @@ class ChunkTokens(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map [B,D] to [B, num_tokens, token_width]."""
-        return torch.einsum("btd,tdm->btm", x.unflatten(-1, (len(self.weight), -1)), self.weight) + self.bias
+        chunks = x.unflatten(-1, (len(self.weight), -1)).transpose(0, 1)
+        return torch.baddbmm(self.bias.unsqueeze(1), chunks, self.weight).transpose(0, 1)
 
 
-def multi_head_attention(query: Tensor, key: Tensor, value: Tensor, num_heads: int) -> Tensor:
+def multi_head_attention(query: Tensor, key_value: Tensor, num_heads: int) -> Tensor:
     """Return softmax(Q K^T / sqrt(d_k)) V of each head (SeDA eq. 2), among the tokens of one sample.
 
     Args:
         query: [B,Tq,D].
-        key: [B,Tk,D].
-        value: [B,Tk,D].
+        key_value: keys and values side by side, [B,Tk,2D].
         num_heads: divides D.
 
     Returns:
         The outputs of the heads side by side, [B,Tq,D].
     """
-    q, k, v = (tokens.unflatten(-1, (num_heads, -1)).transpose(1, 2) for tokens in (query, key, value))
-    weights = torch.softmax(q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1]), dim=-1)
-    return (weights @ v).transpose(1, 2).flatten(2)
+    q = query.unflatten(-1, (num_heads, -1)).transpose(1, 2)
+    k, v = key_value.unflatten(-1, (2, num_heads, -1)).permute(2, 0, 3, 1, 4)
+    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
 
 
 class SelfAttention(nn.Module):
@@ -244,23 +256,24 @@ class SelfAttention(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Map [B,T,D] to [B,T,D]."""
-        query, key, value = self.query_key_value(tokens).chunk(3, dim=-1)
-        return self.out(multi_head_attention(query, key, value, self.num_heads))
+        width = tokens.shape[-1]
+        query, key_value = self.query_key_value(tokens).split([width, 2 * width], dim=-1)
+        return self.out(multi_head_attention(query, key_value, self.num_heads))
 
 
 class TransformerLayer(nn.Module):
     """A pre-norm transformer layer: x + attention(norm(x)), then x + MLP(norm(x))."""
 
-    def __init__(self, width: int, num_heads: int) -> None:
+    def __init__(self, width: int, num_heads: int, dropout: float = 0.0) -> None:
         super().__init__()
         self.norm_attention, self.norm_mlp = nn.LayerNorm(width), nn.LayerNorm(width)
         self.attention = SelfAttention(width, num_heads)
-        self.mlp = MLP([width, 4 * width, width])
+        self.mlp = MLP([width, 4 * width, width], dropout)
 
-    def forward(self, tokens: Tensor, rng: KeyedRNG | None, p: Tensor) -> Tensor:
-        """Map [B,T,D] to [B,T,D]; rng None means prediction, without dropout."""
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Map [B,T,D] to [B,T,D]."""
         tokens = tokens + self.attention(self.norm_attention(tokens))
-        return tokens + self.mlp(self.norm_mlp(tokens), rng, p)
+        return tokens + self.mlp(self.norm_mlp(tokens))
 
 
 class Adapter(nn.Module):

@@ -1,7 +1,7 @@
 """Loss functions that methods share.
 
 They use weights per sample instead of data-dependent shapes, so that `torch.func.vmap` can run them for an ensemble of models.
-Every `weight` [B] is >= 0 and defaults to ones. A mean over the batch is a weighted mean; it is 0 if all weights are 0. A row
+Every `weight` [B] is >= 0; None means ones. A mean over the batch is a weighted mean; it is 0 if all weights are 0. A row
 of weight 0 does not change the result, but its values must be finite.
 """
 
@@ -19,38 +19,44 @@ MSEReduction = Literal["mean", "sum_dim"]  # see `mse_loss`
 StructuralReduction = Literal["mean", "literal"]  # see `structural_consistency_loss`
 
 MASKED_LOGIT = -1e9  # logit of a masked column: finite, so that the loss of a row with no column left is finite
+TINY = 1e-30  # the least sum of weights that a mean divides by: a sum of zeros stays 0
 
 
-def weighted_mean(values: Tensor, weight: Tensor) -> Tensor:
-    """Return sum_i w_i v_i / sum_i w_i of values [B], or 0 if every weight is 0."""
-    total = weight.sum()
-    return (weight * values).sum() / torch.where(total > 0, total, 1.0)
+def weighted_mean(values: Tensor, weight: Tensor | None) -> Tensor:
+    """Return the mean of values [B] or [B,D] over D and, with weights w_i / sum_i w_i, over B; 0 if every weight is 0."""
+    if weight is None:
+        return values.mean()
+    rows = values if values.ndim == 1 else values.mean(-1)
+    return (weight * rows).sum() / weight.sum().clamp(min=TINY)
 
 
-def _weight_or_ones(weight: Tensor | None, like: Tensor) -> Tensor:
-    return like.new_ones(like.shape[0]) if weight is None else weight.to(like.dtype)
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    """Return the format of targets and counts beside values of a format: float32 beside bfloat16."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def classification_loss(logits: Tensor, label: Tensor, kind: LabelLoss, weight: Tensor | None = None) -> Tensor:
-    """Return the classification loss, mean over the batch (MARNet eq. 12, SeDA eq. 7).
+def classification_losses(logits: Tensor, label: Tensor, kind: LabelLoss) -> Tensor:
+    """Return the classification loss of each sample, [B] (MARNet eq. 12, SeDA eq. 7).
 
     Args:
         logits: [B,C].
         label: class numbers int64 [B], or a multi-hot matrix of 0 and 1 [B,C]. Class numbers give cross-entropy for every kind.
         kind: loss for multi-hot labels Y. "softmax_kl" has the target distribution Y/|Y|; "softmax_multihot" has the target Y;
             "bce" is binary cross-entropy, mean over classes. For the two softmax kinds, the loss of a row without labels is 0.
-        weight: see the module docstring.
     """
     if label.ndim == 1:
-        loss = F.cross_entropy(logits, label, reduction="none")
-    elif kind == "bce":
-        loss = F.binary_cross_entropy_with_logits(logits, label.to(logits.dtype), reduction="none").mean(-1)
-    else:
-        target = label.to(logits.dtype)
-        if kind == "softmax_kl":
-            target = target / target.sum(-1, keepdim=True).clamp(min=1.0)
-        loss = -(target * F.log_softmax(logits, dim=-1)).sum(-1)
-    return weighted_mean(loss, _weight_or_ones(weight, logits))
+        return F.cross_entropy(logits, label, reduction="none")
+    target = label.to(_wide(logits.dtype))
+    if kind == "bce":
+        return F.binary_cross_entropy_with_logits(logits, target, reduction="none").mean(-1)
+    if kind == "softmax_kl":
+        target = target / target.sum(-1, keepdim=True).clamp(min=1.0)
+    return F.cross_entropy(logits, target, reduction="none")
+
+
+def classification_loss(logits: Tensor, label: Tensor, kind: LabelLoss, weight: Tensor | None = None) -> Tensor:
+    """Return the mean of `classification_losses` over the batch; see the module docstring for the weight."""
+    return weighted_mean(classification_losses(logits, label, kind), weight)
 
 
 def info_nce(a: Tensor, b: Tensor, tau: Tensor | float, weight: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -65,33 +71,33 @@ def info_nce(a: Tensor, b: Tensor, tau: Tensor | float, weight: Tensor | None = 
         tau: temperature.
         weight: see the module docstring.
     """
-    weight = _weight_or_ones(weight, a)
     a, b = (F.normalize(x, dim=-1) for x in (a, b))
     similarity = a @ b.T / tau
-    positive = similarity.diagonal()
-    is_masked = (weight == 0).unsqueeze(0)
-    a2b = torch.logsumexp(similarity.masked_fill(is_masked, MASKED_LOGIT), dim=1) - positive
-    b2a = torch.logsumexp(similarity.T.masked_fill(is_masked, MASKED_LOGIT), dim=1) - positive
-    return weighted_mean(a2b, weight), weighted_mean(b2a, weight)
+    own = torch.arange(len(a), device=a.device)
+
+    def contrast(logits: Tensor) -> Tensor:
+        masked = logits if weight is None else logits.masked_fill(weight == 0, MASKED_LOGIT)
+        return weighted_mean(F.cross_entropy(masked, own, reduction="none"), weight)
+
+    return contrast(similarity), contrast(similarity.T)
 
 
 def multi_hot(label: Tensor, num_classes: int) -> Tensor:
     """Return class numbers int64 [B], or labels that are multi-hot already [B,C], as a float32 matrix of 0 and 1 [B,C]."""
     if label.ndim == 1:
-        label = label.unsqueeze(-1) == torch.arange(num_classes, device=label.device)
+        return torch.zeros(len(label), num_classes, device=label.device).scatter_(1, label.unsqueeze(-1), 1.0)
     return label.to(torch.float32)
 
 
-def class_centres(x: Tensor, label: Tensor, num_classes: int, weight: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Compute the weighted mean of x [B,D] for each class (SeDA eq. 5). A sample with several labels counts in each class.
+def class_sums(x: Tensor, label: Tensor, num_classes: int, weight: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Return the weighted sums of x [B,D] over the samples of each class [C,D], and the sums of their weights [C].
 
-    Returns:
-        The centres [C,D], 0 for a class without samples, and whether each class has a sample, bool [C].
+    Their quotients are the class centres (SeDA eq. 5). A sample with several labels counts in each class.
     """
-    member = multi_hot(label, num_classes).to(x.dtype) * _weight_or_ones(weight, x).unsqueeze(-1)
-    count = member.sum(0)
-    is_present = count > 0
-    return member.T @ x / torch.where(is_present, count, 1.0).unsqueeze(-1), is_present
+    member = multi_hot(label, num_classes).to(_wide(x.dtype))
+    if weight is not None:
+        member = member * weight.unsqueeze(-1)
+    return member.T @ x, member.sum(0)
 
 
 def structural_consistency_loss(
@@ -116,18 +122,20 @@ def structural_consistency_loss(
             by the sum of the weights (the number of samples), like every loss here.
         weight: see the module docstring.
     """
-    weight = _weight_or_ones(weight, pred)
-    centres, is_present = class_centres(pred, label, num_classes, weight)
-    if centres_v is None:
-        centres_v, _ = class_centres(x_v, label, num_classes, weight)
-    # Eq. 6 does not square the norm. Without the small constant, the gradient of the norm at 0 is NaN.
-    distance = torch.sqrt((centres - centres_v).square().sum(-1) + 1e-12)
-    class_weight = is_present.to(pred.dtype)
-    absolute = (pred - x_v).abs()
+    difference = pred - x_v
+    if centres_v is None:  # centres are linear: the difference of two of them is the centre of the differences
+        between, count = class_sums(difference, label, num_classes, weight)
+        distances = torch.linalg.vector_norm(between, dim=-1) / count.clamp(min=TINY)
+    else:
+        sums, count = class_sums(pred, label, num_classes, weight)
+        between = sums / count.clamp(min=TINY).unsqueeze(-1) - centres_v
+        distances = torch.linalg.vector_norm(between, dim=-1) * (count > 0)
+    # Eq. 6 does not square the norm; its gradient at 0 is 0.
+    distance, absolute, width = distances.sum(), weighted_mean(difference.abs(), weight), pred.shape[-1]
     if reduction == "mean":
-        return weighted_mean(distance, class_weight) / math.sqrt(pred.shape[-1]) + weighted_mean(absolute.mean(-1), weight)
-    total = weight.sum()
-    return (class_weight * distance).sum() / torch.where(total > 0, total, 1.0) + weighted_mean(absolute.sum(-1), weight)
+        return distance / ((count > 0).sum().clamp(min=1) * math.sqrt(width)) + absolute
+    num_samples = len(pred) if weight is None else weight.sum().clamp(min=TINY)
+    return distance / num_samples + width * absolute
 
 
 def mse_loss(pred: Tensor, target: Tensor, reduction: MSEReduction = "mean", weight: Tensor | None = None) -> Tensor:
@@ -139,6 +147,5 @@ def mse_loss(pred: Tensor, target: Tensor, reduction: MSEReduction = "mean", wei
         reduction: over the D dimensions, "mean", or "sum_dim" for the sum.
         weight: see the module docstring.
     """
-    weight = _weight_or_ones(weight, pred)
-    squared = (pred - target).square()
-    return weighted_mean(squared.mean(-1) if reduction == "mean" else squared.sum(-1), weight)
+    error = weighted_mean(F.mse_loss(pred, target, reduction="none"), weight)
+    return error if reduction == "mean" else pred.shape[-1] * error

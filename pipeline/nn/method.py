@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 from torch import Tensor, nn
 
@@ -48,6 +48,15 @@ class Method(nn.Module):
         """Return settings for a small and fast head, for tests; by default none differs from the default."""
         return {}
 
+    def train(self, mode: bool = True) -> Self:
+        """Set training or evaluation mode; in training, parts whose parameters are all frozen stay in evaluation mode."""
+        super().train(mode)
+        for part in self.children():
+            trained = [parameter.requires_grad for parameter in part.parameters()]
+            if mode and trained and not any(trained):
+                part.train(False)
+        return self
+
     def begin(self, phase: str, train: Callable[[], Iterator[Batch]]) -> None:
         """Prepare for a phase: compute statistics of the training split and store them in buffers. By default, do nothing.
 
@@ -56,8 +65,11 @@ class Method(nn.Module):
             train: starts an ordered pass over the training split; it may be called more than once.
         """
 
-    def loss(self, batch: Batch, rng: KeyedRNG, phase: str) -> Batch:
+    def loss(self, batch: Batch, phase: str) -> Batch:
         """Return {"loss": scalar, ...parts}; the parts are logged.
+
+        Random numbers come from torch's own functions and layers, such as `torch.rand` and `layers.Dropout`: before every step
+        the loop seeds them with (seed, phase, epoch, step).
 
         An ensemble runs several methods as one. Therefore only operations on tensors are allowed here: read no number back
         from a tensor, and assign no attribute.

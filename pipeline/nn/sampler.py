@@ -91,11 +91,10 @@ class Sampler:
         steps = trailing_steps(num_train_steps, self.num_sample_steps)
         context = denoiser.image_context(x_v)
         step_table = denoiser.embed_step(steps)
-        no_dropout = torch.zeros((), device=x_v.device)
         start = torch.zeros(len(x_v), text_width, device=x_v.device) if self.zero_start else rng.at("start").normal(text_width)
 
         def model(x: Tensor, k: int) -> Tensor:
-            return denoiser(x, step_table[k], context, None, no_dropout)
+            return denoiser(x, step_table[k], context)
 
         def noise(k: int) -> Tensor:
             return rng.at("step", k).normal(text_width)

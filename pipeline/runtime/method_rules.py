@@ -77,8 +77,8 @@ def _signature_faults(method: type[Method]) -> Iterator[tuple[str, str]]:
         if found[:3] != ["self", "image", "rng"] or (rest and not extra) or any(p.default is p.empty for p in rest):
             yield "prediction reads images alone", f"{name} takes ({', '.join(found)}); it must take (self, image, rng)"
     found = list(inspect.signature(method.loss).parameters)
-    if found != ["self", "batch", "rng", "phase"]:
-        yield "a loss takes batch, rng and phase", f"loss takes ({', '.join(found)})"
+    if found != ["self", "batch", "phase"]:
+        yield "a loss takes batch and phase", f"loss takes ({', '.join(found)})"
 
 
 def _step_faults(method: type[Method]) -> Iterator[tuple[str, str]]:

@@ -1,10 +1,14 @@
-"""Random numbers that depend on nothing but a seed, a stream name, the sample and the position.
+"""Random numbers of training, which depend on the step alone, and of prediction, which depend on the sample alone.
 
-A `KeyedRNG` holds a key and one number per sample. `rng.at("noise", step)` mixes the name of a stream into the key. Drawing
-hashes (key, sample, position) with the finaliser of SplitMix64 (Steele et al. 2014, "Fast splittable pseudorandom number
-generators"). There is no state. Therefore a draw does not depend on the batch size, on the order of samples, on the other
-samples of the batch, or on earlier draws, and a resumed run needs no saved state. A key is an int, which needs no memory on the
-device, or a tensor, which `torch.func.vmap` can batch.
+In training, `seed_step` seeds torch's own generators before every step. Whatever a method draws in it, with `torch.rand` or
+with a layer, is a function of the run's seed, the phase, the epoch and the step. A resumed run needs no saved state, and all
+heads of an ensemble get the same numbers.
+
+In prediction, a sample must get the same numbers in any batch. A `KeyedRNG` holds a key and one number per sample.
+`rng.at("noise", step)` mixes the name of a stream into the key. Drawing hashes (key, sample, position) with the finaliser of
+SplitMix64 (Steele et al. 2014, "Fast splittable pseudorandom number generators"). There is no state. Therefore a draw does
+not depend on the batch size, on the order of samples, on the other samples of the batch, or on earlier draws. A key is an
+int, which needs no memory on the device, or a tensor.
 """
 
 from __future__ import annotations
@@ -51,6 +55,14 @@ def _word(name: str) -> int:
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little", signed=True)
 
 
+def seed_step(seed: int, phase: str, epoch: int, step: int) -> None:
+    """Seed torch's generators, of the processor and of the GPU in use, for one training step."""
+    number = _word(f"{seed}/{phase}/{epoch}/{step}")
+    torch.default_generator.manual_seed(number)
+    if torch.cuda.is_available():
+        torch.cuda.manual_seed(number)
+
+
 def make_streams_compilable() -> None:
     """Let torch.compile take the hash of a stream's name as a constant, because it cannot trace it; call this before compiling.
 
@@ -70,6 +82,11 @@ class KeyedRNG:
 
     key: int | Tensor
     samples: Tensor
+
+    @staticmethod
+    def drawn(num_samples: int, device: torch.device) -> KeyedRNG:
+        """Return streams whose key is drawn from torch's generator, for predictions of a batch inside a training step."""
+        return KeyedRNG(torch.randint(2**62, (), device=device), torch.arange(num_samples, device=device))
 
     @staticmethod
     def seeded(seed: int, samples: Tensor) -> KeyedRNG:
@@ -92,11 +109,6 @@ class KeyedRNG:
     def uniform(self, *shape: int) -> Tensor:
         """Draw uniform numbers in [0, 1), float32 [B, *shape]."""
         return _shift(self.bits(*shape), 40).to(torch.float32) * 2.0**-24
-
-    def shared_uniform(self) -> Tensor:
-        """Draw one uniform number in [0, 1) for the whole batch, float32 []; it depends on the key alone."""
-        number = _shift(_mix(_wrapped(self.key + _GOLDEN)), 40) * 2.0**-24
-        return number if isinstance(number, Tensor) else torch.full((), number, device=self.samples.device)
 
     def normal(self, *shape: int) -> Tensor:
         """Draw standard normal numbers, float32 [B, *shape], by the Box-Muller transform."""

@@ -1,21 +1,25 @@
-"""Several methods of the same structure as one model: their tensors are stacked to [K, ...] and run through torch.func."""
+"""Heads of the same structure as one model: their tensors are stacked to [K, ...] and run through torch.func; and its step."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Container, Hashable, Iterator, Sequence
-from functools import partial
-from itertools import chain
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from itertools import chain, groupby
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils.rnn import pad_sequence
 
 from pipeline.nn.layers import LookupTable
 from pipeline.nn.method import Method
 from pipeline.runtime.rng import KeyedRNG
+from pipeline.training.compiled import compile_loss
+from pipeline.training.loop import Trainer
+from pipeline.training.optim import HeadOptimizer
+from pipeline.training.state import TrainState
 from pipeline.types import Batch
 
 _MODULE_ATTRIBUTES = frozenset(vars(nn.Module()))
@@ -72,16 +76,18 @@ class ModelEnsemble:
         """Set training or evaluation mode, as `nn.Module.train` does."""
         self._template.train(mode)
 
-    def loss(self, batch: Batch, rng: KeyedRNG, phase: str) -> Batch:
+    def loss(self, batch: Batch, phase: str) -> Batch:
         """Return the losses [K] and their parts; all methods see the same batch and the same random numbers."""
-        return self._call_each(lambda method: method.loss(batch, rng, phase))
+        return self._call_each(lambda method: method.loss(batch, phase))
 
     def predict(self, image: Tensor, rng: KeyedRNG) -> Tensor:
         """Return the logits [K,B,C] of image features [B,D]."""
         return self._call_each(lambda method: method.predict(image, rng))
 
     def _call_each(self, use: Callable[[Method], Any]) -> Any:
-        return torch.vmap(lambda tensors: functional_call(self._template, tensors, (use,)))(self._tensors)
+        call = torch.vmap(lambda tensors: functional_call(self._template, tensors, (use,)), randomness="same")
+        with sdpa_kernel(SDPBackend.MATH):  # vmap runs the fused kernels of a processor one by one
+            return call(self._tensors)
 
 
 class _MethodModule(nn.Module):
@@ -120,32 +126,38 @@ def clip_gradients_per_model(gradients: Sequence[Tensor], limits: Tensor) -> Non
         gradient.mul_(scale.reshape(-1, *(1 for _ in gradient.shape[1:])))
 
 
-def bytes_per_method(method: Method, batch: Batch, rng: KeyedRNG, num_rows: int) -> int:
-    """Return the memory that one more method in an ensemble needs.
+class EnsembleTrainer(Trainer):
+    """Several heads as one model, and one optimiser for each group of them whose training settings are equal."""
 
-    This counts the weights, the gradients, Adam's two moments, and the tensors that the loss of `num_rows` samples saves for
-    the backward pass. The last part is measured: the loss of `batch` is computed in every phase, and the largest result is
-    scaled to `num_rows`.
-    """
-    weights = sum(parameter.nbytes for _, parameter in method.named_parameters())
-    own_tensors = dict(_named_tensors(method)).values()
-    known = {tensor.untyped_storage().data_ptr() for tensor in chain(batch.values(), own_tensors)}
-    largest = max(_bytes_saved_for_backward(partial(method.loss, batch, rng, phase.name), known) for phase in method.phases)
-    return 4 * weights + largest * num_rows // len(batch["key"])
+    def __init__(self, states: Sequence[TrainState]) -> None:
+        """Prepare the phase in which the states are; states with equal settings must stand next to each other."""
+        self.states, first = states, states[0]
+        self.model = ModelEnsemble([state.method for state in states])
+        trained = {name: stacked for name, stacked in self.model.named_parameters() if stacked.requires_grad}
+        self.parameters = list(trained.values())
+        self.optimizers, self._slices = [], []
+        for _, equal_states in groupby(states, lambda state: state.config):
+            members = list(equal_states)
+            start = self._slices[-1].stop if self._slices else 0
+            self._slices.append(slice(start, start + len(members)))
+            weights = {name: stacked.detach()[self._slices[-1]] for name, stacked in trained.items()}
+            self.optimizers.append(HeadOptimizer(members, weights, is_stacked=True))
+        device = self.parameters[0].device
+        self._loss = compile_loss(self.model) if first.config.compiled else self.model.loss
+        self._limits = torch.tensor([state.config.grad_clip for state in states], device=device)
+        self._precision = torch.autocast(device.type, torch.bfloat16, enabled=first.config.precision == "mixed")
 
-
-def _bytes_saved_for_backward(loss: Callable[[], Batch], known: Container[int]) -> int:
-    """Return the bytes that a loss saves for its gradient, without the storages whose addresses are in `known`."""
-    saved: dict[int, int] = {}
-
-    def record(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in known:
-            saved[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(record, lambda tensor: tensor):
-        parts = loss()
-    # The graph is still alive here, so no address was freed and used for a second storage.
-    assert parts["loss"].requires_grad
-    return sum(saved.values())
+    def step(self, batch: Batch, phase: str) -> Batch:
+        """Take one step of every head along the gradient of its own loss; return the losses and their parts, each [K]."""
+        for stacked in self.parameters:
+            stacked.grad = None
+        with self._precision:
+            parts = self._loss(batch, phase)
+        torch.clear_autocast_cache()
+        parts["loss"].sum().backward()
+        clip_gradients_per_model([stacked.grad for stacked in self.parameters if stacked.grad is not None], self._limits)
+        for optimizer, rows in zip(self.optimizers, self._slices, strict=True):
+            for weight, stacked in zip(optimizer.weights, self.parameters, strict=True):
+                weight.grad = None if stacked.grad is None else stacked.grad[rows]
+            optimizer.step()
+        return parts

@@ -26,14 +26,13 @@ from pipeline.runtime.choices import unknown_choice
 from pipeline.runtime.device import default_device, free_bytes, reproducible
 from pipeline.runtime.errors import UserError, describe_error, is_bug, is_out_of_memory
 from pipeline.runtime.files import lock
-from pipeline.runtime.rng import KeyedRNG
 from pipeline.runtime.runs import RunConfig, RunFolder
 from pipeline.runtime.settings import configure
+from pipeline.training.capacity import bytes_per_method
 from pipeline.training.config import TRAINING_PRESETS, TrainConfig
-from pipeline.training.ensemble import bytes_per_method
 from pipeline.training.features import FeatureSet, open_features
-from pipeline.training.loop import train
 from pipeline.training.state import Score, StopCheck, TrainState, delete_saved_state, never_stop
+from pipeline.training.train import train
 from pipeline.types import Predictor
 
 logger = logging.getLogger(__name__)
@@ -192,8 +191,9 @@ def train_heads(heads: Sequence[HeadPlan], progress: bool, should_stop: StopChec
 
 
 def _build_method(head: HeadPlan, device: torch.device) -> Method:
-    torch.manual_seed(head.run.seed)
-    return plugins.get("methods", head.config.method)(head.settings, head.features.shapes).to(device)
+    with torch.random.fork_rng([]):
+        torch.manual_seed(head.run.seed)
+        return plugins.get("methods", head.config.method)(head.settings, head.features.shapes).to(device)
 
 
 def _train_states(head: HeadPlan, states: Sequence[TrainState], progress: bool) -> dict[RunFolder, UserError]:
@@ -232,8 +232,7 @@ def head_capacity(head: HeadPlan) -> int:
     num_rows = 2 * size + PREDICTION_BATCH_SIZE
     with reproducible(device, training.precision):
         method = _build_method(head, device)
-        rng = KeyedRNG.seeded(head.run.seed, batch["key"])
-        needed = {device.type: bytes_per_method(method, batch, rng, num_rows)}
+        needed = {device.type: bytes_per_method(method, batch, num_rows)}
     weights = sum(tensor.nbytes for tensor in method.state_dict().values())
     needed[device.type] += weights * (training.weight_average > 0)
     needed["cpu"] = needed.get("cpu", 0) + STATE_COPIES * weights

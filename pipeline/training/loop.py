@@ -1,22 +1,20 @@
-"""Stage 2: the only training loop of the project. It knows methods and sources of batches, but no caches."""
+"""Stage 2: the only training loop of the project, from the step to the phase. It knows methods and sources of batches, but no
+caches. `train.py` calls it for the runs of a command; `ensemble.py` has the step of several heads that are one model.
+"""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import astuple
-from functools import partial
-from typing import Any
+from contextlib import contextmanager
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from pipeline.runtime.device import use_precision
-from pipeline.runtime.errors import UserError
 from pipeline.runtime.logs import ProgressBar
-from pipeline.runtime.rng import KeyedRNG
-from pipeline.runtime.runs import RunFolder
-from pipeline.training.optim import EnsembleOptimizer
+from pipeline.runtime.rng import seed_step
+from pipeline.training.compiled import compile_loss
+from pipeline.training.optim import HeadOptimizer
 from pipeline.training.state import Score, TrainState
 from pipeline.types import Batch, Predictor, Source
 
@@ -26,147 +24,99 @@ SAVE_COST_FACTOR = 10
 Validate = Callable[[Predictor], Sequence[Score]]  # returns one score for each method in the model
 
 
-def train(
-    states: Sequence[TrainState], source: Source, train_pass: Callable[[], Iterator[Batch]], validate: Validate, progress: bool
-) -> dict[RunFolder, UserError]:
-    """Train runs through the phases of their methods and write their checkpoints.
+class Trainer:
+    """A head in one of its phases, with its optimiser."""
 
-    Runs at the same epoch are trained together as one model. Each run keeps its epoch that is best on validation. After an
-    interruption, or after an early stop, a run resumes in the next call, alone or together with others. A run that is always
-    trained alone ends in the same weights, bit for bit, however often it is interrupted.
+    def __init__(self, states: Sequence[TrainState]) -> None:
+        """Prepare the phase in which the states are; here, there is one state."""
+        (state,) = self.states = states
+        self.model: Predictor = state.method
+        trained = {name: weight for name, weight in state.method.named_parameters() if weight.requires_grad}
+        self.parameters = list(trained.values())
+        self.optimizers = [HeadOptimizer(states, trained)]
+        self._loss = compile_loss(state.method) if state.config.compiled else state.method.loss
+        self._grad_clip = state.config.grad_clip
+        device, is_mixed = self.parameters[0].device.type, state.config.precision == "mixed"
+        self._precision = torch.autocast(device, torch.bfloat16, enabled=is_mixed)
 
-    Args:
-        states: The runs. Several runs must have equal `structure_key`s, one seed and equal `SHARED_SETTINGS`.
-        source: Returns the training batches of an epoch.
-        train_pass: Returns one ordered pass over the training split, for statistics.
-        validate: Returns the validation score of each method.
-        progress: Whether to show a progress bar.
+    def step(self, batch: Batch, phase: str) -> Batch:
+        """Take one step of the optimiser along the gradient of the loss; return the loss and its parts, each []."""
+        for parameter in self.parameters:
+            parameter.grad = None
+        with self._precision:
+            parts = self._loss(batch, phase)
+        torch.clear_autocast_cache()  # it holds the bfloat16 copies of the weights, which the step will change
+        parts["loss"].backward()
+        nn.utils.clip_grad_norm_(self.parameters, self._grad_clip)
+        self.optimizers[0].step()
+        return parts
 
-    Returns:
-        The runs that failed, and why. A failed run does not disturb the others. A bug is raised, and ends them all.
-    """
-    failed: dict[RunFolder, UserError] = {}
-    remaining = list(states)
-    for state in states:
-        _run_or_record_failure(state, state.resume, failed)
-    with _progress_bar(states, progress) as bar:
-        while remaining := [state for state in remaining if _advance_or_finish(state, failed)]:
-            # The runs that are behind catch up first, so that as many as possible are trained together.
-            first = min(state.position for state in remaining)
-            together = sorted(
-                (state for state in remaining if state.position == first), key=lambda state: astuple(state.config)
-            )
-            phase, _ = first
-            later_epochs = [s.progress.epoch for s in remaining if s.position > first and s.progress.phase == phase]
-            until = min([together[0].epochs_per_phase()[phase], *later_epochs])
-            _train_ensemble(together, until, source, train_pass, validate, bar, failed)
-    return failed
+    @contextmanager
+    def averaged_weights(self) -> Iterator[None]:
+        """Inside the context, runs with a moving average of their weights use the average instead of the weights."""
+        for optimizer in self.optimizers:
+            optimizer.swap_average()
+        try:
+            yield
+        finally:
+            for optimizer in self.optimizers:
+                optimizer.swap_average()
 
-
-def _run_or_record_failure(state: TrainState, action: Callable[[], None], failed: dict[RunFolder, UserError]) -> None:
-    """Run an action for a state; when it raises a `UserError`, record it as the failure of the run."""
-    try:
-        action()
-    except UserError as error:
-        failed[state.run] = error
-
-
-def _advance_or_finish(state: TrainState, failed: dict[RunFolder, UserError]) -> bool:
-    """Return whether there is more to train; if not, write what the run has and release its folder."""
-    if state.run not in failed:
-        if state.is_stopped:
-            state.save()
-        elif state.advance():
-            return True
-        else:
-            state.finish()
-    state.folder_lock.close()
-    return False
-
-
-def _train_ensemble(
-    states: Sequence[TrainState],
-    until: int,
-    source: Source,
-    train_pass: Callable[[], Iterator[Batch]],
-    validate: Validate,
-    bar: ProgressBar,
-    failed: dict[RunFolder, UserError],
-) -> None:
-    """Train runs at the same position as one model, up to epoch `until` of their phase or until a run fails or stops."""
-    for state in states:
-        _run_or_record_failure(state, partial(state.start_phase, train_pass), failed)
-    active = [state for state in states if state.run not in failed]
-    if not active:
-        return
-    optimizer, saved_at, save_seconds = EnsembleOptimizer(active), time.monotonic(), 0.0
-    for _ in range(active[0].progress.epoch, until):
-        started = time.monotonic()
-        losses = _train_and_validate_epoch(optimizer, source, validate, failed)
-        for state in active:
-            state.progress.seconds += (time.monotonic() - started) / len(active)
-        bar.set_postfix(loss=f"{min(losses):.3f}", refresh=False)
-        bar.update(len(active))
-        healthy = [state for state in active if state.run not in failed]
-        if time.monotonic() - saved_at > STATE_SECONDS + SAVE_COST_FACTOR * save_seconds:
-            started = time.monotonic()
+    def store_state(self) -> None:
+        """Copy the state of the optimisers to the states of the runs."""
+        for optimizer in self.optimizers:
             optimizer.store_state()
-            for state in healthy:
-                state.save()
-            saved_at = time.monotonic()
-            save_seconds = saved_at - started
-        if len(healthy) < len(active) or any(state.is_stopped for state in active):
-            break
-    optimizer.store_state()
 
 
-def _train_and_validate_epoch(
-    optimizer: EnsembleOptimizer, source: Source, validate: Validate, failed: dict[RunFolder, UserError]
-) -> list[float]:
-    """Train one epoch, validate it if that is due, and record both in the states; return the loss of each run."""
-    rows = train_epoch(optimizer, source)
-    for state, row in zip(optimizer.states, rows, strict=True):
-        _run_or_record_failure(state, partial(state.record_epoch, row), failed)
-    if any(state.is_validation_due() for state in optimizer.states if state.run not in failed):
-        with optimizer.averaged_weights():
-            for state, score in zip(optimizer.states, validate(optimizer.model), strict=True):
-                if state.run not in failed:
-                    _run_or_record_failure(state, partial(state.record_validation, score), failed)
-    return [row["loss"] for row in rows]
-
-
-def train_epoch(optimizer: EnsembleOptimizer, source: Source) -> list[dict[str, Any]]:
-    """Train one pass over the source and return the history row of each run.
+def train_epoch(trainer: Trainer, source: Source) -> list[dict[str, str | float]]:
+    """Train one pass over the source and return a row for the history of each run: the means of the loss and its parts.
 
     The host waits for the device only once, at the end.
     """
-    optimizer.model.train()
-    first = optimizer.states[0]
-    phase, epoch = first.phase.name, first.progress.epoch
-    totals: dict[str, Tensor] = {}
-    num_steps = 0
+    trainer.model.train(True)
+    first = trainer.states[0]
+    phase, epoch, seed = first.phase.name, first.progress.epoch, first.run.seed
+    names: list[str] = []
+    values: list[Tensor] = []
     # Epochs are counted over all phases, so that no two phases see the same permutation or the same caption.
-    for batch in source(len(first.progress.history)):
-        rng = KeyedRNG.seeded(first.run.seed, batch["key"]).at("train", phase, epoch, num_steps)
-        with use_precision(first.config.precision, batch["key"].device):
-            parts = optimizer.loss(batch, rng, phase)
-        optimizer.step(parts["loss"])
-        for name, value in parts.items():
-            totals[name] = totals.get(name, 0.0) + value.detach().float()
-        num_steps += 1
-    columns = torch.stack(list(totals.values())).reshape(len(totals), -1).tolist()
-    rows = []
-    for index, rate in enumerate(optimizer.learning_rates()):
-        means = {name: column[index] / num_steps for name, column in zip(totals, columns, strict=True)}
-        rows.append({"phase": phase, "epoch": epoch, "lr": rate, **means})
-    optimizer.step_schedules()
-    return rows
+    for step, batch in enumerate(source(len(first.progress.history))):
+        seed_step(seed, phase, epoch, step)
+        parts = trainer.step(batch, phase)
+        names = list(parts)
+        values.append(torch.stack([part.detach().float() for part in parts.values()]))
+    means = torch.stack(values).mean(dim=0).reshape(len(names), -1).T.tolist()
+    rates = [rate for optimizer in trainer.optimizers for rate in optimizer.end_epoch()]
+    return [
+        {"phase": phase, "epoch": epoch, "lr": rate, **dict(zip(names, row, strict=True))}
+        for rate, row in zip(rates, means, strict=True)
+    ]
 
 
-def _progress_bar(states: Sequence[TrainState], show: bool) -> ProgressBar:
-    """Return a bar that counts the epochs of all runs together."""
-    run = states[0].run
-    title = f"{run.path.parent.name.rsplit('-', 1)[0]} seed {run.seed}{f' × {len(states)}' if len(states) > 1 else ''}"
-    total = sum(sum(state.epochs_per_phase()) for state in states)
-    done = sum(len(state.progress.history) for state in states)
-    return ProgressBar(label=title, total=total, initial=done, unit="epoch", show=show, leave=None)
+def train_phase(trainer: Trainer, until: int, source: Source, validate: Validate, bar: ProgressBar) -> None:
+    """Train the runs up to epoch `until` of their phase, or until one of them fails or stops; save them from time to time."""
+    states = trainer.states
+    saved_at, save_seconds = time.monotonic(), 0.0
+    for _ in range(states[0].progress.epoch, until):
+        started = time.monotonic()
+        rows = train_epoch(trainer, source)
+        for state, row in zip(states, rows, strict=True):
+            state.attempt(state.record_epoch, row)
+        if any(state.is_validation_due() for state in states if not state.failure):
+            with trainer.averaged_weights():
+                for state, score in zip(states, validate(trainer.model), strict=True):
+                    state.attempt(state.record_validation, score)
+        for state in states:
+            state.progress.seconds += (time.monotonic() - started) / len(states)
+        bar.set_postfix(loss=f"{min(float(row['loss']) for row in rows):.3f}", refresh=False)
+        bar.update(len(states))
+        if time.monotonic() - saved_at > STATE_SECONDS + SAVE_COST_FACTOR * save_seconds:
+            started = time.monotonic()
+            trainer.store_state()
+            for state in states:
+                if not state.failure:
+                    state.save()
+            saved_at = time.monotonic()
+            save_seconds = saved_at - started
+        if any(state.failure or state.is_stopped for state in states):
+            break
+    trainer.store_state()

@@ -65,6 +65,7 @@ class TrainState:
     progress: RunProgress = field(default_factory=RunProgress)
     optimizer_state: dict[str, Any] = field(default_factory=dict)  # on the CPU; empty at the start of a phase
     is_stopped: bool = False  # `should_stop` has ended the run early
+    failure: UserError | None = None  # why the run cannot go on
 
     @property
     def phase(self) -> Phase:
@@ -84,6 +85,13 @@ class TrainState:
     def position(self) -> tuple[int, int]:
         """The current phase and epoch: runs at the same position read the same batches."""
         return self.progress.phase, self.progress.epoch
+
+    def attempt(self, action: Callable[..., None], *arguments: Any) -> None:
+        """Call a function; a `UserError` that it raises becomes the failure of the run."""
+        try:
+            action(*arguments)
+        except UserError as error:
+            self.failure = error
 
     def resume(self) -> None:
         """Load the progress that is saved in the run's folder, if there is any.

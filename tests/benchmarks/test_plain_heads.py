@@ -13,7 +13,6 @@ import training_step
 from torch import Tensor
 
 from pipeline.runtime.device import use_precision
-from pipeline.runtime.rng import KeyedRNG
 
 WIDTH, CLASSES, ROWS = 64, 7, 32
 LABEL_KINDS = {"single": False, "multi": True}
@@ -25,6 +24,7 @@ def plain_name_of(name: str) -> str:
     for ours, plain in (
         ("denoiser.interaction.out", "attended"),
         ("denoiser.interaction.", ""),
+        ("denoiser.visual", "visual"),
         ("denoiser.embed.layers", "time"),
         ("denoiser.first.weights.0", "hidden.weight"),
         ("denoiser.first", "hidden"),
@@ -47,15 +47,15 @@ def as_plain(ours: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: value.unsqueeze(1) if name in ("query.bias", "key_value.bias") else value for name, value in named.items()}
 
 
-def draws_of_ours(method: str, stage: str, head: Any, batch: dict[str, Tensor]) -> tuple[KeyedRNG, tuple[Any, ...]]:
-    """Random numbers of ours in which the stage is the wanted one, and the same for the head written by hand."""
+def draws_of_ours(method: str, stage: str, head: Any, batch: dict[str, Tensor]) -> tuple[int, tuple[Any, ...]]:
+    """A seed with which ours draws the wanted stage, and the numbers that it draws, for the head written by hand."""
     for seed in range(200):
-        rng = KeyedRNG.seeded(seed, batch["key"])
+        torch.manual_seed(seed)
         if method != "seda":
-            return rng, ()
-        n, is_dsl = head.draw_steps(rng)
-        if bool(is_dsl.all()) == (stage == "learner"):
-            return rng, (stage == "learner", n, rng.at("noise").normal(WIDTH))
+            return seed, ()
+        n, is_dsl = head.draw_steps(batch["text"])
+        if bool(is_dsl) == (stage == "learner"):
+            return seed, (stage == "learner", n, torch.randn_like(batch["text"]))
     raise AssertionError
 
 
@@ -72,9 +72,10 @@ def test_losses_and_gradients_are_those_of_ours(method: str, stage: str, labels:
     batch = next(ours.batches(0))
     columns = plain_heads.make_columns({**raw, "key": training_step.sample_keys(f"{row:07d}" for row in range(ROWS))})
     rows = [columns["key"].tolist().index(key) for key in batch["key"].tolist()]
-    rng, draws = draws_of_ours(method, stage, ours.head, batch)
+    seed, draws = draws_of_ours(method, stage, ours.head, batch)
+    torch.manual_seed(seed)
     with use_precision(precision, torch.device("cpu")):
-        expected = ours.head.train().loss(batch, rng, "head")
+        expected = ours.head.train().loss(batch, "head")
     with torch.autocast("cpu", torch.bfloat16, enabled=precision == "mixed"):
         found = plain.loss({name: column[rows] for name, column in columns.items()}, *draws)
     tolerance = 1e-3 if precision == "float32" else 2e-2  # bfloat16 has 8 bits
@@ -137,6 +138,26 @@ def test_the_operators_are_counted_over_the_whole_step() -> None:
     assert sum(counted.values()) == sum(bare.counts.values()) - 1  # torch.ones is inside the second
     optimizer = torch.optim.Adam([weight], fused=True)
     assert training_step.count_operators(optimizer.step)["optimiser"] > 0
+
+
+@pytest.mark.parametrize(
+    ("method", "precision", "limit"), [("seda", "float32", 250), ("seda", "mixed", 300), ("baseline", "float32", 45)]
+)
+def test_a_step_dispatches_few_operators_and_enters_few_functions(method: str, precision: Any, limit: int) -> None:
+    raw = training_step.make_raw_columns(512, 768, 172, False, torch.device("cpu"))
+    training = training_step.OurTraining(method, raw, 172, precision)
+    assert sum(training.operators().values()) <= limit
+    assert len(training.functions()) <= 8
+
+
+def test_a_single_head_never_enters_the_file_of_ensembles_and_the_loop_fits_on_a_screen() -> None:
+    raw = training_step.make_raw_columns(512, 768, 172, False, torch.device("cpu"))
+    entered = {name.split()[0] for name, _ in training_step.OurTraining("seda", raw, 172, "float32").functions()}
+    assert entered == {"training/loop.py", "training/optim.py", "cache/table.py", "runtime/rng.py"}
+    folder = training_step.PACKAGE / "training"
+    lines = {name: len((folder / f"{name}.py").read_text().splitlines()) for name in ("loop", "ensemble")}
+    assert lines["loop"] <= 150
+    assert sum(lines.values()) <= 400
 
 
 def test_the_page_shows_the_tables_of_today() -> None:

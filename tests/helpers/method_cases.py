@@ -97,6 +97,12 @@ def make_rng(seed: int = 0, samples: Tensor | None = None) -> KeyedRNG:
     return KeyedRNG.seeded(seed, make_sample_keys() if samples is None else samples)
 
 
+def seeded_loss(method: Any, batch: Batch, phase: str = "head", seed: int = 0) -> Batch:
+    """Return the loss of a method, or of an ensemble, and its parts, with the random numbers of a seed."""
+    torch.manual_seed(seed)
+    return method.loss(batch, phase)
+
+
 def freeze(method: nn.Module, phase: Phase) -> None:
     """Freeze all parameters that a phase does not train, as the training loop does."""
     for name, parameter in method.named_parameters():
@@ -140,7 +146,7 @@ class StubDenoiser(nn.Module):
     def embed_step(self, n: Tensor) -> Tensor:
         return n
 
-    def forward(self, x_n: Tensor, e: Tensor, context: Tensor, rng: KeyedRNG | None, p: Tensor) -> Tensor:
+    def forward(self, x_n: Tensor, e: Tensor, context: Tensor) -> Tensor:
         return context if self.returns == "image" else x_n
 
 
@@ -152,7 +158,7 @@ def another_value(config: Any, field: str, hint: Any) -> Any:
     if hint is bool:
         return not value
     candidates = (2 * value, value // 2, value + 1, value - 1) if hint is int else (0.5, value / 2, 2 * value, 1.0)
-    return next(each for each in candidates if each != value and _is_valid(config, field, each))
+    return next(each for each in candidates if each not in (value, 0.0) and _is_valid(config, field, each))
 
 
 def _is_valid(config: Any, field: str, value: Any) -> bool:

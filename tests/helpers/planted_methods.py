@@ -6,8 +6,8 @@ from pathlib import Path
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "own_method.py"
 PLAIN_NUMBER = (  # w_text is a number in an attribute, not a tensor
-    "register_hyperparameters(self, p_dropout=config.dropout, w_text=config.w_text)",
-    "register_hyperparameters(self, p_dropout=config.dropout)\n        self.w_text = config.w_text",
+    "register_hyperparameters(self, w_text=config.w_text)",
+    "self.w_text = config.w_text",
 )
 DERIVED_NUMBER = (PLAIN_NUMBER[0], PLAIN_NUMBER[1].replace("self.w_text = config.w_text", "self.w_text = 2 * config.w_text"))
 UNWEIGHTED_TEXT = ('"mean", batch["paired"])', '"mean", torch.ones_like(batch["paired"]))')

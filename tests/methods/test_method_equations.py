@@ -10,13 +10,25 @@ import numpy as np
 import pytest
 import torch
 from helpers.equation_cases import build, fitted, settings
-from helpers.method_cases import CLASSES, LABEL_KINDS, ROWS, WIDTH, cross_entropy, make_batch, make_rng, noise_levels, to_numpy
+from helpers.method_cases import (
+    CLASSES,
+    LABEL_KINDS,
+    ROWS,
+    WIDTH,
+    cross_entropy,
+    make_batch,
+    make_rng,
+    noise_levels,
+    seeded_loss,
+    to_numpy,
+)
 from scipy import special, stats
 from torch import Tensor, nn
 
 from pipeline.methods import cdr, ema, marnet
 from pipeline.nn.layers import ConcatLinear
 from pipeline.runtime import plugins
+from pipeline.runtime.rng import KeyedRNG
 
 for_all_label_kinds = pytest.mark.parametrize("kind", LABEL_KINDS)
 
@@ -37,7 +49,7 @@ def leaky_relu(x: np.ndarray) -> np.ndarray:
 def gradient_descent(method: Any, batch: dict[str, Tensor], lr: float, steps: int) -> None:
     """Train all parameters on the whole batch with plain gradient descent."""
     for _ in range(steps):
-        gradients = torch.autograd.grad(method.loss(batch, make_rng(), "head")["loss"], list(method.parameters()))
+        gradients = torch.autograd.grad(seeded_loss(method, batch)["loss"], list(method.parameters()))
         with torch.no_grad():
             for parameter, gradient in zip(method.parameters(), gradients, strict=True):
                 parameter -= lr * gradient
@@ -54,7 +66,7 @@ class TestBaseline:
         logits = linear(method.classifier, standardised(batch["image"]))
         np.testing.assert_allclose(to_numpy(method.predict(batch["image"], make_rng())), logits, atol=1e-5)
         expected = cross_entropy(torch.from_numpy(logits), batch["label"])
-        assert method.loss(batch, make_rng(), "head")["loss"].item() == pytest.approx(expected, rel=1e-5)
+        assert seeded_loss(method, batch)["loss"].item() == pytest.approx(expected, rel=1e-5)
 
     def test_separable_classes_are_separated(self) -> None:
         method, batch = fitted("baseline")
@@ -75,7 +87,7 @@ class TestEMA:
         v2s = -np.diag(special.log_softmax(similarity, axis=1)).mean()
         s2v = -np.diag(special.log_softmax(similarity, axis=0)).mean()
         ce = cross_entropy(torch.from_numpy(linear(method.classifier, x_v)), batch["label"])
-        parts = method.loss(batch, make_rng(), "head")
+        parts = seeded_loss(method, batch)
         assert parts["ita"].item() == pytest.approx(v2s + s2v, rel=1e-4)
         assert parts["loss"].item() == pytest.approx(0.7 * ce + 1.3 * (v2s + s2v), rel=1e-4)
 
@@ -110,17 +122,16 @@ class TestCDR:
         method, batch = fitted("cdr", kind, 10, mse_reduction=reduction, ce_min_step=0.5, w_ce=0.7, w_mse=1.3)
         paired = (batch["paired"] > 0).numpy()
         x_v, x_s = standardised(batch["image"]), standardised(batch["text"], batch["paired"] > 0)
-        n = np.floor(to_numpy(make_rng().at("n").uniform()) * 12).astype(int)
+        torch.manual_seed(0)
+        n = np.floor(to_numpy(torch.rand(ROWS)) * 12).astype(int)
         abar = noise_levels(12)[n][:, None]
-        x_n = np.sqrt(abar) * x_s + np.sqrt(1 - abar) * to_numpy(make_rng().at("noise").normal(10))
+        x_n = np.sqrt(abar) * x_s + np.sqrt(1 - abar) * to_numpy(torch.randn(ROWS, 10))
         context = method.denoiser.image_context(torch.from_numpy(x_v).float())
-        x_0 = method.denoiser(
-            torch.from_numpy(x_n).float(), method.denoiser.embed_step(torch.from_numpy(n)), context, None, torch.tensor(0.0)
-        )
+        x_0 = method.denoiser(torch.from_numpy(x_n).float(), method.denoiser.embed_step(torch.from_numpy(n)), context)
         error = ((to_numpy(x_0) - x_s)[paired] ** 2).mean() * (10 if reduction == "sum_dim" else 1)
         assert 0 < (n >= 6).sum() < ROWS
         ce = cross_entropy(method.classifier(x_0), batch["label"], n >= 6)
-        parts = method.loss(batch, make_rng(), "head")
+        parts = seeded_loss(method, batch)
         assert parts["mse"].item() == pytest.approx(error, rel=1e-4)
         assert parts["loss"].item() == pytest.approx(0.7 * ce + 1.3 * error, rel=1e-4)
 
@@ -128,7 +139,7 @@ class TestCDR:
     def test_steps_are_uniform(self, fraction: float, first: int) -> None:
         method, _ = fitted("cdr", train_min_step=fraction)
         batch = make_batch(rows=6000)
-        n = method.predict_one_step(batch, make_rng(samples=batch["key"]))[2].numpy()
+        n = method.predict_one_step(batch)[2].numpy()
         assert n.min() == first
         assert n.max() == 11
         assert stats.chisquare(np.bincount(n, minlength=12)[first:]).pvalue > 0.001
@@ -147,8 +158,8 @@ class TestCDR:
     def test_the_regression_reads_no_text_no_noise_and_no_step(self) -> None:
         method, batch = fitted("cdr", denoiser="regression", draws=3, sampler="ancestral", eta=1.0)
         other = {**batch, "text": batch["text"].flip(0)}
-        first = method.predict_one_step(batch, make_rng(0))[0]
-        assert torch.equal(first, method.predict_one_step(other, make_rng(1))[0])
+        first = method.predict_one_step(batch)[0]
+        assert torch.equal(first, method.predict_one_step(other)[0])
         assert torch.equal(first, method.feature(batch["image"], make_rng(2)))
         assert torch.equal(method.classifier(first), method.predict(batch["image"], make_rng(3)))
 
@@ -219,7 +230,7 @@ class TestMARNet:
             config, {"image": (WIDTH,), "text": (WIDTH,), "label": (), "classes": (CLASSES,)}
         )
         alone.load_state_dict(getattr(model, branch).state_dict())
-        assert torch.equal(model.loss(batch, make_rng(), branch)["loss"], alone.loss(batch, make_rng(), "head")["loss"])
+        assert torch.equal(seeded_loss(model, batch, branch)["loss"], seeded_loss(alone, batch)["loss"])
         assert torch.equal(
             getattr(model, branch).feature(batch["image"], make_rng()), alone.train(False).feature(batch["image"], make_rng())
         )
@@ -228,8 +239,10 @@ class TestMARNet:
     def test_fusions_learn_from_sampled_features_while_the_branches_are_frozen(self, kind: str) -> None:
         model, batch = fitted("marnet", kind, draws=2)
         batch["text"] = torch.full_like(batch["text"], math.nan)
-        parts = model.train().loss(batch, make_rng(), "fusion")
-        f_e, f_c = model.ema.feature(batch["image"], make_rng()), model.cdr.feature(batch["image"], make_rng())
+        parts = seeded_loss(model.train(), batch, "fusion")
+        torch.manual_seed(0)
+        rng = KeyedRNG.drawn(ROWS, batch["image"].device)
+        f_e, f_c = model.ema.feature(batch["image"], rng), model.cdr.feature(batch["image"], rng)
         expected = [cross_entropy(model.fusions[name](f_e, f_c), batch["label"]) for name in ("concat", "add", "mul")]
         assert [parts[name].item() for name in ("concat", "add", "mul")] == pytest.approx(expected, rel=1e-5)
         assert parts["loss"].item() == pytest.approx(sum(expected), rel=1e-5)
@@ -240,9 +253,10 @@ class TestMARNet:
     @pytest.mark.parametrize("fusion", [*marnet.FEATURE_FUSIONS, "sum", "hm"])
     def test_the_joint_loss_is_the_sum_of_three_losses(self, fusion: str) -> None:
         model, batch = fitted("marnet", regime="joint", fusion=fusion)
-        parts = model.loss(batch, make_rng(), "joint")
-        ema_loss = model.ema.loss(batch, make_rng().at("ema"), "head")["loss"]
-        x_0, *rest = model.cdr.predict_one_step(batch, make_rng().at("cdr"))
+        parts = seeded_loss(model, batch, "joint")
+        ema_loss = seeded_loss(model.ema, batch)["loss"]
+        torch.manual_seed(0)
+        x_0, *rest = model.cdr.predict_one_step(batch)
         cdr_loss = model.cdr.objective(x_0, *rest, batch)["loss"]
         f_e = model.ema.feature(batch["image"], make_rng())
         fused = cross_entropy(model.fuse(fusion, f_e, x_0), batch["label"])

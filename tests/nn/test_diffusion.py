@@ -13,7 +13,16 @@ from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 from torch import Tensor
 
-from pipeline.nn.diffusion import Schedule, alphas_cumprod, betas, ddim_sample, posterior_variance, q_sample, trailing_steps
+from pipeline.nn.diffusion import (
+    Schedule,
+    alphas_cumprod,
+    betas,
+    ddim_sample,
+    noise_levels,
+    posterior_variance,
+    q_sample,
+    trailing_steps,
+)
 
 SCHEDULES = get_args(Schedule)
 LINEAR: dict[str, Any] = {"beta_start": 1e-4, "beta_end": 0.02, "beta_schedule": "linear"}
@@ -97,18 +106,20 @@ class TestForward:
         x0, noise = normal(5, 8).float(), normal(5, 8, seed=1).float()
         n: Any = torch.tensor([0, 3, 500, 998, 999])
         expected = oracle.add_noise(x0, noise, n)
-        torch.testing.assert_close(q_sample(x0, n, noise, alphas_cumprod("linear", 1000)), expected, atol=1e-4, rtol=0)
+        torch.testing.assert_close(
+            q_sample(x0, n, noise, noise_levels(alphas_cumprod("linear", 1000))), expected, atol=1e-4, rtol=0
+        )
 
     def test_unit_variance_stays_unit_variance(self) -> None:
         x0, noise = normal(4, 20_000), normal(4, 20_000, seed=1)
-        x_n = q_sample(x0, torch.tensor([0, 100, 500, 999]), noise, alphas_cumprod("cosine", 1000).double())
+        x_n = q_sample(x0, torch.tensor([0, 100, 500, 999]), noise, noise_levels(alphas_cumprod("cosine", 1000).double()))
         torch.testing.assert_close(x_n.var(dim=1), torch.ones(4, dtype=torch.float64), atol=0.04, rtol=0)
 
     def test_vmap_over_schedules_equals_a_loop(self) -> None:
         x0, noise, n = normal(5, 3), normal(5, 3, seed=1), torch.tensor([0, 1, 2, 30, 49])
-        tables = torch.stack([alphas_cumprod(schedule, 50) for schedule in SCHEDULES])
-        stacked = torch.func.vmap(lambda abar: q_sample(x0, n, noise, abar))(tables)
-        torch.testing.assert_close(stacked, torch.stack([q_sample(x0, n, noise, abar) for abar in tables]))
+        tables = torch.stack([noise_levels(alphas_cumprod(schedule, 50)) for schedule in SCHEDULES])
+        stacked = torch.func.vmap(lambda levels: q_sample(x0, n, noise, levels))(tables)
+        torch.testing.assert_close(stacked, torch.stack([q_sample(x0, n, noise, levels) for levels in tables]))
 
 
 class TestSampleSteps:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from helpers.equation_cases import build, fitted
-from helpers.method_cases import make_batch, make_rng, to_numpy
+from helpers.method_cases import make_batch, make_rng, seeded_loss, to_numpy
 
 
 def test_adapters_are_used_if_the_widths_differ() -> None:
@@ -40,13 +40,13 @@ def test_classifier_adapters_learn_the_labels_and_are_then_frozen() -> None:
     adapters = [parameter for name, parameter in method.named_parameters() if name.startswith("space.")]
     losses = []
     for _ in range(40):
-        loss = method.loss(batch, make_rng(), "adapt")["loss"]
+        loss = seeded_loss(method, batch, "adapt")["loss"]
         losses.append(float(loss.detach()))
         with torch.no_grad():
             for parameter, gradient in zip(adapters, torch.autograd.grad(loss, adapters), strict=True):
                 parameter -= 0.5 * gradient
     assert losses[-1] < 0.3 * losses[0]
     before = {name: value.clone() for name, value in method.state_dict().items() if name.startswith("space.")}
-    method.loss(make_batch(seed=1), make_rng(), "head")
+    seeded_loss(method, make_batch(seed=1))
     method.predict(10 * batch["image"], make_rng())
     assert all(torch.equal(value, before[name]) for name, value in method.state_dict().items() if name in before)

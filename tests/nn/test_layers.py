@@ -3,24 +3,20 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from diffusers.models.embeddings import get_timestep_embedding
+from scipy import special
 from sklearn.decomposition import PCA
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor, nn
 
 from pipeline.nn import layers
-from pipeline.runtime.rng import KeyedRNG
-
-NO_DROPOUT = torch.tensor(0.0)
-
-
-def make_rng(rows: int, seed: int = 0) -> KeyedRNG:
-    return KeyedRNG.seeded(seed, torch.arange(rows))
 
 
 def make_skewed_features(rows: int = 200, width: int = 6, seed: int = 0) -> Tensor:
@@ -32,27 +28,17 @@ def make_skewed_features(rows: int = 200, width: int = 6, seed: int = 0) -> Tens
 
 class TestDropout:
     def test_zeroes_a_fraction_of_the_entries_and_keeps_the_mean(self) -> None:
-        x = torch.full((64, 5000), 3.0)
-        y = layers.dropout(x, torch.tensor(0.3), make_rng(64), training=True)
+        torch.manual_seed(0)
+        y = layers.Dropout(0.3)(torch.full((64, 5000), 3.0))
         assert float((y == 0).float().mean()) == pytest.approx(0.3, abs=0.005)
         assert float(y.mean()) == pytest.approx(3.0, abs=0.02)
         torch.testing.assert_close(y[y != 0], torch.full_like(y[y != 0], 3.0 / 0.7))
 
-    def test_probability_0_changes_nothing(self) -> None:
-        x = make_skewed_features()
-        assert torch.equal(layers.dropout(x, NO_DROPOUT, make_rng(len(x)), training=True), x)
-
-    def test_outside_training_or_without_a_stream_it_is_the_identity(self) -> None:
-        x, p = make_skewed_features(), torch.tensor(0.5)
-        assert layers.dropout(x, p, make_rng(len(x)), training=False) is x
-        assert layers.dropout(x, p, None, training=True) is x
-
-    def test_a_mask_depends_only_on_the_sample_and_the_stream_name(self) -> None:
-        x, p, rng = torch.ones(8, 100), torch.tensor(0.5), make_rng(8)
-        all_rows = layers.dropout(x, p, rng, training=True)
-        assert torch.equal(layers.dropout(x[3:5], p, KeyedRNG(rng.key, rng.samples[3:5]), training=True), all_rows[3:5])
-        assert not torch.equal(layers.dropout(x, p, rng.at("other"), training=True), all_rows)
-        assert not torch.equal(all_rows[0], all_rows[1])
+    def test_probability_0_and_prediction_change_nothing_and_draw_nothing(self) -> None:
+        x, state = make_skewed_features(), torch.get_rng_state()
+        assert layers.Dropout(0.0)(x) is x
+        assert layers.Dropout(0.5).eval()(x) is x
+        assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_hyperparameters_are_scalar_buffers_outside_the_checkpoint() -> None:
@@ -69,33 +55,32 @@ def test_hyperparameters_are_scalar_buffers_outside_the_checkpoint() -> None:
 
 class TestMLP:
     def test_is_linear_layers_with_gelu_between(self) -> None:
-        mlp, x = layers.MLP([6, 10, 7, 3]), make_skewed_features(width=6)
+        mlp, x = layers.MLP([6, 10, 7, 3], dropout=0.9), make_skewed_features(width=6)
         a, b, c = mlp.layers
-        expected = nn.Sequential(a, nn.GELU(), b, nn.GELU(), c)(x)
-        torch.testing.assert_close(mlp(x, None, torch.tensor(0.9)), expected)
-        torch.testing.assert_close(mlp(x, make_rng(len(x)), NO_DROPOUT), expected)
-        torch.testing.assert_close(mlp.eval()(x, make_rng(len(x)), torch.tensor(0.9)), expected)
+        torch.testing.assert_close(mlp.eval()(x), nn.Sequential(a, nn.GELU(), b, nn.GELU(), c)(x))
 
     def test_each_hidden_layer_draws_its_own_mask(self) -> None:
-        mlp = layers.MLP([4, 4, 4, 4])
+        mlp = layers.MLP([4, 4, 4, 4], dropout=0.5)
         for parameter in mlp.parameters():
             _ = nn.init.eye_(parameter) if parameter.ndim == 2 else nn.init.zeros_(parameter)
-        x = torch.full((1000, 4), 20.0)  # GELU is the identity here
-        y = mlp(x, make_rng(1000), torch.tensor(0.5))
+        torch.manual_seed(0)
+        y = mlp(torch.full((1000, 4), 20.0))  # GELU is the identity here
         assert float((y != 0).float().mean()) == pytest.approx(0.25, abs=0.03)
         assert sorted(set(y.flatten().tolist())) == [0.0, 80.0]
 
     def test_an_ensemble_with_different_dropout_equals_a_loop_over_models(self) -> None:
-        mlps, x = [layers.MLP([6, 8, 3]) for _ in range(3)], make_skewed_features(20)
-        params, _ = torch.func.stack_module_state(mlps)
-        keys = torch.tensor([make_rng(20, seed).key for seed in range(3)])
-        ps = torch.tensor([0.0, 0.2, 0.6])
+        mlps, x = [layers.MLP([6, 8, 3], dropout=p) for p in (0.1, 0.2, 0.6)], make_skewed_features(20)
+        stacked = torch.func.stack_module_state(mlps)
 
-        def run(parameters: dict[str, Tensor], key: Tensor, p: Tensor) -> Tensor:
-            return torch.func.functional_call(mlps[0], parameters, (x, KeyedRNG(key, torch.arange(20)), p))
+        def run(parameters: dict[str, Tensor], buffers: dict[str, Tensor]) -> Tensor:
+            return torch.func.functional_call(mlps[0], {**parameters, **buffers}, (x,))
 
-        expected = torch.stack([mlp(x, make_rng(20, i), ps[i]) for i, mlp in enumerate(mlps)])
-        torch.testing.assert_close(torch.func.vmap(run)(params, keys, ps), expected)
+        def seeded(function: Callable[..., Tensor], *inputs: Any) -> Tensor:
+            torch.manual_seed(0)
+            return function(*inputs)
+
+        expected = torch.stack([seeded(mlp, x) for mlp in mlps])
+        torch.testing.assert_close(seeded(torch.func.vmap(run, randomness="same"), *stacked), expected)
 
 
 def test_the_parts_of_a_concat_linear_sum_to_one_linear_layer() -> None:
@@ -177,7 +162,7 @@ class TestTimeEmbedding:
 
     @torch.no_grad()
     def test_any_shape_of_steps(self) -> None:
-        embed = layers.TimeEmbedding(16)
+        embed = layers.TimeEmbedding(2000, 16)
         n = torch.arange(6)
         torch.testing.assert_close(embed(n.reshape(2, 3)), embed(n).reshape(2, 3, 16))
         assert float(torch.pdist(embed(torch.arange(0, 1800, 100))).min()) > 0
@@ -185,7 +170,7 @@ class TestTimeEmbedding:
     @pytest.mark.parametrize("width", [0, 2, 7])
     def test_impossible_widths_are_refused(self, width: int) -> None:
         with pytest.raises(ValueError, match="even number"):
-            layers.TimeEmbedding(width)
+            layers.TimeEmbedding(2000, width)
 
 
 class TestTokens:
@@ -200,16 +185,22 @@ class TestTokens:
             layers.ChunkTokens(12, 5, 4)
 
     @pytest.mark.parametrize("num_heads", [1, 2, 4])
-    def test_attention_is_torchs(self, num_heads: int) -> None:
+    def test_attention_is_the_equation(self, num_heads: int) -> None:
+        """softmax(Q K^T / sqrt(d_k)) V, with loops over samples and heads."""
         q, k, v = torch.randn(3, 5, 8), torch.randn(3, 6, 8), torch.randn(3, 6, 8)
-        q_h, k_h, v_h = (x.unflatten(-1, (num_heads, -1)).transpose(1, 2) for x in (q, k, v))
-        expected = F.scaled_dot_product_attention(q_h, k_h, v_h).transpose(1, 2).flatten(2)
-        torch.testing.assert_close(layers.multi_head_attention(q, k, v, num_heads), expected)
+        found = layers.multi_head_attention(q, torch.cat([k, v], dim=-1), num_heads)
+        for sample in range(3):
+            for head in np.split(np.arange(8), num_heads):
+                queries, keys, values = (x[sample][:, head].double().numpy() for x in (q, k, v))
+                weights = special.softmax(queries @ keys.T / math.sqrt(len(head)), axis=1)
+                np.testing.assert_allclose(found[sample][:, head], weights @ values, atol=1e-5)
 
     def test_a_single_key_gets_weight_1_whatever_the_query(self) -> None:
         value = torch.randn(3, 1, 8)
         for query in (torch.randn(3, 1, 8), 100 * torch.randn(3, 1, 8)):
-            torch.testing.assert_close(layers.multi_head_attention(query, torch.randn(3, 1, 8), value, 2), value)
+            torch.testing.assert_close(
+                layers.multi_head_attention(query, torch.cat([torch.randn(3, 1, 8), value], dim=-1), 2), value
+            )
 
     def test_the_encoder_layer_is_torchs(self) -> None:
         ours, tokens = layers.TransformerLayer(8, 2), torch.randn(3, 5, 8)
@@ -226,7 +217,7 @@ class TestTokens:
         with torch.no_grad():
             theirs.self_attn.in_proj_weight.copy_(ours.attention.query_key_value.weight)
             theirs.self_attn.in_proj_bias.copy_(ours.attention.query_key_value.bias)
-        torch.testing.assert_close(ours(tokens, None, NO_DROPOUT), theirs(tokens))
+        torch.testing.assert_close(ours(tokens), theirs(tokens))
 
     def test_heads_must_divide_the_width(self) -> None:
         with pytest.raises(ValueError, match="num_heads 3"):

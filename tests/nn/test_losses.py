@@ -128,23 +128,23 @@ class TestInfoNCE:
         assert float(a.grad.abs().max()) == float(b.grad.abs().max()) == 0.0
 
 
-class TestCentres:
+class TestClassSums:
     @labels
-    def test_they_are_the_means_of_the_classes(self, label: Tensor) -> None:
+    def test_their_quotients_are_the_means_of_the_classes(self, label: Tensor) -> None:
         x = normal(8, 3)
-        centres, present = losses.class_centres(x, label, CLASSES)
+        sums, count = losses.class_sums(x, label, CLASSES)
         for c in range(CLASSES):
             members = [x[i] for i in range(8) if has_label(label, i, c)]
-            assert bool(present[c]) == bool(members)
-            torch.testing.assert_close(centres[c], torch.stack(members).mean(0) if members else torch.zeros(3))
+            assert count[c] == len(members)
+            torch.testing.assert_close(sums[c], torch.stack(members).sum(0) if members else torch.zeros(3))
 
     def test_rows_of_weight_0_are_ignored(self) -> None:
         x, weight = normal(8, 3), (SINGLE != 3).float()
-        centres, present = losses.class_centres(x, SINGLE, CLASSES, weight)
-        expected, expected_present = losses.class_centres(x[SINGLE != 3], SINGLE[SINGLE != 3], CLASSES)
-        torch.testing.assert_close(centres, expected)
-        assert torch.equal(present, expected_present)
-        assert not present[3]
+        sums, count = losses.class_sums(x, SINGLE, CLASSES, weight)
+        expected, expected_count = losses.class_sums(x[SINGLE != 3], SINGLE[SINGLE != 3], CLASSES)
+        torch.testing.assert_close(sums, expected)
+        assert torch.equal(count, expected_count)
+        assert count[3] == 0
 
 
 class TestStructuralConsistency:

@@ -23,7 +23,7 @@ all_heads = pytest.mark.parametrize("name", ["cdr", "seda", "marnet"])
 def predict_x0(method: Any, batch: Batch, x: np.ndarray, n: int) -> Tensor:
     e = method.denoiser.embed_step(torch.full((len(x),), n))
     context = method.denoiser.image_context(method.space.image(batch["image"]))
-    return method.denoiser(torch.from_numpy(x).float(), e, context, None, torch.tensor(0.0))
+    return method.denoiser(torch.from_numpy(x).float(), e, context)
 
 
 @diffusion_heads

@@ -128,7 +128,7 @@ RULES = [
     ("no number is read back", ('        return {"loss": ce', '        self.last = ce\n        return {"loss": ce')),
     ("every setting has a default", ('"width of the hidden layer"] = 512', '"width of the hidden layer"]')),
     ("letters, grid and prediction name settings", ('{"gamma": "w_text"}', '{"gamma": "weight"}')),
-    ("a loss takes batch, rng and phase", (", rng: KeyedRNG, phase: str)", ", rng: KeyedRNG)")),
+    ("a loss takes batch and phase", ("batch: Batch, phase: str)", "batch: Batch)")),
 ]
 
 

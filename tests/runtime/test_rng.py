@@ -7,7 +7,7 @@ import pytest
 import torch
 from scipy import stats
 
-from pipeline.runtime.rng import KeyedRNG, sample_keys
+from pipeline.runtime.rng import KeyedRNG, sample_keys, seed_step
 
 SAMPLES = sample_keys(f"image-{i}" for i in range(64))
 
@@ -42,11 +42,27 @@ def test_neighbouring_numbers_are_uncorrelated(other: str) -> None:
     assert abs(correlation) < 4 / np.sqrt(x.numel())
 
 
-def test_shared_uniform_is_uniform_over_steps_and_ignores_the_samples() -> None:
-    draws = [float(KeyedRNG.seeded(0, SAMPLES).at("stage", step).shared_uniform()) for step in range(2000)]
+def test_a_step_has_its_own_numbers_and_has_them_again() -> None:
+    """Over seeds, phases, epochs and steps: no two draw the same, and the first draws are uniform."""
+    names = [(seed, phase, epoch, step) for seed in (0, 1) for phase in ("a", "b") for epoch in (0, 12) for step in range(250)]
+
+    def draw(name: tuple[int, str, int, int]) -> float:
+        seed_step(*name)
+        return float(torch.rand(()))
+
+    draws = [draw(name) for name in names]
+    assert len(set(draws)) == len(names)
     assert stats.kstest(draws, "uniform").pvalue > 0.01
-    alone = KeyedRNG.seeded(0, SAMPLES[:1]).at("stage", 7).shared_uniform()
-    assert float(alone) == draws[7]
+    assert [draw(name) for name in names] == draws
+
+
+def test_a_drawn_key_is_decided_by_the_seed_of_the_step() -> None:
+    def draw(step: int) -> torch.Tensor:
+        seed_step(0, "fusion", 0, step)
+        return KeyedRNG.drawn(len(SAMPLES), SAMPLES.device).at("start").normal(5)
+
+    assert torch.equal(draw(0), draw(0))
+    assert not torch.equal(draw(0), draw(1))
 
 
 def test_draws_do_not_depend_on_batch_order_or_size() -> None:

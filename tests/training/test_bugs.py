@@ -57,7 +57,7 @@ class Faulty(Method):
         (width,), (classes,) = shapes["image"], shapes["classes"]
         self.classifier = nn.Linear(width, classes)
 
-    def loss(self, batch, rng, phase):
+    def loss(self, batch, phase):
         logits = self.classifier(batch["image"])
         if self.fault == "zip":
             list(zip(batch["image"], batch["label"][:-1], strict=True))
@@ -210,7 +210,7 @@ def test_the_traceback_is_removed_when_a_later_attempt_finishes(
 ) -> None:
     module: Any = sys.modules["diffalign_plugin_faulty"]
     with monkeypatch.context() as patch:
-        patch.setattr(module.Faulty, "loss", lambda self, batch, rng, phase: {}["loss"])
+        patch.setattr(module.Faulty, "loss", lambda self, batch, phase: {}["loss"])
         assert run(arguments("train-head", home), patch) == 1
     (file,) = error_files(home)
     assert "KeyError: 'loss'" in file.read_text()

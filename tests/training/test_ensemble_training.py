@@ -381,7 +381,7 @@ def test_lanes_need_the_stacked_strategy(tiny_home: Path) -> None:
 @pytest.mark.parametrize("method", plugins.names("methods"))
 def test_a_compiled_loss_equals_the_loss(method: str, home: Path, other_home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The loss is one graph, compiled once for all steps. The backend here uses torch's kernels and needs no C++ compiler."""
-    monkeypatch.setattr("pipeline.training.optim.COMPILE_BACKEND", "aot_eager")
+    monkeypatch.setattr("pipeline.training.compiled.COMPILE_BACKEND", "aot_eager")
     plain = [planned(opened(other_home, method), method, {}, {"lr": lr, "epochs": 2}) for lr in (1e-3, 1e-2)]
     compiled = [planned(opened(home, method), method, {}, {"lr": lr, "epochs": 2, "compiled": True}) for lr in (1e-3, 1e-2)]
     for head in plain:

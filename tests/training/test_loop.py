@@ -29,8 +29,9 @@ from pipeline.runtime.runs import RunFolder
 from pipeline.runtime.settings import configure
 from pipeline.training import loop
 from pipeline.training.config import TrainConfig
-from pipeline.training.optim import EnsembleOptimizer
+from pipeline.training.loop import Trainer
 from pipeline.training.state import Score, TrainState
+from pipeline.training.train import train
 from pipeline.types import Batch, Phase, Predictor
 
 
@@ -95,7 +96,7 @@ class TwoPhases(Method):
         self.needs, self.phases = ("image", "label"), (Phase("a", ("a.",)), Phase("b", ("b.",), share=0.5))
         self.a, self.b = nn.Linear(3, 4), nn.Linear(4, 2)
 
-    def loss(self, batch: Batch, rng: KeyedRNG, phase: str) -> Batch:
+    def loss(self, batch: Batch, phase: str) -> Batch:
         hidden = torch.tanh(self.a(batch["image"]))
         error = (hidden.sum(dim=1) - batch["label"]).square().mean() if phase == "a" else self.b(hidden).square().mean() * 100
         return {"loss": error}
@@ -124,7 +125,7 @@ def test_the_loop_is_adam_with_steps_clipping_and_frozen_phases(tmp_path: Path) 
     oracle.load_state_dict(ours.state_dict())
     run = RunFolder(tmp_path / "two-0" / "seed0", 0)
     state = TrainState(method=ours, run=run, config=config)
-    assert not loop.train([state], two_phase_source, lambda: iter(()), lambda model: [Score(0.0, 0.0)], progress=False)
+    assert not train([state], two_phase_source, lambda: iter(()), lambda model: [Score(0.0, 0.0)], progress=False)
     epoch = 0
     for module, phase, epochs in ((oracle.a, "a", 6), (oracle.b, "b", 3)):
         optimizer = torch.optim.Adam(module.parameters(), lr=0.05, weight_decay=0.1)
@@ -132,7 +133,7 @@ def test_the_loop_is_adam_with_steps_clipping_and_frozen_phases(tmp_path: Path) 
             optimizer.param_groups[0]["lr"] = 0.05 * 0.5 ** (number // 2)
             for batch in two_phase_source(epoch):
                 oracle.zero_grad()
-                oracle.loss(batch, KeyedRNG.seeded(0, batch["key"]), phase)["loss"].backward()
+                oracle.loss(batch, phase)["loss"].backward()
                 norm = torch.sqrt(
                     sum((p.grad.square().sum() for p in module.parameters() if p.grad is not None), torch.zeros(()))
                 )
@@ -148,19 +149,20 @@ def test_the_loop_is_adam_with_steps_clipping_and_frozen_phases(tmp_path: Path) 
 
 def test_the_kept_weights_are_the_moving_average(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     trajectory: list[dict[str, np.ndarray]] = []
-    step = EnsembleOptimizer.step
+    step = Trainer.step
 
-    def weights(optimizer: EnsembleOptimizer) -> dict[str, np.ndarray]:
-        named = optimizer.states[0].method.named_parameters()
+    def weights(trainer: Trainer) -> dict[str, np.ndarray]:
+        named = trainer.states[0].method.named_parameters()
         return {name: value.detach().double().numpy().copy() for name, value in named}
 
-    def recorded_step(optimizer: EnsembleOptimizer, loss: Tensor) -> None:
+    def recorded_step(trainer: Trainer, batch: Batch, phase: str) -> Batch:
         if not trajectory:
-            trajectory.append(weights(optimizer))
-        step(optimizer, loss)
-        trajectory.append(weights(optimizer))
+            trajectory.append(weights(trainer))
+        parts = step(trainer, batch, phase)
+        trajectory.append(weights(trainer))
+        return parts
 
-    monkeypatch.setattr(EnsembleOptimizer, "step", recorded_step)
+    monkeypatch.setattr(Trainer, "step", recorded_step)
     run = train_tiny(home, "baseline", training={"weight_average": 0.6, "select": "last"})
     average = dict(trajectory[0])
     for number, after in enumerate(trajectory[1:], start=1):
@@ -195,7 +197,7 @@ def test_the_epoch_is_chosen_on_validation(select: str, best: int, tmp_path: Pat
     config = configure(TrainConfig, {"lr": 0.05, "epochs": 12, "select": select})
     run = RunFolder(tmp_path / "two-0" / "seed0", 0)
     state = TrainState(method=method, run=run, config=config)
-    assert not loop.train([state], two_phase_source, lambda: iter(()), validate, progress=False)
+    assert not train([state], two_phase_source, lambda: iter(()), validate, progress=False)
     kept = load_file(run.path / "checkpoint.safetensors")
     assert len(validated) == 6  # only the last phase is validated
     assert [all(torch.equal(kept[name], weights[name]) for name in kept) for weights in validated].index(True) == best

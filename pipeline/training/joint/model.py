@@ -106,12 +106,12 @@ class JointMethod(Method):
     def begin(self, phase: str, train: Callable[[], Iterator[Batch]]) -> None:
         """Do nothing: the head already has its statistics."""
 
-    def loss(self, batch: Batch, rng: KeyedRNG, phase: str) -> Batch:
+    def loss(self, batch: Batch, phase: str) -> Batch:
         """Return the sum of the head's losses on the features of the trained encoders, and the parts of each head phase."""
         batch = self.encode_batch(batch)
         losses, parts = [], {}
         for head_phase in self.head_phases:
-            phase_parts = self.head.loss(batch, rng.at(head_phase.name), head_phase.name)
+            phase_parts = self.head.loss(batch, head_phase.name)
             losses.append(phase_parts["loss"])
             parts |= {f"{head_phase.name}_{name}": value for name, value in phase_parts.items()}
         total = torch.stack(losses).sum()

@@ -30,8 +30,8 @@ from pipeline.training.joint.inputs import augment_images, prefetch_items, selec
 from pipeline.training.joint.model import EncodeFn, JointMethod
 from pipeline.training.joint.plan import JointOptions, JointPlan
 from pipeline.training.joint.trainable_encoder import TrainableEncoder, build_joint_method, open_trainable_encoder
-from pipeline.training.loop import train
 from pipeline.training.state import Score, TrainState
+from pipeline.training.train import train
 from pipeline.types import Batch, Predictor, Source
 
 MAX_LISTED_SAMPLES = 64  # samples that an error message names

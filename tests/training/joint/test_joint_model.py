@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import joint_home
+from helpers.method_cases import seeded_loss
 from torch import Tensor, nn
 
 from pipeline.cache.table import shuffled_batches
@@ -23,7 +24,7 @@ from pipeline.training.joint.model import JointMethod
 from pipeline.training.joint.plan import JointConfig, JointOptions, JointPlan
 from pipeline.training.joint.trainable_encoder import TrainableEncoder, build_joint_method
 from pipeline.training.joint.trainer import joint_source, validate_joint
-from pipeline.training.optim import EnsembleOptimizer
+from pipeline.training.loop import Trainer
 from pipeline.training.state import TrainState
 from pipeline.types import Batch, Phase
 
@@ -50,12 +51,12 @@ def first_losses(home: Path, method: str, precision: Precision) -> tuple[JointMe
     batch = first_batch(plan, encoders)
     cached = next(shuffled_batches(plan.features.train, 8, 0)(0))
     assert torch.equal(batch["key"], cached["key"])
-    rng = KeyedRNG.seeded(0, batch["key"]).at("train", "joint", 0, 0)
     model.train()
     with use_precision(precision, CPU):
-        loss = model.loss(batch, rng, "joint")["loss"]
+        loss = seeded_loss(model, batch, "joint")["loss"]
+        torch.manual_seed(0)
         phases = [phase.name for phase in plan.head.phases if phase.name != "adapt"]
-        expected = sum(plan.head.loss(cached, rng.at(phase), phase)["loss"] for phase in phases)
+        expected = sum(plan.head.train().loss(cached, phase)["loss"] for phase in phases)
     assert isinstance(expected, Tensor)
     return model, loss, expected
 
@@ -87,7 +88,7 @@ def test_the_first_loss_is_that_of_stage_2_up_to_rounding(
 def gradients(plan: JointPlan, options: JointOptions) -> dict[str, Tensor]:
     model, encoders = joint_home.build_joint(plan, options)
     batch = first_batch(plan, encoders)
-    model.loss(batch, KeyedRNG.seeded(0, batch["key"]), "joint")["loss"].backward()
+    seeded_loss(model, batch, "joint")["loss"].backward()
     return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
 
 
@@ -161,7 +162,7 @@ class TwoRates(Method):
         self.needs, self.phases = ("x",), (Phase("only", rates=(("slow.", 0.1),)),)
         self.fast, self.slow = nn.Linear(3, 3), nn.Linear(3, 3)
 
-    def loss(self, batch: Batch, rng: KeyedRNG, phase: str) -> Batch:
+    def loss(self, batch: Batch, phase: str) -> Batch:
         return {"loss": self.slow(torch.tanh(self.fast(batch["x"]))).square().sum()}
 
     def predict(self, image: Tensor, rng: KeyedRNG) -> Tensor:
@@ -176,7 +177,7 @@ def test_each_group_has_its_learning_rate_and_all_are_clipped_together(tmp_path:
     ours, oracle = TwoRates(), TwoRates()
     oracle.load_state_dict(ours.state_dict())
     config = TrainConfig(lr=0.1, weight_decay=0.0, grad_clip=0.5)
-    optimizer = EnsembleOptimizer([TrainState(method=ours, run=RunFolder(tmp_path / "two-0" / "seed0", 0), config=config)])
+    trainer = Trainer([TrainState(method=ours, run=RunFolder(tmp_path / "two-0" / "seed0", 0), config=config)])
     groups: list[dict[str, object]] = [
         {"params": [*oracle.fast.parameters()]},
         {"params": [*oracle.slow.parameters()], "lr": 0.01},
@@ -184,9 +185,9 @@ def test_each_group_has_its_learning_rate_and_all_are_clipped_together(tmp_path:
     adam = torch.optim.Adam(groups, lr=0.1)
     x = torch.randn(5, 3)
     for _ in range(4):
-        optimizer.step(optimizer.loss({"x": x}, KeyedRNG.seeded(0, torch.arange(5)), "only")["loss"])
+        trainer.step({"x": x}, "only")
         adam.zero_grad()
-        oracle.loss({"x": x}, KeyedRNG.seeded(0, torch.arange(5)), "only")["loss"].backward()
+        oracle.loss({"x": x}, "only")["loss"].backward()
         nn.utils.clip_grad_norm_(oracle.parameters(), 0.5)
         adam.step()
     for name, tensor in oracle.state_dict().items():

@@ -1,0 +1,44 @@
+"""How many heads fit in memory together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Container
+from functools import partial
+from itertools import chain
+
+import torch
+from torch import Tensor
+
+from pipeline.nn.method import Method
+from pipeline.types import Batch
+
+
+def bytes_per_method(method: Method, batch: Batch, num_rows: int) -> int:
+    """Return the memory that one more method in an ensemble needs.
+
+    This counts the weights, the gradients, Adam's two moments, and the tensors that the loss of `num_rows` samples saves for
+    the backward pass. The last part is measured: the loss of `batch` is computed in every phase, and the largest result is
+    scaled to `num_rows`.
+    """
+    weights = sum(parameter.nbytes for _, parameter in method.named_parameters())
+    own_tensors = chain(method.parameters(), method.buffers())
+    known = {tensor.untyped_storage().data_ptr() for tensor in chain(batch.values(), own_tensors)}
+    largest = max(_bytes_saved_for_backward(partial(method.loss, batch, phase.name), known) for phase in method.phases)
+    return 4 * weights + largest * num_rows // len(batch["key"])
+
+
+def _bytes_saved_for_backward(loss: Callable[[], Batch], known: Container[int]) -> int:
+    """Return the bytes that a loss saves for its gradient, without the storages whose addresses are in `known`."""
+    saved: dict[int, int] = {}
+
+    def record(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in known:
+            saved[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(record, lambda tensor: tensor):
+        parts = loss()
+    # The graph is still alive here, so no address was freed and used for a second storage.
+    assert parts["loss"].requires_grad
+    return sum(saved.values())
