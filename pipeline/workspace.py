@@ -233,8 +233,7 @@ class Workspace:
             image: Cache of the image features, as in `cache`; "": the dataset's image encoder.
             text: Cache of the text features; "": the dataset's text encoder.
             aggregate: How several texts of a sample become one vector; "": as the dataset says.
-            settings: Settings of the method, by name, alias or the papers' letter, as a mapping; those of a part of the method
-                as "ema.tau", or as a mapping of their own, {"ema": {"tau": 0.1}}.
+            settings: Settings of the method, by name (of a part: "ema.tau"), alias or the papers' letter, as a mapping.
             more_settings: The same as keyword arguments: T=1200, gamma=1.5.
 
         Raises:
