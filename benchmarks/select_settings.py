@@ -33,6 +33,7 @@ from pipeline.runtime import plugins
 from pipeline.runtime.device import default_device
 from pipeline.runtime.rng import KeyedRNG
 from pipeline.runtime.runs import RunFolder
+from pipeline.runtime.settings import configure
 from pipeline.training.config import TrainConfig
 from pipeline.training.state import Score, TrainState
 from pipeline.training.train import train
@@ -73,7 +74,10 @@ SPACES: dict[str, dict[str, tuple[Any, ...]]] = {
     },
 }
 BRANCH_TRAINING = {**TRAINING, "lr": (3e-3,), "lr_step": (8,), "epochs": (40,), "weight_decay": (1e-4, 1e-3)}
-BRANCH_SETTINGS = {"ema": ("width", "tau", "w_ita"), "cdr": ("hidden", "train_min_step", "w_mse", "draws", "sample_steps")}
+BRANCH_SETTINGS = {
+    "ema": ("width", "tau", "w_ita"),
+    "cdr": ("hidden", "train_min_step", "w_mse", "draws", "sample_steps", "dropout"),
+}
 FUSIONS = ("concat", "add", "mul", "sum", "hm")
 
 
@@ -146,8 +150,8 @@ def draw_points(dataset: str, method: str, count: int) -> list[tuple[dict[str, A
     tuned = load_spec(dataset).get("tuned", {})
     space = SPACES[method]
     if method == "marnet":
-        chosen = {key: tuned[branch]["settings"][key] for branch, keys in BRANCH_SETTINGS.items() for key in keys}
-        space = {key: (value,) for key, value in {**chosen, "dropout_cdr": tuned["cdr"]["settings"]["dropout"]}.items()}
+        branches = BRANCH_SETTINGS.items()
+        space = {f"{branch}.{key}": (tuned[branch]["settings"][key],) for branch, keys in branches for key in keys}
     generator = random.Random(f"settings of {method}")
 
     def draw(space: dict[str, tuple[Any, ...]]) -> dict[str, Any]:
@@ -175,7 +179,7 @@ def run_trial(
     inside, outside = (_rows(table, rows) for rows in (~held_out, held_out))
     module = plugins.get("methods", name)
     torch.manual_seed(seed)
-    method = module(module.Config(**settings), shapes).to(default_device())
+    method = module(configure(module.Config, settings), shapes).to(default_device())
     config = TrainConfig(**training)
     scores: dict[str, float] = {}
 
@@ -190,7 +194,7 @@ def run_trial(
             raise error
     for fusion in FUSIONS if name == "marnet" else ("",):
         variant = {"fusion": fusion} if fusion else {}
-        scored = module(module.Config(**settings, **variant), shapes)
+        scored = module(configure(module.Config, settings | variant), shapes)
         scored.load_state_dict(state.progress.best)
         logits, label = predict(scored.to(default_device()), outside, seed), outside.columns["label"].cpu()
         scores[fusion] = metrics.summary_metrics(logits, label)["acc1" if label.ndim == 1 else "map"]

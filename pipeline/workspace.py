@@ -233,7 +233,7 @@ class Workspace:
             image: Cache of the image features, as in `cache`; "": the dataset's image encoder.
             text: Cache of the text features; "": the dataset's text encoder.
             aggregate: How several texts of a sample become one vector; "": as the dataset says.
-            settings: Settings of the method, by name or by the papers' letters, as a mapping.
+            settings: Settings of the method, by name (of a part: "ema.tau"), alias or the papers' letter, as a mapping.
             more_settings: The same as keyword arguments: T=1200, gamma=1.5.
 
         Raises:
@@ -258,15 +258,17 @@ class Workspace:
         **more_settings: Any,
     ) -> Runs:
         """Train one head per seed on features that are opened once; see `train_head` for the arguments."""
+        from pipeline.training.earlier_runs import log_earlier_runs
         from pipeline.training.features import cache_names, open_features
         from pipeline.training.heads import plan_head_on, resolve_head_settings, train_head
 
         config, training = resolve_head_settings(dataset, method, preset, _merge(settings, more_settings), train, self.home)
         features = open_features(self.home, dataset, method, cache_names(self.home, dataset, image, text), aggregate)
+        heads = [plan_head_on(features, method, config, training, seed) for seed in seeds]
+        log_earlier_runs(heads)
         runs = []
-        for seed in seeds:
-            folder = train_head(plan_head_on(features, method, config, training, seed), progress=True)
-            runs.append(Run(self.home, folder.path))
+        for head in heads:
+            runs.append(Run(self.home, train_head(head, progress=True).path))
             runs[-1].evaluate("val")
         return Runs(self.home, dataset, tuple(runs))
 

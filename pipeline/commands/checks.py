@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from pipeline.runtime import plugins
 from pipeline.runtime.choices import unknown_choice
 from pipeline.runtime.errors import UserError
-from pipeline.runtime.settings import field_types
+from pipeline.runtime.settings import NO_LETTERS, check_setting_name
 
 if TYPE_CHECKING:
     from pipeline.types import Split
@@ -68,19 +68,16 @@ def check_file(path: Path | None, option: str) -> None:
         raise UserError(f"{option}: {path} is no file")
 
 
-def check_setting_names(config_type: type[Any], names: Iterable[str], symbols: Mapping[str, str] | None = None) -> None:
+def check_setting_names(config_type: type[Any], names: Iterable[str], letters: Mapping[str, str] = NO_LETTERS) -> None:
     """Check the names of settings of a config; their values are checked later, before a cache is opened.
 
     Args:
         config_type: The dataclass of the config.
-        names: The names.
-        symbols: Other names of fields, such as the papers' letters, each with the name of its field.
+        names: Names, aliases and letters.
+        letters: The papers' letters, each with the name of its setting.
 
     Raises:
         UserError: there is no such setting; the message lists the choices.
     """
-    fields, symbols = field_types(config_type), symbols or {}
-    letters = [f"{letter} (= {field})" for letter, field in symbols.items()]
     for name in names:
-        if name not in fields and name not in symbols:
-            raise unknown_choice(name, f"unknown setting {name!r}", fields, letters)
+        check_setting_name(config_type, name, letters)

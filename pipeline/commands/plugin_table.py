@@ -10,10 +10,11 @@ from typing import Any
 
 from pipeline.commands.options import show
 from pipeline.runtime import plugins
-from pipeline.runtime.settings import Setting, describe_settings
+from pipeline.runtime.settings import Setting, aliases_of, describe_settings
 
 MAX_VALUES_WIDTH = 34  # characters of the column of values; what is longer is wrapped
 MIN_MEANING_WIDTH = 30
+NO_BREAK = "\N{NO-BREAK SPACE}"
 DEFAULT_TERMINAL = (120, 24)  # columns and rows, where the output is no terminal
 
 
@@ -26,7 +27,8 @@ def describe_plugin(kind: str, name: str) -> dict[str, Any]:
 
     Returns:
         Without a name, the first line of the documentation of each plug-in, by name. With a name, "about", the default of each
-        setting by name, and "fields", a list with the facts about each setting; for a method, "letters" and "grid", too.
+        setting by name, "fields", a list with the facts about each setting, and "aliases", other names, each with the settings
+        that it means; for a method, "letters" and "grid", too.
     """
     if not name:
         return {found: plugins.first_line(kind, found) for found in plugins.names(kind)}
@@ -36,6 +38,7 @@ def describe_plugin(kind: str, name: str) -> dict[str, Any]:
     described: dict[str, Any] = {"about": " ".join(plugins.documentation(kind, name).split())}
     described |= {setting.name: setting.default for setting in settings}
     described["fields"] = [_facts(setting, symbols) for setting in settings]
+    described["aliases"] = {alias: list(names) for alias, names in aliases_of(plugin.Config).items()}
     if kind == "methods":
         described |= {"letters": dict(symbols), "grid": {key: list(values) for key, values in plugin.grid.items()}}
     return described
@@ -67,12 +70,16 @@ def show_plugin(kind: str, name: str, as_json: bool) -> None:
 
 
 def _page(kind: str, name: str, width: int) -> list[str]:
-    """Return the lines about a plug-in: its documentation, the table of its settings, and the grid of its paper."""
+    """Return the lines about a plug-in: its documentation, the table of its settings, their aliases, and the paper's grid."""
     plugin = plugins.get(kind, name)
     symbols = plugin.symbols if kind == "methods" else {}
     paragraphs = plugins.documentation(kind, name).split("\n\n")
     lines = [line for text in paragraphs for line in [*textwrap.wrap(" ".join(text.split()), width), ""]]
     lines += settings_table(describe_settings(plugin.Config), symbols, width)
+    aliases = [f"{alias} = {', '.join(names)}".replace(" ", NO_BREAK) for alias, names in aliases_of(plugin.Config).items()]
+    if aliases:
+        wrapped = textwrap.wrap("; ".join(aliases), width, initial_indent="  ", subsequent_indent="  ")
+        lines += ["", "other names of these settings:", *(line.replace(NO_BREAK, " ") for line in wrapped)]
     if kind == "methods" and plugin.grid:
         lines += ["", "the papers' grid (diffalign grid --grid papers):"]
         lines += [f"  {field}: {', '.join(map(str, values))}" for field, values in plugin.grid.items()]

@@ -32,7 +32,7 @@ from pipeline.runtime.errors import UserError
 from pipeline.runtime.files import canonical_json, lock, write_atomic
 from pipeline.runtime.rng import KeyedRNG
 from pipeline.runtime.runs import RunConfig, RunFolder
-from pipeline.runtime.settings import configure
+from pipeline.runtime.settings import configure, flatten, name_settings, short_name
 from pipeline.runtime.version import program_version
 from pipeline.types import Predictor, Split
 
@@ -71,24 +71,25 @@ def apply_overrides(config: RunConfig, overrides: Mapping[str, Any]) -> tuple[An
 
     Args:
         config: the config of the run.
-        overrides: values by field name or by the papers' symbol.
+        overrides: values by name, alias or the papers' letter.
 
     Returns:
-        The method's `Config`, and the values that differ from the run's own, by field name.
+        The method's `Config`, and the values that differ from the run's own, by `short_name`: as all versions call them.
 
     Raises:
         UserError: a setting is unknown, or the weights depend on it: it needs a training run of its own.
     """
     module = plugins.get("methods", config.method)
-    changes = {module.symbols.get(key, key): value for key, value in overrides.items()}
-    for field in changes:
-        if field in config.settings and field not in module.prediction:
+    changes = name_settings(module.Config, overrides, module.symbols)
+    for name in changes:
+        if name not in module.prediction:
             choices = ", ".join(module.prediction) or f"nothing of {config.method}"
-            raise UserError(f"{field!r} is a setting of training: train a run with it; prediction can change {choices}")
-    configure(module.Config, overrides, module.symbols)  # refuses an unknown or repeated key by its name
-    settings = configure(module.Config, {**config.settings, **changes})
-    values = asdict(settings)
-    return settings, {field: values[field] for field in sorted(changes) if values[field] != config.settings[field]}
+            raise UserError(f"{name!r} is a setting of training: train a run with it; prediction can change {choices}")
+    own = name_settings(module.Config, config.settings)
+    settings = configure(module.Config, own | changes)
+    before, after = (flatten(asdict(each)) for each in (configure(module.Config, own), settings))
+    changed = {short_name(module.Config, name): after[name] for name in changes if after[name] != before[name]}
+    return settings, dict(sorted(changed.items()))
 
 
 def evaluation_name(split: str, changes: Mapping[str, Any]) -> str:

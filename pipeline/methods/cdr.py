@@ -15,23 +15,22 @@ from pipeline.nn.feature_space import ADAPTER_PHASE, AdapterKind, FeatureSpace, 
 from pipeline.nn.layers import MLP, LookupTable, ScaleMode, register_hyperparameters
 from pipeline.nn.losses import LabelLoss, MSEReduction, classification_loss, mse_loss
 from pipeline.nn.method import Method
-from pipeline.nn.sampler import Draws, Eta, Sampler, SamplerKind, SampleSteps, ZeroStart, check_sample_steps
+from pipeline.nn.sampler import Sampler, SamplerConfig
 from pipeline.nn.unet import UNet
 from pipeline.runtime.errors import UserError
 from pipeline.runtime.rng import KeyedRNG
-from pipeline.runtime.settings import Range, Settings
+from pipeline.runtime.settings import Range
 from pipeline.types import Batch, Phase, Shapes
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(Settings):
+class Config(SamplerConfig):
     """Settings of MARNet eq. 14-23. In MARNet gamma weights the MSE; in SeDA it weights the cross-entropy."""
 
     denoiser: Annotated[
         Literal["mlp", "unet", "regression"], "regression: the row +MLP of Table 2, four layers without diffusion"
     ] = "mlp"
     hidden: Annotated[int, Range(1, 65_536), "width of the MLP"] = 1024
-    num_steps: Annotated[int, Range(1, 100_000), "T, steps of the diffusion"] = 1000
     schedule: Annotated[Schedule, "noise schedule; the paper gives none"] = "linear"
     w_ce: Annotated[float, Range(0), "alpha_2, weight of the cross-entropy"] = 1.0
     w_mse: Annotated[float, Range(0), "gamma, weight of the reconstruction loss"] = 1.0
@@ -43,11 +42,6 @@ class Config(Settings):
     ] = 0.0
     train_min_step: Annotated[float, Range(0, 1), "fraction of T: steps below it are not trained; the paper has 0"] = 0.0
     dropout: Annotated[float, Range(0, 0.99), "probability, in the denoiser"] = 0.0
-    sampler: SamplerKind = "ddim"
-    sample_steps: SampleSteps = 10
-    eta: Eta = 0.0
-    draws: Draws = 1
-    zero_start: ZeroStart = False
     adapter: Annotated[AdapterKind, "frozen adapters to a common width"] = "none"
     width: Annotated[int, Range(1, 65_536), "width of the adapters' outputs"] = 512
     scale: Annotated[ScaleMode, "standardisation of image and text features"] = "per_dim"
@@ -55,7 +49,6 @@ class Config(Settings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_sample_steps(self)
         if self.denoiser == "regression" and self.ce_min_step > 0:
             raise UserError("ce_min_step must be 0 with denoiser=regression, which has no steps")
 

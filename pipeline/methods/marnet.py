@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
@@ -11,14 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipeline.methods import cdr, ema
-from pipeline.nn.diffusion import Schedule
 from pipeline.nn.feature_space import num_classes_in
-from pipeline.nn.layers import ScaleMode
-from pipeline.nn.losses import LabelLoss, MSEReduction, classification_loss
+from pipeline.nn.losses import LabelLoss, classification_loss
 from pipeline.nn.method import Method
-from pipeline.nn.sampler import Draws, Eta, SamplerKind, SampleSteps, ZeroStart
+from pipeline.runtime.errors import UserError
 from pipeline.runtime.rng import KeyedRNG
-from pipeline.runtime.settings import Range, Settings
+from pipeline.runtime.settings import Settings
 from pipeline.types import Batch, Phase, Shapes
 
 FEATURE_FUSIONS = ("concat", "add", "mul")
@@ -26,7 +24,7 @@ FEATURE_FUSIONS = ("concat", "add", "mul")
 
 @dataclass(frozen=True, kw_only=True)
 class Config(Settings):
-    """Settings of the fusion and of both branches; see `ema.Config` and `cdr.Config`."""
+    """Settings of the fusion, and of the branches as parts; see `ema.Config` and `cdr.Config`."""
 
     fusion: Annotated[
         Literal["concat", "add", "mul", "sum", "hm"],
@@ -36,67 +34,27 @@ class Config(Settings):
         Literal["staged", "joint"],
         "staged: train the branches, then fuse their sampled features; joint: train all at once on one-step predictions",
     ] = "staged"
-    width: Annotated[int, Range(1, 65_536), "d, width of EMA's embedding"] = 768
-    tau: Annotated[float, Range(1e-3), "temperature of EMA's cosine; if learned, its initial value, at least 0.01"] = 0.07
-    learn_tau: Annotated[bool, "learn log(1/tau), with 1/tau at most 100"] = False
-    w_ce_ema: Annotated[float, Range(0), "alpha_1, weight of EMA's cross-entropy"] = 1.0
-    w_ita: Annotated[float, Range(0), "beta, weight of EMA's alignment loss"] = 1.0
-    hidden: Annotated[int, Range(1, 65_536), "width of CDR's MLP"] = 1024
-    num_steps: Annotated[int, Range(1, 100_000), "T of CDR, steps of the diffusion"] = 1000
-    schedule: Annotated[Schedule, "CDR's noise schedule"] = "linear"
-    w_ce_cdr: Annotated[float, Range(0), "alpha_2, weight of CDR's cross-entropy"] = 1.0
-    w_mse: Annotated[float, Range(0), "gamma, weight of CDR's reconstruction loss"] = 1.0
-    mse_reduction: Annotated[MSEReduction, "over the text dimensions"] = "mean"
-    ce_min_step: Annotated[float, Range(0, 1), "fraction of T: at steps below it CDR has no cross-entropy"] = 0.0
-    train_min_step: Annotated[float, Range(0, 1), "fraction of T: CDR does not train the steps below it"] = 0.0
-    dropout_ema: Annotated[float, Range(0, 0.99), "probability, on EMA's image features"] = 0.0
-    dropout_cdr: Annotated[float, Range(0, 0.99), "probability, in CDR's denoiser"] = 0.0
-    sampler: SamplerKind = "ddim"
-    sample_steps: SampleSteps = 10
-    eta: Eta = 0.0
-    draws: Draws = 1
-    zero_start: ZeroStart = False
-    scale: Annotated[ScaleMode, "standardisation of image and text features"] = "per_dim"
-    label_loss: Annotated[LabelLoss, "for multi-label data"] = "softmax_kl"
+    ema: ema.Config = field(default_factory=ema.Config)
+    cdr: cdr.Config = field(default_factory=cdr.Config)
+
+    aliases: ClassVar[Mapping[str, tuple[str, ...]]] = {  # what the settings were called before branches had names of their own
+        **{name: (f"ema.{name}",) for name in ("width", "tau", "learn_tau", "w_ita")},
+        **{f"{name}_ema": (f"ema.{name}",) for name in ("w_ce", "dropout")},
+        **{f"{name}_cdr": (f"cdr.{name}",) for name in ("w_ce", "dropout")},
+        **{
+            name: (f"cdr.{name}",)
+            for name in ("hidden", "num_steps", "schedule", "w_mse", "mse_reduction", "ce_min_step", "train_min_step")
+        },
+        **{name: (f"cdr.{name}",) for name in ("sampler", "sample_steps", "eta", "draws", "zero_start")},
+        **{name: (f"ema.{name}", f"cdr.{name}") for name in ("scale", "label_loss")},
+    }
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.ema()
-        self.cdr()
-
-    def ema(self) -> ema.Config:
-        """Return the settings of the branch EMA."""
-        return ema.Config(
-            width=self.width,
-            tau=self.tau,
-            learn_tau=self.learn_tau,
-            w_ce=self.w_ce_ema,
-            w_ita=self.w_ita,
-            dropout=self.dropout_ema,
-            scale=self.scale,
-            label_loss=self.label_loss,
-        )
-
-    def cdr(self) -> cdr.Config:
-        """Return the settings of the branch CDR."""
-        return cdr.Config(
-            hidden=self.hidden,
-            num_steps=self.num_steps,
-            schedule=self.schedule,
-            w_ce=self.w_ce_cdr,
-            w_mse=self.w_mse,
-            mse_reduction=self.mse_reduction,
-            ce_min_step=self.ce_min_step,
-            train_min_step=self.train_min_step,
-            dropout=self.dropout_cdr,
-            sampler=self.sampler,
-            sample_steps=self.sample_steps,
-            eta=self.eta,
-            draws=self.draws,
-            zero_start=self.zero_start,
-            scale=self.scale,
-            label_loss=self.label_loss,
-        )
+        if self.ema.label_loss != self.cdr.label_loss:
+            raise UserError("the branches and their fusion have one label loss: set label_loss, which names ema's and cdr's")
+        if self.cdr.adapter != "none":
+            raise UserError("cdr.adapter must be none: the fusion reads text features of their own width")
 
 
 def fuse_sum(z_e: Tensor, z_c: Tensor) -> Tensor:
@@ -147,38 +105,38 @@ class MARNet(Method):
     Config = Config
     needs = ("image", "text", "paired", "label")
     symbols: ClassVar[Mapping[str, str]] = {
-        "T": "num_steps",
-        "alpha1": "w_ce_ema",
-        "beta": "w_ita",
-        "alpha2": "w_ce_cdr",
-        "gamma": "w_mse",
-        "tau": "tau",
+        "T": "cdr.num_steps",
+        "alpha1": "ema.w_ce",
+        "beta": "ema.w_ita",
+        "alpha2": "cdr.w_ce",
+        "gamma": "cdr.w_mse",
+        "tau": "ema.tau",
     }
     grid: ClassVar[Mapping[str, tuple[Any, ...]]] = {
-        "w_ita": (0.1, 0.3, 1.0, 3.0),
-        "w_mse": (0.1, 0.3, 1.0, 3.0),
-        "num_steps": (900, 1000, 1200, 1500),
+        "ema.w_ita": (0.1, 0.3, 1.0, 3.0),
+        "cdr.w_mse": (0.1, 0.3, 1.0, 3.0),
+        "cdr.num_steps": (900, 1000, 1200, 1500),
     }
-    prediction = ("fusion", "sampler", "sample_steps", "eta", "draws", "zero_start")
+    prediction = ("fusion", *(f"cdr.{name}" for name in cdr.CDR.prediction))
 
     def __init__(self, config: Config, shapes: Shapes) -> None:
         super().__init__(config, shapes)
         self.fusion: str = config.fusion
-        self.label_loss: LabelLoss = config.label_loss
-        self.ema = ema.EMA(config.ema(), shapes)
-        self.cdr = cdr.CDR(config.cdr(), shapes)
+        self.label_loss: LabelLoss = config.ema.label_loss
+        self.ema = ema.EMA(config.ema, shapes)
+        self.cdr = cdr.CDR(config.cdr, shapes)
         (text_width,) = shapes["text"]
         is_staged = config.regime == "staged"
         kinds = [kind for kind in FEATURE_FUSIONS if is_staged or kind == config.fusion]
         num_classes = num_classes_in(shapes)
-        self.fusions = nn.ModuleDict({kind: FeatureFusion(kind, config.width, text_width, num_classes) for kind in kinds})
+        self.fusions = nn.ModuleDict({kind: FeatureFusion(kind, config.ema.width, text_width, num_classes) for kind in kinds})
         stages = (Phase("ema", ("ema.",)), Phase("cdr", ("cdr.",)), Phase("fusion", ("fusions.",), share=0.5))
         self.phases = stages if is_staged else (Phase("joint"),)
 
     @classmethod
     def small(cls) -> dict[str, Any]:
         """Return settings for a small and fast head."""
-        return {"width": 16, "hidden": 32, "num_steps": 20, "sample_steps": 5}
+        return {"ema.width": 16, "cdr.hidden": 32, "cdr.num_steps": 20, "cdr.sample_steps": 5}
 
     def begin(self, phase: str, train: Callable[[], Iterator[Batch]]) -> None:
         """Compute the statistics of the image and text features, for the branches that the phase trains."""

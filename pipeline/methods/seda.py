@@ -26,16 +26,16 @@ from pipeline.nn.losses import (
     structural_consistency_loss,
 )
 from pipeline.nn.method import Method
-from pipeline.nn.sampler import Draws, Eta, Sampler, SamplerKind, SampleSteps, ZeroStart, check_sample_steps
+from pipeline.nn.sampler import NumSteps, Sampler, SamplerConfig, SampleSteps
 from pipeline.nn.unet import UNet
 from pipeline.runtime.errors import UserError
 from pipeline.runtime.rng import KeyedRNG
-from pipeline.runtime.settings import Range, Settings
+from pipeline.runtime.settings import Range
 from pipeline.types import Batch, Phase, Shapes
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(Settings):
+class Config(SamplerConfig):
     """Settings of SeDA eq. 1-15. The defaults are inside the ranges of section 5.1, and at the optimum of section 5.4."""
 
     stages: Annotated[Literal["both", "dsl", "dst"], "both stages, the learner only, or the translator only (Table 2)"] = "both"
@@ -44,7 +44,7 @@ class Config(Settings):
         "steps that the learner trains with stages=both; literal: n <= t (eq. 12), reverse: n >= T - t (section 4.2)",
     ] = "literal"
     per_sample_stage: Annotated[bool, "draw the stage for each sample instead of once per batch"] = False
-    num_steps: Annotated[int, Range(1, 100_000), "T, steps of the diffusion"] = 1500
+    num_steps: NumSteps = 1500
     stage_step: Annotated[int, Range(0), "t, below T: the border between the stages"] = 300
     schedule: Annotated[Schedule, "noise schedule; the paper gives none"] = "linear"
     train_min_step: Annotated[
@@ -69,11 +69,7 @@ class Config(Settings):
         Residual, "added to PFIN's attention: visual: a linear map of the image, text: the noisy text; eq. 2 has none"
     ] = "visual"
     dropout: Annotated[float, Range(0, 0.99), "probability, in the denoiser"] = 0.0
-    sampler: SamplerKind = "ddim"
     sample_steps: Annotated[SampleSteps, "S, steps of ddim, at most T; from 20 on, several are steps of the learner"] = 20
-    eta: Eta = 0.0
-    draws: Draws = 1
-    zero_start: ZeroStart = False
     adapter: Annotated[Literal["auto", "none", "classifier", "pca"], "frozen adapters; auto: classifier if widths differ"] = (
         "auto"
     )
@@ -81,10 +77,13 @@ class Config(Settings):
     scale: Annotated[ScaleMode, "standardisation of image and text features"] = "per_dim"
     label_loss: Annotated[LabelLoss, "for multi-label data"] = "softmax_kl"
 
+    old_values: ClassVar[Mapping[str, Mapping[Any, Any]]] = {
+        "residual": {True: "text", "true": "text", False: "none", "false": "none"}
+    }
+
     def __post_init__(self) -> None:
         super().__post_init__()
         Range(0, self.num_steps - 1).check("stage_step", self.stage_step)
-        check_sample_steps(self)
         if self.stages == "both" and self.stage_order == "reverse" and self.first_step >= self.num_steps - self.stage_step:
             raise UserError(
                 f"train_min_step {self.train_min_step} leaves the translator no step below T - t = "

@@ -26,7 +26,7 @@ class Method(nn.Module):
     - "a sample is predicted by itself": its prediction does not depend on the other samples of the batch.
     """
 
-    Config: ClassVar[type[Any]]  # a frozen dataclass: the settings, all with defaults
+    Config: ClassVar[type[Any]]  # a frozen dataclass: the settings, all with defaults; it may have parts, see `Settings`
     needs: tuple[str, ...]  # batch keys that training reads
     symbols: ClassVar[Mapping[str, str]] = {}  # letters of the papers -> settings
     grid: ClassVar[Mapping[str, tuple[Any, ...]]] = {}  # the grid of the paper: settings -> values

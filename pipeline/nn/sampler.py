@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated, Literal, Protocol
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor
@@ -13,43 +13,29 @@ from torch import Tensor
 from pipeline.nn.denoisers import Denoiser
 from pipeline.nn.diffusion import ddim_sample, trailing_steps
 from pipeline.runtime.rng import KeyedRNG
-from pipeline.runtime.settings import Range
+from pipeline.runtime.settings import Range, Settings
 
-# the fields of a method's `Config` that describe sampling
-SamplerKind = Annotated[
-    Literal["ddim", "ancestral"], "for prediction; ddim: S steps, ancestral: all T steps with the noise of the posterior"
-]
+NumSteps = Annotated[int, Range(1, 100_000), "T, steps of the diffusion"]
 SampleSteps = Annotated[int, Range(1), "S, steps of ddim, at most T"]
-Eta = Annotated[float, Range(0, 1), "amount of noise of ddim; 1: the noise of the posterior"]
-Draws = Annotated[int, Range(1, 1_000), "K, chains per image, whose class probabilities are averaged; the papers have 1"]
-ZeroStart = Annotated[bool, "start the chain from 0 instead of noise"]
 
 
-class SamplerConfig(Protocol):
-    """The fields of a method's `Config` that describe sampling; `num_steps` is T, `sample_steps` is S, `draws` is K."""
+@dataclass(frozen=True, kw_only=True)
+class SamplerConfig(Settings):
+    """The settings of a method that samples: its `Config` inherits them."""
 
-    @property
-    def sampler(self) -> str: ...
-    @property
-    def num_steps(self) -> int: ...
-    @property
-    def sample_steps(self) -> int: ...
-    @property
-    def eta(self) -> float: ...
-    @property
-    def draws(self) -> int: ...
-    @property
-    def zero_start(self) -> bool: ...
+    num_steps: NumSteps = 1000
+    sampler: Annotated[
+        Literal["ddim", "ancestral"], "for prediction; ddim: S steps, ancestral: all T steps with the noise of the posterior"
+    ] = "ddim"
+    sample_steps: SampleSteps = 10
+    eta: Annotated[float, Range(0, 1), "amount of noise of ddim; 1: the noise of the posterior"] = 0.0
+    draws: Annotated[int, Range(1, 1_000), "K, chains per image, whose class probabilities are averaged; the papers have 1"] = 1
+    zero_start: Annotated[bool, "start the chain from 0 instead of noise"] = False
 
-
-def check_sample_steps(config: SamplerConfig) -> None:
-    """Check that "ddim" has at most T steps.
-
-    Raises:
-        UserError: it has more.
-    """
-    if config.sampler == "ddim":
-        Range(1, config.num_steps).check("sample_steps", config.sample_steps)
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.sampler == "ddim":
+            Range(1, self.num_steps).check("sample_steps", self.sample_steps)
 
 
 @dataclass(frozen=True, kw_only=True)

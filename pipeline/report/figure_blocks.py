@@ -205,7 +205,7 @@ def example_blocks(results: DatasetResults, manifest: Manifest, shown_heads: Sho
     right = [predictions.is_right for predictions in by_method.values()]
     case_counts = figure_data.count_cases(right)
     is_multi_label = first.label.ndim == 2
-    is_sigmoid = {row.label: is_multi_label and row.head.config.settings.get("label_loss") == "bce" for row in rows}
+    is_sigmoid = {row.label: is_multi_label and row.head.config.setting("label_loss") == "bce" for row in rows}
     blocks: list[Block] = [Paragraph(_examples_introduction(results, rows))]
     for case, indices in figure_data.choose_examples(right, first.ids, NUM_EXAMPLES_PER_CASE).items():
         cards = []

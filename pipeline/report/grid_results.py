@@ -162,5 +162,7 @@ def _read_symbols(method: str) -> dict[str, str]:
         if any(isinstance(target, ast.Name) and target.id == "symbols" for target in targets):
             assert isinstance(statement, ast.Assign | ast.AnnAssign), method
             assert statement.value is not None, method
-            return {field: letter for letter, field in ast.literal_eval(statement.value).items()}
+            letters = {field: letter for letter, field in ast.literal_eval(statement.value).items()}
+            # grids of earlier versions name the settings of a method's parts without the part
+            return {field.rpartition(".")[2]: letter for field, letter in letters.items()} | letters
     return {}

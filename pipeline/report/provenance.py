@@ -10,6 +10,7 @@ from pipeline.data.manifest import Manifest, split_counts
 from pipeline.report.blocks import Block, CollapsibleSection, Heading, Paragraph, Table
 from pipeline.report.results import DatasetResults, plural
 from pipeline.runtime.files import canonical_json
+from pipeline.runtime.settings import flatten
 
 MAX_VALUE_CHARS = 400  # longer values are cut
 
@@ -82,7 +83,7 @@ def _settings_sections(results: DatasetResults) -> list[Block]:
         rows = [("method", config.method), ("config", config.fingerprint()), ("runs", head.runs[0].path.parent.name)]
         rows.append(("seeds", ", ".join(str(run.seed) for run in head.runs)))
         rows.append(("validation metric", f"{head.val_metric:.2f}"))
-        rows += [(key, _format_value(value)) for key, value in sorted(config.settings.items())]
+        rows += [(key, _format_value(value)) for key, value in sorted(flatten(config.settings).items())]
         rows += [(f"training {key}", _format_value(value)) for key, value in sorted(config.training.items())]
         rows += [(f"{key} features", digest) for key, digest in sorted(config.caches.items())]
         table = Table(("field", "value"), tuple(rows), "", num_text_columns=2)

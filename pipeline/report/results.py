@@ -19,6 +19,7 @@ from pipeline.cache import find_caches, info
 from pipeline.runtime.errors import UserError
 from pipeline.runtime.files import canonical_json
 from pipeline.runtime.runs import RunConfig, RunFolder, find_runs
+from pipeline.runtime.settings import flatten
 
 FeatureKind = Literal["image", "text", "unknown"]
 
@@ -193,7 +194,8 @@ def label_configs(configs: Sequence[RunConfig], is_text_only: Sequence[bool], ca
     """Return one label per configuration, all different, for the tables and figures.
 
     A label is the name of the method. Where several configurations have the same name, the settings in which they differ
-    are added, and the start of the config's fingerprint where that is not enough.
+    are added, and the start of the config's fingerprint where that is not enough. A setting of the method that a configuration
+    lacks is no difference: runs of earlier versions have fewer settings, or call them otherwise.
 
     Args:
         configs: The configurations.
@@ -204,9 +206,14 @@ def label_configs(configs: Sequence[RunConfig], is_text_only: Sequence[bool], ca
     folders = {cache["fingerprint"]: Path(cache["path"]).name for cache in caches}
     settings_by_config = [_distinguishing_settings(config, folders) for config in configs]
     labels = []
-    for name, settings in zip(names, settings_by_config, strict=True):
+    for name, config, settings in zip(names, configs, settings_by_config, strict=True):
         peers = [other for other_name, other in zip(names, settings_by_config, strict=True) if other_name == name]
-        varying = [key for key in settings if len({canonical_json(peer.get(key)) for peer in peers}) > 1]
+        of_method = flatten(config.settings)
+        varying = [
+            key
+            for key in settings
+            if len({canonical_json(peer.get(key)) for peer in peers if key in peer or key not in of_method}) > 1
+        ]
         labels.append(" · ".join([name, ", ".join(f"{key}={settings[key]}" for key in varying)]) if varying else name)
     repeated = Counter(labels)
     return [
@@ -218,9 +225,10 @@ def label_configs(configs: Sequence[RunConfig], is_text_only: Sequence[bool], ca
 def _distinguishing_settings(config: RunConfig, folders: Mapping[str, str]) -> dict[str, Any]:
     """Return everything in which a configuration can differ from another, under names that readers know."""
     caches = {f"{key} features": folders.get(digest, digest[:12]) for key, digest in config.caches.items()}
-    training = {f"training {key}" if key in config.settings else key: value for key, value in config.training.items()}
+    settings = flatten(config.settings)
+    training = {f"training {key}" if key in settings else key: value for key, value in config.training.items()}
     rest = {"method": config.method, "text_aggregate": config.text_aggregate, "manifest": config.manifest[:8]}
-    return {**config.settings, **training, **caches, **rest}
+    return {**settings, **training, **caches, **rest}
 
 
 def _result_rows(head: HeadRuns, split: str) -> list[ResultRow]:

@@ -116,6 +116,6 @@ def _format_range(counts: Sequence[int]) -> str:
 
 
 def _describe_own_sampler(head: HeadRuns) -> str:
-    settings = head.config.settings
-    steps = settings["sample_steps"] if settings["sampler"] == "ddim" else settings["num_steps"]
-    return f"The head's own: {settings['sampler']}, {steps} steps, {plural(settings['draws'], 'draw')}."
+    sampler, draws = head.config.setting("sampler"), head.config.setting("draws")
+    steps = head.config.setting("sample_steps" if sampler == "ddim" else "num_steps")
+    return f"The head's own: {sampler}, {steps} steps, {plural(draws, 'draw')}."

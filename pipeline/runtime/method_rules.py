@@ -8,9 +8,11 @@ import logging
 import textwrap
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
-from typing import TYPE_CHECKING, Any, get_type_hints
+from itertools import chain
+from typing import TYPE_CHECKING, Any
 
 from pipeline.runtime.errors import UserError
+from pipeline.runtime.settings import aliases_of, field_types
 
 if TYPE_CHECKING:
     from pipeline.nn.method import Method
@@ -55,9 +57,9 @@ def _faults(method: type[Method]) -> Iterator[tuple[str, str]]:
         return
     if "text" in needs and "paired" not in needs:
         yield "text is weighted by paired", "needs has 'text' without 'paired': some samples have no text, and must not count"
-    known = {field.name for field in fields(config)}
-    named = {*method.symbols.values(), *method.grid, *method.prediction}
-    if not {name.partition(".")[0] for name in named} <= known:
+    known = field_types(config).keys()
+    named = {*method.symbols.values(), *method.grid, *method.prediction, *chain(*aliases_of(config).values())}
+    if not named <= known:
         yield "letters, grid and prediction name settings", f"Config has no {', '.join(sorted(named - known))}"
     yield from _signature_faults(method)
     yield from _step_faults(method)
@@ -98,8 +100,7 @@ def _step_faults(method: type[Method]) -> Iterator[tuple[str, str]]:
 
 def plain_numbers(method: type[Method]) -> list[str]:
     """Return the float settings, but those of prediction, that `__init__` assigns to attributes as they are."""
-    hints = get_type_hints(method.Config)
-    numbers = {name for name, hint in hints.items() if hint is float} - set(method.prediction)
+    numbers = {name for name, kind in field_types(method.Config).items() if kind is float} - set(method.prediction)
     found: list[str] = []
     for function in _functions(method):
         for node in ast.walk(function) if function.name == "__init__" else ():
@@ -112,11 +113,11 @@ def plain_numbers(method: type[Method]) -> list[str]:
 
 
 def _config_field(value: ast.expr) -> str:
-    """Return the field that an expression such as `config.tau` or `float(config.tau)` reads, or ""."""
+    """Return the setting that an expression such as `config.tau` or `float(config.ema.tau)` reads, or ""."""
     if isinstance(value, ast.Call) and ast.unparse(value.func) in ("float", "int") and len(value.args) == 1:
         value = value.args[0]
-    is_field = isinstance(value, ast.Attribute) and ast.unparse(value.value) == "config"
-    return value.attr if is_field else ""  # pyright: ignore
+    root, _, name = ast.unparse(value).partition(".")
+    return name if root == "config" else ""
 
 
 def _functions(method: type[Method]) -> list[ast.FunctionDef]:

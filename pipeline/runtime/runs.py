@@ -11,6 +11,7 @@ from typing import Any
 
 from pipeline.runtime.errors import UserError, note_traceback_file
 from pipeline.runtime.files import fingerprint, sha256, write_atomic
+from pipeline.runtime.settings import flatten
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,12 +20,16 @@ class RunConfig:
 
     dataset: str
     method: str
-    settings: Mapping[str, Any]  # fields of the method's Config
+    settings: Mapping[str, Any]  # fields of the method's Config; of a run of an earlier version, its aliases
     training: Mapping[str, Any]  # fields of TrainConfig
     caches: Mapping[str, str]  # batch key -> full fingerprint of the feature cache that its values are read from
     shapes: Mapping[str, list[int]]  # batch key -> shape of its values without the batch (types.Shapes)
     text_aggregate: str  # how several texts of a sample become one vector
     manifest: str  # fingerprint of the manifest
+
+    def setting(self, name: str) -> Any:
+        """Return a setting of the method, or of the part of it that has a setting of this name; None if there is none."""
+        return {key.rpartition(".")[2]: value for key, value in flatten(self.settings).items()}.get(name)
 
     def fingerprint(self) -> str:
         """Return the SHA-256 of the canonical JSON of the config."""

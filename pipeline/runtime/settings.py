@@ -4,20 +4,23 @@
 class Config(Settings):
     hidden: Annotated[int, Range(1, 65_536), "width of the MLP"] = 1024
     pooling: Annotated[Literal["cls", "mean"], "which tokens are the feature"] = "cls"
+
+A config may have parts, fields that are configs themselves. A setting of a part has a name with a dot: `ema.tau`.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import KW_ONLY, dataclass, fields
+from dataclasses import KW_ONLY, asdict, dataclass, fields, is_dataclass, replace
 from functools import cache
-from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from pipeline.runtime.choices import unknown_choice
 from pipeline.runtime.errors import UserError
 
 ConfigT = TypeVar("ConfigT")
+NO_LETTERS: Mapping[str, str] = {}
 
 
 @dataclass(frozen=True)
@@ -72,7 +75,7 @@ POSITIVE = Range(0, open_low=True)
 class Setting:
     """What the declaration of one field says."""
 
-    name: str
+    name: str  # with a dot if it is a field of a part
     type: Any  # the annotated type without the facts about it: a `Literal`, str, bool, int or float
     default: Any  # `dataclasses.MISSING` if it must be given
     range: Range | None  # of numbers
@@ -111,12 +114,16 @@ class Settings:
 
     A config is a frozen keyword-only dataclass. The type of a field is `Annotated[type, Range(…), "meaning"]`; a `Literal`, and
     a field that takes every value of its type, have no range. Rules between fields go to `__post_init__`, after
-    `super().__post_init__()`.
+    `super().__post_init__()`. A part is a field whose type is a config, with a default factory; it checks itself.
     """
+
+    aliases: ClassVar[Mapping[str, tuple[str, ...]]] = {}  # other spellings, each with the settings that it names
+    old_values: ClassVar[Mapping[str, Mapping[Any, Any]]] = {}  # setting -> values of earlier versions, with those of today
 
     def __post_init__(self) -> None:
         for setting in describe_settings(type(self)):
-            setting.check(self.label_of(setting.name), getattr(self, setting.name))
+            if "." not in setting.name:
+                setting.check(self.label_of(setting.name), getattr(self, setting.name))
 
     @staticmethod
     def label_of(field: str) -> str:
@@ -126,12 +133,38 @@ class Settings:
 
 @cache
 def describe_settings(config_type: type[Any]) -> tuple[Setting, ...]:
-    """Return what the fields of a config declare, in their order.
+    """Return what the fields of a config and of its parts declare, in their order.
 
     A type alias may carry facts, and a field may add to them: of several ranges or meanings, the last one counts.
     """
     hints = get_type_hints(config_type, include_extras=True)
-    return tuple(_describe(field.name, field.default, hints[field.name]) for field in fields(config_type))
+    settings: list[Setting] = []
+    for field in fields(config_type):
+        kind, _ = _split(hints[field.name])
+        if is_dataclass(kind):
+            assert callable(field.default_factory), f"{field.name} of {config_type} needs a default factory"
+            defaults = flatten(asdict(field.default_factory()))
+            settings += [
+                replace(each, name=f"{field.name}.{each.name}", default=defaults[each.name]) for each in describe_settings(kind)
+            ]
+        else:
+            settings.append(_describe(field.name, field.default, hints[field.name]))
+    return tuple(settings)
+
+
+@cache
+def _parts(config_type: type[Any]) -> dict[str, type[Any]]:
+    """Return the fields of a config that are configs themselves, each with its type."""
+    return {name: kind for name, kind in get_type_hints(config_type).items() if isinstance(kind, type) and is_dataclass(kind)}
+
+
+def flatten(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return settings without nesting: {"ema": {"tau": 0.1}} becomes {"ema.tau": 0.1}."""
+    flat: dict[str, Any] = {}
+    for name, value in settings.items():
+        inside = flatten(value) if isinstance(value, Mapping) else None
+        flat |= {name: value} if inside is None else {f"{name}.{each}": inside[each] for each in inside}
+    return flat
 
 
 def _describe(name: str, default: Any, hint: Any) -> Setting:
@@ -154,35 +187,98 @@ def _split(hint: Any) -> tuple[Any, tuple[Any, ...]]:
 
 
 def field_types(config_type: type[Any]) -> Mapping[str, Any]:
-    """Return the types of the fields of a config, by name, without ranges and meanings."""
+    """Return the types of the settings of a config, by name, without ranges and meanings."""
     return {setting.name: setting.type for setting in describe_settings(config_type)}
 
 
-def configure(config_type: type[ConfigT], settings: Mapping[str, Any], symbols: Mapping[str, str] | None = None) -> ConfigT:
+def find_settings(config_type: type[Any], key: str, letters: Mapping[str, str] = NO_LETTERS) -> tuple[str, ...]:
+    """Return the names of the settings that a spelling means: an alias may mean several, an unknown word means none.
+
+    Args:
+        config_type: the dataclass of the config.
+        key: a name, an alias of the config, or one of the papers' letters.
+        letters: the papers' letters, each with the name of its setting.
+    """
+    if key in field_types(config_type):
+        return (key,)
+    return (letters[key],) if key in letters else aliases_of(config_type).get(key, ())
+
+
+def check_setting_name(config_type: type[Any], key: str, letters: Mapping[str, str] = NO_LETTERS) -> None:
+    """Check that a spelling means a setting; see `find_settings`.
+
+    Raises:
+        UserError: it means none; the message lists the choices.
+    """
+    if not find_settings(config_type, key, letters):
+        listed = [f"{letter} (= {name})" for letter, name in letters.items()]
+        raise unknown_choice(key, f"unknown setting {key!r}", field_types(config_type), listed, also=aliases_of(config_type))
+
+
+def aliases_of(config_type: type[Any]) -> Mapping[str, tuple[str, ...]]:
+    """Return the aliases of a config; one that is no `Settings` has none."""
+    return getattr(config_type, "aliases", {})
+
+
+def short_name(config_type: type[Any], name: str) -> str:
+    """Return the alias of a setting that means nothing else, or the name where there is none."""
+    return next((alias for alias, names in aliases_of(config_type).items() if names == (name,)), name)
+
+
+def name_settings(
+    config_type: type[Any], settings: Mapping[str, Any], letters: Mapping[str, str] = NO_LETTERS
+) -> dict[str, Any]:
+    """Return settings by their names, with their values as they are.
+
+    Args:
+        config_type: the dataclass of the config.
+        settings: values by name, alias or letter; the settings of a part may be a mapping.
+        letters: the papers' letters, each with the name of its setting.
+
+    Raises:
+        UserError: a setting is unknown, or is given twice.
+    """
+    named: dict[str, Any] = {}
+    for key, value in flatten(settings).items():
+        check_setting_name(config_type, key, letters)
+        for name in find_settings(config_type, key, letters):
+            if name in named:
+                raise UserError(f"setting {name!r} is given twice{'' if key == name else f'; {key!r} names it, too'}")
+            named[name] = value
+    return named
+
+
+def configure(config_type: type[ConfigT], settings: Mapping[str, Any], letters: Mapping[str, str] = NO_LETTERS) -> ConfigT:
     """Make a config from settings.
 
     Args:
         config_type: the dataclass of the config.
-        settings: values by field name or by the papers' letters. A value may be a string from the command line; it is
-            parsed as the annotated type of the field.
-        symbols: the papers' letters, each with the name of its field.
+        settings: values as `name_settings` takes them. A value may be a string from the command line; it is parsed as the
+            annotated type of the field.
+        letters: the papers' letters, each with the name of its setting.
 
     Raises:
         UserError: a setting is unknown (the message lists the choices), is given twice, has a value of the wrong type, or one
             that the config refuses.
     """
-    symbols = symbols or {}
     types = field_types(config_type)
-    values: dict[str, Any] = {}
-    for key, value in settings.items():
-        field = symbols.get(key, key)
-        if field not in types:
-            letters = [f"{letter} (= {name})" for letter, name in symbols.items()]
-            raise unknown_choice(key, f"unknown setting {key!r}", types, letters)
-        if field in values:
-            raise UserError(f"setting {field!r} is given twice")
-        values[field] = parse_value(field, value, types[field])
-    return config_type(**values)
+    named = name_settings(config_type, settings, letters)
+    for name, today in getattr(config_type, "old_values", {}).items():
+        named |= {name: today.get(named[name], named[name])} if name in named else {}
+    return _build(config_type, {name: parse_value(name, value, types[name]) for name, value in named.items()})
+
+
+def _build(config_type: type[ConfigT], values: Mapping[str, Any]) -> ConfigT:
+    """Make a config from parsed values by name."""
+    own = {name: value for name, value in values.items() if "." not in name}
+    defaults = {setting.name: setting.default for setting in describe_settings(config_type)}
+    for part, kind in _parts(config_type).items():
+        inside = {name: value for name, value in {**defaults, **values}.items() if name.startswith(f"{part}.")}
+        try:
+            own[part] = _build(kind, {name.removeprefix(f"{part}."): value for name, value in inside.items()})
+        except UserError as error:
+            raise UserError(f"{part}: {error}") from error
+    return config_type(**own)
 
 
 def parse_value(field: str, value: Any, hint: Any) -> Any:

@@ -15,6 +15,7 @@ from pipeline.evaluation.evaluate import evaluate, evaluation_name, read_metrics
 from pipeline.runtime.errors import UserError
 from pipeline.runtime.files import write_atomic
 from pipeline.runtime.logs import ProgressBar
+from pipeline.training.earlier_runs import log_earlier_runs
 from pipeline.training.heads import HeadPlan, plan_head, resolve_head_settings, train_head
 
 logger = logging.getLogger(__name__)
@@ -80,7 +81,11 @@ def _pending_runs(home: Path, encoders: Mapping[str, str]) -> list[DemoRun]:
     plans = [(method, encoders) for method in DEMO_METHODS] + [("baseline", {"image": encoders["text"]})]
     runs = [DemoRun(home.absolute(), method, seed, caches) for method, caches in plans for seed in DEMO_SEEDS]
     try:
-        return [run for run in runs if not set(_planned_evaluations(run)) <= set(read_metrics(_plan(run).run))]
+        heads = [_plan(run) for run in runs]
+        for method in DEMO_METHODS:
+            log_earlier_runs(head for head in heads if head.config.method == method)
+        plans_of_runs = zip(runs, heads, strict=True)
+        return [run for run, head in plans_of_runs if not set(_planned_evaluations(run)) <= set(read_metrics(head.run))]
     except UserError:  # there is no cache yet, or extract has to complete one
         return runs
 

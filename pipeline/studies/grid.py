@@ -13,7 +13,6 @@ from collections import Counter
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,16 +24,18 @@ from pipeline.runtime.choices import unknown_choice
 from pipeline.runtime.device import default_device, resolve_dtype
 from pipeline.runtime.errors import UserError, describe_error, is_bug
 from pipeline.runtime.files import fingerprint, write_atomic
-from pipeline.runtime.settings import field_types, parse_value
+from pipeline.runtime.settings import aliases_of, field_types, find_settings, flatten, parse_value
 from pipeline.training.config import SHARED_SETTINGS, TrainConfig
+from pipeline.training.earlier_runs import log_earlier_runs
 from pipeline.training.ensemble import structure_key
 from pipeline.training.features import FeatureSet, cache_names, open_features
 from pipeline.training.heads import HeadPlan, plan_head_on, resolve_head_settings
 
 MAX_CELLS = 10_000  # of one grid
 MAX_REAL_BUILDS = 500  # loading torch's support for the meta device takes as long as building this many methods on the CPU
+EARLIER_PRECISION = "mixed"  # what grids of earlier versions took by default where bfloat16 is native
 PAPERS_GRID = "papers"  # word in --grid for the grid of the method's paper, its GRID
-Axes = Mapping[str, tuple[Any, ...]]  # field -> values, in the order of the grid
+Axes = Mapping[str, tuple[Any, ...]]  # field, or alias of several fields -> values, in the order of the grid
 PrecisionChoice = Literal["auto", "float32", "mixed"]
 SearchKind = Literal["all", "optuna"]
 
@@ -124,8 +125,8 @@ def read_axes(method: str, pairs: Sequence[str], file: Path | None = None) -> Ax
 
     Args:
         method: The name of a method.
-        pairs: FIELD=VALUE,VALUE, or "papers" for the axes of the method's paper. A field is one of the method, by its name or
-            by the papers' letter, or one of training.
+        pairs: FIELD=VALUE,VALUE, or "papers" for the axes of the method's paper. A field is one of the method, by its name, an
+            alias or the papers' letter, or one of training. An alias of several fields gives them one value.
         file: A YAML file {FIELD: [VALUE, VALUE]} with more axes.
 
     Raises:
@@ -135,16 +136,19 @@ def read_axes(method: str, pairs: Sequence[str], file: Path | None = None) -> Ax
     hints = {**field_types(module.Config), **field_types(TrainConfig)}
     letters = {field: letter for letter, field in module.symbols.items()}
     axes: dict[str, tuple[Any, ...]] = {}
+    taken: set[str] = set()
     for key, values in _raw_axes(module.grid, pairs, file):
-        field = module.symbols.get(key, key)
-        if field not in hints:
+        names = find_settings(module.Config, key, module.symbols) or tuple({key} & hints.keys())
+        if not names:
             symbols = [f"{letter} (= {name})" for letter, name in module.symbols.items()]
-            raise unknown_choice(key, f"unknown grid field {key!r}", hints, symbols)
-        if field in axes:
-            raise UserError(f"grid field {field!r} is given twice; {letters.get(field, field)!r} is the same field")
+            raise unknown_choice(key, f"unknown grid field {key!r}", hints, symbols, also=aliases_of(module.Config))
+        for name in taken.intersection(names):
+            raise UserError(f"grid field {name!r} is given twice; {letters.get(name, key)!r} is the same field")
         if not values:
             raise UserError(f"grid field {key!r} has no values: the grid is empty")
-        axes[field] = tuple(parse_value(key, value, hints[field]) for value in values)
+        taken.update(names)
+        field = names[0] if len(names) == 1 else key
+        axes[field] = tuple(parse_value(key, value, hints[names[0]]) for value in values)
         ((value, count),) = Counter(axes[field]).most_common(1)
         if count > 1:
             raise UserError(f"grid field {key!r} has the value {value} {count} times")
@@ -184,7 +188,7 @@ def read_cells(
         method: The name of a method.
         preset: The values of fields that are given nowhere else: "head", "paper" or "tuned".
         axes: The values to combine, by field.
-        settings: Fields of the method with one value for all cells, by name or by the papers' letter.
+        settings: Fields of the method with one value for all cells, by name, alias or the papers' letter.
         training: Fields of training with one value for all cells.
         points: How many cells to draw without replacement; 0: all. A larger number includes the cells of a smaller one.
         home: See `resolve_head_settings`.
@@ -194,9 +198,12 @@ def read_cells(
             there are more than `MAX_CELLS` cells.
     """
     module = plugins.get("methods", method)
-    for field in chain((module.symbols.get(key, key) for key in settings), training):
-        if field in axes:
-            raise UserError(f"{field!r} is on the grid and set besides: give it once")
+    on_grid, besides = (
+        {name for key in keys for name in find_settings(module.Config, key, module.symbols) or (key,)}
+        for keys in (axes, [*flatten(settings), *training])
+    )
+    for field in sorted(on_grid & besides):
+        raise UserError(f"{field!r} is on the grid and set besides: give it once")
     total = math.prod(len(values) for values in axes.values())
     if points > total:
         raise UserError(f"--points {points} of a grid of {total} cells: give fewer, or none for all")
@@ -204,12 +211,11 @@ def read_cells(
         remedy = "give fewer --points" if points else "give fewer values, or try some of them, --points"
         raise UserError(f"a grid has at most {MAX_CELLS} cells, not {points or total}: {remedy}")
     letters = {field: letter for letter, field in module.symbols.items()}
-    method_fields = field_types(module.Config)
     cells = []
     for number in _draw_numbers(total, points) if points else range(total):
         point = _point(axes, number)
         label = " ".join(f"{letters.get(field, field)}={value}" for field, value in point.items())
-        of_method = {field: value for field, value in point.items() if field in method_fields}
+        of_method = {field: value for field, value in point.items() if find_settings(module.Config, field)}
         of_training = {field: value for field, value in point.items() if field not in of_method}
         try:
             config, train_config = resolve_head_settings(
@@ -291,4 +297,6 @@ def plan_grid(
     features = open_features(home.absolute(), dataset, method, cache_names(home, dataset, image, text), aggregate)
     grid = Grid(features=features, method=method, axes=axes, cells=cells, seeds=tuple(seeds), search=search)
     _ = grid.structures  # builds the methods of unfinished cells, so that a bad cell is found now
+    is_default = precision is None and "precision" not in {*axes, *training}
+    log_earlier_runs(grid.heads.values(), EARLIER_PRECISION if is_default else "")
     return grid

@@ -72,7 +72,7 @@ class Run:
 
         Args:
             split: "train", "val" or "test".
-            overrides: Settings of prediction, by name or by the papers' letter, such as draws=8; settings of training are
+            overrides: Settings of prediction, by name, alias or the papers' letter, such as draws=8; settings of training are
                 refused.
 
         Raises:

@@ -91,8 +91,8 @@ def write_sampler_curve(
     """
     config = run.config()
     _, changes = apply_overrides(config, overrides)
-    _check_run(run, config, [field for field in overrides if field in VARIED_SETTINGS])
-    points = curve_points(int(config.settings["num_steps"]))
+    _check_run(run, config, overrides)
+    points = curve_points(int(config.setting("num_steps")))
     batch = _timed_batch(home, config)
     total = sum(point.steps * point.draws for point in points)
     rows = []
@@ -114,18 +114,24 @@ def write_sampler_curve(
     return SamplerCurve(run.path, table, picture, frame)
 
 
-def _check_run(run: RunFolder, config: RunConfig, repeated: list[str]) -> None:
+def _check_run(run: RunFolder, config: RunConfig, overrides: Mapping[str, Any]) -> None:
     """Raise `UserError` for a run that is not finished or does not sample, and for overrides that the curve varies."""
     run.check_done()
-    if not _has_sampler(config.method) or config.settings.get("denoiser") == "regression":
+    if not _has_sampler(config.method) or config.setting("denoiser") == "regression":
         able = ", ".join(name for name in plugins.names("methods") if _has_sampler(name))
         raise UserError(f"{run.path} predicts without a sampler, so there is no curve; methods that sample: {able}")
+    repeated = [key for key in overrides if _setting_of(key) in VARIED_SETTINGS]
     if repeated:
         raise UserError(f"--sampler-curve varies {', '.join(VARIED_SETTINGS)}: leave {', '.join(repeated)} out of --set")
 
 
 def _has_sampler(method: str) -> bool:
-    return set(VARIED_SETTINGS) <= set(plugins.get("methods", method).prediction)
+    return set(VARIED_SETTINGS) <= set(map(_setting_of, plugins.get("methods", method).prediction))
+
+
+def _setting_of(name: str) -> str:
+    """Return the name of a setting inside its part: "draws" for "cdr.draws"."""
+    return name.rpartition(".")[2]
 
 
 def _timed_batch(home: Path, config: RunConfig) -> FeatureTable:

@@ -27,7 +27,7 @@ from pipeline.runtime.device import default_device, free_bytes, reproducible
 from pipeline.runtime.errors import UserError, describe_error, is_bug, is_out_of_memory
 from pipeline.runtime.files import lock
 from pipeline.runtime.runs import RunConfig, RunFolder
-from pipeline.runtime.settings import configure
+from pipeline.runtime.settings import configure, name_settings
 from pipeline.training.capacity import bytes_per_method
 from pipeline.training.config import TRAINING_PRESETS, TrainConfig
 from pipeline.training.features import FeatureSet, open_features
@@ -58,7 +58,7 @@ def resolve_head_settings(
         method: The name of a method.
         preset: "paper" or "head", which set the learning rate; or "tuned", the settings that the dataset's yaml file holds
             for the method, which were chosen on validation.
-        settings: Given settings of the method, by field name or by the symbol of the papers.
+        settings: Given settings of the method, by name, alias or the papers' letter.
         training: Given settings of `TrainConfig`.
         home: Where the dataset is prepared, for tuned settings of a dataset that has another name there than its plug-in.
 
@@ -76,9 +76,9 @@ def resolve_head_settings(
         chosen, base = tuned[method].get("settings", {}), tuned[method].get("training", {})
     elif preset not in TRAINING_PRESETS:
         raise unknown_choice(preset, f"unknown preset {preset!r}", [*TRAINING_PRESETS, "tuned"])
-    fields = {module.symbols.get(key, key): value for key, value in settings.items()}
-    configure(module.Config, settings, module.symbols)
-    return configure(module.Config, {**chosen, **fields}), configure(TrainConfig, {**base, **training})
+    tuned_and_given = [name_settings(module.Config, each, module.symbols) for each in (chosen, settings)]
+    config = configure(module.Config, tuned_and_given[0] | tuned_and_given[1])
+    return config, configure(TrainConfig, {**base, **training})
 
 
 @dataclass(frozen=True, kw_only=True)

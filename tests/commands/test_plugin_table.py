@@ -10,7 +10,7 @@ from helpers.command_line import run
 
 from pipeline.commands.plugin_table import settings_table
 from pipeline.runtime import plugins
-from pipeline.runtime.settings import describe_settings
+from pipeline.runtime.settings import aliases_of, describe_settings, flatten
 
 NAMED = [(kind, name) for kind in ("methods", "encoders") for name in plugins.names(kind)]
 
@@ -22,13 +22,14 @@ def test_json_has_the_defaults_and_the_facts(
     assert run([kind, name, "--json"], monkeypatch) == 0
     described = json.loads(capsys.readouterr().out)
     plugin = plugins.get(kind, name)
-    defaults = asdict(plugin.Config())
+    defaults = flatten(asdict(plugin.Config()))
     assert {key: described[key] for key in defaults} == defaults
-    assert set(described) == {"about", "fields", *defaults} | ({"letters", "grid"} if kind == "methods" else set())
+    assert set(described) == {"about", "fields", "aliases", *defaults} | ({"letters", "grid"} if kind == "methods" else set())
     assert {each["name"]: each["default"] for each in described["fields"]} == defaults
     assert all(each["meaning"] for each in described["fields"])
     if kind == "methods":
         assert {each["letter"]: each["name"] for each in described["fields"] if each["letter"]} == dict(plugin.symbols)
+    assert described["aliases"] == {alias: list(names) for alias, names in aliases_of(plugin.Config).items()}
 
 
 @pytest.mark.parametrize(("kind", "name"), NAMED)
@@ -44,6 +45,8 @@ def test_the_page_shows_every_fact(
         assert row.endswith(f"  {setting.meaning}")
         if setting.range:
             assert f"  {setting.type.__name__} {setting.range}  " in row
+    for alias, names in aliases_of(plugin.Config).items():
+        assert f"{alias} = {', '.join(names)}" in "; ".join(line.strip(" ;") for line in lines).split("; ")
     for field, values in plugin.grid.items() if kind == "methods" else ():
         assert f"  {field}: {', '.join(map(str, values))}" in lines
 

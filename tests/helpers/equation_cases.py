@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
 from typing import Any
 
 from helpers import method_cases
 from helpers.method_cases import WIDTH
 from pipeline.runtime import plugins
+from pipeline.runtime.settings import find_settings
 from pipeline.types import Batch
 
 SIZES = {
@@ -23,8 +23,8 @@ SIZES = {
 
 
 def _sized(method: str, changes: dict[str, Any]) -> dict[str, Any]:
-    known = {field.name for field in fields(plugins.get("methods", method).Config)}
-    return {name: size for name, size in SIZES.items() if name in known} | changes
+    config_type = plugins.get("methods", method).Config
+    return {name: size for name, size in SIZES.items() if find_settings(config_type, name)} | changes
 
 
 def settings(method: str, **changes: Any) -> Any:

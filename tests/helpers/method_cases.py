@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import replace
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from dataclasses import asdict
+from typing import Any, Literal, get_args, get_origin
 
 import numpy as np
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from pipeline.runtime import plugins
 from pipeline.runtime.errors import UserError
 from pipeline.runtime.rng import KeyedRNG, sample_keys
+from pipeline.runtime.settings import aliases_of, configure, field_types, find_settings, flatten, name_settings
 from pipeline.types import Batch, Phase, Shapes
 
 ROWS, WIDTH, CLASSES = 64, 16, 5
@@ -34,7 +35,24 @@ def shapes(kind: str = "single", text_width: int = WIDTH) -> Shapes:
 def settings(method: str, **changes: Any) -> Any:
     """Return the config of a method with tiny sizes."""
     method_class = plugins.get("methods", method)
-    return method_class.Config(**{**method_class.small(), **changes})
+    return with_settings(configure(method_class.Config, method_class.small()), **changes)
+
+
+def with_settings(config: Any, **changes: Any) -> Any:
+    """Return a config with some settings changed, by name or alias."""
+    return configure(type(config), {**flatten(asdict(config)), **name_settings(type(config), changes)})
+
+
+def value_of(config: Any, name: str) -> Any:
+    """Return a setting, by name or alias; an alias of several settings has the value of the first."""
+    return flatten(asdict(config))[find_settings(type(config), name)[0]]
+
+
+def changeable(config: Any) -> dict[str, Any]:
+    """Return the types of all settings that can change by themselves, by name, and those that change together, by alias."""
+    types = field_types(type(config))
+    together = {alias: types[names[0]] for alias, names in aliases_of(type(config)).items() if len(names) > 1}
+    return {name: kind for name, kind in {**types, **together}.items() if another_value(config, name, kind) is not None}
 
 
 def variants() -> list[tuple[str, dict[str, Any]]]:
@@ -43,13 +61,15 @@ def variants() -> list[tuple[str, dict[str, Any]]]:
     for method in plugins.names("methods"):
         default = settings(method)
         result.append((method, {}))
-        for name, hint in get_type_hints(type(default)).items():
-            choices: tuple[Any, ...] = (VARIED_NUMBERS[name],) if name in VARIED_NUMBERS else ()
+        for name, hint in changeable(default).items():
+            number = VARIED_NUMBERS.get(name.rpartition(".")[2])
+            choices: tuple[Any, ...] = () if number is None else (number,)
             if get_origin(hint) is Literal:
                 choices = get_args(hint)
             elif hint is bool:
                 choices = (True, False)
-            result += [(method, {name: choice}) for choice in choices if choice != getattr(default, name)]
+            choices = tuple(choice for choice in choices if choice != value_of(default, name))
+            result += [(method, {name: choice}) for choice in choices if _is_valid(default, name, choice)]
     return result
 
 
@@ -151,19 +171,19 @@ class StubDenoiser(nn.Module):
 
 
 def another_value(config: Any, field: str, hint: Any) -> Any:
-    """Return a valid value of a setting that differs from the one in the config; any field of any method has one."""
-    value = getattr(config, field)
+    """Return a valid value of a setting that differs from the one in the config; None if the others need other changes, too."""
+    value, candidates = value_of(config, field), (True, False)
     if get_origin(hint) is Literal:
-        return next(choice for choice in reversed(get_args(hint)) if choice != value)
-    if hint is bool:
-        return not value
-    candidates = (2 * value, value // 2, value + 1, value - 1) if hint is int else (0.5, value / 2, 2 * value, 1.0)
-    return next(each for each in candidates if each not in (value, 0.0) and _is_valid(config, field, each))
+        candidates = tuple(reversed(get_args(hint)))
+    elif hint is not bool:
+        candidates = (2 * value, value // 2, value + 1, value - 1) if hint is int else (0.5, value / 2, 2 * value, 1.0)
+    known = (value, 0.0) if hint is float else (value,)
+    return next((each for each in candidates if each not in known and _is_valid(config, field, each)), None)
 
 
 def _is_valid(config: Any, field: str, value: Any) -> bool:
     try:
-        replace(config, **{field: value})
+        with_settings(config, **{field: value})
     except UserError:
         return False
     return True

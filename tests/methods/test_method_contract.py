@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import inspect
 import math
-from dataclasses import fields, replace
-from typing import Any, get_type_hints
+from dataclasses import fields
+from itertools import chain
+from typing import Any
 
 import pytest
 import torch
@@ -23,14 +24,16 @@ from helpers.method_cases import (
     seeded_loss,
     settings,
     shapes,
+    value_of,
     variant_id,
     variants,
+    with_settings,
 )
 from torch import Tensor
 
 from pipeline.runtime import plugins
 from pipeline.runtime.rng import KeyedRNG
-from pipeline.runtime.settings import configure
+from pipeline.runtime.settings import aliases_of, configure, field_types
 from pipeline.training.ensemble import ModelEnsemble, structure_key
 from pipeline.types import Batch
 
@@ -59,13 +62,15 @@ def test_all_methods_are_found() -> None:
 @for_all_methods
 def test_symbols_and_grid_name_settings(name: str) -> None:
     module = plugins.get("methods", name)
-    known = {field.name for field in fields(module.Config)}
+    known = field_types(module.Config).keys()
+    assert set(chain(*aliases_of(module.Config).values())) <= known
+    assert not aliases_of(module.Config).keys() & known
     assert set(module.symbols.values()) <= known
     assert all(letter == field for letter, field in module.symbols.items() if letter in known)
     assert set(module.grid) <= known
     for field, values in module.grid.items():
         for value in values:
-            assert getattr(configure(module.Config, {field: str(value)}), field) == value
+            assert value_of(configure(module.Config, {field: str(value)}), field) == value
 
 
 @for_all_label_kinds
@@ -114,13 +119,12 @@ def test_numbers_are_tensors(name: str) -> None:
     A head whose number is 0 may leave out what the number belongs to, such as dropout.
     """
     method, default = plugins.get("methods", name), settings(name)
-    hints = get_type_hints(method.Config)
-    for field in fields(default):
-        if hints[field.name] is float and field.name not in method.prediction:
-            first = replace(default, **{field.name: another_value(default, field.name, float)})
-            second = another_value(first, field.name, float)
-            keys = [structure_key(build(name, **{field.name: value})) for value in (getattr(first, field.name), second)]
-            assert keys[0] == keys[1], f"numbers are tensors, but {field.name} is an attribute"
+    for field, kind in field_types(method.Config).items():
+        if kind is float and field not in method.prediction:
+            first = another_value(default, field, float)
+            second = another_value(with_settings(default, **{field: first}), field, float)
+            keys = [structure_key(build(name, **{field: value})) for value in (first, second)]
+            assert keys[0] == keys[1], f"numbers are tensors, but {field} is an attribute"
 
 
 @for_all_methods

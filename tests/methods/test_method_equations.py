@@ -21,6 +21,7 @@ from helpers.method_cases import (
     noise_levels,
     seeded_loss,
     to_numpy,
+    value_of,
 )
 from scipy import special, stats
 from torch import Tensor, nn
@@ -199,10 +200,8 @@ class TestMARNet:
         changed = {float: 0.5, int: 9, bool: True}
         default = settings("marnet")
         reached: set[tuple[str, str]] = set()
-        for field in fields(default):
-            if field.name in ("fusion", "regime"):
-                continue
-            value = getattr(default, field.name)
+        for alias in marnet.Config.aliases:
+            value = value_of(default, alias)
             choice = {
                 "schedule": "cosine",
                 "mse_reduction": "sum_dim",
@@ -210,8 +209,8 @@ class TestMARNet:
                 "scale": "global",
                 "label_loss": "bce",
             }
-            other = settings("marnet", **{field.name: choice.get(field.name, changed.get(type(value)))})
-            for name, before, after in (("ema", default.ema(), other.ema()), ("cdr", default.cdr(), other.cdr())):
+            other = settings("marnet", **{alias: choice.get(alias, changed.get(type(value)))})
+            for name, before, after in (("ema", default.ema, other.ema), ("cdr", default.cdr, other.cdr)):
                 reached |= {
                     (name, each.name) for each in fields(before) if getattr(before, each.name) != getattr(after, each.name)
                 }
@@ -225,7 +224,7 @@ class TestMARNet:
     @pytest.mark.parametrize("branch", ["ema", "cdr"])
     def test_a_branch_trains_like_the_method_of_the_same_name(self, branch: str) -> None:
         model, batch = fitted("marnet", seed=1)
-        config = getattr(settings("marnet"), branch)()
+        config = getattr(settings("marnet"), branch)
         alone = plugins.get("methods", branch)(
             config, {"image": (WIDTH,), "text": (WIDTH,), "label": (), "classes": (CLASSES,)}
         )

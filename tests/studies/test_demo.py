@@ -6,6 +6,7 @@ import re
 import shlex
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from PIL import Image
 
 from pipeline.commands import app as cli
 from pipeline.runtime import plugins
+from pipeline.runtime.settings import flatten, name_settings
 from pipeline.studies.demo import DEMO_DATASET, DEMO_METHODS, EXTRA_OVERRIDES
 from pipeline.training.heads import resolve_head_settings
 
@@ -28,8 +30,9 @@ def test_every_method_of_the_demo_has_tuned_settings(method: str) -> None:
     settings, training = resolve_head_settings(DEMO_DATASET, method, "tuned", {}, {})
     assert training.epochs > 0
     for overrides in EXTRA_OVERRIDES.get(method, ()):
-        assert set(overrides) <= set(plugins.get("methods", method).prediction)
-        assert all(getattr(settings, field) != value for field, value in overrides.items())
+        named = name_settings(type(settings), overrides)
+        assert set(named) <= set(plugins.get("methods", method).prediction)
+        assert all(flatten(asdict(settings))[name] != value for name, value in named.items())
 
 
 def test_the_readme_is_finished() -> None:

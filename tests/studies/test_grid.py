@@ -6,7 +6,6 @@ import itertools
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import get_type_hints
 
 import pytest
 from helpers.tiny_grids import tiny_grid
@@ -15,6 +14,7 @@ from helpers.tiny_heads import FAST_TRAINING, caches_by_key, small_settings
 from pipeline.runtime import plugins
 from pipeline.runtime.device import default_device, resolve_dtype
 from pipeline.runtime.files import canonical_json, fingerprint
+from pipeline.runtime.settings import field_types
 from pipeline.studies.grid import PrecisionChoice, plan_grid, read_axes, read_cells
 from pipeline.training.config import TrainConfig
 from pipeline.training.heads import plan_head, resolve_head_settings
@@ -50,13 +50,13 @@ def test_the_papers_grid_of_seda_is_figure_3() -> None:
 def test_every_method_has_a_grid_and_shares_no_field_with_training(method: str) -> None:
     axes = read_axes(method, [])
     assert read_cells("openmoji", method, "head", axes, {}, {})
-    assert not get_type_hints(plugins.get("methods", method).Config).keys() & get_type_hints(TrainConfig).keys()
+    assert not field_types(plugins.get("methods", method).Config).keys() & field_types(TrainConfig).keys()
 
 
 @pytest.mark.parametrize(
     ("pairs", "message"),
     [
-        (["x=1"], r"unknown grid field 'x'; choose one of: stages, .*lr, .*T \(= num_steps\), t \(= stage_step\)"),
+        (["x=1"], r"unknown grid field 'x'; choose one of: num_steps, .*lr, .*T \(= num_steps\), t \(= stage_step\)"),
         (["T=900", "num_steps=1200"], "grid field 'num_steps' is given twice; 'T' is the same field"),
         (["papers", "T=900"], "'num_steps' is given twice"),
         (["T="], "grid field 'T' has no values: the grid is empty"),

@@ -7,16 +7,15 @@ import shutil
 import signal
 import time
 from collections.abc import Mapping
-from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-from helpers.method_cases import another_value
+from helpers.method_cases import another_value, changeable, with_settings
 from helpers.tiny_grids import tiny_grid
 from helpers.tiny_heads import FAST_TRAINING, caches_by_key, small_settings
 from torch._dynamo.utils import counters
@@ -24,6 +23,7 @@ from torch._dynamo.utils import counters
 from pipeline.evaluation.evaluate import evaluate
 from pipeline.runtime import files, plugins
 from pipeline.runtime.runs import RunFolder
+from pipeline.runtime.settings import name_settings
 from pipeline.studies.search import run_grid
 from pipeline.training import heads as heads_module
 from pipeline.training.ensemble import structure_key
@@ -63,7 +63,8 @@ def planned(
     features: FeatureSet, method: str, changes: Mapping[str, Any], training: Mapping[str, Any], seed: int = 0
 ) -> HeadPlan:
     """The plan of a small head with some settings changed."""
-    given = {**small_settings(method), **changes}
+    config_type = plugins.get("methods", method).Config
+    given = name_settings(config_type, small_settings(method)) | name_settings(config_type, changes)
     settings, config = resolve_head_settings("tiny", method, "head", given, {**FAST_TRAINING, **training})
     return plan_head_on(features, method, settings, config, seed)
 
@@ -92,10 +93,10 @@ def variations(features: FeatureSet, method: str, training: Mapping[str, Any]) -
     default = planned(features, method, {}, training)
     known = structure_key(module(default.settings, features.shapes))
     changes: dict[str, Any] = {}
-    for field, hint in get_type_hints(module.Config).items():
-        changed = replace(default.settings, **{field: another_value(default.settings, field, hint)})
-        if structure_key(module(changed, features.shapes)) == known:
-            changes[field] = getattr(changed, field)
+    for field, hint in changeable(default.settings).items():
+        value = another_value(default.settings, field, hint)
+        if structure_key(module(with_settings(default.settings, **{field: value}), features.shapes)) == known:
+            changes[field] = value
     heads = [planned(features, method, {field: value}, training) for field, value in changes.items()]
     mixed = planned(features, method, changes, {**training, **OTHER_TRAINING})
     return [default, *heads, mixed, planned(features, method, {}, {**training, "lr": 1e-2, "weight_decay": 0.0})]

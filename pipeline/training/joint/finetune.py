@@ -85,7 +85,7 @@ def finetune(home: Path, init: RunFolder, joint: JointConfig, training: TrainCon
     missing = [key for key in joint.trained_keys if key not in init_config.caches]
     if missing:
         raise UserError(f"{init_config.method} reads no {missing[0]}; choose --unfreeze image")
-    if init_config.settings.get("adapter") == "pca":
+    if init_config.setting("adapter") == "pca":
         raise UserError("principal components turn as the encoder moves; train the head with adapter=classifier, or none")
     changes = {"stage": "joint", **asdict(joint), "init": init_config.fingerprint()[:12]}
     config = replace(init_config, training={**asdict(training), **changes})
