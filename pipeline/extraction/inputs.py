@@ -20,9 +20,10 @@ from torch import Tensor
 
 from pipeline.cache.layout import Failure, from_stored, to_stored
 from pipeline.data.manifest import Manifest
+from pipeline.encoders._encoder import Encoder
 from pipeline.runtime.device import default_device
 from pipeline.runtime.errors import UserError
-from pipeline.types import Encoder, Sample
+from pipeline.types import Sample
 
 logger = logging.getLogger(__name__)
 

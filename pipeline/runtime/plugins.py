@@ -1,6 +1,7 @@
 """Find plug-ins: data sets, encoders and methods.
 
-A plug-in is one file. Its name is the file's name without ".py". It stands in the folder of its kind, or outside of this
+A plug-in is one file with one subclass of the base class of its kind, `pipeline.Dataset`, `pipeline.Encoder` or
+`pipeline.Method`. Its name is the file's name without ".py". It stands in the folder of its kind, or outside of this
 repository: then it is loaded by `load_file`, or found as an entry point of an installed distribution, in one of the groups
 diffalign.methods, diffalign.encoders and diffalign.datasets. There is no registry to edit.
 """
@@ -13,6 +14,7 @@ import importlib.util
 import inspect
 import pkgutil
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib import metadata
@@ -22,14 +24,15 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 
 from pipeline.runtime.choices import unknown_choice
 from pipeline.runtime.errors import UserError
-from pipeline.runtime.method_rules import check_method as check_method  # part of this module's interface
+from pipeline.runtime.plugin_rules import BASES, check_dataset, check_encoder
+from pipeline.runtime.plugin_rules import check_method as check_method  # part of this module's interface
 
 if TYPE_CHECKING:
+    from pipeline.data.dataset import Dataset
+    from pipeline.encoders._encoder import Encoder
     from pipeline.nn.method import Method
-    from pipeline.types import DatasetPlugin, EncoderPlugin
 
 PACKAGES = {"datasets": "pipeline.data.datasets", "encoders": "pipeline.encoders", "methods": "pipeline.methods"}
-METHOD_BASE = ("pipeline.nn.method", "Method")  # by name: this module must not import torch
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,31 +71,26 @@ def check_name(kind: str, name: str) -> None:
 @overload
 def get(kind: Literal["methods"], name: str) -> type[Method]: ...
 @overload
-def get(kind: Literal["encoders"], name: str) -> EncoderPlugin: ...
+def get(kind: Literal["encoders"], name: str) -> type[Encoder]: ...
 @overload
-def get(kind: Literal["datasets"], name: str) -> DatasetPlugin: ...
+def get(kind: Literal["datasets"], name: str) -> type[Dataset]: ...
 @overload
 def get(kind: str, name: str) -> Any: ...
 def get(kind: str, name: str) -> Any:
-    """Import and return a plug-in: the class of a method, the module of an encoder or of a data set.
+    """Import a plug-in and return its class.
 
     Raises:
-        UserError: there is no such plug-in (the message lists the choices), or the file defines none.
+        UserError: there is no such plug-in (the message lists the choices), the file defines none, or it breaks a rule.
     """
     check_name(kind, name)
-    module = importlib.import_module(_places(kind)[name].module)
-    if kind == "methods":
-        return _method_class(module)
-    if not callable(getattr(module, "build", None)):
-        raise UserError(f"{module.__file__} defines no {kind[:-1]}: it needs a function build")
-    return module
+    return _plugin_class(importlib.import_module(_places(kind)[name].module), (kind,))[1]
 
 
 def load_file(path: Path) -> str:
     """Run a Python file that defines a plug-in, so that `names` and `get` know it; return its kind.
 
-    The file defines one subclass of `pipeline.nn.method.Method`, or an encoder (a class Config and a function build), or a data
-    set (a function build, with NAME.yaml beside the file). Loading the same file again does nothing.
+    The file defines one subclass of `pipeline.Method`, `pipeline.Encoder` or `pipeline.Dataset`; beside the file of a data set
+    stands NAME.yaml. Loading the same file again does nothing.
 
     Raises:
         UserError: there is no such file, it cannot be imported, it defines no plug-in, it breaks a rule, or its name is taken.
@@ -197,46 +195,43 @@ def _run(path: Path, module_name: str) -> str:
             spec.loader.exec_module(module)
         except (SyntaxError, ImportError) as error:
             raise UserError(f"{path} cannot be loaded: {type(error).__name__}: {error}") from error
-        return _kind_of(module, path)
+        return _plugin_class(module, tuple(BASES))[0]
     except BaseException:
         del sys.modules[module_name]
         raise
 
 
-def _kind_of(module: ModuleType, path: Path) -> str:
-    if _method_classes(module):
-        _method_class(module)
-        return "methods"
-    if callable(getattr(module, "build", None)):
-        if isinstance(getattr(module, "Config", None), type):
-            return "encoders"
-        if path.with_suffix(".yaml").is_file():
-            return "datasets"
-    raise UserError(
-        f"{path} defines no plug-in: it needs a subclass of pipeline.nn.method.Method; for an encoder, Config and build; for a "
-        f"data set, build, and {path.stem}.yaml beside it"
-    )
+def _plugin_class(module: ModuleType, kinds: Sequence[str]) -> tuple[str, type[Any]]:
+    """Return the kind and the class of the plug-in that a module defines; one from outside of this package is checked.
+
+    Args:
+        module: the module.
+        kinds: the kinds that it may be of.
+
+    Raises:
+        UserError: it defines no plug-in of these kinds, or several, or the plug-in breaks a rule.
+    """
+    own = [value for value in vars(module).values() if inspect.isclass(value) and value.__module__ == module.__name__]
+    found = [(kind, each) for kind in kinds for each in own if BASES[kind] in map(_full_name, each.__mro__)]
+    if len(found) != 1:
+        bases = " or ".join(f"pipeline.{BASES[kind][1]}" for kind in kinds)
+        named = ", ".join(each.__name__ for _, each in found) or "none"
+        raise UserError(f"{module.__file__} must define one subclass of {bases}; found: {named}")
+    kind, plugin = found[0]
+    if not module.__name__.startswith(f"{PACKAGES[kind]}."):
+        _check_once(kind, plugin, Path(str(module.__file__)))
+    return kind, plugin
 
 
-def _method_classes(module: ModuleType) -> list[type[Method]]:
-    """Return the subclasses of `Method` that a module itself defines."""
-    own: list[Any] = [
-        value for value in vars(module).values() if inspect.isclass(value) and value.__module__ == module.__name__
-    ]
-    return [each for each in own if METHOD_BASE in {(base.__module__, base.__name__) for base in each.__mro__}]
-
-
-def _method_class(module: ModuleType) -> type[Method]:
-    """Return the method that a module defines; one from outside of this package is checked."""
-    classes = _method_classes(module)
-    if len(classes) != 1:
-        found = ", ".join(each.__name__ for each in classes) or "none"
-        raise UserError(f"{module.__file__} must define one subclass of pipeline.nn.method.Method; found: {found}")
-    if not module.__name__.startswith(PACKAGES["methods"]):
-        _check_once(classes[0])
-    return classes[0]
+def _full_name(each: type) -> tuple[str, str]:
+    return each.__module__, each.__name__
 
 
 @cache
-def _check_once(method: type[Method]) -> None:
-    check_method(method)
+def _check_once(kind: str, plugin: type[Any], path: Path) -> None:
+    """Check a plug-in from outside, and that a data set has its settings beside its file."""
+    {"methods": check_method, "encoders": check_encoder, "datasets": check_dataset}[kind](plugin)
+    if kind == "datasets" and not path.with_suffix(".yaml").is_file():
+        raise UserError(
+            f"{path} needs {path.stem}.yaml beside it: where the official files are, their counts, and the settings"
+        )

@@ -53,7 +53,7 @@ def rebuild_encoder(cache: Cache) -> RebuiltEncoder:
         settings["settings"] = ",".join([*kept_pairs, f"compute_dtype={precision}"])
     else:
         settings["compute_dtype"] = precision
-    _, encoder = build_encoder(name, settings)
+    encoder = build_encoder(name, settings)
     found = json.loads(canonical_json({"name": name, "modality": encoder.modality, **encoder.identity()}))
     for field, wanted, have in identity_differences(made_by, found, "encoder."):
         if not field.endswith("compute_dtype"):

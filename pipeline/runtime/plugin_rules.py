@@ -1,4 +1,4 @@
-"""The rules of methods that can be checked from a class alone, without building a head; see `pipeline.nn.method.Method`."""
+"""The rules of plug-ins that can be checked from a class alone; the docstring of each base class has them all."""
 
 from __future__ import annotations
 
@@ -13,10 +13,17 @@ from typing import TYPE_CHECKING, Any, get_type_hints
 from pipeline.runtime.errors import UserError
 
 if TYPE_CHECKING:
+    from pipeline.data.dataset import Dataset
+    from pipeline.encoders._encoder import Encoder
     from pipeline.nn.method import Method
 
 logger = logging.getLogger(__name__)
 
+BASES = {  # kind -> module and name of its base class: a name, because looking for plug-ins must not import torch
+    "methods": ("pipeline.nn.method", "Method"),
+    "encoders": ("pipeline.encoders._encoder", "Encoder"),
+    "datasets": ("pipeline.data.dataset", "Dataset"),
+}
 BATCH_KEYS = ("image", "text", "paired", "label")
 READ_BACK = ("item", "tolist", "numpy", "cpu")  # methods of a tensor that copy its numbers to the processor
 NOT_IN_A_STEP = ("__init__", "begin", "small")  # functions of a method that run outside of steps and predictions
@@ -30,8 +37,7 @@ def check_method(method: type[Method]) -> None:
     Raises:
         UserError: the class breaks a rule, which the message names.
     """
-    for rule, fault in _faults(method):
-        raise UserError(f"method {method.__name__} breaks the rule {rule!r}: {fault}")
+    _refuse("method", method, _method_faults(method))
     for field in plain_numbers(method):
         logger.warning(
             "method %s breaks the rule 'numbers are tensors': %r is kept as an attribute, so heads that differ in it cannot be "
@@ -41,21 +47,64 @@ def check_method(method: type[Method]) -> None:
         )
 
 
-def _faults(method: type[Method]) -> Iterator[tuple[str, str]]:
+def check_encoder(encoder: type[Encoder]) -> None:
+    """Check the rules of encoders that need no weights; the contract tests check the others.
+
+    Raises:
+        UserError: the class breaks a rule, which the message names.
+    """
+    _refuse("encoder", encoder, _encoder_faults(encoder))
+
+
+def check_dataset(dataset: type[Dataset]) -> None:
+    """Check that a dataset can be built.
+
+    Raises:
+        UserError: the class breaks a rule, which the message names.
+    """
+    _refuse("dataset", dataset, _missing_functions(dataset))
+
+
+def _refuse(kind: str, plugin: type, faults: Iterator[tuple[str, str]]) -> None:
+    """Raise `UserError` for the first broken rule, if there is one."""
+    for rule, fault in faults:
+        raise UserError(f"{kind} {plugin.__name__} breaks the rule {rule!r}: {fault}")
+
+
+def _encoder_faults(encoder: type[Encoder]) -> Iterator[tuple[str, str]]:
     """Yield the broken rules, each with what is wrong."""
-    config, needs = getattr(method, "Config", None), getattr(method, "needs", None)
+    yield from _config_faults(encoder)
+    yield from _missing_functions(encoder)
+    if {encoder.prepare.__module__, encoder.prepare_image.__module__} == {BASES["encoders"][0]}:  # those of the base class
+        yield "every function is there", "it must define prepare_image, or prepare if it does not read images"
+
+
+def _missing_functions(plugin: type) -> Iterator[tuple[str, str]]:
+    lacking = sorted(getattr(plugin, "__abstractmethods__", ()))
+    if lacking:
+        yield "every function is there", f"it must define {', '.join(lacking)}"
+
+
+def _config_faults(plugin: type) -> Iterator[tuple[str, str]]:
+    config = getattr(plugin, "Config", None)
     if not isinstance(config, type) or not is_dataclass(config) or not config.__hash__:
         yield "settings are a frozen dataclass", "its class attribute Config must be one"
         return
     without = [field.name for field in fields(config) if _has_no_default(field)]
     if without:
         yield "every setting has a default", f"{', '.join(without)} of Config has none"
+
+
+def _method_faults(method: type[Method]) -> Iterator[tuple[str, str]]:
+    """Yield the broken rules, each with what is wrong."""
+    yield from _config_faults(method)
+    needs = getattr(method, "needs", None)
     if not isinstance(needs, tuple) or "image" not in needs or not set(needs) <= set(BATCH_KEYS):
         yield "image is needed", f"its class attribute needs must be a tuple of {', '.join(BATCH_KEYS)}, with 'image' in it"
         return
     if "text" in needs and "paired" not in needs:
         yield "text is weighted by paired", "needs has 'text' without 'paired': some samples have no text, and must not count"
-    known = {field.name for field in fields(config)}
+    known = {field.name for field in fields(method.Config)}
     named = {*method.symbols.values(), *method.grid, *method.prediction}
     if not {name.partition(".")[0] for name in named} <= known:
         yield "letters, grid and prediction name settings", f"Config has no {', '.join(sorted(named - known))}"
