@@ -30,6 +30,17 @@ def build_encoder(name: str, settings: Mapping[str, Any]) -> Encoder:
     return plugin(configure(plugin.Config, with_absolute_paths(settings)))
 
 
+def encoder_identity(name: str, encoder: Encoder) -> dict[str, Any]:
+    """Return everything about an encoder that can change its features.
+
+    Of an encoder from outside of this package, and of one inside `frames`, that is also the SHA-256 of its file.
+    """
+    identity = {"name": name, "modality": encoder.modality, **encoder.identity()}
+    used = (name, *([identity["image"]["name"]] if name == "frames" else []))
+    digests = {each: digest for each in used if (digest := plugins.external_sha256("encoders", each))}
+    return {**identity, **({"plugin_sha256": digests} if digests else {})}
+
+
 def with_absolute_paths(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Return the settings of an encoder with absolute paths in place of files and folders that exist.
 

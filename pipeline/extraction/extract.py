@@ -18,8 +18,7 @@ from pipeline.cache.layout import CHUNK_ROWS, STORE_DTYPES, Commit, Failure, Sto
 from pipeline.cache.provenance import check_libraries, make_provenance
 from pipeline.cache.writer import Writer
 from pipeline.data.manifest import Manifest
-from pipeline.encoders._encoder import Encoder
-from pipeline.encoders._factory import build_encoder
+from pipeline.encoders._factory import build_encoder, encoder_identity
 from pipeline.extraction.inputs import EncodedBatch, EncoderInputs, InputRows, MemorySafeEncoder, make_input_rows
 from pipeline.extraction.throughput import ThroughputMeter
 from pipeline.extraction.workers import allowed_workers, encode_batches
@@ -368,7 +367,7 @@ def _identity(manifest: Manifest, encoder_name: str, encoder: Encoder, store_dty
     identity = {
         "dataset": manifest.dataset,
         "manifest": manifest.fingerprint(),
-        "encoder": {"name": encoder_name, "modality": encoder.modality, **encoder.identity()},
+        "encoder": encoder_identity(encoder_name, encoder),
         "store_dtype": store_dtype,
         **({"compiled": True} if compiled else {}),
         **(source or digest),

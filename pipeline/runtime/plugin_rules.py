@@ -7,10 +7,11 @@ import inspect
 import logging
 import textwrap
 from collections.abc import Iterator
-from dataclasses import fields, is_dataclass
-from typing import TYPE_CHECKING, Any, get_type_hints
+from dataclasses import MISSING, fields, is_dataclass
+from typing import TYPE_CHECKING, Any
 
 from pipeline.runtime.errors import UserError
+from pipeline.runtime.settings import configure, describe_settings, field_types, parse_value
 
 if TYPE_CHECKING:
     from pipeline.data.dataset import Dataset
@@ -26,7 +27,8 @@ BASES = {  # kind -> module and name of its base class: a name, because looking 
 }
 BATCH_KEYS = ("image", "text", "paired", "label")
 READ_BACK = ("item", "tolist", "numpy", "cpu")  # methods of a tensor that copy its numbers to the processor
-NOT_IN_A_STEP = ("__init__", "begin", "small")  # functions of a method that run outside of steps and predictions
+IN_A_STEP = ("loss", "predict", "feature", "forward")  # functions that run in steps and predictions
+SETTING_TYPES = (bool, int, float, str)
 
 
 def check_method(method: type[Method]) -> None:
@@ -87,12 +89,10 @@ def _missing_functions(plugin: type) -> Iterator[tuple[str, str]]:
 
 def _config_faults(plugin: type) -> Iterator[tuple[str, str]]:
     config = getattr(plugin, "Config", None)
-    if not isinstance(config, type) or not is_dataclass(config) or not config.__hash__:
+    if not isinstance(config, type) or not is_dataclass(config) or not getattr(config, "__dataclass_params__").frozen:  # noqa: B009
         yield "settings are a frozen dataclass", "its class attribute Config must be one"
         return
-    without = [field.name for field in fields(config) if _has_no_default(field)]
-    if without:
-        yield "every setting has a default", f"{', '.join(without)} of Config has none"
+    yield from _setting_faults(config)
 
 
 def _method_faults(method: type[Method]) -> Iterator[tuple[str, str]]:
@@ -104,21 +104,53 @@ def _method_faults(method: type[Method]) -> Iterator[tuple[str, str]]:
         return
     if "text" in needs and "paired" not in needs:
         yield "text is weighted by paired", "needs has 'text' without 'paired': some samples have no text, and must not count"
-    known = {field.name for field in fields(method.Config)}
-    named = {*method.symbols.values(), *method.grid, *method.prediction}
-    if not {name.partition(".")[0] for name in named} <= known:
-        yield "letters, grid and prediction name settings", f"Config has no {', '.join(sorted(named - known))}"
+    yield from _name_faults(method, method.Config)
     yield from _signature_faults(method)
     yield from _step_faults(method)
 
 
-def _has_no_default(field: Any) -> bool:
-    from dataclasses import MISSING
+def _setting_faults(config: type[Any]) -> Iterator[tuple[str, str]]:
+    """Look at the fields of a Config, and at its defaults."""
+    without = [field.name for field in fields(config) if field.default is MISSING and field.default_factory is MISSING]
+    if without:
+        yield "every setting has a default", f"{', '.join(without)} of Config has none"
+        return
+    try:
+        described = describe_settings(config)
+    except (NameError, TypeError) as error:  # an annotation that cannot be read
+        yield "settings are typed", f"a type of Config cannot be read: {error}"
+        return
+    wrong = [each.name for each in described if not each.choices and each.type not in SETTING_TYPES]
+    if wrong:
+        yield "settings are typed", f"{', '.join(wrong)} of Config must be bool, int, float, str or a Literal"
+        return
+    try:
+        configure(config, {})
+    except UserError as error:
+        yield "every setting has a default", f"the defaults of Config are refused: {error}"
 
-    return field.default is MISSING and field.default_factory is MISSING
+
+def _name_faults(method: type[Method], config: type[Any]) -> Iterator[tuple[str, str]]:
+    """Look at the class attributes that name settings."""
+    named = {*method.symbols.values(), *method.grid, *method.prediction}
+    unknown = sorted(name for name in named if name not in field_types(config))
+    if unknown:
+        yield "letters, grid and prediction name settings", f"Config has no {', '.join(unknown)}"
+        return
+    for name, values in method.grid.items():
+        if not isinstance(values, tuple) or not values:
+            yield "letters, grid and prediction name settings", f"grid must give a tuple of values for {name}, not {values!r}"
+            return
+        try:
+            _ = [parse_value(name, value, field_types(config)[name]) for value in values]
+        except UserError as error:
+            yield "letters, grid and prediction name settings", f"a value of grid is refused: {error}"
 
 
 def _signature_faults(method: type[Method]) -> Iterator[tuple[str, str]]:
+    for name in ("loss", "predict", "feature"):
+        if getattr(method, name).__module__ == BASES["methods"][0]:
+            yield "a method trains and predicts", f"it defines no {name}"
     for name, extra in (("predict", False), ("feature", True)):
         parameters = list(inspect.signature(getattr(method, name)).parameters.values())
         found = [parameter.name for parameter in parameters]
@@ -132,23 +164,35 @@ def _signature_faults(method: type[Method]) -> Iterator[tuple[str, str]]:
 
 def _step_faults(method: type[Method]) -> Iterator[tuple[str, str]]:
     """Look for numbers that are read back, and for attributes that are assigned, in the functions that run in a step."""
-    for function in _functions(method):
-        if function.name in NOT_IN_A_STEP:
-            continue
+    for function in _step_functions(method):
         for node in ast.walk(function):
-            is_call = isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)
-            if is_call and node.func.attr in READ_BACK and not node.args:  # pyright: ignore
-                yield "no number is read back", f"{function.name} calls .{node.func.attr}(), line {node.lineno} of it"  # pyright: ignore
-            targets = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AugAssign) else []
-            for target in targets:
-                if isinstance(target, ast.Attribute) and ast.unparse(target.value) == "self":
-                    yield "no number is read back", f"{function.name} assigns self.{target.attr}; write into a buffer instead"
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and _reads_back(node.func.attr, node):
+                yield "no number is read back", f"{function.name} calls .{node.func.attr}(), line {node.lineno} of it"
+            if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store) and ast.unparse(node.value) == "self":
+                yield "no number is read back", f"{function.name} assigns self.{node.attr}; write into a buffer instead"
+
+
+def _reads_back(name: str, call: ast.Call) -> bool:
+    """Whether a call of a method of this name copies a tensor to the processor."""
+    return (name in READ_BACK and not call.args) or (name == "to" and any(ast.unparse(each) == "'cpu'" for each in call.args))
+
+
+def _step_functions(method: type[Method]) -> list[ast.FunctionDef]:
+    """Return the functions of a class that run in steps and predictions: these, and the own ones that they use."""
+    own = {function.name: function for function in _functions(method)}
+    reached, pending = set[str](), [name for name in IN_A_STEP if name in own]
+    while pending:
+        name = pending.pop()
+        if name not in reached:
+            reached.add(name)
+            used = {node.attr for node in ast.walk(own[name]) if isinstance(node, ast.Attribute)}
+            pending += [each for each in own if each in used]
+    return [function for name, function in own.items() if name in reached]
 
 
 def plain_numbers(method: type[Method]) -> list[str]:
     """Return the float settings, but those of prediction, that `__init__` assigns to attributes as they are."""
-    hints = get_type_hints(method.Config)
-    numbers = {name for name, hint in hints.items() if hint is float} - set(method.prediction)
+    numbers = {name for name, kind in field_types(method.Config).items() if kind is float} - set(method.prediction)
     found: list[str] = []
     for function in _functions(method):
         for node in ast.walk(function) if function.name == "__init__" else ():
@@ -169,11 +213,19 @@ def _config_field(value: ast.expr) -> str:
 
 
 def _functions(method: type[Method]) -> list[ast.FunctionDef]:
-    """Return the functions in the source code of a class; none if it has no source, as in a console."""
-    try:
-        tree = ast.parse(textwrap.dedent(inspect.getsource(method)))
-    except (OSError, TypeError):
-        return []
-    (node,) = tree.body
-    assert isinstance(node, ast.ClassDef)
-    return [each for each in node.body if isinstance(each, ast.FunctionDef)]
+    """Return the functions in the source code of a class and of classes of its author that it inherits from.
+
+    A class that has no source, as in a console, has none.
+    """
+    found: dict[str, ast.FunctionDef] = {}
+    for each in method.__mro__:
+        if each.__module__.partition(".")[0] in ("builtins", "torch") or each.__module__ == BASES["methods"][0]:
+            continue
+        try:
+            tree = ast.parse(textwrap.dedent(inspect.getsource(each)))
+        except (OSError, TypeError):
+            continue
+        (node,) = tree.body
+        assert isinstance(node, ast.ClassDef)
+        found = {function.name: function for function in node.body if isinstance(function, ast.FunctionDef)} | found
+    return list(found.values())

@@ -12,18 +12,22 @@ import ast
 import importlib
 import importlib.util
 import inspect
+import os
 import pkgutil
 import sys
+import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib import metadata
 from pathlib import Path
+from threading import RLock
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 from pipeline.runtime.choices import unknown_choice
 from pipeline.runtime.errors import UserError
+from pipeline.runtime.files import file_sha256
 from pipeline.runtime.plugin_rules import BASES, check_dataset, check_encoder
 from pipeline.runtime.plugin_rules import check_method as check_method  # part of this module's interface
 
@@ -43,7 +47,18 @@ class _Place:
     text: str  # for messages
 
 
-_loaded: dict[str, tuple[str, Path]] = {}  # the module's name of a loaded file -> its kind and its path
+@dataclass(frozen=True, slots=True)
+class _LoadedFile:
+    """A file that `load_file` has run."""
+
+    kind: str
+    path: Path
+    sha256: str  # of what was run
+
+
+_loaded: dict[str, _LoadedFile] = {}  # by the name of its module
+_run_files: set[str] = set()  # paths of all files that were run, also of those that failed
+_loading = RLock()  # threads of a worker load one file once
 
 
 def names(kind: str) -> list[str]:
@@ -90,31 +105,36 @@ def load_file(path: Path) -> str:
     """Run a Python file that defines a plug-in, so that `names` and `get` know it; return its kind.
 
     The file defines one subclass of `pipeline.Method`, `pipeline.Encoder` or `pipeline.Dataset`; beside the file of a data set
-    stands NAME.yaml. Loading the same file again does nothing.
+    stands NAME.yaml. Loading a file again does nothing, unless its content has changed.
 
     Raises:
-        UserError: there is no such file, it cannot be imported, it defines no plug-in, it breaks a rule, or its name is taken.
+        UserError: there is no such file, it cannot be run, it defines no plug-in, it breaks a rule, or its name is taken.
     """
-    path = path.absolute()
+    path = Path(os.path.abspath(path))  # not `resolve`: a link has a name of its own
     module_name = f"diffalign_plugin_{path.stem}"
-    if _loaded.get(module_name, ("", None))[1] == path:
-        return _loaded[module_name][0]
     if path.suffix != ".py" or not path.stem.isidentifier() or not path.is_file():
         raise UserError(f"{path} is no plug-in: give a Python file whose name is a word, such as own_method.py")
-    if module_name in _loaded:
-        raise UserError(f"two plug-ins are named {path.stem!r}: {_loaded[module_name][1]} and {path}; rename one of the files")
-    kind = _run(path, module_name)
-    taken = _places(kind).get(path.stem)
-    if taken:
-        del sys.modules[module_name]
-        raise UserError(f"two {kind} are named {path.stem!r}: {taken.text} and {path}; rename the file")
-    _loaded[module_name] = kind, path
-    return kind
+    with _loading:
+        before = _loaded.get(module_name)
+        if before and before.path != path:
+            raise UserError(f"two plug-ins are named {path.stem!r}: {before.path} and {path}; rename one of the files")
+        digest = file_sha256(path)
+        if before and before.sha256 == digest:
+            return before.kind
+        forget_file(path)
+        kind = _run(path, module_name)
+        _loaded[module_name] = _LoadedFile(kind, path, digest)
+        try:
+            _places(kind)  # refuses a name that is taken
+        except UserError:
+            forget_file(path)
+            raise
+        return kind
 
 
 def loaded_files() -> tuple[Path, ...]:
     """Return the files that `load_file` has loaded, in order; a worker process loads them too."""
-    return tuple(path for _, path in _loaded.values())
+    return tuple(loaded.path for loaded in _loaded.values())
 
 
 def forget_file(path: Path) -> None:
@@ -122,6 +142,20 @@ def forget_file(path: Path) -> None:
     module_name = f"diffalign_plugin_{path.stem}"
     if _loaded.pop(module_name, None):
         del sys.modules[module_name]
+
+
+def external_sha256(kind: str, name: str) -> str:
+    """Return the SHA-256 of the file of a plug-in from outside of this package, as it was run; "" for one of this package."""
+    if not is_external(kind, name):
+        return ""
+    loaded = _loaded.get(_places(kind)[name].module)
+    return loaded.sha256 if loaded else file_sha256(source_file(kind, name))
+
+
+def failed_file(error: BaseException) -> str:
+    """Return "FILE, line N" of the innermost code of a `load_file` that an exception has passed; "" when there is none."""
+    found = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename in _run_files]
+    return f"{found[-1].filename}, line {found[-1].lineno}" if found else ""
 
 
 def first_line(kind: str, name: str) -> str:
@@ -143,7 +177,7 @@ def source_file(kind: str, name: str) -> Path:
     """Return the file of a plug-in without importing the plug-in."""
     module_name = _places(kind)[name].module
     if module_name in _loaded:
-        return _loaded[module_name][1]
+        return _loaded[module_name].path
     spec = importlib.util.find_spec(module_name)
     if spec is None or spec.origin is None:
         raise UserError(f"the {kind[:-1]} {name!r} has no file: {_places(kind)[name].text}")
@@ -165,7 +199,7 @@ def _places(kind: str) -> dict[str, _Place]:
     package = importlib.import_module(PACKAGES[kind])
     found = [module.name for module in pkgutil.iter_modules(package.__path__) if not module.name.startswith("_")]
     places = {name: _Place(f"{package.__name__}.{name}", f"{package.__name__}.{name}") for name in found}
-    files = [(path.stem, _Place(module, str(path))) for module, (of, path) in _loaded.items() if of == kind]
+    files = [(each.path.stem, _Place(module, str(each.path))) for module, each in _loaded.items() if each.kind == kind]
     for name, place in (*_entry_points(kind, tuple(sys.path)), *files):
         if name in places:
             raise UserError(f"two {kind} are named {name!r}: {places[name].text} and {place.text}; rename or remove one")
@@ -189,6 +223,7 @@ def _run(path: Path, module_name: str) -> str:
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
+    _run_files.add(str(path))
     sys.modules[module_name] = module  # pickle finds classes by the name of their module
     try:
         try:

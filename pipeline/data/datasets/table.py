@@ -73,7 +73,9 @@ class MediaTable(Dataset):
         Raises:
             UserError: the data cannot be used; the message names file and line.
         """
-        if root is None or not root.is_dir():
+        if root is None:
+            raise UserError("where are your media? Give their folder, --root DIR; the layouts are in `diffalign datasets table`")
+        if not root.is_dir():
             raise UserError(f"{root} is no folder; --root takes the folder of your media")
         spec = {**spec, "file": _named_table(spec, root)}
         media_root = readers.locate(root, spec["layout"]["image_root"], "the folder of media")
