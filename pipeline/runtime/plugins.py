@@ -246,7 +246,8 @@ def _plugin_class(module: ModuleType, kinds: Sequence[str]) -> tuple[str, type[A
     Raises:
         UserError: it defines no plug-in of these kinds, or several, or the plug-in breaks a rule.
     """
-    own = [value for value in vars(module).values() if inspect.isclass(value) and value.__module__ == module.__name__]
+    classes = dict.fromkeys(value for value in vars(module).values() if inspect.isclass(value))  # each once, with two names too
+    own = [each for each in classes if each.__module__ == module.__name__]
     found = [(kind, each) for kind in kinds for each in own if BASES[kind] in map(_full_name, each.__mro__)]
     if len(found) != 1:
         bases = " or ".join(f"pipeline.{BASES[kind][1]}" for kind in kinds)

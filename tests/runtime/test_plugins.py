@@ -254,6 +254,7 @@ class MeanColour(Encoder):
         (ENCODER, "def identity", "def name", "'every function is there': it must define identity"),
         (ENCODER, "def prepare_image", "def open", "it must define prepare_image, or prepare if it does not read images"),
         (ENCODER, "prepare_image(self, image)", "prepare(self, raw)", ""),
+        (ENCODER, "* self.config.scale\n", "* self.config.scale\n\nSameColour = MeanColour\n", ""),
         (DATASET, "def build", "def make", "dataset Letters breaks the rule 'every function is there': it must define build"),
     ],
 )
