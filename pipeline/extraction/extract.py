@@ -18,6 +18,7 @@ from pipeline.cache.layout import CHUNK_ROWS, STORE_DTYPES, Commit, Failure, Sto
 from pipeline.cache.provenance import check_libraries, make_provenance
 from pipeline.cache.writer import Writer
 from pipeline.data.manifest import Manifest
+from pipeline.encoders._encoder import Encoder
 from pipeline.encoders._factory import build_encoder, encoder_identity
 from pipeline.extraction.inputs import EncodedBatch, EncoderInputs, InputRows, MemorySafeEncoder, make_input_rows
 from pipeline.extraction.throughput import ThroughputMeter

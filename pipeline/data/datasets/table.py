@@ -74,7 +74,9 @@ class MediaTable(Dataset):
             UserError: the data cannot be used; the message names file and line.
         """
         if root is None:
-            raise UserError("where are your media? Give their folder, --root DIR; the layouts are in `diffalign datasets table`")
+            raise UserError(
+                "where are your media? Give their folder, --root DIR; the layouts are in `diffalign datasets table`"
+            )
         if not root.is_dir():
             raise UserError(f"{root} is no folder; --root takes the folder of your media")
         spec = {**spec, "file": _named_table(spec, root)}
