@@ -64,15 +64,7 @@ class MediaTable(Dataset):
     """A table, an imagefolder, or a tree with one folder per class."""
 
     def build(self, spec: Mapping[str, Any], root: Path | None) -> Manifest:
-        """Build the manifest from the table, the imagefolder or the folder tree in `root`.
-
-        Args:
-            spec: the contents of table.yaml, with the user's options.
-            root: the folder of the data.
-
-        Raises:
-            UserError: the data cannot be used; the message names file and line.
-        """
+        """Build the manifest from what is in `root`; `UserError` names file and line if the data cannot be used."""
         if root is None:
             raise UserError(
                 "where are your media? Give their folder, --root DIR; the layouts are in `diffalign datasets table`"
