@@ -76,9 +76,9 @@ def read_tags(root: Path) -> int:
 
 def make_manifest(root: Path) -> int:
     """Build, check and write the manifest, and return the number of photos."""
-    from pipeline.data.datasets import nuswide
+    from pipeline.data.datasets.nuswide import NusWide
 
-    manifest = nuswide.build({**load_spec("nuswide"), "counts_profile": "fixture", "filter": "none"}, root)
+    manifest = NusWide().build({**load_spec("nuswide"), "counts_profile": "fixture", "filter": "none"}, root)
     write_manifest(manifest, root / "home")
     return len(manifest.samples)
 

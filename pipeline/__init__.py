@@ -14,19 +14,21 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from pipeline.cache.arrays import Features
     from pipeline.cache.reader import Cache
+    from pipeline.data.dataset import Dataset
     from pipeline.data.manifest import Manifest
+    from pipeline.encoders._encoder import Encoder
     from pipeline.nn.method import Method
     from pipeline.runtime.errors import UserError
     from pipeline.studies.runs import Run, Runs, load_run
-    from pipeline.types import Encoder
     from pipeline.workspace import Workspace
 
-__all__ = ["Cache", "Encoder", "Features", "Manifest", "Method", "Run", "Runs", "UserError", "Workspace", "load_run"]
+__all__ = ["Cache", "Dataset", "Encoder", "Features", "Manifest", "Method", "Run", "Runs", "UserError", "Workspace", "load_run"]
 
 # The public API. Everything else is internal. A name is imported at its first use, so that `import pipeline` is instant.
 _MODULES = {
     "Cache": "pipeline.cache.reader",
-    "Encoder": "pipeline.types",
+    "Dataset": "pipeline.data.dataset",
+    "Encoder": "pipeline.encoders._encoder",
     "Features": "pipeline.cache.arrays",
     "Manifest": "pipeline.data.manifest",
     "Method": "pipeline.nn.method",

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from pipeline.data.manifest import Manifest
     from pipeline.runtime.rng import KeyedRNG
 
 Batch = dict[str, "Tensor"]  # "image" [B,Dv], "text" [B,Ds], "paired" [B], "label" [B] or [B,C], "key" [B]
@@ -34,44 +33,6 @@ class Sample:
     texts: tuple[str, ...]
     labels: tuple[int, ...]
     group: str  # samples of one group are in one split; "": no group
-
-
-class Encoder(Protocol):
-    """A pretrained network, with the preprocessing that it was trained with."""
-
-    modality: Literal["image", "video", "text"]
-    feature_shape: tuple[int, ...]
-
-    def identity(self) -> dict[str, Any]:
-        """Return everything that can change the features, as plain JSON values."""
-        ...
-
-    def prepare(self, raw: Path | str) -> Tensor:
-        """Preprocess one media file or text on the CPU. The result is deterministic and can be pickled.
-
-        Raises:
-            UserError: the file cannot be decoded.
-        """
-        ...
-
-    def __call__(self, prepared: Tensor) -> Tensor:
-        """Return the features [B, *feature_shape] of a batch of prepared items [B, ...]; they are differentiable."""
-        ...
-
-
-class EncoderPlugin(Protocol):
-    """A module in pipeline/encoders, or from outside: a Config and a function that builds the encoder."""
-
-    Config: type[Any]
-    build: Callable[..., Encoder]  # of the config; `frames` takes its image encoder besides
-
-
-class DatasetPlugin(Protocol):
-    """A module in pipeline/data/datasets, or from outside, with NAME.yaml beside it."""
-
-    def build(self, spec: Mapping[str, Any], root: Path | None) -> Manifest:
-        """Build the manifest from the contents of NAME.yaml and the folder of official files, if there is one."""
-        ...
 
 
 class Phase(NamedTuple):

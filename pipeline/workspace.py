@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pipeline.runtime.errors import UserError
 from pipeline.runtime.plugins import load_file
+from pipeline.runtime.settings import merge_settings, setting_text
 from pipeline.studies.runs import Run, Runs, list_runs, load_run
 
 if TYPE_CHECKING:
@@ -22,7 +23,8 @@ if TYPE_CHECKING:
     from pipeline.cache.reader import Cache
     from pipeline.data.manifest import Manifest
     from pipeline.data.prepare import PrepareReport
-    from pipeline.studies.search import GridResult
+    from pipeline.studies.grid import PrecisionChoice
+    from pipeline.studies.search import GridResult, GridStrategy
     from pipeline.training.joint.finetune import FinetuneResult
 
 Aggregate = Literal["", "mean", "first", "random"]
@@ -41,15 +43,15 @@ class Workspace:
 
     home: Path
 
-    def __init__(self, home: str | Path = "artifacts", *, plugins: Sequence[str | Path] = ()) -> None:
+    def __init__(self, home: str | Path = "artifacts", *, plugins: str | Path | Sequence[str | Path] = ()) -> None:
         """Open a home; the folder is created when something is written to it.
 
         Args:
             home: Its path.
-            plugins: Files with methods, encoders or datasets of your own, such as examples/own_method.py.
+            plugins: A file or files with methods, encoders or datasets of your own, such as examples/own_method.py.
         """
         object.__setattr__(self, "home", Path(home))
-        for path in plugins:
+        for path in [plugins] if isinstance(plugins, str | Path) else plugins:
             load_file(Path(path))
 
     def prepare(
@@ -90,7 +92,7 @@ class Workspace:
             dataset,
             source,
             self.home,
-            {key: _setting_text(value) for key, value in _merge(settings, more_settings).items()},
+            {key: setting_text(value) for key, value in merge_settings(settings, more_settings).items()},
             name=name or "",
             image_root=Path(image_root) if image_root else None,
             verify_media=verify_media,
@@ -124,7 +126,7 @@ class Workspace:
 
         Args:
             dataset: A prepared dataset.
-            encoder: One encoder or several; (): the dataset's image and text encoders.
+            encoder: One encoder or several; (): the dataset's image encoder, and its text encoder if it has texts.
             batch_size: Items per batch of a new cache; 0: 16, or up to 256 on a GPU.
             workers: Processes; -1: one per core, 0: only this process.
             shard_rows: Rows per shard, a multiple of 512; 0: 8192, of clips 512.
@@ -144,16 +146,16 @@ class Workspace:
             UserError: there is no such encoder or setting, the dataset is not prepared, or too many samples fail.
         """
         from pipeline.cache.reader import open_cache
-        from pipeline.data.manifest_files import load_dataset_spec
         from pipeline.encoders._factory import with_absolute_paths
         from pipeline.extraction.distributed import dispatch_extraction
         from pipeline.extraction.extract import ExtractOptions
+        from pipeline.extraction.inputs import default_encoders
         from pipeline.runtime import plugins
         from pipeline.runtime.settings import configure
 
-        given = {key: _setting_text(value) for key, value in _merge(settings, more_settings).items()}
+        given = {key: setting_text(value) for key, value in merge_settings(settings, more_settings).items()}
         chosen = [encoder] if isinstance(encoder, str) else list(encoder)
-        chosen = chosen or list(load_dataset_spec(self.home, dataset)["encoders"].values())
+        chosen = chosen or default_encoders(self.home, self.manifest(dataset))
         if given and len(chosen) > 1:
             raise UserError("settings belong to one encoder: name it (--encoder)")
         for name in chosen:  # refuses an unknown name or setting before the first encoder runs
@@ -240,7 +242,7 @@ class Workspace:
             UserError: a name or a setting is wrong, features are missing, or the training diverges.
         """
         caches: dict[str, Any] = {"image": image, "text": text, "aggregate": aggregate}
-        given = _merge(settings, more_settings)
+        given = merge_settings(settings, more_settings)
         return self.train_heads(dataset, method, seeds=(seed,), preset=preset, train=train, **caches, settings=given)[0]
 
     def train_heads(
@@ -262,15 +264,16 @@ class Workspace:
         from pipeline.training.features import cache_names, open_features
         from pipeline.training.heads import plan_head_on, resolve_head_settings, train_head
 
-        config, training = resolve_head_settings(dataset, method, preset, _merge(settings, more_settings), train, self.home)
+        config, training = resolve_head_settings(
+            dataset, method, preset, merge_settings(settings, more_settings), train, self.home
+        )
         features = open_features(self.home, dataset, method, cache_names(self.home, dataset, image, text), aggregate)
         heads = [plan_head_on(features, method, config, training, seed) for seed in seeds]
         log_earlier_runs(heads)
-        runs = []
-        for head in heads:
-            runs.append(Run(self.home, train_head(head, progress=True).path))
-            runs[-1].evaluate("val")
-        return Runs(self.home, dataset, tuple(runs))
+        runs = tuple(Run(self.home, train_head(head, progress=True).path) for head in heads)
+        for run in runs:
+            run.evaluate("val")
+        return Runs(self.home, dataset, runs)
 
     def grid(
         self,
@@ -283,8 +286,12 @@ class Workspace:
         preset: str = "head",
         train: Mapping[str, Any] = NO_SETTINGS,
         search: Literal["all", "optuna"] = "all",
+        precision: PrecisionChoice | None = None,
         read_test: bool = True,
         workers: int = -1,
+        scheduler: str = "local",
+        strategy: GridStrategy = "auto",
+        max_ensemble_size: int = 0,
         image: str = "",
         text: str = "",
         aggregate: Aggregate = "",
@@ -300,8 +307,12 @@ class Workspace:
             seeds: The seeds of every cell.
             points: Number of random cells to try; 0: all.
             search: "optuna" stops bad cells early (successive halving).
+            precision: "float32", "mixed" (bfloat16 products), or "auto", "mixed" where this machine has it; None: as `train` says.
             read_test: Whether the winner may read the test split.
             workers: Processes; -1: one per core, 0: only this process.
+            scheduler: "local", or the address of a dask scheduler, "tcp://host:port".
+            strategy: "processes" trains every cell alone, "stacked" cells of one structure as one model; "auto": on GPUs.
+            max_ensemble_size: Cells of one model at most; 0: as memory allows.
 
         Returns:
             ranking, a table with one row per cell; winner; failed, run -> reason; folder, which has the page index.html.
@@ -310,12 +321,11 @@ class Workspace:
         from pipeline.studies.grid import plan_grid, read_axes
         from pipeline.studies.search import run_grid
 
-        pairs = [f"{field}={','.join(map(str, values))}" for field, values in axes.items()]
         caches: dict[str, Any] = {"image": image, "text": text, "aggregate": aggregate}
-        given = {"settings": _merge(settings, more_settings), "training": train}
-        options: dict[str, Any] = {"preset": preset, "points": points, "search": search}
-        planned = plan_grid(self.home, dataset, method, read_axes(method, pairs), seeds, **given, **options, **caches)
-        result = run_grid(planned, workers=workers, read_test=read_test)
+        given = {"settings": merge_settings(settings, more_settings), "training": train}
+        options: dict[str, Any] = {"preset": preset, "points": points, "precision": precision, "search": search}
+        planned = plan_grid(self.home, dataset, method, read_axes(method, axes), seeds, **given, **options, **caches)
+        result = run_grid(planned, scheduler, workers, read_test, strategy, max_ensemble_size)
         write_grid_page(result.folder)
         return result
 
@@ -381,20 +391,3 @@ class Workspace:
     def compare(self, dataset: str, first: str, *others: str, split: str = "val") -> pd.DataFrame:
         """Compare heads of a dataset on the same samples; see `Runs.compare`."""
         return self.runs(dataset).compare(first, *others, split=split)
-
-
-def _merge(settings: Mapping[str, Any], more: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the settings of both mappings; a setting that is in both is refused."""
-    for key in settings:
-        if key in more:
-            raise UserError(f"setting {key!r} is given twice: {settings[key]!r} and {more[key]!r}")
-    return {**settings, **more}
-
-
-def _setting_text(value: Any) -> str:
-    """Return a setting of a dataset or an encoder as the command line takes it: "true", "80,10,10", "0.5"."""
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, Mapping):
-        value = list(value.values())
-    return ",".join(map(str, value)) if isinstance(value, list | tuple) else str(value)

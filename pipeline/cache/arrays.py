@@ -10,6 +10,7 @@ import numpy as np
 from pipeline.cache.reader import Cache
 from pipeline.cache.table import label_tensor
 from pipeline.data.manifest import Manifest
+from pipeline.runtime.choices import unknown_choice
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -57,8 +58,10 @@ def read_features(manifest: Manifest, cache: Cache, split: str = "", aggregate: 
             where it says that training draws one of them at random.
 
     Raises:
-        UserError: there is no such split, or a shard is damaged or missing.
+        UserError: there is no such split or aggregate, or a shard is damaged or missing.
     """
+    if aggregate not in ("", "mean", "first"):
+        raise unknown_choice(aggregate, f"unknown aggregate {aggregate!r}", ("mean", "first"))
     samples = manifest.split(split) if split else list(manifest.samples)
     ids = tuple(sample.id for sample in samples)
     chosen = aggregate or manifest.meta["text"]["aggregate"]
@@ -68,6 +71,6 @@ def read_features(manifest: Manifest, cache: Cache, split: str = "", aggregate: 
         labels=label_tensor([sample.labels for sample in samples], manifest).numpy(),
         split=np.array([sample.split for sample in samples], dtype=str),
         array=array,
-        is_present=np.asarray(np.isfinite(array).reshape(len(ids), -1).all(axis=1)),
+        is_present=np.isfinite(array).all(axis=tuple(range(1, array.ndim))),
         class_names=manifest.class_names,
     )

@@ -17,6 +17,7 @@ from pipeline.commands.options import CommandGroup
 from pipeline.runtime.environment import set_environment
 from pipeline.runtime.errors import UserError, describe_error, is_out_of_memory, traceback_file
 from pipeline.runtime.logs import set_up_logging
+from pipeline.runtime.plugins import failed_file
 from pipeline.runtime.version import DISTRIBUTION, program_version
 
 HELP = """Image classifiers that learn from text which exists only in training (MARNet, SeDA), on cached features.
@@ -114,4 +115,6 @@ def _describe_unexpected(error: Exception) -> str:
         return f"memory ran out ({describe_error(error)}); take smaller batches or fewer workers, or a machine with more memory"
     file = traceback_file(error)
     where = f"; its traceback is below, and in {file}" if file else "; its traceback is below"
+    if plugin := failed_file(error):
+        return f"the plug-in {plugin} failed ({describe_error(error)}){where}"
     return f"this is a bug in diffalign, please report it ({describe_error(error)}){where}"

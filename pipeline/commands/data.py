@@ -93,7 +93,7 @@ def datasets(
         from pipeline.data.spec import load_spec
 
         show(
-            {"about": " ".join((plugins.get("datasets", name).__doc__ or "").split()), **changeable_settings(load_spec(name))},
+            {"about": " ".join(plugins.documentation("datasets", name).split()), **changeable_settings(load_spec(name))},
             as_json,
         )
     else:

@@ -134,7 +134,7 @@ def _check_source_files(home: Path, dataset: str) -> Finding:
 
     root = download_folder(dataset, home)
     try:
-        manifest = plugins.get("datasets", dataset).build(load_spec(dataset), root if root.is_dir() else None)
+        manifest = plugins.get("datasets", dataset)().build(load_spec(dataset), root if root.is_dir() else None)
     except (UserError, OSError) as error:
         return Finding(False, f"the files of {dataset} are not complete", str(error))
     return Finding(True, f"the files of {dataset}: {len(manifest.samples)} samples")
@@ -169,7 +169,7 @@ def check_encoder(home: Path, manifest: Manifest, name: str) -> Finding:
     from pipeline.extraction.inputs import make_encoder_inputs
 
     try:
-        _, encoder = build_encoder(name, {})
+        encoder = build_encoder(name, {})
         items = make_encoder_inputs(manifest, encoder, "float16")
     except UserError as error:
         return Finding(False, f"encoder {name} cannot run", str(error))

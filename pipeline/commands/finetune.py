@@ -44,28 +44,30 @@ def finetune(
     Several GPUs: torchrun --nproc-per-node N -m pipeline finetune …; an interrupted run goes on where it was.
     """
     from pipeline.runtime.runs import RunFolder
-    from pipeline.runtime.settings import configure
     from pipeline.training.config import TrainConfig
 
-    run = RunFolder.at(init)
-    config = run.config()
+    config = RunFolder.at(init).config()
     for option, given, found in (("--method", method, config.method), ("--dataset", dataset, config.dataset)):
         if given not in ("", found):
             raise UserError(f"{option} is {given}, but {init} is a run of {found}")
     unfrozen = _read_unfreeze(unfreeze, [word for word in training if "=" not in word])
-    given_training = parse_assignments(word for word in training if "=" in word)
+    given_training = parse_assignments((word for word in training if "=" in word), "--train")
     check_setting_names(TrainConfig, given_training)
 
     from pipeline.training.joint.ddp import is_first_process
-    from pipeline.training.joint.finetune import finetune as run_finetune
-    from pipeline.training.joint.finetune import resolve_joint_settings
-    from pipeline.training.joint.plan import JointConfig, JointOptions
+    from pipeline.workspace import Workspace
 
-    given = {"encoder_lr": encoder_lr, "layer_decay": layer_decay, "augment": augment}
-    joint = configure(JointConfig, {**given, "train": unfrozen})
-    joint_training = resolve_joint_settings(run, given_training)
-    options = JointOptions(accumulate=accumulate, checkpointing=checkpointing, workers=workers)
-    outcome = run_finetune(home, run, joint, joint_training, options)
+    outcome = Workspace(home).finetune(
+        init,
+        unfreeze=unfrozen,
+        encoder_lr=encoder_lr,
+        layer_decay=layer_decay,
+        augment=augment,
+        train=given_training,
+        accumulate=accumulate,
+        checkpointing=checkpointing,
+        workers=workers,
+    )
     if not is_first_process():
         return
     verdict = f"{outcome.metric} on validation: {outcome.before:.2f} before, {outcome.after:.2f} after joint training"

@@ -87,38 +87,42 @@ def grid(
     check_method(method, preset)
     check_dataset(dataset, home)
     check_file(grid_file, "--grid-file")
-    chosen, given, given_training = parse_integers(seeds, "--seeds"), parse_assignments(settings), parse_assignments(training)
+    chosen, given, given_training = (
+        parse_integers(seeds, "--seeds"),
+        parse_assignments(settings),
+        parse_assignments(training, "--train"),
+    )
     check_setting_names(TrainConfig, given_training)
     plugin = plugins.get("methods", method)
     check_setting_names(plugin.Config, given, plugin.symbols)
 
-    from pipeline.report import write_grid_page
-    from pipeline.studies.grid import plan_grid, read_axes
-    from pipeline.studies.search import run_grid
+    from pipeline.studies.grid import read_axes
+    from pipeline.workspace import Workspace
 
-    planned = plan_grid(
-        home,
+    result = Workspace(home).grid(
         dataset,
         method,
         read_axes(method, fields, grid_file),
-        chosen,
-        preset=preset,
-        settings=given,
-        training=given_training,
+        seeds=chosen,
         points=points,
-        precision=precision,
+        preset=preset,
+        train=given_training,
         search=search,
+        precision=precision,
+        read_test=not no_test,
+        workers=workers,
+        scheduler=scheduler,
+        strategy=strategy,
+        max_ensemble_size=max_ensemble_size,
         image=image,
         text=text,
         aggregate=aggregate,
+        settings=given,
     )
-    result = run_grid(
-        planned, scheduler, workers, read_test=not no_test, strategy=strategy, max_ensemble_size=max_ensemble_size
-    )
-    _print_result(result, write_grid_page(result.folder), as_json)
+    _print_result(result, result.folder / "index.html", as_json)
     if result.failed:
         run, reason = next(each for each in result.failed.items() if each[0] in result.bugs or not result.bugs)
-        message = f"{len(result.failed)} of {len(planned.heads)} runs failed, the first is {run}: {reason}"
+        message = f"{len(result.failed)} of {len(result.ranking) * len(chosen)} runs failed, the first is {run}: {reason}"
         if not result.bugs:
             raise UserError(message)
         print(f"diffalign: {message}; please report the bugs ({len(result.bugs)} of these runs)", file=sys.stderr)

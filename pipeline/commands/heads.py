@@ -53,7 +53,11 @@ def train_head(
 
     check_method(method, preset)
     check_dataset(dataset, home)
-    chosen, given, given_training = parse_integers(seeds, "--seeds"), parse_assignments(settings), parse_assignments(training)
+    chosen, given, given_training = (
+        parse_integers(seeds, "--seeds"),
+        parse_assignments(settings),
+        parse_assignments(training, "--train"),
+    )
     check_setting_names(TrainConfig, given_training)
     plugin = plugins.get("methods", method)
     check_setting_names(plugin.Config, given, plugin.symbols)

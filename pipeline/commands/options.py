@@ -123,8 +123,12 @@ def to_frame(rows: list[dict[str, Any]]) -> pd.DataFrame:
     return pd.DataFrame(rows).round(2)
 
 
-def parse_assignments(pairs: Iterable[str]) -> dict[str, str]:
+def parse_assignments(pairs: Iterable[str], option: str = "--set") -> dict[str, str]:
     """Return the values of KEY=VALUE pairs by key: {"lr": "1e-3"} from ["lr=1e-3"].
+
+    Args:
+        pairs: The values of the option.
+        option: The name of the option, for the error.
 
     Raises:
         UserError: a pair has another form, or a key is given twice.
@@ -133,7 +137,7 @@ def parse_assignments(pairs: Iterable[str]) -> dict[str, str]:
     for pair in pairs:
         key, equals, value = pair.partition("=")
         if not (key and equals):
-            raise UserError(f"--set takes KEY=VALUE, not {pair!r}")
+            raise UserError(f"{option} takes KEY=VALUE, not {pair!r}")
         if key in result:
             raise UserError(f"{key!r} is given twice: {result[key]!r} and {value!r}")
         result[key] = value

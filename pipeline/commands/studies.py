@@ -52,7 +52,7 @@ def strategy(
 
     check_method(method, preset)
     check_dataset(dataset, home)
-    chosen, given = parse_integers(seeds, "--seeds"), parse_assignments(training)
+    chosen, given = parse_integers(seeds, "--seeds"), parse_assignments(training, "--train")
     check_setting_names(TrainConfig, given)
 
     from pipeline.studies.ablation import compare_strategies

@@ -73,7 +73,7 @@ def prepare(
     if image_root is not None:
         spec = _with_image_root(spec, image_root)
     _check_own_name(name, dataset)
-    manifest = plugins.get("datasets", dataset).build(spec, root)
+    manifest = plugins.get("datasets", dataset)().build(spec, root)
     if name not in ("", dataset):
         manifest = replace(manifest, dataset=name, meta={**manifest.meta, "plugin": dataset})
     counts, differences = _compare_counts(manifest, spec)

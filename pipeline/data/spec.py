@@ -50,6 +50,7 @@ def load_spec(dataset: str) -> dict[str, Any]:
         UserError: there is no such dataset; the message lists the datasets.
     """
     if plugins.is_external("datasets", dataset):
+        plugins.get("datasets", dataset)  # refuses one without its yaml
         return parse_spec(plugins.source_file("datasets", dataset).with_suffix(".yaml"))
     choices = sorted(path.stem for path in SPEC_FOLDER.glob("*.yaml"))
     if dataset not in choices:

@@ -1,4 +1,4 @@
-"""Build an encoder by its name. Only this file builds encoders, and it puts the image encoder into `frames`."""
+"""Build an encoder from its name and its settings."""
 
 from __future__ import annotations
 
@@ -7,36 +7,38 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pipeline.encoders import frames
+from pipeline.encoders._encoder import Encoder
 from pipeline.runtime import plugins
 from pipeline.runtime.errors import UserError
 from pipeline.runtime.settings import configure
-from pipeline.types import Encoder
 
 _PATH_SETTINGS = ("model", "weights")  # settings whose value may be a local file or folder
 _PATH_KEYWORDS = ("package", "pretrained", "random")  # other values of these settings; a file of the same name is ignored
 
 
-def build_encoder(name: str, settings: Mapping[str, Any]) -> tuple[Any, Encoder]:
-    """Build an encoder.
+def build_encoder(name: str, settings: Mapping[str, Any]) -> Encoder:
+    """Build an encoder. Its config names local files by absolute paths, so that it means the same in any folder.
 
     Args:
         name: name of the encoder.
         settings: values of its config by field name.
 
-    Returns:
-        The config and the encoder. The config names local files by absolute paths, so that it means the same in any folder.
-
     Raises:
         UserError: the name, a setting or the weights do not exist.
     """
-    module = plugins.get("encoders", name)
-    config = configure(module.Config, with_absolute_paths(settings))
-    if not isinstance(config, frames.Config):
-        return config, module.build(config)
-    weights = {"weights": config.weights} if config.weights else {}
-    _, image = build_encoder(config.encoder, _parse_assignments(config.settings) | weights)
-    return config, module.build(config, image)
+    plugin = plugins.get("encoders", name)
+    return plugin(configure(plugin.Config, with_absolute_paths(settings)))
+
+
+def encoder_identity(name: str, encoder: Encoder) -> dict[str, Any]:
+    """Return everything about an encoder that can change its features.
+
+    Of an encoder from outside of this package, and of one inside `frames`, that is also the SHA-256 of its file.
+    """
+    identity = {"name": name, "modality": encoder.modality, **encoder.identity()}
+    used = (name, *([identity["image"]["name"]] if name == "frames" else []))
+    digests = {each: digest for each in used if (digest := plugins.external_sha256("encoders", each))}
+    return {**identity, **({"plugin_sha256": digests} if digests else {})}
 
 
 def with_absolute_paths(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -47,7 +49,7 @@ def with_absolute_paths(settings: Mapping[str, Any]) -> dict[str, Any]:
     paths = {key: str(Path(settings[key]).absolute()) for key in _PATH_SETTINGS if _is_existing_path(settings.get(key, ""))}
     inner = {}
     if settings.get("settings"):
-        pairs = with_absolute_paths(_parse_assignments(settings["settings"]))
+        pairs = with_absolute_paths(parse_settings(settings["settings"]))
         inner = {"settings": ",".join(f"{key}={value}" for key, value in pairs.items())}
     return {**settings, **paths, **inner}
 
@@ -56,8 +58,8 @@ def _is_existing_path(value: Any) -> bool:
     return str(value) not in ("", *_PATH_KEYWORDS) and os.path.exists(value)
 
 
-def _parse_assignments(settings: str) -> dict[str, str]:
-    """Parse "KEY=VALUE,KEY=VALUE"."""
+def parse_settings(settings: str) -> dict[str, str]:
+    """Parse "KEY=VALUE,KEY=VALUE", the settings of the image encoder inside `frames`."""
     pairs = [setting.partition("=") for setting in settings.split(",") if setting]
     for key, equals, value in pairs:
         if not (key and equals and value):

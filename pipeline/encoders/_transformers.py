@@ -11,8 +11,9 @@ from typing import Annotated, Any, Literal
 import torch
 from torch import Tensor, nn
 
+from pipeline.encoders._encoder import Encoder
 from pipeline.encoders._weights import WEIGHT_FILES, fixed_seed, hub_folder, read_state_dict, state_sha256
-from pipeline.runtime.device import ComputeDtype, Precision, default_device, move_for_inference, resolve_dtype, use_precision
+from pipeline.runtime.device import ComputeDtype, use_precision
 from pipeline.runtime.errors import UserError
 from pipeline.runtime.files import fingerprint
 from pipeline.runtime.settings import Settings
@@ -44,22 +45,23 @@ class VisionConfig(Settings):
             raise UserError("pooling=pooler reads the final layer and gives one vector; leave layer and tokens alone")
 
 
-class TransformersVision(nn.Module):
+class TransformersVision(Encoder):
     """An image or video model of transformers with its own processor; it computes in the compute dtype."""
 
-    def __init__(self, config: VisionConfig, folder: Path, tower: Tower) -> None:
+    config: VisionConfig
+
+    def __init__(self, config: VisionConfig, tower: Tower) -> None:
+        super().__init__(config)
+        folder = transformers_folder(config.model, config.weights)
+
         from transformers import AutoImageProcessor  # takes seconds to import, and texts do not need it
 
-        super().__init__()
-        self.config = config
-        self.device = default_device()
-        self.compute_dtype: Precision = resolve_dtype(config.compute_dtype, self.device)
         self.processor: Any = AutoImageProcessor.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         has_pooler = config.pooling == "pooler"
         self.network: Any = load_transformers_network(folder, config.weights, tower, needs_pooler=has_pooler)
         self.check_network()
         self.architecture = transformers_identity(self.network)
-        self.input_dtype = move_for_inference(self, self.compute_dtype, self.device)
+        self.move_for_inference(config.compute_dtype)
 
     def check_network(self) -> None:
         """Raise `UserError` if the network cannot give the features that the config asks for."""

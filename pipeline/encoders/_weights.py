@@ -22,6 +22,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torchvision.transforms import Compose, Normalize
 
+from pipeline.encoders._encoder import Encoder
 from pipeline.runtime.errors import UserError
 
 CONFIGURATION_FILES = ("*.json", "*.txt", "*.model")  # vocabularies, too
@@ -145,7 +146,7 @@ def _stored_or_downloaded(model: str, needed: str) -> Path:
     return Path(snapshot_download(model, allow_patterns=patterns))
 
 
-def probe_feature_shape(encoder: Any, blank: Tensor) -> tuple[int, ...]:
+def probe_feature_shape(encoder: Encoder, blank: Tensor) -> tuple[int, ...]:
     """Return the shape of an encoder's features of one prepared item, by running the encoder once.
 
     Args:

@@ -5,18 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import timm
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 from torchvision.transforms import v2
 
 from pipeline.data.annotations import package_path
-from pipeline.data.media import open_image
+from pipeline.encoders._encoder import Encoder
 from pipeline.encoders._weights import fixed_seed, image_to_uint8, load_matching_state, read_state_dict, state_sha256
-from pipeline.runtime.device import ComputeDtype, Precision, default_device, move_for_inference, resolve_dtype, use_precision
+from pipeline.runtime.device import ComputeDtype, use_precision
 from pipeline.runtime.errors import UserError
 from pipeline.runtime.settings import Range, Settings
 
@@ -42,39 +42,35 @@ class Config(Settings):
     ] = "auto"
 
 
-class EfficientNetLite(nn.Module):
+class EfficientNetLite(Encoder):
     """The network without its classifier; it computes in the compute dtype, with channels last."""
 
-    modality: Literal["image", "video", "text"] = "image"
-    feature_shape: tuple[int, ...] = (1280,)
+    Config = Config
+    config: Config
+    modality = "image"
+    feature_shape = (1280,)
 
-    def __init__(self, config: Config, state: Mapping[str, Tensor]) -> None:
-        super().__init__()
-        self.config = config
-        self.device = default_device()
-        self.compute_dtype: Precision = resolve_dtype(config.compute_dtype, self.device, "mixed")
-        self.resized = round(config.side / config.crop)
-        self.transform = v2.Compose([v2.Resize(self.resized, v2.InterpolationMode.BICUBIC), v2.CenterCrop(config.side)])
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        self.drawing_side = round(config.side / config.crop)  # after resizing, so a drawing is never resampled
+        self.transform = v2.Compose([v2.Resize(self.drawing_side, v2.InterpolationMode.BICUBIC), v2.CenterCrop(config.side)])
         self.network = timm.create_model(ARCHITECTURE, pretrained=False, num_classes=0)
-        load_matching_state(self.network, state, config.weights)
+        load_matching_state(self.network, load_weights(config.weights), config.weights)
         self.weights_sha256 = state_sha256(self.network)
-        self.input_dtype = move_for_inference(self, self.compute_dtype, self.device)
+        self.move_for_inference(config.compute_dtype, lower="mixed")
         self.network.to(memory_format=torch.channels_last)
 
     def identity(self) -> dict[str, Any]:
         """Return the weights, the preprocessing, the pooling and the resolved compute dtype."""
+        side, resized = self.config.side, self.drawing_side
         return {
             "architecture": ARCHITECTURE,
             "weights_sha256": self.weights_sha256,
-            "preprocessing": {"resize": self.resized, "interpolation": "bicubic-antialias", "centre_crop": self.config.side},
+            "preprocessing": {"resize": resized, "interpolation": "bicubic-antialias", "centre_crop": side},
             "normalisation": {"mean": PIXEL_MEAN, "deviation": PIXEL_DEVIATION},
             "pooling": "average",
             "compute_dtype": self.compute_dtype,
         }
-
-    def prepare(self, raw: Path | str) -> Tensor:
-        """Return pixels uint8 [3,side,side]; a drawing is rendered at the size after resizing, so it is never resampled."""
-        return self.prepare_image(open_image(Path(raw), self.resized))
 
     def prepare_image(self, image: Image.Image) -> Tensor:
         """Return pixels uint8 [3,side,side] of an opened image."""
@@ -85,11 +81,6 @@ class EfficientNetLite(nn.Module):
         images = (prepared.to(self.device, torch.float32) - PIXEL_MEAN) / PIXEL_DEVIATION
         with use_precision(self.compute_dtype, self.device):
             return self.network(images.to(self.input_dtype, memory_format=torch.channels_last)).float()
-
-
-def build(config: Config) -> EfficientNetLite:
-    """Build the encoder; `UserError` if the weights are missing or do not fit."""
-    return EfficientNetLite(config, load_weights(config.weights))
 
 
 def load_weights(weights: str) -> dict[str, Tensor]:

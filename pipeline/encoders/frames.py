@@ -4,29 +4,21 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, Protocol
+from typing import Annotated, Any
 
 import torch
-from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
 from pipeline.data.media import FRAME_SAMPLING, open_frames
+from pipeline.encoders._encoder import Encoder
+from pipeline.encoders._factory import build_encoder, parse_settings
 from pipeline.runtime.errors import UserError
 from pipeline.runtime.settings import Range, Settings
-from pipeline.types import Encoder
-
-
-class ImageEncoder(Encoder, Protocol):
-    """An image encoder that also accepts an image that is already open."""
-
-    def prepare_image(self, image: Image.Image) -> Tensor:
-        """Return the same as `prepare` for a file with this image in it."""
-        ...
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config(Settings):
-    """Which image encoder is applied to how many frames. `pipeline/encoders/_factory.py` builds the image encoder."""
+    """Which image encoder is applied to how many frames."""
 
     encoder: Annotated[str, "the name of an image encoder"] = "efficientnet_lite"
     settings: Annotated[str, "settings of the image encoder: KEY=VALUE,KEY=VALUE"] = ""
@@ -34,16 +26,20 @@ class Config(Settings):
     num_frames: Annotated[int, Range(1, 256), "sampled frames per clip"] = 8
 
 
-class Frames(nn.Module):
+class Frames(Encoder):
     """An image encoder applied to every sampled frame; gradients flow into the image encoder."""
 
-    modality: Literal["image", "video", "text"] = "video"
+    Config = Config
+    config: Config
+    modality = "video"
 
-    def __init__(self, config: Config, image: ImageEncoder) -> None:
-        super().__init__()
-        self.config = config
-        self.image = image
-        self.feature_shape: tuple[int, ...] = image.feature_shape
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        weights = {"weights": config.weights} if config.weights else {}
+        self.image = build_encoder(config.encoder, parse_settings(config.settings) | weights)
+        if self.image.modality != "image":
+            raise UserError(f"frames takes an image encoder; {config.encoder} reads {self.image.modality}")
+        self.feature_shape = self.image.feature_shape
 
     def identity(self) -> dict[str, Any]:
         """Return the name and identity of the image encoder, the number of frames, and how they are sampled."""
@@ -61,10 +57,3 @@ class Frames(nn.Module):
         The image encoder gets one frame of every clip at a time, so memory is that of a batch of images.
         """
         return torch.stack([self.image(frames_B) for frames_B in prepared.unbind(dim=1)]).mean(dim=0)
-
-
-def build(config: Config, image: ImageEncoder) -> Frames:
-    """Build the encoder around an image encoder; `UserError` if the latter does not read images."""
-    if image.modality != "image":
-        raise UserError(f"frames takes an image encoder; {config.encoder} reads {image.modality}")
-    return Frames(config, image)

@@ -15,9 +15,9 @@ from open_clip.factory import load_checkpoint
 from open_clip.tokenizer import SimpleTokenizer
 from open_clip.transform import PreprocessCfg, image_transform_v2, merge_preprocess_dict
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
-from pipeline.data.media import open_image
+from pipeline.encoders._encoder import Encoder
 from pipeline.encoders._weights import (
     fixed_seed,
     hub_folder,
@@ -28,7 +28,7 @@ from pipeline.encoders._weights import (
     split_transform,
     state_sha256,
 )
-from pipeline.runtime.device import ComputeDtype, Precision, default_device, move_for_inference, resolve_dtype, use_precision
+from pipeline.runtime.device import ComputeDtype, use_precision
 from pipeline.runtime.errors import UserError
 from pipeline.runtime.files import fingerprint
 from pipeline.runtime.settings import Settings
@@ -66,27 +66,26 @@ class Config(Settings):
             raise UserError("modality=text has native pooling only; for layers of a text model take transformers_text")
 
 
-class OpenClip(nn.Module):
+class OpenClip(Encoder):
     """One tower of a two-tower model; it computes in the compute dtype. Features are not scaled to length 1."""
 
-    def __init__(self, config: Config, settings: Mapping[str, Any], network: Any, tokenizer: Any) -> None:
-        super().__init__()
-        self.config = config
-        self.modality: Literal["image", "video", "text"] = config.modality
-        self.device = default_device()
-        self.compute_dtype: Precision = resolve_dtype(config.compute_dtype, self.device)
-        self.architecture = fingerprint(dict(settings))
-        self.weights_sha256 = state_sha256(network)
-        self.preprocessing = dict(network.visual.preprocess_cfg)
-        self.tokenizer = tokenizer
+    Config = Config
+    config: Config
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        self.modality = config.modality
+        settings, self.network, self.tokenizer = _load_model(config)
+        self.architecture = fingerprint(settings)
+        self.weights_sha256 = state_sha256(self.network)
+        self.preprocessing = dict(self.network.visual.preprocess_cfg)
         preprocessing = PreprocessCfg(**self.preprocessing)
-        self.input_size = preprocessing.input_size
+        self.drawing_side = max(preprocessing.input_size)
         self.resize, self.normalize = split_transform(image_transform_v2(preprocessing, is_train=False))
-        self.network = network
-        self.input_dtype = move_for_inference(self, self.compute_dtype, self.device)
+        self.move_for_inference(config.compute_dtype)
         image = config.modality == "image"
-        blank = torch.zeros(self.input_size, dtype=torch.uint8) if image else self.prepare("a")
-        self.feature_shape: tuple[int, ...] = probe_feature_shape(self, blank)
+        blank = torch.zeros(preprocessing.input_size, dtype=torch.uint8) if image else self.prepare("a")
+        self.feature_shape = probe_feature_shape(self, blank)
 
     def identity(self) -> dict[str, Any]:
         """Return architecture, weights, preprocessing or tokenizer, pooling, layer, tokens and resolved compute dtype."""
@@ -110,7 +109,7 @@ class OpenClip(nn.Module):
     def prepare(self, raw: Path | str) -> Tensor:
         """Return pixels uint8 [3,H,W] of a file, or token ids int64 [L] of a text."""
         if self.modality == "image":
-            return self.prepare_image(open_image(Path(raw), max(self.input_size)))
+            return super().prepare(raw)
         if not str(raw).strip():
             raise UserError("the text is blank")
         return self.tokenizer([str(raw)])[0]
@@ -139,8 +138,8 @@ class OpenClip(nn.Module):
         return tokens_BTD if config.tokens else tokens_BTD.mean(dim=1)
 
 
-def build(config: Config) -> OpenClip:
-    """Build the encoder; `UserError` if the model or its weights are not available, or do not fit each other."""
+def _load_model(config: Config) -> tuple[dict[str, Any], Any, Any]:
+    """Return the settings of a model that its name does not say, the model with its weights, and its tokenizer."""
     if Path(config.model).is_dir():
         if not (Path(config.model) / _CONFIG_FILE).is_file():
             raise UserError(f"{config.model} holds no {_CONFIG_FILE}; give a folder that OpenCLIP saved")
@@ -159,7 +158,7 @@ def build(config: Config) -> OpenClip:
         state = read_state_dict(path / _WEIGHTS_FILE if (path / _WEIGHTS_FILE).is_file() else path, config.modality)
         load_matching_state(network, state, path.name)
     settings = {"model": open_clip.get_model_config(name), "quick_gelu": described.get("quick_gelu", False)}
-    return OpenClip(config, settings, network, tokenizer)
+    return settings, network, tokenizer
 
 
 def tokenizer_digest(tokenizer: Any) -> str:

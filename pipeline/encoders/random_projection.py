@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from pipeline.data.media import open_image
+from pipeline.encoders._encoder import Encoder
 from pipeline.runtime.device import default_device
 from pipeline.runtime.environment import set_environment
 from pipeline.runtime.settings import Range, Settings
@@ -30,17 +30,20 @@ class Config(Settings):
     seed: Annotated[int, Range(0), "of the projection"] = 0
 
 
-class RandomProjection(nn.Module):
+class RandomProjection(Encoder):
     """tanh(4 W x), where x is a thumbnail's pixels or trigram counts, and W is drawn once from a seed."""
 
+    Config = Config
+    config: Config
+    drawing_side = THUMBNAIL_SIDE
+
     def __init__(self, config: Config) -> None:
-        super().__init__()
-        self.config = config
-        self.modality: Literal["image", "video", "text"] = config.modality
-        self.feature_shape: tuple[int, ...] = (config.width,)
+        super().__init__(config)
+        set_environment()
+        self.modality, self.feature_shape = config.modality, (config.width,)
         num_inputs = 3 * THUMBNAIL_SIDE * THUMBNAIL_SIDE if config.modality == "image" else NUM_BUCKETS
         weights = np.random.default_rng(config.seed).standard_normal((num_inputs, config.width)) / np.sqrt(num_inputs)
-        self.projection = nn.Parameter(torch.from_numpy(weights.astype(np.float32)))
+        self.projection = nn.Parameter(torch.from_numpy(weights.astype(np.float32)).to(default_device()))
 
     def identity(self) -> dict[str, Any]:
         """Return modality, inputs, width and seed; nothing else changes the features."""
@@ -50,9 +53,9 @@ class RandomProjection(nn.Module):
 
     def prepare(self, raw: Path | str) -> Tensor:
         """Return pixels [3 * 16 * 16] in -1..1, or log(1 + count) of character trigrams [512]; float32."""
-        if isinstance(raw, Path):
-            return self.prepare_image(open_image(raw, THUMBNAIL_SIDE))
-        text = f"  {raw.lower()}  "
+        if self.modality == "image":
+            return super().prepare(raw)
+        text = f"  {str(raw).lower()}  "
         buckets = [zlib.crc32(text[i : i + 3].encode()) % NUM_BUCKETS for i in range(len(text) - 2)]
         return torch.from_numpy(np.log1p(np.bincount(buckets, minlength=NUM_BUCKETS)).astype(np.float32))
 
@@ -64,9 +67,3 @@ class RandomProjection(nn.Module):
     def forward(self, prepared: Tensor) -> Tensor:
         """Return features [B, width] of prepared items [B, ...]."""
         return torch.tanh(prepared.to(self.projection.device) @ self.projection * 4.0)
-
-
-def build(config: Config) -> RandomProjection:
-    """Build the encoder."""
-    set_environment()
-    return RandomProjection(config).to(default_device())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -13,9 +12,9 @@ import torch
 from PIL import Image
 from timm.data.config import resolve_data_config
 from timm.data.transforms_factory import create_transform
-from torch import Tensor, nn
+from torch import Tensor
 
-from pipeline.data.media import open_image
+from pipeline.encoders._encoder import Encoder
 from pipeline.encoders._weights import (
     fixed_seed,
     hub_folder,
@@ -26,7 +25,7 @@ from pipeline.encoders._weights import (
     split_transform,
     state_sha256,
 )
-from pipeline.runtime.device import ComputeDtype, Precision, default_device, move_for_inference, resolve_dtype, use_precision
+from pipeline.runtime.device import ComputeDtype, use_precision
 from pipeline.runtime.errors import UserError
 from pipeline.runtime.settings import Settings
 
@@ -60,27 +59,24 @@ class Config(Settings):
             raise UserError(f"layer {self.layer} has no native pooling; set pooling=mean or tokens=true")
 
 
-class Timm(nn.Module):
+class Timm(Encoder):
     """The network without its classifier; it computes in the compute dtype, with channels last."""
 
-    modality: Literal["image", "video", "text"] = "image"
+    Config = Config
+    config: Config
+    modality = "image"
 
-    def __init__(self, config: Config, network: nn.Module, arguments: Mapping[str, Any]) -> None:
-        super().__init__()
-        self.config = config
-        self.arguments = arguments
-        self.device = default_device()
-        self.compute_dtype: Precision = resolve_dtype(config.compute_dtype, self.device)
-        self.weights_sha256 = state_sha256(network)
-        self.preprocessing: dict[str, Any] = resolve_data_config({}, model=network)
-        self.side: int = self.preprocessing["input_size"][-1]
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        self.network, self.arguments = _load_network(config)
+        self.weights_sha256 = state_sha256(self.network)
+        self.preprocessing: dict[str, Any] = resolve_data_config({}, model=self.network)
+        input_size = self.preprocessing["input_size"]
+        self.drawing_side = round(input_size[-1] / self.preprocessing["crop_pct"])  # after resizing
         self.resize, self.normalize = split_transform(create_transform(**self.preprocessing))
-        self.network: Any = network
-        self.input_dtype = move_for_inference(self, self.compute_dtype, self.device)
+        self.move_for_inference(config.compute_dtype)
         self.network.to(memory_format=torch.channels_last)
-        self.feature_shape: tuple[int, ...] = probe_feature_shape(
-            self, torch.zeros(self.preprocessing["input_size"], dtype=torch.uint8)
-        )
+        self.feature_shape = probe_feature_shape(self, torch.zeros(input_size, dtype=torch.uint8))
 
     def identity(self) -> dict[str, Any]:
         """Return architecture, a folder's arguments, weights, preprocessing, pooling, layer, tokens and compute dtype."""
@@ -94,10 +90,6 @@ class Timm(nn.Module):
             "layer": self.config.layer,
             "compute_dtype": self.compute_dtype,
         }
-
-    def prepare(self, raw: Path | str) -> Tensor:
-        """Return pixels uint8 [3,H,W]; a drawing is rendered at the size after resizing."""
-        return self.prepare_image(open_image(Path(raw), round(self.side / self.preprocessing["crop_pct"])))
 
     def prepare_image(self, image: Image.Image) -> Tensor:
         """Return pixels uint8 [3,H,W] of an opened image."""
@@ -118,8 +110,8 @@ class Timm(nn.Module):
         return tokens_BTD if config.tokens else tokens_BTD.mean(dim=1)
 
 
-def build(config: Config) -> Timm:
-    """Build the encoder; `UserError` if the model or its weights are not available, or do not fit each other."""
+def _load_network(config: Config) -> tuple[Any, dict[str, Any]]:
+    """Return the network with its weights, and the arguments with which a folder of timm builds it ({} if there is none)."""
     folder = Path(PRESETS.get(config.model, config.model))
     arguments: dict[str, Any] = {}
     if folder.is_dir():
@@ -138,7 +130,7 @@ def build(config: Config) -> Timm:
         network = timm.create_model(name, num_classes=0, **options)
     if weights not in ("pretrained", "random"):
         load_matching_state(network, read_state_dict(Path(weights)), Path(weights).name)
-    return Timm(config, network, arguments)
+    return network, arguments
 
 
 def _folder_arguments(folder: Path) -> dict[str, Any]:

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Literal
 
 from PIL import Image
 from torch import Tensor
 
-from pipeline.data.media import open_image
-from pipeline.encoders._transformers import TransformersVision, VisionConfig, transformers_folder
+from pipeline.encoders._transformers import TransformersVision, VisionConfig
 from pipeline.encoders._weights import probe_feature_shape
 from pipeline.runtime.errors import UserError
 
@@ -28,17 +26,14 @@ class Config(VisionConfig):
 class TransformersImage(TransformersVision):
     """A vision transformer, or the vision tower of a two-tower model; it computes in the compute dtype."""
 
-    modality: Literal["image", "video", "text"] = "image"
+    Config = Config
+    modality = "image"
 
-    def __init__(self, config: Config, folder: Path) -> None:
-        super().__init__(config, folder, "vision_model")
+    def __init__(self, config: Config) -> None:
+        super().__init__(config, "vision_model")
         blank = self.prepare_image(Image.new("RGB", (64, 64)))
-        self.side = max(blank.shape[1:])
-        self.feature_shape: tuple[int, ...] = probe_feature_shape(self, blank)
-
-    def prepare(self, raw: Path | str) -> Tensor:
-        """Return normalised pixels float32 [3,H,W]; a drawing is rendered at the size of the model's input."""
-        return self.prepare_image(open_image(Path(raw), self.side))
+        self.drawing_side = max(blank.shape[1:])
+        self.feature_shape = probe_feature_shape(self, blank)
 
     def prepare_image(self, image: Image.Image) -> Tensor:
         """Return normalised pixels float32 [3,H,W] of an opened image."""
@@ -55,8 +50,3 @@ class TransformersImage(TransformersVision):
                 raise UserError(f"model {self.config.model!r} has no pooler; set pooling=mean or pooling=cls")
             return output["pooler_output"].float().flatten(1)
         return self.token_features(output)
-
-
-def build(config: Config) -> TransformersImage:
-    """Build the encoder; `UserError` if the model or its weights are not available, or do not fit each other."""
-    return TransformersImage(config, transformers_folder(config.model, config.weights))

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer
 
 from pipeline.data.annotations import package_path
+from pipeline.encoders._encoder import Encoder
 from pipeline.encoders._transformers import hidden_states, load_transformers_network, transformers_folder, transformers_identity
 from pipeline.encoders._weights import CONFIGURATION_FILES
-from pipeline.runtime.device import ComputeDtype, Precision, default_device, move_for_inference, resolve_dtype, use_precision
+from pipeline.runtime.device import ComputeDtype, use_precision
 from pipeline.runtime.errors import UserError
 from pipeline.runtime.files import file_sha256
 from pipeline.runtime.settings import Range, Settings
@@ -38,29 +39,30 @@ class Config(Settings):
     compute_dtype: Annotated[ComputeDtype, "texts are cheap; in float32 a feature does not depend on its batch"] = "float32"
 
 
-class TransformersText(nn.Module):
+class TransformersText(Encoder):
     """A transformer, or the text tower of a two-tower model, with its tokenizer. Padding is masked and changes no feature."""
 
-    modality: Literal["image", "video", "text"] = "text"
+    Config = Config
+    config: Config
+    modality = "text"
 
-    def __init__(self, config: Config, folder: Path) -> None:
-        super().__init__()
-        self.config = config
-        self.device = default_device()
-        self.compute_dtype: Precision = resolve_dtype(config.compute_dtype, self.device)
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        is_packaged = config.model == "package"
+        folder = package_path(_PACKAGE, "model") if is_packaged else transformers_folder(config.model, config.weights)
         self.tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         self.padding_id: int = self.tokenizer.pad_token_id or 0  # masked, so any token will do if there is none
         self.network: Any = load_transformers_network(folder, config.weights, "text_model", needs_pooler=False)
         self.architecture = transformers_identity(self.network)
         self.network.config.use_cache = False  # of keys and values: no text is generated, and a checkpointed block runs twice
         self.tokenizer_files = tokenizer_file_digests(folder)
-        self.input_dtype = move_for_inference(self, self.compute_dtype, self.device)
+        self.move_for_inference(config.compute_dtype)
         depth: int = self.network.config.num_hidden_layers
         if not -1 <= config.layer <= depth:
             raise UserError(f"model {config.model!r} has layers 0 to {depth}, or -1 for the final one; found {config.layer}")
         if config.max_tokens > (most := max_positions(self.network)):
             raise UserError(f"model {config.model!r} reads {most} tokens at most, max_tokens is {config.max_tokens}")
-        self.feature_shape: tuple[int, ...] = (int(self.network.config.hidden_size),)
+        self.feature_shape = (int(self.network.config.hidden_size),)
 
     def identity(self) -> dict[str, Any]:
         """Return configuration, weights, SHA-256 of the tokenizer files, pooling, layer, length, scaling and compute dtype."""
@@ -103,13 +105,6 @@ class TransformersText(nn.Module):
             weights_BT1 = mask_BT.unsqueeze(-1).to(hidden_BTD.dtype)
             features_BD = (hidden_BTD * weights_BT1).sum(dim=1) / weights_BT1.sum(dim=1)
         return nn.functional.normalize(features_BD, dim=-1) if self.config.normalize else features_BD
-
-
-def build(config: Config) -> TransformersText:
-    """Build the encoder; `UserError` if the model or its weights are not available, or do not fit each other."""
-    is_packaged = config.model == "package"
-    folder = package_path(_PACKAGE, "model") if is_packaged else transformers_folder(config.model, config.weights)
-    return TransformersText(config, folder)
 
 
 def max_positions(network: Any) -> int:

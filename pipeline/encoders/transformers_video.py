@@ -10,7 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 from pipeline.data.media import FRAME_SAMPLING, open_frames
-from pipeline.encoders._transformers import TransformersVision, VisionConfig, transformers_folder
+from pipeline.encoders._transformers import TransformersVision, VisionConfig
 from pipeline.encoders._weights import probe_feature_shape
 from pipeline.runtime.device import use_precision
 from pipeline.runtime.errors import UserError
@@ -31,12 +31,13 @@ class Config(VisionConfig):
 class TransformersVideo(TransformersVision):
     """A video transformer over uniformly sampled frames; it computes in the compute dtype."""
 
-    modality: Literal["image", "video", "text"] = "video"
+    Config = Config
+    modality = "video"
 
-    def __init__(self, config: Config, folder: Path) -> None:
-        super().__init__(config, folder, "")
+    def __init__(self, config: Config) -> None:
+        super().__init__(config, "")
         blank = self._process([Image.new("RGB", (64, 64))] * self.num_frames)
-        self.feature_shape: tuple[int, ...] = probe_feature_shape(self, blank)
+        self.feature_shape = probe_feature_shape(self, blank)
 
     @property
     def num_frames(self) -> int:
@@ -74,8 +75,3 @@ class TransformersVideo(TransformersVision):
         with use_precision(self.compute_dtype, self.device):
             features = encode_video(prepared.to(self.device, self.input_dtype))
             return getattr(features, "pooler_output", features).float()
-
-
-def build(config: Config) -> TransformersVideo:
-    """Build the encoder; `UserError` if the model or its weights are not available, or do not fit each other."""
-    return TransformersVideo(config, transformers_folder(config.model, config.weights))

@@ -101,8 +101,14 @@ def load_method(run: RunFolder, config: RunConfig, settings: Any) -> Method:
     """Return the trained method on the default device.
 
     Raises:
-        UserError: the checkpoint is not the one that training wrote, or the settings need weights that it does not have.
+        UserError: the checkpoint is not the one that training wrote, the settings need weights that it does not have, or the
+            file of a method from outside of this package has changed since.
     """
+    if plugins.external_sha256("methods", config.method) != config.plugin_sha256:
+        raise UserError(
+            f"{run.path} was trained by another version of {plugins.source_file('methods', config.method)} (sha256 "
+            f"{config.plugin_sha256[:12] or 'unknown'}…): bring that one back, or train again"
+        )
     weights = run.read_checkpoint()
     method = plugins.get("methods", config.method)(settings, {key: tuple(shape) for key, shape in config.shapes.items()})
     try:

@@ -18,7 +18,8 @@ from pipeline.cache.layout import CHUNK_ROWS, STORE_DTYPES, Commit, Failure, Sto
 from pipeline.cache.provenance import check_libraries, make_provenance
 from pipeline.cache.writer import Writer
 from pipeline.data.manifest import Manifest
-from pipeline.encoders._factory import build_encoder
+from pipeline.encoders._encoder import Encoder
+from pipeline.encoders._factory import build_encoder, encoder_identity
 from pipeline.extraction.inputs import EncodedBatch, EncoderInputs, InputRows, MemorySafeEncoder, make_input_rows
 from pipeline.extraction.throughput import ThroughputMeter
 from pipeline.extraction.workers import allowed_workers, encode_batches
@@ -26,7 +27,6 @@ from pipeline.runtime.device import default_device
 from pipeline.runtime.errors import UserError
 from pipeline.runtime.files import canonical_json, label_os_errors, lock
 from pipeline.runtime.logs import ProgressBar
-from pipeline.types import Encoder
 
 logger = logging.getLogger(__name__)
 
@@ -165,7 +165,8 @@ def plan_extraction(
     """Return what `extract` would do with these arguments; nothing is written."""
     if store_dtype not in STORE_DTYPES:
         raise UserError(f"unknown store dtype {store_dtype!r}; choose one of: {', '.join(STORE_DTYPES)}")
-    config, encoder = build_encoder(encoder_name, settings)
+    encoder = build_encoder(encoder_name, settings)
+    config = encoder.config
     input_rows = make_input_rows(manifest, encoder.modality)
     inputs = EncoderInputs(manifest, encoder, input_rows.items, store_dtype)
     values = asdict(config)
@@ -367,7 +368,7 @@ def _identity(manifest: Manifest, encoder_name: str, encoder: Encoder, store_dty
     identity = {
         "dataset": manifest.dataset,
         "manifest": manifest.fingerprint(),
-        "encoder": {"name": encoder_name, "modality": encoder.modality, **encoder.identity()},
+        "encoder": encoder_identity(encoder_name, encoder),
         "store_dtype": store_dtype,
         **({"compiled": True} if compiled else {}),
         **(source or digest),

@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -20,9 +21,11 @@ from torch import Tensor
 
 from pipeline.cache.layout import Failure, from_stored, to_stored
 from pipeline.data.manifest import Manifest
+from pipeline.data.manifest_files import load_dataset_spec
+from pipeline.encoders._encoder import Encoder
 from pipeline.runtime.device import default_device
 from pipeline.runtime.errors import UserError
-from pipeline.types import Encoder, Sample
+from pipeline.types import Sample
 
 logger = logging.getLogger(__name__)
 
@@ -207,6 +210,19 @@ class MemorySafeEncoder:
 def make_encoder_inputs(manifest: Manifest, encoder: Encoder, store_dtype: str) -> EncoderInputs:
     """Return the encoder's inputs for all samples of a manifest; errors as in `make_input_rows`."""
     return EncoderInputs(manifest, encoder, make_input_rows(manifest, encoder.modality).items, store_dtype)
+
+
+def default_encoders(home: Path, manifest: Manifest) -> list[str]:
+    """Return the names of a dataset's encoders; one of texts is left out when there is no text to encode."""
+    encoders = dict(load_dataset_spec(home, manifest.dataset)["encoders"])
+    rule = manifest.meta["text"]
+    if "text" in encoders and not any(sample.texts for sample in manifest.samples) and rule.get("empty", "skip") == "skip":
+        logger.info(
+            "%s has no texts: %s is not run, and no method that reads texts can be trained",
+            manifest.dataset,
+            encoders.pop("text"),
+        )
+    return list(encoders.values())
 
 
 def make_input_rows(manifest: Manifest, modality: str) -> InputRows:

@@ -11,7 +11,6 @@ from typing import Literal
 
 import psutil
 import torch
-from torch import nn
 
 from pipeline.runtime.environment import set_environment
 
@@ -76,17 +75,6 @@ def resolve_dtype(choice: ComputeDtype, device: torch.device, lower: Precision =
         flags = cpuinfo.read_text() if cpuinfo.is_file() else ""
         native = "avx512_bf16" in flags or "amx_bf16" in flags
     return lower if native else "float32"
-
-
-def move_for_inference(network: nn.Module, precision: Precision, device: torch.device) -> torch.dtype:
-    """Move a network to a device, convert it to the format it computes in, and switch it to evaluation.
-
-    Returns:
-        The format that its inputs must have.
-    """
-    dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
-    network.to(device=device, dtype=dtype).eval()
-    return dtype
 
 
 @contextmanager

@@ -3,15 +3,32 @@
 from __future__ import annotations
 
 import json
+import re
 import traceback
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from operator import index
 from pathlib import Path
-from typing import Any
+from typing import Any, SupportsIndex
 
 from pipeline.runtime.errors import UserError, note_traceback_file
 from pipeline.runtime.files import fingerprint, sha256, write_atomic
 from pipeline.runtime.settings import flatten
+
+MAX_SEED = 2**63 - 1
+_SEED_FOLDER = re.compile("seed[0-9]+")
+
+
+def check_seed(seed: SupportsIndex) -> int:
+    """Return the seed of a run, which names its folder, as an int.
+
+    Raises:
+        UserError: it is no whole number in 0 .. 2^63 - 1.
+    """
+    number = index(seed) if isinstance(seed, SupportsIndex) and not isinstance(seed, bool) else -1
+    if not 0 <= number <= MAX_SEED:
+        raise UserError(f"a seed must be a whole number in 0..2^63 - 1, not {seed!r}")
+    return number
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +43,11 @@ class RunConfig:
     shapes: Mapping[str, list[int]]  # batch key -> shape of its values without the batch (types.Shapes)
     text_aggregate: str  # how several texts of a sample become one vector
     manifest: str  # fingerprint of the manifest
+    plugin_sha256: str = ""  # of the file of a method from outside of this package; "": a method of this package
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the config as plain JSON values, without what a method of this package does not have."""
+        return {key: value for key, value in asdict(self).items() if key != "plugin_sha256" or value}
 
     def setting(self, name: str) -> Any:
         """Return a setting of the method, or of the part of it that has a setting of this name; None if there is none."""
@@ -33,7 +55,7 @@ class RunConfig:
 
     def fingerprint(self) -> str:
         """Return the SHA-256 of the canonical JSON of the config."""
-        return fingerprint(asdict(self))
+        return fingerprint(self.as_json())
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +78,7 @@ class RunFolder:
         Raises:
             UserError: the folder does not hold a run.
         """
-        if not (path / "config.json").is_file() or not path.name.removeprefix("seed").isdigit():
+        if not (path / "config.json").is_file() or not _SEED_FOLDER.fullmatch(path.name):
             raise UserError(f"{path} is not a run: give a folder …/runs/<dataset>/<method>-<fingerprint>/seed<k>")
         return RunFolder(path, int(path.name.removeprefix("seed")))
 
@@ -92,7 +114,7 @@ class RunFolder:
 
     def create(self, config: RunConfig) -> None:
         """Create the folder and write config.json into it."""
-        write_atomic(self.path / "config.json", json.dumps(asdict(config), indent=1, sort_keys=True, allow_nan=False))
+        write_atomic(self.path / "config.json", json.dumps(config.as_json(), indent=1, sort_keys=True, allow_nan=False))
 
     def config(self) -> RunConfig:
         """Return the config that the run was started with.
@@ -138,7 +160,7 @@ class RunFolder:
 
 
 def find_runs(home: Path, dataset: str) -> list[RunFolder]:
-    """Return all runs of a dataset, finished or not, sorted by name and seed."""
+    """Return all runs of a dataset, finished or not, sorted by name and seed. Other folders, such as copies, are no runs."""
     configs = sorted((home / "runs" / dataset).glob("*-*/seed*/config.json"))
-    runs = [RunFolder.at(config.parent) for config in configs]
+    runs = [RunFolder.at(config.parent) for config in configs if _SEED_FOLDER.fullmatch(config.parent.name)]
     return sorted(runs, key=lambda run: (run.path.parent.name, run.seed))

@@ -11,7 +11,7 @@ A config may have parts, fields that are configs themselves. A setting of a part
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import KW_ONLY, asdict, dataclass, fields, is_dataclass, replace
 from functools import cache
 from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_args, get_origin, get_type_hints
@@ -108,6 +108,21 @@ class Setting:
             _check_choice(self.name, value, self.choices)
 
 
+def check_settings(config: Any, label_of: Callable[[str], str] = str) -> None:
+    """Check every field of a config against its range or choices.
+
+    Args:
+        config: the config.
+        label_of: returns how messages about ranges call a field.
+
+    Raises:
+        UserError: a field has another value.
+    """
+    for setting in describe_settings(type(config)):
+        if "." not in setting.name:  # a part checks itself
+            setting.check(label_of(setting.name), getattr(config, setting.name))
+
+
 @dataclass(frozen=True, kw_only=True)
 class Settings:
     """Base class of configs: when one is built, every field is checked against its range or choices.
@@ -121,9 +136,7 @@ class Settings:
     old_values: ClassVar[Mapping[str, Mapping[Any, Any]]] = {}  # setting -> values of earlier versions, with those of today
 
     def __post_init__(self) -> None:
-        for setting in describe_settings(type(self)):
-            if "." not in setting.name:
-                setting.check(self.label_of(setting.name), getattr(self, setting.name))
+        check_settings(self, self.label_of)
 
     @staticmethod
     def label_of(field: str) -> str:
@@ -278,7 +291,10 @@ def _build(config_type: type[ConfigT], values: Mapping[str, Any]) -> ConfigT:
             own[part] = _build(kind, {name.removeprefix(f"{part}."): value for name, value in inside.items()})
         except UserError as error:
             raise UserError(f"{part}: {error}") from error
-    return config_type(**own)
+    config = config_type(**own)
+    if not isinstance(config, Settings):  # a plain dataclass of a plug-in does not check itself
+        check_settings(config)
+    return config
 
 
 def parse_value(field: str, value: Any, hint: Any) -> Any:
@@ -294,7 +310,9 @@ def parse_value(field: str, value: Any, hint: Any) -> Any:
     """
     kind, _ = _split(hint)
     if get_origin(kind) is Literal:
-        _check_choice(field, value, get_args(kind))
+        choices = get_args(kind)
+        value = next((choice for choice in choices if value == str(choice)), value)  # 2 for "2" of the command line
+        _check_choice(field, value, choices)
         return value
     if kind is str:
         return str(value)
@@ -302,7 +320,8 @@ def parse_value(field: str, value: Any, hint: Any) -> Any:
         return str(value).lower() == "true"
     if kind in (int, float) and _is_number(value, whole=kind is int):
         return kind(float(value))
-    raise UserError(f"setting {field!r} is {value!r}; it takes a finite {kind.__name__}")
+    takes = "true or false" if kind is bool else f"a finite {kind.__name__}"
+    raise UserError(f"setting {field!r} is {value!r}; it takes {takes}")
 
 
 def _check_choice(field: str, value: Any, choices: tuple[Any, ...]) -> None:
@@ -316,3 +335,28 @@ def _is_number(value: Any, whole: bool) -> bool:
     except (TypeError, ValueError, OverflowError):
         return False
     return not isinstance(value, bool) and math.isfinite(number) and (not whole or number.is_integer())
+
+
+def merge_settings(settings: Mapping[str, Any], more: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings of both mappings.
+
+    Raises:
+        UserError: a setting is in both.
+    """
+    for key in settings:
+        if key in more:
+            raise UserError(f"setting {key!r} is given twice: {settings[key]!r} and {more[key]!r}")
+    return {**settings, **more}
+
+
+def setting_text(value: Any) -> str:
+    """Return a setting of a dataset or an encoder as the command line takes it: "true", "80,10,10", "0.5".
+
+    Raises:
+        UserError: it is a mapping, whose order would decide what it means.
+    """
+    if isinstance(value, Mapping):
+        raise UserError(f"a setting is text, a number or a list, not {value!r}: give its values in the order of the setting")
+    if isinstance(value, bool):
+        return str(value).lower()
+    return ",".join(map(str, value)) if isinstance(value, list | tuple) else str(value)

@@ -14,8 +14,9 @@ from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
+import numpy as np
 import torch
 
 from pipeline.data.spec import parse_spec
@@ -24,6 +25,7 @@ from pipeline.runtime.choices import unknown_choice
 from pipeline.runtime.device import default_device, resolve_dtype
 from pipeline.runtime.errors import UserError, describe_error, is_bug
 from pipeline.runtime.files import fingerprint, write_atomic
+from pipeline.runtime.runs import check_seed
 from pipeline.runtime.settings import aliases_of, field_types, find_settings, flatten, parse_value
 from pipeline.training.config import SHARED_SETTINGS, TrainConfig
 from pipeline.training.earlier_runs import log_earlier_runs
@@ -120,13 +122,14 @@ class Grid:
         return folder
 
 
-def read_axes(method: str, pairs: Sequence[str], file: Path | None = None) -> Axes:
+def read_axes(method: str, pairs: Sequence[str] | Mapping[str, Any], file: Path | None = None) -> Axes:
     """Return the axes of a grid. Without pairs and file, they are those of the method's paper.
 
     Args:
         method: The name of a method.
-        pairs: FIELD=VALUE,VALUE, or "papers" for the axes of the method's paper. A field is one of the method, by its name, an
-            alias or the papers' letter, or one of training. An alias of several fields gives them one value.
+        pairs: FIELD=VALUE,VALUE, or "papers" for the axes of the method's paper; or a mapping {FIELD: [VALUE, VALUE]}. A field
+            is one of the method, by its name, an alias or the papers' letter, or one of training. An alias of several fields
+            gives them one value.
         file: A YAML file {FIELD: [VALUE, VALUE]} with more axes.
 
     Raises:
@@ -157,9 +160,10 @@ def read_axes(method: str, pairs: Sequence[str], file: Path | None = None) -> Ax
     return axes
 
 
-def _raw_axes(papers: Axes, pairs: Sequence[str], file: Path | None) -> Iterator[tuple[str, Sequence[Any]]]:
-    """Yield fields and values as the user has written them."""
-    for pair in pairs or ([] if file else [PAPERS_GRID]):
+def _raw_axes(papers: Axes, pairs: Sequence[str] | Mapping[str, Any], file: Path | None) -> Iterator[tuple[str, Sequence[Any]]]:
+    """Yield fields and values as the user has written them; a value that is no list stands for a list of it."""
+    lists: dict[str, Any] = dict(pairs) if isinstance(pairs, Mapping) else {}
+    for pair in list(pairs if not lists else ()) or ([] if file or lists else [PAPERS_GRID]):
         key, equals, values = pair.partition("=")
         if pair == PAPERS_GRID:
             yield from papers.items()
@@ -167,8 +171,8 @@ def _raw_axes(papers: Axes, pairs: Sequence[str], file: Path | None) -> Iterator
             yield key, values.split(",") if values else []
         else:
             raise UserError(f"--grid takes FIELD=VALUE,VALUE or {PAPERS_GRID}, not {pair!r}")
-    for key, values in parse_spec(file).items() if file else ():
-        yield str(key), values if isinstance(values, list) else [values]
+    for key, values in (*lists.items(), *(parse_spec(file).items() if file else ())):
+        yield str(key), list(values) if isinstance(values, list | tuple | range | np.ndarray) else [values]
 
 
 def read_cells(
@@ -286,8 +290,16 @@ def plan_grid(
         aggregate: How several texts of a sample become one vector; see `open_features`.
 
     Raises:
-        UserError: a cell cannot be trained (the message names it), a field is given twice, or files are missing.
+        UserError: a cell cannot be trained (the message names it), a field is given twice, an argument is out of its range,
+            or files are missing.
     """
+    if search not in get_args(SearchKind):
+        raise unknown_choice(search, f"unknown search {search!r}", get_args(SearchKind))
+    if points < 0:
+        raise UserError(f"the number of points must be at least 0, not {points}")
+    if not seeds:
+        raise UserError("a grid needs at least one seed")
+    chosen_seeds = tuple(dict.fromkeys(map(check_seed, seeds)))
     if "precision" in {*axes, *training}:
         if precision not in (None, "auto"):
             raise UserError("'precision' is given twice: by --precision, and by --grid or --train")
@@ -295,7 +307,7 @@ def plan_grid(
         training = {**training, "precision": resolve_dtype(precision, default_device(), "mixed")}
     cells = read_cells(dataset, method, preset, axes, settings, training, points, home)
     features = open_features(home.absolute(), dataset, method, cache_names(home, dataset, image, text), aggregate)
-    grid = Grid(features=features, method=method, axes=axes, cells=cells, seeds=tuple(seeds), search=search)
+    grid = Grid(features=features, method=method, axes=axes, cells=cells, seeds=chosen_seeds, search=search)
     _ = grid.structures  # builds the methods of unfinished cells, so that a bad cell is found now
     is_default = precision is None and "precision" not in {*axes, *training}
     log_earlier_runs(grid.heads.values(), EARLIER_PRECISION if is_default else "")

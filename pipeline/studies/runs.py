@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pipeline.runtime.choices import unknown_choice
 from pipeline.runtime.errors import UserError
 from pipeline.runtime.runs import RunConfig, RunFolder, find_runs
 
@@ -82,7 +83,7 @@ class Run:
         from pipeline.types import SPLITS
 
         if split not in SPLITS:
-            raise UserError(f"unknown split {split!r}; choose one of: {', '.join(SPLITS)}")
+            raise unknown_choice(split, f"unknown split {split!r}", SPLITS)
         return dict(evaluate(self.home, self.folder, split, overrides)["metrics"])
 
     def predictions(self, split: str = "val", **overrides: Any) -> pd.DataFrame:
@@ -194,8 +195,21 @@ class Runs(Sequence[Run]):
             UserError: a name fits no head or several, or two heads were evaluated on different samples.
         """
         from pipeline.report.comparison import compare_pairs
+        from pipeline.types import SPLITS
 
+        if split not in SPLITS:
+            raise unknown_choice(split, f"unknown split {split!r}", SPLITS)
+        names = [self._find_head(name, split) for name in (first, *others)]
         for run in self.items:
-            if run.is_done and run.name.startswith((first, *others)):
+            if others and run.is_done and run.name in names:
                 run.evaluate(split)
-        return compare_pairs(self.home, self.dataset, (first, *others), split)
+        return compare_pairs(self.home, self.dataset, names, split)
+
+    def _find_head(self, name: str, split: str) -> str:
+        """Return the name of the finished head that begins with a name. Nothing is evaluated: reads of "test" are logged."""
+        finished = sorted({run.name for run in self.items if run.is_done})
+        found = [each for each in finished if each == name] or [each for each in finished if each.startswith(name)]
+        if len(found) != 1:
+            problem = "several heads begin" if found else f"no head that is evaluated on {split} begins"
+            raise UserError(f"{problem} with {name!r}; choose one of: {', '.join(found or finished) or 'none'}")
+        return found[0]

@@ -16,12 +16,14 @@ from pipeline.cache.table import FeatureSource, FeatureTable, load_split
 from pipeline.data.manifest import Manifest
 from pipeline.data.manifest_files import load_dataset_spec, read_manifest
 from pipeline.runtime import plugins
+from pipeline.runtime.choices import unknown_choice
 from pipeline.runtime.device import default_device
 from pipeline.runtime.errors import UserError
 from pipeline.types import Split
 
 logger = logging.getLogger(__name__)
 
+AGGREGATES = ("mean", "first", "random")
 SourceT = TypeVar("SourceT", bound=FeatureSource)
 
 
@@ -103,8 +105,10 @@ def open_features(home: Path, dataset: str, method: str, encoders: Mapping[str, 
             "" is the choice of the dataset.
 
     Raises:
-        UserError: the dataset is not prepared, there is no such cache, or a cache holds tokens instead of vectors.
+        UserError: the dataset is not prepared, there is no such cache or aggregate, or a cache holds tokens instead of vectors.
     """
+    if aggregate not in ("", *AGGREGATES):
+        raise unknown_choice(aggregate, f"unknown aggregate {aggregate!r}", AGGREGATES)
     manifest = read_manifest(home, dataset)
     needs = plugins.get("methods", method).needs
     caches = {key: find_cache(home, manifest, name) for key, name in encoders.items() if key in needs}

@@ -26,7 +26,7 @@ from pipeline.runtime.choices import unknown_choice
 from pipeline.runtime.device import default_device, free_bytes, reproducible
 from pipeline.runtime.errors import UserError, describe_error, is_bug, is_out_of_memory
 from pipeline.runtime.files import lock
-from pipeline.runtime.runs import RunConfig, RunFolder
+from pipeline.runtime.runs import RunConfig, RunFolder, check_seed
 from pipeline.runtime.settings import configure, name_settings
 from pipeline.training.capacity import bytes_per_method
 from pipeline.training.config import TRAINING_PRESETS, TrainConfig
@@ -93,7 +93,12 @@ class HeadPlan:
 
 
 def plan_head_on(features: FeatureSet, method: str, settings: Any, training: TrainConfig, seed: int) -> HeadPlan:
-    """Plan the run of a head on opened features. Features that do not fit in memory are read in windows."""
+    """Plan the run of a head on opened features. Features that do not fit in memory are read in windows.
+
+    Raises:
+        UserError: the seed is no whole number in 0 .. 2^63 - 1.
+    """
+    seed = check_seed(seed)
     if not training.window:
         training = replace(training, window=choose_window(features.caches, features.aggregate, default_device()))
     config = RunConfig(
@@ -105,6 +110,7 @@ def plan_head_on(features: FeatureSet, method: str, settings: Any, training: Tra
         shapes={key: list(shape) for key, shape in features.shapes.items()},
         text_aggregate=features.aggregate,
         manifest=features.manifest.fingerprint(),
+        plugin_sha256=plugins.external_sha256("methods", method),
     )
     run = RunFolder.of(features.home, config, seed)
     return HeadPlan(run=run, config=config, settings=settings, training=training, features=features)

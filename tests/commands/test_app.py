@@ -187,9 +187,8 @@ def test_doctor_reports_an_old_package_and_skips_the_checks_that_need_packages(
 def test_doctor_checks_the_other_caches_after_a_damaged_one(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     caches = sorted((home / "caches" / "tiny").iterdir())
     (caches[0] / "zarr.json").write_text("{")
-    monkeypatch.setattr(
-        plugins, "get", lambda kind, name: SimpleNamespace(build=lambda spec, root: SimpleNamespace(samples=()))
-    )
+    empty = SimpleNamespace(build=lambda spec, root: SimpleNamespace(samples=()))
+    monkeypatch.setattr(plugins, "get", lambda kind, name: lambda: empty)
     monkeypatch.setattr("pipeline.data.spec.load_spec", lambda name: {"encoders": {}})
     lines = [str(finding) for finding in doctor.run_checks(home, "tiny")][-len(caches) :]
     assert lines[0].startswith(f"BAD  cache {caches[0].name} is damaged: ")

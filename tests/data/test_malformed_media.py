@@ -74,7 +74,7 @@ def test_malformed_media_are_all_recorded_as_failures(
         assert "\n" not in reason
     features = cache.read(cache.ids)
     assert np.flatnonzero(np.isnan(features).all(axis=1)).tolist() == failed
-    _, built = build_encoder(encoder, settings)
+    built = build_encoder(encoder, settings)
     expected = built(built.prepare(folder / good)[None])[0].detach().numpy()
     whole = np.delete(features, failed, axis=0)
     np.testing.assert_allclose(whole, np.broadcast_to(expected, whole.shape), atol=1e-3)

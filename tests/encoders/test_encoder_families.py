@@ -26,16 +26,16 @@ from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
 
 from pipeline.data.media import open_frames
 from pipeline.encoders import timm as timm_encoder
+from pipeline.encoders._encoder import Encoder
 from pipeline.encoders._factory import build_encoder
 from pipeline.encoders._weights import read_state_dict
-from pipeline.types import Encoder
 
 MEAN, DEVIATION = (torch.tensor(numbers)[:, None, None] for numbers in (OPENAI_DATASET_MEAN, OPENAI_DATASET_STD))
 TEXTS = ("a cat", "the quick brown fox jumps over the lazy dog")
 
 
 def build(name: str, **settings: object) -> Encoder:
-    return build_encoder(name, settings if name == "frames" else {"compute_dtype": "float32", **settings})[1]
+    return build_encoder(name, settings if name == "frames" else {"compute_dtype": "float32", **settings})
 
 
 def encode(encoder: Encoder, *raw: Path | str) -> Tensor:

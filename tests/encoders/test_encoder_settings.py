@@ -19,15 +19,15 @@ from tokenizers.normalizers import Replace
 from torch import Tensor
 from transformers import AutoModel, AutoTokenizer
 
+from pipeline.encoders._encoder import Encoder
 from pipeline.encoders._factory import build_encoder
 from pipeline.encoders.openclip import tokenizer_digest
-from pipeline.types import Encoder
 
 TEXTS = encoder_cases.TEXTS
 
 
 def build(name: str, **settings: object) -> Encoder:
-    return build_encoder(name, {"compute_dtype": "float32", **settings})[1]
+    return build_encoder(name, {"compute_dtype": "float32", **settings})
 
 
 def encode(encoder: Encoder, *raw: Path | str) -> Tensor:
@@ -129,13 +129,13 @@ def test_relative_paths_mean_the_same_from_everywhere(monkeypatch: pytest.Monkey
         "frames": frames,
     }
     built = {name: build_encoder(name, settings) for name, settings in cases.items()}
-    assert built["timm"][0].model == "test_vit"
-    assert built["transformers_image"][0].weights == "random"
-    assert build_encoder("frames", {**frames, "weights": "own.pth"})[0].weights == str(tmp_path / "here" / "own.pth")
+    assert built["timm"].config.model == "test_vit"
+    assert built["transformers_image"].config.weights == "random"
+    assert build_encoder("frames", {**frames, "weights": "own.pth"}).config.weights == str(tmp_path / "here" / "own.pth")
     monkeypatch.chdir(tmp_path)
-    for name, (config, encoder) in built.items():
-        again, other = build_encoder(name, asdict(config))
-        assert again == config
+    for name, encoder in built.items():
+        other = build_encoder(name, asdict(encoder.config))
+        assert other.config == encoder.config
         assert other.identity() == encoder.identity()
         assert str(tmp_path) not in json.dumps(encoder.identity())
 

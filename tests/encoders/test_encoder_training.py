@@ -40,7 +40,7 @@ def build(name: str, settings: dict[str, str], weights: str, precision: str = "f
         own = {**settings, "settings": f"{settings['settings']},compute_dtype={precision}"}
     else:
         own = {**settings, "compute_dtype": precision}
-    return build_encoder(name, {**own, "weights": weights})[1]
+    return build_encoder(name, {**own, "weights": weights})
 
 
 def features_of(encoder: Any, batch: Tensor) -> Tensor:

@@ -24,10 +24,11 @@ from pipeline.cache import open_cache
 from pipeline.data.manifest import Manifest
 from pipeline.data.media import open_image
 from pipeline.encoders import efficientnet_lite, random_projection
+from pipeline.encoders._encoder import Encoder
 from pipeline.encoders._factory import build_encoder
 from pipeline.extraction.extract import ExtractOptions, extract
 from pipeline.runtime import plugins
-from pipeline.types import Encoder, Sample
+from pipeline.types import Sample
 
 TEXTS = ("a cat", "the quick brown fox jumps over the lazy dog", "x")
 Raw = tuple[Path | str, ...]
@@ -40,7 +41,7 @@ def exact(name: str, settings: Mapping[str, object]) -> dict[str, object]:
 
 
 def build(name: str, **settings: object) -> Encoder:
-    return build_encoder(name, exact(name, settings))[1]
+    return build_encoder(name, exact(name, settings))
 
 
 @pytest.fixture(scope="module", params=plugins.names("encoders"))
@@ -53,7 +54,7 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 @pytest.fixture(scope="module")
 def encoder(case: tuple[str, dict[str, object]]) -> Encoder:
-    return build_encoder(*case)[1]
+    return build_encoder(*case)
 
 
 @pytest.fixture(scope="module")
@@ -151,7 +152,7 @@ def test_lower_precisions_are_close_and_have_their_own_identity(
 ) -> None:
     name, settings = case
     if "compute_dtype" in settings:
-        low = build_encoder(name, {**settings, "compute_dtype": lower})[1]
+        low = build_encoder(name, {**settings, "compute_dtype": lower})
         assert torch.cosine_similarity(encode(encoder, raw).flatten(1), encode(low, raw).flatten(1)).min() > 0.998
         assert low.identity() == {**encoder.identity(), "compute_dtype": lower}
 
@@ -250,7 +251,7 @@ def test_random_projection_follows_its_formula(tmp_path: Path) -> None:
     Image.new("RGB", (16, 16), (255, 0, 127)).save(tmp_path / "x.png")
     pixels = np.tile(np.array([1.0, -1.0, 127 / 127.5 - 1], dtype=np.float32), 256)
     weights = np.random.default_rng(5).standard_normal((768, 4)) / np.sqrt(768)
-    found = encode(random_projection.build(random_projection.Config(width=4, seed=5)), (tmp_path / "x.png",))
+    found = encode(random_projection.RandomProjection(random_projection.Config(width=4, seed=5)), (tmp_path / "x.png",))
     np.testing.assert_allclose(found[0], np.tanh(pixels @ weights * 4), atol=1e-5)
 
 

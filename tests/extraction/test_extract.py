@@ -45,7 +45,7 @@ def texts(tmp_path: Path) -> Manifest:
 
 
 def test_features_equal_the_encoder(tiny_manifest: Manifest, tiny_home: Path) -> None:
-    encoder = random_projection.build(random_projection.Config(modality="image", width=32))
+    encoder = random_projection.RandomProjection(random_projection.Config(modality="image", width=32))
     (path,) = [p for p in (tiny_home / "caches" / "tiny").iterdir() if open_cache(p).kind == "dense"]
     cache = open_cache(path)
     for sample in tiny_manifest.samples[::7]:

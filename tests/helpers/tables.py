@@ -11,14 +11,14 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.data.datasets import table
+from pipeline.data.datasets.table import MediaTable
 from pipeline.data.manifest import Manifest
 from pipeline.data.spec import load_spec
 
 
 def build(root: Path, **options: Any) -> Manifest:
     """Build the manifest of a folder; the short texts of these tables may occur in several splits."""
-    return table.build({**load_spec("table"), "texts_recur": True, **options}, root)
+    return MediaTable().build({**load_spec("table"), "texts_recur": True, **options}, root)
 
 
 def write_csv(path: Path, records: list[dict[str, Any]]) -> None:

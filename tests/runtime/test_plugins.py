@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +16,18 @@ import pytest
 from helpers.command_line import run
 from helpers.planted_methods import PLAIN_NUMBER, planted
 from helpers.tiny_heads import caches_by_key
+from PIL import Image
 
+from pipeline import Dataset, Encoder
 from pipeline.cache import open_cache
 from pipeline.data.prepare import prepare
 from pipeline.data.spec import load_spec
+from pipeline.encoders._factory import build_encoder
 from pipeline.extraction.extract import ExtractOptions, extract
 from pipeline.nn.method import Method
 from pipeline.runtime import executor, plugins
 from pipeline.runtime.errors import UserError
+from pipeline.runtime.plugin_rules import check_dataset, check_encoder
 
 ROOT = Path(__file__).parents[2]
 
@@ -56,10 +61,15 @@ def test_a_loaded_file_is_a_plugin_like_others(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "code", "message"),
     [
-        ("nothing", "x = 1\n", "defines no plug-in: it needs a subclass of pipeline.nn.method.Method"),
+        (
+            "nothing",
+            "from pipeline import Dataset, Encoder, Method\n",
+            r"nothing\.py must define one subclass of pipeline\.Method or pipeline\.Encoder or pipeline\.Dataset; found: none",
+        ),
         ("broken", "def (\n", "cannot be loaded: SyntaxError"),
         ("missing", "import no_such_library\n", "cannot be loaded: ModuleNotFoundError"),
         ("two", "from pipeline.nn.method import Method\nclass A(Method): ...\nclass B(Method): ...\n", "found: A, B"),
+        ("kinds", "from pipeline import Dataset, Encoder\nclass A(Dataset): ...\nclass B(Encoder): ...\n", "found: B, A"),
         ("bare", "from pipeline.nn.method import Method\nclass A(Method): ...\n", "breaks the rule 'settings are a frozen"),
     ],
 )
@@ -151,60 +161,128 @@ def test_a_number_that_is_an_attribute_is_warned_about(tmp_path: Path, capsys: p
 
 DATASET = '''"""A dataset of one file: name, split, class."""
 from pathlib import Path
-from pipeline.data.manifest import Manifest, check_manifest
+from pipeline import Dataset, Manifest
 from pipeline.data.spec import manifest_meta
 from pipeline.types import Sample
 
-def build(spec, root):
-    samples = tuple(
-        Sample(name, split, Path(f"{name}.png"), (f"a {name}",), (0,), "")
-        for name, split in zip("abc", ("train", "val", "test"), strict=True)
-    )
-    return Manifest(spec["name"], "single", ("thing",), samples, manifest_meta(spec), root)
+class Letters(Dataset):
+    def build(self, spec, root):
+        samples = tuple(
+            Sample(name, split, Path(f"{name}.png"), (f"a {name}",), (0,), "")
+            for name, split in zip("abc", ("train", "val", "test"), strict=True)
+        )
+        return Manifest(spec["name"], "single", ("thing",), samples, manifest_meta(spec), root)
 '''
 
 
-def test_a_dataset_from_outside_has_its_yaml_beside_the_file(tmp_path: Path) -> None:
-    path = tmp_path / "letters.py"
-    path.write_text(DATASET)
-    with pytest.raises(UserError, match=r"for a data set, build, and letters\.yaml beside it"):
-        plugins.load_file(path)
-    text = (ROOT / "data_manifests" / "openmoji.yaml").read_text(encoding="utf-8").replace("name: openmoji", "name: letters")
-    path.with_suffix(".yaml").write_text(text.replace("counts_profile: official", "counts_profile: fixture"))
-    assert plugins.load_file(path) == "datasets"
-    assert load_spec("letters")["name"] == "letters"
+def write_letters(folder: Path) -> Path:
+    """Write the dataset and its pictures, but not its yaml."""
     for name in "abc":
-        (tmp_path / f"{name}.png").write_bytes(b"")
+        (folder / f"{name}.png").write_bytes(b"")
+    path = folder / "letters.py"
+    path.write_text(DATASET)
+    return path
+
+
+def write_letters_yaml(folder: Path) -> None:
+    text = (ROOT / "data_manifests" / "openmoji.yaml").read_text(encoding="utf-8").replace("name: openmoji", "name: letters")
+    (folder / "letters.yaml").write_text(text.replace("counts_profile: official", "counts_profile: fixture"))
+
+
+def test_a_dataset_from_outside_has_its_yaml_beside_the_file(tmp_path: Path) -> None:
+    path = write_letters(tmp_path)
+    with pytest.raises(UserError, match=r"letters\.py needs letters\.yaml beside it"):
+        plugins.load_file(path)
+    write_letters_yaml(tmp_path)
+    assert plugins.load_file(path) == "datasets"
+    assert issubclass(plugins.get("datasets", "letters"), Dataset)
+    assert load_spec("letters")["name"] == "letters"
     assert prepare("letters", tmp_path, tmp_path / "home", {}).path.is_file()
+
+
+def test_a_dataset_of_an_installed_distribution(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_letters(tmp_path)
+    install(tmp_path, "letters", "diffalign.datasets", "letters")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert plugins.first_line("datasets", "letters") == "A dataset of one file: name, split, class."
+    with pytest.raises(UserError, match=r"letters\.py needs letters\.yaml beside it"):
+        prepare("letters", tmp_path, tmp_path / "home", {})
+    write_letters_yaml(tmp_path)
+    assert prepare("letters", tmp_path, tmp_path / "home", {}).path.is_file()
+    monkeypatch.delitem(sys.modules, "letters")
 
 
 ENCODER = '''"""An encoder that returns the mean colour."""
 from dataclasses import dataclass
 import numpy as np
 import torch
-from pipeline.data.media import open_image
+from pipeline import Encoder
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
     """Nothing to set but the scale."""
     scale: float = 1.0
 
-class MeanColour(torch.nn.Module):
+class MeanColour(Encoder):
+    Config = Config
     modality = "image"
     feature_shape = (3,)
-    def __init__(self, config):
-        super().__init__()
-        self.config = config
+    drawing_side = 8
+
     def identity(self):
         return {"scale": self.config.scale}
-    def prepare(self, raw):
-        return torch.from_numpy(np.asarray(open_image(raw, 8), dtype=np.float32).mean((0, 1)))
+
+    def prepare_image(self, image):
+        return torch.from_numpy(np.asarray(image, dtype=np.float32).mean((0, 1)))
+
     def forward(self, prepared):
         return prepared * self.config.scale
-
-def build(config):
-    return MeanColour(config)
 '''
+
+
+@pytest.mark.parametrize(
+    ("code", "old", "new", "message"),
+    [
+        (ENCODER, "    Config = Config\n", "", "encoder MeanColour breaks the rule 'settings are a frozen dataclass'"),
+        (
+            ENCODER,
+            "scale: float = 1.0",
+            "scale: float",
+            "breaks the rule 'every setting has a default': scale",
+        ),
+        (ENCODER, "def forward", "def forwards", "'every function is there': it must define forward"),
+        (ENCODER, "def identity", "def name", "'every function is there': it must define identity"),
+        (ENCODER, "def prepare_image", "def open", "it must define prepare_image, or prepare if it does not read images"),
+        (ENCODER, "prepare_image(self, image)", "prepare(self, raw)", ""),
+        (ENCODER, "* self.config.scale\n", "* self.config.scale\n\nSameColour = MeanColour\n", ""),
+        (DATASET, "def build", "def make", "dataset Letters breaks the rule 'every function is there': it must define build"),
+    ],
+)
+def test_encoders_and_datasets_are_checked_too(code: str, old: str, new: str, message: str, tmp_path: Path) -> None:
+    assert old in code
+    path = tmp_path / "planted.py"
+    path.write_text(code.replace(old, new))
+    with pytest.raises(UserError, match=message) if message else nullcontext():
+        plugins.load_file(path)
+
+
+@pytest.mark.parametrize(("kind", "base"), [("encoders", Encoder), ("datasets", Dataset)])
+def test_a_plugin_of_the_package_is_a_class_that_can_be_built(kind: str, base: type[Any]) -> None:
+    check = {"encoders": check_encoder, "datasets": check_dataset}[kind]
+    for name in plugins.names(kind):
+        plugin = plugins.get(kind, name)
+        assert issubclass(plugin, base)
+        check(plugin)
+
+
+def test_frames_takes_an_encoder_from_outside(tmp_path: Path) -> None:
+    path = tmp_path / "mean_colour.py"
+    path.write_text(ENCODER)
+    plugins.load_file(path)
+    Image.new("RGB", (4, 4), (1, 2, 3)).save(tmp_path / "clip.webp", lossless=True)
+    frames = build_encoder("frames", {"encoder": "mean_colour", "settings": "scale=2", "num_frames": "2"})
+    assert frames.identity()["image"] == {"name": "mean_colour", "scale": 2.0}
+    assert frames(frames.prepare(tmp_path / "clip.webp")[None]).tolist() == [[2, 4, 6]]
 
 
 @pytest.mark.parametrize("start_method", ["fork", "spawn"])

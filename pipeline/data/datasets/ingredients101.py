@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from pipeline.data.dataset import Dataset
 from pipeline.data.manifest import Manifest, check_manifest
 from pipeline.data.readers import (
     line_error,
@@ -35,53 +36,58 @@ class FoodPicture(NamedTuple):
     label: int
 
 
-def build(spec: Mapping[str, Any], root: Path | None) -> Manifest:
-    """Build the manifest from the official lists.
+class Ingredients101(Dataset):
+    """The lists of Ingredients-101, with the pictures of Food-101."""
 
-    Args:
-        spec: the contents of ingredients101.yaml.
-        root: the folder of the official files.
+    def build(self, spec: Mapping[str, Any], root: Path | None) -> Manifest:
+        """Build the manifest from the official lists.
 
-    Raises:
-        UserError: a list is missing or faulty (the message names file and line), or the counts are not the expected ones.
-    """
-    layout, root = spec["layout"], official_root(spec, root)
-    target = target_splits(spec, _SPLITS)
-    folder = locate(root, layout["ann_dir"], "the folder of annotations")
-    file_names = [["classes.txt"], [spec["ingredients"]]]
-    file_names += [[f"{split}_{kind}s.txt", f"{short}_{split}.txt"] for kind, short in _LIST_KINDS for split in _SPLITS]
-    classes, ingredients, *split_lists = locate_all(folder, file_names, "official lists")
-    images, labels = (dict(zip(_SPLITS, own, strict=True)) for own in (split_lists[:3], split_lists[3:]))
-    class_names = [name.lower().replace(" ", "_") for name in read_names(classes)]
-    texts = _ingredients(ingredients, len(class_names))
-    pictures = [each for split in _SPLITS for each in _pictures(split, images[split], labels[split], class_names)]
-    sizes = Counter(picture.split for picture in pictures)
-    media_root = locate(root, layout["image_root"], "the folder of images")
-    per_class = Counter((picture.split, picture.label) for picture in pictures)
-    manifest = Manifest(
-        dataset=spec["name"],
-        label_kind=spec["label_kind"],
-        class_names=tuple(class_names),
-        samples=tuple(
-            Sample(picture.name, target[picture.split], Path(f"{picture.name}.jpg"), texts[picture.label], (picture.label,), "")
-            for picture in pictures
-        ),
-        meta=manifest_meta(
-            spec,
-            sources=source_hashes([classes, ingredients, *images.values(), *labels.values()], root),
-            lists=[list_entry(path, root, sizes[split]) for split, path in images.items()],
-            counts={
-                "images": len(pictures),
-                **{f"images.{split}": sizes[split] for split in _SPLITS},
-                "vocabulary": len({word for text in texts for word in text}),
-            },
-            class_counts={split: [per_class[split, label] for label in range(len(class_names))] for split in _SPLITS},
-            warnings=_compare_food101(layout["food101_meta"], root, pictures),
-        ),
-        media_root=media_root,
-    )
-    check_manifest(manifest, required_counts(spec))
-    return manifest
+        Args:
+            spec: the contents of ingredients101.yaml.
+            root: the folder of the official files.
+
+        Raises:
+            UserError: a list is missing or faulty (the message names file and line), or the counts are not the expected ones.
+        """
+        layout, root = spec["layout"], official_root(spec, root)
+        target = target_splits(spec, _SPLITS)
+        folder = locate(root, layout["ann_dir"], "the folder of annotations")
+        file_names = [["classes.txt"], [spec["ingredients"]]]
+        file_names += [[f"{split}_{kind}s.txt", f"{short}_{split}.txt"] for kind, short in _LIST_KINDS for split in _SPLITS]
+        classes, ingredients, *split_lists = locate_all(folder, file_names, "official lists")
+        images, labels = (dict(zip(_SPLITS, own, strict=True)) for own in (split_lists[:3], split_lists[3:]))
+        class_names = [name.lower().replace(" ", "_") for name in read_names(classes)]
+        texts = _ingredients(ingredients, len(class_names))
+        pictures = [each for split in _SPLITS for each in _pictures(split, images[split], labels[split], class_names)]
+        sizes = Counter(picture.split for picture in pictures)
+        media_root = locate(root, layout["image_root"], "the folder of images")
+        per_class = Counter((picture.split, picture.label) for picture in pictures)
+        manifest = Manifest(
+            dataset=spec["name"],
+            label_kind=spec["label_kind"],
+            class_names=tuple(class_names),
+            samples=tuple(
+                Sample(
+                    picture.name, target[picture.split], Path(f"{picture.name}.jpg"), texts[picture.label], (picture.label,), ""
+                )
+                for picture in pictures
+            ),
+            meta=manifest_meta(
+                spec,
+                sources=source_hashes([classes, ingredients, *images.values(), *labels.values()], root),
+                lists=[list_entry(path, root, sizes[split]) for split, path in images.items()],
+                counts={
+                    "images": len(pictures),
+                    **{f"images.{split}": sizes[split] for split in _SPLITS},
+                    "vocabulary": len({word for text in texts for word in text}),
+                },
+                class_counts={split: [per_class[split, label] for label in range(len(class_names))] for split in _SPLITS},
+                warnings=_compare_food101(layout["food101_meta"], root, pictures),
+            ),
+            media_root=media_root,
+        )
+        check_manifest(manifest, required_counts(spec))
+        return manifest
 
 
 def _ingredients(path: Path, num_classes: int) -> list[tuple[str, ...]]:

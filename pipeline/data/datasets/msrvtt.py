@@ -9,6 +9,7 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from pipeline.data.dataset import Dataset
 from pipeline.data.json_reader import json_records
 from pipeline.data.manifest import Manifest, check_manifest
 from pipeline.data.readers import line_error, list_entry, locate, parse_whole_number, source_hashes, stripped_lines
@@ -36,51 +37,54 @@ class MsrvttClip(NamedTuple):
     extra: Mapping[str, Any]  # url, start and end time in the YouTube video (the files are already cut), official split
 
 
-def build(spec: Mapping[str, Any], root: Path | None) -> Manifest:
-    """Build the manifest from the first set of annotation files that is complete.
+class MsrVtt(Dataset):
+    """The annotation files of the official release, or copies of them."""
 
-    Args:
-        spec: the contents of msrvtt.yaml.
-        root: the folder of the official files.
+    def build(self, spec: Mapping[str, Any], root: Path | None) -> Manifest:
+        """Build the manifest from the first set of annotation files that is complete.
 
-    Raises:
-        UserError: annotations are missing or faulty (the message names file and line), or the counts are not as expected.
-    """
-    layout, root = spec["layout"], official_root(spec, root)
-    target = target_splits(spec, list(_VIDEO_NUMBERS))
-    annotations = _find_annotations(root, layout["annotations"])
-    categories = [locate(root, [name], "category.txt") for name in layout["categories"] if (root / name).is_file()][:1]
-    class_names = _categories(categories[0]) if categories else spec["class_names"]
-    clips: dict[str, MsrvttClip] = {}
-    captions: dict[str, list[str]] = {}
-    sizes: dict[Path, int] = {}
-    for path in annotations:
-        own = _clips(path, clips, len(class_names))
-        captions |= _captions(path, own, spec["dedup_captions"])
-        clips |= own
-        sizes[path] = len(own)
-    media_root = locate(root, layout["image_root"], "the folder of videos")
-    media = _media_files(media_root, layout["video_roots"], layout["suffixes"], clips)
-    manifest = Manifest(
-        dataset=spec["name"],
-        label_kind=spec["label_kind"],
-        class_names=tuple(class_names),
-        samples=tuple(
-            Sample(name, target[clip.split], media[name], tuple(captions[name]), (clip.category,), _group(clip))
-            for name, clip in clips.items()
-        ),
-        meta=manifest_meta(
-            spec,
-            sources=source_hashes([*annotations, *categories], root),
-            lists=[list_entry(path, root, sizes[path], unit="video") for path in annotations],
-            counts=_counts(list(clips.values()), captions),
-            class_counts=_class_counts(list(clips.values()), len(class_names)),
-        ),
-        media_root=media_root,
-        extra={name: json.dumps(clip.extra, sort_keys=True, ensure_ascii=False) for name, clip in clips.items()},
-    )
-    check_manifest(manifest, required_counts(spec))
-    return manifest
+        Args:
+            spec: the contents of msrvtt.yaml.
+            root: the folder of the official files.
+
+        Raises:
+            UserError: annotations are missing or faulty (the message names file and line), or the counts are not as expected.
+        """
+        layout, root = spec["layout"], official_root(spec, root)
+        target = target_splits(spec, list(_VIDEO_NUMBERS))
+        annotations = _find_annotations(root, layout["annotations"])
+        categories = [locate(root, [name], "category.txt") for name in layout["categories"] if (root / name).is_file()][:1]
+        class_names = _categories(categories[0]) if categories else spec["class_names"]
+        clips: dict[str, MsrvttClip] = {}
+        captions: dict[str, list[str]] = {}
+        sizes: dict[Path, int] = {}
+        for path in annotations:
+            own = _clips(path, clips, len(class_names))
+            captions |= _captions(path, own, spec["dedup_captions"])
+            clips |= own
+            sizes[path] = len(own)
+        media_root = locate(root, layout["image_root"], "the folder of videos")
+        media = _media_files(media_root, layout["video_roots"], layout["suffixes"], clips)
+        manifest = Manifest(
+            dataset=spec["name"],
+            label_kind=spec["label_kind"],
+            class_names=tuple(class_names),
+            samples=tuple(
+                Sample(name, target[clip.split], media[name], tuple(captions[name]), (clip.category,), _group(clip))
+                for name, clip in clips.items()
+            ),
+            meta=manifest_meta(
+                spec,
+                sources=source_hashes([*annotations, *categories], root),
+                lists=[list_entry(path, root, sizes[path], unit="video") for path in annotations],
+                counts=_counts(list(clips.values()), captions),
+                class_counts=_class_counts(list(clips.values()), len(class_names)),
+            ),
+            media_root=media_root,
+            extra={name: json.dumps(clip.extra, sort_keys=True, ensure_ascii=False) for name, clip in clips.items()},
+        )
+        check_manifest(manifest, required_counts(spec))
+        return manifest
 
 
 def _find_annotations(root: Path, choices: Sequence[Sequence[str]]) -> list[Path]:

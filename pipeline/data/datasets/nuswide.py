@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.data.annotations import read_class_name_csv, read_class_number_lists, read_indicator_lists, read_tags_by_id
+from pipeline.data.dataset import Dataset
 from pipeline.data.manifest import Manifest, check_manifest
 from pipeline.data.readers import (
     binary_column,
@@ -78,48 +79,51 @@ class Photos(NamedTuple):
     vocabulary: list[str]  # the names of the tags
 
 
-def build(spec: Mapping[str, Any], root: Path | None) -> Manifest:
-    """Build the manifest from the official files, or from the import that `spec["variant"]` names.
+class NusWide(Dataset):
+    """The official lists, or one of the imports that circulate."""
 
-    Args:
-        spec: the contents of nuswide.yaml.
-        root: the folder of the official files, or of the import.
+    def build(self, spec: Mapping[str, Any], root: Path | None) -> Manifest:
+        """Build the manifest from the official files, or from the import that `spec["variant"]` names.
 
-    Raises:
-        UserError: an option is unknown, a file is missing or faulty (the message names file and line), or the counts are not
-            the expected ones.
-    """
-    for key, choices in (("filter", FILTERS), ("variant", VARIANTS)):
-        if spec[key] not in choices:
-            raise UserError(f"unknown {key} {spec[key]!r}; choose one of: {', '.join(choices)}")
-    percent = held_out_percent(spec)
-    root = official_root(spec, root)
-    photos, list_entries, files = (
-        _read_official(spec["layout"], root) if spec["variant"] == "official" else _read_import(spec, root)
-    )
-    labelled, tagged = photos.labels.sizes() > 0, photos.tags.sizes() > 0
-    both = labelled & tagged
-    keep = {"none": np.full_like(both, True), "label": labelled, "label_and_tag": both}[spec["filter"]]
-    kept, split = np.flatnonzero(keep), _with_validation(photos, percent)
-    in_two_splits = _rows_in_two_splits(photos, kept, split)
-    manifest = Manifest(
-        dataset=spec["name"],
-        label_kind=spec["label_kind"],
-        class_names=tuple(photos.class_names),
-        samples=tuple(_samples(photos, kept, split, set(in_two_splits))),
-        meta=manifest_meta(
-            spec,
-            sources=source_hashes(files, root),
-            lists=list_entries,
-            counts=_counts(photos, labelled, tagged),
-            class_counts=_class_counts(photos, both),
-            warnings=_warnings(photos, kept, in_two_splits),
-        ),
-        media_root=locate(root, spec["layout"]["image_root"], "the folder of images"),
-        rows=() if keep.all() else tuple(kept.tolist()),
-    )
-    check_manifest(manifest, required_counts(spec))
-    return manifest
+        Args:
+            spec: the contents of nuswide.yaml.
+            root: the folder of the official files, or of the import.
+
+        Raises:
+            UserError: an option is unknown, a file is missing or faulty (the message names file and line), or the counts are
+                not the expected ones.
+        """
+        for key, choices in (("filter", FILTERS), ("variant", VARIANTS)):
+            if spec[key] not in choices:
+                raise UserError(f"unknown {key} {spec[key]!r}; choose one of: {', '.join(choices)}")
+        percent = held_out_percent(spec)
+        root = official_root(spec, root)
+        photos, list_entries, files = (
+            _read_official(spec["layout"], root) if spec["variant"] == "official" else _read_import(spec, root)
+        )
+        labelled, tagged = photos.labels.sizes() > 0, photos.tags.sizes() > 0
+        both = labelled & tagged
+        keep = {"none": np.full_like(both, True), "label": labelled, "label_and_tag": both}[spec["filter"]]
+        kept, split = np.flatnonzero(keep), _with_validation(photos, percent)
+        in_two_splits = _rows_in_two_splits(photos, kept, split)
+        manifest = Manifest(
+            dataset=spec["name"],
+            label_kind=spec["label_kind"],
+            class_names=tuple(photos.class_names),
+            samples=tuple(_samples(photos, kept, split, set(in_two_splits))),
+            meta=manifest_meta(
+                spec,
+                sources=source_hashes(files, root),
+                lists=list_entries,
+                counts=_counts(photos, labelled, tagged),
+                class_counts=_class_counts(photos, both),
+                warnings=_warnings(photos, kept, in_two_splits),
+            ),
+            media_root=locate(root, spec["layout"]["image_root"], "the folder of images"),
+            rows=() if keep.all() else tuple(kept.tolist()),
+        )
+        check_manifest(manifest, required_counts(spec))
+        return manifest
 
 
 def _samples(photos: Photos, kept: NDArray[np.int64], split: NDArray[np.int8], in_two_splits: set[int]) -> Iterator[Sample]:

@@ -34,6 +34,7 @@ from typing import Any, NamedTuple
 from xml.parsers import expat
 
 from pipeline.data import fetch, splits
+from pipeline.data.dataset import Dataset
 from pipeline.data.manifest import Manifest, check_manifest
 from pipeline.data.media import MAX_SVG_BYTES, open_image
 from pipeline.data.spec import manifest_meta, required_counts
@@ -61,37 +62,40 @@ class Drawing(NamedTuple):
     keywords: tuple[str, ...]  # as written
 
 
-def build(spec: Mapping[str, Any], root: Path | None) -> Manifest:
-    """Build the manifest from the Debian package that was unpacked in `root`.
+class OpenClipart(Dataset):
+    """The drawings of the Debian package."""
 
-    Args:
-        spec: the contents of openclipart.yaml.
-        root: the folder that `diffalign fetch openclipart` made.
+    def build(self, spec: Mapping[str, Any], root: Path | None) -> Manifest:
+        """Build the manifest from the Debian package that was unpacked in `root`.
 
-    Raises:
-        UserError: the folder is missing, or the counts are not the expected ones.
-    """
-    if root is None or not (root / spec["layout"]["images"]).is_dir():
-        raise UserError(f"the drawings ({spec['layout']['images']}) are missing; run: diffalign fetch openclipart")
-    folder = root / spec["layout"]["images"]
-    drawings, left_out = _read_all(folder)
-    kept = [drawing for drawing in drawings if not set(spec["select"]["drop_series"]) & set(drawing.keywords)]
-    pixel_hashes, problems = _render_hashes(folder, kept)
-    drawn = [drawing for drawing in kept if drawing.path in pixel_hashes]
-    classes, samples = _samples(spec, drawn, pixel_hashes)
-    meta = manifest_meta(
-        spec,
-        sources=_sources(spec, root),
-        left_out={**left_out, "series": len(drawings) - len(kept), **problems, "no_concept": len(drawn) - len(samples)},
-        counts={
-            "drawings": len(drawings) + len(left_out["unreadable"]),
-            "groups": len({sample.group for sample in samples}),
-            "without_text": sum(not sample.texts for sample in samples),
-        },
-    )
-    manifest = Manifest(spec["name"], spec["label_kind"], classes, samples, meta, folder)
-    check_manifest(manifest, required_counts(spec))
-    return manifest
+        Args:
+            spec: the contents of openclipart.yaml.
+            root: the folder that `diffalign fetch openclipart` made.
+
+        Raises:
+            UserError: the folder is missing, or the counts are not the expected ones.
+        """
+        if root is None or not (root / spec["layout"]["images"]).is_dir():
+            raise UserError(f"the drawings ({spec['layout']['images']}) are missing; run: diffalign fetch openclipart")
+        folder = root / spec["layout"]["images"]
+        drawings, left_out = _read_all(folder)
+        kept = [drawing for drawing in drawings if not set(spec["select"]["drop_series"]) & set(drawing.keywords)]
+        pixel_hashes, problems = _render_hashes(folder, kept)
+        drawn = [drawing for drawing in kept if drawing.path in pixel_hashes]
+        classes, samples = _samples(spec, drawn, pixel_hashes)
+        meta = manifest_meta(
+            spec,
+            sources=_sources(spec, root),
+            left_out={**left_out, "series": len(drawings) - len(kept), **problems, "no_concept": len(drawn) - len(samples)},
+            counts={
+                "drawings": len(drawings) + len(left_out["unreadable"]),
+                "groups": len({sample.group for sample in samples}),
+                "without_text": sum(not sample.texts for sample in samples),
+            },
+        )
+        manifest = Manifest(spec["name"], spec["label_kind"], classes, samples, meta, folder)
+        check_manifest(manifest, required_counts(spec))
+        return manifest
 
 
 def _samples(

@@ -15,6 +15,7 @@ from typing import Any
 
 from pipeline.data import splits
 from pipeline.data.annotations import Emoji, package_path, read_emoji_list
+from pipeline.data.dataset import Dataset
 from pipeline.data.manifest import Manifest, check_manifest
 from pipeline.data.spec import manifest_meta, required_counts
 from pipeline.runtime.errors import UserError
@@ -24,40 +25,44 @@ from pipeline.types import Sample
 _VARIATION_SELECTOR = "FE0F"
 
 
-def build(spec: Mapping[str, Any], root: Path | None) -> Manifest:
-    """Build the manifest from the installed packages, or from a folder of official files.
+class OpenMoji(Dataset):
+    """The drawings of OpenMoji, with the names and groups of Unicode's list."""
 
-    Args:
-        spec: the contents of openmoji.yaml.
-        root: a folder with the layout that `spec` describes, or None for the packages.
+    def build(self, spec: Mapping[str, Any], root: Path | None) -> Manifest:
+        """Build the manifest from the installed packages, or from a folder of official files.
 
-    Raises:
-        UserError: a package or a file is missing, or the counts are not the expected ones.
-    """
-    names, images, sources = _packaged(spec["layout"]) if root is None else _in_folder(spec["layout"], root)
-    select = spec["select"]
-    emoji = [e for e in read_emoji_list(names) if e.status == select["status"] and e.group not in select["skip_groups"]]
-    emoji = [e for e in emoji if not set(e.code_points) & set(select["skip_code_points"])]
-    files = {e: file for e in emoji if (file := _image_name(e, images))}
-    sizes = Counter(e.subgroup for e in files)
-    kept = {e: file for e, file in files.items() if sizes[e.subgroup] >= select["min_class_size"]}
-    classes = tuple(dict.fromkeys(e.subgroup for e in kept))
-    split_of: dict[str, str] = {}
-    for name in classes:
-        split_of |= splits.by_rank([_id(e) for e in kept if e.subgroup == name], spec["splits"])
-    samples = tuple(
-        Sample(_id(e), split_of[_id(e)], Path(file), (e.name,), (classes.index(e.subgroup),), "") for e, file in kept.items()
-    )
-    meta = manifest_meta(
-        spec,
-        sources={**sources, spec["layout"]["names"]: file_sha256(names)},
-        media_sha256=_media_sha256(images, sorted(kept.values())),
-        missing_images=[_id(e) for e in emoji if e not in files],
-        small_classes={name: size for name, size in sizes.items() if size < select["min_class_size"]},
-    )
-    manifest = Manifest(spec["name"], spec["label_kind"], classes, samples, meta, images)
-    check_manifest(manifest, required_counts(spec))
-    return manifest
+        Args:
+            spec: the contents of openmoji.yaml.
+            root: a folder with the layout that `spec` describes, or None for the packages.
+
+        Raises:
+            UserError: a package or a file is missing, or the counts are not the expected ones.
+        """
+        names, images, sources = _packaged(spec["layout"]) if root is None else _in_folder(spec["layout"], root)
+        select = spec["select"]
+        emoji = [e for e in read_emoji_list(names) if e.status == select["status"] and e.group not in select["skip_groups"]]
+        emoji = [e for e in emoji if not set(e.code_points) & set(select["skip_code_points"])]
+        files = {e: file for e in emoji if (file := _image_name(e, images))}
+        sizes = Counter(e.subgroup for e in files)
+        kept = {e: file for e, file in files.items() if sizes[e.subgroup] >= select["min_class_size"]}
+        classes = tuple(dict.fromkeys(e.subgroup for e in kept))
+        split_of: dict[str, str] = {}
+        for name in classes:
+            split_of |= splits.by_rank([_id(e) for e in kept if e.subgroup == name], spec["splits"])
+        samples = tuple(
+            Sample(_id(e), split_of[_id(e)], Path(file), (e.name,), (classes.index(e.subgroup),), "")
+            for e, file in kept.items()
+        )
+        meta = manifest_meta(
+            spec,
+            sources={**sources, spec["layout"]["names"]: file_sha256(names)},
+            media_sha256=_media_sha256(images, sorted(kept.values())),
+            missing_images=[_id(e) for e in emoji if e not in files],
+            small_classes={name: size for name, size in sizes.items() if size < select["min_class_size"]},
+        )
+        manifest = Manifest(spec["name"], spec["label_kind"], classes, samples, meta, images)
+        check_manifest(manifest, required_counts(spec))
+        return manifest
 
 
 def _id(emoji: Emoji) -> str:

@@ -31,6 +31,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.data import readers, splits
+from pipeline.data.dataset import Dataset
 from pipeline.data.manifest import Manifest, check_manifest
 from pipeline.data.spec import held_out_percent, manifest_meta, required_counts
 from pipeline.runtime.errors import UserError
@@ -59,43 +60,42 @@ class TableRow(NamedTuple):
     group: str
 
 
-def build(spec: Mapping[str, Any], root: Path | None) -> Manifest:
-    """Build the manifest from the table, the imagefolder or the folder tree in `root`.
+class MediaTable(Dataset):
+    """A table, an imagefolder, or a tree with one folder per class."""
 
-    Args:
-        spec: the contents of table.yaml, with the user's options.
-        root: the folder of the data.
-
-    Raises:
-        UserError: the data cannot be used; the message names file and line.
-    """
-    if root is None or not root.is_dir():
-        raise UserError(f"{root} is no folder; --root takes the folder of your media")
-    spec = {**spec, "file": _named_table(spec, root)}
-    media_root = readers.locate(root, spec["layout"]["image_root"], "the folder of media")
-    tables = _find_tables(spec, root)
-    rows = [row for table in tables for row in _read_table(spec, root, table)] if tables else list(_read_tree(media_root))
-    if not rows:
-        raise UserError(f"{tables[0] if tables else media_root} has no rows; see the layouts in `diffalign datasets table`")
-    names_file = [readers.locate(root, [spec["class_names"]], "the list of class names")] if spec["class_names"] else []
-    label_kind = _chosen_or_found(spec, "labels", "multi" if any(len(set(row.labels)) > 1 for row in rows) else "single")
-    classes, labels = _label_ids(rows, label_kind, [name for path in names_file for name in readers.read_names(path)])
-    samples = tuple(
-        Sample(row.id, split, Path(row.media), row.texts, ids, row.group)
-        for row, split, ids in zip(rows, _splits_of_rows(rows, spec), labels, strict=True)
-    )
-    media_type = _chosen_or_found(spec, "media", _media_type(rows) if spec["media"] == "auto" else "")
-    entries, positions = _list_entries(rows, root) if tables else ([], ())
-    task = "singlelabel" if label_kind == "single" else "multilabel"
-    meta = manifest_meta(
-        {**spec, "media_type": media_type, "metrics": {"task": task, "topk": [1, 5]}},
-        sources=readers.source_hashes([*tables, *names_file], root),
-        lists=entries,
-        split_rule="as given" if rows[0].split else "by the SHA-256 of group or id",
-    )
-    manifest = Manifest(spec["name"], label_kind, classes, samples, meta, media_root, positions)
-    check_manifest(manifest, required_counts(spec))
-    return manifest
+    def build(self, spec: Mapping[str, Any], root: Path | None) -> Manifest:
+        """Build the manifest from what is in `root`; `UserError` names file and line if the data cannot be used."""
+        if root is None:
+            raise UserError(
+                "where are your media? Give their folder, --root DIR; the layouts are in `diffalign datasets table`"
+            )
+        if not root.is_dir():
+            raise UserError(f"{root} is no folder; --root takes the folder of your media")
+        spec = {**spec, "file": _named_table(spec, root)}
+        media_root = readers.locate(root, spec["layout"]["image_root"], "the folder of media")
+        tables = _find_tables(spec, root)
+        rows = [row for table in tables for row in _read_table(spec, root, table)] if tables else list(_read_tree(media_root))
+        if not rows:
+            raise UserError(f"{tables[0] if tables else media_root} has no rows; see the layouts in `diffalign datasets table`")
+        names_file = [readers.locate(root, [spec["class_names"]], "the list of class names")] if spec["class_names"] else []
+        label_kind = _chosen_or_found(spec, "labels", "multi" if any(len(set(row.labels)) > 1 for row in rows) else "single")
+        classes, labels = _label_ids(rows, label_kind, [name for path in names_file for name in readers.read_names(path)])
+        samples = tuple(
+            Sample(row.id, split, Path(row.media), row.texts, ids, row.group)
+            for row, split, ids in zip(rows, _splits_of_rows(rows, spec), labels, strict=True)
+        )
+        media_type = _chosen_or_found(spec, "media", _media_type(rows) if spec["media"] == "auto" else "")
+        entries, positions = _list_entries(rows, root) if tables else ([], ())
+        task = "singlelabel" if label_kind == "single" else "multilabel"
+        meta = manifest_meta(
+            {**spec, "media_type": media_type, "metrics": {"task": task, "topk": [1, 5]}},
+            sources=readers.source_hashes([*tables, *names_file], root),
+            lists=entries,
+            split_rule="as given" if rows[0].split else "by the SHA-256 of group or id",
+        )
+        manifest = Manifest(spec["name"], label_kind, classes, samples, meta, media_root, positions)
+        check_manifest(manifest, required_counts(spec))
+        return manifest
 
 
 def _splits_of_rows(rows: list[TableRow], spec: Mapping[str, Any]) -> Iterator[str]:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from pipeline.data.dataset import Dataset
 from pipeline.data.manifest import Manifest, check_manifest
 from pipeline.data.readers import (
     WHITE_SPACE,
@@ -31,52 +32,55 @@ class DishPicture(NamedTuple):
     label: int  # number of the folder - 1
 
 
-def build(spec: Mapping[str, Any], root: Path | None) -> Manifest:
-    """Build the manifest from the official lists.
+class Vireo172(Dataset):
+    """The official lists of pictures and ingredients."""
 
-    Args:
-        spec: the contents of vireo172.yaml.
-        root: the folder of the official files.
+    def build(self, spec: Mapping[str, Any], root: Path | None) -> Manifest:
+        """Build the manifest from the official lists.
 
-    Raises:
-        UserError: a list is missing or faulty (the message names file and line), or the counts are not the expected ones.
-    """
-    layout, root = spec["layout"], official_root(spec, root)
-    target = target_splits(spec, list(spec["lists"]))
-    folder = locate(root, layout["lists_dir"], "the folder of lists")
-    file_names = [*spec["lists"].values(), "FoodList.txt", "IngredientList.txt", "IngreLabel.txt"]
-    *split_lists, dishes, vocabulary, marks = locate_all(folder, [[name] for name in file_names], "official lists")
-    lists = dict(zip(spec["lists"], split_lists, strict=True))
-    class_names, words = _distinct_names(read_names(dishes, strip=f"{WHITE_SPACE};")), read_names(vocabulary)
-    pictures = [picture for split, path in lists.items() for picture in _pictures(split, path, len(class_names))]
-    ingredients = _ingredients(marks, len(words))
-    _check_ingredients_listed(pictures, lists, ingredients, marks)
-    texts = {path: tuple(words[column] for column in columns) for path, columns in ingredients.items()}
-    counts = _counts(pictures, list(lists))
-    manifest = Manifest(
-        dataset=spec["name"],
-        label_kind=spec["label_kind"],
-        class_names=tuple(class_names),
-        samples=tuple(
-            Sample(each.path.removesuffix(".jpg"), target[each.split], Path(each.path), texts[each.path], (each.label,), "")
-            for each in pictures
-        ),
-        meta=manifest_meta(
-            spec,
-            sources=source_hashes([*lists.values(), dishes, vocabulary, marks], root),
-            lists=[list_entry(path, root, counts[f"images.{split}"]) for split, path in lists.items()],
-            counts={
-                **counts,
-                "vocabulary": len(words),
-                "ingredient_rows": len(ingredients),
-                "without_text": sum(not texts[picture.path] for picture in pictures),
-            },
-            class_counts=_class_counts(pictures, list(lists), len(class_names)),
-        ),
-        media_root=locate(root, layout["image_root"], "the folder of images"),
-    )
-    check_manifest(manifest, required_counts(spec))
-    return manifest
+        Args:
+            spec: the contents of vireo172.yaml.
+            root: the folder of the official files.
+
+        Raises:
+            UserError: a list is missing or faulty (the message names file and line), or the counts are not the expected ones.
+        """
+        layout, root = spec["layout"], official_root(spec, root)
+        target = target_splits(spec, list(spec["lists"]))
+        folder = locate(root, layout["lists_dir"], "the folder of lists")
+        file_names = [*spec["lists"].values(), "FoodList.txt", "IngredientList.txt", "IngreLabel.txt"]
+        *split_lists, dishes, vocabulary, marks = locate_all(folder, [[name] for name in file_names], "official lists")
+        lists = dict(zip(spec["lists"], split_lists, strict=True))
+        class_names, words = _distinct_names(read_names(dishes, strip=f"{WHITE_SPACE};")), read_names(vocabulary)
+        pictures = [picture for split, path in lists.items() for picture in _pictures(split, path, len(class_names))]
+        ingredients = _ingredients(marks, len(words))
+        _check_ingredients_listed(pictures, lists, ingredients, marks)
+        texts = {path: tuple(words[column] for column in columns) for path, columns in ingredients.items()}
+        counts = _counts(pictures, list(lists))
+        manifest = Manifest(
+            dataset=spec["name"],
+            label_kind=spec["label_kind"],
+            class_names=tuple(class_names),
+            samples=tuple(
+                Sample(each.path.removesuffix(".jpg"), target[each.split], Path(each.path), texts[each.path], (each.label,), "")
+                for each in pictures
+            ),
+            meta=manifest_meta(
+                spec,
+                sources=source_hashes([*lists.values(), dishes, vocabulary, marks], root),
+                lists=[list_entry(path, root, counts[f"images.{split}"]) for split, path in lists.items()],
+                counts={
+                    **counts,
+                    "vocabulary": len(words),
+                    "ingredient_rows": len(ingredients),
+                    "without_text": sum(not texts[picture.path] for picture in pictures),
+                },
+                class_counts=_class_counts(pictures, list(lists), len(class_names)),
+            ),
+            media_root=locate(root, layout["image_root"], "the folder of images"),
+        )
+        check_manifest(manifest, required_counts(spec))
+        return manifest
 
 
 def _pictures(split: str, path: Path, num_classes: int) -> list[DishPicture]:

@@ -15,7 +15,7 @@ from torch import Tensor
 from pipeline.cache import Cache, open_cache
 from pipeline.cache.reader import identity_differences
 from pipeline.data.manifest import Manifest
-from pipeline.encoders._factory import build_encoder
+from pipeline.encoders._factory import build_encoder, encoder_identity
 from pipeline.extraction.extract import ExtractOptions, extract
 from pipeline.runtime import plugins
 from pipeline.runtime.errors import UserError
@@ -53,8 +53,8 @@ def rebuild_encoder(cache: Cache) -> RebuiltEncoder:
         settings["settings"] = ",".join([*kept_pairs, f"compute_dtype={precision}"])
     else:
         settings["compute_dtype"] = precision
-    _, encoder = build_encoder(name, settings)
-    found = json.loads(canonical_json({"name": name, "modality": encoder.modality, **encoder.identity()}))
+    encoder = build_encoder(name, settings)
+    found = json.loads(canonical_json(encoder_identity(name, encoder)))
     for field, wanted, have in identity_differences(made_by, found, "encoder."):
         if not field.endswith("compute_dtype"):
             raise UserError(f"{cache.path} was made with {field} = {wanted!r}, which is {have!r} by now; extract it again")

@@ -14,14 +14,14 @@ import safetensors.torch
 from pipeline.evaluation.evaluate import evaluate, load_method
 from pipeline.extraction.extract import ExtractOptions
 from pipeline.runtime import plugins
-from pipeline.runtime.errors import UserError
+from pipeline.runtime.errors import UserError, is_bug
 from pipeline.runtime.files import lock, sha256, write_atomic
 from pipeline.runtime.runs import RunConfig, RunFolder
 from pipeline.runtime.settings import configure
 from pipeline.training.config import TrainConfig
 from pipeline.training.features import FeatureSet, open_features
 from pipeline.training.history import best_validation, read_validations
-from pipeline.training.joint.ddp import distributed_context
+from pipeline.training.joint.ddp import DistributedContext, distributed_context
 from pipeline.training.joint.export import export_encoder, extract_tuned_features, load_joint_weights, rebuild_encoder
 from pipeline.training.joint.plan import JointConfig, JointOptions, JointPlan
 from pipeline.training.joint.trainer import train_joint
@@ -98,10 +98,22 @@ def finetune(home: Path, init: RunFolder, joint: JointConfig, training: TrainCon
             settings = configure(plugins.get("methods", config.method).Config, config.settings)
             head = load_method(init, init_config, settings)
             plan = JointPlan(config=config, joint=joint, training=training, head=head, init=init, run=run, features=features)
-            train_joint(plan, options, context)
+            _train(plan, options, context)
         if context.rank:
             return FinetuneResult(init, "", 0.0, 0.0, {})
     return _compare_and_publish(home, init, run, config, features, joint, options)
+
+
+def _train(plan: JointPlan, options: JointOptions, context: DistributedContext) -> None:
+    """Train a joint run; the traceback of a bug is in `error.txt` of its folder until a later attempt ends without one."""
+    try:
+        train_joint(plan, options, context)
+    except Exception as error:
+        if is_bug(error) and not context.rank and (plan.run.path / "config.json").is_file():
+            plan.run.write_traceback(error)
+        raise
+    if not context.rank:
+        plan.run.delete_traceback()
 
 
 def _compare_and_publish(

@@ -60,6 +60,10 @@ class JointOptions:
     workers: int = -1  # processes that decode; -1: one per core
     progress: bool = True  # show progress bars
 
+    def __post_init__(self) -> None:
+        if self.accumulate < 1 or self.workers < -1:
+            raise UserError(f"accumulate must be >= 1 and workers >= -1, not {self.accumulate} and {self.workers}")
+
 
 @dataclass(frozen=True, kw_only=True)
 class JointPlan:

@@ -12,7 +12,7 @@ from helpers.archives import tar, tgz
 from PIL import Image
 
 from pipeline.data import fetch, splits
-from pipeline.data.datasets import animoji
+from pipeline.data.datasets.animoji import Animoji
 from pipeline.data.manifest import Manifest
 from pipeline.data.spec import load_spec
 
@@ -56,7 +56,7 @@ def spec(**select: Any) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def mini(package: Path) -> Manifest:
-    return animoji.build(spec(), package)
+    return Animoji().build(spec(), package)
 
 
 def test_clips_classes_and_groups(mini: Manifest) -> None:
@@ -91,38 +91,38 @@ def test_variants_of_one_emoji_share_a_split_and_every_split_has_every_class(min
 
 
 def test_without_languages_the_only_text_is_the_english_name(package: Path) -> None:
-    built = animoji.build({**spec(), "languages": []}, package)
+    built = Animoji().build({**spec(), "languages": []}, package)
     assert all(len(sample.texts) == 1 for sample in built.samples)
 
 
 def test_thresholds_of_frames_class_sizes_and_groups(package: Path) -> None:
-    assert "body-parts" not in animoji.build(spec(min_class_size=1), package).class_names  # one group is too few
-    assert "body-parts" in animoji.build(spec(min_class_size=1, min_class_groups=1), package).class_names
+    assert "body-parts" not in Animoji().build(spec(min_class_size=1), package).class_names  # one group is too few
+    assert "body-parts" in Animoji().build(spec(min_class_size=1, min_class_groups=1), package).class_names
     with pytest.raises(ValueError, match="no samples"):
-        animoji.build(spec(min_frames=4), package)
+        Animoji().build(spec(min_frames=4), package)
 
 
 def test_faults_are_named(tmp_path: Path) -> None:
     for root in (None, tmp_path):
         with pytest.raises(ValueError, match="run: diffalign fetch animoji"):
-            animoji.build(spec(), root)
+            Animoji().build(spec(), root)
     folder = tmp_path / "package" / "assets"
     folder.mkdir(parents=True)
     (folder / "1f400.webp").write_bytes(b"no picture")
     with pytest.raises(ValueError, match=r"1f400\.webp: not a picture"):
-        animoji.build(spec(), tmp_path)
+        Animoji().build(spec(), tmp_path)
     (folder / "1f400.webp").write_bytes(webp(2))
     (folder / "hello.webp").write_bytes(webp(2))
     with pytest.raises(ValueError, match=r"hello\.webp: its name is no emoji"):
-        animoji.build(spec(), tmp_path)
+        Animoji().build(spec(), tmp_path)
     (folder / "hello.webp").rename(folder / "1f400-fe0f.webp")
     with pytest.raises(ValueError, match=r"shows the same emoji as 1f400-fe0f\.webp"):
-        animoji.build(spec(), tmp_path)
+        Animoji().build(spec(), tmp_path)
 
 
 def test_unknown_languages_are_named(package: Path) -> None:
     with pytest.raises(ValueError, match=r"unknown language 'xx'; choose among: .*de"):
-        animoji.build({**spec(), "languages": ["de", "xx"]}, package)
+        Animoji().build({**spec(), "languages": ["de", "xx"]}, package)
 
 
 def test_no_test_clip_has_the_names_of_a_training_clip(mini: Manifest) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from helpers.make_fixtures import make_ingredients101, write_text
 
-from pipeline.data.datasets import ingredients101
+from pipeline.data.datasets.ingredients101 import Ingredients101
 from pipeline.data.manifest import Manifest
 from pipeline.data.media import open_image
 from pipeline.data.spec import load_spec
@@ -34,7 +34,7 @@ def official(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def build(root: Path, **options: Any) -> Manifest:
     """Build the manifest of a miniature."""
-    return ingredients101.build({**load_spec("ingredients101"), "counts_profile": "fixture", **options}, root)
+    return Ingredients101().build({**load_spec("ingredients101"), "counts_profile": "fixture", **options}, root)
 
 
 def test_rows(official: Path) -> None:

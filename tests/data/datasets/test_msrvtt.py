@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from helpers.make_fixtures import MSRVTT_CLIPS, clip_records, make_msrvtt, write_text
 
-from pipeline.data.datasets import msrvtt
+from pipeline.data.datasets.msrvtt import MsrVtt
 from pipeline.data.manifest import Manifest
 from pipeline.data.spec import load_spec
 
@@ -33,7 +33,7 @@ def official(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def build(root: Path, **options: Any) -> Manifest:
     """Build the manifest of a miniature."""
-    return msrvtt.build({**load_spec("msrvtt"), "counts_profile": "fixture", **options}, root)
+    return MsrVtt().build({**load_spec("msrvtt"), "counts_profile": "fixture", **options}, root)
 
 
 def sample_rows(manifest: Manifest) -> list[tuple[Any, ...]]:

@@ -12,6 +12,7 @@ import pytest
 from helpers.make_fixtures import NUS_VOCABULARY, make_nuswide, make_nuswide_imports, write_text
 
 from pipeline.data.datasets import nuswide
+from pipeline.data.datasets.nuswide import NusWide
 from pipeline.data.manifest import Manifest
 from pipeline.data.spec import load_spec
 
@@ -47,7 +48,7 @@ def imports(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def build(root: Path, layout: dict[str, Any] | None = None, **options: Any) -> Manifest:
     """Build the manifest of a miniature."""
     spec = {**load_spec("nuswide"), "counts_profile": "fixture", **options}
-    return nuswide.build({**spec, "layout": {**spec["layout"], **(layout or {})}}, root)
+    return NusWide().build({**spec, "layout": {**spec["layout"], **(layout or {})}}, root)
 
 
 def sample_rows(manifest: Manifest) -> list[tuple[str, str, tuple[str, ...], tuple[str, ...], str]]:

@@ -13,6 +13,7 @@ from helpers.archives import deb, special_member, tar
 
 from pipeline.data import fetch
 from pipeline.data.datasets import openclipart
+from pipeline.data.datasets.openclipart import OpenClipart
 from pipeline.data.manifest import Manifest
 from pipeline.data.spec import load_spec
 from pipeline.types import SPLITS
@@ -84,7 +85,7 @@ def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def mini(package: Path) -> Manifest:
-    return openclipart.build(spec(), package)
+    return OpenClipart().build(spec(), package)
 
 
 def test_rows_are_those_counted_by_hand(mini: Manifest) -> None:
@@ -122,16 +123,16 @@ def test_links_of_an_installed_package_are_left_out(tmp_path: Path) -> None:
         (folder / f"{name}.svg").write_bytes(drawing(name, "", ["bird"], circle(ord(name) - 80)))
     (folder / "d.svg").symlink_to("a.svg")
     (folder / "e.svg").symlink_to("/etc/passwd")
-    built = openclipart.build(spec(), tmp_path)
+    built = OpenClipart().build(spec(), tmp_path)
     assert [sample.id for sample in built.samples] == ["a", "b", "c"]
     assert built.meta["left_out"]["links"] == 2
     assert built.meta["sources"] == {}
 
 
 def test_concepts_are_cut_by_number_and_size(package: Path) -> None:
-    assert openclipart.build(spec(max_concepts=2), package).class_names == ("bird", "flag")  # bird, flag, ice cream: 3 each
-    assert openclipart.build(spec(min_images=2), package).class_names == ("bird", "flag", "glass", "ice cream", "tree")
-    assert "icon" not in openclipart.build(spec(min_images=1), package).class_names
+    assert OpenClipart().build(spec(max_concepts=2), package).class_names == ("bird", "flag")  # bird, flag, ice cream: 3 each
+    assert OpenClipart().build(spec(min_images=2), package).class_names == ("bird", "flag", "glass", "ice cream", "tree")
+    assert "icon" not in OpenClipart().build(spec(min_images=1), package).class_names
 
 
 def test_the_split_is_decided_by_the_group(mini: Manifest) -> None:
@@ -194,4 +195,4 @@ def test_pipes_are_refused(tmp_path: Path) -> None:
 def test_missing_drawings_name_the_remedy(tmp_path: Path) -> None:
     for root in (None, tmp_path):
         with pytest.raises(ValueError, match="run: diffalign fetch openclipart"):
-            openclipart.build(spec(), root)
+            OpenClipart().build(spec(), root)

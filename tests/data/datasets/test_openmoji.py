@@ -11,7 +11,7 @@ import pytest
 
 from pipeline.data import splits
 from pipeline.data.annotations import Emoji, package_path, read_emoji_list
-from pipeline.data.datasets import openmoji
+from pipeline.data.datasets.openmoji import OpenMoji
 from pipeline.data.manifest import Manifest, split_counts
 from pipeline.data.spec import load_spec
 
@@ -43,7 +43,7 @@ NAMES = """# emoji-test.txt
 
 @pytest.fixture(scope="module")
 def packaged_manifest() -> Manifest:
-    return openmoji.build(load_spec("openmoji"), None)
+    return OpenMoji().build(load_spec("openmoji"), None)
 
 
 @pytest.fixture
@@ -112,7 +112,7 @@ def test_split_does_not_depend_on_order() -> None:
 
 
 def test_folder_of_official_files(official: Path) -> None:
-    manifest = openmoji.build(spec(), official)
+    manifest = OpenMoji().build(spec(), official)
     assert manifest.class_names == ("tools",)
     rows = [(sample.id, sample.media.name, sample.texts[0]) for sample in manifest.samples]
     assert rows == [("1F528", "1F528.svg", "hammer"), ("1FA93", "1FA93.svg", "axe"), ("26CF-FE0F", "26CF.svg", "pick")]
@@ -121,24 +121,24 @@ def test_folder_of_official_files(official: Path) -> None:
 
 
 def test_changed_drawings_change_their_digest(official: Path) -> None:
-    before = openmoji.build(spec(), official)
+    before = OpenMoji().build(spec(), official)
     (official / "svg" / "1F528.svg").write_text("<svg></svg>")
-    after = openmoji.build(spec(), official)
+    after = OpenMoji().build(spec(), official)
     assert after.fingerprint() == before.fingerprint()
     assert after.meta["media_sha256"] != before.meta["media_sha256"]
 
 
 def test_faults_are_named(official: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"all 3 \(expected 1501\)"):
-        openmoji.build(spec(counts={"all": 1501}), official)
+        OpenMoji().build(spec(counts={"all": 1501}), official)
     with pytest.raises(ValueError, match=r"must hold the file emoji-test\.txt and the folder svg"):
-        openmoji.build(spec(), tmp_path / "nowhere")
+        OpenMoji().build(spec(), tmp_path / "nowhere")
     with pytest.raises(ValueError, match=r"all 3 \(expected 1501\), classes 1 \(expected 68\)"):
-        openmoji.build({**spec(), "counts": load_spec("openmoji")["counts"]}, official)
-    openmoji.build({**spec(), "counts": {"all": 1501}, "counts_profile": "fixture"}, official)
+        OpenMoji().build({**spec(), "counts": load_spec("openmoji")["counts"]}, official)
+    OpenMoji().build({**spec(), "counts": {"all": 1501}, "counts_profile": "fixture"}, official)
     (official / "emoji-test.txt").write_text("# group: a\n# subgroup: b\n1F528 ; fully-qualified\n", encoding="utf-8")
     with pytest.raises(ValueError, match=r"emoji-test\.txt, line 3: "):
-        openmoji.build(spec(), official)
+        OpenMoji().build(spec(), official)
 
 
 GOOD = "# group: g\n# subgroup: eyes\n\n1F441 FE0F   ; fully-qualified # 👁️ E0.7 eye: #1\n1F441 ; unqualified # 👁 E0.7 eye\n"

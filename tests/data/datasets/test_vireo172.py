@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from helpers.make_fixtures import make_vireo172, write_text
 
-from pipeline.data.datasets import vireo172
+from pipeline.data.datasets.vireo172 import Vireo172
 from pipeline.data.manifest import Manifest
 from pipeline.data.media import open_image
 from pipeline.data.spec import load_spec
@@ -33,7 +33,7 @@ def official(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def build(root: Path, **options: Any) -> Manifest:
     """Build the manifest of a miniature."""
-    return vireo172.build({**load_spec("vireo172"), "counts_profile": "fixture", **options}, root)
+    return Vireo172().build({**load_spec("vireo172"), "counts_profile": "fixture", **options}, root)
 
 
 def test_rows(official: Path) -> None:

@@ -48,7 +48,7 @@ def built(case: str, folder: Path) -> tuple[nn.Module, Tensor]:
     name, settings = encoder_cases.family_settings(case, folder / "model")
     settings |= {"side": "64"} if name == "efficientnet_lite" else {}
     settings |= {} if name == "frames" else {"compute_dtype": "float32"}
-    encoder = build_encoder(name, {"weights": "random", **settings})[1]
+    encoder = build_encoder(name, {"weights": "random", **settings})
     items = []
     for number in range(3):
         if encoder.modality == "text":
@@ -179,7 +179,7 @@ def test_last_blocks_that_need_more_than_their_states_are_refused(kind: str, ite
 
 
 def test_a_real_encoder_with_tuples_between_its_blocks_is_refused() -> None:
-    encoder = build_encoder("timm", {"model": "pit_ti_224", "weights": "random", "compute_dtype": "float32"})[1]
+    encoder = build_encoder("timm", {"model": "pit_ti_224", "weights": "random", "compute_dtype": "float32"})
     item = torch.zeros(1, 3, 224, 224, dtype=torch.uint8)
     assert isinstance(encoder, nn.Module)
     with pytest.raises(ValueError, match="choose --unfreeze image"):
