@@ -305,7 +305,7 @@ class Workspace:
             seeds: The seeds of every cell.
             points: Number of random cells to try; 0: all.
             search: "optuna" stops bad cells early (successive halving).
-            precision: "float32", "mixed" (bfloat16 products), or "auto", "mixed" where this machine has it; None: as `train` says.
+            precision: "float32", "mixed" (bfloat16 products) or "auto" (mixed where there is hardware); None: as `train` says.
             read_test: Whether the winner may read the test split.
             workers: Processes; -1: one per core, 0: only this process.
             scheduler: "local", or the address of a dask scheduler, "tcp://host:port".

@@ -14,7 +14,6 @@ from typing import Any, SupportsIndex
 from pipeline.runtime.errors import UserError, note_traceback_file
 from pipeline.runtime.files import fingerprint, sha256, write_atomic
 
-
 MAX_SEED = 2**63 - 1
 _SEED_FOLDER = re.compile("seed[0-9]+")
 
