@@ -190,7 +190,8 @@ def test_grid_and_report_of_a_named_dataset(photos: PhotoHome) -> None:
     options: dict[str, Any] = {"train": {**TRAINING, "epochs": 1}, "workers": 0, **caches}
     result = ws.grid("photos", "ema", {"tau": [0.1, 0.2]}, seeds=(0,), width=16, **options)
     assert sorted(result.ranking["tau"]) == [0.1, 0.2]
-    one = ws.grid("photos", "ema", {"tau": np.array([0.1, 0.2]), "scale": "global"}, seeds=np.arange(1), width=16, **options)
+    numpy_seeds: dict[str, Any] = {"seeds": np.arange(1)}
+    one = ws.grid("photos", "ema", {"tau": np.array([0.1, 0.2]), "scale": "global"}, width=16, **options, **numpy_seeds)
     assert one.ranking["scale"].tolist() == ["global", "global"]
     assert (result.folder / "index.html").is_file()
     assert not result.failed

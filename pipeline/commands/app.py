@@ -116,5 +116,5 @@ def _describe_unexpected(error: Exception) -> str:
     file = traceback_file(error)
     where = f"; its traceback is below, and in {file}" if file else "; its traceback is below"
     if plugin := failed_file(error):
-        return f"the plug-in {plugin} failed ({describe_error(error)}){where}"
+        return f"this is a bug in diffalign or, more likely, in the plug-in {plugin} ({describe_error(error)}){where}"
     return f"this is a bug in diffalign, please report it ({describe_error(error)}){where}"

@@ -188,7 +188,8 @@ def test_another_version_of_a_file_makes_another_run_and_does_not_evaluate_the_o
     options: dict[str, Any] = {"train": {"epochs": 1, "batch_size": 8}, "hidden": 4, **caches_by_key(home)}
     first = ws.train_head("tiny", "copied", **options)
     assert json.loads((first.path / "config.json").read_text())["plugin_sha256"] == file_sha256(path)
-    own = ws.train_head("tiny", "ema", train=options["train"], **caches_by_key(home))
+    plain: dict[str, Any] = {key: value for key, value in options.items() if key != "hidden"}
+    own = ws.train_head("tiny", "ema", **plain)
     assert "plugin_sha256" not in json.loads((own.path / "config.json").read_text())
     path.write_text(path.read_text() + "\n# another version\n")
     second = Workspace(home, plugins=[path]).train_head("tiny", "copied", **options)
