@@ -279,7 +279,7 @@ class Workspace:
         self,
         dataset: str,
         method: str,
-        axes: Mapping[str, Sequence[Any]] = NO_SETTINGS,
+        axes: Mapping[str, Any] = NO_SETTINGS,
         *,
         seeds: Sequence[int] = (0, 1, 2),
         points: int = 0,
@@ -303,11 +303,11 @@ class Workspace:
         Args:
             dataset: As in `train_head`, like all arguments that are not named here.
             method: The method of all cells.
-            axes: Values to try by setting, such as {"T": [900, 1200], "lr": [1e-3, 3e-3]}; {}: the grid of the method's paper.
+            axes: Values to try by setting, such as {"T": [900, 1200], "lr": 1e-3}; {}: the grid of the method's paper.
             seeds: The seeds of every cell.
             points: Number of random cells to try; 0: all.
             search: "optuna" stops bad cells early (successive halving).
-            precision: "float32", "mixed" (bfloat16 products), or "auto", "mixed" where this machine has it; None: as `train` says.
+            precision: "float32", "mixed" (bfloat16 products) or "auto" (mixed where there is hardware); None: as `train` says.
             read_test: Whether the winner may read the test split.
             workers: Processes; -1: one per core, 0: only this process.
             scheduler: "local", or the address of a dask scheduler, "tcp://host:port".

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,13 @@ from helpers.command_line import run
 from helpers.photos import BROKEN, NUM_OF_EACH, TEXTLESS, TRAINING, TWO_TEXTS, PhotoHome, make_photo_home
 
 import pipeline as da
+from pipeline.cache.arrays import read_features
 from pipeline.cache.provenance import make_provenance
 from pipeline.commands.doctor import run_checks
 from pipeline.data.manifest_files import load_dataset_spec, read_manifest
 from pipeline.data.prepare import prepare
 from pipeline.data.spec import load_spec
+from pipeline.extraction.inputs import default_encoders
 
 EMA: dict[str, Any] = {"train": TRAINING, "width": 16}
 
@@ -143,11 +146,53 @@ def test_a_comparison_needs_names_of_two_heads(photos: PhotoHome, heads: dict[st
         runs.compare("", "ema")
 
 
+def test_a_comparison_reads_the_test_split_of_nobody_else(photos: PhotoHome) -> None:
+    ws, caches = photos
+    first, second = (ws.train_head("photos", "ema", tau=tau, **EMA, **caches) for tau in (0.3, 0.4))
+    for names in (("ema",), (first.name,), (first.name, "ema"), ("", second.name)):
+        with pytest.raises(da.UserError):
+            ws.compare("photos", *names, split="test")
+    with pytest.raises(da.UserError, match=r"unknown split 'tset'.*did you mean 'test'"):
+        ws.compare("photos", first.name, second.name, split="tset")
+    assert not list(ws.home.glob(f"runs/photos/{first.name}/*/test_reads.jsonl"))
+    shutil.copytree(first.path, first.path.with_name("seed0 (copy)"))
+    assert [run.path.name for run in ws.runs("photos") if run.name == first.name] == ["seed0"]
+
+
+def test_features_of_an_empty_split_are_empty(photos: PhotoHome, monkeypatch: pytest.MonkeyPatch) -> None:
+    ws, caches = photos
+    manifest = ws.manifest("photos")
+    kept = tuple(sample for sample in manifest.samples if sample.split != "val")
+    fewer = replace(manifest, samples=kept, rows=tuple(range(len(kept))))
+    features = read_features(fewer, ws.cache("photos", caches["image"]), "val")
+    assert (len(features), features.array.shape, features.is_present.shape) == (0, (0, 32), (0,))
+
+
+def test_extract_leaves_out_the_text_encoder_of_a_dataset_without_texts(photos: PhotoHome, tmp_path: Path) -> None:
+    manifest = photos.workspace.manifest("photos")
+    ws = da.Workspace(tmp_path / "home")
+    ws.prepare("table", _by_class(manifest, tmp_path / "classes"), name="classes")
+    assert default_encoders(ws.home, ws.manifest("classes")) == ["efficientnet_lite"]
+    assert default_encoders(photos.workspace.home, manifest) == ["efficientnet_lite", "transformers_text"]
+
+
+def _by_class(manifest: da.Manifest, root: Path) -> Path:
+    """Return a folder with one folder of pictures for each class."""
+    for sample in manifest.samples:
+        target = root / manifest.class_names[sample.labels[0]] / sample.media.name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(manifest.media_path(sample), target)
+    return root
+
+
 def test_grid_and_report_of_a_named_dataset(photos: PhotoHome) -> None:
     ws, caches = photos
     options: dict[str, Any] = {"train": {**TRAINING, "epochs": 1}, "workers": 0, **caches}
     result = ws.grid("photos", "ema", {"tau": [0.1, 0.2]}, seeds=(0,), width=16, **options)
     assert sorted(result.ranking["tau"]) == [0.1, 0.2]
+    numpy_seeds: dict[str, Any] = {"seeds": np.arange(1)}
+    one = ws.grid("photos", "ema", {"tau": np.array([0.1, 0.2]), "scale": "global"}, width=16, **options, **numpy_seeds)
+    assert one.ranking["scale"].tolist() == ["global", "global"]
     assert (result.folder / "index.html").is_file()
     assert not result.failed
     page, markdown = ws.report("photos")
@@ -223,6 +268,26 @@ def test_mistakes_are_user_errors_that_name_the_choices(photos: PhotoHome, tmp_p
         ws.extract("photos", width=3)
     with pytest.raises(da.UserError, match="unknown split 'valid'"):
         ws.features("photos", caches["image"], "valid")
+    with pytest.raises(da.UserError, match="unknown aggregate 'max'; choose one of: mean, first"):
+        ws.features("photos", caches["text"], aggregate="max")  # pyright: ignore[reportArgumentType]
+    with pytest.raises(da.UserError, match="unknown aggregate 'max'; choose one of: mean, first, random"):
+        ws.train_head("photos", "ema", **{**caches, "aggregate": "max"})
+    for seed in (-1, 2**63, 1.5, "0", True):
+        with pytest.raises(da.UserError, match=r"a seed must be a whole number in 0\.\.2\^63 - 1"):
+            ws.train_head("photos", "ema", seed=seed, **EMA, **caches)  # pyright: ignore[reportArgumentType]
+    wrong: list[tuple[dict[str, Any], str]] = [
+        ({"seeds": (-1,)}, "a seed must be"),
+        ({"seeds": ()}, "needs at least one seed"),
+        ({"points": -1}, "at least 0, not -1"),
+        ({"search": "half"}, "unknown search 'half'"),
+    ]
+    for options, message in wrong:
+        with pytest.raises(da.UserError, match=message):
+            ws.grid("photos", "ema", {"tau": 0.1}, **EMA, **caches, **options)
+    with pytest.raises(da.UserError, match="give its values in the order of the setting"):
+        ws.prepare("table", tmp_path, splits={"test": 30, "train": 60, "val": 10})
+    with pytest.raises(da.UserError, match=r"accumulate must be >= 1"):
+        ws.finetune(ws.train_head("photos", "baseline", train=TRAINING, **caches), accumulate=0)
     with pytest.raises(da.UserError, match="is not a run"):
         da.load_run(tmp_path)
     with pytest.raises(da.UserError, match="run: diffalign prepare other"):

@@ -71,6 +71,6 @@ def read_features(manifest: Manifest, cache: Cache, split: str = "", aggregate: 
         labels=label_tensor([sample.labels for sample in samples], manifest).numpy(),
         split=np.array([sample.split for sample in samples], dtype=str),
         array=array,
-        is_present=np.isfinite(array).all(axis=tuple(range(1, array.ndim))),
+        is_present=np.asarray(np.isfinite(array).all(axis=tuple(range(1, array.ndim)))),
         class_names=manifest.class_names,
     )

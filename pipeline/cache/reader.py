@@ -304,8 +304,8 @@ def find_cache(home: Path, manifest: Manifest, name: str) -> Cache:
         return open_cache((matching or named)[0], {"manifest": wanted})
     problem = "several caches" if matching else "no cache"
     choices = ", ".join(path.name for path in matching or folders) or "none yet"
-    command = f"diffalign extract {manifest.dataset}"
-    raise UserError(f"{problem} of {manifest.dataset} named {name!r} (there are: {choices}); make one with: {command}")
+    remedy = "give the name of one of them" if matching else f"make one with: diffalign extract {manifest.dataset}"
+    raise UserError(f"{problem} of {manifest.dataset} named {name!r} (there are: {choices}); {remedy}")
 
 
 def _matches_name(folder: str, name: str) -> bool:

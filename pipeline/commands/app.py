@@ -64,7 +64,7 @@ def read_global_options(
 REMEDIES = {  # of errors of the operating system
     errno.ENOSPC: "free some space, or take another disk with --home; the same command goes on from here",
     errno.EDQUOT: "free some of your quota, or take another disk with --home; the same command goes on from here",
-    errno.EFBIG: "raise the limit of file sizes (ulimit -f), or take smaller --shard-rows",
+    errno.EFBIG: "raise the limit of file sizes (ulimit -f); of a cache, smaller --shard-rows help",
     errno.EROFS: "make the disk writable, or take another one with --home",
     errno.EACCES: "get permission, or take a folder of yours with --home",
 }
@@ -116,5 +116,5 @@ def _describe_unexpected(error: Exception) -> str:
     file = traceback_file(error)
     where = f"; its traceback is below, and in {file}" if file else "; its traceback is below"
     if plugin := failed_file(error):
-        return f"the plug-in {plugin} failed ({describe_error(error)}){where}"
+        return f"this is a bug in diffalign or, more likely, in the plug-in {plugin} ({describe_error(error)}){where}"
     return f"this is a bug in diffalign, please report it ({describe_error(error)}){where}"

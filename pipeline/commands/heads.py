@@ -20,8 +20,9 @@ from pipeline.commands.options import (
     show_table,
     to_frame,
 )
-from pipeline.commands.plugin_table import show_plugin
+from pipeline.commands.plugin_table import show_plugin, show_settings
 from pipeline.runtime import plugins
+from pipeline.runtime.errors import UserError
 
 if TYPE_CHECKING:
     from pipeline.runtime.runs import RunFolder
@@ -33,7 +34,8 @@ def train_head(
     dataset: Annotated[str, typer.Option(help="Name of a prepared and extracted dataset.")] = "openmoji",
     settings: SettingOptions = NO_PAIRS,
     training: Annotated[
-        list[str], typer.Option("--train", help="A training setting, KEY=VALUE, e.g. lr=1e-3, epochs=20.")
+        list[str],
+        typer.Option("--train", help="A training setting, KEY=VALUE, e.g. lr=1e-3; `diffalign methods --training` lists them."),
     ] = NO_PAIRS,
     preset: Annotated[
         str, typer.Option(help="head (lr 1e-3), paper (lr 1e-4), or tuned (the dataset's, chosen on validation).")
@@ -119,6 +121,17 @@ def _print_sampler_curves(home: Path, runs: list[RunFolder], split: Split, setti
         print(f"files: {curve.table}, {curve.picture}")
 
 
-def methods(name: Annotated[str, typer.Argument(help="A method, to see its settings.")] = "", as_json: AsJson = False) -> None:
-    """The methods, or one method's settings, letters and grid."""
-    show_plugin("methods", name, as_json)
+def methods(
+    name: Annotated[str, typer.Argument(help="A method, to see its settings.")] = "",
+    training: Annotated[bool, typer.Option("--training", help="Show the settings of training instead, for --train.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """The methods, or one method's settings, letters and grid; --training: the settings of training, which all share."""
+    if training:
+        from pipeline.training.config import TrainConfig
+
+        if name:
+            raise UserError(f"--training shows the settings that all methods share: leave out {name!r}")
+        show_settings(TrainConfig, as_json)
+    else:
+        show_plugin("methods", name, as_json)

@@ -69,6 +69,15 @@ def show_plugin(kind: str, name: str, as_json: bool) -> None:
         print("\n".join(_page(kind, name, shutil.get_terminal_size(DEFAULT_TERMINAL).columns)))
 
 
+def show_settings(config_type: type[Any], as_json: bool) -> None:
+    """Print the settings of a config, as JSON or as a table."""
+    settings = describe_settings(config_type)
+    if as_json:
+        show({"fields": [_facts(setting, {}) for setting in settings]}, as_json)
+    else:
+        print("\n".join(settings_table(settings, {}, shutil.get_terminal_size(DEFAULT_TERMINAL).columns)))
+
+
 def _page(kind: str, name: str, width: int) -> list[str]:
     """Return the lines about a plug-in: its documentation, the table of its settings, their aliases, and the paper's grid."""
     plugin = plugins.get(kind, name)

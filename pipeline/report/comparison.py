@@ -191,14 +191,26 @@ def _verdict(
     if baseline is None and row.head.config.method == BASELINE and row.evaluation_name == results.split:
         return "the baseline", ""
     if baseline is None:
-        command = f"diffalign train-head --dataset {results.dataset} --method {BASELINE}"
-        return "no claim", f"no {BASELINE} on these features; train one with: {command}"
+        return "no claim", _no_baseline(row, results)
     if difference is None:
         return "no claim", "it was not evaluated on the same examples as the baseline"
     _, low, high = difference
     if low > 0:
         return "beats the baseline", ""
     return ("falls below the baseline" if high < 0 else "not distinguishable"), ""
+
+
+def _no_baseline(row: ResultRow, results: DatasetResults) -> str:
+    """Return why a row has no baseline, with the command that mends it."""
+    config = row.head.config
+    for run in results.not_evaluated:
+        other = run.config()
+        is_same = (other.caches["image"], other.manifest) == (config.caches["image"], config.manifest)
+        if other.method == BASELINE and is_same:
+            command = f"diffalign evaluate {run.path.parent} --split {results.split}"
+            return f"the {BASELINE} on these features is not evaluated on {results.split}; do it with: {command}"
+    command = f"diffalign train-head --dataset {results.dataset} --method {BASELINE}"
+    return f"no {BASELINE} on these features; train one with: {command}"
 
 
 def format_results(frame: pd.DataFrame) -> pd.DataFrame:

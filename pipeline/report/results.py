@@ -85,6 +85,7 @@ class DatasetResults:
     rows: tuple[ResultRow, ...]
     caches: tuple[Mapping[str, Any], ...]  # `cache.info` of every readable cache of the dataset
     notes: tuple[str, ...]  # what is missing, one sentence each
+    not_evaluated: tuple[RunFolder, ...] = ()  # finished runs that are left out, because other runs are evaluated on the split
 
 
 def predictions_path(run: RunFolder, evaluation_name: str) -> Path:
@@ -120,12 +121,13 @@ def collect_results(home: Path, dataset: str, split: str) -> DatasetResults:
     if len(done) < len(runs):
         notes.append(f"Left out as not finished: {plural(len(runs) - len(done), 'run')}; the same command goes on.")
     evaluated = [run for run in done if _evaluation_names(run, split)]
-    if evaluated and len(evaluated) < len(done):
-        missing = plural(len(done) - len(evaluated), "finished run")
+    left_out = tuple(run for run in done if run not in evaluated) if evaluated else ()
+    if left_out:
+        missing = plural(len(left_out), "finished run")
         notes.append(f"Left out as not evaluated on {split}: {missing}; searches are judged on validation alone.")
     heads = _group_by_config(evaluated or done, caches)
     rows = tuple(row for head in heads for row in _result_rows(head, split))
-    return DatasetResults(dataset, split, heads, rows, tuple(caches), tuple(notes))
+    return DatasetResults(dataset, split, heads, rows, tuple(caches), tuple(notes), left_out)
 
 
 def plural(count: int, noun: str) -> str:

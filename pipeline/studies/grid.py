@@ -297,9 +297,9 @@ def plan_grid(
         raise unknown_choice(search, f"unknown search {search!r}", get_args(SearchKind))
     if points < 0:
         raise UserError(f"the number of points must be at least 0, not {points}")
-    if not seeds:
-        raise UserError("a grid needs at least one seed")
     chosen_seeds = tuple(dict.fromkeys(map(check_seed, seeds)))
+    if not chosen_seeds:
+        raise UserError("a grid needs at least one seed")
     if "precision" in {*axes, *training}:
         if precision not in (None, "auto"):
             raise UserError("'precision' is given twice: by --precision, and by --grid or --train")

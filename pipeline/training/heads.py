@@ -25,7 +25,7 @@ from pipeline.runtime import plugins
 from pipeline.runtime.choices import unknown_choice
 from pipeline.runtime.device import default_device, free_bytes, reproducible
 from pipeline.runtime.errors import UserError, describe_error, is_bug, is_out_of_memory
-from pipeline.runtime.files import lock
+from pipeline.runtime.files import label_os_errors, lock
 from pipeline.runtime.runs import RunConfig, RunFolder, check_seed
 from pipeline.runtime.settings import configure, name_settings
 from pipeline.training.capacity import bytes_per_method
@@ -172,7 +172,7 @@ def train_heads(heads: Sequence[HeadPlan], progress: bool, should_stop: StopChec
         The runs that failed, and why. A failed run does not disturb the others. A bug is raised, and ends them all.
     """
     device, states = default_device(), []
-    with reproducible(device), ExitStack() as all_locks:
+    with label_os_errors(heads[0].run.path), reproducible(device), ExitStack() as all_locks:
         # All processes lock folders in the same order, so that no two of them wait for each other.
         for head in sorted(heads, key=lambda head: head.run.path):
             if head.run.is_done:

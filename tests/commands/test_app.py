@@ -88,6 +88,9 @@ def test_a_method_shows_its_settings(method: str, monkeypatch: pytest.MonkeyPatc
         (["grid", "--scheduler", "cluster"], "--scheduler takes local or tcp://host:port, not 'cluster'"),
         (["train-head", "--method", "ema", "--set", "x=1"], "unknown setting 'x'; choose one of: width, "),
         (["train-head", "--method", "ema", "--set", "tau"], "--set takes KEY=VALUE, not 'tau'"),
+        (["train-head", "--method", "ema", "--train", "lr"], "--train takes KEY=VALUE, not 'lr'"),
+        (["prepare", "table"], "where are your media? Give their folder, --root DIR"),
+        (["methods", "ema", "--training"], "leave out 'ema'"),
         (["train-head", "--method", "ema", "--set", "tau=warm"], "setting 'tau' is 'warm'; it takes a finite float"),
         (
             ["train-head", "--method", "seda", "--set", "T=10", "--set", "t=10", "--set", "sample_steps=5"],

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, fields
 
 import pytest
 from helpers.command_line import run
@@ -11,6 +11,7 @@ from helpers.command_line import run
 from pipeline.commands.plugin_table import settings_table
 from pipeline.runtime import plugins
 from pipeline.runtime.settings import aliases_of, describe_settings, flatten
+from pipeline.training.config import TrainConfig
 
 NAMED = [(kind, name) for kind in ("methods", "encoders") for name in plugins.names(kind)]
 
@@ -63,3 +64,12 @@ def test_a_page_of_a_method() -> None:
         "                                      multimodal_transformer |",
         "                                      cross_attention",
     ]
+
+
+def test_settings_of_training_are_printed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["methods", "--training"], monkeypatch) == 0
+    printed = capsys.readouterr().out
+    assert run(["methods", "--training", "--json"], monkeypatch) == 0
+    described = json.loads(capsys.readouterr().out)["fields"]
+    assert [each["name"] for each in described] == [field.name for field in fields(TrainConfig)]
+    assert all(each["meaning"] and each["name"] in printed for each in described)

@@ -186,3 +186,13 @@ def test_table_shows_spread_only_where_there_is_one(tmp_path: Path) -> None:
     assert "±" in shown["Acc-1"][1]
     assert shown["Acc-1 vs baseline"][0] == "-"
     assert " to " in shown["Acc-1 vs baseline"][1]
+
+
+def test_a_baseline_that_is_not_evaluated_on_the_split_is_named_with_the_command(tmp_path: Path) -> None:
+    home = make_home(tmp_path, CLASSES)
+    trained = home.train(home.config("baseline", {}), 0)
+    add_runs(home, "ema", 1.0)
+    command = f"diffalign evaluate {trained.path.parent} --split test"
+    assert rows_by_label(home)["ema"]["reason"] == (
+        f"the baseline on these features is not evaluated on test; do it with: {command}"
+    )

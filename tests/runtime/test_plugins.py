@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -27,7 +28,9 @@ from pipeline.extraction.extract import ExtractOptions, extract
 from pipeline.nn.method import Method
 from pipeline.runtime import executor, plugins
 from pipeline.runtime.errors import UserError
+from pipeline.runtime.files import file_sha256
 from pipeline.runtime.plugin_rules import check_dataset, check_encoder
+from pipeline.workspace import Workspace
 
 ROOT = Path(__file__).parents[2]
 
@@ -129,6 +132,8 @@ def test_entry_points_are_plugins(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         plugins.names("methods")
 
 
+FROZEN_NOT = "@dataclass(eq=False, kw_only=True)\nclass Config"
+ON = ("    def feature(", "    @property\n    def on(self) -> float:\n        return self.w_text.item()\n\n    def feature(")
 RULES = [
     ("text is weighted by paired", ('"text", "paired", "label")', '"text", "label")')),
     ("image is needed", ('needs = ("image", ', "needs = (")),
@@ -139,13 +144,91 @@ RULES = [
     ("every setting has a default", ('"width of the hidden layer"] = 512', '"width of the hidden layer"]')),
     ("letters, grid and prediction name settings", ('{"gamma": "w_text"}', '{"gamma": "weight"}')),
     ("a loss takes batch and phase", ("batch: Batch, phase: str)", "batch: Batch)")),
+    ("no number is read back", ('        return {"loss": ce', '        self.a, self.b = ce, mse\n        return {"loss": ce')),
+    ("no number is read back", ('        return {"loss": ce', '        self.a: Tensor = ce\n        return {"loss": ce')),
+    ("no number is read back", ('        return {"loss": ce', '        ce.to("cpu")\n        return {"loss": ce')),
+    ("no number is read back", ("        return self.classifier(", "        self.on\n        return self.classifier(")),
+    ("a method trains and predicts", ("    def predict(", "    def forecast(")),
+    ("a method trains and predicts", ("    def loss(", "    def objective(")),
+    ("settings are a frozen dataclass", ("@dataclass(frozen=True, kw_only=True)\nclass Config(Settings)", FROZEN_NOT)),
+    ("settings are typed", ('"width of the hidden layer"] = 512', '"width"] = 512\n    depth: int | None = None')),
+    ("settings are typed", ('"width of the hidden layer"] = 512', '"width"] = 512\n    depth: Number = 1')),
+    ("every setting has a default", ('"width of the hidden layer"] = 512', '"width of the hidden layer"] = -1')),
+    ("letters, grid and prediction name settings", ("(0.1, 0.3, 1.0, 3.0)", '("much",)')),
+    ("letters, grid and prediction name settings", ("(0.1, 0.3, 1.0, 3.0)", "0.1")),
 ]
 
 
 @pytest.mark.parametrize(("rule", "change"), RULES)
 def test_a_method_that_breaks_a_rule_is_refused_by_the_rule_s_name(rule: str, change: tuple[str, str], tmp_path: Path) -> None:
     with pytest.raises(UserError, match=f"method Imitation breaks the rule '{rule}': "):
-        plugins.load_file(planted(tmp_path, "planted", change))
+        plugins.load_file(planted(tmp_path, "planted", change, *([ON] if "self.on" in change[1] else [])))
+
+
+def test_begin_and_what_it_alone_uses_may_read_numbers_back(tmp_path: Path) -> None:
+    call = ('        self.image_scale.fit(batch["image"]', '        self.count()\n        self.image_scale.fit(batch["image"]')
+    count = ("    def feature(", "    def count(self) -> None:\n        self.size = self.w_text.item()\n\n    def feature(")
+    assert plugins.load_file(planted(tmp_path, "planted", call, count)) == "methods"
+
+
+def test_a_second_name_of_the_class_is_no_second_method(tmp_path: Path) -> None:
+    path = planted(tmp_path, "planted")
+    path.write_text(path.read_text() + "\nAlias = Imitation\n")
+    assert plugins.load_file(path) == "methods"
+
+
+def test_a_changed_file_is_loaded_anew_under_any_spelling_of_its_path(tmp_path: Path) -> None:
+    path = planted(tmp_path, "copied")
+    (tmp_path / "sub").mkdir()
+    plugins.load_file(path)
+    before, digest = plugins.get("methods", "copied"), plugins.external_sha256("methods", "copied")
+    plugins.load_file(tmp_path / "sub" / ".." / "copied.py")
+    assert plugins.get("methods", "copied") is before
+    path.write_text(path.read_text().replace("] = 512", "] = 256"))
+    assert plugins.external_sha256("methods", "copied") == digest  # of what was run
+    plugins.load_file(path)
+    assert plugins.get("methods", "copied").Config().hidden == 256
+    assert plugins.external_sha256("methods", "copied") == hashlib.sha256(path.read_bytes()).hexdigest() != digest
+    assert plugins.external_sha256("methods", "ema") == ""
+
+
+def test_another_version_of_a_file_makes_another_run_and_does_not_evaluate_the_old_one(tiny_home: Path, tmp_path: Path) -> None:
+    home, path = Path(shutil.copytree(tiny_home, tmp_path / "home")), planted(tmp_path, "copied")
+    ws = Workspace(home, plugins=path)
+    options: dict[str, Any] = {"train": {"epochs": 1, "batch_size": 8}, "hidden": 4, **caches_by_key(home)}
+    first = ws.train_head("tiny", "copied", **options)
+    assert json.loads((first.path / "config.json").read_text())["plugin_sha256"] == file_sha256(path)
+    plain: dict[str, Any] = {key: value for key, value in options.items() if key != "hidden"}
+    own = ws.train_head("tiny", "ema", **plain)
+    assert "plugin_sha256" not in json.loads((own.path / "config.json").read_text())
+    path.write_text(path.read_text() + "\n# another version\n")
+    second = Workspace(home, plugins=[path]).train_head("tiny", "copied", **options)
+    assert second.name != first.name
+    assert first.evaluate("val") == second.evaluate("val")  # read from the folder
+    with pytest.raises(UserError, match=r"was trained by another version of .*copied\.py \(sha256 .*train again"):
+        first.evaluate("test")
+
+
+def test_features_of_another_version_of_an_encoder_are_another_cache(tiny_manifest: Any, tmp_path: Path) -> None:
+    path = tmp_path / "mean_colour.py"
+    folders = set()
+    for code in (ENCODER, ENCODER, ENCODER.replace("prepared * self", "2 * prepared * self")):
+        path.write_text(code)
+        plugins.load_file(path)
+        options = ExtractOptions(progress=False, workers=0)
+        folders.add(extract(tiny_manifest, "mean_colour", {}, tmp_path / "home", options=options))
+    assert len(folders) == 2
+
+
+def test_the_failure_of_a_plug_in_names_its_file_and_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "bug.py"
+    path.write_text("x = 0\n1 / x\n")
+    assert run(["methods", "--plugin", str(path)], monkeypatch) == 1
+    printed = capsys.readouterr().err
+    assert f"more likely, in the plug-in {path}, line 2 (ZeroDivisionError: division by zero); its traceback" in printed
+    assert "Traceback" in printed
 
 
 @pytest.mark.parametrize("name", plugins.names("methods"))

@@ -232,3 +232,20 @@ def test_the_default_settings_of_an_encoder_hash_as_before(encoder: str) -> None
 
 def test_the_default_settings_of_joint_training_hash_as_before() -> None:
     assert fingerprint(asdict(JointConfig())) == "9aee3d23e58f2ab94c3417892545582b59e8ce71eadbd4467e52dee3c6b8be7d"
+
+
+def test_a_plain_dataclass_and_choices_of_numbers_are_read_like_others() -> None:
+    assert parse_value("layer", "2", Literal[1, 2]) == 2
+    assert configure(Plain, {"width": "8"}).width == 8
+    with pytest.raises(UserError, match=r"width must be in 1\.\.8, not 9"):
+        configure(Plain, {"width": "9"})
+    with pytest.raises(UserError, match="setting 'fast' is 'yes'; it takes true or false"):
+        configure(Plain, {"fast": "yes"})
+
+
+@dataclass(frozen=True)
+class Plain:
+    """The settings of a plug-in that does not inherit from `Settings`."""
+
+    width: Annotated[int, Range(1, 8), "columns"] = 4
+    fast: bool = False

@@ -27,6 +27,7 @@ from pipeline.cache.table import shuffled_batches
 from pipeline.data.manifest import Manifest
 from pipeline.encoders.timm import Timm
 from pipeline.evaluation.evaluate import evaluate
+from pipeline.runtime.errors import traceback_file
 from pipeline.runtime.rng import KeyedRNG, sample_keys
 from pipeline.runtime.runs import RunFolder
 from pipeline.training import loop
@@ -55,6 +56,23 @@ def joint_run(home: Path) -> RunFolder:
 
 def logits(run: RunFolder, split: str) -> np.ndarray:
     return np.load(run.path / f"predictions-{split}.npz")["logits"]
+
+
+def test_the_traceback_of_a_bug_is_kept_until_an_attempt_ends_without_one(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    init = joint_home.train_small_head(home, "baseline", epochs=1)
+
+    def fail(*_: Any, **__: Any) -> Tensor:
+        raise IndexError("planted")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("pipeline.training.joint.trainer.predict", fail)
+        with pytest.raises(IndexError, match="planted") as caught:
+            joint_home.finetune_briefly(home, init, IMAGE, epochs="1")
+    file = joint_run(home).path / "error.txt"
+    assert "IndexError: planted" in file.read_text()
+    assert traceback_file(caught.value) == str(file)
+    joint_home.finetune_briefly(home, init, IMAGE, epochs="1")
+    assert not file.exists()
 
 
 def test_tuned_encoders_make_caches_that_the_joint_head_reads(home: Path) -> None:
