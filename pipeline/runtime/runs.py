@@ -16,6 +16,7 @@ from pipeline.runtime.files import fingerprint, sha256, write_atomic
 from pipeline.runtime.settings import flatten
 
 MAX_SEED = 2**63 - 1
+RECIPE = 2  # of runs that are trained now; 1 drew the random numbers of training by sample id
 _SEED_FOLDER = re.compile("seed[0-9]+")
 
 
@@ -44,10 +45,12 @@ class RunConfig:
     text_aggregate: str  # how several texts of a sample become one vector
     manifest: str  # fingerprint of the manifest
     plugin_sha256: str = ""  # of the file of a method from outside of this package; "": a method of this package
+    recipe: int = 1  # version of how a step is computed; equal settings of two recipes are two runs
 
     def as_json(self) -> dict[str, Any]:
-        """Return the config as plain JSON values, without what a method of this package does not have."""
-        return {key: value for key, value in asdict(self).items() if key != "plugin_sha256" or value}
+        """Return the config as plain JSON values, without what a method of this package and the first recipe do not have."""
+        absent = {"plugin_sha256": "", "recipe": 1}
+        return {key: value for key, value in asdict(self).items() if key not in absent or value != absent[key]}
 
     def setting(self, name: str) -> Any:
         """Return a setting of the method, or of the part of it that has a setting of this name; None if there is none."""

@@ -1,4 +1,4 @@
-"""Runs of earlier versions that lie in other folders than today's, because a setting had another name or another default."""
+"""Runs of earlier versions that lie in other folders than today's: they were trained otherwise, or a setting was."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 from pipeline.runtime import plugins
 from pipeline.runtime.errors import UserError
-from pipeline.runtime.runs import RunConfig, RunFolder, find_runs
+from pipeline.runtime.runs import RECIPE, RunConfig, RunFolder, find_runs
 from pipeline.runtime.settings import configure
 from pipeline.training.config import TrainConfig
 from pipeline.training.heads import HeadPlan
@@ -30,7 +30,7 @@ def log_earlier_runs(heads: Iterable[HeadPlan], earlier_precision: str = "") -> 
     earlier = dict(_read_runs(new[0].features.home, new[0].config))
     for head in new if earlier else ():
         run = earlier.get((head.config.fingerprint(), head.run.seed))
-        why = "an earlier version named the settings otherwise"
+        why = "an earlier version trained it, with other random numbers"
         if not run and earlier_precision:
             training = {**head.config.training, "precision": earlier_precision}
             run = earlier.get((replace(head.config, training=training).fingerprint(), head.run.seed))
@@ -53,4 +53,4 @@ def _read_runs(home: Path, planned: RunConfig) -> Iterator[tuple[tuple[str, int]
 def _as_today(config: RunConfig) -> RunConfig:
     """Return the config of a run with the names and defaults that settings have today."""
     settings = configure(plugins.get("methods", config.method).Config, config.settings)
-    return replace(config, settings=asdict(settings), training=asdict(configure(TrainConfig, config.training)))
+    return replace(config, settings=asdict(settings), training=asdict(configure(TrainConfig, config.training)), recipe=RECIPE)

@@ -26,7 +26,7 @@ from pipeline.runtime.choices import unknown_choice
 from pipeline.runtime.device import default_device, free_bytes, reproducible
 from pipeline.runtime.errors import UserError, describe_error, is_bug, is_out_of_memory
 from pipeline.runtime.files import label_os_errors, lock
-from pipeline.runtime.runs import RunConfig, RunFolder, check_seed
+from pipeline.runtime.runs import RECIPE, RunConfig, RunFolder, check_seed
 from pipeline.runtime.settings import configure, name_settings
 from pipeline.training.capacity import bytes_per_method
 from pipeline.training.config import TRAINING_PRESETS, TrainConfig
@@ -111,6 +111,7 @@ def plan_head_on(features: FeatureSet, method: str, settings: Any, training: Tra
         text_aggregate=features.aggregate,
         manifest=features.manifest.fingerprint(),
         plugin_sha256=plugins.external_sha256("methods", method),
+        recipe=RECIPE,
     )
     run = RunFolder.of(features.home, config, seed)
     return HeadPlan(run=run, config=config, settings=settings, training=training, features=features)

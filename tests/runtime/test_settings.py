@@ -196,7 +196,7 @@ RUNS = {
     "cdr": "724bc4fe91c2c4d4f81ae4907828f14f559178c9fc4cd0d6c5f9c70abc9a7271",
     "ema": "670e38831df57f2c5b3b7981d5229bf4cca87078c8c0456ff480d8613a1d334f",
     "marnet": "c8d63144b2ab575350e4dba175fbba998bf17418d6749b3d640306ce1a397000",
-    "seda": "ee93916d2b8c00e936e0cdf05619180649f139a91d82a8d65c3ab70aaaeff7b1",
+    "seda": "d17f2d0e0b46c2d799e9bbd7cc31601dcccaef1f381a7a87d78f45422b8c437f",
 }
 ENCODERS = {
     "efficientnet_lite": "e147c7877f8fbc43fa7b3e38ed31a3fa985bb319dc50a5f9d0f22ddbccc913be",

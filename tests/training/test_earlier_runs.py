@@ -6,7 +6,7 @@ import json
 import logging
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -36,11 +36,11 @@ OLD_SMALL = {
 
 def as_old_run(run: RunFolder, home: Path, settings: Mapping[str, Any]) -> RunFolder:
     """Move a run to the folder that an earlier version gave it, with its config in the old form."""
-    config = replace(run.config(), settings=settings)
+    config = replace(run.config(), settings=settings, recipe=1)
     old = RunFolder.of(home, config, run.seed)
     old.path.parent.mkdir(parents=True)
     shutil.move(run.path, old.path)
-    write_atomic(old.path / "config.json", json.dumps(asdict(config), indent=1, sort_keys=True))
+    write_atomic(old.path / "config.json", json.dumps(config.as_json(), indent=1, sort_keys=True))
     return old
 
 
