@@ -13,6 +13,7 @@ import pytest
 import torch
 from helpers.command_line import run
 from helpers.photos import BROKEN, NUM_OF_EACH, TEXTLESS, TRAINING, TWO_TEXTS, PhotoHome, make_photo_home
+from scipy.special import log_softmax
 
 import pipeline as da
 from pipeline.cache.provenance import make_provenance
@@ -96,7 +97,9 @@ def test_a_run_shows_its_settings_metrics_history_and_predictions(photos: PhotoH
     table = trained.predictions("test")
     assert table["sample_id"].tolist() == [sample.id for sample in ws.manifest("photos").split("test")]
     logits = table.filter(like="logit ").to_numpy()
-    assert table.columns[3:].tolist() == [f"logit {name}" for name in ws.manifest("photos").class_names]
+    class_names = ws.manifest("photos").class_names
+    assert table.columns[3:].tolist() == [f"{kind} {name}" for kind in ("logit", "score") for name in class_names]
+    np.testing.assert_allclose(table.filter(like="score ").to_numpy(), log_softmax(logits, axis=1), atol=1e-5)
     assert logits.argmax(axis=1).tolist() == table["predicted"].tolist()
     accuracy = 100 * (table["predicted"] == table["label"]).mean()
     assert trained.evaluate("test")["acc1"] == pytest.approx(accuracy)

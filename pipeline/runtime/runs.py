@@ -26,6 +26,11 @@ class RunConfig:
     text_aggregate: str  # how several texts of a sample become one vector
     manifest: str  # fingerprint of the manifest
 
+    @property
+    def label_loss(self) -> str:
+        """The loss of multi-label data, which says how logits become scores; methods without this setting have a softmax."""
+        return str(self.settings.get("label_loss", "softmax_kl"))
+
     def fingerprint(self) -> str:
         """Return the SHA-256 of the canonical JSON of the config."""
         return fingerprint(asdict(self))

@@ -96,14 +96,17 @@ class Run:
 
         Returns:
             N rows. Columns: sample_id; label, the true class index, or a tuple of them for multi-label data; predicted, the
-            class index with the largest logit; and one column per class, "logit <class name>", float32.
-            `frame.filter(like="logit ").to_numpy()` gives the logits [N,C].
+            class index with the largest logit; and two columns per class, "logit <class name>" and "score <class name>",
+            float32. `frame.filter(like="logit ").to_numpy()` gives the logits [N,C], which rank the classes of one sample.
+            Scores may be compared across samples: exp(score) is the confidence in the class, by softmax, or by sigmoid for
+            heads that were trained on multi-label data with label_loss=bce.
         """
         import numpy as np
         import pandas as pd
 
         from pipeline.data.manifest_files import read_manifest
         from pipeline.evaluation.evaluate import apply_overrides, evaluation_name
+        from pipeline.evaluation.scores import log_scores
 
         self.evaluate(split, **overrides)
         config = self.config
@@ -113,8 +116,10 @@ class Run:
             ids, logits, label = (arrays[key] for key in ("ids", "logits", "label"))
         labels = label if label.ndim == 1 else [tuple(np.flatnonzero(row).tolist()) for row in label]
         table = pd.DataFrame({"sample_id": ids, "label": labels, "predicted": logits.argmax(axis=1)})
-        columns = [f"logit {name}" for name in class_names]
-        return pd.concat([table, pd.DataFrame(logits, columns=columns)], axis=1)
+        scores = log_scores(logits, label, config.label_loss).astype(np.float32)
+        named = {"logit": logits, "score": scores}
+        parts = [pd.DataFrame(values, columns=[f"{kind} {name}" for name in class_names]) for kind, values in named.items()]
+        return pd.concat([table, *parts], axis=1)
 
     @property
     def folder(self) -> RunFolder:
