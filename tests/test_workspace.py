@@ -21,6 +21,7 @@ from pipeline.commands.doctor import run_checks
 from pipeline.data.manifest_files import load_dataset_spec, read_manifest
 from pipeline.data.prepare import prepare
 from pipeline.data.spec import load_spec
+from pipeline.evaluation.statistics import Scores, paired_bootstrap
 
 EMA: dict[str, Any] = {"train": TRAINING, "width": 16}
 
@@ -32,11 +33,11 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> PhotoHome:
 
 @pytest.fixture(scope="module")
 def heads(photos: PhotoHome) -> dict[str, da.Runs]:
-    """Two seeds of two methods."""
+    """Three seeds of two methods."""
     ws, caches = photos
     return {
-        "ema": ws.train_heads("photos", "ema", seeds=(0, 1), **EMA, **caches),
-        "baseline": ws.train_heads("photos", "baseline", seeds=(0, 1), train=TRAINING, **caches),
+        "ema": ws.train_heads("photos", "ema", seeds=(0, 1, 2), **EMA, **caches),
+        "baseline": ws.train_heads("photos", "baseline", seeds=(0, 1, 2), train=TRAINING, **caches),
     }
 
 
@@ -114,21 +115,22 @@ def test_a_run_shows_its_settings_metrics_history_and_predictions(photos: PhotoH
     assert ws.evaluate(trained.path, "test") == trained.evaluate("test")
 
 
-def test_runs_are_compared_over_samples_after_their_seeds_are_averaged(photos: PhotoHome, heads: dict[str, da.Runs]) -> None:
+def test_runs_are_compared_over_seeds_and_samples(photos: PhotoHome, heads: dict[str, da.Runs]) -> None:
     runs = photos.workspace.runs("photos")
     found = runs.compare("ema", heads["baseline"][0].name, split="test").set_index("metric")
     correct = {}
     for method, own in heads.items():
         tables = [each.predictions("test") for each in own]
-        correct[method] = np.mean([100.0 * (table["label"] == table["predicted"]) for table in tables], axis=0)
-    difference = correct["ema"] - correct["baseline"]
-    draws = np.random.default_rng(0).integers(len(difference), size=(4000, len(difference)))
-    low, high = np.quantile(difference[draws].mean(axis=1), [0.025, 0.975])
+        correct[method] = np.array([100.0 * (table["label"] == table["predicted"]) for table in tables])
     row: dict[Any, Any] = found.loc["acc1"].to_dict()
     assert (row["a"], row["b"]) == (heads["ema"][0].name, heads["baseline"][0].name)
-    assert (row["a_seeds"], row["b_seeds"]) == (2, 2)
+    assert (row["a_seeds"], row["b_seeds"]) == (3, 3)
     assert row["a_mean"] == pytest.approx(correct["ema"].mean())
-    assert [row[key] for key in ("difference", "low", "high")] == pytest.approx([difference.mean(), low, high])
+    expected = paired_bootstrap(Scores(correct["ema"], correct["baseline"], None, True))
+    assert [row[key] for key in ("difference", "low", "high")] == pytest.approx(expected[:3])
+    assert row["low"] <= row["difference"] <= row["high"]
+    assert row["verdict"] == "3 of 5 seeds"
+    assert np.isnan(row["p_holm"])
     pd.testing.assert_frame_equal(
         photos.workspace.compare("photos", "ema", heads["baseline"][0].name, split="test").set_index("metric"), found
     )

@@ -16,6 +16,7 @@ import numpy as np
 import pandas as pd
 
 from pipeline.cache import find_caches, info
+from pipeline.data.manifest_files import read_manifest
 from pipeline.runtime.errors import UserError
 from pipeline.runtime.files import canonical_json
 from pipeline.runtime.runs import RunConfig, RunFolder, find_runs
@@ -55,23 +56,23 @@ class ResultRow:
         return self.runs[0].path.parent.name
 
     def metric_values(self, metric: str) -> np.ndarray:
-        """Return a metric in percent, one value per seed."""
-        return np.array([record["metrics"][metric] for record in self.records])
+        """Return a metric in percent, one value per seed; NaN where an older evaluation does not have it."""
+        return np.array([record["metrics"].get(metric, np.nan) for record in self.records])
 
     def per_sample_metrics(self) -> tuple[list[str], dict[str, np.ndarray]]:
-        """Return the sample ids and the values [N] of each metric that is a mean over samples, averaged over seeds.
+        """Return the ids of the N samples and, by metric that is a mean over samples, its values [S,N] for S seeds.
 
         Raises:
             UserError: A file with predictions is missing or does not fit metrics.json.
         """
         ids: list[str] = []
-        sums: dict[str, np.ndarray] = {}
+        by_seed: list[dict[str, np.ndarray]] = []
         for run, record in zip(self.runs, self.records, strict=True):
             run_ids, run_metrics = _read_per_sample_metrics(predictions_path(run, self.evaluation_name), record)
             assert ids in ([], run_ids), f"the seeds of {run.path.parent} were evaluated on different samples"
             ids = run_ids
-            sums = {name: values + sums.get(name, 0.0) for name, values in run_metrics.items()}
-        return ids, {name: values / len(self.runs) for name, values in sums.items()}
+            by_seed.append(run_metrics)
+        return ids, {name: np.stack([metrics[name] for metrics in by_seed]) for name in by_seed[0]}
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +85,7 @@ class DatasetResults:
     rows: tuple[ResultRow, ...]
     caches: tuple[Mapping[str, Any], ...]  # `cache.info` of every readable cache of the dataset
     notes: tuple[str, ...]  # what is missing, one sentence each
+    groups: Mapping[str, str]  # sample id -> group, of the samples that have a group
 
 
 def predictions_path(run: RunFolder, evaluation_name: str) -> Path:
@@ -108,7 +110,7 @@ def collect_results(home: Path, dataset: str, split: str) -> DatasetResults:
     """Read the finished runs of a dataset with their evaluations on a split.
 
     Raises:
-        UserError: The dataset has no run.
+        UserError: The dataset has no run or no manifest.
     """
     runs = find_runs(home, dataset)
     if not runs:
@@ -124,7 +126,8 @@ def collect_results(home: Path, dataset: str, split: str) -> DatasetResults:
         notes.append(f"Left out as not evaluated on {split}: {missing}; searches are judged on validation alone.")
     heads = _group_by_config(evaluated or done, caches)
     rows = tuple(row for head in heads for row in _result_rows(head, split))
-    return DatasetResults(dataset, split, heads, rows, tuple(caches), tuple(notes))
+    groups = {sample.id: sample.group for sample in read_manifest(home, dataset).samples if sample.group}
+    return DatasetResults(dataset, split, heads, rows, tuple(caches), tuple(notes), groups)
 
 
 def plural(count: int, noun: str) -> str:

@@ -181,10 +181,10 @@ class Runs(Sequence[Run]):
         return str(self.table.to_html())
 
     def compare(self, first: str, *others: str, split: str = "val") -> pd.DataFrame:
-        """Compare heads on the same samples: the first with each of the others, by a paired bootstrap.
+        """Compare heads on the same samples: the first with each of the others, by a paired bootstrap on two levels.
 
-        The metric of each sample is averaged over the seeds of a head first; then samples are resampled, as in the report.
-        Finished runs that lack an evaluation on the split are evaluated.
+        Seeds are drawn anew as well as samples (groups of samples where the data have groups), as in the report. An interval
+        takes three seeds of both heads, a verdict five. Finished runs that lack an evaluation on the split are evaluated.
 
         Args:
             first: `Run.name` of a head, "seda-1f…", or a beginning of it that fits no other head.
@@ -193,7 +193,8 @@ class Runs(Sequence[Run]):
 
         Returns:
             One row per pair and metric. Columns: a, b (names); metric; a_mean, b_mean (percent); difference, low, high (a - b
-            in points, with its 95 % interval); a_seeds, b_seeds (numbers of seeds).
+            in points, with its 95 % interval); p_holm (p-value, adjusted for the number of pairs); verdict; a_seeds, b_seeds
+            (numbers of seeds).
 
         Raises:
             UserError: a name fits no head or several, or two heads were evaluated on different samples.
