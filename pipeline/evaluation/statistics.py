@@ -258,3 +258,24 @@ def rank_cells(scores: np.ndarray, losses: np.ndarray, reasons: Sequence[Sequenc
     rank = pd.Series(range(1, len(complete) + 1), index=complete.index, dtype="Int64")
     ordered = table.assign(rank=rank.reindex(table.index)).loc[[*complete.index, *table.index.difference(complete.index)]]
     return ordered.reset_index(drop=True)
+
+
+def judge_cells(scores: np.ndarray, ranking: pd.DataFrame) -> list[str]:
+    """Say of each cell of a grid whether its seeds are below those of the best cell, over seeds alone.
+
+    Args:
+        scores: score of each run [K,S] (K cells, S seeds), NaN where a run has not finished.
+        ranking: the cells as `rank_cells` orders them.
+
+    Returns:
+        In the order of the ranking: "the best", "below the best", "not distinguishable" or how many seeds there are of five; ""
+        for cells without all seeds.
+    """
+    complete = ranking.dropna(subset=["rank"])["cell"].tolist()
+    best, *others = (scores[cell][:, None] for cell in complete) if complete else [scores]
+    estimates = [paired_bootstrap(Scores(own, best, None, True)) for own in others]
+    verdicts = [
+        find_verdict(estimate, p_holm, scores.shape[1], "above the best", "below the best")
+        for estimate, p_holm in zip(estimates, holm([each.p for each in estimates]), strict=True)
+    ]
+    return [*(["the best"] if complete else []), *verdicts, *[""] * (len(ranking) - len(complete))]

@@ -43,7 +43,8 @@ def _scores_by_method(home: Path, dataset: str, split: str) -> Mapping[str, Scor
     baseline = rows.pop(BASELINE, None)
     if baseline is None:
         return {}
-    pairs = {method: pair_scores(row, baseline, results.groups) for method, row in rows.items()}
+    own = baseline.sample_metrics()
+    pairs = {method: pair_scores(row.sample_metrics(), own, results.groups) for method, row in rows.items()}
     return {method: scores[deciding_metric(list(scores))] for method, scores in pairs.items() if scores}
 
 

@@ -23,8 +23,7 @@ from pipeline.evaluation.statistics import (
     paired_bootstrap,
     sample_std,
 )
-from pipeline.report.results import BASELINE, DatasetResults, ResultRow, collect_results
-from pipeline.runtime.errors import UserError
+from pipeline.report.results import BASELINE, DatasetResults, ResultRow, SampleMetrics, collect_results
 
 METRIC_LABELS = {
     "acc1": "Acc-1",
@@ -58,36 +57,34 @@ def find_baseline(row: ResultRow, results: DatasetResults) -> ResultRow | None:
     return None if best is row else best
 
 
-def pair_scores(a: ResultRow, b: ResultRow, groups: Mapping[str, str]) -> dict[str, Scores]:
-    """Return the values of two rows on the same samples, paired by id, for each metric that is a mean over samples.
+def pair_scores(a: SampleMetrics, b: SampleMetrics, groups: Mapping[str, str]) -> dict[str, Scores]:
+    """Return the values of two heads on the same samples, paired by id, for each metric that both have.
 
     Args:
-        a: A row.
-        b: Another row.
+        a: Values of one head.
+        b: Values of another head.
         groups: The group of each sample that has one; the samples of a group are drawn together.
 
     Returns:
         Values in percent by metric; empty when the two were not evaluated on the same samples.
     """
-    (ids, a_metrics), (b_ids, b_metrics) = a.per_sample_metrics(), b.per_sample_metrics()
-    if sorted(ids) != sorted(b_ids):
+    if sorted(a.ids) != sorted(b.ids):
         return {}
-    positions = {sample_id: index for index, sample_id in enumerate(b_ids)}
-    aligned = np.array([positions[sample_id] for sample_id in ids])
-    is_grouped = not groups.keys().isdisjoint(ids)
-    names = [("group", groups[sample_id]) if sample_id in groups else ("sample", sample_id) for sample_id in ids]
-    clusters = pd.factorize(pd.Series(names))[0] if is_grouped else None
-    has_same_seeds = [run.seed for run in a.runs] == [run.seed for run in b.runs]
+    positions = {sample_id: index for index, sample_id in enumerate(b.ids)}
+    aligned = np.array([positions[sample_id] for sample_id in a.ids])
+    names = [("group", groups[sample_id]) if sample_id in groups else ("sample", sample_id) for sample_id in a.ids]
+    clusters = pd.factorize(pd.Series(names))[0]
     return {
-        name: Scores(a_metrics[name], b_metrics[name][:, aligned], clusters, has_same_seeds)
-        for name in a_metrics
-        if name in b_metrics
+        name: Scores(a.by_metric[name], b.by_metric[name][:, aligned], clusters, a.seeds == b.seeds)
+        for name in a.by_metric
+        if name in b.by_metric
     }
 
 
 def bootstrap_differences(row: ResultRow, baseline: ResultRow, groups: Mapping[str, str]) -> dict[str, Estimate]:
     """Return the differences to another row in points by metric, see `pair_scores` and `paired_bootstrap`."""
-    return {metric: paired_bootstrap(scores) for metric, scores in pair_scores(row, baseline, groups).items()}
+    pairs = pair_scores(row.sample_metrics(), baseline.sample_metrics(), groups)
+    return {metric: paired_bootstrap(scores) for metric, scores in pairs.items()}
 
 
 def count_seeds(*rows: ResultRow) -> int:
@@ -99,78 +96,6 @@ def adjust_p_values(estimates: Sequence[Estimate | None], num_seeds: Sequence[in
     """Return the p-values of a table, adjusted for the number of its rows that get a verdict; NaN for the others."""
     has_verdict = [count >= MIN_SEEDS_FOR_VERDICT for count in num_seeds]
     return holm([each.p if each and has else np.nan for each, has in zip(estimates, has_verdict, strict=True)])
-
-
-def compare_pairs(home: Path, dataset: str, names: Sequence[str], split: str = "test") -> pd.DataFrame:
-    """Compare heads with one another on the samples of a split: the first with each of the others.
-
-    Seeds and samples are drawn anew, as in `paired_bootstrap`.
-
-    Args:
-        home: The folder of all artifacts.
-        dataset: The name of a dataset with runs.
-        names: At least two folders of heads, "<method>-<fingerprint>", or unique beginnings of them.
-        split: The split that the runs have been evaluated on, with their own settings.
-
-    Returns:
-        One row per pair and metric that is a mean over samples. Columns: a, b (folders of the two heads); metric; a_mean,
-        b_mean (percent, over seeds); difference, low, high (a - b in points, with its 95 % interval; NaN with fewer than three
-        seeds); p_holm (p-value, adjusted for the number of pairs); verdict; a_seeds, b_seeds.
-
-    Raises:
-        UserError: A name fits no head or several, a head is not evaluated on the split, or two heads were evaluated on other
-            samples.
-    """
-    if len(names) < 2:
-        raise UserError("a comparison takes at least two heads: give two names of folders, <method>-<fingerprint>")
-    results = collect_results(home, dataset, split)
-    rows = [row for row in results.rows if row.evaluation_name == split]
-    first, *others = (_find_row(rows, name, split) for name in names)
-    differences = [_require_differences(first, other, results.groups) for other in others]
-    return pd.DataFrame(_pair_lines(first, others, differences))
-
-
-def _require_differences(a: ResultRow, b: ResultRow, groups: Mapping[str, str]) -> dict[str, Estimate]:
-    differences = bootstrap_differences(a, b, groups)
-    if not differences:
-        raise UserError(f"{a.folder} and {b.folder} were not evaluated on the same samples: compare heads of one manifest")
-    return differences
-
-
-def _pair_lines(a: ResultRow, others: Sequence[ResultRow], differences: Sequence[dict[str, Estimate]]) -> list[dict[str, Any]]:
-    """Return the lines of `compare_pairs`: for each pair one per metric."""
-    num_seeds = [count_seeds(a, b) for b in others]
-    metrics = [metric for metric in differences[0] if all(metric in each for each in differences)]
-    adjusted = {metric: adjust_p_values([each[metric] for each in differences], num_seeds) for metric in metrics}
-    lines = []
-    for index, (b, own) in enumerate(zip(others, differences, strict=True)):
-        for metric in metrics:
-            p_holm = adjusted[metric][index]
-            lines.append(
-                {
-                    "a": a.folder,
-                    "b": b.folder,
-                    "metric": metric,
-                    "a_mean": float(a.metric_values(metric).mean()),
-                    "b_mean": float(b.metric_values(metric).mean()),
-                    **dict(zip(("difference", "low", "high"), own[metric], strict=False)),
-                    "p_holm": p_holm,
-                    "verdict": find_verdict(own[metric], p_holm, num_seeds[index], "a is better", "b is better"),
-                    "a_seeds": len(a.runs),
-                    "b_seeds": len(b.runs),
-                }
-            )
-    return lines
-
-
-def _find_row(rows: Sequence[ResultRow], name: str, split: str) -> ResultRow:
-    """Return the row of the head whose folder begins with a name."""
-    found = [row for row in rows if row.folder == name] or [row for row in rows if row.folder.startswith(name)]
-    if len(found) != 1:
-        choices = ", ".join(sorted(row.folder for row in found or rows)) or "none"
-        problem = "several heads begin" if found else f"no head that is evaluated on {split} begins"
-        raise UserError(f"{problem} with {name!r}; choose one of: {choices}")
-    return found[0]
 
 
 def list_metrics(results: DatasetResults) -> list[str]:
@@ -307,7 +232,7 @@ def format_differences(frame: pd.DataFrame, metrics: Sequence[str]) -> pd.DataFr
     return pd.DataFrame(
         {
             f"{METRIC_LABELS.get(metric, metric)} vs baseline": [
-                _format_difference(*values) for values in differences.itertuples(index=False)
+                format_difference(*values) for values in differences.itertuples(index=False)
             ]
             for metric in metrics
             if (differences := frame[list(_difference_columns(metric))]).notna().any(axis=None)
@@ -316,7 +241,8 @@ def format_differences(frame: pd.DataFrame, metrics: Sequence[str]) -> pd.DataFr
     )
 
 
-def _format_difference(difference: float, low: float, high: float) -> str:
+def format_difference(difference: float, low: float, high: float) -> str:
+    """Return points with their interval, "+1.20 (-0.10 to +2.50)"; without one, the points; "-" for NaN."""
     if np.isnan(difference):
         return "-"
     return f"{difference:+.2f}" if np.isnan(low) else f"{difference:+.2f} ({low:+.2f} to {high:+.2f})"

@@ -10,7 +10,7 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -59,20 +59,17 @@ class ResultRow:
         """Return a metric in percent, one value per seed; NaN where an older evaluation does not have it."""
         return np.array([record["metrics"].get(metric, np.nan) for record in self.records])
 
-    def per_sample_metrics(self) -> tuple[list[str], dict[str, np.ndarray]]:
-        """Return the ids of the N samples and, by metric that is a mean over samples, its values [S,N] for S seeds.
+    def sample_metrics(self) -> SampleMetrics:
+        """Return the values of each sample, see `read_sample_metrics`."""
+        return read_sample_metrics(self.runs, self.records, self.evaluation_name)
 
-        Raises:
-            UserError: A file with predictions is missing or does not fit metrics.json.
-        """
-        ids: list[str] = []
-        by_seed: list[dict[str, np.ndarray]] = []
-        for run, record in zip(self.runs, self.records, strict=True):
-            run_ids, run_metrics = _read_per_sample_metrics(predictions_path(run, self.evaluation_name), record)
-            assert ids in ([], run_ids), f"the seeds of {run.path.parent} were evaluated on different samples"
-            ids = run_ids
-            by_seed.append(run_metrics)
-        return ids, {name: np.stack([metrics[name] for metrics in by_seed]) for name in by_seed[0]}
+
+class SampleMetrics(NamedTuple):
+    """One evaluation of a head: S seeds, N samples."""
+
+    seeds: tuple[int, ...]
+    ids: list[str]  # of the samples
+    by_metric: Mapping[str, np.ndarray]  # [S,N] in percent, by metric that is a mean over samples
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +88,28 @@ class DatasetResults:
 def predictions_path(run: RunFolder, evaluation_name: str) -> Path:
     """Return the file with the per-sample results of an evaluation."""
     return run.path / f"predictions-{evaluation_name}.npz"
+
+
+def read_sample_metrics(runs: Sequence[RunFolder], records: Sequence[Mapping[str, Any]], evaluation_name: str) -> SampleMetrics:
+    """Read the values of each sample in an evaluation of several seeds.
+
+    Args:
+        runs: One run per seed.
+        records: The entry of the evaluation in each run's metrics.json.
+        evaluation_name: The name of the evaluation.
+
+    Raises:
+        UserError: A file with predictions is missing or does not fit metrics.json.
+    """
+    read = [
+        _read_per_sample_metrics(predictions_path(run, evaluation_name), record)
+        for run, record in zip(runs, records, strict=True)
+    ]
+    ids, first = read[0]
+    assert all(own == ids for own, _ in read), f"the seeds of {runs[0].path.parent} were evaluated on different samples"
+    return SampleMetrics(
+        tuple(run.seed for run in runs), ids, {name: np.stack([own[name] for _, own in read]) for name in first}
+    )
 
 
 def _read_per_sample_metrics(path: Path, record: Mapping[str, Any]) -> tuple[list[str], dict[str, np.ndarray]]:
@@ -126,8 +145,16 @@ def collect_results(home: Path, dataset: str, split: str) -> DatasetResults:
         notes.append(f"Left out as not evaluated on {split}: {missing}; searches are judged on validation alone.")
     heads = _group_by_config(evaluated or done, caches)
     rows = tuple(row for head in heads for row in _result_rows(head, split))
-    groups = {sample.id: sample.group for sample in read_manifest(home, dataset).samples if sample.group}
-    return DatasetResults(dataset, split, heads, rows, tuple(caches), tuple(notes), groups)
+    return DatasetResults(dataset, split, heads, rows, tuple(caches), tuple(notes), read_groups(home, dataset))
+
+
+def read_groups(home: Path, dataset: str) -> dict[str, str]:
+    """Return the group of each sample that has one, by sample id.
+
+    Raises:
+        UserError: The dataset has no manifest.
+    """
+    return {sample.id: sample.group for sample in read_manifest(home, dataset).samples if sample.group}
 
 
 def plural(count: int, noun: str) -> str:

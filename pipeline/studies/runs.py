@@ -199,7 +199,7 @@ class Runs(Sequence[Run]):
         Raises:
             UserError: a name fits no head or several, or two heads were evaluated on different samples.
         """
-        from pipeline.report.comparison import compare_pairs
+        from pipeline.report.pairs import compare_pairs
 
         for run in self.items:
             if run.is_done and run.name.startswith((first, *others)):

@@ -17,8 +17,10 @@ from pipeline.evaluation.statistics import (
     find_verdict,
     holm,
     interquartile_mean,
+    judge_cells,
     paired_bootstrap,
     probability_of_improvement,
+    rank_cells,
 )
 
 
@@ -217,3 +219,16 @@ def test_over_data_sets_the_figures_are_those_of_their_definitions_and_the_inter
     same = compare_across([simulated(rng, 0.0, 50.0) for _ in range(3)])
     assert same[0].low < 0 < same[0].high
     assert same[1].low < 0.5 < same[1].high
+
+
+def test_cells_of_a_grid_are_compared_with_the_best_over_their_seeds() -> None:
+    noise = np.array([-0.4, -0.2, 0.0, 0.2, 0.4])
+    scores = 60.0 + np.array([[0.0], [-0.1], [-5.0], [9.0]]) + np.stack([noise, noise[::-1], np.roll(noise, 2), noise])
+    scores[3, 1] = np.nan  # this cell is not complete
+    for shown, expected in (
+        (scores, ["the best", "not distinguishable", "below the best", ""]),
+        (scores[:3, [0, 2, 4]], ["the best", "3 of 5 seeds", "3 of 5 seeds"]),
+        (np.full((2, 5), np.nan), ["", ""]),
+    ):
+        ranking = rank_cells(shown, shown, [["missing"] * shown.shape[1]] * len(shown))
+        assert judge_cells(shown, ranking) == expected

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -67,8 +67,10 @@ def test_samples_of_a_group_are_drawn_together(tmp_path: Path) -> None:
     for name in ("alone", "grouped"):
         home = make_home(tmp_path / name, CLASSES, num_test=120)
         if name == "grouped":  # ten series of twelve samples, all right or all wrong
-            samples = [replace(each, group=f"series {k % 10}") for k, each in enumerate(home.manifest.samples[:120])]
-            write_manifest(replace(home.manifest, samples=(*samples, *home.manifest.samples[120:])), home.path)
+            samples = [
+                dataclasses.replace(each, group=f"series {k % 10}") for k, each in enumerate(home.manifest.samples[:120])
+            ]
+            write_manifest(dataclasses.replace(home.manifest, samples=(*samples, *home.manifest.samples[120:])), home.path)
         for method in ("baseline", "ema"):
             for seed in range(3):
                 is_right = np.arange(120) % 10 < (5 if method == "ema" else 3)
@@ -254,5 +256,5 @@ def test_table_shows_spread_only_where_there_is_one(tmp_path: Path) -> None:
     assert " to " in results_table(tmp_path, "toy")["Acc-1 vs baseline"][1]
     add_runs(home, "cdr", 1.0, seeds=2)
     shown = results_table(tmp_path, "toy").set_index("method")
-    assert " to " not in shown.loc["cdr", "Acc-1 vs baseline"]
+    assert " to " not in str(shown.loc["cdr", "Acc-1 vs baseline"])
     assert shown["verdict"].to_dict() == {"baseline": "the baseline", "cdr": "2 of 5 seeds", "ema": "3 of 5 seeds"}
