@@ -104,9 +104,9 @@ def test_a_verdict_takes_five_seeds_and_an_interval_three(tmp_path: Path) -> Non
         "3 of 5 seeds",
         "beats the baseline",
     ]
-    assert [bool(np.isnan(rows[name]["acc1_low"])) for name in ("one", "three", "five")] == [True, False, False]
+    assert [np.isnan(float(rows[name]["acc1_low"])) for name in ("one", "three", "five")] == [True, False, False]
     assert rows["three"]["reason"] == "it has 3 of 5 seeds that a verdict takes"
-    assert [bool(np.isnan(rows[name]["p_holm"])) for name in ("one", "three", "five")] == [True, True, False]
+    assert [np.isnan(float(rows[name]["p_holm"])) for name in ("one", "three", "five")] == [True, True, False]
 
 
 def test_p_values_are_adjusted_for_all_rows_that_get_a_verdict(tmp_path: Path) -> None:
@@ -133,8 +133,8 @@ def test_metrics_that_older_evaluations_lack_are_a_dash(tmp_path: Path) -> None:
         records["test"]["metrics"] |= {"macro_acc": 40.0, "ece": 7.0}
         path.write_text(json.dumps(records))
     shown = results_table(tmp_path, "toy").set_index("method")
-    assert shown.loc["ema", ["Macro Acc", "ECE"]].tolist() == ["40.00 ± 0.00", "7.00 ± 0.00"]
-    assert shown.loc["baseline", ["Macro Acc", "ECE"]].tolist() == ["-", "-"]
+    assert list(shown["Macro Acc"]) == ["-", "40.00 ± 0.00"]
+    assert list(shown["ECE"]) == ["-", "7.00 ± 0.00"]
 
 
 def test_samples_are_paired_by_id_not_by_position(tmp_path: Path) -> None:
