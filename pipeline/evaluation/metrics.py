@@ -77,14 +77,13 @@ def per_class_precision_recall(logits: Tensor, label: Tensor, k: int) -> tuple[f
     return float(precision.mean()), float((hits / labelled)[labelled > 0].mean())
 
 
-def macro_accuracy(logits: Tensor, label: Tensor) -> float:
-    """Return the mean over classes of the share of their samples that are classified rightly; single label [N].
+def macro_accuracy(is_right: np.ndarray, label: np.ndarray) -> float:
+    """Return the mean over classes of the share of their samples that are right [N], for single labels [N].
 
     Classes without a sample are left out.
     """
-    right = topk_correct(logits, label, 1).to("cpu", torch.float64)
-    counts = torch.bincount(label.cpu())
-    return float((torch.bincount(label.cpu(), weights=right) / counts)[counts > 0].mean())
+    counts = np.bincount(label)
+    return float((np.bincount(label, weights=is_right)[counts > 0] / counts[counts > 0]).mean())
 
 
 def expected_calibration_error(confidence: np.ndarray, is_right: np.ndarray) -> float:
@@ -152,7 +151,7 @@ def summary_metrics(
     scores = log_scores(logits.cpu().numpy(), label.cpu().numpy(), label_loss)
     if label.ndim == 1:
         is_right = topk_correct(logits, label, 1).cpu().numpy()
-        result["macro_acc"] = 100.0 * macro_accuracy(logits, label)
+        result["macro_acc"] = 100.0 * macro_accuracy(is_right, label.cpu().numpy())
         result["ece"] = 100.0 * expected_calibration_error(np.exp(scores.max(axis=1)), is_right)
         return result
     result["map"] = 100.0 * mean_average_precision(torch.from_numpy(scores), label)
