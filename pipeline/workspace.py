@@ -378,11 +378,11 @@ class Workspace:
         """Return the metrics of a run, or of a run's folder, on a split, in percent; see `Run.evaluate`."""
         return self.run(run).evaluate(split, **overrides)
 
-    def report(self, dataset: str) -> tuple[Path, Path]:
-        """Write the report on a dataset's runs on test; return the paths of the HTML page and of the Markdown file."""
+    def report(self, dataset: str, *, across: Sequence[str] = ()) -> tuple[Path, Path]:
+        """Write the report on a dataset's runs on test, and a table `across` more datasets; return HTML and Markdown file."""
         from pipeline.report import write_report
 
-        return write_report(self.home, dataset)
+        return write_report(self.home, dataset, across=across)
 
     def runs(self, dataset: str) -> Runs:
         """Return all runs of a dataset, finished or not."""

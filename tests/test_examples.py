@@ -46,8 +46,8 @@ assert comparison["a_mean"].gt(20).all()  # percent of 68 classes; chance is bel
     command = [sys.executable, "-c", program]
     done = subprocess.run(command, check=False, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[-1] == "1501 (1501, 1280) 2 ['acc1', 'acc5'] 2"
-    assert len(list((tmp_path / "artifacts" / "runs" / "openmoji").glob("*/seed*/done"))) == 4
+    assert done.stdout.splitlines()[-1] == "1501 (1501, 1280) 3 ['acc1', 'acc5'] 2"
+    assert len(list((tmp_path / "artifacts" / "runs" / "openmoji").glob("*/seed*/done"))) == 6
 
 
 @pytest.mark.slow

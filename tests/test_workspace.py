@@ -14,6 +14,7 @@ import pytest
 import torch
 from helpers.command_line import run
 from helpers.photos import BROKEN, NUM_OF_EACH, TEXTLESS, TRAINING, TWO_TEXTS, PhotoHome, make_photo_home
+from scipy.special import log_softmax
 
 import pipeline as da
 from pipeline.cache.arrays import read_features
@@ -22,6 +23,7 @@ from pipeline.commands.doctor import run_checks
 from pipeline.data.manifest_files import load_dataset_spec, read_manifest
 from pipeline.data.prepare import prepare
 from pipeline.data.spec import load_spec
+from pipeline.evaluation.statistics import Scores, paired_bootstrap
 from pipeline.extraction.inputs import default_encoders
 
 EMA: dict[str, Any] = {"train": TRAINING, "width": 16}
@@ -34,11 +36,11 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> PhotoHome:
 
 @pytest.fixture(scope="module")
 def heads(photos: PhotoHome) -> dict[str, da.Runs]:
-    """Two seeds of two methods."""
+    """Three seeds of two methods."""
     ws, caches = photos
     return {
-        "ema": ws.train_heads("photos", "ema", seeds=(0, 1), **EMA, **caches),
-        "baseline": ws.train_heads("photos", "baseline", seeds=(0, 1), train=TRAINING, **caches),
+        "ema": ws.train_heads("photos", "ema", seeds=(0, 1, 2), **EMA, **caches),
+        "baseline": ws.train_heads("photos", "baseline", seeds=(0, 1, 2), train=TRAINING, **caches),
     }
 
 
@@ -99,7 +101,9 @@ def test_a_run_shows_its_settings_metrics_history_and_predictions(photos: PhotoH
     table = trained.predictions("test")
     assert table["sample_id"].tolist() == [sample.id for sample in ws.manifest("photos").split("test")]
     logits = table.filter(like="logit ").to_numpy()
-    assert table.columns[3:].tolist() == [f"logit {name}" for name in ws.manifest("photos").class_names]
+    class_names = ws.manifest("photos").class_names
+    assert table.columns[3:].tolist() == [f"{kind} {name}" for kind in ("logit", "score") for name in class_names]
+    np.testing.assert_allclose(table.filter(like="score ").to_numpy(), log_softmax(logits, axis=1), atol=1e-5)
     assert logits.argmax(axis=1).tolist() == table["predicted"].tolist()
     accuracy = 100 * (table["predicted"] == table["label"]).mean()
     assert trained.evaluate("test")["acc1"] == pytest.approx(accuracy)
@@ -114,21 +118,22 @@ def test_a_run_shows_its_settings_metrics_history_and_predictions(photos: PhotoH
     assert ws.evaluate(trained.path, "test") == trained.evaluate("test")
 
 
-def test_runs_are_compared_over_samples_after_their_seeds_are_averaged(photos: PhotoHome, heads: dict[str, da.Runs]) -> None:
+def test_runs_are_compared_over_seeds_and_samples(photos: PhotoHome, heads: dict[str, da.Runs]) -> None:
     runs = photos.workspace.runs("photos")
     found = runs.compare("ema", heads["baseline"][0].name, split="test").set_index("metric")
     correct = {}
     for method, own in heads.items():
         tables = [each.predictions("test") for each in own]
-        correct[method] = np.mean([100.0 * (table["label"] == table["predicted"]) for table in tables], axis=0)
-    difference = correct["ema"] - correct["baseline"]
-    draws = np.random.default_rng(0).integers(len(difference), size=(4000, len(difference)))
-    low, high = np.quantile(difference[draws].mean(axis=1), [0.025, 0.975])
+        correct[method] = np.array([100.0 * (table["label"] == table["predicted"]) for table in tables])
     row: dict[Any, Any] = found.loc["acc1"].to_dict()
     assert (row["a"], row["b"]) == (heads["ema"][0].name, heads["baseline"][0].name)
-    assert (row["a_seeds"], row["b_seeds"]) == (2, 2)
+    assert (row["a_seeds"], row["b_seeds"]) == (3, 3)
     assert row["a_mean"] == pytest.approx(correct["ema"].mean())
-    assert [row[key] for key in ("difference", "low", "high")] == pytest.approx([difference.mean(), low, high])
+    expected = paired_bootstrap(Scores(correct["ema"], correct["baseline"], None, True))
+    assert [row[key] for key in ("difference", "low", "high")] == pytest.approx(expected[:3])
+    assert row["low"] <= row["difference"] <= row["high"]
+    assert row["verdict"] == "3 of 5 seeds"
+    assert np.isnan(row["p_holm"])
     pd.testing.assert_frame_equal(
         photos.workspace.compare("photos", "ema", heads["baseline"][0].name, split="test").set_index("metric"), found
     )

@@ -163,7 +163,7 @@ def _evaluate(home: Path, run: RunFolder, config: RunConfig, settings: Any, spli
         "split": split,
         "method": config.method,
         "seed": run.seed,
-        "metrics": metrics.summary_metrics(logits, label),
+        "metrics": metrics.summary_metrics(logits, label, label_loss=config.label_loss),
         "n": len(label),
         "excluded": len(source.excluded),
         "seconds": seconds,

@@ -1,17 +1,22 @@
 """Classification metrics of logits [N,C], in percent.
 
-Labels are class numbers [N] (one label per sample), or 0 and 1 [N,C] (several labels per sample). Classes are ranked by logit;
-equal logits are ranked by class number, so that the result depends on nothing but the input. A k above C counts as C.
+Labels are class numbers [N] (one label per sample), or 0 and 1 [N,C] (several labels per sample). The classes of a sample are
+ranked by logit; equal logits are ranked by class number, so that the result depends on nothing but the input. A k above C
+counts as C. What compares samples with each other (average precision, calibration) reads `scores.log_scores`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from pipeline.evaluation.scores import log_scores
 from pipeline.runtime.errors import UserError
+
+NUM_CALIBRATION_BINS = 15
 
 
 def top_classes(logits: Tensor, k: int) -> Tensor:
@@ -72,13 +77,37 @@ def per_class_precision_recall(logits: Tensor, label: Tensor, k: int) -> tuple[f
     return float(precision.mean()), float((hits / labelled)[labelled > 0].mean())
 
 
-def mean_average_precision(logits: Tensor, label: Tensor) -> float:
+def macro_accuracy(is_right: np.ndarray, label: np.ndarray) -> float:
+    """Return the mean over classes of the share of their samples that are right [N], for single labels [N].
+
+    Classes without a sample are left out.
+    """
+    counts = np.bincount(label)
+    return float((np.bincount(label, weights=is_right)[counts > 0] / counts[counts > 0]).mean())
+
+
+def expected_calibration_error(confidence: np.ndarray, is_right: np.ndarray) -> float:
+    """Return ECE: the mean distance between confidence and accuracy in 15 equal-width bins, weighted by their samples.
+
+    Args:
+        confidence: of the predicted class, 0..1, [N]. A bin holds its upper edge.
+        is_right: whether the prediction is right, [N].
+    """
+    bins = np.ceil(confidence * NUM_CALIBRATION_BINS).astype(np.int64)  # 0 (for a confidence of 0) .. 15
+    return float(np.abs(np.bincount(bins, weights=confidence - is_right)).sum() / len(confidence))
+
+
+def mean_average_precision(scores: Tensor, label: Tensor) -> float:
     """Return the mean of the average precision over all classes that have a true sample.
 
     The average precision of a class is the mean, over its true samples, of the precision among all samples of at least their
     score. Samples of equal score are counted together, so the order of rows does not matter.
+
+    Args:
+        scores: [N,C], comparable across samples.
+        label: indicators [N,C].
     """
-    truth, score = label.T.to("cpu", torch.float64), logits.T.cpu().contiguous()
+    truth, score = label.T.to("cpu", torch.float64), scores.T.cpu().contiguous()
     ascending, order = score.sort(dim=1)
     at_least = score.shape[1] - torch.searchsorted(ascending, score)  # samples of at least this score [C,N]
     hits = truth.gather(1, order.flip(1)).cumsum(1).gather(1, at_least - 1)
@@ -99,20 +128,33 @@ def per_example(logits: Tensor, label: Tensor, ks: Sequence[int] = (1, 5)) -> di
     return {f"{name}{k}": 100.0 * pairs[k][i] for i, name in enumerate(("pre", "rec")) for k in ks}
 
 
-def summary_metrics(logits: Tensor, label: Tensor, ks: Sequence[int] = (1, 5)) -> dict[str, float]:
+def summary_metrics(
+    logits: Tensor, label: Tensor, ks: Sequence[int] = (1, 5), label_loss: str = "softmax_kl"
+) -> dict[str, float]:
     """Return all metrics in percent, by name.
 
+    Args:
+        logits: [N,C].
+        label: classes [N], or indicators [N,C].
+        ks: the k of the metrics of the k best classes.
+        label_loss: the method's loss for multi-label data, see `log_scores`.
+
     Returns:
-        acc<k> for one label per sample. For several labels: pre<k> and rec<k> (means over samples), map, overall_pre<k>,
-        overall_rec<k>, per_class_pre<k> and per_class_rec<k>.
+        For one label per sample: acc<k>, macro_acc (mean over classes), ece (expected calibration error; lower is better).
+        For several labels: pre<k> and rec<k> (means over samples), map, overall_pre<k>, overall_rec<k>, per_class_pre<k> and
+        per_class_rec<k>.
 
     Raises:
         UserError: a logit is not finite, or a sample has no label.
     """
     result = {name: float(terms.mean()) for name, terms in per_example(logits, label, ks).items()}
+    scores = log_scores(logits.cpu().numpy(), label.cpu().numpy(), label_loss)
     if label.ndim == 1:
+        is_right = topk_correct(logits, label, 1).cpu().numpy()
+        result["macro_acc"] = 100.0 * macro_accuracy(is_right, label.cpu().numpy())
+        result["ece"] = 100.0 * expected_calibration_error(np.exp(scores.max(axis=1)), is_right)
         return result
-    result["map"] = 100.0 * mean_average_precision(logits, label)
+    result["map"] = 100.0 * mean_average_precision(torch.from_numpy(scores), label)
     for prefix, measure in (("overall", overall_precision_recall), ("per_class", per_class_precision_recall)):
         for k in ks:
             precision, recall = measure(logits, label, k)

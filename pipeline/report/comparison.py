@@ -1,22 +1,35 @@
-"""The table of results: mean and spread over seeds, difference to the baseline with its interval, and a verdict."""
+"""The table of results: mean and spread over seeds, difference to the baseline with its interval, and a verdict.
+
+A verdict takes five seeds of both methods. Its p-value is adjusted for all rows of the table that get one (Holm).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from pipeline.evaluation.statistics import format_mean_std, mean_of_finite, paired_bootstrap, sample_std
-from pipeline.report.results import BASELINE, DatasetResults, ResultRow, collect_results
-from pipeline.runtime.errors import UserError
+from pipeline.evaluation.statistics import (
+    MIN_SEEDS_FOR_VERDICT,
+    Estimate,
+    Scores,
+    find_verdict,
+    format_mean_std,
+    holm,
+    mean_of_finite,
+    paired_bootstrap,
+    sample_std,
+)
+from pipeline.report.results import BASELINE, DatasetResults, ResultRow, SampleMetrics, collect_results
 
-NUM_BOOTSTRAP_RESAMPLES = 4000
 METRIC_LABELS = {
     "acc1": "Acc-1",
     "acc5": "Acc-5",
+    "macro_acc": "Macro Acc",
+    "ece": "ECE",
     "map": "mAP",
     "pre1": "Pre-1",
     "pre5": "Pre-5",
@@ -44,82 +57,45 @@ def find_baseline(row: ResultRow, results: DatasetResults) -> ResultRow | None:
     return None if best is row else best
 
 
-def bootstrap_differences(row: ResultRow, baseline: ResultRow) -> dict[str, tuple[float, float, float]]:
-    """Return the differences to the baseline with their paired bootstrap 95 % intervals.
+def pair_scores(a: SampleMetrics, b: SampleMetrics, groups: Mapping[str, str]) -> dict[str, Scores]:
+    """Return the values of two heads on the same samples, paired by id, for each metric that both have.
 
-    Only metrics that are a mean over samples have one. Seeds are averaged first; then samples are resampled. Samples are
-    paired by id.
+    Args:
+        a: Values of one head.
+        b: Values of another head.
+        groups: The group of each sample that has one; the samples of a group are drawn together.
 
     Returns:
-        (difference, low, high) in points by metric; empty when the two were not evaluated on the same samples.
+        Values in percent by metric; empty when the two were not evaluated on the same samples.
     """
-    ids, metrics = row.per_sample_metrics()
-    baseline_ids, baseline_metrics = baseline.per_sample_metrics()
-    if sorted(ids) != sorted(baseline_ids):
+    if sorted(a.ids) != sorted(b.ids):
         return {}
-    baseline_index = {sample_id: index for index, sample_id in enumerate(baseline_ids)}
-    aligned = np.array([baseline_index[sample_id] for sample_id in ids])
-    shared = [name for name in metrics if name in baseline_metrics]
+    positions = {sample_id: index for index, sample_id in enumerate(b.ids)}
+    aligned = np.array([positions[sample_id] for sample_id in a.ids])
+    names = [("group", groups[sample_id]) if sample_id in groups else ("sample", sample_id) for sample_id in a.ids]
+    clusters = pd.factorize(pd.Series(names))[0]
     return {
-        name: paired_bootstrap(metrics[name], baseline_metrics[name][aligned], NUM_BOOTSTRAP_RESAMPLES, seed=0)
-        for name in shared
+        name: Scores(a.by_metric[name], b.by_metric[name][:, aligned], clusters, a.seeds == b.seeds)
+        for name in a.by_metric
+        if name in b.by_metric
     }
 
 
-def compare_pairs(home: Path, dataset: str, names: Sequence[str], split: str = "test") -> pd.DataFrame:
-    """Compare heads with one another on the samples of a split: the first with each of the others.
-
-    Seeds are averaged first; then samples are resampled, as in `bootstrap_differences`.
-
-    Args:
-        home: The folder of all artifacts.
-        dataset: The name of a dataset with runs.
-        names: At least two folders of heads, "<method>-<fingerprint>", or unique beginnings of them.
-        split: The split that the runs have been evaluated on, with their own settings.
-
-    Returns:
-        One row per pair and metric that is a mean over samples. Columns: a, b (folders of the two heads); metric; a_mean,
-        b_mean (percent, over seeds); difference, low, high (a - b in points, with its 95 % interval); a_seeds, b_seeds.
-
-    Raises:
-        UserError: A name fits no head or several, a head is not evaluated on the split, or two heads were evaluated on other
-            samples.
-    """
-    if len(names) < 2:
-        raise UserError("a comparison takes at least two heads: give two names of folders, <method>-<fingerprint>")
-    rows = [row for row in collect_results(home, dataset, split).rows if row.evaluation_name == split]
-    first, *others = (_find_row(rows, name, split) for name in names)
-    return pd.DataFrame([line for other in others for line in _compare_pair(first, other)])
+def bootstrap_differences(row: ResultRow, baseline: ResultRow, groups: Mapping[str, str]) -> dict[str, Estimate]:
+    """Return the differences to another row in points by metric, see `pair_scores` and `paired_bootstrap`."""
+    pairs = pair_scores(row.sample_metrics(), baseline.sample_metrics(), groups)
+    return {metric: paired_bootstrap(scores) for metric, scores in pairs.items()}
 
 
-def _compare_pair(a: ResultRow, b: ResultRow) -> list[dict[str, Any]]:
-    """Return the lines of `compare_pairs` for two heads, one per metric."""
-    differences = bootstrap_differences(a, b)
-    if not differences:
-        raise UserError(f"{a.folder} and {b.folder} were not evaluated on the same samples: compare heads of one manifest")
-    return [
-        {
-            "a": a.folder,
-            "b": b.folder,
-            "metric": metric,
-            "a_mean": float(a.metric_values(metric).mean()),
-            "b_mean": float(b.metric_values(metric).mean()),
-            **dict(zip(("difference", "low", "high"), interval, strict=True)),
-            "a_seeds": len(a.runs),
-            "b_seeds": len(b.runs),
-        }
-        for metric, interval in differences.items()
-    ]
+def count_seeds(*rows: ResultRow) -> int:
+    """Return the number of seeds of the row that has fewest."""
+    return min(len(row.runs) for row in rows)
 
 
-def _find_row(rows: Sequence[ResultRow], name: str, split: str) -> ResultRow:
-    """Return the row of the head whose folder begins with a name."""
-    found = [row for row in rows if row.folder == name] or [row for row in rows if row.folder.startswith(name)]
-    if len(found) != 1:
-        choices = ", ".join(sorted(row.folder for row in found or rows)) or "none"
-        problem = "several heads begin" if found else f"no head that is evaluated on {split} begins"
-        raise UserError(f"{problem} with {name!r}; choose one of: {choices}")
-    return found[0]
+def adjust_p_values(estimates: Sequence[Estimate | None], num_seeds: Sequence[int]) -> list[float]:
+    """Return the p-values of a table, adjusted for the number of its rows that get a verdict; NaN for the others."""
+    has_verdict = [count >= MIN_SEEDS_FOR_VERDICT for count in num_seeds]
+    return holm([each.p if each and has else np.nan for each, has in zip(estimates, has_verdict, strict=True)])
 
 
 def list_metrics(results: DatasetResults) -> list[str]:
@@ -138,7 +114,8 @@ def results_frame(home: Path, dataset: str, split: str = "test") -> pd.DataFrame
 
     Returns:
         Columns: method, kind, seeds; for each metric m: m, m_std, and m_vs_baseline, m_low, m_high (NaN where there is no
-        baseline or no interval); train_seconds; verdict; reason (why nothing is claimed). There are no rows when nothing has
+        baseline or no interval); train_seconds; p_holm (adjusted p-value of the deciding metric); verdict; reason (why nothing
+        is claimed). There are no rows when nothing has
         been evaluated on the split.
 
     Raises:
@@ -155,24 +132,32 @@ def results_table(home: Path, dataset: str, split: str = "test") -> pd.DataFrame
 def compare_results(results: DatasetResults) -> pd.DataFrame:
     """Return the table of `results_frame` for results that have been collected already."""
     metrics = list_metrics(results)
-    return pd.DataFrame([_compare_row(row, results, metrics) for row in results.rows])
+    baselines = [find_baseline(row, results) for row in results.rows]
+    pairs = list(zip(results.rows, baselines, strict=True))
+    differences = [bootstrap_differences(row, other, results.groups) if other else {} for row, other in pairs]
+    deciding = [own.get(deciding_metric(metrics)) for own in differences]
+    num_seeds = [count_seeds(row, other or row) for row, other in pairs]
+    adjusted = adjust_p_values(deciding, num_seeds)
+    frame = []
+    for index, (row, baseline) in enumerate(pairs):
+        verdict, reason = _explain_verdict(row, results, baseline, deciding[index], adjusted[index])
+        numbers = _compare_row(row, baseline, differences[index], metrics)
+        frame.append({**numbers, "p_holm": adjusted[index], "verdict": verdict, "reason": reason})
+    return pd.DataFrame(frame)
 
 
-def _compare_row(row: ResultRow, results: DatasetResults, metrics: Sequence[str]) -> dict[str, Any]:
-    baseline = find_baseline(row, results)
-    differences = bootstrap_differences(row, baseline) if baseline else {}
+def _compare_row(
+    row: ResultRow, baseline: ResultRow | None, differences: Mapping[str, Estimate], metrics: Sequence[str]
+) -> dict[str, Any]:
+    """Return the numbers of a row by column."""
     columns: dict[str, Any] = {"method": row.label, "kind": row.head.feature_kind, "seeds": len(row.runs)}
     for metric in metrics:
         values = row.metric_values(metric)
-        columns[metric], columns[f"{metric}_std"] = mean_of_finite(values), sample_std(values)
-        if baseline:
-            difference = float(values.mean() - baseline.metric_values(metric).mean())
-            without_interval = (difference, np.nan, np.nan)
-            columns |= dict(zip(_difference_columns(metric), differences.get(metric, without_interval), strict=True))
-        else:
-            columns |= dict.fromkeys(_difference_columns(metric), np.nan)
+        columns[metric], columns[f"{metric}_std"] = mean_of_finite(values), sample_std(values[np.isfinite(values)])
+        difference = columns[metric] - mean_of_finite(baseline.metric_values(metric)) if baseline else np.nan
+        without_interval = Estimate(difference, np.nan, np.nan, np.nan)
+        columns |= dict(zip(_difference_columns(metric), differences.get(metric, without_interval), strict=False))
     columns["train_seconds"] = float(np.mean([record["train_seconds"] for record in row.records]))
-    columns["verdict"], columns["reason"] = _verdict(row, results, baseline, differences.get(deciding_metric(metrics)))
     return columns
 
 
@@ -180,10 +165,10 @@ def _difference_columns(metric: str) -> tuple[str, str, str]:
     return f"{metric}_vs_baseline", f"{metric}_low", f"{metric}_high"
 
 
-def _verdict(
-    row: ResultRow, results: DatasetResults, baseline: ResultRow | None, difference: tuple[float, float, float] | None
+def _explain_verdict(
+    row: ResultRow, results: DatasetResults, baseline: ResultRow | None, difference: Estimate | None, p_holm: float
 ) -> tuple[str, str]:
-    """Return the verdict that the interval allows and "", or "no claim" and the reason."""
+    """Return the verdict that the interval allows and why nothing is claimed; "" for a claim."""
     if row.head.feature_kind == "text":
         return "no claim", "it is a diagnostic"
     if row.head.feature_kind == "unknown":
@@ -194,10 +179,15 @@ def _verdict(
         return "no claim", _no_baseline(row, results)
     if difference is None:
         return "no claim", "it was not evaluated on the same examples as the baseline"
-    _, low, high = difference
-    if low > 0:
-        return "beats the baseline", ""
-    return ("falls below the baseline" if high < 0 else "not distinguishable"), ""
+    num_seeds = count_seeds(row, baseline)
+    verdict = find_verdict(difference, p_holm, num_seeds, "beats the baseline", "falls below the baseline")
+    few = "it" if len(row.runs) == num_seeds else "the baseline"
+    return verdict, f"{few} has {verdict} that a verdict takes" if num_seeds < MIN_SEEDS_FOR_VERDICT else ""
+
+
+def compared_metrics(metrics: Sequence[str]) -> list[str]:
+    """Return the metrics whose difference to the baseline stands in the first table."""
+    return [metric for metric in ("acc1", "acc5") if metric in metrics] or [deciding_metric(metrics)]
 
 
 def _no_baseline(row: ResultRow, results: DatasetResults) -> str:
@@ -216,12 +206,12 @@ def _no_baseline(row: ResultRow, results: DatasetResults) -> str:
 def format_results(frame: pd.DataFrame) -> pd.DataFrame:
     """Return a `results_frame` as strings to read, with the metrics of `METRIC_LABELS` only.
 
-    When there are more than two of these metrics, only the deciding metric is compared with the baseline.
+    Of these, only `compared_metrics` are compared with the baseline.
     """
     if frame.empty:
         return frame
     metrics = [metric for metric in METRIC_LABELS if metric in frame]
-    compared = metrics if len(metrics) <= 2 else [deciding_metric(metrics)]
+    compared = compared_metrics(metrics)
     shown = pd.DataFrame({"method": frame["method"], "seeds": frame["seeds"].astype(str)})
     for metric in metrics:
         shown = shown.join(format_means(frame, [metric]))
@@ -237,7 +227,8 @@ def format_means(frame: pd.DataFrame, metrics: Sequence[str]) -> pd.DataFrame:
     return pd.DataFrame(
         {
             METRIC_LABELS.get(metric, metric): [
-                format_mean_std(*values) for values in zip(frame[metric], frame[f"{metric}_std"], strict=True)
+                "-" if np.isnan(mean) else format_mean_std(mean, std)
+                for mean, std in zip(frame[metric], frame[f"{metric}_std"], strict=True)
             ]
             for metric in metrics
         },
@@ -253,7 +244,7 @@ def format_differences(frame: pd.DataFrame, metrics: Sequence[str]) -> pd.DataFr
     return pd.DataFrame(
         {
             f"{METRIC_LABELS.get(metric, metric)} vs baseline": [
-                _format_difference(*values) for values in differences.itertuples(index=False)
+                format_difference(*values) for values in differences.itertuples(index=False)
             ]
             for metric in metrics
             if (differences := frame[list(_difference_columns(metric))]).notna().any(axis=None)
@@ -262,7 +253,8 @@ def format_differences(frame: pd.DataFrame, metrics: Sequence[str]) -> pd.DataFr
     )
 
 
-def _format_difference(difference: float, low: float, high: float) -> str:
+def format_difference(difference: float, low: float, high: float) -> str:
+    """Return points with their interval, "+1.20 (-0.10 to +2.50)"; without one, the points; "-" for NaN."""
     if np.isnan(difference):
         return "-"
     return f"{difference:+.2f}" if np.isnan(low) else f"{difference:+.2f} ({low:+.2f} to {high:+.2f})"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +12,14 @@ import pandas as pd
 
 from pipeline.data.manifest import Manifest
 from pipeline.data.manifest_files import read_manifest
+from pipeline.evaluation.statistics import MIN_SEEDS_FOR_INTERVAL, MIN_SEEDS_FOR_VERDICT, NUM_RESAMPLES
 from pipeline.report import html, markdown
+from pipeline.report.across import across_blocks
 from pipeline.report.blocks import Block, BulletList, Heading, Paragraph, SvgFigure, Table
 from pipeline.report.comparison import (
     METRIC_LABELS,
-    NUM_BOOTSTRAP_RESAMPLES,
     compare_results,
+    compared_metrics,
     deciding_metric,
     format_differences,
     format_means,
@@ -46,19 +48,26 @@ SELECTION_RULES = {
 }
 
 
-def write_report(home: Path, dataset: str, split: str = "test") -> tuple[Path, Path]:
+def write_report(home: Path, dataset: str, split: str = "test", across: Sequence[str] = ()) -> tuple[Path, Path]:
     """Write the report on a dataset as `<home>/reports/<dataset>/index.html` and `report.md`, and return their paths.
 
     The HTML file needs no other file. The same runs give the same bytes.
 
+    Args:
+        home: The folder of all artifacts.
+        dataset: The name of a dataset with runs.
+        split: The split of the results.
+        across: Other datasets with runs, for a section that compares the methods over all of them.
+
     Raises:
-        UserError: The dataset has no runs or no manifest.
+        UserError: A dataset has no runs or no manifest.
     """
     results = collect_results(home, dataset, split)
     manifest = read_manifest(home, dataset)
     shown_heads = choose_shown_heads(results, manifest)
     blocks: list[Block] = [
         *_results_section(results),
+        *across_blocks(home, [dataset, *across], split),
         *_old_manifest_warning(results, manifest),
         *_figure_sections(results, manifest, shown_heads),
         *sampler_curve_blocks(results),
@@ -106,58 +115,72 @@ def _comparison_blocks(results: DatasetResults, frame: pd.DataFrame) -> list[Blo
     metric = deciding_metric(list_metrics(results))
     metric_label = METRIC_LABELS[metric]
     sentences = [_claim(row, metric) for row in frame.to_dict("records") if row["verdict"] != "the baseline"]
-    main_table = _to_table(format_results(frame).drop(columns="verdict"), _results_caption(results))
+    main_table = _to_table(format_results(frame), _results_caption(results))
     blocks: list[Block] = [main_table, *_further_metrics(results, frame)]
     compared = frame.dropna(subset=[f"{metric}_low"])
     if len(compared):
         intervals = compared[[f"{metric}_vs_baseline", f"{metric}_low", f"{metric}_high"]].to_numpy(dtype=float)
         caption = (
             f"Difference to the baseline in {metric_label}, with its 95 % interval. Filled: the interval leaves out zero. "
-            "Open and grey: this many examples cannot tell the two apart."
+            "Open and grey: this many examples and seeds cannot tell the two apart."
         )
         svg = draw_differences(compared["method"].tolist(), intervals, metric_label)
         blocks.append(SvgFigure(svg, "; ".join(sentences), caption))
     else:
-        blocks.append(Paragraph("No row can be compared with a baseline, so nothing is claimed."))
+        text = f"No row has a baseline and {MIN_SEEDS_FOR_INTERVAL} seeds of both, so nothing is claimed."
+        blocks.append(Paragraph(text))
     return [*blocks, BulletList(tuple(sentences)), Paragraph(_reading_guide(results, metric_label))]
 
 
 def _further_metrics(results: DatasetResults, frame: pd.DataFrame) -> list[Block]:
     """What the first table leaves out when there are many metrics: the other differences, then the other metrics."""
-    main = [metric for metric in list_metrics(results) if metric in METRIC_LABELS]
-    others = [metric for metric in list_metrics(results) if metric not in METRIC_LABELS]
+    metrics = list_metrics(results)
+    main = [metric for metric in metrics if metric in METRIC_LABELS]
+    others = [metric for metric in metrics if metric not in METRIC_LABELS]
+    label = METRIC_LABELS[deciding_metric(metrics)]
     blocks: list[Block] = []
-    if len(main) > 2:
+    if "acc1" not in main and set(main) > set(compared_metrics(main)):
         caption = "Points above the baseline with 95 % intervals; a metric that is no mean over examples has none."
-        blocks.append(_to_table(frame[["method"]].join(format_differences(frame, main)), caption))
+        table = frame[["method"]].join(format_differences(frame, main)).join(frame["verdict"])
+        blocks.append(_to_table(table, f"{caption} The verdict is that on {label}."))
     if others:
-        blocks.append(_to_table(frame[["method"]].join(format_means(frame, others)), "More metrics, in percent."))
+        table = frame[["method"]].join(format_means(frame, others)).join(frame["verdict"])
+        blocks.append(_to_table(table, f"More metrics, in percent. The verdict is that on {label}."))
     return blocks
 
 
 def _claim(row: Mapping[Any, Any], metric: str) -> str:
     """A sentence with the verdict on a row of the frame and its numbers, or with the reason why nothing is claimed."""
-    difference, low, high = (row[f"{metric}_{part}"] for part in ("vs_baseline", "low", "high"))
+    difference, low, high, p_holm = *(row[f"{metric}_{part}"] for part in ("vs_baseline", "low", "high")), row["p_holm"]
     if math.isnan(low):
         return f"{row['method']}: no claim, {row['reason']}."
-    verdict = "is not distinguishable from the baseline" if row["verdict"] == "not distinguishable" else row["verdict"]
     numbers = f"{METRIC_LABELS[metric]} {difference:+.2f} points, 95 % interval {low:+.2f} to {high:+.2f}"
-    return f"{row['method']} {verdict} ({numbers})."
+    if math.isnan(p_holm):
+        return f"{row['method']}: no verdict, {row['reason']} ({numbers})."
+    verdict = "is not distinguishable from the baseline" if row["verdict"] == "not distinguishable" else row["verdict"]
+    return f"{row['method']} {verdict} ({numbers}, p = {p_holm:.2g} after Holm)."
 
 
 def _results_caption(results: DatasetResults) -> str:
     seed_counts = {len(row.runs) for row in results.rows}
     spread = "Mean ± standard deviation over seeds" + ("; a row with one seed has no spread" if 1 in seed_counts else "")
-    return f"{spread}; metrics in percent. train s: seconds of training per seed, features already cached."
+    text = f"{spread}; metrics in percent. train s: seconds of training per seed, features already cached."
+    if "ece" in list_metrics(results):
+        text += (
+            " Macro Acc: mean over classes of the share of their examples that is right. ECE: expected calibration error in 15 "
+            "bins of equal width; lower is better. A dash: the evaluation is older than the metric."
+        )
+    return text
 
 
 def _reading_guide(results: DatasetResults, metric_label: str) -> str:
-    resamples = f"{NUM_BOOTSTRAP_RESAMPLES:,}"
+    clusters = "groups of examples" if results.groups else "examples"
     text = (
-        f"How to read this: a method beats the baseline when the whole interval of its {metric_label} difference is above "
-        f"zero. The interval is a paired bootstrap over examples ({resamples} resamples, each example's metric averaged over "
-        "seeds first), so it covers the choice of examples, not the choice of seeds, and it is not corrected for the number "
-        "of rows."
+        f"How to read this: a method beats the baseline when its {metric_label} difference is above zero, with p below 0.05 "
+        f"after Holm's correction for all rows that get a verdict. A verdict takes {MIN_SEEDS_FOR_VERDICT} seeds of both, and "
+        f"an interval {MIN_SEEDS_FOR_INTERVAL}. Intervals and p come from a paired bootstrap on two levels ({NUM_RESAMPLES:,} "
+        f"resamples): {clusters} are drawn anew, the same for both methods, and so are seeds; it covers the choice of both. "
+        "The intervals themselves are not corrected for the number of rows."
     )
     if results.split == "val":
         return f"{text} The validation split has also chosen the epochs and settings, so these numbers are optimistic."
@@ -168,7 +191,7 @@ def _diagnostics_table(frame: pd.DataFrame) -> list[Block]:
     if frame.empty:
         return []
     caption = "Diagnostics, not methods: they classify the text of each example itself, which no method may read when tested."
-    return [_to_table(format_results(frame).drop(columns="verdict"), caption)]
+    return [_to_table(format_results(frame), caption)]
 
 
 def _to_table(frame: pd.DataFrame, caption: str) -> Table:

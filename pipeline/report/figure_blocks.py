@@ -204,16 +204,15 @@ def example_blocks(results: DatasetResults, manifest: Manifest, shown_heads: Sho
         return [Paragraph("The methods were not evaluated on the same examples, so they are not shown side by side.")]
     right = [predictions.is_right for predictions in by_method.values()]
     case_counts = figure_data.count_cases(right)
-    is_multi_label = first.label.ndim == 2
-    is_sigmoid = {row.label: is_multi_label and row.head.config.setting("label_loss") == "bce" for row in rows}
+    scores = {name: predictions.log_scores for name, predictions in by_method.items()}
     blocks: list[Block] = [Paragraph(_examples_introduction(results, rows))]
     for case, indices in figure_data.choose_examples(right, first.ids, NUM_EXAMPLES_PER_CASE).items():
         cards = []
         for index in indices:
             label = first.label[index]
-            labels = np.flatnonzero(label).tolist() if is_multi_label else [int(label)]
-            outputs = {name: (predictions.logits[index], is_sigmoid[name]) for name, predictions in by_method.items()}
-            cards.append(figure_data.make_example_card(manifest, first.ids[index], outputs, labels))
+            labels = np.flatnonzero(label).tolist() if first.label.ndim == 2 else [int(label)]
+            own = {name: each[index] for name, each in scores.items()}
+            cards.append(figure_data.make_example_card(manifest, first.ids[index], own, labels))
         title = f"{_describe_case(tuple(by_method), case)}: {case_counts[case]} of {len(first.ids)}"
         blocks.append(ExampleGroup(title, tuple(cards)))
     return blocks

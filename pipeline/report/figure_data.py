@@ -15,6 +15,7 @@ from threadpoolctl import threadpool_limits
 
 from pipeline.data.manifest import Manifest
 from pipeline.data.media import open_image
+from pipeline.evaluation.scores import log_scores
 from pipeline.report.blocks import ClassPredictions, ExampleCard
 from pipeline.report.results import ResultRow, predictions_path
 from pipeline.runtime.errors import UserError
@@ -34,6 +35,12 @@ class SeedPredictions:
     logits: np.ndarray  # [N,C]
     label: np.ndarray  # [N], or [N,C] of 0 and 1
     feature: np.ndarray  # [M,D] of the first M samples
+    label_loss: str
+
+    @property
+    def log_scores(self) -> np.ndarray:
+        """The log of the confidence in each class [N,C]."""
+        return log_scores(self.logits, self.label, self.label_loss)
 
     @property
     def is_right(self) -> np.ndarray:
@@ -46,7 +53,8 @@ def read_predictions(row: ResultRow, seed_index: int = 0) -> SeedPredictions:
     """Read the predictions of one seed of a row; `seed_index` counts from 0 and is not the seed itself."""
     with np.load(predictions_path(row.runs[seed_index], row.evaluation_name)) as arrays:
         ids = [str(sample_id) for sample_id in arrays["ids"]]
-        return SeedPredictions(ids, arrays["logits"], arrays["label"], arrays["feature"].astype(np.float32))
+        feature = arrays["feature"].astype(np.float32)
+        return SeedPredictions(ids, arrays["logits"], arrays["label"], feature, row.head.config.label_loss)
 
 
 def choose_tsne_samples(label: np.ndarray) -> tuple[np.ndarray, np.ndarray, list[int]]:
@@ -120,8 +128,8 @@ def average_precisions(row: ResultRow, classes: np.ndarray) -> np.ndarray:
     per_seed = []
     for seed_index in range(len(row.runs)):
         predictions = read_predictions(row, seed_index)
-        label, logits = predictions.label, predictions.logits
-        per_seed.append([average_precision_score(label[:, k], logits[:, k]) for k in classes])
+        label, scores = predictions.label, predictions.log_scores
+        per_seed.append([average_precision_score(label[:, k], scores[:, k]) for k in classes])
     return 100.0 * np.mean(per_seed, axis=0)
 
 
@@ -149,20 +157,19 @@ def count_cases(right: Sequence[np.ndarray]) -> Counter[tuple[bool, ...]]:
 
 
 def make_example_card(
-    manifest: Manifest, sample_id: str, outputs: Mapping[str, tuple[np.ndarray, bool]], labels: Sequence[int]
+    manifest: Manifest, sample_id: str, scores: Mapping[str, np.ndarray], labels: Sequence[int]
 ) -> ExampleCard:
     """Return a card with the thumbnail of a sample and the five best classes of every method.
 
     Args:
         manifest: Manifest of the dataset.
         sample_id: Id of the sample.
-        outputs: For each method its logits [C], and whether confidences are their sigmoid; otherwise they are the softmax.
+        scores: For each method the log of its confidence in each class [C].
         labels: The true classes of the sample.
     """
     predictions = []
-    for method, (logits, is_sigmoid) in outputs.items():
-        confidence = (1 + np.tanh(logits / 2)) / 2 if is_sigmoid else np.exp(logits - np.logaddexp.reduce(logits))
-        best = np.argsort(-logits, kind="stable")[:NUM_TOP_CLASSES]
+    for method, own in scores.items():
+        confidence, best = np.exp(own), np.argsort(-own, kind="stable")[:NUM_TOP_CLASSES]
         top_classes = tuple((manifest.class_names[k], float(confidence[k]), int(k) in labels) for k in best)
         predictions.append(ClassPredictions(method, top_classes))
     label_names = tuple(manifest.class_names[k] for k in labels)

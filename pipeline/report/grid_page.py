@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from pipeline.evaluation.statistics import format_mean_std
+from pipeline.evaluation.statistics import format_mean_std, judge_cells
 from pipeline.report import grid_figures, html, robustness
 from pipeline.report.blocks import Block, BulletList, CollapsibleSection, Heading, Paragraph, SvgFigure, Table
 from pipeline.report.comparison import METRIC_LABELS
@@ -151,16 +151,18 @@ def _describe_test_reads(grid: GridResults) -> str:
 def _cell_tables(grid: GridResults, ranked: pd.DataFrame) -> list[Block]:
     """A table of the best cells, and a collapsible table of all cells when there are more."""
     names = tuple(grid.axis_names[field] for field in grid.axes)
-    columns = ("rank", *names, f"validation {_metric_label(grid)}", "loss", "seeds", "state")
+    columns = ("rank", *names, f"validation {_metric_label(grid)}", "loss", "seeds", "state", "verdict")
+    verdicts = judge_cells(grid.by_cell_and_seed("score"), ranked)
     rows = []
-    for cell in ranked.to_dict("records"):
+    for cell, verdict in zip(ranked.to_dict("records"), verdicts, strict=True):
         values = [str(value) for value in grid.cell_values(int(cell["cell"])).values()]
         has_scores = bool(cell["seeds"])
         numbers = (format_mean_std(cell["score"], cell["std"]), f"{cell['loss']:.3f}") if has_scores else ("-", "-")
         rank = "-" if pd.isna(cell["rank"]) else str(cell["rank"])
-        rows.append((rank, *values, *numbers, str(cell["seeds"]), shorten(str(cell["state"]), 60)))
+        rows.append((rank, *values, *numbers, str(cell["seeds"]), shorten(str(cell["state"]), 60), verdict or "-"))
     caption = (
-        "Mean ± standard deviation over seeds, in percent; of equal cells the one with the lower validation loss is better."
+        "Mean ± standard deviation over seeds, in percent; of equal cells the one with the lower validation loss is better. "
+        "The verdict compares a cell with the best one over seeds alone (Holm over the cells): it is no claim on other samples."
     )
     top = Table(columns, tuple(rows[:NUM_TOP_CELLS]), caption)
     if len(rows) <= NUM_TOP_CELLS:

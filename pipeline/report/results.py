@@ -10,12 +10,13 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import pandas as pd
 
 from pipeline.cache import find_caches, info
+from pipeline.data.manifest_files import read_manifest
 from pipeline.runtime.errors import UserError
 from pipeline.runtime.files import canonical_json
 from pipeline.runtime.runs import RunConfig, RunFolder, find_runs
@@ -56,23 +57,20 @@ class ResultRow:
         return self.runs[0].path.parent.name
 
     def metric_values(self, metric: str) -> np.ndarray:
-        """Return a metric in percent, one value per seed."""
-        return np.array([record["metrics"][metric] for record in self.records])
+        """Return a metric in percent, one value per seed; NaN where an older evaluation does not have it."""
+        return np.array([record["metrics"].get(metric, np.nan) for record in self.records])
 
-    def per_sample_metrics(self) -> tuple[list[str], dict[str, np.ndarray]]:
-        """Return the sample ids and the values [N] of each metric that is a mean over samples, averaged over seeds.
+    def sample_metrics(self) -> SampleMetrics:
+        """Return the values of each sample, see `read_sample_metrics`."""
+        return read_sample_metrics(self.runs, self.records, self.evaluation_name)
 
-        Raises:
-            UserError: A file with predictions is missing or does not fit metrics.json.
-        """
-        ids: list[str] = []
-        sums: dict[str, np.ndarray] = {}
-        for run, record in zip(self.runs, self.records, strict=True):
-            run_ids, run_metrics = _read_per_sample_metrics(predictions_path(run, self.evaluation_name), record)
-            assert ids in ([], run_ids), f"the seeds of {run.path.parent} were evaluated on different samples"
-            ids = run_ids
-            sums = {name: values + sums.get(name, 0.0) for name, values in run_metrics.items()}
-        return ids, {name: values / len(self.runs) for name, values in sums.items()}
+
+class SampleMetrics(NamedTuple):
+    """One evaluation of a head: S seeds, N samples."""
+
+    seeds: tuple[int, ...]
+    ids: list[str]  # of the samples
+    by_metric: Mapping[str, np.ndarray]  # [S,N] in percent, by metric that is a mean over samples
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,12 +83,35 @@ class DatasetResults:
     rows: tuple[ResultRow, ...]
     caches: tuple[Mapping[str, Any], ...]  # `cache.info` of every readable cache of the dataset
     notes: tuple[str, ...]  # what is missing, one sentence each
+    groups: Mapping[str, str]  # sample id -> group, of the samples that have a group
     not_evaluated: tuple[RunFolder, ...] = ()  # finished runs that are left out, because other runs are evaluated on the split
 
 
 def predictions_path(run: RunFolder, evaluation_name: str) -> Path:
     """Return the file with the per-sample results of an evaluation."""
     return run.path / f"predictions-{evaluation_name}.npz"
+
+
+def read_sample_metrics(runs: Sequence[RunFolder], records: Sequence[Mapping[str, Any]], evaluation_name: str) -> SampleMetrics:
+    """Read the values of each sample in an evaluation of several seeds.
+
+    Args:
+        runs: One run per seed.
+        records: The entry of the evaluation in each run's metrics.json.
+        evaluation_name: The name of the evaluation.
+
+    Raises:
+        UserError: A file with predictions is missing or does not fit metrics.json.
+    """
+    read = [
+        _read_per_sample_metrics(predictions_path(run, evaluation_name), record)
+        for run, record in zip(runs, records, strict=True)
+    ]
+    ids, first = read[0]
+    assert all(own == ids for own, _ in read), f"the seeds of {runs[0].path.parent} were evaluated on different samples"
+    return SampleMetrics(
+        tuple(run.seed for run in runs), ids, {name: np.stack([own[name] for _, own in read]) for name in first}
+    )
 
 
 def _read_per_sample_metrics(path: Path, record: Mapping[str, Any]) -> tuple[list[str], dict[str, np.ndarray]]:
@@ -110,7 +131,7 @@ def collect_results(home: Path, dataset: str, split: str) -> DatasetResults:
     """Read the finished runs of a dataset with their evaluations on a split.
 
     Raises:
-        UserError: The dataset has no run.
+        UserError: The dataset has no run or no manifest.
     """
     runs = find_runs(home, dataset)
     if not runs:
@@ -127,7 +148,16 @@ def collect_results(home: Path, dataset: str, split: str) -> DatasetResults:
         notes.append(f"Left out as not evaluated on {split}: {missing}; searches are judged on validation alone.")
     heads = _group_by_config(evaluated or done, caches)
     rows = tuple(row for head in heads for row in _result_rows(head, split))
-    return DatasetResults(dataset, split, heads, rows, tuple(caches), tuple(notes), left_out)
+    return DatasetResults(dataset, split, heads, rows, tuple(caches), tuple(notes), read_groups(home, dataset), left_out)
+
+
+def read_groups(home: Path, dataset: str) -> dict[str, str]:
+    """Return the group of each sample that has one, by sample id.
+
+    Raises:
+        UserError: The dataset has no manifest.
+    """
+    return {sample.id: sample.group for sample in read_manifest(home, dataset).samples if sample.group}
 
 
 def plural(count: int, noun: str) -> str:

@@ -56,6 +56,11 @@ class RunConfig:
         """Return a setting of the method, or of the part of it that has a setting of this name; None if there is none."""
         return {key.rpartition(".")[2]: value for key, value in flatten(self.settings).items()}.get(name)
 
+    @property
+    def label_loss(self) -> str:
+        """The loss of multi-label data, which says how logits become scores; methods without this setting have a softmax."""
+        return str(self.setting("label_loss") or "softmax_kl")
+
     def fingerprint(self) -> str:
         """Return the SHA-256 of the canonical JSON of the config."""
         return fingerprint(self.as_json())

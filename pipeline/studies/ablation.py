@@ -10,6 +10,9 @@ import pandas as pd
 
 from pipeline.evaluation.evaluate import evaluate
 from pipeline.evaluation.statistics import format_seeds
+from pipeline.report.comparison import METRIC_LABELS, format_difference
+from pipeline.report.pairs import judge_against
+from pipeline.report.results import read_groups, read_sample_metrics
 from pipeline.runtime import plugins
 from pipeline.runtime.errors import UserError
 from pipeline.training.features import cache_names
@@ -47,8 +50,9 @@ def compare_strategies(
         options: How joint training is carried out.
 
     Returns:
-        One row per choice with the mean and standard deviation over seeds of the metrics on the test split. The column "kept"
-        says for how many seeds joint training was better on validation. For the other seeds, the row uses the head of stage 2.
+        One row per choice with the mean and standard deviation over seeds of the metrics on the test split, the difference to
+        the first row in points with its 95 % interval, and a verdict. The column "kept" says for how many seeds joint training
+        was better on validation. For the other seeds, the row uses the head of stage 2.
 
     Raises:
         UserError: the method reads no text, or torchrun runs several processes.
@@ -58,9 +62,9 @@ def compare_strategies(
         raise UserError(f"{method} reads no text, so there is no text encoder to train with it; choose a method that does")
     settings, head_training = resolve_head_settings(dataset, method, preset, {}, {}, home)
     names = cache_names(home, dataset, caches.get("image", ""), caches.get("text", ""))
-    rows = []
+    rows, values = [], []
     for title, train in TRAINED_ENCODERS.items():
-        records, num_kept = [], 0
+        runs, records, num_kept = [], [], 0
         for seed in seeds:
             run = train_head(plan_head(home, dataset, method, settings, head_training, seed, names), options.progress)
             if train:
@@ -68,8 +72,19 @@ def compare_strategies(
                     home, run, JointConfig(**{**joint, "train": train}), resolve_joint_settings(run, training), options
                 )
                 run, num_kept = outcome.run, num_kept + outcome.is_better
-            records.append(evaluate(home, run, "test", {})["metrics"])
-        shown = [name for name in records[0] if not name.startswith(("overall_", "per_class_"))]
-        cells = {name: format_seeds([record[name] for record in records]) for name in shown}
+            runs.append(run)
+            records.append(evaluate(home, run, "test", {}))
+        values.append(read_sample_metrics(runs, records, "test"))
+        metrics = [record["metrics"] for record in records]
+        shown = [name for name in metrics[0] if not name.startswith(("overall_", "per_class_"))]
+        cells = {name: format_seeds([each[name] for each in metrics]) for name in shown}
         rows.append({"strategy": title, **cells, "kept": f"{num_kept}/{len(seeds)}" if train else ""})
-    return pd.DataFrame(rows)
+    frozen = next(iter(TRAINED_ENCODERS))
+    judged = judge_against(values[0], values[1:], read_groups(home, dataset), f"beats {frozen}", f"falls below {frozen}")
+    table = pd.DataFrame(rows)
+    table[f"{METRIC_LABELS[judged[0].metric]} vs {frozen}"] = [
+        "-",
+        *(format_difference(*each.difference[:3]) for each in judged),
+    ]
+    table["verdict"] = [frozen, *(each.verdict for each in judged)]
+    return table

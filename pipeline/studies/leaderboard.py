@@ -13,7 +13,7 @@ from typing import Any, Literal
 import numpy as np
 import pandas as pd
 
-from pipeline.evaluation.statistics import rank_cells, sample_std
+from pipeline.evaluation.statistics import judge_cells, rank_cells, sample_std
 from pipeline.runtime.errors import UserError
 from pipeline.runtime.files import write_atomic
 from pipeline.runtime.runs import RunFolder
@@ -110,16 +110,20 @@ class Leaderboard:
                 rows.append({"cell": cell, **self.grid.cells[cell].point, "seed": seed, **values, **state, "run": str(path)})
         return pd.DataFrame(rows)
 
+    def scores(self) -> np.ndarray:
+        """Return the validation metric of each run [K,S], in percent; NaN where it is not done."""
+        outcomes = ((self.outcomes.get((cell, seed)) for seed in self.grid.seeds) for cell in range(len(self.grid.cells)))
+        return np.array([[each.metric if each and each.state == "done" else np.nan for each in row] for row in outcomes])
+
     def ranked_cells(self) -> pd.DataFrame:
         """Return the cells by rank; see `rank_cells` for the columns."""
         missing = RunOutcome("stopped", "missing")
         num_cells = len(self.grid.cells)
         outcomes = [[self.outcomes.get((cell, seed), missing) for seed in self.grid.seeds] for cell in range(num_cells)]
         done = np.array([[outcome.state == "done" for outcome in row] for row in outcomes])
-        scores = np.array([[outcome.metric for outcome in row] for row in outcomes])
         losses = np.array([[outcome.loss for outcome in row] for row in outcomes])
         reasons = [[outcome.reason for outcome in row] for row in outcomes]
-        return rank_cells(np.where(done, scores, np.nan), np.where(done, losses, np.nan), reasons)
+        return rank_cells(self.scores(), np.where(done, losses, np.nan), reasons)
 
     def finished_cells(self) -> list[int]:
         """Return the cells of which all seeds are done, best first."""
@@ -144,11 +148,15 @@ class Leaderboard:
         return f"best {self.metric} {table['score'].iloc[0]:.2f} at {self.grid.cells[table['cell'].iloc[0]].label}"
 
     def ranking(self) -> pd.DataFrame:
-        """Return one row per cell: first the finished cells by rank, then the others in the order of the grid."""
+        """Return one row per cell: first the finished cells by rank, then the others in the order of the grid.
+
+        The verdict compares a cell with the best one over seeds alone: see `judge_cells`.
+        """
         table = self.ranked_cells().rename(columns={"score": f"val_{self.metric}", "loss": "val_loss"})
         points = pd.DataFrame([self.grid.cells[cell].point for cell in table["cell"]])
         shown = table[[f"val_{self.metric}", "std", "val_loss", "seeds", "state"]]
-        return pd.concat([table["rank"], points, shown], axis=1)
+        verdict = pd.Series(judge_cells(self.scores(), table), name="verdict")
+        return pd.concat([table["rank"], points, shown, verdict], axis=1)
 
     def write_winner(self, tests: Mapping[int, Mapping[str, float]]) -> dict[str, Any]:
         """Write winner.json and return its content: the winning cell with its metrics on validation and test.

@@ -97,14 +97,17 @@ class Run:
 
         Returns:
             N rows. Columns: sample_id; label, the true class index, or a tuple of them for multi-label data; predicted, the
-            class index with the largest logit; and one column per class, "logit <class name>", float32.
-            `frame.filter(like="logit ").to_numpy()` gives the logits [N,C].
+            class index with the largest logit; and two columns per class, "logit <class name>" and "score <class name>",
+            float32. `frame.filter(like="logit ").to_numpy()` gives the logits [N,C], which rank the classes of one sample.
+            Scores may be compared across samples: exp(score) is the confidence in the class, by softmax, or by sigmoid for
+            heads that were trained on multi-label data with label_loss=bce.
         """
         import numpy as np
         import pandas as pd
 
         from pipeline.data.manifest_files import read_manifest
         from pipeline.evaluation.evaluate import apply_overrides, evaluation_name
+        from pipeline.evaluation.scores import log_scores
 
         self.evaluate(split, **overrides)
         config = self.config
@@ -114,8 +117,10 @@ class Run:
             ids, logits, label = (arrays[key] for key in ("ids", "logits", "label"))
         labels = label if label.ndim == 1 else [tuple(np.flatnonzero(row).tolist()) for row in label]
         table = pd.DataFrame({"sample_id": ids, "label": labels, "predicted": logits.argmax(axis=1)})
-        columns = [f"logit {name}" for name in class_names]
-        return pd.concat([table, pd.DataFrame(logits, columns=columns)], axis=1)
+        scores = log_scores(logits, label, config.label_loss).astype(np.float32)
+        named = {"logit": logits, "score": scores}
+        parts = [pd.DataFrame(values, columns=[f"{kind} {name}" for name in class_names]) for kind, values in named.items()]
+        return pd.concat([table, *parts], axis=1)
 
     @property
     def folder(self) -> RunFolder:
@@ -177,10 +182,10 @@ class Runs(Sequence[Run]):
         return str(self.table.to_html())
 
     def compare(self, first: str, *others: str, split: str = "val") -> pd.DataFrame:
-        """Compare heads on the same samples: the first with each of the others, by a paired bootstrap.
+        """Compare heads on the same samples: the first with each of the others, by a paired bootstrap on two levels.
 
-        The metric of each sample is averaged over the seeds of a head first; then samples are resampled, as in the report.
-        Finished runs that lack an evaluation on the split are evaluated.
+        Seeds are drawn anew as well as samples (groups of samples where the data have groups), as in the report. An interval
+        takes three seeds of both heads, a verdict five. Finished runs that lack an evaluation on the split are evaluated.
 
         Args:
             first: `Run.name` of a head, "seda-1f…", or a beginning of it that fits no other head.
@@ -189,12 +194,13 @@ class Runs(Sequence[Run]):
 
         Returns:
             One row per pair and metric. Columns: a, b (names); metric; a_mean, b_mean (percent); difference, low, high (a - b
-            in points, with its 95 % interval); a_seeds, b_seeds (numbers of seeds).
+            in points, with its 95 % interval); p_holm (p-value, adjusted for the number of pairs); verdict; a_seeds, b_seeds
+            (numbers of seeds).
 
         Raises:
             UserError: a name fits no head or several, or two heads were evaluated on different samples.
         """
-        from pipeline.report.comparison import compare_pairs
+        from pipeline.report.pairs import compare_pairs
         from pipeline.types import SPLITS
 
         if split not in SPLITS:

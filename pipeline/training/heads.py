@@ -211,13 +211,13 @@ def _train_states(head: HeadPlan, states: Sequence[TrainState], progress: bool) 
 
     def validate(model: Predictor) -> list[Score]:
         logits = predict(model, val, seed, precision=training.precision)
-        return [score_logits(each, label) for each in logits.reshape(-1, *logits.shape[-2:])]
+        return [score_logits(each, label, head.config.label_loss) for each in logits.reshape(-1, *logits.shape[-2:])]
 
     source = shuffled_batches(train_source, training.batch_size, seed)
     return train(states, source, ordered_batches(train_source, seed), validate, progress)
 
 
-def score_logits(logits: Tensor, label: Tensor) -> Score:
+def score_logits(logits: Tensor, label: Tensor, label_loss: str) -> Score:
     """Return the validation metric and the loss of logits [N,C].
 
     The metric is Acc-1 for single-label data and mAP for multi-label data. Both values are NaN when a logit is not finite,
@@ -225,7 +225,10 @@ def score_logits(logits: Tensor, label: Tensor) -> Score:
     """
     if not logits.isfinite().all():
         return Score(math.nan, math.nan)
-    metric = metrics.summary_metrics(logits, label)["acc1" if label.ndim == 1 else "map"]
+    if label.ndim == 1:
+        metric = float(metrics.per_example(logits, label, (1,))["acc1"].mean())
+    else:
+        metric = metrics.summary_metrics(logits, label, label_loss=label_loss)["map"]
     return Score(metric, float(losses.classification_loss(logits, label, "softmax_kl")))
 
 

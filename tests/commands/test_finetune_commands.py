@@ -68,6 +68,10 @@ def test_strategies_are_compared_over_seeds(home: Path) -> None:
     table = compare_strategies(home, "tiny", "ema", "head", [0, 1], joint_home.caches(home), joint, training, options)
     assert table["strategy"].tolist() == ["freeze both", "train visual", "train both"]
     assert table["acc1"].str.contains(" ± ").all()
+    assert table["verdict"].tolist() == ["freeze both", "2 of 5 seeds", "2 of 5 seeds"]
+    means = [float(cell.split()[0]) for cell in table["acc1"]]
+    differences = [float(cell) for cell in table["Acc-1 vs freeze both"][1:]]
+    assert differences == pytest.approx([mean - means[0] for mean in means[1:]], abs=0.011)
     assert table["kept"].iloc[0] == ""
     assert table["kept"].iloc[1:].str.fullmatch("[012]/2").all()
     assert len(list((home / "joint" / "tiny").glob("*/seed[01]/done"))) == 4

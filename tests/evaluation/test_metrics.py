@@ -8,7 +8,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from sklearn.metrics import average_precision_score, precision_score, recall_score, top_k_accuracy_score
+from scipy.special import log_softmax
+from sklearn.metrics import (
+    average_precision_score,
+    balanced_accuracy_score,
+    precision_score,
+    recall_score,
+    top_k_accuracy_score,
+)
 from torch import Tensor
 
 from pipeline.evaluation import metrics
@@ -48,7 +55,42 @@ def indicator(z: Tensor, k: int) -> np.ndarray:
 def test_accuracy_is_sklearns(k: int) -> None:
     z, label = logits(), single()
     expected = 100 * top_k_accuracy_score(label.numpy(), z.numpy(), k=k, labels=range(CLASSES))
-    assert metrics.summary_metrics(z, label, (k,)) == {f"acc{k}": pytest.approx(expected)}
+    result = metrics.summary_metrics(z, label, (k,))
+    assert result[f"acc{k}"] == pytest.approx(expected)
+    assert list(result) == [f"acc{k}", "macro_acc", "ece"]
+
+
+def test_macro_accuracy_is_sklearns_balanced_accuracy() -> None:
+    z, label = logits(), single()
+    label[label == 4] = 3  # a class without a sample, and one that is more frequent than the others
+    expected = 100 * balanced_accuracy_score(label.numpy(), z.argmax(dim=1).numpy())
+    assert metrics.summary_metrics(z, label)["macro_acc"] == pytest.approx(expected)
+    assert metrics.summary_metrics(z, label)["acc1"] != pytest.approx(expected)
+
+
+def naive_ece(confidences: list[float], right: list[bool]) -> float:
+    """The definition, bin by bin: the share of its samples times the distance of mean confidence and accuracy."""
+    total = 0.0
+    for number in range(15):
+        inside = [k for k, confidence in enumerate(confidences) if number / 15 < confidence <= (number + 1) / 15]
+        if inside:
+            accuracy = sum(right[k] for k in inside) / len(inside)
+            total += len(inside) / len(right) * abs(sum(confidences[k] for k in inside) / len(inside) - accuracy)
+    return total
+
+
+@pytest.mark.parametrize("scale", [0.1, 1.0, 5.0])
+def test_ece_is_that_of_a_loop_over_bins_of_the_softmax(scale: float) -> None:
+    z, label = scale * logits(), single()
+    confidences = torch.softmax(z.double(), dim=1).amax(dim=1).tolist()
+    right = (z.argmax(dim=1) == label).tolist()
+    assert metrics.summary_metrics(z, label)["ece"] == pytest.approx(100 * naive_ece(confidences, right))
+
+
+def test_ece_of_sure_predictions_is_their_error() -> None:
+    z = 1e6 * torch.eye(4)
+    assert metrics.summary_metrics(z, torch.tensor([0, 1, 2, 0]))["ece"] == pytest.approx(25.0)
+    assert metrics.summary_metrics(torch.zeros(4, 4), torch.tensor([0, 1, 2, 3]))["ece"] == pytest.approx(0.0)
 
 
 @pytest.mark.parametrize("has_equal_logits", [False, True])
@@ -78,6 +120,22 @@ def test_map_is_sklearns(has_equal_logits: bool) -> None:
     assert metrics.mean_average_precision(z, label) == pytest.approx(float(expected))
 
 
+@pytest.mark.parametrize("label_loss", ["softmax_kl", "softmax_multihot", "bce"])
+def test_map_compares_samples_by_log_softmax_or_by_sigmoid(label_loss: str) -> None:
+    own_constants = 3 * torch.randn(ROWS, 1, generator=torch.Generator().manual_seed(2))  # a softmax does not see them
+    z, label = logits() + own_constants, multi()
+    scores = z.numpy() if label_loss == "bce" else log_softmax(z.numpy().astype(float), axis=1)  # the sigmoid keeps the order
+    present = [c for c in range(CLASSES) if c != 4]
+    expected = 100 * float(average_precision_score(label.numpy()[:, present], scores[:, present], average="macro"))
+    result = metrics.summary_metrics(z, label, label_loss=label_loss)
+    assert result["map"] == pytest.approx(expected)
+    without = metrics.summary_metrics(logits(), label, label_loss=label_loss)
+    assert (result["map"] == pytest.approx(without["map"])) == (label_loss != "bce")
+    assert {name: value for name, value in result.items() if name != "map"} == {
+        name: value for name, value in without.items() if name != "map"
+    }
+
+
 def test_a_class_that_is_never_predicted_has_precision_0() -> None:
     z = torch.tensor([[3.0, 2.0, 1.0], [3.0, 1.0, 2.0]])
     label = torch.tensor([[1, 0, 0], [0, 1, 0]])
@@ -87,7 +145,7 @@ def test_a_class_that_is_never_predicted_has_precision_0() -> None:
 
 
 def test_names_of_a_single_label_summary() -> None:
-    assert list(metrics.summary_metrics(logits(), single())) == ["acc1", "acc5"]
+    assert list(metrics.summary_metrics(logits(), single())) == ["acc1", "acc5", "macro_acc", "ece"]
 
 
 def test_names_of_a_multi_label_summary() -> None:
@@ -97,7 +155,8 @@ def test_names_of_a_multi_label_summary() -> None:
 
 
 def test_perfect_logits_score_100() -> None:
-    assert metrics.summary_metrics(torch.eye(6), torch.arange(6)) == {"acc1": 100.0, "acc5": 100.0}
+    result = metrics.summary_metrics(torch.eye(6), torch.arange(6))
+    assert (result["acc1"], result["acc5"], result["macro_acc"]) == (100.0, 100.0, 100.0)
     result = metrics.summary_metrics(torch.eye(6), torch.eye(6))
     assert {result[name] for name in ("pre1", "rec1", "rec5", "map", "overall_pre1", "per_class_pre1")} == {100.0}
     assert result["pre5"] == pytest.approx(20.0)
@@ -133,7 +192,7 @@ def test_equal_logits_are_ranked_by_class_number() -> None:
 
 def test_k_beyond_the_classes_is_all_classes() -> None:
     label = torch.eye(3)
-    assert metrics.summary_metrics(torch.randn(3, 3), torch.arange(3), (5,)) == {"acc5": 100.0}
+    assert metrics.summary_metrics(torch.randn(3, 3), torch.arange(3), (5,))["acc5"] == 100.0
     result = metrics.summary_metrics(torch.randn(3, 3), label, (5,))
     assert (result["pre5"], result["rec5"]) == (pytest.approx(100 / 3), 100.0)
 

@@ -118,7 +118,7 @@ def make_home(
 ) -> ReportHome:
     """Make a home with a manifest, its images and two caches ("image", "text"), but no runs; `changes` are manifest fields."""
     media = folder / "media"
-    media.mkdir(parents=True)
+    media.mkdir(parents=True, exist_ok=True)
     samples = []
     for k in range(num_test + 6):
         split = "test" if k < num_test else ("train", "val")[k % 2]
@@ -145,13 +145,13 @@ def make_home(
 def _write_cache(folder: Path, manifest: Manifest, key: str) -> str:
     """Write a cache with features of noise plus a vector that depends on the class, and return its fingerprint."""
     identity = {"encoder": {"name": key}, "store_dtype": "float16", **({"text": {"sep": " "}} if key == "text" else {})}
-    path = cache_path(folder, "toy", key, identity)
+    path = cache_path(folder, manifest.dataset, key, identity)
     ids = [sample.id for sample in manifest.samples]
     classes = [sample.labels[-1] for sample in manifest.samples]
     features = np.random.default_rng(0).normal(size=(len(ids), FEATURE_WIDTH)).astype(np.float32)
     features += 2.0 * np.eye(len(manifest.class_names), FEATURE_WIDTH)[classes].astype(np.float32)
     with lock(path):
-        provenance = {"command": "diffalign extract toy", "versions": {"zarr": "3.1"}}
+        provenance = {"command": f"diffalign extract {manifest.dataset}", "versions": {"zarr": "3.1"}}
         writer = Writer.open(path, ids, np.zeros(0, np.int64), (FEATURE_WIDTH,), identity, provenance)
         commit = writer.commit(0, features, [], seconds=1.0, batch_size=8, device="cpu")
         writer.finish({0: commit})

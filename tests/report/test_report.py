@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import shutil
 from pathlib import Path
 
@@ -11,6 +13,7 @@ import pytest
 from helpers.report_home import ReportHome, make_home
 from scipy import stats
 
+from pipeline.data.manifest_files import write_manifest
 from pipeline.report import results_frame, results_table
 
 CLASSES = [f"class {k}" for k in range(8)]
@@ -43,26 +46,45 @@ def test_means_and_spreads_are_those_of_the_seeds(tmp_path: Path) -> None:
     assert np.isnan(row["acc1_vs_baseline"])
 
 
-def test_interval_is_the_paired_bootstrap_of_terms_averaged_over_seeds(tmp_path: Path) -> None:
+def test_interval_is_that_of_the_seeds_of_both_methods_on_samples_paired_by_id(tmp_path: Path) -> None:
     home = make_home(tmp_path, CLASSES, num_test=120)
     terms: dict[str, list[np.ndarray]] = {"baseline": [], "ema": []}
     for method, strength in (("baseline", 1.0), ("ema", 1.6)):
-        for seed in range(2):
+        for seed in range(3):
             logits = home.logits(strength, seed + len(method))
             home.evaluate(home.train(home.config(method, {}), seed), logits)
             terms[method].append(100.0 * (logits.argmax(axis=1) == home.label))
-    above = np.mean(terms["ema"], axis=0) - np.mean(terms["baseline"], axis=0)
-    oracle = stats.bootstrap((above,), np.mean, n_resamples=20_000, method="percentile", rng=np.random.default_rng(1))
+    above = np.array(terms["ema"]) - np.array(terms["baseline"])
     row = rows_by_label(home)["ema"]
     assert row["acc1_vs_baseline"] == pytest.approx(above.mean())
-    assert row["acc1_low"] == pytest.approx(oracle.confidence_interval.low, abs=0.7)
-    assert row["acc1_high"] == pytest.approx(oracle.confidence_interval.high, abs=0.7)
+    # Closed form: the variance over samples, and the t-interval over three seeds.
+    half = np.hypot(1.96 * stats.sem(above.mean(axis=0)), stats.t.ppf(0.975, 2) * stats.sem(above.mean(axis=1)))
+    assert (row["acc1_high"] - row["acc1_low"]) / 2 == pytest.approx(half, rel=0.1)
+
+
+def test_samples_of_a_group_are_drawn_together(tmp_path: Path) -> None:
+    widths = []
+    for name in ("alone", "grouped"):
+        home = make_home(tmp_path / name, CLASSES, num_test=120)
+        if name == "grouped":  # ten series of twelve samples, all right or all wrong
+            samples = [
+                dataclasses.replace(each, group=f"series {k % 10}") for k, each in enumerate(home.manifest.samples[:120])
+            ]
+            write_manifest(dataclasses.replace(home.manifest, samples=(*samples, *home.manifest.samples[120:])), home.path)
+        for method in ("baseline", "ema"):
+            for seed in range(3):
+                is_right = np.arange(120) % 10 < (5 if method == "ema" else 3)
+                logits = np.where(is_right[:, None], 1, -1) * np.eye(8)[home.label]
+                home.evaluate(home.train(home.config(method, {}), seed), logits)
+        row = rows_by_label(home)["ema"]
+        widths.append(row["acc1_high"] - row["acc1_low"])
+    assert widths[1] == pytest.approx(np.sqrt(12) * widths[0], rel=0.15)
 
 
 def test_verdict_follows_the_interval(tmp_path: Path) -> None:
     home = make_home(tmp_path, CLASSES, num_test=120)
     for method, strength in (("baseline", 1.5), ("better", 4.0), ("same", 1.5), ("worse", 0.0)):
-        add_runs(home, method, strength)
+        add_runs(home, method, strength, seeds=5)
     rows = rows_by_label(home)
     assert rows["better"]["verdict"] == "beats the baseline"
     assert rows["better"]["acc1_low"] > 0
@@ -72,15 +94,59 @@ def test_verdict_follows_the_interval(tmp_path: Path) -> None:
     assert rows["worse"]["acc1_high"] < 0
 
 
+def test_a_verdict_takes_five_seeds_and_an_interval_three(tmp_path: Path) -> None:
+    home = make_home(tmp_path, CLASSES, num_test=120)
+    for method, seeds in (("baseline", 6), ("one", 1), ("three", 3), ("five", 5)):
+        add_runs(home, method, 1.0 if method == "baseline" else 4.0, seeds=seeds)
+    rows = rows_by_label(home)
+    assert [rows[name]["verdict"] for name in ("one", "three", "five")] == [
+        "1 of 5 seeds",
+        "3 of 5 seeds",
+        "beats the baseline",
+    ]
+    assert [np.isnan(float(rows[name]["acc1_low"])) for name in ("one", "three", "five")] == [True, False, False]
+    assert rows["three"]["reason"] == "it has 3 of 5 seeds that a verdict takes"
+    assert [np.isnan(float(rows[name]["p_holm"])) for name in ("one", "three", "five")] == [True, True, False]
+
+
+def test_p_values_are_adjusted_for_all_rows_that_get_a_verdict(tmp_path: Path) -> None:
+    home = make_home(tmp_path, CLASSES, num_test=120)
+    add_runs(home, "baseline", 1.0, seeds=5)
+    add_runs(home, "ema", 4.0, seeds=5)
+    smallest = rows_by_label(home)["ema"]["p_holm"]
+    assert smallest == pytest.approx(2 / 10_001)
+    for number in range(9):  # nine rows more, which differ in a setting of prediction
+        for path in tmp_path.glob("runs/toy/ema-*/seed*"):
+            (path / f"predictions-test@k={number}.npz").hardlink_to(path / "predictions-test.npz")
+            records = json.loads((path / "metrics.json").read_text())
+            (path / "metrics.json").write_text(json.dumps({**records, f"test@k={number}": records["test"]}))
+    add_runs(home, "cdr", 4.0, seeds=3)  # this row gets no verdict
+    assert rows_by_label(home)["ema"]["p_holm"] == pytest.approx(10 * smallest)
+
+
+def test_metrics_that_older_evaluations_lack_are_a_dash(tmp_path: Path) -> None:
+    home = make_home(tmp_path, CLASSES)
+    add_runs(home, "baseline", 1.0)
+    add_runs(home, "ema", 1.0)
+    for path in tmp_path.glob("runs/toy/ema-*/seed*/metrics.json"):
+        records = json.loads(path.read_text())
+        records["test"]["metrics"] |= {"macro_acc": 40.0, "ece": 7.0}
+        path.write_text(json.dumps(records))
+    shown = results_table(tmp_path, "toy").set_index("method")
+    assert list(shown["Macro Acc"]) == ["-", "40.00 ± 0.00"]
+    assert list(shown["ECE"]) == ["-", "7.00 ± 0.00"]
+
+
 def test_samples_are_paired_by_id_not_by_position(tmp_path: Path) -> None:
     home = make_home(tmp_path, CLASSES)
-    logits = home.logits(1.0, 0)
-    home.evaluate(home.train(home.config("baseline", {}), 0), logits)
-    run = home.train(home.config("ema", {}), 0)
-    home.evaluate(run, logits)
-    path = run.path / "predictions-test.npz"
-    with np.load(path) as arrays:
-        np.savez_compressed(path, **{name: arrays[name][::-1] for name in arrays.files})
+    for seed in range(3):
+        logits = home.logits(1.0, seed)
+        home.evaluate(home.train(home.config("baseline", {}), seed), logits)
+        run = home.train(home.config("ema", {}), seed)
+        home.evaluate(run, logits)
+        path = run.path / "predictions-test.npz"
+        with np.load(path) as arrays:
+            np.savez_compressed(path, **{name: arrays[name][::-1] for name in arrays.files})
     row = rows_by_label(home)["ema"]
     assert (row["acc1_vs_baseline"], row["acc1_low"], row["acc1_high"]) == (0.0, 0.0, 0.0)
 
@@ -140,8 +206,9 @@ def test_runs_whose_image_cache_is_gone_make_no_claim(tmp_path: Path) -> None:
 def test_the_baseline_that_others_are_compared_with_is_best_on_validation(tmp_path: Path) -> None:
     home = make_home(tmp_path, CLASSES, num_test=120)
     for dropout, strength, scores in ((0.0, 4.0, (10.0, 20.0)), (0.5, 1.0, (30.0, 60.0))):
-        run = home.train(home.config("baseline", {"dropout": dropout}), 0, scores)
-        home.evaluate(run, home.logits(strength, 1))
+        for seed in range(5):
+            run = home.train(home.config("baseline", {"dropout": dropout}), seed, scores)
+            home.evaluate(run, home.logits(strength, seed))
     rows = rows_by_label(home)
     assert rows["baseline · dropout=0.5"]["verdict"] == "the baseline"
     assert rows["baseline · dropout=0.0"]["verdict"] == "beats the baseline"
@@ -179,13 +246,18 @@ def test_predictions_that_do_not_fit_the_record_are_refused(tmp_path: Path) -> N
 def test_table_shows_spread_only_where_there_is_one(tmp_path: Path) -> None:
     home = make_home(tmp_path, CLASSES)
     add_runs(home, "baseline", 1.0, seeds=1)
-    add_runs(home, "ema", 1.0, seeds=2)
+    add_runs(home, "ema", 1.0, seeds=3)
     shown = results_table(tmp_path, "toy")
     assert list(shown) == ["method", "seeds", "Acc-1", "Acc-1 vs baseline", "Acc-5", "Acc-5 vs baseline", "train s", "verdict"]
     assert "±" not in shown["Acc-1"][0]
     assert "±" in shown["Acc-1"][1]
     assert shown["Acc-1 vs baseline"][0] == "-"
-    assert " to " in shown["Acc-1 vs baseline"][1]
+    add_runs(home, "baseline", 1.0, seeds=3)
+    assert " to " in results_table(tmp_path, "toy")["Acc-1 vs baseline"][1]
+    add_runs(home, "cdr", 1.0, seeds=2)
+    shown = results_table(tmp_path, "toy").set_index("method")
+    assert " to " not in str(shown.loc["cdr", "Acc-1 vs baseline"])
+    assert shown["verdict"].to_dict() == {"baseline": "the baseline", "cdr": "2 of 5 seeds", "ema": "3 of 5 seeds"}
 
 
 def test_a_baseline_that_is_not_evaluated_on_the_split_is_named_with_the_command(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from helpers.pages import HOSTILE_TEXT, Page
 from helpers.report_home import ReportHome, make_home
+from scipy.special import expit, softmax
 from sklearn.metrics import confusion_matrix
 
 from pipeline.cache import find_caches, open_cache
@@ -26,12 +27,12 @@ CLASSES = [f"class {k}" for k in range(8)]
 
 
 def fill(home: ReportHome, hostile: str = "") -> None:
-    """Write three methods with two seeds each, one evaluation with other settings and one text-only diagnostic.
+    """Write three methods with three seeds each, one evaluation with other settings and one text-only diagnostic.
 
     `hostile` is added to the name of a method and to values of settings.
     """
     for method, strength in (("baseline", 1.5), ("ema", 2.0), (f"seda{hostile}".replace("/", ""), 1.4)):
-        for seed in range(2):
+        for seed in range(3):
             run = home.train(home.config(method, {"tau": 0.1, "kind": f"mlp{hostile}"}), seed)
             home.evaluate(run, home.logits(strength, seed + len(method)))
             if seed == 0:
@@ -45,7 +46,7 @@ def test_page_is_complete_and_needs_no_other_file(tmp_path: Path) -> None:
     assert (page, text) == (tmp_path / "reports" / "toy" / "index.html", tmp_path / "reports" / "toy" / "report.md")
     parsed = Page(page)
     sections = ["Results on the test split", "Training", "Feature space", "What changes between classes", "Single examples"]
-    facts = ["CC BY 4.0", "somebody", "reads test text", "The test split was read 10 times", "torch 2.11"]
+    facts = ["CC BY 4.0", "somebody", "reads test text", "The test split was read 13 times", "torch 2.11"]
     for words in [*sections, "Provenance", *facts]:
         assert words in parsed.text
     assert len(parsed.drawings) == 4
@@ -155,7 +156,7 @@ def test_runs_of_an_older_manifest_are_named_and_in_no_picture(tmp_path: Path) -
 def test_multi_label_data_shows_average_precision_per_class(tmp_path: Path) -> None:
     home = make_home(tmp_path, CLASSES, label_kind="multi")
     for method, strength in (("baseline", 1.0), ("ema", 3.0)):
-        for seed in range(2):
+        for seed in range(5):
             logits = home.logits(strength, seed)
             hit = home.label[np.arange(len(logits)), logits.argmax(axis=1)]
             per_sample = {"pre1": 100.0 * hit, "rec1": 100.0 * hit / home.label.sum(axis=1)}
@@ -167,6 +168,62 @@ def test_multi_label_data_shows_average_precision_per_class(tmp_path: Path) -> N
     assert "Average precision per class" in parsed.text
     assert "Both are right" in parsed.text
     assert len(parsed.drawings) == 4
+
+
+@pytest.mark.parametrize("page", ["html", "markdown"])
+def test_every_table_of_results_has_verdicts(tmp_path: Path, page: str) -> None:
+    home = make_home(tmp_path, CLASSES, label_kind="multi")
+    for method, image in (("baseline", "image"), ("ema", "image"), ("baseline", "text")):
+        for seed in range(3):
+            logits = home.logits(2.0, seed)
+            hit = home.label[np.arange(len(logits)), logits.argmax(axis=1)]
+            per_sample = {"pre1": 100.0 * hit, "rec1": 100.0 * hit / home.label.sum(axis=1)}
+            home.evaluate(home.train(home.config(method, {}, image), seed), logits, per_sample=per_sample)
+    html, text = write_report(tmp_path, "toy")
+    if page == "html":
+        headers = re.findall(r"<thead>.*?</thead>", html.read_text(encoding="utf-8"))
+        verdicts = [header.endswith("verdict</th></tr></thead>") for header in headers if ">method<" in header]
+    else:
+        headers = re.findall(r"^(\| method \|.*)\n\| ---", text.read_text(encoding="utf-8"), flags=re.MULTILINE)
+        verdicts = [header.endswith("| verdict |") for header in headers]
+    assert verdicts == [True] * 4 + [False]  # results, differences, more metrics, diagnostics; and the log of reads
+    assert "3 of 5 seeds" in (html if page == "html" else text).read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("label_loss", ["softmax_kl", "bce"])
+def test_cards_show_confidences_of_log_scores_as_a_distribution(tmp_path: Path, label_loss: str) -> None:
+    home = make_home(tmp_path, CLASSES, label_kind="multi")
+    z = home.logits(3.0, 1)
+    hit = home.label[np.arange(len(z)), z.argmax(axis=1)]
+    for method in ("baseline", "marnet"):
+        logits = z if method == "baseline" else np.log(softmax(z, axis=1) / 12)  # as HM gives them: they add up to 1/12
+        run = home.train(home.config(method, {"label_loss": label_loss}), 0)
+        home.evaluate(run, logits, per_sample={"pre1": 100.0 * hit})
+    rows = collect_results(tmp_path, "toy", "test").rows
+    own, fused = (np.exp(figure_data.read_predictions(row).log_scores) for row in rows)
+    np.testing.assert_allclose(own, softmax(z, axis=1) if label_loss == "softmax_kl" else expit(z), rtol=1e-4)
+    if label_loss == "softmax_kl":
+        np.testing.assert_allclose(fused, own, rtol=1e-4)
+        best = figure_data.average_precisions(rows[0], np.arange(8))
+        np.testing.assert_allclose(best, figure_data.average_precisions(rows[1], np.arange(8)))
+
+
+def test_methods_are_compared_across_data_sets(tmp_path: Path) -> None:
+    for dataset, strengths in (("toy", (1.0, 3.0)), ("other", (1.5, 3.5)), ("third", (1.0, 1.0))):
+        home = make_home(tmp_path, CLASSES, num_test=120, dataset=dataset)
+        for method, strength in zip(("baseline", "ema"), strengths, strict=True):
+            for seed in range(5):
+                home.evaluate(home.train(home.config(method, {}), seed), home.logits(strength, seed + len(method)))
+    html, markdown = write_report(tmp_path, "toy", across=["other", "toy"])
+    (line,) = [line for line in markdown.read_text(encoding="utf-8").splitlines() if line.startswith("| ema | toy, other |")]
+    frames = [results_frame(tmp_path, name).set_index("method") for name in ("toy", "other")]
+    gains = [frame["acc1"]["ema"] - frame["acc1"]["baseline"] for frame in frames]
+    shown = [float(cell.split()[0]) for cell in line.split("|")[3:5]]
+    assert min(gains) <= shown[0] <= max(gains)
+    assert shown[1] == 1.0
+    assert line.endswith("| beats the baseline |")
+    assert "Across data sets: toy, other" in Page(html).text
+    assert "Across data sets" not in Page(write_report(tmp_path, "toy")[0]).text
 
 
 def test_confusion_counts_every_seed_and_shares_add_up(tmp_path: Path) -> None:
@@ -228,15 +285,20 @@ def test_markdown_escape_leaves_no_markup() -> None:
 def test_report_reads_what_the_stages_write(tiny_home: Path, tmp_path: Path) -> None:
     home = Path(shutil.copytree(tiny_home, tmp_path / "home"))
     caches = {open_cache(path).kind: path.name for path in find_caches(home, "tiny")}
-    expected = {}
+    expected: dict[str, list[dict[str, float]]] = {}
     for method, changes, image in (("baseline", {}, "dense"), ("ema", {"width": 16}, "dense"), ("baseline", {}, "ragged")):
         settings, training = resolve_head_settings("tiny", method, "head", changes, {"epochs": 2, "batch_size": 8})
         encoders = {"image": caches[image], "text": caches["ragged"]}
-        run = train_head(plan_head(home, "tiny", method, settings, training, 0, encoders), progress=False)
-        label = method if image == "dense" else TEXT_ONLY_LABEL
-        expected[label] = evaluate(home, run, "test", {})["metrics"]
-    frame = results_frame(home, "tiny")
-    assert {row["method"]: {name: row[name] for name in ("acc1", "acc5")} for _, row in frame.iterrows()} == expected
+        for seed in range(3):
+            run = train_head(plan_head(home, "tiny", method, settings, training, seed, encoders), progress=False)
+            label = method if image == "dense" else TEXT_ONLY_LABEL
+            expected.setdefault(label, []).append(evaluate(home, run, "test", {})["metrics"])
+    frame = results_frame(home, "tiny").set_index("method")
+    assert set(frame.index) == set(expected)
+    for label, records in expected.items():
+        assert list(records[0]) == ["acc1", "acc5", "macro_acc", "ece"]
+        means = {name: np.mean([record[name] for record in records]) for name in records[0]}
+        assert frame.loc[label, list(means)].to_dict() == pytest.approx(means)
     parsed = Page(write_report(home, "tiny")[0])
     assert len(parsed.drawings) == 4
-    assert "The test split was read 3 times" in parsed.text
+    assert "The test split was read 9 times" in parsed.text

@@ -170,7 +170,7 @@ def validate_joint(
         features = compute_features(image.encode, image.items["val"], plan.training.batch_size, context)
         table = replace(table, columns={**table.columns, "image": features.to(column.device, column.dtype)})
     logits = predict(model.head, table, plan.run.seed, precision=plan.training.precision)
-    return [score_logits(logits, table.label)._replace(facts=facts)]
+    return [score_logits(logits, table.label, plan.config.label_loss)._replace(facts=facts)]
 
 
 @torch.no_grad()
