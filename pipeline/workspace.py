@@ -263,6 +263,7 @@ class Workspace:
 
         config, training = resolve_head_settings(dataset, method, preset, _merge(settings, more_settings), train, self.home)
         features = open_features(self.home, dataset, method, cache_names(self.home, dataset, image, text), aggregate)
+        features.warn_about_near_duplicates()
         runs = []
         for seed in seeds:
             folder = train_head(plan_head_on(features, method, config, training, seed), progress=True)

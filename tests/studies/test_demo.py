@@ -13,7 +13,10 @@ from PIL import Image
 
 from pipeline.commands import app as cli
 from pipeline.runtime import plugins
-from pipeline.studies.demo import DEMO_DATASET, DEMO_METHODS, EXTRA_OVERRIDES
+from pipeline.data.spec import load_spec
+from pipeline.studies.demo import DEMO_DATASET, DEMO_METHODS, EXTRA_OVERRIDES, demo_settings, extra_overrides
+from pipeline.studies.demo_joint import JOINT_DEMO_DATASET, JOINT_DEMO_METHODS
+from pipeline.training.config import TrainConfig
 from pipeline.training.heads import resolve_head_settings
 
 ROOT = Path(__file__).parents[2]
@@ -24,12 +27,21 @@ COMMANDS = [
 
 
 @pytest.mark.parametrize("method", DEMO_METHODS)
-def test_every_method_of_the_demo_has_tuned_settings(method: str) -> None:
-    settings, training = resolve_head_settings(DEMO_DATASET, method, "tuned", {}, {})
+def test_every_method_of_the_demo_has_settings(method: str) -> None:
+    settings, training = demo_settings(method)
     assert training.epochs > 0
     for overrides in EXTRA_OVERRIDES.get(method, ()):
         assert set(overrides) <= set(plugins.get("methods", method).prediction)
-        assert all(getattr(settings, field) != value for field, value in overrides.items())
+        is_new = all(getattr(settings, field) != value for field, value in overrides.items())
+        assert (overrides in extra_overrides(method)) == is_new
+    tuned = load_spec(DEMO_DATASET).get("tuned", {})
+    assert method in tuned or training == TrainConfig(lr=1e-3)
+
+
+@pytest.mark.parametrize("method", JOINT_DEMO_METHODS)
+def test_every_method_of_the_joint_demo_has_tuned_settings(method: str) -> None:
+    _, training = resolve_head_settings(JOINT_DEMO_DATASET, method, "tuned", {}, {})
+    assert training.epochs > 0
 
 
 def test_the_readme_is_finished() -> None:

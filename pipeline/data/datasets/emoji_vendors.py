@@ -1,8 +1,8 @@
 """Emoji as several vendors draw them, classified by the subgroups of Unicode's emoji-test.txt, with CLDR names and keywords.
 
-A picture is one vendor's drawing of one emoji. It is found by the name of the emoji: the vendor's packages name a drawing after
-it, in lower case, with hyphens between the words. Not every vendor has every emoji. Skin tones, flags, men and women are left
-out (`select`). Variants of one picture (other colours, sizes, ages; see `picture_group`) form one group, with all vendors'
+A picture is one vendor's drawing of one emoji. It is found by the name of the emoji: the packages name a drawing after it, in
+lower case, with hyphens between the words. Not every vendor has every emoji, and `other_meaning` lists names by which an older
+package means another emoji. Skin tones, flags, men and women are left out (`select`). Variants of one picture (other colours, sizes, ages; see `picture_group`) form one group, with all vendors'
 drawings of them, so that no drawing of a test emoji or of its variant is in training. A class is a subgroup with at least
 `min_class_groups` groups. The groups of a class are sorted by SHA-256, and the sorted list is cut (see pipeline/data/splits.py).
 The texts of a picture are the name of its emoji and the keywords, if CLDR has any; they are the same for all vendors.
@@ -12,9 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
-import shutil
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -26,12 +24,13 @@ from pipeline.data.annotations import Emoji, package_path, picture_group, select
 from pipeline.data.manifest import Manifest, check_manifest
 from pipeline.data.spec import manifest_meta, required_counts
 from pipeline.runtime.errors import UserError
-from pipeline.runtime.files import file_sha256, lock_file
+from pipeline.runtime.files import file_sha256
 from pipeline.types import Sample
 
 DRAWINGS = "svg"  # folder below the fetched files, where the drawings of all vendors are written to
 _SVG = '<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" viewBox="{box}">{body}</svg>\n'
-_SILENT = re.compile(r"[’'.“”!]")  # these are left out of names of drawings; other runs of signs become a hyphen
+# in names of drawings, some signs are left out, some are spelled, and runs of all others become one hyphen
+_SPELLED = str.maketrans({**dict.fromkeys("’'.“”", ""), "&": " and ", "!": " exclamation ", "#": " pound ", "*": " asterisk "})
 _SIGNS = re.compile(r"[^a-z0-9]+")
 
 
@@ -68,7 +67,7 @@ def build(spec: Mapping[str, Any], root: Path | None) -> Manifest:
     keywords = _read_keywords(root / spec["layout"]["keywords"])
     emoji = select_emoji(names, spec["select"])
     icons = {vendor: root / vendor / spec["layout"]["icons"] for vendor in spec["vendors"]}
-    pictures = _draw(root, icons, emoji)
+    pictures = _draw(root, icons, emoji, spec["select"]["other_meaning"])
     groups: dict[str, set[str]] = {}
     for picture in pictures:
         groups.setdefault(picture.emoji.subgroup, set()).add(picture_group(picture.emoji))
@@ -102,26 +101,33 @@ def build(spec: Mapping[str, Any], root: Path | None) -> Manifest:
 
 def icon_name(name: str) -> str:
     """Return the name of the drawing of an emoji in the vendors' packages: "face with rolling eyes" -> face-with-rolling-eyes."""
-    ascii_letters = unicodedata.normalize("NFKD", _SILENT.sub("", name).replace("&", "and")).encode("ascii", "ignore").decode()
+    ascii_letters = unicodedata.normalize("NFKD", name.translate(_SPELLED)).encode("ascii", "ignore").decode()
     return _SIGNS.sub("-", ascii_letters.lower()).strip("-")
 
 
-def _draw(root: Path, icons: Mapping[str, Path], emoji: Iterable[Emoji]) -> list[Picture]:
-    """Return the pictures that the vendors have, and write their drawings as SVG files if no earlier call has."""
+def _draw(
+    root: Path, icons: Mapping[str, Path], emoji: Iterable[Emoji], other_meaning: Mapping[str, list[str]]
+) -> list[Picture]:
+    """Return the pictures that the vendors have, and write the drawings that are not yet there, or are broken, as SVG files.
+
+    Args:
+        root: the folder of the unpacked packages.
+        icons: the file of drawings of each vendor.
+        emoji: the emoji to look for.
+        other_meaning: for each vendor, the names of drawings that show another emoji than the one with this name.
+    """
     drawings = {vendor: _read_icons(path) for vendor, path in icons.items()}
+    for vendor, names in other_meaning.items():
+        for name in names:
+            drawings[vendor].pop(name, None)
     named = [(icon_name(each.name), each) for each in emoji]
     pictures = {Picture(vendor, each): own[name] for vendor, own in drawings.items() for name, each in named if name in own}
-    folder = root / DRAWINGS
-    with lock_file(root / f".{DRAWINGS}.lock", f"another process is writing {folder}", wait=True):
-        if not folder.is_dir():
-            part = root / f".{DRAWINGS}.part"
-            shutil.rmtree(part, ignore_errors=True)
-            for vendor in icons:
-                (part / vendor).mkdir(parents=True)
-            for picture, drawing in pictures.items():
-                (part / picture.media).write_text(drawing, encoding="utf-8")
-            os.sync()
-            os.replace(part, folder)
+    for vendor in icons:
+        (root / DRAWINGS / vendor).mkdir(parents=True, exist_ok=True)
+    for picture, drawing in pictures.items():
+        path = root / DRAWINGS / picture.media
+        if not path.is_file() or path.read_text(encoding="utf-8") != drawing:
+            path.write_text(drawing, encoding="utf-8")
     return list(pictures)
 
 
