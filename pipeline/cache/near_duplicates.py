@@ -36,7 +36,8 @@ def near_duplicate_warning(cache: Cache) -> str:
     return (
         f"{' and '.join(shares)} samples look almost like a training sample (cosine of their features at least "
         f"{WARNING_COSINE}), {pair['other']!r} most of all like {pair['train']!r}; if they show the same thing, scores are "
-        f"flattered, and they belong in one group. To list them: diffalign cache stats {cache.path} --threshold {WARNING_COSINE}"
+        "flattered, and they belong in one group. "
+        f"To list them: diffalign cache stats {cache.path} --threshold {WARNING_COSINE}"
     )
 
 

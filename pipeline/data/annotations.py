@@ -19,8 +19,13 @@ _EMOJI_LINE = re.compile(r"([0-9A-F]+(?: [0-9A-F]+)*) *; *([a-z-]+) *# (\S+) E[0
 _CLOCK_FACE = re.compile(r"[a-z]+(?: o’clock|-thirty)")
 # words in the names of emoji that say who is shown, in which colour or size: pictures that differ only in these are variants
 _VARIANT_WORDS = frozenset(
-    "man woman person men women people man’s woman’s men’s women’s boy girl child old older and merman mermaid merperson "
-    "Mrs. Mx Santa black white grey red orange yellow green blue purple brown pink large medium medium-small small".split()
+    re.findall(
+        r"\S+",
+        """
+        man woman person men women people man’s woman’s men’s women’s boy girl child old older and merman mermaid merperson
+        Mrs. Mx Santa black white grey red orange yellow green blue purple brown pink large medium medium-small small
+        """,
+    )
 )
 
 
@@ -213,7 +218,9 @@ def select_emoji(path: Path, select: Mapping[str, Any]) -> list[Emoji]:
     return [
         emoji
         for emoji in read_emoji_list(path)
-        if emoji.status == select["status"] and emoji.group not in select["skip_groups"] and not skipped & set(emoji.code_points)
+        if emoji.status == select["status"]
+        and emoji.group not in select["skip_groups"]
+        and not skipped & set(emoji.code_points)
     ]
 
 

@@ -121,7 +121,7 @@ def unpack(archive: Path, into: Path, max_files: int, max_bytes: int) -> dict[st
 
 
 def _archive_specs(dataset: str) -> dict[str, Mapping[str, Any]]:
-    """Return the spec of each archive of a dataset, by its folder in the dataset's folder; a single archive has no own folder."""
+    """Return the spec of each archive of a dataset, by its folder in the dataset's folder; a single archive has "" for it."""
     spec = load_spec(dataset)
     if "archive" not in spec:
         choices = sorted(path.stem for path in SPEC_FOLDER.glob("*.yaml") if "archive" in load_spec(path.stem))

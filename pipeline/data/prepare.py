@@ -277,8 +277,8 @@ def _warn_about_copies(manifest: Manifest) -> list[str]:
         return []
     first = copies[0]
     return [
-        f"{len(copies)} media files of val and test have the same bytes as one of train, the first: {first.id!r} of {first.split} "
-        f"and {originals[digest[first.id]]!r}; leave them out, or put them in one group"
+        f"{len(copies)} media files of val and test have the same bytes as one of train, the first: {first.id!r} of "
+        f"{first.split} and {originals[digest[first.id]]!r}; leave them out, or put them in one group"
     ]
 
 

@@ -1,4 +1,4 @@
-"""The demo of stages 1 and 2: five methods and a text-only diagnostic on emoji of five vendors, with three seeds and a report."""
+"""The demo of stages 1 and 2: five methods and a text-only diagnostic, three seeds each, on emoji of five vendors; a report."""
 
 from __future__ import annotations
 

@@ -65,7 +65,7 @@ def run_demo_joint(home: Path) -> str:
     started = time.monotonic()
     home = home.absolute()
     prepare(JOINT_DEMO_DATASET, None, home, {})
-    manifest = read_manifest(home, DEMO_DATASET)
+    manifest = read_manifest(home, JOINT_DEMO_DATASET)
     encoder, encoder_settings = JOINT_DEMO_ENCODER
     logger.info("1/3 features of %s at %s pixels, and of the texts", encoder, encoder_settings["side"])
     text = load_spec(JOINT_DEMO_DATASET)["encoders"]["text"]

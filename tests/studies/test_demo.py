@@ -12,8 +12,8 @@ import pytest
 from PIL import Image
 
 from pipeline.commands import app as cli
-from pipeline.runtime import plugins
 from pipeline.data.spec import load_spec
+from pipeline.runtime import plugins
 from pipeline.studies.demo import DEMO_DATASET, DEMO_METHODS, EXTRA_OVERRIDES, demo_settings, extra_overrides
 from pipeline.studies.demo_joint import JOINT_DEMO_DATASET, JOINT_DEMO_METHODS
 from pipeline.training.config import TrainConfig

@@ -1,11 +1,12 @@
 """Emoji as several vendors draw them, classified by the subgroups of Unicode's emoji-test.txt, with CLDR names and keywords.
 
-A picture is one vendor's drawing of one emoji. It is found by the name of the emoji: the packages name a drawing after it, in
-lower case, with hyphens between the words. Not every vendor has every emoji, and `other_meaning` lists names by which an older
-package means another emoji. Skin tones, flags, men and women are left out (`select`). Variants of one picture (other colours, sizes, ages; see `picture_group`) form one group, with all vendors'
-drawings of them, so that no drawing of a test emoji or of its variant is in training. A class is a subgroup with at least
-`min_class_groups` groups. The groups of a class are sorted by SHA-256, and the sorted list is cut (see pipeline/data/splits.py).
-The texts of a picture are the name of its emoji and the keywords, if CLDR has any; they are the same for all vendors.
+A picture is one vendor's drawing of one emoji. It is found by the name of the emoji: the packages name a drawing after it,
+in lower case, with hyphens between the words. Not every vendor has every emoji, and `other_meaning` lists names by which an
+older package means another emoji. Skin tones, flags, men and women are left out (`select`). Variants of one picture (other
+colours, sizes, ages; see `picture_group`) form one group, with all vendors' drawings of them, so that no drawing of a test
+emoji or of its variant is in training. A class is a subgroup with at least `min_class_groups` groups. The groups of a class
+are sorted by their SHA-256, and the sorted list is cut (see pipeline/data/splits.py). The texts of a picture are the name
+of its emoji and the keywords, if CLDR has any; they are the same for all vendors.
 """
 
 from __future__ import annotations
@@ -100,7 +101,7 @@ def build(spec: Mapping[str, Any], root: Path | None) -> Manifest:
 
 
 def icon_name(name: str) -> str:
-    """Return the name of the drawing of an emoji in the vendors' packages: "face with rolling eyes" -> face-with-rolling-eyes."""
+    """Return the name of the drawing of an emoji in the packages: "face with rolling eyes" -> face-with-rolling-eyes."""
     ascii_letters = unicodedata.normalize("NFKD", name.translate(_SPELLED)).encode("ascii", "ignore").decode()
     return _SIGNS.sub("-", ascii_letters.lower()).strip("-")
 
