@@ -22,7 +22,7 @@ $(VENV)/.done: requirements.lock pyproject.toml
 	$(RUN)uv pip install --quiet --python $(RUN)python --no-deps --editable .
 	@touch $@
 
-demo: setup ## the whole idea on real images and text, about 5 minutes; then at once
+demo: setup ## the whole idea on real images and text, about 7 minutes; then at once
 	$(RUN)diffalign demo $(ARGS)
 
 test: setup ## the test suite

@@ -1,7 +1,7 @@
 """Choose settings of methods without reading the test split: on the validation split, or by cross-validation.
 
 A random search with halving: `--points` random settings run on the first trials, and the best third of them on all trials. A
-trial is a fold of the training and validation splits together (`--by folds`; for single-label data without near-duplicates),
+trial is a fold of the training and validation splits together (`--by folds`; groups of samples are not divided),
 or a seed that is scored on the validation split (`--by val`). Prints the `tuned:` entry of `data_manifests/<dataset>.yaml`. The
 branches of MARNet use the settings that the yaml holds for EMA and CDR.
 
@@ -25,13 +25,13 @@ import yaml
 
 from pipeline.cache.reader import find_cache
 from pipeline.cache.table import FeatureTable, load_split, ordered_batches, shuffled_batches
+from pipeline.data import splits
 from pipeline.data.manifest_files import read_manifest
 from pipeline.data.spec import load_spec
 from pipeline.evaluation import metrics
 from pipeline.evaluation.evaluate import predict
 from pipeline.runtime import plugins
 from pipeline.runtime.device import default_device
-from pipeline.runtime.rng import KeyedRNG
 from pipeline.runtime.runs import RunFolder
 from pipeline.runtime.settings import configure
 from pipeline.training.config import TrainConfig
@@ -95,7 +95,7 @@ def main() -> None:
     if arguments.by == "val":
         trials, num_first = [torch.arange(len(table)) >= num_train] * SEEDS, 1
     else:
-        trials, num_first = split_folds(table), 2
+        trials, num_first = split_folds(table, arguments.home, arguments.dataset), 2
     scores: list[tuple[float, dict[str, Any], dict[str, Any]]] = []
     points = draw_points(arguments.dataset, arguments.method, arguments.points)
     started = time.monotonic()
@@ -130,15 +130,10 @@ def load_table(home: Path, dataset: str) -> tuple[FeatureTable, int, dict[str, t
     return FeatureTable(parts[0].ids + parts[1].ids, columns, ()), len(parts[0]), shapes
 
 
-def split_folds(table: FeatureTable) -> list[torch.Tensor]:
-    """Return the rows [N] of every fold.
-
-    The rows of each class are dealt to the folds in an order that follows from the sample ids.
-    """
-    bits = KeyedRNG.seeded(0, table.columns["key"]).at("folds").bits()
-    order = sorted(range(len(table)), key=lambda row: (int(table.columns["label"][row]), int(bits[row])))
-    folds = torch.empty(len(table), dtype=torch.int64)
-    folds[torch.tensor(order)] = torch.arange(len(table)) % FOLDS
+def split_folds(table: FeatureTable, home: Path, dataset: str) -> list[torch.Tensor]:
+    """Return the rows [N] of every fold; groups of samples are not divided, see `splits.by_fold`."""
+    samples = {sample.id: sample for sample in read_manifest(home, dataset).samples}
+    folds = torch.tensor(splits.by_fold([samples[sample_id] for sample_id in table.ids], FOLDS))
     return [folds == fold for fold in range(FOLDS)]
 
 

@@ -268,6 +268,7 @@ class Workspace:
             dataset, method, preset, merge_settings(settings, more_settings), train, self.home
         )
         features = open_features(self.home, dataset, method, cache_names(self.home, dataset, image, text), aggregate)
+        features.warn_about_near_duplicates()
         heads = [plan_head_on(features, method, config, training, seed) for seed in seeds]
         log_earlier_runs(heads)
         runs = tuple(Run(self.home, train_head(head, progress=True).path) for head in heads)

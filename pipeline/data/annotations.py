@@ -10,12 +10,23 @@ import importlib.resources
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from pipeline.data.readers import csv_rows, line_error, parse_whole_number, stripped_lines, text_lines
 from pipeline.runtime.errors import UserError
 
 _EMOJI_LINE = re.compile(r"([0-9A-F]+(?: [0-9A-F]+)*) *; *([a-z-]+) *# (\S+) E[0-9.]+ (\S.*)")
+_CLOCK_FACE = re.compile(r"[a-z]+(?: o’clock|-thirty)")
+# words in the names of emoji that say who is shown, in which colour or size: pictures that differ only in these are variants
+_VARIANT_WORDS = frozenset(
+    re.findall(
+        r"\S+",
+        """
+        man woman person men women people man’s woman’s men’s women’s boy girl child old older and merman mermaid merperson
+        Mrs. Mx Santa black white grey red orange yellow green blue purple brown pink large medium medium-small small
+        """,
+    )
+)
 
 
 class LabelledLine(NamedTuple):
@@ -190,6 +201,41 @@ def package_path(package: str, file: str) -> Path:
         return Path(str(importlib.resources.files(package))) / file
     except ModuleNotFoundError as error:
         raise UserError(f'the package {error.name} is missing; run: pip install "diffalign[demo]"') from error
+
+
+def select_emoji(path: Path, select: Mapping[str, Any]) -> list[Emoji]:
+    """Return the emoji in a file emoji-test.txt that a spec selects, in the order of the file.
+
+    Args:
+        path: the file.
+        select: the `status` that they have, the groups that are left out (`skip_groups`), and the code points that none of
+            them has (`skip_code_points`).
+
+    Raises:
+        UserError: a line is faulty; names file and line.
+    """
+    skipped = set(select["skip_code_points"])
+    return [
+        emoji
+        for emoji in read_emoji_list(path)
+        if emoji.status == select["status"]
+        and emoji.group not in select["skip_groups"]
+        and not skipped & set(emoji.code_points)
+    ]
+
+
+def picture_group(emoji: Emoji) -> str:
+    """Return the name of the group of emoji that are variants of one picture: the subgroup, "/", and the base name.
+
+    The base name is the name without the words for who is shown (man, old woman, merperson, …), for colours and for sizes. Of
+    names of people it is what stands before a colon or "facing right". Clock faces are one picture.
+    """
+    name = emoji.name.replace("light blue", "blue").removesuffix(" facing right")
+    if emoji.group == "People & Body":
+        name = name.partition(":")[0]
+    words = [word for word in name.split() if word not in _VARIANT_WORDS]
+    base = "clock face" if _CLOCK_FACE.fullmatch(name) else " ".join(words) or "person"
+    return f"{emoji.subgroup}/{base}"
 
 
 def read_emoji_list(path: Path) -> Iterator[Emoji]:

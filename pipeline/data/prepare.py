@@ -20,10 +20,12 @@ from pipeline.data.spec import load_spec
 from pipeline.runtime import plugins
 from pipeline.runtime.choices import unknown_choice
 from pipeline.runtime.errors import UserError
-from pipeline.runtime.files import write_atomic
+from pipeline.runtime.files import file_sha256, write_atomic
 from pipeline.runtime.logs import ProgressBar
+from pipeline.types import Sample
 
 TEXT_OPTIONS = ("aggregate", "sep", "empty")  # settings in the `text` part of a spec
+MAX_COMPARED_BYTES = 2**30  # of media files that may be copies of each other; more take too long to read
 _FIXED_KEYS = ("name", "media_type", "label_kind", "licence", "attribution")  # keys of a spec that users cannot change
 
 
@@ -81,6 +83,7 @@ def prepare(
     manifest, num_missing = _leave_out_missing(manifest, missing_list, spec["allow_missing"])
     if num_missing:
         counts += [_count_row(f"{split} with media", found) for split, found in split_counts(manifest).items()]
+    copies = _warn_about_copies(manifest)
     num_recurring = len(recurring_texts(manifest))
     counts.append(_count_row("test texts in train", num_recurring))
     undecodable = _find_undecodable(manifest, progress) if verify_media else {}
@@ -90,7 +93,7 @@ def prepare(
         path=write_manifest(manifest, home),
         fingerprint=manifest.fingerprint(),
         counts=tuple(counts),
-        warnings=(*manifest.meta.get("warnings", ()), *differences, *_warn_about_splits(manifest, num_recurring)),
+        warnings=(*manifest.meta.get("warnings", ()), *differences, *copies, *_warn_about_splits(manifest, num_recurring)),
         missing=num_missing,
         missing_list=str(missing_list) if num_missing else "",
         undecodable=tuple(f"{manifest.source_location(position)}: {reason}" for position, reason in undecodable.items()),
@@ -253,6 +256,30 @@ def _find_undecodable(manifest: Manifest, progress: bool) -> dict[int, str]:
         total = len(manifest.samples)
         reasons = ProgressBar(pool.map(reason, range(total)), label="decoding", total=total, unit="file", show=progress)
         return {position: text for position, text in enumerate(reasons) if text}
+
+
+def _warn_about_copies(manifest: Manifest) -> list[str]:
+    """Return a warning if a media file of val or test has the same bytes as one of train.
+
+    Only files of equal size are read, and none if they are more than `MAX_COMPARED_BYTES` together.
+    """
+    by_size: dict[int, list[Sample]] = {}
+    for sample in manifest.samples:
+        by_size.setdefault((manifest.media_root / sample.media).stat().st_size, []).append(sample)
+    alike = {size: same for size, same in by_size.items() if {"train"} < {sample.split for sample in same}}
+    if sum(size * len(same) for size, same in alike.items()) > MAX_COMPARED_BYTES:
+        return []
+    digest = {sample.id: file_sha256(manifest.media_root / sample.media) for same in alike.values() for sample in same}
+    candidates = [sample for same in alike.values() for sample in same]
+    originals = {digest[sample.id]: sample.id for sample in candidates if sample.split == "train"}
+    copies = [sample for sample in candidates if sample.split != "train" and digest[sample.id] in originals]
+    if not copies:
+        return []
+    first = copies[0]
+    return [
+        f"{len(copies)} media files of val and test have the same bytes as one of train, the first: {first.id!r} of "
+        f"{first.split} and {originals[digest[first.id]]!r}; leave them out, or put them in one group"
+    ]
 
 
 def _warn_about_splits(manifest: Manifest, num_recurring: int) -> list[str]:

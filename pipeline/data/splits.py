@@ -1,12 +1,13 @@
-"""Assign groups of samples to splits by the hashes of their names: the result is the same on every machine."""
+"""Assign groups of samples to splits and folds by the hashes of their names: the result is the same on every machine."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import accumulate
 
 from pipeline.runtime.errors import UserError
+from pipeline.types import Sample
 
 
 def by_hash(group: str, percent: Mapping[str, int]) -> str:
@@ -51,6 +52,20 @@ def by_rank(groups: Iterable[str], percent: Mapping[str, int]) -> dict[str, str]
         result |= dict.fromkeys(ordered[start:end], split)
         start = end
     return result
+
+
+def by_fold(samples: Sequence[Sample], num_folds: int) -> list[int]:
+    """Return the fold of every sample; samples of one group are in one fold.
+
+    The groups, sorted by the labels of their first sample and then by the SHA-256 of their names, are dealt to the folds in
+    turn, so that every fold has groups of every class, if there are enough. A sample without a group is its own group.
+    """
+    labels: dict[str, tuple[int, ...]] = {}
+    for sample in samples:
+        labels.setdefault(sample.group or sample.id, sample.labels)
+    ordered = sorted(labels, key=lambda group: (labels[group], hashlib.sha256(group.encode()).digest()))
+    fold = {group: rank % num_folds for rank, group in enumerate(ordered)}
+    return [fold[sample.group or sample.id] for sample in samples]
 
 
 def is_held_out(group: str, percent: int) -> bool:

@@ -1,13 +1,15 @@
-"""The demo of stages 1 and 2: five methods and a text-only diagnostic on openmoji, with three seeds each and a report."""
+"""The demo of stages 1 and 2: five methods and a text-only diagnostic, three seeds each, on emoji of five vendors; a report."""
 
 from __future__ import annotations
 
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
+from pipeline.data.fetch import fetch
 from pipeline.data.manifest_files import read_manifest
 from pipeline.data.prepare import prepare
 from pipeline.data.spec import load_spec
@@ -15,18 +17,21 @@ from pipeline.evaluation.evaluate import evaluate, evaluation_name, read_metrics
 from pipeline.runtime.errors import UserError
 from pipeline.runtime.files import write_atomic
 from pipeline.runtime.logs import ProgressBar
+from pipeline.runtime.settings import flatten, name_settings
+from pipeline.training.config import TrainConfig
 from pipeline.training.earlier_runs import log_earlier_runs
+from pipeline.training.features import open_features
 from pipeline.training.heads import HeadPlan, plan_head, resolve_head_settings, train_head
 
 logger = logging.getLogger(__name__)
 
 RunT = TypeVar("RunT")
 ScoresT = TypeVar("ScoresT")
-DEMO_DATASET = "openmoji"
+DEMO_DATASET = "emoji_vendors"
 DEMO_METHODS = ("baseline", "ema", "cdr", "marnet", "seda")
 DEMO_SEEDS = (0, 1, 2)
-ONE_DRAW = {"draws": 1}  # the papers' prediction; the tuned settings average eight draws
-EXTRA_OVERRIDES: Mapping[str, Sequence[Mapping[str, Any]]] = {  # by method, what to evaluate beside the tuned settings
+ONE_DRAW = {"draws": 1}  # the papers' prediction; tuned settings average several draws
+EXTRA_OVERRIDES: Mapping[str, Sequence[Mapping[str, Any]]] = {  # by method, what to evaluate beside the run's own settings
     "cdr": (ONE_DRAW,),
     "seda": (ONE_DRAW,),
     "marnet": (ONE_DRAW, *({"fusion": fusion} for fusion in ("concat", "add", "mul", "sum"))),
@@ -43,15 +48,18 @@ class DemoRun(NamedTuple):
 
 
 def run_demo(home: Path) -> str:
-    """Prepare, extract, train, evaluate and report everything that is missing.
+    """Fetch, prepare, extract, train, evaluate and report everything that is missing.
 
     Returns:
         The table of results, the paths of the report and the duration, as text.
+
+    Raises:
+        UserError: the packages of the dataset cannot be fetched; names the remedy.
     """
     started = time.monotonic()
     encoders = load_spec(DEMO_DATASET)["encoders"]
-    logger.info("1/4 the manifest of %s", DEMO_DATASET)
-    prepare(DEMO_DATASET, None, home, {})
+    logger.info("1/4 the packages and the manifest of %s", DEMO_DATASET)
+    prepare(DEMO_DATASET, fetch(DEMO_DATASET, home), home, {})
     runs = _pending_runs(home, encoders)
     if runs:
         from pipeline.extraction.extract import extract
@@ -60,8 +68,9 @@ def run_demo(home: Path) -> str:
         for encoder in encoders.values():
             logger.info("2/4 features of %s", encoder)
             extract(manifest, encoder, {}, home)
+        open_features(home, DEMO_DATASET, "baseline", encoders).warn_about_near_duplicates()
         seeds = ", ".join(map(str, DEMO_SEEDS))
-        logger.info("3/4 %s methods, seeds %s; settings chosen on validation", len(DEMO_METHODS), seeds)
+        logger.info("3/4 %s methods, seeds %s", len(DEMO_METHODS), seeds)
         train_on_all_cores(_train_and_evaluate, runs)
     summary = home / "reports" / DEMO_DATASET / "demo.txt"
     if runs or not summary.is_file():
@@ -101,14 +110,30 @@ def train_on_all_cores(train: Callable[[RunT], ScoresT], runs: Sequence[RunT]) -
     return [results[number] for number in range(len(runs))]
 
 
+def demo_settings(method: str) -> tuple[Any, TrainConfig]:
+    """Return the settings of a method and of its training: the dataset's tuned ones, if it has any, else the defaults."""
+    preset = "tuned" if method in load_spec(DEMO_DATASET).get("tuned", {}) else "head"
+    return resolve_head_settings(DEMO_DATASET, method, preset, {}, {})
+
+
 def _plan(run: DemoRun) -> HeadPlan:
-    settings, training = resolve_head_settings(DEMO_DATASET, run.method, "tuned", {}, {})
+    settings, training = demo_settings(run.method)
     return plan_head(run.home, DEMO_DATASET, run.method, settings, training, run.seed, run.caches)
 
 
 def _overrides(run: DemoRun) -> list[Mapping[str, Any]]:
-    """Return the settings of prediction to evaluate a run with, as changes of the tuned ones; the diagnostic has no changes."""
-    return [{}, *EXTRA_OVERRIDES.get(run.method, ())] if "text" in run.caches else [{}]
+    """Return the changes of the settings to evaluate a run with; the diagnostic has none."""
+    return [{}, *extra_overrides(run.method)] if "text" in run.caches else [{}]
+
+
+def extra_overrides(method: str) -> list[Mapping[str, Any]]:
+    """Return what to evaluate a method with beside its own settings, without what these are already."""
+    settings, _ = demo_settings(method)
+    own = flatten(asdict(settings))
+    extras = EXTRA_OVERRIDES.get(method, ())
+    return [
+        extra for extra in extras if any(own[name] != value for name, value in name_settings(type(settings), extra).items())
+    ]
 
 
 def _planned_evaluations(run: DemoRun) -> list[str]:

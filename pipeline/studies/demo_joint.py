@@ -18,7 +18,7 @@ from pipeline.evaluation.evaluate import evaluate
 from pipeline.evaluation.statistics import format_seeds
 from pipeline.extraction.extract import extract
 from pipeline.runtime.runs import RunFolder
-from pipeline.studies.demo import DEMO_DATASET, DEMO_SEEDS, train_on_all_cores
+from pipeline.studies.demo import DEMO_SEEDS, train_on_all_cores
 from pipeline.training.heads import plan_head, resolve_head_settings, train_head
 from pipeline.training.joint.ddp import check_single_process
 from pipeline.training.joint.finetune import finetune, resolve_joint_settings
@@ -26,6 +26,7 @@ from pipeline.training.joint.plan import JointConfig, JointOptions
 
 logger = logging.getLogger(__name__)
 
+JOINT_DEMO_DATASET = "openmoji"  # few pictures: an epoch of an encoder on two cores takes seconds
 JOINT_DEMO_METHODS = ("baseline", "ema", "marnet", "seda")
 JOINT_DEMO_ENCODER = ("efficientnet_lite", {"side": "64", "compute_dtype": "float32"})  # small images: minutes on a CPU
 JOINT_DEMO_CONFIG = JointConfig(train="image", encoder_lr=1e-4)  # better on validation than 3e-4 and than augmented images
@@ -63,11 +64,11 @@ def run_demo_joint(home: Path) -> str:
     check_single_process("demo-joint")
     started = time.monotonic()
     home = home.absolute()
-    prepare(DEMO_DATASET, None, home, {})
-    manifest = read_manifest(home, DEMO_DATASET)
+    prepare(JOINT_DEMO_DATASET, None, home, {})
+    manifest = read_manifest(home, JOINT_DEMO_DATASET)
     encoder, encoder_settings = JOINT_DEMO_ENCODER
     logger.info("1/3 features of %s at %s pixels, and of the texts", encoder, encoder_settings["side"])
-    text = load_spec(DEMO_DATASET)["encoders"]["text"]
+    text = load_spec(JOINT_DEMO_DATASET)["encoders"]["text"]
     caches = {
         "image": extract(manifest, encoder, encoder_settings, home).name,
         "text": extract(manifest, text, {}, home).name,
@@ -95,8 +96,8 @@ def _runs(home: Path, caches: Mapping[str, str], has_joint_stage: bool) -> list[
 
 def train_and_score(run: JointDemoRun) -> JointDemoScores:
     """Train and evaluate a head, and then train its image encoder with it if the run has a joint stage."""
-    settings, training = resolve_head_settings(DEMO_DATASET, run.method, "tuned", {}, {})
-    head = plan_head(run.home, DEMO_DATASET, run.method, settings, training, run.seed, run.caches)
+    settings, training = resolve_head_settings(JOINT_DEMO_DATASET, run.method, "tuned", {}, {})
+    head = plan_head(run.home, JOINT_DEMO_DATASET, run.method, settings, training, run.seed, run.caches)
     folder = train_head(head, progress=False)
     frozen = _test_accuracy(run.home, folder)
     if not run.has_joint_stage:

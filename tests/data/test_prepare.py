@@ -195,6 +195,8 @@ def test_counts_are_compared_with_the_published_ones(
     assert report.warnings == (
         "test: 2, published 3",
         "train: 1 classes differ from the published counts: Sauteed Crème Fraîche 1 (published 5)",
+        "2 media files of val and test have the same bytes as one of train, the first: '2/9_9' of val and '2/1_2'; leave them "
+        "out, or put them in one group",
     )
 
 
@@ -338,5 +340,21 @@ def test_faulty_folders_are_refused(official: dict[str, Path], tmp_path: Path) -
 
 def test_datasets_of_packages_are_prepared_too(tmp_path: Path) -> None:
     report = prepare("openmoji", None, tmp_path, {})
-    assert {row["count"]: row["verdict"] for row in report.counts if row["verdict"]} == {"all": "same", "classes": "same"}
+    assert {row["count"]: row["verdict"] for row in report.counts if row["verdict"]} == dict.fromkeys(
+        ("all", "classes", "train", "val", "test", "groups"), "same"
+    )
     assert report.missing == 0
+
+
+def test_media_of_other_splits_with_the_bytes_of_training_media_are_named(tmp_path: Path) -> None:
+    """Two of the pictures of val and test are copies of training pictures; one has the size of one, and other bytes."""
+    contents = {"a": b"one", "b": b"two", "c": b"three", "d": b"one", "e": b"three", "f": b"six"}
+    splits = {"a": "train", "b": "train", "c": "train", "d": "val", "e": "test", "f": "test"}
+    for name, content in contents.items():
+        (tmp_path / f"{name}.png").write_bytes(content)
+    lines = ["path,kind,caption,split"] + [f"{name}.png,k,text of {name},{split}" for name, split in splits.items()]
+    (tmp_path / "table.csv").write_text("\n".join(lines) + "\n")
+    columns = {"media_column": "path", "label_column": "kind", "text_column": "caption"}
+    report = prepare("table", tmp_path, tmp_path / "home", columns)
+    (warning,) = [each for each in report.warnings if "same bytes" in each]
+    assert warning.startswith("2 media files of val and test have the same bytes as one of train, the first: 'd")

@@ -13,9 +13,12 @@ import pytest
 from PIL import Image
 
 from pipeline.commands import app as cli
+from pipeline.data.spec import load_spec
 from pipeline.runtime import plugins
 from pipeline.runtime.settings import flatten, name_settings
-from pipeline.studies.demo import DEMO_DATASET, DEMO_METHODS, EXTRA_OVERRIDES
+from pipeline.studies.demo import DEMO_DATASET, DEMO_METHODS, EXTRA_OVERRIDES, demo_settings, extra_overrides
+from pipeline.studies.demo_joint import JOINT_DEMO_DATASET, JOINT_DEMO_METHODS
+from pipeline.training.config import TrainConfig
 from pipeline.training.heads import resolve_head_settings
 
 ROOT = Path(__file__).parents[2]
@@ -26,13 +29,22 @@ COMMANDS = [
 
 
 @pytest.mark.parametrize("method", DEMO_METHODS)
-def test_every_method_of_the_demo_has_tuned_settings(method: str) -> None:
-    settings, training = resolve_head_settings(DEMO_DATASET, method, "tuned", {}, {})
+def test_every_method_of_the_demo_has_settings(method: str) -> None:
+    settings, training = demo_settings(method)
     assert training.epochs > 0
     for overrides in EXTRA_OVERRIDES.get(method, ()):
         named = name_settings(type(settings), overrides)
         assert set(named) <= set(plugins.get("methods", method).prediction)
-        assert all(flatten(asdict(settings))[name] != value for name, value in named.items())
+        is_new = all(flatten(asdict(settings))[name] != value for name, value in named.items())
+        assert (overrides in extra_overrides(method)) == is_new
+    tuned = load_spec(DEMO_DATASET).get("tuned", {})
+    assert method in tuned or training == TrainConfig(lr=1e-3)
+
+
+@pytest.mark.parametrize("method", JOINT_DEMO_METHODS)
+def test_every_method_of_the_joint_demo_has_tuned_settings(method: str) -> None:
+    _, training = resolve_head_settings(JOINT_DEMO_DATASET, method, "tuned", {}, {})
+    assert training.epochs > 0
 
 
 def test_the_readme_is_finished() -> None:

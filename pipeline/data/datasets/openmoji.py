@@ -1,7 +1,9 @@
 """OpenMoji: the colour emoji of OpenMoji, classified by the subgroups of Unicode's emoji-test.txt and named by CLDR.
 
-The split never changes. Within a class, the ids are sorted by their SHA-256, and the sorted list is cut after 60 % and 70 %;
-each cut is rounded half up (see pipeline/data/splits.py). The split depends only on the ids of a class.
+A class is a subgroup with at least `min_class_size` pictures and `min_class_groups` groups. Pictures that differ only in who is
+shown, in colour or in size, and the faces of clocks, form one group (see `picture_group`), and a group is never divided between
+splits. The split never changes: the groups of a class are sorted by their SHA-256, and the sorted list is cut after 60 % and
+70 % of the groups (see pipeline/data/splits.py). It depends only on the groups of a class.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.data import splits
-from pipeline.data.annotations import Emoji, package_path, read_emoji_list
+from pipeline.data.annotations import Emoji, package_path, picture_group, select_emoji
 from pipeline.data.dataset import Dataset
 from pipeline.data.manifest import Manifest, check_manifest
 from pipeline.data.spec import manifest_meta, required_counts
@@ -40,17 +42,28 @@ class OpenMoji(Dataset):
         """
         names, images, sources = _packaged(spec["layout"]) if root is None else _in_folder(spec["layout"], root)
         select = spec["select"]
-        emoji = [e for e in read_emoji_list(names) if e.status == select["status"] and e.group not in select["skip_groups"]]
-        emoji = [e for e in emoji if not set(e.code_points) & set(select["skip_code_points"])]
+        emoji = select_emoji(names, select)
         files = {e: file for e in emoji if (file := _image_name(e, images))}
         sizes = Counter(e.subgroup for e in files)
-        kept = {e: file for e, file in files.items() if sizes[e.subgroup] >= select["min_class_size"]}
-        classes = tuple(dict.fromkeys(e.subgroup for e in kept))
+        groups = {name: {picture_group(e) for e in files if e.subgroup == name} for name in sizes}
+        classes = tuple(
+            name
+            for name in sizes
+            if sizes[name] >= select["min_class_size"] and len(groups[name]) >= select["min_class_groups"]
+        )
         split_of: dict[str, str] = {}
         for name in classes:
-            split_of |= splits.by_rank([_id(e) for e in kept if e.subgroup == name], spec["splits"])
+            split_of |= splits.by_rank(groups[name], spec["splits"])
+        kept = {e: file for e, file in files.items() if e.subgroup in classes}
         samples = tuple(
-            Sample(_id(e), split_of[_id(e)], Path(file), (e.name,), (classes.index(e.subgroup),), "")
+            Sample(
+                id=_id(e),
+                split=split_of[picture_group(e)],
+                media=Path(file),
+                texts=(e.name,),
+                labels=(classes.index(e.subgroup),),
+                group=picture_group(e),
+            )
             for e, file in kept.items()
         )
         meta = manifest_meta(
@@ -58,7 +71,8 @@ class OpenMoji(Dataset):
             sources={**sources, spec["layout"]["names"]: file_sha256(names)},
             media_sha256=_media_sha256(images, sorted(kept.values())),
             missing_images=[_id(e) for e in emoji if e not in files],
-            small_classes={name: size for name, size in sizes.items() if size < select["min_class_size"]},
+            small_classes={name: size for name, size in sizes.items() if name not in classes},
+            counts={"groups": len({sample.group for sample in samples})},
         )
         manifest = Manifest(spec["name"], spec["label_kind"], classes, samples, meta, images)
         check_manifest(manifest, required_counts(spec))
