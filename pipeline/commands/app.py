@@ -64,7 +64,7 @@ def read_global_options(
 REMEDIES = {  # of errors of the operating system
     errno.ENOSPC: "free some space, or take another disk with --home; the same command goes on from here",
     errno.EDQUOT: "free some of your quota, or take another disk with --home; the same command goes on from here",
-    errno.EFBIG: "raise the limit of file sizes (ulimit -f); of a cache, smaller --shard-rows help",
+    errno.EFBIG: "raise the limit of file sizes (ulimit -f), or, for a cache, take smaller --shard-rows",
     errno.EROFS: "make the disk writable, or take another one with --home",
     errno.EACCES: "get permission, or take a folder of yours with --home",
 }

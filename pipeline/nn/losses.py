@@ -31,7 +31,7 @@ def weighted_mean(values: Tensor, weight: Tensor | None) -> Tensor:
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
-    """Return the format of targets and counts beside values of a format: float32 beside bfloat16."""
+    """Return the format of losses, targets and counts of values of a format: float32 for bfloat16."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
@@ -44,9 +44,10 @@ def classification_losses(logits: Tensor, label: Tensor, kind: LabelLoss) -> Ten
         kind: loss for multi-hot labels Y. "softmax_kl" has the target distribution Y/|Y|; "softmax_multihot" has the target Y;
             "bce" is binary cross-entropy, mean over classes. For the two softmax kinds, the loss of a row without labels is 0.
     """
+    logits = logits.to(_wide(logits.dtype))
     if label.ndim == 1:
         return F.cross_entropy(logits, label, reduction="none")
-    target = label.to(_wide(logits.dtype))
+    target = label.to(logits.dtype)
     if kind == "bce":
         return F.binary_cross_entropy_with_logits(logits, target, reduction="none").mean(-1)
     if kind == "softmax_kl":
@@ -72,7 +73,8 @@ def info_nce(a: Tensor, b: Tensor, tau: Tensor | float, weight: Tensor | None = 
         weight: see the module docstring.
     """
     a, b = (F.normalize(x, dim=-1) for x in (a, b))
-    similarity = a @ b.T / tau
+    similarity = a @ b.T
+    similarity = similarity.to(_wide(similarity.dtype)) / tau
     own = torch.arange(len(a), device=a.device)
 
     def contrast(logits: Tensor) -> Tensor:

@@ -274,11 +274,8 @@ def configure(config_type: type[ConfigT], settings: Mapping[str, Any], letters: 
         UserError: a setting is unknown (the message lists the choices), is given twice, has a value of the wrong type, or one
             that the config refuses.
     """
-    types = field_types(config_type)
     named = name_settings(config_type, settings, letters)
-    for name, today in getattr(config_type, "old_values", {}).items():
-        named |= {name: today.get(named[name], named[name])} if name in named else {}
-    return _build(config_type, {name: parse_value(name, value, types[name]) for name, value in named.items()})
+    return _build(config_type, {name: parse_setting(config_type, name, value) for name, value in named.items()})
 
 
 def _build(config_type: type[ConfigT], values: Mapping[str, Any]) -> ConfigT:
@@ -295,6 +292,15 @@ def _build(config_type: type[ConfigT], values: Mapping[str, Any]) -> ConfigT:
     if not isinstance(config, Settings):  # a plain dataclass of a plug-in does not check itself
         check_settings(config)
     return config
+
+
+def parse_setting(config_type: type[Any], name: str, value: Any, label: str = "") -> Any:
+    """Convert the value of a setting of a config, as `parse_value` does; values of earlier versions become those of today.
+
+    Messages call the setting `label`, or by its name.
+    """
+    today = getattr(config_type, "old_values", {}).get(name, {})
+    return parse_value(label or name, today.get(value, value) if today else value, field_types(config_type)[name])
 
 
 def parse_value(field: str, value: Any, hint: Any) -> Any:

@@ -26,7 +26,7 @@ from pipeline.runtime.device import default_device, resolve_dtype
 from pipeline.runtime.errors import UserError, describe_error, is_bug
 from pipeline.runtime.files import fingerprint, write_atomic
 from pipeline.runtime.runs import check_seed
-from pipeline.runtime.settings import aliases_of, field_types, find_settings, flatten, parse_value
+from pipeline.runtime.settings import aliases_of, field_types, find_settings, flatten, parse_setting
 from pipeline.training.config import SHARED_SETTINGS, TrainConfig
 from pipeline.training.earlier_runs import log_earlier_runs
 from pipeline.training.ensemble import structure_key
@@ -151,7 +151,8 @@ def read_axes(method: str, pairs: Sequence[str] | Mapping[str, Any], file: Path 
             raise UserError(f"grid field {key!r} has no values: the grid is empty")
         taken.update(names)
         field = names[0] if len(names) == 1 else key
-        axes[field] = tuple(parse_value(key, value, hints[names[0]]) for value in values)
+        owner = module.Config if names[0] in field_types(module.Config) else TrainConfig
+        axes[field] = tuple(parse_setting(owner, names[0], value, key) for value in values)
         ((value, count),) = Counter(axes[field]).most_common(1)
         if count > 1:
             raise UserError(f"grid field {key!r} has the value {value} {count} times")

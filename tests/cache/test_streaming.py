@@ -188,7 +188,7 @@ def test_runs_over_windows_repeat_their_bits_and_predict_as_a_table_does(
         windowed = dict(arrays)
     (run.path / "metrics.json").unlink()
     monkeypatch.setattr("pipeline.evaluation.evaluate.open_split", lambda *arguments: load_split(*arguments[:5]))
-    assert evaluate(home, run, "test", {})["metrics"] == record["metrics"]
+    assert evaluate(home, run, "test", {})["metrics"] == pytest.approx(record["metrics"], rel=1e-6)
     with np.load(run.path / "predictions-test.npz") as arrays:
         for key, value in arrays.items():
             if value.dtype.kind == "f":

@@ -56,12 +56,14 @@ def test_a_page_of_a_method() -> None:
     described = {each.name: each for each in describe_settings(plugins.get("methods", "seda").Config)}
     chosen = [described[name] for name in ("num_steps", "residual", "interaction")]
     assert settings_table(chosen, {"T": "num_steps"}, 100) == [
-        "setting      letter  default          values                     meaning",
-        "num_steps    T       1500             int 1..100000              T, steps of the diffusion",
-        "residual             true             true | false               add the noisy text to the output of",
-        "                                                                 the attention",
-        "interaction          cross_attention  concat | self_attention |  of image and text in PFIN (Table 3)",
-        "                                      multimodal_transformer |",
+        "setting      letter  default          values                       meaning",
+        "num_steps    T       1500             int 1..100000                T, steps of the diffusion",
+        "residual             visual           visual | text | both | none  added to PFIN's attention:",
+        "                                                                   visual: a linear map of the",
+        "                                                                   image, text: the noisy text; eq.",
+        "                                                                   2 has none",
+        "interaction          cross_attention  concat | self_attention |    of image and text in PFIN (Table",
+        "                                      multimodal_transformer |     3)",
         "                                      cross_attention",
     ]
 

@@ -99,7 +99,7 @@ def fail_from(patch: pytest.MonkeyPatch, step: int, code: int) -> None:
         (errno.EDQUOT, "free some of your quota, or take another disk with --home; the same command goes on from here"),
         (errno.EROFS, "make the disk writable, or take another one with --home"),
         (errno.EACCES, "get permission, or take a folder of yours with --home"),
-        (errno.EFBIG, "raise the limit of file sizes (ulimit -f), or take smaller --shard-rows"),
+        (errno.EFBIG, "raise the limit of file sizes (ulimit -f), or, for a cache, take smaller --shard-rows"),
         (errno.EIO, "give a readable file, or a writable folder with --home"),
     ],
 )

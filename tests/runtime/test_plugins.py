@@ -8,14 +8,13 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 from helpers.command_line import run
-from helpers.planted_methods import PLAIN_NUMBER, planted
+from helpers.planted_methods import planted
 from helpers.tiny_heads import caches_by_key
 from PIL import Image
 
@@ -33,15 +32,6 @@ from pipeline.runtime.plugin_rules import check_dataset, check_encoder
 from pipeline.workspace import Workspace
 
 ROOT = Path(__file__).parents[2]
-
-
-@pytest.fixture(autouse=True)
-def _restored() -> Iterator[None]:
-    """Forget the files that a test loads."""
-    before = plugins.loaded_files()
-    yield
-    for path in set(plugins.loaded_files()) - set(before):
-        plugins.forget_file(path)
 
 
 def test_a_loaded_file_is_a_plugin_like_others(tmp_path: Path) -> None:
@@ -132,51 +122,6 @@ def test_entry_points_are_plugins(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         plugins.names("methods")
 
 
-FROZEN_NOT = "@dataclass(eq=False, kw_only=True)\nclass Config"
-ON = ("    def feature(", "    @property\n    def on(self) -> float:\n        return self.w_text.item()\n\n    def feature(")
-RULES = [
-    ("text is weighted by paired", ('"text", "paired", "label")', '"text", "label")')),
-    ("image is needed", ('needs = ("image", ', "needs = (")),
-    ("prediction reads images alone", ("def predict(self, image: Tensor,", "def predict(self, image: Tensor, text: Tensor,")),
-    ("prediction reads images alone", ("def feature(self, image: Tensor,", "def feature(self, text: Tensor,")),
-    ("no number is read back", ('return {"loss": ce + self.w_text', 'return {"loss": ce + self.w_text.item()')),
-    ("no number is read back", ('        return {"loss": ce', '        self.last = ce\n        return {"loss": ce')),
-    ("every setting has a default", ('"width of the hidden layer"] = 512', '"width of the hidden layer"]')),
-    ("letters, grid and prediction name settings", ('{"gamma": "w_text"}', '{"gamma": "weight"}')),
-    ("a loss takes batch and phase", ("batch: Batch, phase: str)", "batch: Batch)")),
-    ("no number is read back", ('        return {"loss": ce', '        self.a, self.b = ce, mse\n        return {"loss": ce')),
-    ("no number is read back", ('        return {"loss": ce', '        self.a: Tensor = ce\n        return {"loss": ce')),
-    ("no number is read back", ('        return {"loss": ce', '        ce.to("cpu")\n        return {"loss": ce')),
-    ("no number is read back", ("        return self.classifier(", "        self.on\n        return self.classifier(")),
-    ("a method trains and predicts", ("    def predict(", "    def forecast(")),
-    ("a method trains and predicts", ("    def loss(", "    def objective(")),
-    ("settings are a frozen dataclass", ("@dataclass(frozen=True, kw_only=True)\nclass Config(Settings)", FROZEN_NOT)),
-    ("settings are typed", ('"width of the hidden layer"] = 512', '"width"] = 512\n    depth: int | None = None')),
-    ("settings are typed", ('"width of the hidden layer"] = 512', '"width"] = 512\n    depth: Number = 1')),
-    ("every setting has a default", ('"width of the hidden layer"] = 512', '"width of the hidden layer"] = -1')),
-    ("letters, grid and prediction name settings", ("(0.1, 0.3, 1.0, 3.0)", '("much",)')),
-    ("letters, grid and prediction name settings", ("(0.1, 0.3, 1.0, 3.0)", "0.1")),
-]
-
-
-@pytest.mark.parametrize(("rule", "change"), RULES)
-def test_a_method_that_breaks_a_rule_is_refused_by_the_rule_s_name(rule: str, change: tuple[str, str], tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=f"method Imitation breaks the rule '{rule}': "):
-        plugins.load_file(planted(tmp_path, "planted", change, *([ON] if "self.on" in change[1] else [])))
-
-
-def test_begin_and_what_it_alone_uses_may_read_numbers_back(tmp_path: Path) -> None:
-    call = ('        self.image_scale.fit(batch["image"]', '        self.count()\n        self.image_scale.fit(batch["image"]')
-    count = ("    def feature(", "    def count(self) -> None:\n        self.size = self.w_text.item()\n\n    def feature(")
-    assert plugins.load_file(planted(tmp_path, "planted", call, count)) == "methods"
-
-
-def test_a_second_name_of_the_class_is_no_second_method(tmp_path: Path) -> None:
-    path = planted(tmp_path, "planted")
-    path.write_text(path.read_text() + "\nAlias = Imitation\n")
-    assert plugins.load_file(path) == "methods"
-
-
 def test_a_changed_file_is_loaded_anew_under_any_spelling_of_its_path(tmp_path: Path) -> None:
     path = planted(tmp_path, "copied")
     (tmp_path / "sub").mkdir()
@@ -229,17 +174,6 @@ def test_the_failure_of_a_plug_in_names_its_file_and_line(
     printed = capsys.readouterr().err
     assert f"more likely, in the plug-in {path}, line 2 (ZeroDivisionError: division by zero); its traceback" in printed
     assert "Traceback" in printed
-
-
-@pytest.mark.parametrize("name", plugins.names("methods"))
-def test_all_methods_obey_the_rules(name: str, caplog: pytest.LogCaptureFixture) -> None:
-    plugins.check_method(plugins.get("methods", name))
-    assert not caplog.records
-
-
-def test_a_number_that_is_an_attribute_is_warned_about(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    plugins.load_file(planted(tmp_path, "planted", PLAIN_NUMBER))
-    assert "breaks the rule 'numbers are tensors': 'w_text' is kept as an attribute" in capsys.readouterr().err
 
 
 DATASET = '''"""A dataset of one file: name, split, class."""

@@ -16,6 +16,7 @@ from pipeline.runtime.device import default_device, resolve_dtype
 from pipeline.runtime.files import canonical_json, fingerprint
 from pipeline.runtime.settings import field_types
 from pipeline.studies.grid import PrecisionChoice, plan_grid, read_axes, read_cells
+from pipeline.studies.search import run_grid
 from pipeline.training.config import TrainConfig
 from pipeline.training.heads import plan_head, resolve_head_settings
 
@@ -27,7 +28,7 @@ def test_axes_are_read_by_letter_and_by_name_from_options_and_files(tmp_path: Pa
     assert axes == {
         "w_ce_dst": (0.5, 1.0),
         "stages": ("dsl", "dst"),
-        "residual": (True, False),
+        "residual": ("text", "none"),
         "num_steps": (900, 1200),
         "lr": (0.001, 0.003),
         "w_sc": (1.0,),
@@ -191,3 +192,10 @@ def test_the_folder_of_a_grid_is_named_by_its_identity(tiny_home: Path, tmp_path
     folder = replace(grid, features=replace(grid.features, home=tmp_path)).create_folder()
     assert folder.name == f"seda-{fingerprint(grid.identity())[:12]}"
     assert canonical_json(json.loads((folder / "grid.json").read_text())) == canonical_json(grid.identity())
+
+
+def test_lanes_need_the_stacked_strategy(tiny_home: Path) -> None:
+    with pytest.raises(
+        ValueError, match="--lanes are cells of one model, and --strategy processes trains every cell by itself"
+    ):
+        run_grid(tiny_grid(tiny_home), strategy="processes", max_ensemble_size=2)

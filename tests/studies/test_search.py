@@ -241,7 +241,7 @@ def test_the_command_prints_the_ranking_and_the_winner(
         cli.main()
     printed = capsys.readouterr()
     header, *rows = printed.out.splitlines()
-    assert header.split() == ["rank", "tau", "val_acc1", "std", "val_loss", "seeds", "state"]
+    assert header.split() == ["rank", "tau", "val_acc1", "std", "val_loss", "seeds", "state", "verdict"]
     assert [row.split()[0] for row in rows[:2]] == ["1", "2"]
     assert rows[2] == f"winner: tau={rows[0].split()[1]}"
     assert rows[4] == "test:   not read"

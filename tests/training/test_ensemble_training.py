@@ -23,7 +23,7 @@ from torch._dynamo.utils import counters
 from pipeline.evaluation.evaluate import evaluate
 from pipeline.runtime import files, plugins
 from pipeline.runtime.runs import RunFolder
-from pipeline.runtime.settings import name_settings
+from pipeline.runtime.settings import field_types, name_settings
 from pipeline.studies.search import run_grid
 from pipeline.training import heads as heads_module
 from pipeline.training.ensemble import structure_key
@@ -36,7 +36,8 @@ from pipeline.training.state import TrainState
 # 9e-7. With bfloat16 products they differ by up to 0.05. For comparison: the logits of a single head with bfloat16 products
 # differ from those with float32 products by 0.02.
 TOLERANCE = {"float32": 1e-5, "mixed": 0.1}
-POINTS = 0.1  # tolerance of a metric, in percentage points
+# Tolerance of a metric in percentage points. A product that is rounded to bfloat16 may turn a near tie of one sample of four.
+POINTS = {"float32": 0.1, "mixed": 25.0}
 OTHER_TRAINING: dict[str, Any] = {
     "lr": 1e-2,
     "weight_decay": 1e-2,
@@ -81,8 +82,10 @@ def assert_same(head: HeadPlan, home: Path, other_home: Path) -> None:
     tolerance = TOLERANCE[head.training.precision]
     (ours, our_metrics), (theirs, their_metrics) = evaluated(home, run_path), evaluated(other_home, run_path)
     np.testing.assert_allclose(ours, theirs, atol=tolerance, rtol=0)
-    assert our_metrics == pytest.approx(their_metrics, abs=POINTS)
+    points = POINTS[head.training.precision]
+    assert our_metrics == pytest.approx(their_metrics, abs=points)
     first, second = (pd.read_csv(each / run_path / "history.csv") for each in (home, other_home))
+    np.testing.assert_allclose(first.pop("val_metric"), second.pop("val_metric"), atol=points, rtol=0)
     pd.testing.assert_frame_equal(first, second, atol=tolerance, rtol=tolerance)
     assert not (home / run_path / "state.pt").exists()
 
@@ -90,16 +93,18 @@ def assert_same(head: HeadPlan, home: Path, other_home: Path) -> None:
 def variations(features: FeatureSet, method: str, training: Mapping[str, Any]) -> list[HeadPlan]:
     """Plans of heads with equal structure: the default, each possible change, all changes at once, and other training."""
     module = plugins.get("methods", method)
-    default = planned(features, method, {}, training)
+    # without dropout a head has another structure, so all of them have some
+    base = {name: 0.1 for name in field_types(module.Config) if name.endswith("dropout")}
+    default = planned(features, method, base, training)
     known = structure_key(module(default.settings, features.shapes))
     changes: dict[str, Any] = {}
     for field, hint in changeable(default.settings).items():
         value = another_value(default.settings, field, hint)
         if structure_key(module(with_settings(default.settings, **{field: value}), features.shapes)) == known:
             changes[field] = value
-    heads = [planned(features, method, {field: value}, training) for field, value in changes.items()]
-    mixed = planned(features, method, changes, {**training, **OTHER_TRAINING})
-    return [default, *heads, mixed, planned(features, method, {}, {**training, "lr": 1e-2, "weight_decay": 0.0})]
+    heads = [planned(features, method, base | {field: value}, training) for field, value in changes.items()]
+    mixed = planned(features, method, base | changes, {**training, **OTHER_TRAINING})
+    return [default, *heads, mixed, planned(features, method, base, {**training, "lr": 1e-2, "weight_decay": 0.0})]
 
 
 @pytest.mark.parametrize("precision", ["float32", "mixed"])
@@ -324,7 +329,7 @@ def test_different_structures_are_not_stacked(home: Path, monkeypatch: pytest.Mo
 
 
 def test_cells_with_a_structure_of_their_own_equal_single_heads_bit_for_bit(home: Path, other_home: Path) -> None:
-    pairs = ("num_tokens=2,4", "residual=true,false")
+    pairs = ("num_tokens=2,4", "residual=visual,text")
     result = run_grid(tiny_grid(home, pairs=pairs), workers=0, strategy="stacked")
     run_grid(tiny_grid(other_home, pairs=pairs), workers=0)
     assert len(result.ranking) == 4
@@ -372,13 +377,6 @@ def test_an_ensemble_that_does_not_fit_in_memory_is_halved(home: Path, monkeypat
     assert all(head.run.is_done for head in grid.heads.values())
 
 
-def test_lanes_need_the_stacked_strategy(tiny_home: Path) -> None:
-    with pytest.raises(
-        ValueError, match="--lanes are cells of one model, and --strategy processes trains every cell by itself"
-    ):
-        run_grid(tiny_grid(tiny_home), strategy="processes", max_ensemble_size=2)
-
-
 @pytest.mark.parametrize("method", plugins.names("methods"))
 def test_a_compiled_loss_equals_the_loss(method: str, home: Path, other_home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The loss is one graph, compiled once for all steps. The backend here uses torch's kernels and needs no C++ compiler."""
@@ -396,4 +394,4 @@ def test_a_compiled_loss_equals_the_loss(method: str, home: Path, other_home: Pa
             evaluated(head.features.home, head.run.path.relative_to(head.features.home)) for head in pair
         )
         np.testing.assert_allclose(ours, theirs, atol=TOLERANCE["float32"], rtol=0)
-        assert our_metrics == pytest.approx(their_metrics, abs=POINTS)
+        assert our_metrics == pytest.approx(their_metrics, abs=POINTS["float32"])

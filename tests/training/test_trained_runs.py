@@ -140,5 +140,5 @@ def test_settings_out_of_range_are_refused() -> None:
         TrainConfig(lr=0.0)
     with pytest.raises(ValueError, match="unknown preset 'fast'; choose one of: paper, head, tuned"):
         resolve_head_settings("tiny", "ema", "fast", {}, {})
-    with pytest.raises(ValueError, match=r"unknown setting 'depth'; choose one of: denoiser, .*T \(= num_steps\)"):
+    with pytest.raises(ValueError, match=r"unknown setting 'depth'; choose one of: num_steps, .*T \(= num_steps\)"):
         resolve_head_settings("tiny", "cdr", "head", {"depth": 3}, {})
