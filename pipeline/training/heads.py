@@ -198,7 +198,7 @@ def train_heads(heads: Sequence[HeadPlan], progress: bool, should_stop: StopChec
 
 
 def _build_method(head: HeadPlan, device: torch.device) -> Method:
-    with torch.random.fork_rng([]):
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(head.run.seed)
         return plugins.get("methods", head.config.method)(head.settings, head.features.shapes).to(device)
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from pipeline.runtime.logs import ProgressBar
 from pipeline.runtime.rng import seed_step
@@ -77,14 +77,15 @@ def train_epoch(trainer: Trainer, source: Source) -> list[dict[str, str | float]
     first = trainer.states[0]
     phase, epoch, seed = first.phase.name, first.progress.epoch, first.run.seed
     names: list[str] = []
-    values: list[Tensor] = []
+    total, step = torch.zeros(()), 0
     # Epochs are counted over all phases, so that no two phases see the same permutation or the same caption.
-    for step, batch in enumerate(source(len(first.progress.history))):
+    for batch in source(len(first.progress.history)):
         seed_step(seed, phase, epoch, step)
         parts = trainer.step(batch, phase)
         names = list(parts)
-        values.append(torch.stack([part.detach().float() for part in parts.values()]))
-    means = torch.stack(values).mean(dim=0).reshape(len(names), -1).T.tolist()
+        values = torch.stack([part.detach().float() for part in parts.values()])
+        total, step = values if step == 0 else total + values, step + 1
+    means = (total / step).reshape(len(names), -1).T.tolist()
     rates = [rate for optimizer in trainer.optimizers for rate in optimizer.end_epoch()]
     return [
         {"phase": phase, "epoch": epoch, "lr": rate, **dict(zip(names, row, strict=True))}
