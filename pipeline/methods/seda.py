@@ -77,9 +77,8 @@ class Config(SamplerConfig):
     scale: Annotated[ScaleMode, "standardisation of image and text features"] = "per_dim"
     label_loss: Annotated[LabelLoss, "for multi-label data"] = "softmax_kl"
 
-    old_values: ClassVar[Mapping[str, Mapping[Any, Any]]] = {
-        "residual": {True: "text", "true": "text", False: "none", "false": "none"}
-    }
+    old_values: ClassVar[Mapping[str, Mapping[str, Any]]] = {"residual": {"true": "text", "false": "none"}}
+    old_defaults: ClassVar[Mapping[str, Any]] = {"residual": "text"}
 
     def __post_init__(self) -> None:
         super().__post_init__()

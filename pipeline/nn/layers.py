@@ -94,9 +94,10 @@ class ConcatLinear(nn.Module):
 
         If contributions of other parts [B,out_width] are given, return the sum with them.
         """
-        if others is not None and x.ndim == 2:
+        bias = self.bias if part == 0 else None
+        if others is not None and bias is None and x.ndim == 2:
             return torch.addmm(others, x, self.weights[part].T)
-        own = F.linear(x, self.weights[part], self.bias if part == 0 else None)
+        own = F.linear(x, self.weights[part], bias)
         return own if others is None else others + own
 
 

@@ -51,14 +51,16 @@ class Method(nn.Module):
     def train(self, mode: bool = True) -> Self:
         """Set training or evaluation mode; in training, parts whose parameters are all frozen stay in evaluation mode."""
         super().train(mode)
-        for part in self.children():
+        for part in self.modules():
             trained = [parameter.requires_grad for parameter in part.parameters()]
-            if mode and trained and not any(trained):
+            if mode and part is not self and trained and not any(trained):
                 part.train(False)
         return self
 
     def begin(self, phase: str, train: Callable[[], Iterator[Batch]]) -> None:
         """Prepare for a phase: compute statistics of the training split and store them in buffers. By default, do nothing.
+
+        Random numbers come from torch's own functions: the loop seeds them with (seed, phase).
 
         Args:
             phase: name of the phase that is about to start.

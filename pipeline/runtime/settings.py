@@ -133,7 +133,8 @@ class Settings:
     """
 
     aliases: ClassVar[Mapping[str, tuple[str, ...]]] = {}  # other spellings, each with the settings that it names
-    old_values: ClassVar[Mapping[str, Mapping[Any, Any]]] = {}  # setting -> values of earlier versions, with those of today
+    old_values: ClassVar[Mapping[str, Mapping[str, Any]]] = {}  # setting -> lower-case earlier values, with those of today
+    old_defaults: ClassVar[Mapping[str, Any]] = {}  # setting -> its default when runs had another recipe, see `runs.RECIPE`
 
     def __post_init__(self) -> None:
         check_settings(self, self.label_of)
@@ -300,7 +301,7 @@ def parse_setting(config_type: type[Any], name: str, value: Any, label: str = ""
     Messages call the setting `label`, or by its name.
     """
     today = getattr(config_type, "old_values", {}).get(name, {})
-    return parse_value(label or name, today.get(value, value) if today else value, field_types(config_type)[name])
+    return parse_value(label or name, today.get(str(value).lower(), value), field_types(config_type)[name])
 
 
 def parse_value(field: str, value: Any, hint: Any) -> Any:

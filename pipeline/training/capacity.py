@@ -23,7 +23,8 @@ def bytes_per_method(method: Method, batch: Batch, num_rows: int) -> int:
     weights = sum(parameter.nbytes for _, parameter in method.named_parameters())
     own_tensors = chain(method.parameters(), method.buffers())
     known = {tensor.untyped_storage().data_ptr() for tensor in chain(batch.values(), own_tensors)}
-    largest = max(_bytes_saved_for_backward(partial(method.loss, batch, phase.name), known) for phase in method.phases)
+    with torch.random.fork_rng([tensor.device for tensor in batch.values() if tensor.is_cuda][:1]):  # a loss draws
+        largest = max(_bytes_saved_for_backward(partial(method.loss, batch, phase.name), known) for phase in method.phases)
     return 4 * weights + largest * num_rows // len(batch["key"])
 
 

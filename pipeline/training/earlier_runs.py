@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 from pipeline.runtime import plugins
 from pipeline.runtime.errors import UserError
 from pipeline.runtime.runs import RECIPE, RunConfig, RunFolder, find_runs
-from pipeline.runtime.settings import configure
+from pipeline.runtime.settings import configure, describe_settings
 from pipeline.training.config import TrainConfig
 from pipeline.training.heads import HeadPlan
 
@@ -29,15 +30,33 @@ def log_earlier_runs(heads: Iterable[HeadPlan], earlier_precision: str = "") -> 
         return
     earlier = dict(_read_runs(new[0].features.home, new[0].config))
     for head in new if earlier else ():
-        run = earlier.get((head.config.fingerprint(), head.run.seed))
-        why = "an earlier version trained it, with other random numbers"
-        if not run and earlier_precision:
-            training = {**head.config.training, "precision": earlier_precision}
-            run = earlier.get((replace(head.config, training=training).fingerprint(), head.run.seed))
-            why = f"its precision is {earlier_precision}, once the default here: --precision {earlier_precision} takes it"
-        if run:
-            logger.warning("%s has these settings (%s); this command makes another run, %s", run.path, why, head.run.path)
-            return
+        for changes, config in _earlier_forms(head, earlier_precision):
+            run = earlier.get((config.fingerprint(), head.run.seed))
+            if run and (why := _difference(run, changes)):
+                logger.warning("%s has these settings (%s); this command makes another run, %s", run.path, why, head.run.path)
+                return
+
+
+def _earlier_forms(head: HeadPlan, earlier_precision: str) -> Iterator[tuple[dict[str, Any], RunConfig]]:
+    """Yield what the settings of a head were when defaults were others, and what differs: first nothing, then more."""
+    config = head.config
+    defaults = {setting.name: setting.default for setting in describe_settings(type(head.settings))}
+    old_defaults = getattr(head.settings, "old_defaults", {})
+    old = {name: value for name, value in old_defaults.items() if config.settings[name] == defaults[name]}
+    precision = {"precision": earlier_precision} if earlier_precision else {}
+    for settings in ({}, old) if old else ({},):
+        for training in ({}, precision) if precision else ({},):
+            changed = {"settings": {**config.settings, **settings}, "training": {**config.training, **training}}
+            yield {**settings, **training}, replace(config, **changed)
+
+
+def _difference(run: RunFolder, changes: Mapping[str, Any]) -> str:
+    """Return why a run of an earlier version, or of an earlier default, is not the run of today; "" if the user chose so."""
+    listed = ", ".join(f"{name}={value}" for name, value in changes.items())
+    if run.config().recipe < RECIPE:
+        return f"an earlier version trained it, with other random numbers{' and its default ' * bool(listed)}{listed}"
+    precision = changes.get("precision")
+    return f"its precision is {precision}, once the default here: --precision {precision} takes it" if len(changes) == 1 else ""
 
 
 def _read_runs(home: Path, planned: RunConfig) -> Iterator[tuple[tuple[str, int], RunFolder]]:

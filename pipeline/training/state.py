@@ -19,6 +19,7 @@ from torch import Tensor
 from pipeline.nn.method import Method
 from pipeline.runtime.errors import UserError
 from pipeline.runtime.files import sha256, write_atomic
+from pipeline.runtime.rng import seed_step
 from pipeline.runtime.runs import RunFolder
 from pipeline.training.config import TrainConfig
 from pipeline.training.history import Validation
@@ -122,6 +123,7 @@ class TrainState:
             parameter.requires_grad_(name.startswith(self.phase.trains))
         if self.progress.epoch == 0:
             self.method.train(False)
+            seed_step(self.run.seed, self.phase.name, 0, -1)  # for methods that draw in `begin`, such as initial centres
             with torch.no_grad():
                 self.method.begin(self.phase.name, train_pass)
 

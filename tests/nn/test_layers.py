@@ -88,6 +88,9 @@ def test_the_parts_of_a_concat_linear_sum_to_one_linear_layer() -> None:
     parts = torch.randn(4, 2), torch.randn(4, 5), torch.randn(4, 3)
     expected = nn.functional.linear(torch.cat(parts, dim=1), torch.cat(list(layer.weights), dim=1), layer.bias)
     torch.testing.assert_close(sum(layer(i, x) for i, x in enumerate(parts)), expected)
+    torch.testing.assert_close(layer(2, parts[2], layer(1, parts[1], layer(0, parts[0]))), expected)
+    torch.testing.assert_close(layer(0, parts[0], layer(1, parts[1], layer(2, parts[2]))), expected)  # part 0 has the bias
+    torch.testing.assert_close(layer(2, parts[2][0], layer(0, parts[0]) + layer(1, parts[1]))[0], expected[0])
     assert all(weight.is_contiguous() and weight.requires_grad for weight in layer.weights)
 
 

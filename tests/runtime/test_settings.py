@@ -168,6 +168,8 @@ def test_messages_call_a_setting_as_users_do() -> None:
     [
         ("seda", {"T": "900", "t": "0", "gamma": "0.5", "beta": "2"}, {"num_steps": 900, "stage_step": 0, "w_ce_dst": 0.5}),
         ("marnet", {"tau": "0.1", "w_ce_ema": "0.5", "alpha2": "3"}, {"ema.tau": 0.1, "ema.w_ce": 0.5, "cdr.w_ce": 3.0}),
+        ("seda", {"residual": "True"}, {"residual": "text"}),
+        ("seda", {"residual": "false"}, {"residual": "none"}),
         ("ema", {"d": "8", "tau": "0.2"}, {"width": 8, "tau": 0.2}),
         ("cdr", {"T": "50", "gamma": "0.5"}, {"num_steps": 50, "w_mse": 0.5}),
     ],
@@ -177,6 +179,12 @@ def test_letters_and_old_names_are_read(method: str, given: dict[str, str], expe
     config = configure(plugin.Config, given, plugin.symbols)
     values = flatten(asdict(config))
     assert {name: values[name] for name in expected} == expected
+
+
+@pytest.mark.parametrize("value", [1, None, ["text"]])
+def test_a_value_of_no_version_is_refused(value: Any) -> None:
+    with pytest.raises(UserError, match="setting 'residual' is"):
+        configure(plugins.get("methods", "seda").Config, {"residual": value})
 
 
 def test_the_methods_that_sample_declare_their_sampler_once() -> None:

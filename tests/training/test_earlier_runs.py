@@ -23,7 +23,7 @@ from pipeline.studies.grid import plan_grid
 from pipeline.studies.runs import load_run
 from pipeline.studies.sampler_curve import write_sampler_curve
 from pipeline.training.earlier_runs import log_earlier_runs
-from pipeline.training.heads import HeadPlan, plan_head, resolve_head_settings
+from pipeline.training.heads import HeadPlan, plan_head, resolve_head_settings, train_head
 
 # the small settings of MARNet, as an earlier version wrote all of its settings into config.json
 OLD_SMALL = {
@@ -96,6 +96,29 @@ def test_other_settings_are_no_earlier_run(home: Path, caplog: pytest.LogCapture
     train_tiny(home, "cdr", training={"precision": "mixed"})
     log_earlier_runs([plan(home, "cdr")])
     assert not caplog.messages
+
+
+def test_a_run_of_an_earlier_recipe_is_named_with_the_defaults_of_its_time(
+    home: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    given, training = {**small_settings("seda"), "residual": "text"}, {**FAST_TRAINING, "precision": "mixed"}
+    chosen = resolve_head_settings("tiny", "seda", "head", given, training)
+    run = train_head(plan_head(home, "tiny", "seda", *chosen, 0, caches_by_key(home)), progress=False)
+    head = plan(home, "seda")
+    log_earlier_runs([head], "mixed")
+    assert not caplog.messages  # it has today's recipe: its user chose these settings
+    settings = {key: value for key, value in run.config().settings.items() if key != "residual"}
+    old = as_old_run(run, home, {**settings, "residual": True})
+    log_earlier_runs([head])
+    assert not caplog.messages  # precision was given
+    log_earlier_runs([head], "mixed")
+    (message,) = caplog.messages
+    assert str(old.path) in message
+    assert "with other random numbers and its default residual=text, precision=mixed" in message
+    assert "takes it" not in message
+    caplog.clear()
+    log_earlier_runs([plan(home, "seda", precision="mixed")])
+    assert "its default residual=text)" in caplog.messages[0]
 
 
 def test_a_grid_names_the_run_of_its_old_default_of_precision(home: Path, caplog: pytest.LogCaptureFixture) -> None:

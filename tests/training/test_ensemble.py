@@ -208,7 +208,9 @@ def test_the_memory_of_a_method_is_what_its_graph_holds(name: str) -> None:
     saved = max(
         _saved_bytes(lambda phase=phase: seeded_loss(method, batch, phase.name)["loss"], known) for phase in method.phases
     )
+    before = torch.get_rng_state()
     assert bytes_per_method(method, batch, ROWS) == pytest.approx(4 * weights + saved, rel=0.05)
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 WAITING_OPERATORS = (

@@ -6,7 +6,7 @@ import math
 import shutil
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -145,6 +145,44 @@ def test_the_loop_is_adam_with_steps_clipping_and_frozen_phases(tmp_path: Path) 
     kept = load_file(run.path / "checkpoint.safetensors")
     for name, tensor in oracle.state_dict().items():
         torch.testing.assert_close(kept[name], tensor, rtol=1e-4, atol=1e-5)
+
+
+class Nested(Method):
+    """Two parts inside one module, trained one after the other; `begin` draws."""
+
+    def __init__(self) -> None:
+        super().__init__(None, {})
+        self.needs, self.phases = ("image", "label"), (Phase("a", ("parts.a.",)), Phase("b", ("parts.b.",)))
+        self.parts = nn.ModuleDict({name: nn.Sequential(nn.BatchNorm1d(3), nn.Linear(3, 3)) for name in "ab"})
+        self.register_buffer("drawn", torch.zeros(4))
+
+    def begin(self, phase: str, train: Callable[[], Iterator[Batch]]) -> None:
+        self.get_buffer("drawn").copy_(torch.rand(4))
+
+    def loss(self, batch: Batch, phase: str) -> Batch:
+        return {"loss": self.parts["b"](self.parts["a"](batch["image"])).square().mean()}
+
+
+def test_a_frozen_part_inside_a_module_stays_in_evaluation_mode(tmp_path: Path) -> None:
+    method = Nested()
+    state = TrainState(method=method, run=RunFolder(tmp_path / "nested-0" / "seed0", 0), config=TrainConfig(epochs=1))
+    state.start_phase(lambda: iter(()))
+    method.train()
+    assert (method.training, method.parts["a"][0].training, method.parts["b"][0].training) == (True, True, False)
+    method.train(False)
+    assert not any(module.training for module in method.modules())
+
+
+def test_what_begin_draws_is_decided_by_seed_and_phase(tmp_path: Path) -> None:
+    drawn = {}
+    for seed, phase in ((0, 0), (0, 0), (1, 0), (0, 1)):
+        method = Nested()
+        state = TrainState(method=method, run=RunFolder(tmp_path / "nested-0" / f"seed{seed}", seed), config=TrainConfig())
+        state.progress.phase = phase
+        torch.rand(1)
+        state.start_phase(lambda: iter(()))
+        assert torch.equal(drawn.setdefault((seed, phase), method.get_buffer("drawn")), method.get_buffer("drawn"))
+    assert len({tuple(values.tolist()) for values in drawn.values()}) == 3
 
 
 def test_the_kept_weights_are_the_moving_average(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:

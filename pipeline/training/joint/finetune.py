@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
@@ -16,7 +17,7 @@ from pipeline.extraction.extract import ExtractOptions
 from pipeline.runtime import plugins
 from pipeline.runtime.errors import UserError, is_bug
 from pipeline.runtime.files import lock, sha256, write_atomic
-from pipeline.runtime.runs import RunConfig, RunFolder
+from pipeline.runtime.runs import RECIPE, RunConfig, RunFolder
 from pipeline.runtime.settings import configure
 from pipeline.training.config import TrainConfig
 from pipeline.training.features import FeatureSet, open_features
@@ -26,6 +27,8 @@ from pipeline.training.joint.export import export_encoder, extract_tuned_feature
 from pipeline.training.joint.plan import JointConfig, JointOptions, JointPlan
 from pipeline.training.joint.trainer import train_joint
 from pipeline.training.state import delete_saved_state
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -88,10 +91,10 @@ def finetune(home: Path, init: RunFolder, joint: JointConfig, training: TrainCon
     if init_config.setting("adapter") == "pca":
         raise UserError("principal components turn as the encoder moves; train the head with adapter=classifier, or none")
     changes = {"stage": "joint", **asdict(joint), "init": init_config.fingerprint()[:12]}
-    config = replace(init_config, training={**asdict(training), **changes})
-    run = RunFolder(
-        home / "joint" / config.dataset / f"{config.method}-{config.fingerprint()[:12]}" / init.path.name, init.seed
-    )
+    config = replace(init_config, training={**asdict(training), **changes}, recipe=RECIPE)
+    run, earlier = (_joint_run(home, each, init) for each in (config, replace(config, recipe=init_config.recipe)))
+    if earlier.path != run.path and earlier.is_done and not run.path.exists():
+        logger.warning("%s has these settings (an earlier version trained it); this trains %s", earlier.path, run.path)
     features = open_features(home, config.dataset, config.method, config.caches, config.text_aggregate)
     with distributed_context() as context:
         if not run.is_done:
@@ -102,6 +105,12 @@ def finetune(home: Path, init: RunFolder, joint: JointConfig, training: TrainCon
         if context.rank:
             return FinetuneResult(init, "", 0.0, 0.0, {})
     return _compare_and_publish(home, init, run, config, features, joint, options)
+
+
+def _joint_run(home: Path, config: RunConfig, init: RunFolder) -> RunFolder:
+    """Return the folder of a joint run, which starts from `init` and has its seed."""
+    name = f"{config.method}-{config.fingerprint()[:12]}"
+    return RunFolder(home / "joint" / config.dataset / name / init.path.name, init.seed)
 
 
 def _train(plan: JointPlan, options: JointOptions, context: DistributedContext) -> None:

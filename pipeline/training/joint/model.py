@@ -111,12 +111,20 @@ class JointMethod(Method):
         batch = self.encode_batch(batch)
         losses, parts = [], {}
         for head_phase in self.head_phases:
+            if self.training:
+                self._train_parts(head_phase)
             phase_parts = self.head.loss(batch, head_phase.name)
             losses.append(phase_parts["loss"])
             parts |= {f"{head_phase.name}_{name}": value for name, value in phase_parts.items()}
         total = torch.stack(losses).sum()
         self.last_loss = total.detach()
         return {"loss": total, **parts}
+
+    def _train_parts(self, phase: Phase) -> None:
+        """Set the modes that the parts of the head have in a phase of stage 2: those that it does not train predict."""
+        for name, part in self.head.named_children():
+            has_weights = next(part.parameters(), None) is not None
+            part.train(not has_weights or any(f"{name}.".startswith(it) or it.startswith(f"{name}.") for it in phase.trains))
 
     def encode_batch(self, batch: Batch) -> Batch:
         """Return the batch with new features of the trained encoders instead of the cached ones."""

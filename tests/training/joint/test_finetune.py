@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import shutil
 import signal
@@ -29,7 +30,7 @@ from pipeline.encoders.timm import Timm
 from pipeline.evaluation.evaluate import evaluate
 from pipeline.runtime.errors import traceback_file
 from pipeline.runtime.rng import KeyedRNG, sample_keys
-from pipeline.runtime.runs import RunFolder
+from pipeline.runtime.runs import RECIPE, RunFolder
 from pipeline.training import loop
 from pipeline.training.features import open_features
 from pipeline.training.joint.finetune import resolve_joint_settings
@@ -207,6 +208,17 @@ def test_texts_of_other_splits_change_nothing(tiny_manifest: Manifest, home: Pat
     (ours, our_logits), (theirs, their_logits) = results
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
     assert np.array_equal(our_logits, their_logits)
+
+
+def test_a_head_of_an_earlier_recipe_is_tuned_as_a_run_of_today(home: Path) -> None:
+    init = joint_home.train_small_head(home, "baseline", epochs=1)
+    config = replace(init.config(), recipe=1)
+    old = RunFolder.of(home, config, 0)
+    shutil.move(init.path.parent, old.path.parent)
+    (old.path / "config.json").write_text(json.dumps(config.as_json()))
+    result = joint_home.finetune_briefly(home, old, IMAGE)
+    assert joint_run(home).config().recipe == RECIPE
+    assert result.run.config().recipe == (RECIPE if result.is_better else 1)
 
 
 def test_a_joint_run_that_is_not_better_leaves_stage_2_as_it_is(home: Path) -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import joint_home
-from helpers.method_cases import seeded_loss
+from helpers.method_cases import fitted, seeded_loss
 from torch import Tensor, nn
 
 from pipeline.cache.table import shuffled_batches
@@ -192,3 +192,15 @@ def test_each_group_has_its_learning_rate_and_all_are_clipped_together(tmp_path:
         adam.step()
     for name, tensor in oracle.state_dict().items():
         torch.testing.assert_close(ours.state_dict()[name], tensor, rtol=1e-4, atol=1e-6)
+
+
+def test_a_fusion_reads_branches_without_their_dropout() -> None:
+    """As in stage 2: in the phase "fusion" the branches predict, while the phases "ema" and "cdr" have dropout."""
+    changes = {"ema.dropout": 0.3, "cdr.dropout": 0.3, "cdr.zero_start": True}
+    head, batch = fitted("marnet", **changes)
+    model = JointMethod(head, {}, {}, (), (), joint_home.ALONE).train()
+    first, second = (seeded_loss(model, batch, "joint", seed) for seed in (0, 1))
+    for name, value in first.items():
+        assert torch.equal(value, second[name]) == name.startswith("fusion_"), name
+    assert head.ema.training is False  # the last phase was "fusion"
+    assert not any(module.training for module in model.train(False).modules())
