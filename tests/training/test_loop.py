@@ -168,7 +168,11 @@ def test_a_frozen_part_inside_a_module_stays_in_evaluation_mode(tmp_path: Path) 
     state = TrainState(method=method, run=RunFolder(tmp_path / "nested-0" / "seed0", 0), config=TrainConfig(epochs=1))
     state.start_phase(lambda: iter(()))
     method.train()
-    assert (method.training, method.parts["a"][0].training, method.parts["b"][0].training) == (True, True, False)
+    assert (method.training, method.get_submodule("parts.a.0").training, method.get_submodule("parts.b.0").training) == (
+        True,
+        True,
+        False,
+    )
     method.train(False)
     assert not any(module.training for module in method.modules())
 
