@@ -72,9 +72,9 @@ def info_nce(a: Tensor, b: Tensor, tau: Tensor | float, weight: Tensor | None = 
         tau: temperature.
         weight: see the module docstring.
     """
-    a, b = (F.normalize(x, dim=-1) for x in (a, b))
-    similarity = a @ b.T
-    similarity = similarity.to(_wide(similarity.dtype)) / tau
+    with torch.autocast(a.device.type, enabled=False):  # a rounded similarity, divided by a small tau, is mostly noise
+        a, b = (F.normalize(x.to(_wide(x.dtype)), dim=-1) for x in (a, b))
+        similarity = a @ b.T / tau
     own = torch.arange(len(a), device=a.device)
 
     def contrast(logits: Tensor) -> Tensor:

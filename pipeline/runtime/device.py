@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import resource
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from functools import cache
 from pathlib import Path
 from typing import Literal
@@ -89,14 +89,14 @@ def use_precision(precision: Precision, device: torch.device) -> Iterator[None]:
 
 @contextmanager
 def reproducible(device: torch.device, precision: Precision = "float32") -> Iterator[None]:
-    """Inside the block, compute in exactly this format and on one CPU thread.
+    """Inside the block, compute in exactly this format, on one CPU thread, and without fused attention on a GPU.
 
-    One thread, because the last bits of a sum depend on how many threads share it.
+    The last bits of a sum depend on how many threads share it, and fused attention does not promise the same gradients again.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        with use_precision(precision, device):
+        with use_precision(precision, device), sdpa_kernel(SDPBackend.MATH) if device.type == "cuda" else nullcontext():
             yield
     finally:
         torch.set_num_threads(threads)

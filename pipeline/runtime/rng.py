@@ -1,14 +1,14 @@
-"""Random numbers of training, which depend on the step alone, and of prediction, which depend on the sample alone.
+"""Random numbers of training steps, which depend on the step alone, and of samples: predictions, order, captions, augmentation.
 
 In training, `seed_step` seeds torch's own generators before every step. Whatever a method draws in it, with `torch.rand` or
 with a layer, is a function of the run's seed, the phase, the epoch and the step. A resumed run needs no saved state, and all
 heads of an ensemble get the same numbers.
 
-In prediction, a sample must get the same numbers in any batch. A `KeyedRNG` holds a key and one number per sample.
-`rng.at("noise", step)` mixes the name of a stream into the key. Drawing hashes (key, sample, position) with the finaliser of
-SplitMix64 (Steele et al. 2014, "Fast splittable pseudorandom number generators"). There is no state. Therefore a draw does
-not depend on the batch size, on the order of samples, on the other samples of the batch, or on earlier draws. A key is an
-int, which needs no memory on the device, or a tensor.
+A sample must get the same numbers in any batch when it is predicted, and the same place in an epoch. A `KeyedRNG` holds a key
+and one number per sample. `rng.at("noise", step)` mixes the name of a stream into the key. Drawing hashes (key, sample,
+position) with the finaliser of SplitMix64 (Steele et al. 2014, "Fast splittable pseudorandom number generators"). There is
+no state. Therefore a draw does not depend on the batch size, on the order of samples, on the other samples of the batch, or on
+earlier draws. A key is an int, which needs no memory on the device, or a tensor.
 """
 
 from __future__ import annotations

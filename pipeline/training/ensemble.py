@@ -145,7 +145,9 @@ class EnsembleTrainer(Trainer):
         device = self.parameters[0].device
         self._loss = compile_loss(self.model) if first.config.compiled else self.model.loss
         self._limits = torch.tensor([state.config.grad_clip for state in states], device=device)
-        self._precision = torch.autocast(device.type, torch.bfloat16, enabled=first.config.precision == "mixed")
+        self._precision = torch.autocast(
+            device.type, torch.bfloat16, enabled=first.config.precision == "mixed", cache_enabled=True
+        )
 
     def step(self, batch: Batch, phase: str) -> Batch:
         """Take one step of every head along the gradient of its own loss; return the losses and their parts, each [K]."""

@@ -37,7 +37,7 @@ class Trainer:
         self._loss = compile_loss(state.method) if state.config.compiled else state.method.loss
         self._grad_clip = state.config.grad_clip
         device, is_mixed = self.parameters[0].device.type, state.config.precision == "mixed"
-        self._precision = torch.autocast(device, torch.bfloat16, enabled=is_mixed)
+        self._precision = torch.autocast(device, torch.bfloat16, enabled=is_mixed, cache_enabled=True)
 
     def step(self, batch: Batch, phase: str) -> Batch:
         """Take one step of the optimiser along the gradient of the loss; return the loss and its parts, each []."""
