@@ -233,7 +233,10 @@ class Workspace:
             preset: "head" (learning rate 1e-3), "paper" (1e-4), or "tuned" (the dataset's own settings).
             train: Settings of training, such as {"epochs": 20, "lr": 1e-3}; see `TrainConfig`.
             image: Cache of the image features, as in `cache`; "": the dataset's image encoder.
-            text: Cache of the text features; "": the dataset's text encoder.
+            text: Cache of the text features; "": the dataset's text encoder. Or a control: training reads, in place of each
+                sample's text, that of another sample with the same labels ("shuffled-within") or of any other
+                ("shuffled-across"), Gaussian "noise" of the same mean and variance, or the "label" itself; "CACHE:noise" names
+                both.
             aggregate: How several texts of a sample become one vector; "": as the dataset says.
             settings: Settings of the method, by name (of a part: "ema.tau"), alias or the papers' letter, as a mapping.
             more_settings: The same as keyword arguments: T=1200, gamma=1.5.

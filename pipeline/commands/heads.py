@@ -14,6 +14,7 @@ from pipeline.commands.options import (
     AsJson,
     Home,
     SettingOptions,
+    Text,
     parse_assignments,
     parse_integers,
     show,
@@ -42,7 +43,7 @@ def train_head(
     ] = "head",
     seeds: Annotated[str, typer.Option(help="Comma-separated seeds.")] = "0",
     image: Annotated[str, typer.Option(help="Cache of the image features; default: the dataset's image encoder.")] = "",
-    text: Annotated[str, typer.Option(help="Cache of the text features; default: the dataset's text encoder.")] = "",
+    text: Text = "",
     aggregate: Annotated[
         Literal["", "mean", "first", "random"],
         typer.Option(help="How several texts of a sample become one vector; random: another one each epoch."),

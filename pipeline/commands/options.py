@@ -47,6 +47,13 @@ Scheduler = Annotated[
 ]
 Dataset = Annotated[str, typer.Argument(help="Name of a dataset; `diffalign datasets` lists them.")]
 SettingOptions = Annotated[list[str], typer.Option("--set", help="A setting, KEY=VALUE; may be given several times.")]
+Text = Annotated[
+    str,
+    typer.Option(
+        help="Cache of the text features; default: the dataset's text encoder. Or a control that training reads in place of "
+        "the texts: shuffled-within, shuffled-across, noise or label; real: none; CACHE:CONTROL names both."
+    ),
+]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Show more messages.")]
 PluginFiles = Annotated[
     list[Path],

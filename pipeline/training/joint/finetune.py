@@ -16,7 +16,7 @@ from pipeline.extraction.extract import ExtractOptions
 from pipeline.runtime import plugins
 from pipeline.runtime.errors import UserError, is_bug
 from pipeline.runtime.files import lock, sha256, write_atomic
-from pipeline.runtime.runs import RunConfig, RunFolder
+from pipeline.runtime.runs import REAL_TEXT, RunConfig, RunFolder
 from pipeline.runtime.settings import configure
 from pipeline.training.config import TrainConfig
 from pipeline.training.features import FeatureSet, open_features
@@ -85,6 +85,8 @@ def finetune(home: Path, init: RunFolder, joint: JointConfig, training: TrainCon
     missing = [key for key in joint.trained_keys if key not in init_config.caches]
     if missing:
         raise UserError(f"{init_config.method} reads no {missing[0]}; choose --unfreeze image")
+    if init_config.text_control != REAL_TEXT:
+        raise UserError(f"{init.path} was trained on text={init_config.text_control}; joint training reads real texts alone")
     if init_config.setting("adapter") == "pca":
         raise UserError("principal components turn as the encoder moves; train the head with adapter=classifier, or none")
     changes = {"stage": "joint", **asdict(joint), "init": init_config.fingerprint()[:12]}
