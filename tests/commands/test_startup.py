@@ -61,6 +61,7 @@ def cpu_seconds(arguments: list[str], tmp_path: Path) -> tuple[float, subprocess
         (["evaluate", "nowhere"], 2, "nowhere is not a run"),
         (["finetune", "--init", "nowhere"], 2, "nowhere is not a run"),
         (["ablate", "strategy", "--method", "sedaa"], 2, "did you mean 'seda'?"),
+        (["ablate", "text", "--method", "sedaa"], 2, "did you mean 'seda'?"),
     ],
 )  # fmt: skip
 def test_names_are_checked_before_torch_is_imported(arguments: list[str], code: int, message: str, tmp_path: Path) -> None:
