@@ -1,0 +1,46 @@
+"""Heads without text that every claim is measured against, with scikit-learn and SciPy as oracles."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from helpers.method_cases import cross_entropy, fitted, make_rng, seeded_loss, to_numpy
+from scipy.special import ndtr
+
+from pipeline.runtime import plugins
+from pipeline.runtime.settings import configure
+
+
+def test_the_mlp_is_its_layers() -> None:
+    model, batch = fitted("mlp", num_hidden=3)
+    x = (to_numpy(batch["image"]) - to_numpy(batch["image"]).mean(axis=0)) / to_numpy(batch["image"]).std(axis=0)
+    for layer in model.layers.layers:
+        x = x @ to_numpy(layer.weight).T + to_numpy(layer.bias)
+        x = x * ndtr(x)  # GELU
+    np.testing.assert_allclose(to_numpy(model.feature(batch["image"], make_rng())), x, atol=1e-4)
+    logits = x @ to_numpy(model.classifier.weight).T + to_numpy(model.classifier.bias)
+    np.testing.assert_allclose(to_numpy(model.predict(batch["image"], make_rng())), logits, atol=1e-4)
+    expected = cross_entropy(torch.from_numpy(logits), batch["label"])
+    np.testing.assert_allclose(seeded_loss(model, batch)["loss"].item(), expected, rtol=1e-4)
+
+
+def test_the_mlp_has_about_the_size_of_seda() -> None:
+    shapes = {"image": (1280,), "text": (384,), "label": (), "classes": (150,)}
+    sizes = {}
+    for name in ("mlp", "seda"):
+        plugin = plugins.get("methods", name)
+        model = plugin(configure(plugin.Config, {}), shapes)
+        parts = [part for key, part in model.named_children() if key != "space"]  # frozen adapters are no hidden layers
+        sizes[name] = sum(weight.numel() for part in parts for weight in part.parameters())
+    assert 0.8 < sizes["mlp"] / sizes["seda"] < 1.25
+
+
+@pytest.mark.parametrize("num_hidden", [1, 3])
+def test_dropout_acts_in_training_only(num_hidden: int) -> None:
+    model, batch = fitted("mlp", dropout=0.5, num_hidden=num_hidden)
+    losses = {
+        mode: [seeded_loss(model.train(mode), batch, seed=seed)["loss"].item() for seed in (0, 1)] for mode in (True, False)
+    }
+    assert losses[True][0] != losses[True][1]
+    assert losses[False][0] == losses[False][1]
