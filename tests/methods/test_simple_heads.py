@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from helpers.method_cases import cross_entropy, fitted, make_rng, seeded_loss, to_numpy
+from helpers.method_cases import CLASSES, batches_of, build, cross_entropy, fitted, make_batch, make_rng, seeded_loss, to_numpy
 from scipy.special import ndtr
+from sklearn.neighbors import NearestCentroid
 
 from pipeline.runtime import plugins
 from pipeline.runtime.settings import configure
@@ -44,3 +45,31 @@ def test_dropout_acts_in_training_only(num_hidden: int) -> None:
     }
     assert losses[True][0] != losses[True][1]
     assert losses[False][0] == losses[False][1]
+
+
+@pytest.mark.parametrize("scale", ["per_dim", "global", "l2sqrtd"])
+def test_the_nearest_class_mean_is_scikit_learns(scale: str) -> None:
+    model, batch = fitted("class_mean", scale=scale)
+    x = to_numpy(model.feature(batch["image"], make_rng()))
+    oracle = NearestCentroid().fit(x, batch["label"].numpy())
+    other = 2.0 * torch.randn(200, x.shape[1], generator=torch.Generator().manual_seed(5)) + batch["image"].mean(dim=0)
+    for log_scale in (0.0, -2.0, 3.0):  # the temperature changes no predicted class
+        model.log_scale.data.fill_(log_scale)
+        logits = to_numpy(model.predict(other, make_rng()))
+        found = to_numpy(model.feature(other, make_rng()))
+        np.testing.assert_array_equal(logits.argmax(axis=1), oracle.predict(found))
+        expected = -np.exp(log_scale) * ((found[:, None] - oracle.centroids_[None]) ** 2).mean(axis=2)
+        np.testing.assert_allclose(logits, expected, rtol=1e-3, atol=1e-4)
+
+
+def test_a_class_without_training_samples_is_never_nearest() -> None:
+    model, batch = build("class_mean"), make_batch()
+    model.begin("head", batches_of({**batch, "label": batch["label"].clamp(max=CLASSES - 2)}))
+    assert model.predict(batch["image"], make_rng()).argmax(dim=1).max() == CLASSES - 2
+
+
+def test_a_sample_counts_in_the_means_of_all_its_classes() -> None:
+    model, batch = fitted("class_mean", kind="multi")
+    x, label = to_numpy(model.feature(batch["image"], make_rng())), batch["label"].numpy().astype(bool)
+    expected = np.stack([x[label[:, number]].mean(axis=0) for number in range(CLASSES)])
+    np.testing.assert_allclose(to_numpy(model.means), expected, atol=1e-5)
