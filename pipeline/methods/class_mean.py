@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.nn.feature_space import num_classes_in
-from pipeline.nn.layers import ScaleMode, Standardise
+from pipeline.nn.layers import ScaleMode, Standardise, register_hyperparameters
 from pipeline.nn.losses import class_sums, classification_loss
 from pipeline.nn.method import Method
 from pipeline.runtime.rng import KeyedRNG
-from pipeline.runtime.settings import Settings
+from pipeline.runtime.settings import Range, Settings
 from pipeline.types import Batch, Shapes
 
 FAR = 1e3  # distance of a class without training samples
@@ -25,6 +25,7 @@ class Config(Settings):
     """Settings of the nearest class mean."""
 
     scale: Annotated[ScaleMode, "standardisation of the image features"] = "per_dim"
+    shrinkage: Annotated[float, Range(0), "samples at the origin of the standardised features that each class gets"] = 0.0
 
 
 class ClassMean(Method):
@@ -32,10 +33,14 @@ class ClassMean(Method):
 
     Config = Config
     needs = ("image", "label")
-    grid: ClassVar[Mapping[str, tuple[Any, ...]]] = {"scale": ("per_dim", "global", "l2sqrtd")}
+    grid: ClassVar[Mapping[str, tuple[Any, ...]]] = {
+        "scale": ("per_dim", "global", "l2sqrtd"),
+        "shrinkage": (0.0, 1.0, 10.0),
+    }
 
     means: Tensor
     is_present: Tensor
+    shrinkage: Tensor
 
     def __init__(self, config: Config, shapes: Shapes) -> None:
         super().__init__(config, shapes)
@@ -43,6 +48,7 @@ class ClassMean(Method):
         self.num_classes = num_classes_in(shapes)
         self.scale = Standardise(config.scale, width)
         self.log_scale = nn.Parameter(torch.zeros(()))
+        register_hyperparameters(self, shrinkage=config.shrinkage)
         self.register_buffer("means", torch.zeros(self.num_classes, width))
         self.register_buffer("is_present", torch.zeros(self.num_classes))
 
@@ -54,7 +60,7 @@ class ClassMean(Method):
             sums, counts = class_sums(self.scale(batch["image"]), batch["label"], self.num_classes)
             total += sums
             count += counts
-        self.means.copy_(total / count.clamp(min=1.0).unsqueeze(1))
+        self.means.copy_(total / (count + self.shrinkage).clamp(min=1.0).unsqueeze(1))
         self.is_present.copy_((count > 0).float())
 
     def loss(self, batch: Batch, phase: str) -> Batch:

@@ -62,6 +62,13 @@ def test_the_nearest_class_mean_is_scikit_learns(scale: str) -> None:
         np.testing.assert_allclose(logits, expected, rtol=1e-3, atol=1e-4)
 
 
+def test_shrinkage_is_that_many_samples_at_the_origin() -> None:
+    plain, batch = fitted("class_mean")
+    shrunk = fitted("class_mean", shrinkage=3.0)[0]
+    count = np.bincount(batch["label"])[:, None]
+    np.testing.assert_allclose(to_numpy(shrunk.means), to_numpy(plain.means) * count / (count + 3.0), rtol=1e-5)
+
+
 def test_a_class_without_training_samples_is_never_nearest() -> None:
     model, batch = build("class_mean"), make_batch()
     model.begin("head", batches_of({**batch, "label": batch["label"].clamp(max=CLASSES - 2)}))
