@@ -48,6 +48,9 @@ def train_head(
         Literal["", "mean", "first", "random"],
         typer.Option(help="How several texts of a sample become one vector; random: another one each epoch."),
     ] = "",
+    fraction: Annotated[
+        float, typer.Option(help="Share of each class of the training split to train on, above 0 and at most 1.")
+    ] = 1.0,
     home: Home = DEFAULT_HOME,
     as_json: AsJson = False,
 ) -> None:
@@ -67,7 +70,7 @@ def train_head(
 
     from pipeline.workspace import Workspace
 
-    caches: dict[str, Any] = {"image": image, "text": text, "aggregate": aggregate}
+    caches: dict[str, Any] = {"image": image, "text": text, "aggregate": aggregate, "fraction": fraction}
     runs = Workspace(home).train_heads(
         dataset, method, seeds=chosen, preset=preset, train=given_training, **caches, settings=given
     )

@@ -39,16 +39,17 @@ class ShownHeads:
 
 
 def choose_shown_heads(results: DatasetResults, manifest: Manifest) -> ShownHeads:
-    """Choose the best head on validation of every method, among the heads on one set of image features and on real texts.
+    """Choose the best head on validation of every method, among the heads on one set of image features.
 
-    The features are the features of the best baseline, or of the best head when there is no baseline.
+    These are the features of the best baseline, or of the best head when there is no baseline. Heads that were trained on a
+    text control, or on a part of the training split, are left out.
     """
     heads = [
         head
         for head in results.heads
         if head.feature_kind == "image"
         and head.config.manifest == manifest.fingerprint()
-        and head.config.text_control == REAL_TEXT
+        and (head.config.text_control, head.config.train_fraction) == (REAL_TEXT, 1)
     ]
     ranked = sorted(heads, key=lambda head: (head.config.method != BASELINE, -head.val_metric))
     best_by_method: dict[str, HeadRuns] = {}

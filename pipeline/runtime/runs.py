@@ -48,10 +48,11 @@ class RunConfig:
     plugin_sha256: str = ""  # of the file of a method from outside of this package; "": a method of this package
     recipe: int = 1  # version of how a step is computed; equal settings of two recipes are two runs
     text_control: str = REAL_TEXT  # what training read in place of the texts of its samples; see `training.text_controls`
+    train_fraction: float = 1.0  # share of each class of the training split that training read
 
     def as_json(self) -> dict[str, Any]:
         """Return the config as plain JSON values, without what ordinary runs of the first version did not have."""
-        absent = {"plugin_sha256": "", "recipe": 1, "text_control": REAL_TEXT}
+        absent = {"plugin_sha256": "", "recipe": 1, "text_control": REAL_TEXT, "train_fraction": 1.0}
         return {key: value for key, value in asdict(self).items() if key not in absent or value != absent[key]}
 
     def setting(self, name: str) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Literal, TypeVar
@@ -16,6 +16,7 @@ from pipeline.cache.streaming import bytes_per_sample, open_split
 from pipeline.cache.table import FeatureSource, FeatureTable, load_split
 from pipeline.data.manifest import Manifest
 from pipeline.data.manifest_files import load_dataset_spec, read_manifest
+from pipeline.data.splits import by_fraction
 from pipeline.runtime import plugins
 from pipeline.runtime.choices import unknown_choice
 from pipeline.runtime.device import default_device
@@ -42,16 +43,29 @@ class FeatureSet:
     caches: Mapping[str, Cache]  # by batch key
     aggregate: str  # how several texts of a sample become one vector: mean, first or random
     text_control: str = REAL_TEXT  # what `splits` gives in place of the training texts
+    fraction: float = 1.0  # share of each class of the training split that is read; see `by_fraction`
 
     @cached_property
     def train(self) -> FeatureTable:
         """The training split in memory, with the real texts and everything else that a method may read in training."""
-        return _log_excluded("train", load_split(self.manifest, self.caches, "train", default_device(), self.aggregate))
+        return _log_excluded("train", load_split(self._train_manifest, self.caches, "train", default_device(), self.aggregate))
 
     @cached_property
     def val(self) -> FeatureTable:
         """The validation split in memory, without texts."""
         return _log_excluded("val", load_split(self.manifest, self._images, "val", default_device(), self.aggregate))
+
+    @cached_property
+    def _train_manifest(self) -> Manifest:
+        """The samples of the training split that are read; with all of them, the manifest itself."""
+        if self.fraction == 1:
+            return self.manifest
+        return replace(self.manifest, samples=tuple(by_fraction(self.manifest.split("train"), self.fraction)), rows=())
+
+    @property
+    def num_train(self) -> int:
+        """The number of samples of the training split that are read, those without features among them."""
+        return len(self._train_manifest.split("train"))
 
     @cached_property
     def _images(self) -> Mapping[str, Cache]:
@@ -78,8 +92,8 @@ class FeatureSet:
         if not window:
             return self.train if split == "train" else self.val
         if (split, window) not in self._opened:
-            caches = self.caches if split == "train" else self._images
-            source = open_split(self.manifest, caches, split, default_device(), self.aggregate, window)
+            manifest, caches = (self._train_manifest, self.caches) if split == "train" else (self.manifest, self._images)
+            source = open_split(manifest, caches, split, default_device(), self.aggregate, window)
             self._opened[split, window] = _log_excluded(split, source)
         return self._opened[split, window]
 
@@ -87,9 +101,9 @@ class FeatureSet:
         """Return the training split with the text control; only that of the latest seed is kept."""
         if (window, seed) not in self._controlled:
             self._controlled.clear()
-            texts = control_texts(self.text_control, self.manifest, self.caches, self.aggregate, seed)
+            texts = control_texts(self.text_control, self._train_manifest, self.caches, self.aggregate, seed)
             caches = {**self.caches, "text": texts}
-            source = open_split(self.manifest, caches, "train", default_device(), self.aggregate, window)
+            source = open_split(self._train_manifest, caches, "train", default_device(), self.aggregate, window)
             self._controlled[window, seed] = _log_excluded("train", source)
         return self._controlled[window, seed]
 
@@ -127,7 +141,9 @@ def _log_excluded(split: Split, source: SourceT) -> SourceT:
     return source
 
 
-def open_features(home: Path, dataset: str, method: str, encoders: Mapping[str, str], aggregate: str = "") -> FeatureSet:
+def open_features(
+    home: Path, dataset: str, method: str, encoders: Mapping[str, str], aggregate: str = "", fraction: float = 1.0
+) -> FeatureSet:
     """Open the features that a method needs.
 
     Args:
@@ -138,6 +154,7 @@ def open_features(home: Path, dataset: str, method: str, encoders: Mapping[str, 
             of the texts may end in a control, see `parse_text`.
         aggregate: How several texts of a sample become one vector: "mean", "first" or "random" (a new one in each epoch);
             "" is the choice of the dataset.
+        fraction: The share of each class of the training split that is read.
 
     Raises:
         UserError: the dataset is not prepared, there is no such cache, control or aggregate, a cache holds tokens instead of
@@ -146,6 +163,7 @@ def open_features(home: Path, dataset: str, method: str, encoders: Mapping[str, 
     if aggregate not in ("", *AGGREGATES):
         raise unknown_choice(aggregate, f"unknown aggregate {aggregate!r}", AGGREGATES)
     manifest = read_manifest(home, dataset)
+    by_fraction((), fraction)  # refuses an impossible fraction before a cache is opened
     needs = plugins.get("methods", method).needs
     text, control = parse_text(encoders.get("text", ""))
     if control != REAL_TEXT and "text" not in needs:
@@ -156,7 +174,7 @@ def open_features(home: Path, dataset: str, method: str, encoders: Mapping[str, 
         for cache in caches.values():
             _check_vectors(cache, method)
     chosen = aggregate or manifest.meta["text"]["aggregate"]
-    return FeatureSet(home=home, manifest=manifest, caches=caches, aggregate=chosen, text_control=control)
+    return FeatureSet(home=home, manifest=manifest, caches=caches, aggregate=chosen, text_control=control, fraction=fraction)
 
 
 def _check_vectors(cache: Cache, method: str) -> None:

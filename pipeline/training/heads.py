@@ -113,6 +113,7 @@ def plan_head_on(features: FeatureSet, method: str, settings: Any, training: Tra
         plugin_sha256=plugins.external_sha256("methods", method),
         recipe=RECIPE,
         text_control=features.text_control,
+        train_fraction=features.fraction,
     )
     run = RunFolder.of(features.home, config, seed)
     return HeadPlan(run=run, config=config, settings=settings, training=training, features=features)

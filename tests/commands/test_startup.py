@@ -62,6 +62,7 @@ def cpu_seconds(arguments: list[str], tmp_path: Path) -> tuple[float, subprocess
         (["finetune", "--init", "nowhere"], 2, "nowhere is not a run"),
         (["ablate", "strategy", "--method", "sedaa"], 2, "did you mean 'seda'?"),
         (["ablate", "text", "--method", "sedaa"], 2, "did you mean 'seda'?"),
+        (["ablate", "data", "--fractions", "half"], 2, "--fractions takes numbers such as 0.25,0.5,1, not 'half'"),
     ],
 )  # fmt: skip
 def test_names_are_checked_before_torch_is_imported(arguments: list[str], code: int, message: str, tmp_path: Path) -> None:

@@ -94,7 +94,7 @@ def finetune(home: Path, init: RunFolder, joint: JointConfig, training: TrainCon
     run = RunFolder(
         home / "joint" / config.dataset / f"{config.method}-{config.fingerprint()[:12]}" / init.path.name, init.seed
     )
-    features = open_features(home, config.dataset, config.method, config.caches, config.text_aggregate)
+    features = open_features(home, config.dataset, config.method, config.caches, config.text_aggregate, config.train_fraction)
     with distributed_context() as context:
         if not run.is_done:
             settings = configure(plugins.get("methods", config.method).Config, config.settings)
