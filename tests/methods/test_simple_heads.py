@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import shutil
+from pathlib import Path
+
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from helpers.method_cases import CLASSES, batches_of, build, cross_entropy, fitted, make_batch, make_rng, seeded_loss, to_numpy
+from helpers.tiny_heads import caches_by_key, train_tiny
+from safetensors.torch import load_file
 from scipy.special import ndtr
+from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import NearestCentroid
 
 from pipeline.runtime import plugins
 from pipeline.runtime.settings import configure
+from pipeline.training.features import open_features
 
 
 def test_the_mlp_is_its_layers() -> None:
@@ -80,3 +88,38 @@ def test_a_sample_counts_in_the_means_of_all_its_classes() -> None:
     x, label = to_numpy(model.feature(batch["image"], make_rng())), batch["label"].numpy().astype(bool)
     expected = np.stack([x[label[:, number]].mean(axis=0) for number in range(CLASSES)])
     np.testing.assert_allclose(to_numpy(model.means), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("inverse_l2", [1e-3, 1.0, 100.0])
+def test_logistic_regression_is_scikit_learns(inverse_l2: float) -> None:
+    model, batch = fitted("logreg", inverse_l2=inverse_l2)
+    x, label = to_numpy(model.feature(batch["image"], make_rng())), batch["label"].numpy()
+    oracle = LogisticRegression(C=inverse_l2, tol=1e-10, max_iter=10_000).fit(x, label)
+    np.testing.assert_allclose(to_numpy(model.classifier.weight), oracle.coef_, atol=2e-4)
+    scores = to_numpy(model.predict(batch["image"], make_rng()).softmax(dim=1))
+    np.testing.assert_allclose(scores, oracle.predict_proba(x), atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["single", "multi"])
+@pytest.mark.parametrize("label_loss", ["softmax_kl", "bce"])
+def test_logistic_regression_is_at_its_minimum(kind: str, label_loss: str) -> None:
+    model, batch = fitted("logreg", kind, label_loss=label_loss, inverse_l2=0.1)
+    parts = seeded_loss(model, batch)
+    gradients = torch.autograd.grad(parts["loss"], list(model.parameters()))
+    assert max(gradient.abs().max() for gradient in gradients) < 1e-5
+    penalty = model.classifier.weight.square().sum() / (2 * 0.1 * len(batch["label"]))
+    torch.testing.assert_close(parts["loss"] - parts["ce"], penalty)
+
+
+def test_training_leaves_the_minimum_as_it_is(tiny_home: Path, tmp_path: Path) -> None:
+    home = Path(shutil.copytree(tiny_home, tmp_path / "home"))
+    run = train_tiny(home, "logreg", training={"weight_decay": 0.1, "weight_average": 0.9})
+    features = open_features(home, "tiny", "logreg", caches_by_key(home))
+    plugin = plugins.get("methods", "logreg")
+    model = plugin(configure(plugin.Config, {}), features.shapes)
+    with torch.no_grad():
+        model.begin("head", lambda: iter([features.train.columns]))
+    trained = load_file(run.path / "checkpoint.safetensors")
+    torch.testing.assert_close(trained["classifier.weight"], model.state_dict()["classifier.weight"], atol=1e-5, rtol=0)
+    metrics = {row["val_metric"] for _, row in pd.read_csv(run.path / "history.csv").iterrows()}
+    assert len(metrics) == 1

@@ -63,10 +63,12 @@ def test_training_reads_the_fraction_alone_and_validation_all(tiny_home: Path, c
 
 def test_a_part_is_another_run_with_a_row_and_a_baseline_of_its_own(home: Path) -> None:
     workspace, caches = Workspace(home), caches_by_key(home)
+    image, text = caches["image"], caches["text"]
     for method in ("baseline", "ema"):
         train = {**FAST_TRAINING, "epochs": 2}
-        whole = workspace.train_head("tiny", method, train=train, **caches, settings=small_settings(method))
-        half = workspace.train_head("tiny", method, train=train, fraction=0.5, **caches, settings=small_settings(method))
+        given = small_settings(method)
+        whole = workspace.train_head("tiny", method, train=train, image=image, text=text, settings=given)
+        half = workspace.train_head("tiny", method, train=train, fraction=0.5, image=image, text=text, settings=given)
         again = train_tiny(home, method, training={"epochs": 2})
         assert whole.path == again.path != half.path
         assert "train_fraction" not in json.loads((whole.path / "config.json").read_text())
@@ -76,8 +78,8 @@ def test_a_part_is_another_run_with_a_row_and_a_baseline_of_its_own(home: Path) 
     frame = results_frame(home, "tiny").set_index("method")
     assert set(frame.index) == {name + part for name in ("baseline", "ema") for part in ("", " · 50 % of the training data")}
     for part in ("", " · 50 % of the training data"):
-        difference = frame.loc["ema" + part, "acc1"] - frame.loc["baseline" + part, "acc1"]
-        assert frame.loc["ema" + part, "acc1_vs_baseline"] == pytest.approx(difference)
+        own, base = (frame["acc1"].to_dict()[name + part] for name in ("ema", "baseline"))
+        assert frame["acc1_vs_baseline"].to_dict()["ema" + part] == pytest.approx(own - base)
 
 
 def test_the_study_compares_with_the_baseline_on_the_same_part(home: Path) -> None:
