@@ -221,6 +221,7 @@ class Workspace:
         image: str = "",
         text: str = "",
         aggregate: Aggregate = "",
+        fraction: float = 1.0,
         settings: Mapping[str, Any] = NO_SETTINGS,
         **more_settings: Any,
     ) -> Run:
@@ -228,20 +229,23 @@ class Workspace:
 
         Args:
             dataset: A prepared and extracted dataset.
-            method: "baseline", "ema", "cdr", "marnet", "seda", or a method of your own.
+            method: "baseline", "logreg", "class_mean", "mlp", "ema", "cdr", "marnet", "seda", or a method of your own.
             seed: 0 .. 2^63 - 1.
             preset: "head" (learning rate 1e-3), "paper" (1e-4), or "tuned" (the dataset's own settings).
             train: Settings of training, such as {"epochs": 20, "lr": 1e-3}; see `TrainConfig`.
             image: Cache of the image features, as in `cache`; "": the dataset's image encoder.
-            text: Cache of the text features; "": the dataset's text encoder.
+            text: Cache of the text features; "": the dataset's text encoder. Or a control that training reads instead: texts
+                of other samples with the same labels ("shuffled-within") or of any ("shuffled-across"), Gaussian "noise" with
+                the texts' mean and variance, or the "label"; "CACHE:noise" names both.
             aggregate: How several texts of a sample become one vector; "": as the dataset says.
+            fraction: The share of each class of the training split to train on; the samples of a smaller share are in a larger.
             settings: Settings of the method, by name (of a part: "ema.tau"), alias or the papers' letter, as a mapping.
             more_settings: The same as keyword arguments: T=1200, gamma=1.5.
 
         Raises:
             UserError: a name or a setting is wrong, features are missing, or the training diverges.
         """
-        caches: dict[str, Any] = {"image": image, "text": text, "aggregate": aggregate}
+        caches: dict[str, Any] = {"image": image, "text": text, "aggregate": aggregate, "fraction": fraction}
         given = merge_settings(settings, more_settings)
         return self.train_heads(dataset, method, seeds=(seed,), preset=preset, train=train, **caches, settings=given)[0]
 
@@ -256,6 +260,7 @@ class Workspace:
         image: str = "",
         text: str = "",
         aggregate: Aggregate = "",
+        fraction: float = 1.0,
         settings: Mapping[str, Any] = NO_SETTINGS,
         **more_settings: Any,
     ) -> Runs:
@@ -267,7 +272,8 @@ class Workspace:
         config, training = resolve_head_settings(
             dataset, method, preset, merge_settings(settings, more_settings), train, self.home
         )
-        features = open_features(self.home, dataset, method, cache_names(self.home, dataset, image, text), aggregate)
+        names = cache_names(self.home, dataset, image, text)
+        features = open_features(self.home, dataset, method, names, aggregate, fraction)
         features.warn_about_near_duplicates()
         heads = [plan_head_on(features, method, config, training, seed) for seed in seeds]
         log_earlier_runs(heads)

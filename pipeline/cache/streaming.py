@@ -12,6 +12,7 @@ from torch import Tensor
 
 from pipeline.cache import Cache
 from pipeline.cache.table import (
+    FeatureReader,
     FeatureSource,
     FeatureTable,
     check_split_usable,
@@ -58,7 +59,7 @@ def bytes_per_sample(caches: Mapping[str, Cache], aggregate: str) -> int:
 
 
 def open_split(
-    manifest: Manifest, caches: Mapping[str, Cache], split: Split, device: torch.device, aggregate: str, window: int
+    manifest: Manifest, caches: Mapping[str, FeatureReader], split: Split, device: torch.device, aggregate: str, window: int
 ) -> FeatureSource:
     """Open a split, as `load_split` does, but with at most `window` samples in use at a time.
 
@@ -102,7 +103,7 @@ class WindowReader:
     """Reads the features of some samples of a split at a time."""
 
     manifest: Manifest
-    caches: Mapping[str, Cache]
+    caches: Mapping[str, FeatureReader]
     device: torch.device
     aggregate: str
     mean_text: Tensor | None = None  # of the whole split

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.cache import Cache
 from pipeline.data.manifest import Manifest
 from pipeline.runtime.errors import UserError
 from pipeline.runtime.rng import KeyedRNG, sample_keys
@@ -43,6 +42,18 @@ class Captions:
         drawn = self.features[chosen.clamp(max=len(self.features) - 1)]
         usable = (counts > 0) & torch.isfinite(drawn).all(dim=1)
         return torch.where(usable[:, None], drawn, mean)
+
+
+class FeatureReader(Protocol):
+    """What tables are read from: a `Cache`, or what stands in its place."""
+
+    def read(self, ids: Sequence[str], aggregate: Any = "mean") -> np.ndarray:
+        """Return one feature per sample; see `Cache.read`."""
+        ...
+
+    def read_rows(self, ids: Sequence[str], first_only: bool = False) -> tuple[np.ndarray, np.ndarray]:
+        """Return all rows of samples; see `Cache.read_rows`."""
+        ...
 
 
 class FeatureSource(Protocol):
@@ -100,7 +111,7 @@ class FeatureTable:
 
 
 def load_split(
-    manifest: Manifest, caches: Mapping[str, Cache], split: Split, device: torch.device, aggregate: str
+    manifest: Manifest, caches: Mapping[str, FeatureReader], split: Split, device: torch.device, aggregate: str
 ) -> FeatureTable:
     """Read a split into memory: features by batch key, labels and random stream keys.
 
@@ -150,7 +161,7 @@ def check_split_usable(manifest: Manifest, split: Split, num_images: int, has_te
 
 def read_table(
     manifest: Manifest,
-    caches: Mapping[str, Cache],
+    caches: Mapping[str, FeatureReader],
     samples: Sequence[Sample],
     device: torch.device,
     aggregate: str,

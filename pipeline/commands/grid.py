@@ -16,6 +16,7 @@ from pipeline.commands.options import (
     AsJson,
     Home,
     Scheduler,
+    Text,
     parse_assignments,
     parse_integers,
     show,
@@ -74,7 +75,7 @@ def grid(
     ] = 0,
     no_test: Annotated[bool, typer.Option("--no-test", help="Do not evaluate the winner on the test split.")] = False,
     image: Annotated[str, typer.Option(help="Cache of the image features; default: the dataset's image encoder.")] = "",
-    text: Annotated[str, typer.Option(help="Cache of the text features; default: the dataset's text encoder.")] = "",
+    text: Text = "",
     aggregate: Annotated[
         Literal["", "mean", "first", "random"], typer.Option(help="How several texts of a sample become one vector.")
     ] = "",

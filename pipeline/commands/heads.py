@@ -14,6 +14,7 @@ from pipeline.commands.options import (
     AsJson,
     Home,
     SettingOptions,
+    Text,
     parse_assignments,
     parse_integers,
     show,
@@ -42,11 +43,14 @@ def train_head(
     ] = "head",
     seeds: Annotated[str, typer.Option(help="Comma-separated seeds.")] = "0",
     image: Annotated[str, typer.Option(help="Cache of the image features; default: the dataset's image encoder.")] = "",
-    text: Annotated[str, typer.Option(help="Cache of the text features; default: the dataset's text encoder.")] = "",
+    text: Text = "",
     aggregate: Annotated[
         Literal["", "mean", "first", "random"],
         typer.Option(help="How several texts of a sample become one vector; random: another one each epoch."),
     ] = "",
+    fraction: Annotated[
+        float, typer.Option(help="Share of each class of the training split to train on, above 0 and at most 1.")
+    ] = 1.0,
     home: Home = DEFAULT_HOME,
     as_json: AsJson = False,
 ) -> None:
@@ -66,7 +70,7 @@ def train_head(
 
     from pipeline.workspace import Workspace
 
-    caches: dict[str, Any] = {"image": image, "text": text, "aggregate": aggregate}
+    caches: dict[str, Any] = {"image": image, "text": text, "aggregate": aggregate, "fraction": fraction}
     runs = Workspace(home).train_heads(
         dataset, method, seeds=chosen, preset=preset, train=given_training, **caches, settings=given
     )

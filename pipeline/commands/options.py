@@ -47,6 +47,13 @@ Scheduler = Annotated[
 ]
 Dataset = Annotated[str, typer.Argument(help="Name of a dataset; `diffalign datasets` lists them.")]
 SettingOptions = Annotated[list[str], typer.Option("--set", help="A setting, KEY=VALUE; may be given several times.")]
+Text = Annotated[
+    str,
+    typer.Option(
+        help="Cache of the text features; default: the dataset's text encoder. Or a control that training reads in place of "
+        "the texts: shuffled-within, shuffled-across, noise or label; real: none; CACHE:CONTROL names both."
+    ),
+]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Show more messages.")]
 PluginFiles = Annotated[
     list[Path],
@@ -158,3 +165,19 @@ def parse_integers(text: str, option: str) -> list[int]:
     if not all(word.isascii() and word.isdecimal() and int(word) < 2**63 for word in words):
         raise UserError(f"{option} takes numbers such as 0,1,2, not {text!r}")
     return list(dict.fromkeys(int(word) for word in words))
+
+
+def parse_numbers(text: str, option: str) -> list[float]:
+    """Return the numbers of a comma-separated list, without duplicates: [0.25, 1.0] from "0.25,1".
+
+    Args:
+        text: The value of the option.
+        option: The name of the option, for the error.
+
+    Raises:
+        UserError: the text has another form.
+    """
+    try:
+        return list(dict.fromkeys(float(word) for word in text.split(",")))
+    except ValueError:
+        raise UserError(f"{option} takes numbers such as 0.25,0.5,1, not {text!r}") from None

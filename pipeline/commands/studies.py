@@ -1,8 +1,8 @@
-"""The commands of studies: `demo`, `demo-joint`, `ablate strategy`. They import the modules that they use when they run."""
+"""The commands of studies: `demo`, `demo-joint`, `ablate …`. They import the modules that they use when they run."""
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -14,10 +14,15 @@ from pipeline.commands.options import (
     AsJson,
     CommandGroup,
     Home,
+    SettingOptions,
+    Text,
     parse_assignments,
     parse_integers,
+    parse_numbers,
+    show,
     show_table,
 )
+from pipeline.runtime import plugins
 
 ablate_commands = CommandGroup("Studies of the papers.")
 
@@ -62,6 +67,78 @@ def strategy(
     options = JointOptions(accumulate=accumulate, checkpointing=checkpointing, workers=workers)
     caches = {"image": image, "text": text}
     show_table(compare_strategies(home, dataset, method, preset, chosen, caches, joint, given, options), as_json)
+
+
+@ablate_commands.command("text")
+def ablate_text(
+    method: Annotated[str, typer.Option(help="Name of a method that reads texts.")] = "seda",
+    dataset: Annotated[str, typer.Option(help="Name of a prepared and extracted dataset.")] = "openmoji",
+    seeds: Annotated[str, typer.Option(help="Comma-separated seeds; a verdict takes five.")] = "0,1,2,3,4",
+    settings: SettingOptions = NO_PAIRS,
+    training: Annotated[list[str], typer.Option("--train", help="A training setting, KEY=VALUE.")] = NO_PAIRS,
+    preset: Annotated[str, typer.Option(help="head, paper or tuned, as in train-head.")] = "head",
+    split: Annotated[Literal["val", "test"], typer.Option(help="Evaluated split; every read of test is logged.")] = "test",
+    image: Annotated[str, typer.Option(help="Cache of the image features; default: the dataset's image encoder.")] = "",
+    text: Annotated[str, typer.Option(help="Cache of the text features; default: the dataset's text encoder.")] = "",
+    home: Home = DEFAULT_HOME,
+    as_json: AsJson = False,
+) -> None:
+    """Does the text help? A method on real, shuffled and noise texts, on labels as text, and without its text term."""
+    from pipeline.training.config import TrainConfig
+
+    check_method(method, preset)
+    check_dataset(dataset, home)
+    chosen, given, given_training = (
+        parse_integers(seeds, "--seeds"),
+        parse_assignments(settings),
+        parse_assignments(training, "--train"),
+    )
+    check_setting_names(TrainConfig, given_training)
+    plugin = plugins.get("methods", method)
+    check_setting_names(plugin.Config, given, plugin.symbols)
+
+    from pipeline.studies.text_ablation import compare_texts
+
+    caches = {"image": image, "text": text}
+    result = compare_texts(home, dataset, method, preset, chosen, caches, given, given_training, split)
+    if as_json:
+        show({"rows": result.table.to_dict(orient="records"), "conclusion": result.conclusion}, as_json)
+    else:
+        show_table(result.table, as_json)
+        print(result.conclusion)
+
+
+@ablate_commands.command("data")
+def ablate_data(
+    method: Annotated[str, typer.Option(help="Name of a method; it is compared with the baseline.")] = "seda",
+    dataset: Annotated[str, typer.Option(help="Name of a prepared and extracted dataset.")] = "openmoji",
+    fractions: Annotated[str, typer.Option(help="Comma-separated shares of every class of the training split.")] = "0.25,0.5,1",
+    seeds: Annotated[str, typer.Option(help="Comma-separated seeds; a verdict takes five.")] = "0,1,2,3,4",
+    settings: SettingOptions = NO_PAIRS,
+    training: Annotated[list[str], typer.Option("--train", help="A training setting of both, KEY=VALUE.")] = NO_PAIRS,
+    preset: Annotated[str, typer.Option(help="head, paper or tuned, as in train-head.")] = "head",
+    split: Annotated[Literal["val", "test"], typer.Option(help="Evaluated split; every read of test is logged.")] = "test",
+    image: Annotated[str, typer.Option(help="Cache of the image features; default: the dataset's image encoder.")] = "",
+    text: Text = "",
+    home: Home = DEFAULT_HOME,
+    as_json: AsJson = False,
+) -> None:
+    """Where does a method help most? The method and the baseline on nested parts of the training split."""
+    from pipeline.training.config import TrainConfig
+
+    check_method(method, preset)
+    check_dataset(dataset, home)
+    chosen, shares = parse_integers(seeds, "--seeds"), parse_numbers(fractions, "--fractions")
+    given, given_training = parse_assignments(settings), parse_assignments(training, "--train")
+    check_setting_names(TrainConfig, given_training)
+    plugin = plugins.get("methods", method)
+    check_setting_names(plugin.Config, given, plugin.symbols)
+
+    from pipeline.studies.data_ablation import compare_fractions
+
+    caches = {"image": image, "text": text}
+    table = compare_fractions(home, dataset, method, preset, chosen, shares, caches, given, given_training, split)
+    show_table(table, as_json)
 
 
 def demo_joint(home: Home = DEFAULT_HOME) -> None:

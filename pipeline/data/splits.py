@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import accumulate
 
@@ -66,6 +67,28 @@ def by_fold(samples: Sequence[Sample], num_folds: int) -> list[int]:
     ordered = sorted(labels, key=lambda group: (labels[group], hashlib.sha256(group.encode()).digest()))
     fold = {group: rank % num_folds for rank, group in enumerate(ordered)}
     return [fold[sample.group or sample.id] for sample in samples]
+
+
+def by_fraction(samples: Sequence[Sample], fraction: float) -> list[Sample]:
+    """Return a fraction of the samples of every class, at least one, in their order; smaller fractions are among larger ones.
+
+    The samples of a class are sorted by the SHA-256 of their ids, and the first are kept. Samples of multi-label data are one
+    class.
+
+    Raises:
+        UserError: the fraction is not above 0 and at most 1.
+    """
+    if not 0 < fraction <= 1:
+        raise UserError(f"a fraction of the training split must be above 0 and at most 1, not {fraction}")
+    is_single = all(len(sample.labels) == 1 for sample in samples)
+    ids: dict[tuple[int, ...], list[str]] = defaultdict(list)
+    for sample in samples:
+        ids[sample.labels if is_single else ()].append(sample.id)
+    kept: set[str] = set()
+    for members in ids.values():
+        ordered = sorted(members, key=lambda each: hashlib.sha256(each.encode()).digest())
+        kept.update(ordered[: max(1, int(fraction * len(ordered) + 0.5))])
+    return [sample for sample in samples if sample.id in kept]
 
 
 def is_held_out(group: str, percent: int) -> bool:

@@ -39,7 +39,7 @@ METRIC_LABELS = {
 
 
 def find_baseline(row: ResultRow, results: DatasetResults) -> ResultRow | None:
-    """Return the baseline that a row is compared with: the best on validation with the same image features and manifest.
+    """Return the baseline that a row is compared with: the best on validation with the same image features and training data.
 
     Returns:
         The row of the baseline; None when there is no such baseline, or when `row` is that baseline itself.
@@ -52,6 +52,7 @@ def find_baseline(row: ResultRow, results: DatasetResults) -> ResultRow | None:
         and other.evaluation_name == results.split
         and other.head.feature_kind == row.head.feature_kind == "image"
         and (other.head.config.caches["image"], other.head.config.manifest) == (config.caches["image"], config.manifest)
+        and other.head.config.train_fraction == config.train_fraction
     ]
     best = max(candidates, key=lambda other: other.head.val_metric, default=None)
     return None if best is row else best

@@ -15,6 +15,7 @@ from pipeline.report.blocks import Block, ExampleGroup, Paragraph, SvgFigure
 from pipeline.report.figures import TrainingCurve
 from pipeline.report.results import BASELINE, DatasetResults, HeadRuns, ResultRow, read_history
 from pipeline.runtime.errors import UserError
+from pipeline.runtime.runs import REAL_TEXT
 
 NUM_EXAMPLES_PER_CASE = 2
 MAX_WHOLE_MATRIX_CLASSES = 20  # a confusion matrix of more classes shows the most confused ones only
@@ -40,9 +41,16 @@ class ShownHeads:
 def choose_shown_heads(results: DatasetResults, manifest: Manifest) -> ShownHeads:
     """Choose the best head on validation of every method, among the heads on one set of image features.
 
-    These are the features of the best baseline, or of the best head when there is no baseline.
+    These are the features of the best baseline, or of the best head when there is no baseline. Heads that were trained on a
+    text control, or on a part of the training split, are left out.
     """
-    heads = [head for head in results.heads if head.feature_kind == "image" and head.config.manifest == manifest.fingerprint()]
+    heads = [
+        head
+        for head in results.heads
+        if head.feature_kind == "image"
+        and head.config.manifest == manifest.fingerprint()
+        and (head.config.text_control, head.config.train_fraction) == (REAL_TEXT, 1)
+    ]
     ranked = sorted(heads, key=lambda head: (head.config.method != BASELINE, -head.val_metric))
     best_by_method: dict[str, HeadRuns] = {}
     for head in ranked:

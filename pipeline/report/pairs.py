@@ -37,12 +37,19 @@ def judge_against(
     Raises:
         UserError: A head was evaluated on other samples.
     """
-    metric = deciding_metric(list(first.by_metric))
-    paired = [pair_scores(other, first, groups) for other in others]
+    return judge_pairs([(other, first) for other in others], groups, better, worse)
+
+
+def judge_pairs(
+    pairs: Sequence[tuple[SampleMetrics, SampleMetrics]], groups: Mapping[str, str], better: str, worse: str
+) -> list[Judged]:
+    """Compare the two heads of every pair in the deciding metric, as `judge_against` does; the verdict is on the first."""
+    metric = deciding_metric(list(pairs[0][0].by_metric))
+    paired = [pair_scores(a, b, groups) for a, b in pairs]
     if not all(paired):
         raise UserError("the heads were not evaluated on the same samples: compare heads of one manifest")
     estimates = [paired_bootstrap(scores[metric]) for scores in paired]
-    num_seeds = [min(len(first.seeds), len(other.seeds)) for other in others]
+    num_seeds = [min(len(a.seeds), len(b.seeds)) for a, b in pairs]
     adjusted = adjust_p_values(estimates, num_seeds)
     return [
         Judged(metric, estimate, find_verdict(estimate, p_holm, count, better, worse))

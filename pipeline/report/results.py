@@ -19,7 +19,7 @@ from pipeline.cache import find_caches, info
 from pipeline.data.manifest_files import read_manifest
 from pipeline.runtime.errors import UserError
 from pipeline.runtime.files import canonical_json
-from pipeline.runtime.runs import RunConfig, RunFolder, find_runs
+from pipeline.runtime.runs import REAL_TEXT, RunConfig, RunFolder, find_runs
 from pipeline.runtime.settings import flatten
 
 FeatureKind = Literal["image", "text", "unknown"]
@@ -225,9 +225,10 @@ def _group_by_config(runs: Sequence[RunFolder], caches: Sequence[Mapping[str, An
 def label_configs(configs: Sequence[RunConfig], is_text_only: Sequence[bool], caches: Sequence[Mapping[str, Any]]) -> list[str]:
     """Return one label per configuration, all different, for the tables and figures.
 
-    A label is the name of the method. Where several configurations have the same name, the settings in which they differ
-    are added, and the start of the config's fingerprint where that is not enough. A setting of the method that a configuration
-    lacks is no difference: runs of earlier versions have fewer settings, or call them otherwise.
+    A label is the name of the method, with the control if it was trained on other texts than the real ones, and with the share
+    of the training split if it was trained on a part. Where several configurations have the same name, the settings in which
+    they differ are added, and the start of the config's fingerprint where that is not enough. A setting of the method that a
+    configuration lacks is no difference: runs of earlier versions have fewer settings, or call them otherwise.
 
     Args:
         configs: The configurations.
@@ -235,6 +236,10 @@ def label_configs(configs: Sequence[RunConfig], is_text_only: Sequence[bool], ca
         caches: `cache.info` of the caches, which gives names to the features.
     """
     names = [TEXT_ONLY_LABEL if text else config.method for config, text in zip(configs, is_text_only, strict=True)]
+    names = [
+        name + ("" if config.text_control == REAL_TEXT else f" · text={config.text_control}") + _describe_fraction(config)
+        for name, config in zip(names, configs, strict=True)
+    ]
     folders = {cache["fingerprint"]: Path(cache["path"]).name for cache in caches}
     settings_by_config = [_distinguishing_settings(config, folders) for config in configs]
     labels = []
@@ -252,6 +257,10 @@ def label_configs(configs: Sequence[RunConfig], is_text_only: Sequence[bool], ca
         f"{label} · {config.fingerprint()[:8]}" if repeated[label] > 1 else label
         for config, label in zip(configs, labels, strict=True)
     ]
+
+
+def _describe_fraction(config: RunConfig) -> str:
+    return "" if config.train_fraction == 1 else f" · {100 * config.train_fraction:g} % of the training data"
 
 
 def _distinguishing_settings(config: RunConfig, folders: Mapping[str, str]) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from pipeline.runtime.files import fingerprint, sha256, write_atomic
 from pipeline.runtime.settings import flatten
 
 MAX_SEED = 2**63 - 1
+REAL_TEXT = "real"  # `RunConfig.text_control` of a run that was trained on the texts of its own samples
 RECIPE = 2  # of runs that are trained now; 1 drew the random numbers of training by sample id
 _SEED_FOLDER = re.compile("seed[0-9]+")
 
@@ -46,10 +47,12 @@ class RunConfig:
     manifest: str  # fingerprint of the manifest
     plugin_sha256: str = ""  # of the file of a method from outside of this package; "": a method of this package
     recipe: int = 1  # version of how a step is computed; equal settings of two recipes are two runs
+    text_control: str = REAL_TEXT  # what training read in place of the texts of its samples; see `training.text_controls`
+    train_fraction: float = 1.0  # share of each class of the training split that training read
 
     def as_json(self) -> dict[str, Any]:
-        """Return the config as plain JSON values, without what a method of this package and the first recipe do not have."""
-        absent = {"plugin_sha256": "", "recipe": 1}
+        """Return the config as plain JSON values, without what ordinary runs of the first version did not have."""
+        absent = {"plugin_sha256": "", "recipe": 1, "text_control": REAL_TEXT, "train_fraction": 1.0}
         return {key: value for key, value in asdict(self).items() if key not in absent or value != absent[key]}
 
     def setting(self, name: str) -> Any:

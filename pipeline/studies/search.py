@@ -211,7 +211,7 @@ class GridTrainer:
             home=grid.features.home,
             dataset=grid.features.manifest.dataset,
             manifest=grid.features.manifest.fingerprint(),
-            caches=tuple(heads[0].config.caches.items()),
+            caches=tuple(grid.features.references.items()),
             aggregate=grid.features.aggregate,
         )
         runs = tuple(PlannedRun(head.settings, head.training, head.run.path) for head in heads)

@@ -41,7 +41,7 @@ class FeatureRef:
     home: Path
     dataset: str
     manifest: str  # fingerprint
-    caches: tuple[tuple[str, str], ...]  # batch key, fingerprint
+    caches: tuple[tuple[str, str], ...]  # batch key, fingerprint; see `FeatureSet.references`
     aggregate: str
 
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 from pipeline.cache import Cache
 from pipeline.cache.near_duplicates import near_duplicate_warning
@@ -16,10 +16,13 @@ from pipeline.cache.streaming import bytes_per_sample, open_split
 from pipeline.cache.table import FeatureSource, FeatureTable, load_split
 from pipeline.data.manifest import Manifest
 from pipeline.data.manifest_files import load_dataset_spec, read_manifest
+from pipeline.data.splits import by_fraction
 from pipeline.runtime import plugins
 from pipeline.runtime.choices import unknown_choice
 from pipeline.runtime.device import default_device
 from pipeline.runtime.errors import UserError
+from pipeline.runtime.runs import REAL_TEXT
+from pipeline.training.text_controls import control_texts, join_text, parse_text
 from pipeline.types import Split
 
 logger = logging.getLogger(__name__)
@@ -39,11 +42,13 @@ class FeatureSet:
     manifest: Manifest
     caches: Mapping[str, Cache]  # by batch key
     aggregate: str  # how several texts of a sample become one vector: mean, first or random
+    text_control: str = REAL_TEXT  # what `splits` gives in place of the training texts
+    fraction: float = 1.0  # share of each class of the training split that is read; see `by_fraction`
 
     @cached_property
     def train(self) -> FeatureTable:
-        """The training split in memory, with everything that a method may read in training."""
-        return _log_excluded("train", load_split(self.manifest, self.caches, "train", default_device(), self.aggregate))
+        """The training split in memory, with the real texts and everything else that a method may read in training."""
+        return _log_excluded("train", load_split(self._train_manifest, self.caches, "train", default_device(), self.aggregate))
 
     @cached_property
     def val(self) -> FeatureTable:
@@ -51,26 +56,63 @@ class FeatureSet:
         return _log_excluded("val", load_split(self.manifest, self._images, "val", default_device(), self.aggregate))
 
     @cached_property
+    def _train_manifest(self) -> Manifest:
+        """The samples of the training split that are read; with all of them, the manifest itself."""
+        if self.fraction == 1:
+            return self.manifest
+        return replace(self.manifest, samples=tuple(by_fraction(self.manifest.split("train"), self.fraction)), rows=())
+
+    @property
+    def num_train(self) -> int:
+        """The number of samples of the training split that are read, those without features among them."""
+        return len(self._train_manifest.split("train"))
+
+    @cached_property
     def _images(self) -> Mapping[str, Cache]:
         return {"image": self.caches["image"]}
 
-    def splits(self, window: int) -> tuple[FeatureSource, FeatureSource]:
+    @property
+    def references(self) -> dict[str, str]:
+        """Names by batch key, by which `open_features` opens the same caches with the same control on any machine."""
+        names = {key: cache.fingerprint for key, cache in self.caches.items()}
+        return names | ({"text": join_text(names["text"], self.text_control)} if "text" in names else {})
+
+    def splits(self, window: int, seed: int) -> tuple[FeatureSource, FeatureSource]:
         """Return the training and the validation split.
 
         Args:
             window: The largest number of samples in memory at a time; 0: all.
+            seed: The seed of the run, which decides what a text control does.
         """
+        is_real = self.text_control == REAL_TEXT
+        train = self._open("train", window) if is_real else self._open_controlled(window, seed)
+        return train, self._open("val", window)
+
+    def _open(self, split: Literal["train", "val"], window: int) -> FeatureSource:
         if not window:
-            return self.train, self.val
-        if window not in self._splits_by_window:
-            device, aggregate = default_device(), self.aggregate
-            train = open_split(self.manifest, self.caches, "train", device, aggregate, window)
-            val = open_split(self.manifest, self._images, "val", device, aggregate, window)
-            self._splits_by_window[window] = _log_excluded("train", train), _log_excluded("val", val)
-        return self._splits_by_window[window]
+            return self.train if split == "train" else self.val
+        if (split, window) not in self._opened:
+            manifest, caches = (self._train_manifest, self.caches) if split == "train" else (self.manifest, self._images)
+            source = open_split(manifest, caches, split, default_device(), self.aggregate, window)
+            self._opened[split, window] = _log_excluded(split, source)
+        return self._opened[split, window]
+
+    def _open_controlled(self, window: int, seed: int) -> FeatureSource:
+        """Return the training split with the text control; only that of the latest seed is kept."""
+        if (window, seed) not in self._controlled:
+            self._controlled.clear()
+            texts = control_texts(self.text_control, self._train_manifest, self.caches, self.aggregate, seed)
+            caches = {**self.caches, "text": texts}
+            source = open_split(self._train_manifest, caches, "train", default_device(), self.aggregate, window)
+            self._controlled[window, seed] = _log_excluded("train", source)
+        return self._controlled[window, seed]
 
     @cached_property
-    def _splits_by_window(self) -> dict[int, tuple[FeatureSource, FeatureSource]]:
+    def _opened(self) -> dict[tuple[str, int], FeatureSource]:
+        return {}
+
+    @cached_property
+    def _controlled(self) -> dict[tuple[int, int], FeatureSource]:
         return {}
 
     def warn_about_near_duplicates(self) -> None:
@@ -99,29 +141,40 @@ def _log_excluded(split: Split, source: SourceT) -> SourceT:
     return source
 
 
-def open_features(home: Path, dataset: str, method: str, encoders: Mapping[str, str], aggregate: str = "") -> FeatureSet:
+def open_features(
+    home: Path, dataset: str, method: str, encoders: Mapping[str, str], aggregate: str = "", fraction: float = 1.0
+) -> FeatureSet:
     """Open the features that a method needs.
 
     Args:
         home: The folder of all caches and runs.
         dataset: The name of a prepared dataset.
         method: The name of a method.
-        encoders: The names of the caches by batch key ("image", "text"). Only the keys that the method needs are opened.
+        encoders: The names of the caches by batch key ("image", "text"). Only the keys that the method needs are opened. That
+            of the texts may end in a control, see `parse_text`.
         aggregate: How several texts of a sample become one vector: "mean", "first" or "random" (a new one in each epoch);
             "" is the choice of the dataset.
+        fraction: The share of each class of the training split that is read.
 
     Raises:
-        UserError: the dataset is not prepared, there is no such cache or aggregate, or a cache holds tokens instead of vectors.
+        UserError: the dataset is not prepared, there is no such cache, control or aggregate, a cache holds tokens instead of
+            vectors, or the method reads no texts that a control could replace.
     """
     if aggregate not in ("", *AGGREGATES):
         raise unknown_choice(aggregate, f"unknown aggregate {aggregate!r}", AGGREGATES)
     manifest = read_manifest(home, dataset)
+    by_fraction((), fraction)  # refuses an impossible fraction before a cache is opened
     needs = plugins.get("methods", method).needs
-    caches = {key: find_cache(home, manifest, name) for key, name in encoders.items() if key in needs}
+    text, control = parse_text(encoders.get("text", ""))
+    if control != REAL_TEXT and "text" not in needs:
+        raise UserError(f"{method} reads no text, so there is none to replace by {control!r}; choose a method that does")
+    names = {**encoders, "text": text}
+    caches = {key: find_cache(home, manifest, names[key]) for key in encoders if key in needs}
     if not getattr(plugins.get("methods", method), "reads_tokens", False):
         for cache in caches.values():
             _check_vectors(cache, method)
-    return FeatureSet(home=home, manifest=manifest, caches=caches, aggregate=aggregate or manifest.meta["text"]["aggregate"])
+    chosen = aggregate or manifest.meta["text"]["aggregate"]
+    return FeatureSet(home=home, manifest=manifest, caches=caches, aggregate=chosen, text_control=control, fraction=fraction)
 
 
 def _check_vectors(cache: Cache, method: str) -> None:
@@ -136,9 +189,10 @@ def _check_vectors(cache: Cache, method: str) -> None:
 
 
 def cache_names(home: Path, dataset: str, image: str, text: str) -> dict[str, str]:
-    """Return the cache names by batch key: those given, or the default encoders of the home's dataset where a name is ""."""
-    given = {"image": image, "text": text}
-    if image and text:
-        return given
-    defaults = load_dataset_spec(home, dataset)["encoders"]
-    return {key: name or defaults[key] for key, name in given.items()}
+    """Return the cache names by batch key: those given, or the default encoders of the home's dataset where a name is "".
+
+    The text may be a control, or have one behind its name, see `parse_text`; the returned name has it too.
+    """
+    text_name, control = parse_text(text)
+    defaults = {} if image and text_name else load_dataset_spec(home, dataset)["encoders"]
+    return {"image": image or defaults["image"], "text": join_text(text_name or defaults["text"], control)}

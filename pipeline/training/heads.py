@@ -112,6 +112,8 @@ def plan_head_on(features: FeatureSet, method: str, settings: Any, training: Tra
         manifest=features.manifest.fingerprint(),
         plugin_sha256=plugins.external_sha256("methods", method),
         recipe=RECIPE,
+        text_control=features.text_control,
+        train_fraction=features.fraction,
     )
     run = RunFolder.of(features.home, config, seed)
     return HeadPlan(run=run, config=config, settings=settings, training=training, features=features)
@@ -206,7 +208,7 @@ def _build_method(head: HeadPlan, device: torch.device) -> Method:
 def _train_states(head: HeadPlan, states: Sequence[TrainState], progress: bool) -> dict[RunFolder, UserError]:
     """Train runs with the features, the seed and the shared settings of `head`, which is one of them."""
     seed, training = head.run.seed, head.training
-    train_source, val = head.features.splits(training.window)
+    train_source, val = head.features.splits(training.window, seed)
     label = val.label
 
     def validate(model: Predictor) -> list[Score]:
@@ -236,7 +238,7 @@ def head_capacity(head: HeadPlan) -> int:
     """Return how many heads like this one fit in the free memory of the device and the machine together; at least 1."""
     device, training = default_device(), head.training
     size = training.batch_size
-    train_source, _ = head.features.splits(training.window)
+    train_source, _ = head.features.splits(training.window, head.run.seed)
     batch = next(shuffled_batches(train_source, size, head.run.seed)(0))
     # a batch in training, its gradients, which are not larger than the tensors they belong to, and a batch of predictions
     num_rows = 2 * size + PREDICTION_BATCH_SIZE

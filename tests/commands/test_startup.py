@@ -48,7 +48,7 @@ def cpu_seconds(arguments: list[str], tmp_path: Path) -> tuple[float, subprocess
         (["methods"], 0, "seda"),
         (["datasets"], 0, "openmoji"),
         (["encoders"], 0, "timm"),
-        (["train-head", "--method", "sedaa"], 2, "choose one of: baseline, cdr, ema, marnet, seda"),
+        (["train-head", "--method", "sedaa"], 2, "choose one of: baseline, cdr, class_mean, ema, logreg, marnet, mlp, seda"),
         (["train-head", "openmojj", "--method", "seda"], 2, "did you mean 'openmoji'?"),
         (["train-head", "--method", "seda", "--preset", "tunned"], 2, "did you mean 'tuned'?"),
         (["train-head", "--method", "seda", "--seeds", "0;1"], 2, "--seeds takes numbers"),
@@ -61,6 +61,8 @@ def cpu_seconds(arguments: list[str], tmp_path: Path) -> tuple[float, subprocess
         (["evaluate", "nowhere"], 2, "nowhere is not a run"),
         (["finetune", "--init", "nowhere"], 2, "nowhere is not a run"),
         (["ablate", "strategy", "--method", "sedaa"], 2, "did you mean 'seda'?"),
+        (["ablate", "text", "--method", "sedaa"], 2, "did you mean 'seda'?"),
+        (["ablate", "data", "--fractions", "half"], 2, "--fractions takes numbers such as 0.25,0.5,1, not 'half'"),
     ],
 )  # fmt: skip
 def test_names_are_checked_before_torch_is_imported(arguments: list[str], code: int, message: str, tmp_path: Path) -> None:

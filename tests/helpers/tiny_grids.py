@@ -28,7 +28,7 @@ def tiny_grid(home: Path, method: str = "seda", pairs: tuple[str, ...] = ("T=20,
         settings=settings,
         training=training,
         image=caches["image"],
-        text=caches["text"],
+        text=options.pop("text", caches["text"]),
         **options,
     )
 

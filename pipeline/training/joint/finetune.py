@@ -17,7 +17,7 @@ from pipeline.extraction.extract import ExtractOptions
 from pipeline.runtime import plugins
 from pipeline.runtime.errors import UserError, is_bug
 from pipeline.runtime.files import lock, sha256, write_atomic
-from pipeline.runtime.runs import RECIPE, RunConfig, RunFolder
+from pipeline.runtime.runs import REAL_TEXT, RECIPE, RunConfig, RunFolder
 from pipeline.runtime.settings import configure
 from pipeline.training.config import TrainConfig
 from pipeline.training.features import FeatureSet, open_features
@@ -88,6 +88,8 @@ def finetune(home: Path, init: RunFolder, joint: JointConfig, training: TrainCon
     missing = [key for key in joint.trained_keys if key not in init_config.caches]
     if missing:
         raise UserError(f"{init_config.method} reads no {missing[0]}; choose --unfreeze image")
+    if init_config.text_control != REAL_TEXT:
+        raise UserError(f"{init.path} was trained on text={init_config.text_control}; joint training reads real texts alone")
     if init_config.setting("adapter") == "pca":
         raise UserError("principal components turn as the encoder moves; train the head with adapter=classifier, or none")
     changes = {"stage": "joint", **asdict(joint), "init": init_config.fingerprint()[:12]}
@@ -95,7 +97,7 @@ def finetune(home: Path, init: RunFolder, joint: JointConfig, training: TrainCon
     run, earlier = (_joint_run(home, each, init) for each in (config, replace(config, recipe=init_config.recipe)))
     if earlier.path != run.path and earlier.is_done and not run.path.exists():
         logger.warning("%s has these settings (an earlier version trained it); this trains %s", earlier.path, run.path)
-    features = open_features(home, config.dataset, config.method, config.caches, config.text_aggregate)
+    features = open_features(home, config.dataset, config.method, config.caches, config.text_aggregate, config.train_fraction)
     with distributed_context() as context:
         if not run.is_done:
             settings = configure(plugins.get("methods", config.method).Config, config.settings)

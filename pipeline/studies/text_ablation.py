@@ -1,0 +1,175 @@
+"""Ablation of the text: a method on real texts, on the four controls of `training.text_controls`, and without its text term."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pandas as pd
+
+from pipeline.evaluation.evaluate import evaluate
+from pipeline.evaluation.statistics import MIN_SEEDS_FOR_VERDICT, Estimate, format_seeds
+from pipeline.report.comparison import METRIC_LABELS, format_difference
+from pipeline.report.pairs import Judged, judge_against
+from pipeline.report.results import SampleMetrics, read_groups, read_sample_metrics
+from pipeline.runtime import plugins
+from pipeline.runtime.errors import UserError
+from pipeline.runtime.runs import REAL_TEXT
+from pipeline.runtime.settings import field_types, name_settings
+from pipeline.training.features import cache_names, open_features
+from pipeline.training.heads import plan_head_on, resolve_head_settings, train_head
+from pipeline.training.text_controls import TEXT_CONTROLS, join_text, parse_text
+from pipeline.types import Split
+
+TEXT_WEIGHTS = ("w_ita", "w_mse")  # settings that weigh a loss against the text, under these names in every method
+NO_TEXT_TERM = "no text term"
+ABOVE, BELOW = f"above {REAL_TEXT}", f"below {REAL_TEXT}"  # the verdicts on a control
+
+
+class TextAblation(NamedTuple):
+    """The table of the study, and what it shows in plain words."""
+
+    table: pd.DataFrame
+    conclusion: str
+
+
+class _Scored(NamedTuple):
+    metrics: list[Mapping[str, float]]  # of each seed
+    samples: SampleMetrics
+
+
+def compare_texts(
+    home: Path,
+    dataset: str,
+    method: str,
+    preset: str,
+    seeds: Sequence[int],
+    caches: Mapping[str, str],
+    settings: Mapping[str, Any],
+    training: Mapping[str, Any],
+    split: Split = "test",
+    progress: bool = True,
+) -> TextAblation:
+    """Train and test a method on real texts and on each control, with the same settings and seeds.
+
+    Args:
+        home: The folder of all caches and runs.
+        dataset: The name of a prepared and extracted dataset.
+        method: The name of a method that reads texts.
+        preset: See `resolve_head_settings`.
+        seeds: The seeds of every row.
+        caches: The names of the caches that the heads read, by batch key; "" or missing: the dataset's encoder.
+        settings: Settings of the method.
+        training: Settings of `TrainConfig`.
+        split: The split that is evaluated; every read of "test" is logged.
+        progress: Whether to show progress bars.
+
+    Returns:
+        One row per text with the mean and standard deviation over seeds of the metrics, what real texts have more than it, in
+        points with its 95 % interval, and a verdict; and a conclusion. If the method has settings of `TEXT_WEIGHTS`, one more
+        row has them at 0.
+
+    Raises:
+        UserError: the method reads no text, or a control is named in `caches`.
+    """
+    plugin = plugins.get("methods", method)
+    if "text" not in plugin.needs:
+        raise UserError(f"{method} reads no text, so there is nothing to compare; choose a method that does")
+    text, control = parse_text(caches.get("text", ""))
+    if control != REAL_TEXT:
+        raise UserError(f"this study trains on every control: name the text cache alone, not {caches['text']!r}")
+    given = name_settings(plugin.Config, settings, plugin.symbols)
+    weights = [name for name in field_types(plugin.Config) if name.rpartition(".")[2] in TEXT_WEIGHTS]
+    variants = {name: (name, given) for name in (REAL_TEXT, *TEXT_CONTROLS)}
+    if weights:
+        variants[NO_TEXT_TERM] = (REAL_TEXT, {**given, **dict.fromkeys(weights, 0.0)})
+    scored = {}
+    for title, (control, own) in variants.items():
+        names = cache_names(home, dataset, caches.get("image", ""), join_text(text, control))
+        features = open_features(home, dataset, method, names)
+        config, train_config = resolve_head_settings(dataset, method, preset, own, training, home)
+        heads = [plan_head_on(features, method, config, train_config, seed) for seed in seeds]
+        runs = [train_head(head, progress) for head in heads]
+        records = [evaluate(home, run, split, {}) for run in runs]
+        samples = read_sample_metrics(runs, records, split)
+        scored[title] = _Scored([record["metrics"] for record in records], samples)
+    return _summarise(method, scored, read_groups(home, dataset))
+
+
+def _summarise(method: str, scored: Mapping[str, _Scored], groups: Mapping[str, str]) -> TextAblation:
+    """Compare the other rows with the first one, which has real texts."""
+    real, *others = (each.samples for each in scored.values())
+    titles = list(scored)[1:]
+    judged = dict(zip(titles, judge_against(real, others, groups, ABOVE, BELOW), strict=True))
+    metric = METRIC_LABELS[judged[titles[0]].metric]
+    shown = [name for name in scored[REAL_TEXT].metrics[0] if not name.startswith(("overall_", "per_class_"))]
+    table = pd.DataFrame(
+        {
+            "text": title,
+            **{name: format_seeds([metrics[name] for metrics in each.metrics]) for name in shown},
+            f"{metric}: real - it": format_difference(*_gain(judged[title])[:3]) if title in judged else "-",
+            "verdict": judged[title].verdict if title in judged else REAL_TEXT,
+        }
+        for title, each in scored.items()
+    )
+    return TextAblation(table, explain(method, metric, judged, len(real.seeds)))
+
+
+def _gain(judged: Judged) -> Estimate:
+    """Return what real texts have more than a control; the judged difference is the control's."""
+    value, low, high, p = judged.difference
+    return Estimate(-value, -high, -low, p)
+
+
+def explain(method: str, metric: str, judged: Mapping[str, Judged], num_seeds: int) -> str:
+    """Return in plain words what the differences between real texts and the controls show.
+
+    Real text helps if it is above the texts of other pictures, both of the same class and of any class.
+
+    Args:
+        method: The name of the method.
+        metric: The name of the metric for readers.
+        judged: What the controls are, compared with real texts; by control.
+        num_seeds: The number of seeds of every row.
+    """
+    points = {name: f"{_gain(each).value:+.2f} points" for name, each in judged.items()}
+    within, across = (f"{points[f'shuffled-{name}']} of {metric}" for name in ("within", "across"))
+    if num_seeds < MIN_SEEDS_FOR_VERDICT:
+        return (
+            f"Nothing is claimed: there are {num_seeds} of {MIN_SEEDS_FOR_VERDICT} seeds. So far real texts are {within} "
+            f"above texts of other pictures of the same class, and {across} above texts of any other picture."
+        )
+    is_below = {name: each.verdict == BELOW for name, each in judged.items()}
+    if is_below["shuffled-within"] and is_below["shuffled-across"]:
+        first = (
+            f"The texts help {method}: with each picture's own text it is {within} above the same head with texts of other "
+            f"pictures of its class, and {across} above it with texts of any other picture."
+        )
+    elif is_below["shuffled-across"]:
+        first = (
+            f"{method} gains from the class that a text belongs to ({across} above texts of any other picture), but nothing "
+            "shows that what a text says of its own picture helps: real texts are not shown to be better than texts of other "
+            f"pictures of the class ({within})."
+        )
+    else:
+        first = (
+            f"Nothing shows that what the texts say helps {method}: real texts are not shown to be better than texts of any "
+            f"other picture ({across}; than texts of other pictures of the same class: {within})."
+        )
+    return f"{first}{_explain_text_term(method, metric, judged, points)}"
+
+
+def _explain_text_term(method: str, metric: str, judged: Mapping[str, Judged], points: Mapping[str, str]) -> str:
+    """Return a sentence about the head without text term, if there is one and it differs."""
+    verdict = judged[NO_TEXT_TERM].verdict if NO_TEXT_TERM in judged else ""
+    if verdict == BELOW and judged["noise"].verdict != BELOW:
+        return (
+            f" Its text term helps by {points[NO_TEXT_TERM]} of {metric}, but real texts are not shown to beat noise: "
+            "the term can help as one more target, which regularises."
+        )
+    if verdict == BELOW:
+        return f" Without its text term {method} loses {points[NO_TEXT_TERM]} of {metric}."
+    if verdict == ABOVE:
+        return f" Without its text term {method} is better: {points[NO_TEXT_TERM]} of {metric} is what real texts cost."
+    return ""

@@ -1,0 +1,135 @@
+"""The study of texts: its rows are ordinary runs, its differences are those of the runs, and its sentence follows from them."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from helpers.command_line import run as run_command
+from helpers.tiny_heads import FAST_TRAINING, caches_by_key, small_settings
+
+from pipeline.evaluation.evaluate import evaluate
+from pipeline.evaluation.statistics import Estimate
+from pipeline.report.pairs import Judged
+from pipeline.report.results import collect_results
+from pipeline.runtime.runs import find_runs
+from pipeline.studies.text_ablation import compare_texts, explain
+
+ROWS = ["real", "shuffled-within", "shuffled-across", "noise", "label"]
+TRAINING = {**FAST_TRAINING, "epochs": 2}
+
+
+@pytest.fixture
+def home(tiny_home: Path, tmp_path: Path) -> Path:
+    """Return a copy of the tiny home that may be written to."""
+    return Path(shutil.copytree(tiny_home, tmp_path / "home"))
+
+
+@pytest.mark.parametrize(
+    ("method", "weights"), [("ema", ["w_ita"]), ("cdr", ["w_mse"]), ("seda", ["w_mse"]), ("marnet", ["cdr.w_mse", "ema.w_ita"])]
+)
+def test_rows_are_runs_with_one_difference(home: Path, method: str, weights: list[str]) -> None:
+    settings = small_settings(method)
+    table, conclusion = compare_texts(
+        home, "tiny", method, "head", [0, 1, 2], caches_by_key(home), settings, TRAINING, progress=False
+    )
+    assert table["text"].tolist() == [*ROWS, "no text term"]
+    assert table["verdict"].tolist() == ["real", *["3 of 5 seeds"] * 5]
+    assert conclusion.startswith("Nothing is claimed: there are 3 of 5 seeds.")
+    rows = {row.label: row for row in collect_results(home, "tiny", "test").rows}
+    assert len(rows) == 6
+    runs = find_runs(home, "tiny")
+    assert len(runs) == 18
+    real = next(r for r in runs if r.config().text_control == "real" and _weights(r.config().settings, weights) != {0.0})
+    means = {}
+    for run in runs:
+        config, name = run.config(), run.config().text_control
+        if name == "real" and _weights(config.settings, weights) == {0.0}:
+            name = "no text term"
+        else:
+            assert config.settings == real.config().settings
+        assert config.training == real.config().training
+        means.setdefault(name, []).append(evaluate(home, run, "test", {})["metrics"]["acc1"])
+    for _, row in table.iterrows():
+        assert float(row["acc1"].split()[0]) == pytest.approx(np.mean(means[row["text"]]), abs=0.006)
+        if row["text"] != "real":
+            cell = row["Acc-1: real - it"]
+            difference, low, high = (float(part.strip("()")) for part in cell.replace(" to ", " ").split())
+            assert low <= difference <= high
+            assert difference == pytest.approx(np.mean(means["real"]) - np.mean(means[row["text"]]), abs=0.006)
+
+
+def _weights(settings: object, names: list[str]) -> set[float]:
+    found = set()
+    for name in names:
+        value = settings
+        for part in name.split("."):
+            value = value[part]  # type: ignore[index]
+        found.add(value)
+    return found
+
+
+def test_the_command_prints_the_table_and_the_sentence(
+    home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    caches = caches_by_key(home)
+    common = ["ablate", "text", "tiny", "--home", str(home), "--image", caches["image"], "--quiet"]
+    options = ["--method", "ema", "--set", "width=16", "--train", "epochs=1", "--seeds", "0,1", "--split", "val"]
+    assert run_command([*common, "--text", caches["text"], *options], monkeypatch) == 0
+    printed = capsys.readouterr().out
+    assert "shuffled-within" in printed
+    assert "no text term" in printed
+    assert "Nothing is claimed" in printed
+    assert not list(home.glob("runs/tiny/*/*/test_reads.jsonl"))
+    assert run_command([*common, "--text", caches["text"], *options, "--json"], monkeypatch) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert [row["text"] for row in result["rows"]] == [*ROWS, "no text term"]
+    assert result["conclusion"] in printed
+    assert run_command([*common, "--text", "noise", *options], monkeypatch) == 2
+    assert "name the text cache alone, not 'noise'" in capsys.readouterr().err
+    assert run_command([*common, "--text", caches["text"], "--method", "baseline"], monkeypatch) == 2
+    assert "baseline reads no text, so there is nothing to compare" in capsys.readouterr().err
+
+
+def judged(**differences: tuple[float, str]) -> dict[str, Judged]:
+    """Return controls that are so many points from real texts, with these verdicts."""
+    return {
+        name.replace("_", "-") if name != "no_term" else "no text term": Judged(
+            "acc1", Estimate(value, value - 1, value + 1, 0.5), verdict
+        )
+        for name, (value, verdict) in differences.items()
+    }
+
+
+SAME = "not distinguishable"
+
+
+@pytest.mark.parametrize(
+    ("within", "across", "noise", "no_term", "expected"),
+    [
+        ("below real", "below real", "below real", "below real", ["The texts help ema", "+2.00 points of Acc-1 above"]),
+        (SAME, "below real", SAME, SAME, ["gains from the class that a text belongs to", "pictures of the class (+2.00"]),
+        (SAME, SAME, SAME, "below real", ["Nothing shows that what the texts say helps ema", "as one more target"]),
+        ("above real", "above real", SAME, "above real", ["Nothing shows", "Without its text term ema is better"]),
+        ("below real", SAME, "below real", "below real", ["Nothing shows", "Without its text term ema loses"]),
+    ],
+)
+def test_the_sentence_says_what_the_verdicts_say(
+    within: str, across: str, noise: str, no_term: str, expected: list[str]
+) -> None:
+    verdicts = {"shuffled_within": within, "shuffled_across": across, "noise": noise, "label": SAME, "no_term": no_term}
+    sentence = explain("ema", "Acc-1", judged(**{name: (-2.0, verdict) for name, verdict in verdicts.items()}), 5)
+    for part in expected:
+        assert part in sentence
+
+
+def test_without_a_text_term_nothing_is_said_of_it() -> None:
+    verdicts = judged(shuffled_within=(0.5, SAME), shuffled_across=(math.pi, SAME), noise=(0.0, SAME), label=(0.0, SAME))
+    sentence = explain("own", "Pre-1", verdicts, 5)
+    assert sentence.startswith("Nothing shows that what the texts say helps own")
+    assert "-0.50 points of Pre-1" in sentence
+    assert "term" not in sentence
