@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from pipeline.commands.checks import check_dataset, check_file, check_method
-from pipeline.commands.options import DEFAULT_HOME, AsJson, Home, Scheduler, parse_integers, show
+from pipeline.commands.options import DEFAULT_HOME, AsJson, Home, Scheduler, parse_integers, show, show_table
 from pipeline.runtime.errors import UserError
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+SAME_SCORE = 0.005  # points; two scores that are printed with two decimals are the same
 
 
 def tune(
@@ -47,6 +52,14 @@ def tune(
             "from rung to rung, on the first fold."
         ),
     ] = "all",
+    check: Annotated[
+        bool,
+        typer.Option(
+            "--check",
+            help="Search nothing: train the tuned settings again with the code as it stands, in a scratch folder, and compare "
+            "their scores with those that were recorded.",
+        ),
+    ] = False,
     workers: Annotated[int, typer.Option(min=-1, help="Processes; -1: one per core, 0: only this process.")] = -1,
     scheduler: Scheduler = "local",
     image: Annotated[str, typer.Option(help="Cache of the image features; default: the dataset's image encoder.")] = "",
@@ -72,6 +85,11 @@ def tune(
     from pipeline.studies.tuning_space import DEFAULT_SPACE, read_space
     from pipeline.training.tuned import format_tuned
 
+    if check:
+        table = study.reproduce_scores(home, dataset, names, workers)
+        show_table(table, as_json)
+        _check_scores(table)
+        return
     budget = study.Budget(points=points, seeds=chosen_seeds, folds=folds, search=search)
     result = study.tune(
         home, dataset, names, read_space(space or DEFAULT_SPACE), budget,
@@ -90,3 +108,11 @@ def tune(
             raise UserError(message)
         print(f"diffalign: {message}; please report the bugs ({len(result.bugs)} of these trials)", file=sys.stderr)
         raise typer.Exit(1)
+
+
+def _check_scores(table: pd.DataFrame) -> None:
+    """Raise a `UserError` that names the methods whose score today is not the recorded one."""
+    differs = ~((table["recorded"] - table["today"]).abs() < SAME_SCORE)
+    if differs.any():
+        changed = ", ".join(table["method"][differs])
+        raise UserError(f"this code does not reproduce the recorded score of {changed}: tune again, or take that code back")

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import logging
 import math
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pandas as pd
@@ -21,13 +23,13 @@ from pipeline.runtime.errors import UserError
 from pipeline.runtime.files import canonical_json, fingerprint
 from pipeline.runtime.runs import RunFolder
 from pipeline.runtime.settings import field_types
-from pipeline.runtime.version import program_commit, program_version
+from pipeline.runtime.version import code_version
 from pipeline.studies.grid import Grid, SearchKind, plan_grid
 from pipeline.studies.search import run_grid
 from pipeline.studies.trial_report import write_trial_report
 from pipeline.studies.tuning_space import TuningSpace
 from pipeline.training.config import TRAINING_PRESETS, TrainConfig
-from pipeline.training.tuned import tuned_path, write_tuned
+from pipeline.training.tuned import read_tuned_entry, tuned_path, write_tuned
 
 logger = logging.getLogger(__name__)
 
@@ -122,6 +124,7 @@ def tune(
     for method, grids in searches.items():
         logger.info("%s: %s points × %s seeds × %s", method, len(grids[0].cells), len(grids[0].seeds), describe_splits(budget))
         trials.append(_run_trials(grids, scheduler, workers))
+        _warn_about_older_code(trials[-1])
         if not trials[-1].ranked_points().empty:
             entries[method] = tuned_entry(trials[-1], budget, report_name)
             write_tuned(home, dataset, {method: entries[method]})
@@ -187,11 +190,23 @@ def _trial_table(grid: Grid, cells: pd.DataFrame, points: Sequence[int]) -> pd.D
     )
 
 
+def _warn_about_older_code(trials: MethodTrials) -> None:
+    """Log how many trials other code than this has trained: what they scored may not hold today."""
+    done = trials.table[trials.table["state"] == "done"]
+    older = done[done["code"] != code_version()]
+    if len(older):
+        logger.warning(
+            "%s: %d of %d trials were trained by other code than this one (%s), such as %s; `diffalign tune --check` trains "
+            "the chosen settings again, and a trial whose folder you delete is repeated",
+            trials.method, len(older), len(done), code_version(), older["run"].iloc[0],
+        )  # fmt: skip
+
+
 def tuned_entry(trials: MethodTrials, budget: Budget, report_name: str) -> dict[str, Any]:
     """Return the best point of a method as an entry of tuned settings, see `pipeline.training.tuned`.
 
     `selection` says how it was chosen: the mean score of its trials, the budget, a digest of the space, the features, and the
-    version of the program. The best of many scores is optimistic: it is no estimate of the test score.
+    versions of the program that trained it. The best of many scores is optimistic: it is no estimate of the test score.
     """
     best = trials.ranked_points().iloc[0]
     grid = trials.grids[0]
@@ -207,8 +222,49 @@ def tuned_entry(trials: MethodTrials, budget: Budget, report_name: str) -> dict[
             **{key: list(value) if isinstance(value, tuple) else value for key, value in asdict(budget).items()},
             "space": fingerprint({field: list(values) for field, values in grid.axes.items()})[:12],
             "caches": {key: cache.path.name for key, cache in grid.features.caches.items()},
-            "version": program_version(),
-            "commit": program_commit(),
+            "code": sorted(set(trials.table.loc[trials.table["point"] == best["point"], "code"])),
             "trials": report_name,
         },
     }
+
+
+def reproduce_scores(home: Path, dataset: str, methods: Sequence[str], workers: int = -1) -> pd.DataFrame:
+    """Train tuned settings again with the code as it stands, in a folder of their own, and score them as they were chosen.
+
+    Args:
+        home: The folder of all caches; nothing is written to it.
+        dataset: The name of a dataset with tuned settings, of this home or its own.
+        methods: Names of methods.
+        workers: See `run_grid`.
+
+    Returns:
+        One row per method: method; recorded and today, the scores in percent; code, which gave the recorded one.
+
+    Raises:
+        UserError: a method has no tuned settings that say how they were chosen.
+    """
+    rows = []
+    with TemporaryDirectory() as folder:
+        scratch = Path(folder)
+        shutil.copytree(home / "manifests", scratch / "manifests")
+        (scratch / "caches").symlink_to((home / "caches").absolute())
+        for method in methods:
+            entry = read_tuned_entry(dataset, method, home)
+            selection = entry.get("selection")
+            if not selection:
+                raise UserError(f"the tuned settings of {method} on {dataset} do not say how they were chosen; tune it again")
+            fixed = {key: [value] for key, value in entry["settings"].items()}
+            space = TuningSpace(
+                file=tuned_path(home, dataset),
+                training={key: [value] for key, value in entry["training"].items()},
+                newcomers={},
+                methods={method: fixed},
+            )
+            budget = Budget(points=1, seeds=tuple(selection["seeds"]), folds=selection["folds"])
+            image = selection["caches"]["image"]
+            text = selection["caches"].get("text", image)  # not opened for a method that reads no text
+            result = tune(scratch, dataset, [method], space, budget, image=image, text=text, workers=workers)
+            today = result.entries[method]["selection"]["score"] if method in result.entries else math.nan
+            code = ", ".join(selection["code"])
+            rows.append({"method": method, "recorded": selection["score"], "today": today, "code": code})
+    return pd.DataFrame(rows)

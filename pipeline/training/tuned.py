@@ -31,7 +31,13 @@ def tuned_path(home: Path, dataset: str) -> Path:
 
 
 def read_tuned(dataset: str, method: str, home: Path | None) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
-    """Return the tuned settings of a method and of its training.
+    """Return the tuned settings of a method and of its training; see `read_tuned_entry`."""
+    entry = read_tuned_entry(dataset, method, home)
+    return entry.get("settings", {}), entry.get("training", {})
+
+
+def read_tuned_entry(dataset: str, method: str, home: Path | None) -> Mapping[str, Any]:
+    """Return the tuned entry of a method.
 
     Args:
         dataset: The name of a dataset.
@@ -41,15 +47,17 @@ def read_tuned(dataset: str, method: str, home: Path | None) -> tuple[Mapping[st
     Raises:
         UserError: neither file has settings of the method, or a file is damaged.
     """
-    plugin = read_plugin(home, dataset) if home else dataset
     own = read_tuned_file(home, dataset) if home else {}
-    entry = own.get(method) or load_spec(plugin).get("tuned", {}).get(method)
-    if entry is None:
+    if method in own:
+        return own[method]
+    plugin = read_plugin(home, dataset) if home else dataset
+    shipped = load_spec(plugin).get("tuned", {})
+    if method not in shipped:
         raise UserError(
             f"data_manifests/{plugin}.yaml has no tuned settings for {method!r}; use --preset head or paper, "
             f"or find some with: diffalign tune {dataset} --methods {method}"
         )
-    return entry.get("settings", {}), entry.get("training", {})
+    return shipped[method]
 
 
 def read_tuned_file(home: Path, dataset: str) -> dict[str, Mapping[str, Any]]:

@@ -17,6 +17,7 @@ from helpers.command_line import run
 from helpers.feature_caches import make_cache, make_manifest
 from helpers.tiny_heads import caches_by_key, small_settings
 
+from pipeline.data.folds import write_folds
 from pipeline.evaluation.evaluate import evaluate
 from pipeline.runtime import plugins
 from pipeline.runtime.errors import UserError
@@ -27,6 +28,7 @@ from pipeline.studies.grid import read_cells
 from pipeline.studies.tune import Budget, TuneResult, tune
 from pipeline.studies.tuning_space import DEFAULT_SPACE, TuningSpace, read_space
 from pipeline.training.heads import plan_head, resolve_head_settings, train_head
+from pipeline.training.tuned import write_tuned
 from pipeline.types import Shapes
 
 LARGEST_SHAPES: Shapes = {"image": (1280,), "text": (384,), "label": (), "classes": (80,)}  # of the packaged encoders
@@ -130,7 +132,7 @@ def test_a_search_that_was_interrupted_ends_as_if_it_was_not(
     assert resumed.entries == whole.entries
     assert {done: done.stat().st_mtime_ns for done in before} == before
     tables = [pd.read_csv(each.trials).drop(columns="seconds") for each in (resumed, whole)]
-    pd.testing.assert_frame_equal(*tables)
+    pd.testing.assert_frame_equal(tables[0], tables[1])
     again = tune_tiny(home, space)
     assert again.trials.read_bytes() == resumed.trials.read_bytes()
 
@@ -174,7 +176,7 @@ def test_features_of_the_test_split_change_nothing(folds: int, tmp_path: Path) -
         results.append(tune(tmp_path / name, "toy", ("baseline", "ema"), space, budget, image="toy", text="toy", workers=0))
         assert not list((tmp_path / name).rglob("test_reads.jsonl"))
     tables = [pd.read_csv(result.trials)[["method", "point", "split", "score", "loss"]] for result in results]
-    pd.testing.assert_frame_equal(*tables)
+    pd.testing.assert_frame_equal(tables[0], tables[1])
     assert tables[0]["score"].notna().all()
 
 
@@ -199,23 +201,48 @@ def test_the_code_as_it_stands_reproduces_the_score_of_tuned_settings(
     methods = [name for name in plugins.names("methods") if "text" in plugins.get("methods", name).needs or name == "baseline"]
     result = tune_tiny(home, space, methods, points=2, folds=folds)
     other = Path(shutil.copytree(tiny_home, tmp_path / "other"))
-    names = [f"tiny.fold{fold}of{folds}" for fold in range(folds)] or ["tiny"]
-    for suffix in ("parquet", "meta.json", "location.json"):
-        for name in names:
-            shutil.copy(home / "manifests" / f"{name}.{suffix}", other / "manifests")
-    (other / "tuned").mkdir()
-    for name in names:
-        shutil.copy(result.tuned_file, other / "tuned" / f"{name}.yaml")
-    recorded = yaml.safe_load(result.tuned_file.read_text())["tuned"]
-    assert list(recorded) == methods
-    for method, entry in recorded.items():
+    write_tuned(other, "tiny", yaml.safe_load(result.tuned_file.read_text())["tuned"])
+    names = write_folds(other, "tiny", folds) if folds else ["tiny"]
+    for method in methods:
+        settings, training = resolve_head_settings("tiny", method, "tuned", {}, {}, other)
         scores = []
         for name in names:
-            settings, training = resolve_head_settings(name, method, "tuned", {}, {}, other)
-            plan = plan_head(other, name, method, settings, training, entry["selection"]["seeds"][0], caches_by_key(other))
+            plan = plan_head(other, name, method, settings, training, 0, caches_by_key(other))
             assert not plan.run.is_done
             scores.append(evaluate(other, train_head(plan, progress=False), "val", {})["metrics"]["acc1"])
-        assert np.mean(scores) == pytest.approx(entry["selection"]["score"], abs=1e-4), method
+        assert np.mean(scores) == pytest.approx(result.entries[method]["selection"]["score"], abs=1e-4), method
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("folds", [0, 2])
+def test_the_check_trains_again_and_refuses_a_score_that_does_not_hold(
+    folds: int, home: Path, space: TuningSpace, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    result = tune_tiny(home, space, ("baseline", "seda"), points=2, seeds=(0, 1), folds=folds)
+    before = {path: path.stat().st_mtime_ns for path in home.rglob("*") if path.is_file()}
+    command = ["tune", "tiny", "--methods", "baseline,seda", "--check", "--json", "--home", str(home), "--workers", "0"]
+    assert run(command, monkeypatch) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert [row["method"] for row in rows] == ["baseline", "seda"]
+    for row in rows:
+        assert row["today"] == pytest.approx(row["recorded"]) == result.entries[row["method"]]["selection"]["score"]
+        assert row["code"] == code_version()
+    assert {path: path.stat().st_mtime_ns for path in home.rglob("*") if path.is_file()} == before
+    stale = dict(result.entries["seda"])
+    stale["selection"] = {**stale["selection"], "score": stale["selection"]["score"] - 1.2}
+    write_tuned(home, "tiny", {"seda": stale})
+    assert run(command, monkeypatch) == 2
+    assert "does not reproduce the recorded score of seda" in capsys.readouterr().err
+
+
+def test_trials_of_other_code_are_counted(home: Path, space: TuningSpace, caplog: pytest.LogCaptureFixture) -> None:
+    first = pd.read_csv(tune_tiny(home, space, ("baseline",)).trials)
+    assert "other code" not in caplog.text
+    done = home / first["run"].iloc[0] / "done"
+    done.write_text(json.dumps({**json.loads(done.read_text()), "code": "0.0.1 abc"}))
+    trials = pd.read_csv(tune_tiny(home, space, ("baseline",)).trials)
+    assert "baseline: 1 of 4 trials were trained by other code" in caplog.text
+    assert trials["code"].iloc[0] == "0.0.1 abc"
 
 
 @pytest.mark.parametrize("method", read_space(DEFAULT_SPACE).methods)
