@@ -218,7 +218,7 @@ def tuned_entry(trials: MethodTrials, budget: Budget, report_name: str) -> dict[
         "selection": {
             "score": float(best["score"]),
             "metric": grid.metric,
-            "on": describe_splits(budget),
+            "scored_on": describe_splits(budget),
             **{key: list(value) if isinstance(value, tuple) else value for key, value in asdict(budget).items()},
             "space": fingerprint({field: list(values) for field, values in grid.axes.items()})[:12],
             "caches": {key: cache.path.name for key, cache in grid.features.caches.items()},
