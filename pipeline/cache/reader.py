@@ -291,9 +291,9 @@ def find_cache(home: Path, manifest: Manifest, name: str) -> Cache:
         UserError: no cache or several caches fit (the message names the choices), or the caches of that name were made from
             another manifest.
     """
-    folders = find_caches(home, manifest.dataset)
+    dataset, wanted = manifest.features_of
+    folders = find_caches(home, dataset)
     named = [path for path in folders if _matches_name(path.name, name)]
-    wanted = manifest.fingerprint()
     matching = [path for path in named if read_attributes(path)["identity"]["manifest"] == wanted]
     if len(matching) > 1:
         attributes = [read_attributes(path) for path in matching]
@@ -304,8 +304,8 @@ def find_cache(home: Path, manifest: Manifest, name: str) -> Cache:
         return open_cache((matching or named)[0], {"manifest": wanted})
     problem = "several caches" if matching else "no cache"
     choices = ", ".join(path.name for path in matching or folders) or "none yet"
-    remedy = "give the name of one of them" if matching else f"make one with: diffalign extract {manifest.dataset}"
-    raise UserError(f"{problem} of {manifest.dataset} named {name!r} (there are: {choices}); {remedy}")
+    remedy = "give the name of one of them" if matching else f"make one with: diffalign extract {dataset}"
+    raise UserError(f"{problem} of {dataset} named {name!r} (there are: {choices}); {remedy}")
 
 
 def _matches_name(folder: str, name: str) -> bool:

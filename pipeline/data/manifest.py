@@ -69,6 +69,12 @@ class Manifest:
         return self.meta.get("plugin", self.dataset)
 
     @property
+    def features_of(self) -> tuple[str, str]:
+        """The dataset, and the fingerprint of its manifest, whose caches hold the features; a fold has those of the whole."""
+        dataset, fingerprint = self.meta.get("features_of", (self.dataset, self.fingerprint()))
+        return dataset, fingerprint
+
+    @property
     def prepare_command(self) -> str:
         """The command that builds the manifest again, without its options."""
         return prepare_command(self.dataset, self.plugin)

@@ -99,7 +99,9 @@ class RunFolder:
         return (self.path / "done").is_file()
 
     def read_done(self) -> dict[str, Any]:
-        """Return what training recorded when it finished: "seconds", and "checkpoint_sha256".
+        """Return what training recorded when it finished: "seconds", "checkpoint_sha256", and "code".
+
+        "code" is the version of the program that trained the run, see `code_version`; "" for runs of earlier versions.
 
         Raises:
             UserError: the file `done` is damaged.
@@ -107,9 +109,10 @@ class RunFolder:
         path = self.path / "done"
         try:
             facts = json.loads(path.read_text())
-            return {"seconds": float(facts["seconds"]), "checkpoint_sha256": str(facts["checkpoint_sha256"])}
+            seconds, checksum, code = float(facts["seconds"]), str(facts["checkpoint_sha256"]), str(facts.get("code", ""))
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{path} is damaged; {self.remedy}") from error
+        return {"seconds": seconds, "checkpoint_sha256": checksum, "code": code}
 
     def read_checkpoint(self) -> bytes:
         """Return the bytes of the checkpoint of a finished run, in the safetensors format.

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib.metadata
+import subprocess
 import tomllib
+from functools import cache
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,27 @@ def program_version() -> str:
         return importlib.metadata.version(DISTRIBUTION)
     except importlib.metadata.PackageNotFoundError:
         return str(_source_project().get("version", SOURCE_VERSION))
+
+
+@cache
+def program_commit() -> str:
+    """Return the git commit of the source tree that this program runs from, "<40 digits>" or "<40 digits>-dirty".
+
+    "dirty" says that files have changed since. Without a git repository, such as in an installed package, it is "".
+    """
+    if not _source_project():
+        return ""
+    folder = Path(str(resources.files("pipeline"))).parent
+    command = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.SubprocessError):  # no git, or no repository
+        return ""
+
+
+def code_version() -> str:
+    """Return the version and, where there is one, the commit of this program: "0.1.0" or "0.1.0 4ce28549…"."""
+    return f"{program_version()} {program_commit()}".strip()
 
 
 def program_requirements() -> list[str]:

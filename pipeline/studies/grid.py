@@ -63,6 +63,11 @@ class Grid:
     seeds: tuple[int, ...]
     search: SearchKind  # all: train every cell to its end; optuna: only the better cells
 
+    @property
+    def metric(self) -> str:
+        """The name of the metric that ranks cells: acc1, or map for multi-label data."""
+        return "acc1" if self.features.manifest.label_kind == "single" else "map"
+
     @cached_property
     def heads(self) -> dict[tuple[int, int], HeadPlan]:
         """The runs by (cell, seed), finished or not, in the order of the grid."""

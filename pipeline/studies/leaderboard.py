@@ -95,8 +95,8 @@ class Leaderboard:
 
     @property
     def metric(self) -> str:
-        """The name of the metric that ranks cells: acc1, or map for multi-label data."""
-        return "acc1" if self.grid.features.manifest.label_kind == "single" else "map"
+        """See `Grid.metric`."""
+        return self.grid.metric
 
     def rows(self) -> pd.DataFrame:
         """Return one row per run with an outcome, in the order of the grid."""

@@ -52,6 +52,7 @@ class GridResult:
     folder: Path
     axes: tuple[str, ...]  # fields of the grid, columns of the ranking
     ranking: pd.DataFrame  # one row per cell
+    runs: pd.DataFrame  # one row per run, as in cells.csv
     winner: Mapping[str, Any]  # empty when no cell finished
     failed: Mapping[str, str]  # run -> reason
     bugs: frozenset[str]  # the runs among them that failed by a bug, whose tracebacks are in their `error.txt`
@@ -108,7 +109,7 @@ def run_grid(
         winner, failed = _choose_winner(leaderboard, executor, read_test)
     reasons = {run: failure.reason for run, failure in failed.items()}
     bugs = frozenset(run for run, failure in failed.items() if failure.is_bug)
-    return GridResult(folder, tuple(grid.axes), leaderboard.ranking(), winner, reasons, bugs)
+    return GridResult(folder, tuple(grid.axes), leaderboard.ranking(), leaderboard.rows(), winner, reasons, bugs)
 
 
 def _choose_winner(

@@ -15,8 +15,6 @@ from torch import Tensor
 
 from pipeline.cache.streaming import choose_window
 from pipeline.cache.table import ordered_batches, shuffled_batches
-from pipeline.data.manifest_files import read_plugin
-from pipeline.data.spec import load_spec
 from pipeline.evaluation import metrics
 from pipeline.evaluation.evaluate import PREDICTION_BATCH_SIZE, predict
 from pipeline.nn import losses
@@ -33,6 +31,7 @@ from pipeline.training.config import TRAINING_PRESETS, TrainConfig
 from pipeline.training.features import FeatureSet, open_features
 from pipeline.training.state import Score, StopCheck, TrainState, delete_saved_state, never_stop
 from pipeline.training.train import train
+from pipeline.training.tuned import read_tuned
 from pipeline.types import Predictor
 
 logger = logging.getLogger(__name__)
@@ -56,11 +55,11 @@ def resolve_head_settings(
     Args:
         dataset: The dataset, for its tuned settings.
         method: The name of a method.
-        preset: "paper" or "head", which set the learning rate; or "tuned", the settings that the dataset's yaml file holds
-            for the method, which were chosen on validation.
+        preset: "paper" or "head", which set the learning rate; or "tuned", settings that were chosen on validation, see
+            `read_tuned`.
         settings: Given settings of the method, by name, alias or the papers' letter.
         training: Given settings of `TrainConfig`.
-        home: Where the dataset is prepared, for tuned settings of a dataset that has another name there than its plug-in.
+        home: Where the dataset is prepared: it may have tuned settings of its own, or another name for the dataset.
 
     Raises:
         UserError: there is no such preset or setting, or the dataset has no tuned settings for the method.
@@ -69,11 +68,7 @@ def resolve_head_settings(
     chosen: Mapping[str, Any] = {}
     base: Mapping[str, Any] = TRAINING_PRESETS.get(preset, {})
     if preset == "tuned":
-        plugin = read_plugin(home, dataset) if home else dataset
-        tuned = load_spec(plugin).get("tuned", {})
-        if method not in tuned:
-            raise UserError(f"data_manifests/{plugin}.yaml has no tuned settings for {method!r}; use --preset head or paper")
-        chosen, base = tuned[method].get("settings", {}), tuned[method].get("training", {})
+        chosen, base = read_tuned(dataset, method, home)
     elif preset not in TRAINING_PRESETS:
         raise unknown_choice(preset, f"unknown preset {preset!r}", [*TRAINING_PRESETS, "tuned"])
     tuned_and_given = [name_settings(module.Config, each, module.symbols) for each in (chosen, settings)]

@@ -21,6 +21,7 @@ from pipeline.runtime.errors import UserError
 from pipeline.runtime.files import sha256, write_atomic
 from pipeline.runtime.rng import seed_step
 from pipeline.runtime.runs import RunFolder
+from pipeline.runtime.version import code_version
 from pipeline.training.config import TrainConfig
 from pipeline.training.history import Validation
 from pipeline.types import Batch, Phase
@@ -184,7 +185,7 @@ class TrainState:
         weights = safetensors_bytes(self.progress.best)
         write_atomic(self.run.path / "checkpoint.safetensors", weights)
         self._write_history()
-        facts = {"seconds": round(self.progress.seconds, 3), "checkpoint_sha256": sha256(weights)}
+        facts = {"seconds": round(self.progress.seconds, 3), "checkpoint_sha256": sha256(weights), "code": code_version()}
         write_atomic(self.run.path / "done", json.dumps(facts))
         delete_saved_state(self.run)
 
