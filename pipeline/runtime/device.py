@@ -11,6 +11,7 @@ from typing import Literal
 
 import psutil
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from pipeline.runtime.environment import set_environment
 
