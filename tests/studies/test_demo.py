@@ -97,7 +97,7 @@ def test_commands_of_the_readme_run(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     }
     for words in commands:
         arguments = [str(next(tmp_path.glob(word))) if "*" in word else word for word in words[1:]]
-        if words[1] in ("train-head", "grid", "finetune"):
+        if words[1] in ("train-head", "grid", "finetune", "ablate"):
             arguments += ["--train", "epochs=1"]
         monkeypatch.setattr(sys, "argv", ["diffalign", *arguments])
         with pytest.raises(SystemExit) as exit_info:
