@@ -16,9 +16,12 @@ class Method(nn.Module):
 
     Rules that `plugins.check_method` and the contract tests hold:
 
+    - "a method trains and predicts": it defines `loss`, `predict` and `feature`.
+    - "settings are typed": the fields of its Config are bool, int, float, str, a Literal, or a config themselves.
     - "image is needed": `needs` names batch keys, "image" among them.
     - "text is weighted by paired": a method that needs "text" needs "paired" too, because some samples have no text.
     - "prediction reads images alone": the arguments of `predict` are image and rng.
+    - "a loss takes batch and phase": its random numbers come from torch, which the loop seeds in every step.
     - "no number is read back": `loss`, `predict` and `feature` run on tensors alone. An ensemble runs them for several heads at
       once, and reading a number back waits for the GPU.
     - "numbers are tensors": a number of the config that may differ between heads of one ensemble is a buffer (see

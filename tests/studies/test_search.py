@@ -61,7 +61,7 @@ def axes_of(method: str) -> list[str]:
     """Return axes as --grid options, with two values each: fields of the method's grid and symbols, and some of training."""
     module = plugins.get("methods", method)
     fields = dict.fromkeys([*module.grid, *module.symbols.values(), *(TRAINING_FIELDS if method == "seda" else ())])
-    values = {field: VALUES.get(field.rpartition(".")[2], (0.3, 1.0)) for field in fields}
+    values = {field: VALUES.get(field.rpartition(".")[2]) or module.grid.get(field, (0.3, 1.0))[:2] for field in fields}
     return [f"{field}={','.join(map(str, pair))}" for field, pair in values.items()]
 
 
