@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from difflib import get_close_matches
 from functools import cached_property
 from pathlib import Path
 from typing import Literal, TypeVar
@@ -18,11 +19,11 @@ from pipeline.data.manifest import Manifest
 from pipeline.data.manifest_files import load_dataset_spec, read_manifest
 from pipeline.data.splits import by_fraction
 from pipeline.runtime import plugins
-from pipeline.runtime.choices import unknown_choice
+from pipeline.runtime.choices import MIN_SIMILARITY, unknown_choice
 from pipeline.runtime.device import default_device
 from pipeline.runtime.errors import UserError
 from pipeline.runtime.runs import REAL_TEXT
-from pipeline.training.text_controls import control_texts, join_text, parse_text
+from pipeline.training.text_controls import TEXT_CONTROLS, control_texts, join_text, parse_text
 from pipeline.types import Split
 
 logger = logging.getLogger(__name__)
@@ -169,12 +170,23 @@ def open_features(
     if control != REAL_TEXT and "text" not in needs:
         raise UserError(f"{method} reads no text, so there is none to replace by {control!r}; choose a method that does")
     names = {**encoders, "text": text}
-    caches = {key: find_cache(home, manifest, names[key]) for key in encoders if key in needs}
+    caches = {key: _find_cache(home, manifest, key, names[key]) for key in encoders if key in needs}
     if not getattr(plugins.get("methods", method), "reads_tokens", False):
         for cache in caches.values():
             _check_vectors(cache, method)
     chosen = aggregate or manifest.meta["text"]["aggregate"]
     return FeatureSet(home=home, manifest=manifest, caches=caches, aggregate=chosen, text_control=control, fraction=fraction)
+
+
+def _find_cache(home: Path, manifest: Manifest, key: str, name: str) -> Cache:
+    """Return the cache of a batch key; the error for an unknown text suggests the control that was meant."""
+    try:
+        return find_cache(home, manifest, name)
+    except UserError as error:
+        meant = get_close_matches(name, TEXT_CONTROLS, n=1, cutoff=MIN_SIMILARITY) if key == "text" else []
+        if not meant:
+            raise
+        raise UserError(f"{error}; did you mean the control {meant[0]!r}?") from error
 
 
 def _check_vectors(cache: Cache, method: str) -> None:

@@ -134,6 +134,10 @@ def test_caches_are_found_by_name_or_refused(
     arguments[arguments.index("--image") + 1] = "clip"
     assert run(arguments, monkeypatch) == 2
     assert "no cache of tiny named 'clip' (there are: random_projection-" in capsys.readouterr().err
+    arguments = train_arguments(home, "ema")
+    arguments[arguments.index("--text") + 1] = "shuffled-witin"
+    assert run(arguments, monkeypatch) == 2
+    assert capsys.readouterr().err.rstrip().endswith("did you mean the control 'shuffled-within'?")
 
 
 def test_an_incomplete_cache_is_refused_with_the_command_that_completes_it(
