@@ -27,6 +27,7 @@ from pipeline.runtime import plugins
 from pipeline.runtime.device import default_device, reproducible
 from pipeline.runtime.rng import sample_keys
 from pipeline.runtime.runs import RunFolder
+from pipeline.runtime.settings import configure
 from pipeline.training.config import TrainConfig
 from pipeline.training.loop import Trainer, train_epoch
 from pipeline.training.state import TrainState
@@ -54,14 +55,16 @@ def make_raw_columns(rows: int, width: int, classes: int, multi: bool, device: t
 class OurTraining:
     """A head in the real loop, on a table in memory, as `train-head` trains it; nothing is written."""
 
-    def __init__(self, method: str, raw: Batch, classes: int, precision: Any, batch_size: int = BATCH_SIZE) -> None:
+    def __init__(
+        self, method: str, raw: Batch, classes: int, precision: Any, batch_size: int = BATCH_SIZE, **settings: Any
+    ) -> None:
         ids = tuple(f"{row:07d}" for row in range(len(raw["image"])))
         columns = {**raw, "key": sample_keys(ids).to(raw["image"].device)}
         widths = {name: (raw[name].shape[1],) for name in ("image", "text")}
         shapes = {**widths, "label": tuple(raw["label"].shape[1:]), "classes": (classes,)}
         torch.manual_seed(0)
         plugin = plugins.get("methods", method)
-        self.head = plugin(plugin.Config(), shapes).to(raw["image"].device)
+        self.head = plugin(configure(plugin.Config, settings), shapes).to(raw["image"].device)
         needed = {name: columns[name] for name in (*plugin.needs, "key")}
         table = FeatureTable(ids=ids, columns=needed, excluded=())
         self.batches = shuffled_batches(table, batch_size, 0)

@@ -39,7 +39,10 @@ def train_head(
         typer.Option("--train", help="A training setting, KEY=VALUE, e.g. lr=1e-3; `diffalign methods --training` lists them."),
     ] = NO_PAIRS,
     preset: Annotated[
-        str, typer.Option(help="head (lr 1e-3), paper (lr 1e-4), or tuned (of `diffalign tune`, else the dataset's).")
+        str,
+        typer.Option(
+            help="head (lr 1e-3), paper (lr 1e-4, the paper's settings), or tuned (of `diffalign tune`, else the dataset's)."
+        ),
     ] = "head",
     seeds: Annotated[str, typer.Option(help="Comma-separated seeds.")] = "0",
     image: Annotated[str, typer.Option(help="Cache of the image features; default: the dataset's image encoder.")] = "",

@@ -28,7 +28,7 @@ def describe_plugin(kind: str, name: str) -> dict[str, Any]:
     Returns:
         Without a name, the first line of the documentation of each plug-in, by name. With a name, "about", the default of each
         setting by name, "fields", a list with the facts about each setting, and "aliases", other names, each with the settings
-        that it means; for a method, "letters" and "grid", too.
+        that it means; for a method, "paper", "letters" and "grid", too.
     """
     if not name:
         return {found: plugins.first_line(kind, found) for found in plugins.names(kind)}
@@ -40,7 +40,11 @@ def describe_plugin(kind: str, name: str) -> dict[str, Any]:
     described["fields"] = [_facts(setting, symbols) for setting in settings]
     described["aliases"] = {alias: list(names) for alias, names in aliases_of(plugin.Config).items()}
     if kind == "methods":
-        described |= {"letters": dict(symbols), "grid": {key: list(values) for key, values in plugin.grid.items()}}
+        described |= {
+            "paper": dict(plugin.paper),
+            "letters": dict(symbols),
+            "grid": {key: list(values) for key, values in plugin.grid.items()},
+        }
     return described
 
 
@@ -89,6 +93,8 @@ def _page(kind: str, name: str, width: int) -> list[str]:
     if aliases:
         wrapped = textwrap.wrap("; ".join(aliases), width, initial_indent="  ", subsequent_indent="  ")
         lines += ["", "other names of these settings:", *(line.replace(NO_BREAK, " ") for line in wrapped)]
+    if kind == "methods" and plugin.paper:
+        lines += ["", f"as in the paper (--preset paper): {', '.join(f'{key}={value}' for key, value in plugin.paper.items())}"]
     if kind == "methods" and plugin.grid:
         lines += ["", "the papers' grid (diffalign grid --grid papers):"]
         lines += [f"  {field}: {', '.join(map(str, values))}" for field, values in plugin.grid.items()]

@@ -47,6 +47,7 @@ class EMA(Method):
     Config = Config
     needs = ("image", "text", "paired", "label")
     symbols: ClassVar[Mapping[str, str]] = {"alpha1": "w_ce", "beta": "w_ita", "tau": "tau", "d": "width"}
+    without_text: ClassVar[Mapping[str, Any]] = {"w_ita": 0.0}
     grid: ClassVar[Mapping[str, tuple[Any, ...]]] = {"w_ita": (0.1, 0.3, 1.0, 3.0), "tau": (0.03, 0.07, 0.2)}
 
     tau: Tensor

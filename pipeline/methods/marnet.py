@@ -113,6 +113,7 @@ class MARNet(Method):
         "gamma": "cdr.w_mse",
         "tau": "ema.tau",
     }
+    without_text: ClassVar[Mapping[str, Any]] = {"ema.w_ita": 0.0, "cdr.w_mse": 0.0}
     grid: ClassVar[Mapping[str, tuple[Any, ...]]] = {
         "ema.w_ita": (0.1, 0.3, 1.0, 3.0),
         "cdr.w_mse": (0.1, 0.3, 1.0, 3.0),

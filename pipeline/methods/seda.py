@@ -83,17 +83,17 @@ class Config(SamplerConfig):
     residual: Annotated[
         Residual, "added to PFIN's attention: visual: a linear map of the image, text: the noisy text; eq. 2 has none"
     ] = "visual"
-    dropout: Annotated[float, Range(0, 0.99), "probability, in the denoiser"] = 0.0
+    dropout: Annotated[float, Range(0, 0.99), "probability, in the denoiser"] = 0.3
     sample_steps: Annotated[SampleSteps, "S, steps of ddim, at most T; from 20 on, several are steps of the learner"] = 20
     adapter: Annotated[
-        Literal["pca_if_needed", "none", "pca", "contrastive", "classifier", "auto"],
-        "frozen adapters to a common width; pca_if_needed: if widths differ, pca to at most `width`; auto: then classifier",
-    ] = "pca_if_needed"
+        Literal["contrastive_if_needed", "pca_if_needed", "auto", "none", "contrastive", "pca", "classifier"],
+        "frozen adapters to a common width; …_if_needed: where widths differ, pca to at most `width`; auto: then classifier",
+    ] = "contrastive_if_needed"
     width: Annotated[int, Range(1, 65_536), "width of the adapters' outputs"] = 512
     condition: Annotated[
         Literal["adapted", "raw"], "image feature that the denoiser reads: the adapter's output, or its input at its own width"
     ] = "adapted"
-    scale: Annotated[ScaleMode, "standardisation of image and text features"] = "per_dim"
+    scale: Annotated[ScaleMode, "standardisation of image and text features"] = "global"
     label_loss: Annotated[LabelLoss, "for multi-label data"] = "softmax_kl"
 
     old_values: ClassVar[Mapping[str, Mapping[str, Any]]] = {"residual": {"true": "text", "false": "none"}}
@@ -140,11 +140,13 @@ class SeDA(Method):
         "alpha1": "w_sc",
         "alpha2": "w_mse",
     }
+    without_text: ClassVar[Mapping[str, Any]] = {"w_mse": 0.0, "adapter": "pca_if_needed"}
     grid: ClassVar[Mapping[str, tuple[Any, ...]]] = {
         "w_ce_dst": (0.5, 1.0, 1.5, 2.0),
         "num_steps": (900, 1200, 1500, 1800),
         "stage_step": (0, 300, 500),
     }  # Figure 3
+    paper: ClassVar[Mapping[str, Any]] = {"residual": "none", "adapter": "auto", "scale": "per_dim", "dropout": 0.0}
     prediction = PREDICTION_SETTINGS
 
     centres: Tensor
@@ -156,10 +158,10 @@ class SeDA(Method):
     dst_steps: Tensor
     own_probability: Tensor
     last_step: Tensor
-    w_ce_dsl: Tensor
-    w_ce_dst: Tensor
-    w_mse: Tensor
-    w_sc: Tensor
+    learner_weights: Tensor  # of the losses L_SC, L_MSE, L_CE, [3] each
+    translator_weights: Tensor
+    learner_parts: Tensor  # which of these losses the stage has
+    translator_parts: Tensor
 
     def __init__(self, config: Config, shapes: Shapes) -> None:
         super().__init__(config, shapes)
@@ -187,10 +189,18 @@ class SeDA(Method):
         abar = alphas_cumprod(config.schedule, config.num_steps)
         self.abar, self.levels = LookupTable(abar), LookupTable(noise_levels(abar))
         self.register_buffer("centres", torch.zeros(self.num_classes, width))
-        register_hyperparameters(self, dsl_low=dsl.start, dsl_steps=len(dsl), dst_low=dst.start, dst_steps=len(dst))
+        self.register_buffer("dsl_low", torch.tensor(dsl.start), persistent=False)
+        self.register_buffer("dst_low", torch.tensor(dst.start), persistent=False)
+        register_hyperparameters(self, dsl_steps=len(dsl), dst_steps=len(dst))
         register_hyperparameters(self, dsl_probability=len(dsl) / (len(dsl) + len(dst)), last_step=config.num_steps - 1)
         register_hyperparameters(self, ce_low=config.ce_min_step * config.num_steps, own_probability=config.on_policy)
-        register_hyperparameters(self, w_sc=config.w_sc, w_ce_dsl=config.w_ce_dsl, w_mse=config.w_mse, w_ce_dst=config.w_ce_dst)
+        for stage, weights in (
+            ("learner", (config.w_sc, 0.0, config.w_ce_dsl)),
+            ("translator", (0.0, config.w_mse, config.w_ce_dst)),
+        ):
+            self.register_buffer(f"{stage}_weights", torch.tensor(weights), persistent=False)
+        self.register_buffer("learner_parts", torch.tensor([1.0, 0.0, 1.0]), persistent=False)
+        self.register_buffer("translator_parts", torch.tensor([0.0, 1.0, 1.0]), persistent=False)
 
     @classmethod
     def small(cls) -> dict[str, Any]:
@@ -235,7 +245,7 @@ class SeDA(Method):
         stage = torch.rand(place.shape if self.per_sample_stage else (), device=x_s.device)
         is_dsl = stage < self.dsl_probability
         low, num_steps = torch.where(is_dsl, self.dsl_low, self.dst_low), torch.where(is_dsl, self.dsl_steps, self.dst_steps)
-        return (low + torch.floor(place * num_steps)).long(), is_dsl
+        return (place * num_steps).long() + low, is_dsl
 
     def loss(self, batch: Batch, phase: str) -> Batch:
         """Return L and its parts: L_SCC for samples of the learner, L_CT for samples of the translator (eq. 8, 11, 12).
@@ -250,24 +260,31 @@ class SeDA(Method):
         start = self.mix_own_texts(x_s, context) if self.has_own_texts else x_s
         x_n = q_sample(start, n, torch.randn_like(x_s), self.levels.values)
         x_r = self.denoiser(x_n, self.denoiser.embed_step(n), context)
-        in_dsl, has_ce = is_dsl.float(), (n >= self.ce_low).float() if self.has_ce_limit else None
-        ce = classification_losses(self.classifier(x_r), batch["label"], self.label_loss)
-        w_ce = torch.where(is_dsl, self.w_ce_dsl, self.w_ce_dst)
-        if self.per_sample_stage:  # samples of the other stage do not count in a loss
-            dsl_share, in_sc, in_mse = in_dsl.mean(), in_dsl, (1.0 - in_dsl) * batch["paired"]
-            weighted_ce, ce = weighted_mean(w_ce * ce, has_ce), weighted_mean(ce, has_ce)
-        else:  # the whole batch is of one stage, whose share is 0 or 1
-            dsl_share, in_sc, in_mse, ce = in_dsl, None, batch["paired"], weighted_mean(ce, has_ce)
-            weighted_ce = w_ce * ce
+        in_dsl, paired = None, batch["paired"]
+        if self.per_sample_stage:  # a sample counts in the losses of its own stage; else the whole batch has one stage
+            in_dsl = is_dsl.float()
+            paired = (1.0 - in_dsl) * paired
         # Targets are data: where the encoders are trained too, no gradient reaches them through a target.
-        mse = (1.0 - dsl_share) * mse_loss(x_r, x_s.detach(), self.mse_reduction, in_mse)
+        mse = mse_loss(x_r, x_s.detach(), self.mse_reduction, paired)
         if not self.has_learner:
-            return {"loss": self.w_mse * mse + weighted_ce, "mse": mse, "ce": ce}
-        x_v = (self.space.image(batch["image"]) if self.reads_raw_image else condition).detach()
-        centres = self.centres if self.has_train_centres else None
-        sc = structural_consistency_loss(x_r, x_v, batch["label"], self.num_classes, centres, self.sc_reduction, in_sc)
-        sc = dsl_share * sc
-        return {"loss": self.w_sc * sc + self.w_mse * mse + weighted_ce, "sc": sc, "mse": mse, "ce": ce}
+            sc = torch.zeros_like(mse)
+        else:
+            x_v = (self.space.image(batch["image"]) if self.reads_raw_image else condition).detach()
+            centres = self.centres if self.has_train_centres else None
+            sc = structural_consistency_loss(x_r, x_v, batch["label"], self.num_classes, centres, self.sc_reduction, in_dsl)
+        ces = classification_losses(self.classifier(x_r), batch["label"], self.label_loss)
+        has_ce = (n >= self.ce_low).float() if self.has_ce_limit else None
+        parts = torch.stack([sc, mse, weighted_mean(ces, has_ce)])
+        if in_dsl is None:
+            counted = torch.where(is_dsl, self.learner_parts, self.translator_parts)
+            loss = (torch.where(is_dsl, self.learner_weights, self.translator_weights) * parts).sum()
+        else:
+            share, (w_sc, _, w_ce_dsl), (_, w_mse, w_ce_dst) = in_dsl.mean(), self.learner_weights, self.translator_weights
+            counted = torch.stack([share, 1.0 - share, torch.ones_like(share)])
+            weighted_ce = weighted_mean(torch.where(is_dsl, w_ce_dsl, w_ce_dst) * ces, has_ce)
+            loss = w_sc * share * sc + w_mse * (1.0 - share) * mse + weighted_ce
+        sc, mse, ce = (counted * parts).unbind()
+        return {"loss": loss, "sc": sc, "mse": mse, "ce": ce}
 
     def condition(self, image: Tensor) -> Tensor:
         """Return what the denoiser reads of image features [B,Dv]: x_v, or the features at their own width."""
@@ -324,12 +341,12 @@ def build_denoiser(config: Config, width: int, image_width: int) -> Denoiser:
 
 def _adapter(config: Config, shapes: Shapes) -> tuple[AdapterKind, int]:
     """Return kind and width of the adapters; pca_if_needed takes a width that components can have and PFIN can cut."""
-    if config.adapter not in ("pca_if_needed", "auto"):
+    if config.adapter in ("none", "contrastive", "pca", "classifier"):
         return config.adapter, config.width
     widths = *shapes["image"], *shapes["text"]
     if len(set(widths)) == 1:
         return "none", config.width
-    if config.adapter == "auto":
-        return "classifier", config.width
-    width = min(config.width, *widths)
-    return "pca", width - width % config.num_tokens or width
+    if config.adapter == "pca_if_needed":
+        width = min(config.width, *widths)
+        return "pca", width - width % config.num_tokens or width
+    return "classifier" if config.adapter == "auto" else "contrastive", config.width

@@ -47,17 +47,18 @@ class Dropout(nn.Module):
     """
 
     p: Tensor
+    factor: Tensor
 
     def __init__(self, p: float) -> None:
         super().__init__()
         self.is_on = p > 0
-        register_hyperparameters(self, p=p)
+        register_hyperparameters(self, p=p, factor=1.0 / (1.0 - p))
 
     def forward(self, x: Tensor) -> Tensor:
         """Map [...] to [...]."""
         if not (self.is_on and self.training):
             return x
-        return x * (torch.rand_like(x, dtype=torch.float32) >= self.p) / (1.0 - self.p)
+        return x * (torch.rand_like(x, dtype=torch.float32) >= self.p) * self.factor
 
 
 class MLP(nn.Module):

@@ -21,15 +21,15 @@ MSEReduction = Literal["mean", "sum_dim"]  # see `mse_loss`
 StructuralReduction = Literal["mean", "literal"]  # see `structural_consistency_loss`
 
 MASKED_LOGIT = -1e9  # logit of a masked column: finite, so that the loss of a row with no column left is finite
-TINY = 1e-30  # the least sum of weights that a mean divides by: a sum of zeros stays 0
+TINY = 1e-30  # the least sum or mean of weights that is divided by: with zeros alone, the result stays 0
 
 
 def weighted_mean(values: Tensor, weight: Tensor | None) -> Tensor:
     """Return the mean of values [B] or [B,D] over D and, with weights w_i / sum_i w_i, over B; 0 if every weight is 0."""
     if weight is None:
         return values.mean()
-    rows = values if values.ndim == 1 else values.mean(-1)
-    return (weight * rows).sum() / weight.sum().clamp(min=TINY)
+    share = weight / weight.mean().clamp(min=TINY)
+    return (values * (share if values.ndim == 1 else share.unsqueeze(-1))).mean()
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:

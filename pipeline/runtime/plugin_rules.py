@@ -133,7 +133,8 @@ def _setting_faults(config: type[Any]) -> Iterator[tuple[str, str]]:
 
 def _name_faults(method: type[Method], config: type[Any]) -> Iterator[tuple[str, str]]:
     """Look at the class attributes that name settings."""
-    named = {*method.symbols.values(), *method.grid, *method.prediction, *chain(*aliases_of(config).values())}
+    named = {*method.symbols.values(), *method.grid, *method.paper, *method.without_text, *method.prediction}
+    named |= {*chain(*aliases_of(config).values())}
     unknown = sorted(name for name in named if name not in field_types(config))
     if unknown:
         yield "letters, grid and prediction name settings", f"Config has no {', '.join(unknown)}"

@@ -16,13 +16,12 @@ from pipeline.report.results import SampleMetrics, read_groups, read_sample_metr
 from pipeline.runtime import plugins
 from pipeline.runtime.errors import UserError
 from pipeline.runtime.runs import REAL_TEXT
-from pipeline.runtime.settings import field_types, name_settings
+from pipeline.runtime.settings import name_settings
 from pipeline.training.features import cache_names, open_features
 from pipeline.training.heads import plan_head_on, resolve_head_settings, train_head
 from pipeline.training.text_controls import TEXT_CONTROLS, join_text, parse_text
 from pipeline.types import Split
 
-TEXT_WEIGHTS = ("w_ita", "w_mse")  # settings that weigh a loss against the text, under these names in every method
 NO_TEXT_TERM = "no text term"
 ABOVE, BELOW = f"above {REAL_TEXT}", f"below {REAL_TEXT}"  # the verdicts on a control
 
@@ -67,8 +66,8 @@ def compare_texts(
 
     Returns:
         One row per text with the mean and standard deviation over seeds of the metrics, what real texts have more than it, in
-        points with its 95 % interval, and a verdict; and a conclusion. If the method has settings of `TEXT_WEIGHTS`, one more
-        row has them at 0.
+        points with its 95 % interval, and a verdict; and a conclusion. If the method says what it is `without_text`, one more
+        row has those settings.
 
     Raises:
         UserError: the method reads no text, or a control is named in `caches`.
@@ -80,10 +79,9 @@ def compare_texts(
     if control != REAL_TEXT:
         raise UserError(f"this study trains on every control: name the text cache alone, not {caches['text']!r}")
     given = name_settings(plugin.Config, settings, plugin.symbols)
-    weights = [name for name in field_types(plugin.Config) if name.rpartition(".")[2] in TEXT_WEIGHTS]
     variants = {name: (name, given) for name in (REAL_TEXT, *TEXT_CONTROLS)}
-    if weights:
-        variants[NO_TEXT_TERM] = (REAL_TEXT, {**given, **dict.fromkeys(weights, 0.0)})
+    if without_text := getattr(plugin, "without_text", {}):
+        variants[NO_TEXT_TERM] = (REAL_TEXT, {**given, **without_text})
     scored = {}
     for title, (control, own) in variants.items():
         names = cache_names(home, dataset, caches.get("image", ""), join_text(text, control))

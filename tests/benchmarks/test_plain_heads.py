@@ -66,7 +66,7 @@ def test_losses_and_gradients_are_those_of_ours(method: str, stage: str, labels:
     raw = training_step.make_raw_columns(ROWS, WIDTH, CLASSES, LABEL_KINDS[labels], torch.device("cpu"))
     raw["image"], raw["text"] = 3.0 * raw["image"] + 1.0, 2.0 * raw["text"] - 1.0
     raw["paired"][::8] = 0.0
-    ours = training_step.OurTraining(method, raw, CLASSES, precision, ROWS)
+    ours = training_step.OurTraining(method, raw, CLASSES, precision, ROWS, **plain_heads.AS_BY_HAND.get(method, {}))
     plain = plain_heads.plain_training(method, raw, CLASSES, precision, ROWS).head
     plain.load_state_dict(as_plain(dict(ours.head.named_parameters())), strict=False)
     batch = next(ours.batches(0))

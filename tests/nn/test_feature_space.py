@@ -11,10 +11,11 @@ from helpers.method_cases import batches_of, make_batch, make_rng, seeded_loss, 
 
 def test_adapters_are_used_if_the_widths_differ() -> None:
     assert [phase.name for phase in build("seda").phases] == ["head"]
-    method = build("seda", text_width=10)  # with 4 tokens: principal components to the largest width that they divide
+    # with 4 tokens: principal components to the largest width that they divide
+    method = build("seda", text_width=10, adapter="pca_if_needed")
     assert ([phase.name for phase in method.phases], method.space.kind) == (["head"], "pca")
     assert (method.space.image_width, method.space.text_width) == (8, 8)
-    for adapter in ("auto", "classifier", "contrastive"):
+    for adapter in ("contrastive_if_needed", "auto", "classifier", "contrastive"):
         method = build("seda", text_width=10, adapter=adapter)
         assert [phase.name for phase in method.phases] == ["adapt", "head"]
         assert (method.space.image_width, method.space.text_width) == (12, 12)
@@ -22,7 +23,7 @@ def test_adapters_are_used_if_the_widths_differ() -> None:
 
 @pytest.mark.parametrize("adapter", ["none", "classifier", "pca", "contrastive"])
 def test_the_training_split_has_unit_scale(adapter: str) -> None:
-    method, batch = fitted("seda", adapter=adapter)
+    method, batch = fitted("seda", adapter=adapter, scale="per_dim")
     is_paired = (batch["paired"] > 0).numpy()
     for x in (to_numpy(method.space.image(batch["image"])), to_numpy(method.space.text(batch["text"]))[is_paired]):
         np.testing.assert_allclose(x.mean(0), 0.0, atol=1e-4)
@@ -30,7 +31,7 @@ def test_the_training_split_has_unit_scale(adapter: str) -> None:
 
 
 def test_pca_adapters_equal_a_singular_value_decomposition() -> None:
-    method, batch = fitted("seda", adapter="pca")
+    method, batch = fitted("seda", adapter="pca", scale="per_dim")
     text = to_numpy(batch["text"])
     is_paired = (batch["paired"] > 0).numpy()
     x = (text - text[is_paired].mean(0)) / text[is_paired].std(0)
@@ -57,7 +58,7 @@ def test_classifier_adapters_learn_the_labels_and_are_then_frozen() -> None:
 
 
 def test_contrastive_adapters_learn_what_ema_learns_and_are_then_frozen() -> None:
-    method, batch = fitted("seda", adapter="contrastive", width=12)
+    method, batch = fitted("seda", adapter="contrastive", width=12, scale="per_dim")
     ema, _ = fitted("ema", width=12)
     for ours, theirs in ((method.space.image_adapter, ema.image_projector), (method.space.text_adapter, ema.text_projector)):
         theirs.load_state_dict(ours.project.state_dict())
@@ -69,7 +70,7 @@ def test_contrastive_adapters_learn_what_ema_learns_and_are_then_frozen() -> Non
 
 
 def test_principal_components_stay_when_statistics_are_taken_again() -> None:
-    method, batch = fitted("seda", adapter="pca")
+    method, batch = fitted("seda", adapter="pca", scale="per_dim")
     before = method.space.image_adapter.project.weight.clone()
     moved = {**batch, "image": 2.0 * batch["image"].flip(1) + 1.0}
     method.begin("head", batches_of(moved))
