@@ -26,7 +26,7 @@ from pipeline.runtime.errors import UserError, describe_error, is_bug, is_out_of
 from pipeline.runtime.files import label_os_errors, lock
 from pipeline.runtime.runs import RECIPE, RunConfig, RunFolder, check_seed
 from pipeline.runtime.settings import configure, name_settings
-from pipeline.training.capacity import bytes_per_method
+from pipeline.training.capacity import bytes_kept, bytes_per_method
 from pipeline.training.config import TRAINING_PRESETS, TrainConfig
 from pipeline.training.features import FeatureSet, open_features
 from pipeline.training.state import Score, StopCheck, TrainState, delete_saved_state, never_stop
@@ -240,8 +240,9 @@ def head_capacity(head: HeadPlan) -> int:
     with reproducible(device, training.precision):
         method = _build_method(head, device)
         needed = {device.type: bytes_per_method(method, batch, num_rows)}
-    weights = sum(tensor.nbytes for tensor in method.state_dict().values())
-    needed[device.type] += weights * (training.weight_average > 0)
-    needed["cpu"] = needed.get("cpu", 0) + STATE_COPIES * weights
+        weights = sum(tensor.nbytes for tensor in method.state_dict().values())
+        kept = bytes_kept(method, batch) * len(train_source.ids) // len(batch["key"])
+    needed[device.type] += weights * (training.weight_average > 0) + kept
+    needed["cpu"] = needed.get("cpu", 0) + STATE_COPIES * (weights + kept)
     counts = [int(HEADS_MEMORY_SHARE * free_bytes(torch.device(kind)) / num_bytes) for kind, num_bytes in needed.items()]
     return max(1, min(counts))
