@@ -124,7 +124,7 @@ class Stacked(Method):
         return base + self.head_weight * head
 
     def _scores(self, logits: Tensor) -> Tensor:
-        return logits if self.has_own_scores else torch.log_softmax(logits, dim=1)
+        return logits.float() if self.has_own_scores else torch.log_softmax(logits.float(), dim=1)
 
     def feature(self, image: Tensor, rng: KeyedRNG) -> Tensor:
         """Return the feature of the head [B,D], from image features [B,Dv]."""

@@ -4,6 +4,7 @@ caches. `train.py` calls it for the runs of a command; `ensemble.py` has the ste
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -81,7 +82,8 @@ def try_candidate(trainer: Trainer) -> list[dict[str, str | float]]:
     with torch.no_grad():
         for state in trainer.states:
             state.method.choose(candidate)
-    return [{"phase": phase, "epoch": candidate, "candidate": candidate} for _ in trainer.states]
+    untrained = {"lr": math.nan, "loss": math.nan}
+    return [{"phase": phase, "epoch": candidate, **untrained, "candidate": candidate} for _ in trainer.states]
 
 
 def train_epoch(trainer: Trainer, source: Source) -> list[dict[str, str | float]]:

@@ -145,7 +145,7 @@ class TrainState:
         Raises:
             UserError: its loss is not finite.
         """
-        if not math.isfinite(row.get("loss", 0.0)):
+        if not (math.isfinite(row["loss"]) or self.phase.candidates):
             position = f"epoch {row['epoch']} of phase {row['phase']!r}"
             raise UserError(f"the loss is {DIVERGED} in {position}; lower lr, or raise tau")
         self.progress.epoch += 1
