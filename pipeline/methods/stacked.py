@@ -26,7 +26,7 @@ HEAD_WEIGHTS = (0.0, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0, 1.5, 2.0, 3.0, 5.0)  # candid
 
 @dataclass(frozen=True, kw_only=True)
 class Config(Settings):
-    """Settings of the two parts. The config of a run holds all settings of the head, whatever the defaults will be one day."""
+    """Settings of the two parts."""
 
     head: Annotated[str, "name of a method of this package, not stacked"] = "seda"
     head_settings: Annotated[str, "of the head: NAME=VALUE NAME=VALUE, as with --set; the others have the head's defaults"] = ""
@@ -36,13 +36,15 @@ class Config(Settings):
         super().__post_init__()
         if self.head == "stacked" or plugins.is_external("methods", self.head):
             raise UserError(f"head is {self.head!r}; take another method of this package: a run records no file of its head")
-        settings = {name: setting_text(value) for name, value in flatten(asdict(self.head_config)).items()}
-        object.__setattr__(self, "head_settings", " ".join(f"{name}={value}" for name, value in settings.items()))
-        losses = {value for name, value in settings.items() if name.rpartition(".")[2] == "label_loss"} or {"softmax_kl"}
+        settings = flatten(asdict(self.head_config))
+        losses = [value for name, value in settings.items() if name.rpartition(".")[2] == "label_loss"] or ["softmax_kl"]
         if {value == "bce" for value in (*losses, self.base.label_loss)} == {True, False}:
-            raise UserError(
-                "base.label_loss and label_loss in head_settings must both be bce, or neither: their scores are added"
-            )
+            raise UserError("base.label_loss and label_loss in head_settings must both be bce, or neither: scores are added")
+
+    def recorded(self) -> dict[str, Any]:
+        """Return the settings, with all those of the head, also where they have the defaults of today."""
+        settings = flatten(asdict(self.head_config)).items()
+        return {**asdict(self), "head_settings": " ".join(f"{name}={setting_text(value)}" for name, value in settings)}
 
     @property
     def head_config(self) -> Any:

@@ -144,6 +144,10 @@ class Settings:
         """Return how messages about ranges call a field: its name, unless a config says otherwise."""
         return field
 
+    def recorded(self) -> dict[str, Any]:
+        """Return the settings as the config of a run records them: all that a later version needs to build the same method."""
+        return asdict(self)
+
 
 @cache
 def describe_settings(config_type: type[Any]) -> tuple[Setting, ...]:

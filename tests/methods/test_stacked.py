@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from pipeline.runtime import plugins
 from pipeline.runtime.errors import UserError
 from pipeline.runtime.runs import RunFolder
 from pipeline.runtime.settings import configure
+from pipeline.training.config import TrainConfig
 from pipeline.training.heads import plan_head, resolve_head_settings, train_head
 
 HEADS = [name for name in plugins.names("methods") if name != "stacked" and not plugins.is_external("methods", name)]
@@ -119,13 +119,24 @@ def test_a_run_keeps_the_best_weight_and_its_base_is_the_baseline(head: str, tin
     assert history["val_metric"].iloc[0] == evaluate(home, baseline, "val", {})["metrics"]["acc1"]
 
 
-def test_the_config_holds_all_settings_of_the_head_however_they_are_spelled() -> None:
-    first = config_of(head="ema", head_settings="tau=0.10 w_ita=3")
-    assert first == config_of(head="ema", head_settings=" beta=3.0   tau=.1 ")
-    assert first.head_config == plugins.get("methods", "ema").Config(tau=0.1, w_ita=3.0)
-    assert first != config_of(head="ema")
-    assert config_of(**asdict(first)) == first
-    assert set(config_of(head="marnet").head_settings.split()) >= {"fusion=concat", "ema.tau=0.07", "cdr.zero_start=false"}
+def test_a_run_records_all_settings_of_the_head_however_they_are_spelled() -> None:
+    first, again = (config_of(head="ema", head_settings=text) for text in ("tau=0.10 w_ita=3", " beta=3.0   tau=.1 "))
+    assert first.head_config == again.head_config == plugins.get("methods", "ema").Config(tau=0.1, w_ita=3.0)
+    assert first.recorded() == again.recorded() != config_of(head="ema").recorded()
+    assert config_of(**first.recorded()).recorded() == first.recorded()
+    assert config_of(**first.recorded()).head_config == first.head_config
+    text = config_of(head="marnet").recorded()["head_settings"]
+    assert set(text.split()) >= {"fusion=concat", "ema.tau=0.07", "cdr.zero_start=false"}
+
+
+def test_two_spellings_are_one_run(tiny_home: Path) -> None:
+    plans = [
+        plan_head(
+            tiny_home, "tiny", "stacked", config_of(head="ema", head_settings=text), TrainConfig(), 0, caches_by_key(tiny_home)
+        )
+        for text in ("width=16 tau=0.1", "tau=.10 d=16", "tau=0.2 d=16")
+    ]
+    assert plans[0].run == plans[1].run != plans[2].run
 
 
 @pytest.mark.parametrize(
