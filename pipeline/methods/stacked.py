@@ -1,7 +1,8 @@
-"""Any head on top of the baseline: log p = log p_baseline + lambda log p_head + const, with lambda chosen on validation.
+"""Any head on top of the baseline: log p ~ log p_baseline + lambda log p_head, with lambda >= 0 chosen on validation.
 
-Both are trained, each by itself, and then lambda >= 0 is the best of a few values on validation. One of them is 0, the baseline
-alone, which also wins a tie: on validation the result is never below that baseline.
+Both are trained, each by itself, and then lambda is the best of a few values on validation. One of them is 0, the baseline
+alone, so on validation the result is never below that baseline. The sum is divided by 1 + lambda: that changes the rank of no
+class of a sample, but without it two predictions that agree would be taken for independent witnesses, and be far too sure.
 """
 
 from __future__ import annotations
@@ -121,9 +122,9 @@ class Stacked(Method):
         return self.head.loss(batch, phase.removeprefix("head."))
 
     def predict(self, image: Tensor, rng: KeyedRNG) -> Tensor:
-        """Return log p_baseline + lambda log p_head, [B,C], from image features [B,Dv]."""
+        """Return (log p_baseline + lambda log p_head) / (1 + lambda), [B,C], from image features [B,Dv]."""
         base, head = (self._scores(part.predict(image, rng)) for part in (self.base, self.head))
-        return base + self.head_weight * head
+        return (base + self.head_weight * head) / (1.0 + self.head_weight)
 
     def _scores(self, logits: Tensor) -> Tensor:
         return logits.float() if self.has_own_scores else torch.log_softmax(logits.float(), dim=1)

@@ -54,7 +54,8 @@ def test_it_is_the_weighted_sum_of_the_log_probabilities(head: str, kind: str) -
     for candidate in range(model.phases[-1].candidates):
         model.choose(candidate)
         base, own = (log_softmax(to_numpy(part.predict(image, rng)), axis=1) for part in (model.base, model.head))
-        expected = base + HEAD_WEIGHTS[candidate // choices] * own
+        weight = HEAD_WEIGHTS[candidate // choices]
+        expected = (base + weight * own) / (1 + weight)
         np.testing.assert_allclose(to_numpy(model.predict(image, rng)), expected, atol=1e-4)
         if head == "knn":
             assert model.head.k == NEIGHBOURS[candidate % choices]
@@ -71,12 +72,22 @@ def test_without_the_head_it_is_the_baseline(kind: str) -> None:
 
 
 @torch.no_grad()
-def test_with_a_sigmoid_for_each_class_it_is_the_product_of_two_predictions() -> None:
+def test_two_equal_predictions_are_as_sure_as_one() -> None:
+    model, batch = stacked_on("baseline")
+    model.head.load_state_dict(model.base.state_dict())
+    alone = model.base.predict(batch["image"], make_rng()).softmax(dim=1)
+    for candidate in range(len(HEAD_WEIGHTS)):
+        model.choose(candidate)
+        torch.testing.assert_close(model.predict(batch["image"], make_rng()).softmax(dim=1), alone)
+
+
+@torch.no_grad()
+def test_with_a_sigmoid_for_each_class_it_is_the_geometric_mean_of_two_predictions() -> None:
     model, batch = stacked_on("ema", "multi", "label_loss=bce", **{"base.label_loss": "bce"})
     model.choose(HEAD_WEIGHTS.index(2.0))
     rng = make_rng()
     p, q, ours = (expit(to_numpy(part.predict(batch["image"], rng))) for part in (model.base, model.head, model))
-    product, rest = p * q**2, (1 - p) * (1 - q) ** 2
+    product, rest = (p * q**2) ** (1 / 3), ((1 - p) * (1 - q) ** 2) ** (1 / 3)
     np.testing.assert_allclose(ours, product / (product + rest), atol=1e-5)
     model.choose(0)
     assert torch.equal(model.predict(batch["image"], rng), model.base.predict(batch["image"], rng))
