@@ -36,7 +36,12 @@ class Sample:
 
 
 class Phase(NamedTuple):
-    """A phase of training: only the parameters whose names start with one of `trains` are trained."""
+    """A phase of training: only the parameters whose names start with one of `trains` are trained.
+
+    A phase with `candidates` trains nothing: each of its epochs puts one candidate into the method (`Method.choose`) and
+    validates it, and the run keeps the best on the validation metric. It is the last phase of its method, the only one that is
+    validated.
+    """
 
     name: str
     trains: tuple[str, ...] = ("",)
@@ -44,6 +49,7 @@ class Phase(NamedTuple):
     rates: tuple[
         tuple[str, float], ...
     ] = ()  # (prefix of a parameter name, factor of its learning rate); the first match counts
+    candidates: int = 0  # how many are tried; such a phase has trains=()
 
     def rate(self, name: str) -> float:
         """Return the factor of the learning rate of the parameter with this name."""

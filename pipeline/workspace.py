@@ -229,7 +229,7 @@ class Workspace:
 
         Args:
             dataset: A prepared and extracted dataset.
-            method: "baseline", "logreg", "class_mean", "mlp", "ema", "cdr", "marnet", "seda", or a method of your own.
+            method: "baseline", "logreg", "knn", "class_mean", "mlp", "ema", "cdr", "marnet", "seda", "stacked", or your own.
             seed: 0 .. 2^63 - 1.
             preset: "head" (learning rate 1e-3), "paper" (1e-4), or "tuned" (of `diffalign tune`, else the dataset's).
             train: Settings of training, such as {"epochs": 20, "lr": 1e-3}; see `TrainConfig`.

@@ -16,13 +16,13 @@ from pipeline.commands.options import (
     Dataset,
     Home,
     SettingOptions,
-    parse_assignments,
     show,
     show_table,
     to_frame,
 )
 from pipeline.commands.plugin_table import show_plugin
 from pipeline.runtime import plugins
+from pipeline.runtime.settings import parse_assignments
 
 logger = logging.getLogger(__name__)
 

@@ -15,12 +15,12 @@ from pipeline.commands.options import (
     Home,
     Scheduler,
     SettingOptions,
-    parse_assignments,
     parse_integers,
     show,
 )
 from pipeline.commands.plugin_table import show_plugin
 from pipeline.runtime.errors import UserError
+from pipeline.runtime.settings import parse_assignments
 
 
 def extract(

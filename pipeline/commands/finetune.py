@@ -10,8 +10,9 @@ import typer
 
 from pipeline.commands.checks import check_setting_names
 from pipeline.commands.joint_options import Accumulate, Augment, Checkpointing, EncoderLr, LayerDecay, Workers
-from pipeline.commands.options import DEFAULT_HOME, NO_PAIRS, AsJson, Home, parse_assignments, show
+from pipeline.commands.options import DEFAULT_HOME, NO_PAIRS, AsJson, Home, show
 from pipeline.runtime.errors import UserError
+from pipeline.runtime.settings import parse_assignments
 
 logger = logging.getLogger(__name__)
 

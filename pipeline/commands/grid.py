@@ -17,13 +17,13 @@ from pipeline.commands.options import (
     Home,
     Scheduler,
     Text,
-    parse_assignments,
     parse_integers,
     show,
     show_table,
 )
 from pipeline.runtime import plugins
 from pipeline.runtime.errors import UserError
+from pipeline.runtime.settings import parse_assignments
 
 if TYPE_CHECKING:
     from pipeline.studies.search import GridResult

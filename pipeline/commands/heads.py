@@ -15,7 +15,6 @@ from pipeline.commands.options import (
     Home,
     SettingOptions,
     Text,
-    parse_assignments,
     parse_integers,
     show,
     show_table,
@@ -24,6 +23,7 @@ from pipeline.commands.options import (
 from pipeline.commands.plugin_table import show_plugin, show_settings
 from pipeline.runtime import plugins
 from pipeline.runtime.errors import UserError
+from pipeline.runtime.settings import parse_assignments
 
 if TYPE_CHECKING:
     from pipeline.runtime.runs import RunFolder

@@ -6,7 +6,7 @@ import inspect
 import json
 import logging
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
@@ -128,27 +128,6 @@ def to_frame(rows: list[dict[str, Any]]) -> pd.DataFrame:
     import pandas as pd
 
     return pd.DataFrame(rows).round(2)
-
-
-def parse_assignments(pairs: Iterable[str], option: str = "--set") -> dict[str, str]:
-    """Return the values of KEY=VALUE pairs by key: {"lr": "1e-3"} from ["lr=1e-3"].
-
-    Args:
-        pairs: The values of the option.
-        option: The name of the option, for the error.
-
-    Raises:
-        UserError: a pair has another form, or a key is given twice.
-    """
-    result: dict[str, str] = {}
-    for pair in pairs:
-        key, equals, value = pair.partition("=")
-        if not (key and equals):
-            raise UserError(f"{option} takes KEY=VALUE, not {pair!r}")
-        if key in result:
-            raise UserError(f"{key!r} is given twice: {result[key]!r} and {value!r}")
-        result[key] = value
-    return result
 
 
 def parse_integers(text: str, option: str) -> list[int]:

@@ -16,13 +16,13 @@ from pipeline.commands.options import (
     Home,
     SettingOptions,
     Text,
-    parse_assignments,
     parse_integers,
     parse_numbers,
     show,
     show_table,
 )
 from pipeline.runtime import plugins
+from pipeline.runtime.settings import parse_assignments
 
 ablate_commands = CommandGroup("Studies of the papers.")
 

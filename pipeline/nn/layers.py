@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -173,6 +173,34 @@ class Standardise(nn.Module):
         if self.mode == "l2sqrtd":
             return F.normalize(x, dim=-1) * math.sqrt(x.shape[-1])
         return (x - self.mean) / self.std
+
+
+class TrainingRows(nn.Module):
+    """Features and labels of the training split in buffers. Their number N is not known before they are stored or loaded.
+
+    A checkpoint contains them, so it grows with the training split.
+    """
+
+    feature: Tensor
+    label: Tensor
+
+    def __init__(self, feature: Tensor, label: Tensor) -> None:
+        """Start with N = 0: the tensors [0, ...] give the shape and the type of what will be stored."""
+        super().__init__()
+        self.register_buffer("feature", feature)
+        self.register_buffer("label", label)
+        self.register_load_state_dict_pre_hook(_make_room)
+
+    def store(self, feature: Tensor, label: Tensor) -> None:
+        """Replace the rows by features [N, ...] and labels [N, ...]."""
+        self.feature, self.label = feature.to(self.feature), label.to(self.label)
+
+
+def _make_room(rows: nn.Module, state_dict: Mapping[str, Any], prefix: str, *_: Any) -> None:
+    """Give the buffers of a module the number of rows that a checkpoint has."""
+    for name, buffer in list(rows.named_buffers()):
+        if prefix + name in state_dict:
+            setattr(rows, name, buffer.new_empty((*state_dict[prefix + name].shape[:1], *buffer.shape[1:])))
 
 
 def sinusoidal_embedding(n: Tensor, width: int) -> Tensor:

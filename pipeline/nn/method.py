@@ -16,7 +16,8 @@ class Method(nn.Module):
 
     Rules that `plugins.check_method` and the contract tests hold:
 
-    - "a method trains and predicts": it defines `loss`, `predict` and `feature`.
+    - "a method trains and predicts": it defines `loss`, `predict` and `feature`; `choose` if it has a phase of candidates, and
+      no `loss` if it has no other.
     - "settings are typed": the fields of its Config are bool, int, float, str, a Literal, or a config themselves.
     - "image is needed": `needs` names batch keys, "image" among them.
     - "text is weighted by paired": a method that needs "text" needs "paired" too, because some samples have no text.
@@ -72,8 +73,16 @@ class Method(nn.Module):
             train: starts an ordered pass over the training split; it may be called more than once.
         """
 
+    def choose(self, candidate: int) -> None:
+        """Put a candidate of the last phase into buffers, in place; see `Phase.candidates`.
+
+        The loop calls it for 0, 1, ... and validates each. Of equal ones, the first is kept: let the simplest come first. An
+        ensemble holds the buffers of its heads as views, so that a new tensor would not reach it.
+        """
+        raise NotImplementedError
+
     def loss(self, batch: Batch, phase: str) -> Batch:
-        """Return {"loss": scalar, ...parts}; the parts are logged.
+        """Return {"loss": scalar, ...parts}; the parts are logged. A phase with candidates has no loss.
 
         Random numbers come from torch's own functions and layers, such as `torch.rand` and `layers.Dropout`: before every step
         the loop seeds them with (seed, phase, epoch, step).

@@ -205,8 +205,9 @@ def _selection_blocks(results: DatasetResults) -> list[Block]:
     rules = Counter(str(head.config.training["select"]) for head in results.heads)
     chosen = "; ".join(f"{SELECTION_RULES[rule]} ({plural(count, 'configuration')})" for rule, count in sorted(rules.items()))
     text = (
-        f"Selection happens on the validation split. The epoch that is kept: {chosen}. Where a method has several "
-        "configurations, the pictures show the one with the best mean validation metric."
+        f"Selection happens on the validation split. The epoch that is kept: {chosen}. Of candidates, such as k of knn, the "
+        "one with the highest validation metric is kept. Where a method has several configurations, the pictures show the one "
+        "with the best mean validation metric."
     )
     return [Paragraph(text), *split_read_blocks(results)]
 

@@ -71,7 +71,8 @@ def training_curve_figure(shown_heads: ShownHeads, manifest: Manifest) -> Block:
     caption = (
         "Mean over seeds; the band is the range between the lowest and the highest seed. Above, the validation metric of every "
         "method; below, the training loss of each with an axis of its own, because losses of different methods have different "
-        "parts and cannot be compared. A dotted line starts a new training phase; only the last phase is validated."
+        "parts and cannot be compared. A dotted line starts a new training phase; only the last phase is validated. In a "
+        "phase that tries candidates, each is an epoch without training loss."
     )
     alt = "Training curves of " + ", ".join(curve.label for curve in curves)
     return SvgFigure(figures.draw_training_curves(curves, metric_label), alt, caption)

@@ -26,6 +26,7 @@ FeatureKind = Literal["image", "text", "unknown"]
 
 BASELINE = "baseline"
 TEXT_ONLY_LABEL = "text only (diagnostic: reads test text)"
+HISTORY_COLUMNS = ["phase", "epoch", "candidate", "loss", "val_metric", "val_loss"]
 # Arrays of predictions-<evaluation>.npz that are no metric; every other array is a metric's value of each sample.
 NON_METRIC_ARRAYS = {"ids", "logits", "label", "feature"}
 
@@ -187,13 +188,19 @@ def _evaluation_names(run: RunFolder, split: str) -> list[str]:
 
 
 def read_history(run: RunFolder) -> pd.DataFrame:
-    """Return the run's epochs in order; `val_metric` and `val_loss` are NaN in epochs without validation."""
-    return pd.read_csv(run.path / "history.csv").reindex(columns=["phase", "epoch", "loss", "val_metric", "val_loss"])
+    """Return the run's epochs in order; values that an epoch does not have are NaN.
+
+    An epoch of training has a loss; one that tried a candidate (see `Phase.candidates`) has the candidate's number instead.
+    `val_metric` and `val_loss` are those of validated epochs.
+    """
+    return pd.read_csv(run.path / "history.csv").reindex(columns=HISTORY_COLUMNS)
 
 
 def _kept_val_metric(run: RunFolder, select: str) -> float:
-    """Return the validation metric of the epoch that training kept under the rule `select`."""
+    """Return the validation metric of the epoch that training kept under the rule `select`, or of the best candidate."""
     epochs = read_history(run).dropna(subset=["val_metric"])
+    if epochs["candidate"].notna().any():
+        select = "metric"
     if select == "loss":
         return float(epochs["val_metric"].to_numpy()[epochs["val_loss"].to_numpy().argmin()])
     return float(epochs["val_metric"].iloc[-1] if select == "last" else epochs["val_metric"].max())
@@ -267,6 +274,9 @@ def _distinguishing_settings(config: RunConfig, folders: Mapping[str, str]) -> d
     """Return everything in which a configuration can differ from another, under names that readers know."""
     caches = {f"{key} features": folders.get(digest, digest[:12]) for key, digest in config.caches.items()}
     settings = flatten(config.settings)
+    for pair in str(settings.pop("head_settings", "")).split():  # of `stacked`: those of the head, in one text
+        name, _, value = pair.partition("=")
+        settings[f"head.{name}"] = value
     training = {f"training {key}" if key in settings else key: value for key, value in config.training.items()}
     rest = {"method": config.method, "text_aggregate": config.text_aggregate, "manifest": config.manifest[:8]}
     return {**settings, **training, **caches, **rest}

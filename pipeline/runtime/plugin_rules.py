@@ -150,7 +150,8 @@ def _name_faults(method: type[Method], config: type[Any]) -> Iterator[tuple[str,
 
 
 def _signature_faults(method: type[Method]) -> Iterator[tuple[str, str]]:
-    for name in ("loss", "predict", "feature"):
+    trains = any(not phase.candidates for phase in method.phases)
+    for name in ("loss", "predict", "feature") if trains else ("choose", "predict", "feature"):
         if getattr(method, name).__module__ == BASES["methods"][0]:
             yield "a method trains and predicts", f"it defines no {name}"
     for name, extra in (("predict", False), ("feature", True)):

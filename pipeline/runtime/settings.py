@@ -11,7 +11,7 @@ A config may have parts, fields that are configs themselves. A setting of a part
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import KW_ONLY, asdict, dataclass, fields, is_dataclass, replace
 from functools import cache
 from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_args, get_origin, get_type_hints
@@ -143,6 +143,10 @@ class Settings:
     def label_of(field: str) -> str:
         """Return how messages about ranges call a field: its name, unless a config says otherwise."""
         return field
+
+    def recorded(self) -> dict[str, Any]:
+        """Return the settings as the config of a run records them: all that a later version needs to build the same method."""
+        return asdict(self)
 
 
 @cache
@@ -364,6 +368,27 @@ def _is_number(value: Any, whole: bool) -> bool:
     except (TypeError, ValueError, OverflowError):
         return False
     return not isinstance(value, bool) and math.isfinite(number) and (not whole or number.is_integer())
+
+
+def parse_assignments(pairs: Iterable[str], option: str = "--set") -> dict[str, str]:
+    """Return the values of KEY=VALUE pairs by key: {"lr": "1e-3"} from ["lr=1e-3"].
+
+    Args:
+        pairs: the values of the option.
+        option: its name, for the error.
+
+    Raises:
+        UserError: a pair has another form, or a key is given twice.
+    """
+    result: dict[str, str] = {}
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        if not (key and equals):
+            raise UserError(f"{option} takes KEY=VALUE, not {pair!r}")
+        if key in result:
+            raise UserError(f"{key!r} is given twice: {result[key]!r} and {value!r}")
+        result[key] = value
+    return result
 
 
 def merge_settings(settings: Mapping[str, Any], more: Mapping[str, Any]) -> dict[str, Any]:

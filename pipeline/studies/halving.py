@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from pipeline.runtime.errors import UserError
-from pipeline.training.history import Validation
+from pipeline.training.history import Validation, best_validation
 
 HALVING_FACTOR = 2  # of the epochs, and of the cells that go on, from rung to rung
 NUM_RUNGS = 3  # below the end of training
@@ -50,15 +50,20 @@ class Halving:
             validations: The validated epochs of the cell's run; those after the rung are ignored.
             rung: The epoch at which the cell is judged.
         """
-        for epoch, metric, _ in validations_until(validations, rung):
-            if epoch > self.reported_epochs[cell]:
-                self.reported_epochs[cell] = epoch
-                self.trials[cell].report(metric, epoch)
+        for judged in validations_until(validations, rung):
+            if judged.epoch > self.reported_epochs[cell]:
+                self.reported_epochs[cell] = judged.epoch
+                self.trials[cell].report(judged.metric, judged.epoch)
                 if self.trials[cell].should_prune():
-                    return epoch
+                    return judged.epoch
         return 0
 
 
 def validations_until(validations: Sequence[Validation], rung: int) -> list[Validation]:
-    """Return the validated epochs before the rung, and the first one at or after it."""
+    """Return the validated epochs before the rung, and the first one at or after it.
+
+    A run that has tried candidates is finished, and is judged at every rung by the one that it keeps.
+    """
+    if validations and validations[0].is_candidate:
+        return [best_validation(validations, select="metric")._replace(epoch=rung)]
     return [each for number, each in enumerate(validations) if number == 0 or validations[number - 1].epoch < rung]

@@ -56,6 +56,8 @@ class Run:
     def history(self) -> pd.DataFrame:
         """One row per epoch: phase, epoch (from 0), lr, mean loss and its parts; val_metric (percent) and val_loss, else NaN.
 
+        An epoch that tried a candidate, such as a k of knn, has its number in "candidate", and no lr and loss.
+
         Raises:
             UserError: no epoch has finished yet.
         """

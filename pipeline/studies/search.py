@@ -188,7 +188,7 @@ class GridTrainer:
             validations = self.leaderboard.validations(cell, seed)
         except UserError:
             return False
-        return not validations or validations[-1].epoch < last_epoch
+        return not validations or validations[-1].is_candidate or validations[-1].epoch < last_epoch
 
     def _group(self, pairs: Sequence[tuple[int, int]]) -> list[Sequence[tuple[int, int]]]:
         """Split runs into groups of one structure and seed, none too large, and enough of them for all workers."""

@@ -18,14 +18,24 @@ def bytes_per_method(method: Method, batch: Batch, num_rows: int) -> int:
 
     This counts the weights, the gradients, Adam's two moments, and the tensors that the loss of `num_rows` samples saves for
     the backward pass. The last part is measured: the loss of `batch` is computed in every phase, and the largest result is
-    scaled to `num_rows`.
+    scaled to `num_rows`. What `bytes_kept` returns is not counted.
     """
-    weights = sum(parameter.nbytes for _, parameter in method.named_parameters())
+    weights = sum(parameter.nbytes for parameter in method.parameters())
     own_tensors = chain(method.parameters(), method.buffers())
     known = {tensor.untyped_storage().data_ptr() for tensor in chain(batch.values(), own_tensors)}
     with torch.random.fork_rng([tensor.device for tensor in batch.values() if tensor.is_cuda][:1]):  # a loss draws
-        largest = max(_bytes_saved_for_backward(partial(method.loss, batch, phase.name), known) for phase in method.phases)
+        losses = [partial(method.loss, batch, phase.name) for phase in method.phases if not phase.candidates]
+        largest = max((_bytes_saved_for_backward(loss, known) for loss in losses), default=0)
     return 4 * weights + largest * num_rows // len(batch["key"])
+
+
+def bytes_kept(method: Method, batch: Batch) -> int:
+    """Return the memory of the training samples that a method keeps in buffers, if it were trained on this batch alone."""
+    before = sum(buffer.nbytes for buffer in method.buffers())
+    for phase in method.phases:
+        if phase.candidates:
+            method.begin(phase.name, lambda: iter([batch]))
+    return sum(buffer.nbytes for buffer in method.buffers()) - before
 
 
 def _bytes_saved_for_backward(loss: Callable[[], Batch], known: Container[int]) -> int:

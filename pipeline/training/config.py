@@ -32,7 +32,7 @@ class TrainConfig(Settings):
     weight_average: Annotated[
         float,
         Range(0, 1, open_high=True),
-        "decay of the moving average of the last phase's weights, which the run keeps; 0: no average",
+        "decay of the moving average of the weights of the last phase that trains any; the run keeps it; 0: no average",
     ] = 0.0
     validate_every: Annotated[int, POSITIVE, "epochs between two validations; the last epoch is always validated"] = 1
     select: Annotated[Literal["metric", "loss", "last"], "rule that chooses the epoch to keep, on validation"] = "metric"

@@ -133,9 +133,11 @@ class EnsembleTrainer(Trainer):
         """Prepare the phase in which the states are; states with equal settings must stand next to each other."""
         self.states, first = states, states[0]
         self.model = ModelEnsemble([state.method for state in states])
+        self.parameters, self.optimizers, self._slices = [], [], []
+        if first.phase.candidates:  # nothing is trained
+            return
         trained = {name: stacked for name, stacked in self.model.named_parameters() if stacked.requires_grad}
         self.parameters = list(trained.values())
-        self.optimizers, self._slices = [], []
         for _, equal_states in groupby(states, lambda state: state.config):
             members = list(equal_states)
             start = self._slices[-1].stop if self._slices else 0

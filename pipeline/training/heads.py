@@ -27,8 +27,8 @@ from pipeline.runtime.device import default_device, free_bytes, reproducible
 from pipeline.runtime.errors import UserError, describe_error, is_bug, is_out_of_memory
 from pipeline.runtime.files import label_os_errors, lock
 from pipeline.runtime.runs import RECIPE, RunConfig, RunFolder, check_seed
-from pipeline.runtime.settings import configure, name_settings
-from pipeline.training.capacity import bytes_per_method
+from pipeline.runtime.settings import Settings, configure, name_settings
+from pipeline.training.capacity import bytes_kept, bytes_per_method
 from pipeline.training.config import TRAINING_PRESETS, TrainConfig
 from pipeline.training.features import FeatureSet, open_features
 from pipeline.training.state import Score, StopCheck, TrainState, delete_saved_state, never_stop
@@ -103,7 +103,7 @@ def plan_head_on(features: FeatureSet, method: str, settings: Any, training: Tra
     config = RunConfig(
         dataset=features.manifest.dataset,
         method=method,
-        settings=asdict(settings),
+        settings=settings.recorded() if isinstance(settings, Settings) else asdict(settings),
         training=asdict(training),
         caches={key: cache.fingerprint for key, cache in features.caches.items()},
         shapes={key: list(shape) for key, shape in features.shapes.items()},
@@ -248,8 +248,9 @@ def head_capacity(head: HeadPlan) -> int:
     with reproducible(device, training.precision):
         method = _build_method(head, device)
         needed = {device.type: bytes_per_method(method, batch, num_rows)}
-    weights = sum(tensor.nbytes for tensor in method.state_dict().values())
-    needed[device.type] += weights * (training.weight_average > 0)
-    needed["cpu"] = needed.get("cpu", 0) + STATE_COPIES * weights
+        weights = sum(tensor.nbytes for tensor in method.state_dict().values())
+        kept = bytes_kept(method, batch) * len(train_source.ids) // len(batch["key"])
+    needed[device.type] += weights * (training.weight_average > 0) + kept
+    needed["cpu"] = needed.get("cpu", 0) + STATE_COPIES * (weights + kept)
     counts = [int(HEADS_MEMORY_SHARE * free_bytes(torch.device(kind)) / num_bytes) for kind, num_bytes in needed.items()]
     return max(1, min(counts))

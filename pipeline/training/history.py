@@ -16,18 +16,22 @@ class Validation(NamedTuple):
     epoch: int  # number of finished epochs of the phase, from 1
     metric: float  # percent
     loss: float
+    is_candidate: bool = False  # whether the epoch tried a candidate, see `Phase.candidates`
 
-    def rank(self, select: str) -> tuple[float, float]:
-        """Return a sort key: the run keeps the epoch with the largest key, and the latest of equal ones.
+    def rank(self, select: str) -> tuple[float, float, float]:
+        """Return a sort key, another one for each epoch: the run keeps the epoch with the largest key.
 
-        Equal metrics are decided by the loss, and equal losses by the metric.
+        Equal metrics are decided by the loss, and equal losses by the metric; of equal epochs, the latest is kept. Candidates
+        are ranked by the metric whatever `select` says, and of equal ones the first is kept.
 
         Args:
             select: "metric", "loss" or "last", as in `TrainConfig.select`.
         """
+        if self.is_candidate:
+            return self.metric, -self.loss, -self.epoch
         if select == "last":
-            return float(self.epoch), 0.0
-        return (self.metric, -self.loss) if select == "metric" else (-self.loss, self.metric)
+            return self.epoch, 0.0, 0.0
+        return (self.metric, -self.loss, self.epoch) if select == "metric" else (-self.loss, self.metric, self.epoch)
 
 
 def read_validations(run: RunFolder) -> list[Validation]:
@@ -42,7 +46,10 @@ def read_validations(run: RunFolder) -> list[Validation]:
     try:
         with path.open(newline="", encoding="utf-8") as file:
             rows = [row for row in csv.DictReader(file) if row.get("val_metric")]
-        found = [Validation(int(row["epoch"]) + 1, float(row["val_metric"]), float(row["val_loss"])) for row in rows]
+        found = [
+            Validation(int(row["epoch"]) + 1, float(row["val_metric"]), float(row["val_loss"]), bool(row.get("candidate")))
+            for row in rows
+        ]
     except (FileNotFoundError, ValueError, KeyError, TypeError, csv.Error) as error:
         raise UserError(f"{path} is damaged or missing; {run.remedy}") from error
     if run.is_done and not found:
@@ -52,4 +59,4 @@ def read_validations(run: RunFolder) -> list[Validation]:
 
 def best_validation(found: Sequence[Validation], select: str) -> Validation:
     """Return the validated epoch whose weights a run keeps; see `Validation.rank`."""
-    return max(reversed(found), key=lambda validation: validation.rank(select))
+    return max(found, key=lambda validation: validation.rank(select))

@@ -4,12 +4,13 @@ caches. `train.py` calls it for the runs of a command; `ensemble.py` has the ste
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from pipeline.runtime.logs import ProgressBar
 from pipeline.runtime.rng import seed_step
@@ -31,6 +32,10 @@ class Trainer:
         """Prepare the phase in which the states are; here, there is one state."""
         (state,) = self.states = states
         self.model: Predictor = state.method
+        self.parameters: list[Tensor] = []
+        self.optimizers: list[HeadOptimizer] = []
+        if state.phase.candidates:  # nothing is trained
+            return
         trained = {name: weight for name, weight in state.method.named_parameters() if weight.requires_grad}
         self.parameters = list(trained.values())
         self.optimizers = [HeadOptimizer(states, trained)]
@@ -54,18 +59,31 @@ class Trainer:
     @contextmanager
     def averaged_weights(self) -> Iterator[None]:
         """Inside the context, runs with a moving average of their weights use the average instead of the weights."""
-        for optimizer in self.optimizers:
-            optimizer.swap_average()
+        self.swap_averages()
         try:
             yield
         finally:
-            for optimizer in self.optimizers:
-                optimizer.swap_average()
+            self.swap_averages()
+
+    def swap_averages(self) -> None:
+        """Exchange the weights and their moving average, in the runs that have one in this phase."""
+        for optimizer in self.optimizers:
+            optimizer.swap_average()
 
     def store_state(self) -> None:
         """Copy the state of the optimisers to the states of the runs."""
         for optimizer in self.optimizers:
             optimizer.store_state()
+
+
+def try_candidate(trainer: Trainer) -> list[dict[str, str | float]]:
+    """Put the next candidate of the phase into each run, and return a row for the history of each."""
+    phase, candidate = trainer.states[0].phase.name, trainer.states[0].progress.epoch
+    with torch.no_grad():
+        for state in trainer.states:
+            state.method.choose(candidate)
+    untrained = {"lr": math.nan, "loss": math.nan}
+    return [{"phase": phase, "epoch": candidate, **untrained, "candidate": candidate} for _ in trainer.states]
 
 
 def train_epoch(trainer: Trainer, source: Source) -> list[dict[str, str | float]]:
@@ -99,16 +117,19 @@ def train_phase(trainer: Trainer, until: int, source: Source, validate: Validate
     saved_at, save_seconds = time.monotonic(), 0.0
     for _ in range(states[0].progress.epoch, until):
         started = time.monotonic()
-        rows = train_epoch(trainer, source)
+        rows = try_candidate(trainer) if states[0].phase.candidates else train_epoch(trainer, source)
         for state, row in zip(states, rows, strict=True):
             state.attempt(state.record_epoch, row)
         if any(state.is_validation_due() for state in states if not state.failure):
             with trainer.averaged_weights():
                 for state, score in zip(states, validate(trainer.model), strict=True):
                     state.attempt(state.record_validation, score)
+        elif any(state.is_phase_over for state in states):
+            trainer.swap_averages()  # candidates are tried on the averages
         for state in states:
             state.progress.seconds += (time.monotonic() - started) / len(states)
-        bar.set_postfix(loss=f"{min(float(row['loss']) for row in rows):.3f}", refresh=False)
+        if not states[0].phase.candidates:
+            bar.set_postfix(loss=f"{min(float(row['loss']) for row in rows):.3f}", refresh=False)
         bar.update(len(states))
         if time.monotonic() - saved_at > STATE_SECONDS + SAVE_COST_FACTOR * save_seconds:
             started = time.monotonic()

@@ -33,8 +33,7 @@ class HeadOptimizer:
         parameters = [{"params": group, "lr": config.lr * rate} for rate, group in groups.items()]
         self._adam = torch.optim.Adam(parameters, lr=config.lr, weight_decay=config.weight_decay, fused=True)
         self._schedule = torch.optim.lr_scheduler.StepLR(self._adam, config.lr_step, config.lr_gamma)
-        has_average = config.weight_average > 0 and states[0].is_last_phase  # only this phase is validated and kept
-        self._average = WeightAverage(self.weights, config.weight_average) if has_average else None
+        self._average = WeightAverage(self.weights, config.weight_average) if states[0].has_average else None
         if states[0].optimizer_state:
             self._resume([state.optimizer_state for state in states], is_stacked)
 

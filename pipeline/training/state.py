@@ -56,7 +56,7 @@ class RunProgress:
     phase: int = 0  # index into the method's phases
     epoch: int = 0  # finished epochs of this phase
     history: list[dict[str, Any]] = field(default_factory=list)  # one row per finished epoch
-    best_score: tuple[float, float] = (-math.inf, -math.inf)  # `Validation.rank` of the kept epoch
+    best_score: tuple[float, ...] = (-math.inf,)  # `Validation.rank` of the kept epoch
     best: dict[str, Tensor] = field(default_factory=dict)  # state dict of the kept epoch
     seconds: float = 0.0  # time spent in finished epochs; runs that are trained together share it equally
 
@@ -86,9 +86,20 @@ class TrainState:
         """Whether the current phase is the last one, the only one whose epochs are validated."""
         return self.progress.phase == len(self.method.phases) - 1
 
+    @property
+    def has_average(self) -> bool:
+        """Whether the current phase averages its weights: the last one that trains any, whose weights the run keeps."""
+        following = self.method.phases[self.progress.phase + 1 :]
+        return self.config.weight_average > 0 and not self.phase.candidates and all(phase.candidates for phase in following)
+
+    @property
+    def is_phase_over(self) -> bool:
+        """Whether all epochs of the current phase are finished."""
+        return self.progress.epoch == self.epochs_per_phase()[self.progress.phase]
+
     def epochs_per_phase(self) -> list[int]:
-        """Return the number of epochs of each phase."""
-        return [max(1, round(self.config.epochs * phase.share)) for phase in self.method.phases]
+        """Return the number of epochs of each phase; a candidate takes one."""
+        return [phase.candidates or max(1, round(self.config.epochs * phase.share)) for phase in self.method.phases]
 
     @property
     def position(self) -> tuple[int, int]:
@@ -141,16 +152,16 @@ class TrainState:
         Raises:
             UserError: its loss is not finite.
         """
-        if not math.isfinite(row["loss"]):
+        if not (math.isfinite(row["loss"]) or self.phase.candidates):
             position = f"epoch {row['epoch']} of phase {row['phase']!r}"
             raise UserError(f"the loss is {DIVERGED} in {position}; lower lr, or raise tau")
         self.progress.epoch += 1
         self.progress.history.append(row)
 
     def is_validation_due(self) -> bool:
-        """Return whether the epoch that was recorded last is one to validate."""
-        epoch, num_epochs = self.progress.epoch, self.epochs_per_phase()[self.progress.phase]
-        return self.is_last_phase and (epoch % self.config.validate_every == 0 or epoch == num_epochs)
+        """Return whether the epoch that was recorded last is one to validate; every candidate is."""
+        is_chosen = self.progress.epoch % self.config.validate_every == 0 or self.phase.candidates > 0
+        return self.is_last_phase and (is_chosen or self.is_phase_over)
 
     def record_validation(self, score: Score) -> None:
         """Add a score to the history, keep the weights if they are the best so far, and check for an early stop.
@@ -161,21 +172,25 @@ class TrainState:
         if not math.isfinite(score.loss):
             raise UserError(f"{self.run.path} predicts numbers that are {DIVERGED}: it diverges; train with a lower lr")
         self.progress.history[-1] |= {"val_metric": score.metric, "val_loss": score.loss, **score.facts}
-        rank = Validation(self.progress.epoch, score.metric, score.loss).rank(self.config.select)
-        if rank >= self.progress.best_score:
+        validation = Validation(self.progress.epoch, score.metric, score.loss, self.phase.candidates > 0)
+        rank = validation.rank(self.config.select)
+        if rank > self.progress.best_score:
             self.progress.best_score = rank
             self.progress.best = _copy_to_cpu(self.method.state_dict())
         self._check_stop()
 
     def _check_stop(self) -> None:
-        """Ask `should_stop`, if the last epoch was validated and is not the end of the run."""
+        """Ask `should_stop`, if the last epoch was validated and is not the end of the run.
+
+        The search for the best candidate is never cut short: the training before it is done, and the best may come last.
+        """
         row = self.progress.history[-1] if self.progress.history else {}
-        has_more = self.progress.epoch < self.epochs_per_phase()[self.progress.phase]
-        self.is_stopped = has_more and "val_metric" in row and self.should_stop(row["epoch"] + 1, row["val_metric"])
+        may_stop = not (self.is_phase_over or self.phase.candidates)
+        self.is_stopped = may_stop and "val_metric" in row and self.should_stop(row["epoch"] + 1, row["val_metric"])
 
     def advance(self) -> bool:
         """Go to the next phase if this one is finished; return whether anything is left to train."""
-        if self.progress.epoch == self.epochs_per_phase()[self.progress.phase]:
+        if self.is_phase_over:
             self.progress.phase, self.progress.epoch, self.optimizer_state = self.progress.phase + 1, 0, {}
         return self.progress.phase < len(self.method.phases)
 

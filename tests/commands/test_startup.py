@@ -48,7 +48,7 @@ def cpu_seconds(arguments: list[str], tmp_path: Path) -> tuple[float, subprocess
         (["methods"], 0, "seda"),
         (["datasets"], 0, "openmoji"),
         (["encoders"], 0, "timm"),
-        (["train-head", "--method", "sedaa"], 2, "choose one of: baseline, cdr, class_mean, ema, logreg, marnet, mlp, seda"),
+        (["train-head", "--method", "sedaa"], 2, "baseline, cdr, class_mean, ema, knn, logreg, marnet, mlp, seda, stacked"),
         (["train-head", "openmojj", "--method", "seda"], 2, "did you mean 'openmoji'?"),
         (["train-head", "--method", "seda", "--preset", "tunned"], 2, "did you mean 'tuned'?"),
         (["train-head", "--method", "seda", "--seeds", "0;1"], 2, "--seeds takes numbers"),

@@ -123,6 +123,11 @@ def seeded_loss(method: Any, batch: Batch, phase: str = "head", seed: int = 0) -
     return method.loss(batch, phase)
 
 
+def trained_phases(method: Any) -> list[Phase]:
+    """The phases that train by gradient; the others try candidates, and have no loss."""
+    return [phase for phase in method.phases if not phase.candidates]
+
+
 def freeze(method: nn.Module, phase: Phase) -> None:
     """Freeze all parameters that a phase does not train, as the training loop does."""
     for name, parameter in method.named_parameters():
@@ -173,6 +178,8 @@ class StubDenoiser(nn.Module):
 def another_value(config: Any, field: str, hint: Any) -> Any:
     """Return a valid value of a setting that differs from the one in the config; None if the others need other changes, too."""
     value, candidates = value_of(config, field), (True, False)
+    if hint is str:
+        return None  # a name means something only together with other settings
     if get_origin(hint) is Literal:
         candidates = tuple(reversed(get_args(hint)))
     elif hint is not bool:

@@ -24,6 +24,7 @@ from helpers.method_cases import (
     seeded_loss,
     settings,
     shapes,
+    trained_phases,
     value_of,
     variant_id,
     variants,
@@ -35,7 +36,7 @@ from pipeline.runtime import plugins
 from pipeline.runtime.rng import KeyedRNG
 from pipeline.runtime.settings import aliases_of, configure, field_types
 from pipeline.training.ensemble import ModelEnsemble, structure_key
-from pipeline.types import Batch
+from pipeline.types import Batch, Phase
 
 VARIANTS = variants()
 for_all_variants = pytest.mark.parametrize("variant", VARIANTS, ids=variant_id)
@@ -85,6 +86,9 @@ def test_every_phase_trains_only_the_parameters_that_it_names(variant: tuple[str
         method.train(False)
         method.begin(phase.name, batches_of(batch))
         freeze(method, phase)
+        if phase.candidates:
+            _check_candidates(method, phase, batch)
+            continue
         method.train()
         parts = seeded_loss(method, needed, phase.name)
         assert all(part.shape == () and part.isfinite() for part in parts.values()), parts
@@ -112,6 +116,23 @@ def test_every_phase_trains_only_the_parameters_that_it_names(variant: tuple[str
     assert feature.isfinite().all()
 
 
+def _check_candidates(method: Any, phase: Phase, batch: Batch) -> None:
+    """Each candidate is put into buffers in place, predicts numbers, and may be put there again."""
+    assert phase is method.phases[-1]
+    assert not any(value.requires_grad for value in method.parameters())
+    places = {key: buffer.data_ptr() for key, buffer in method.named_buffers()}
+    before = {key: value.clone() for key, value in method.named_parameters()}
+    predicted = []
+    for candidate in (*range(phase.candidates), 0):
+        method.choose(candidate)
+        predicted.append(method.predict(batch["image"], make_rng()))
+    assert all(each.isfinite().all() for each in predicted)
+    assert torch.equal(predicted[0], predicted[-1])
+    assert any(not torch.equal(predicted[0], each) for each in predicted)
+    assert {key: buffer.data_ptr() for key, buffer in method.named_buffers()} == places
+    assert all(torch.equal(value, before[key]) for key, value in method.named_parameters())
+
+
 @for_all_methods
 def test_numbers_are_tensors(name: str) -> None:
     """Heads that differ in a float, such as a weight, can be trained as one model; settings of prediction are exempt.
@@ -135,7 +156,7 @@ def test_text_is_weighted_by_paired(name: str) -> None:
         return
     assert "paired" in method.needs
     fewer = {**batch, "paired": batch["paired"] * (torch.arange(ROWS) % 2 == 0)}
-    losses = [[seeded_loss(method, each, phase.name)["loss"] for phase in method.phases] for each in (batch, fewer)]
+    losses = [[seeded_loss(method, each, phase.name)["loss"] for phase in trained_phases(method)] for each in (batch, fewer)]
     assert any(not torch.equal(*pair) for pair in zip(*losses, strict=True)), (
         "text is weighted by paired, but paired is not read"
     )
@@ -144,7 +165,7 @@ def test_text_is_weighted_by_paired(name: str) -> None:
 @for_all_methods
 def test_features_of_different_widths(name: str) -> None:
     method, batch = fitted(name, text_width=10)
-    for phase in method.phases:
+    for phase in trained_phases(method):
         assert seeded_loss(method, batch, phase.name)["loss"].isfinite()
     assert method.predict(batch["image"], make_rng()).shape == (ROWS, CLASSES)
 
@@ -154,7 +175,7 @@ def test_training_reads_only_the_keys_in_needs(variant: tuple[str, dict[str, Any
     name, changes = variant
     method, batch = fitted(name, **changes)
     poisoned = {key: value if key in method.needs else torch.full_like(value.float(), math.nan) for key, value in batch.items()}
-    for phase in method.train().phases:
+    for phase in trained_phases(method.train()):
         clean_loss, poisoned_loss = (seeded_loss(method, each, phase.name)["loss"] for each in (batch, poisoned))
         assert torch.equal(clean_loss, poisoned_loss)
 
@@ -201,7 +222,7 @@ def test_a_seed_decides_every_random_number(variant: tuple[str, dict[str, Any]])
     method.feature(batch["image"], make_rng(3))
     assert torch.equal(torch.get_rng_state(), state)
     method.train()
-    for phase in method.phases:
+    for phase in trained_phases(method):
         first, again = (seeded_loss(method, batch, phase.name, seed=3) for _ in range(2))
         assert all(torch.equal(first[key], again[key]) for key in first)
 
@@ -228,7 +249,7 @@ def test_a_sample_without_text_does_not_change_the_text_losses(variant: tuple[st
         for phase in method.phases:
             method.begin(phase.name, batches_of(each))
         outcomes.append({})
-        for phase in method.train().phases:
+        for phase in trained_phases(method.train()):
             parts = seeded_loss(method, each, phase.name)
             for part in {"ita", "mse"} & set(parts):
                 gradients = torch.autograd.grad(parts[part], list(method.parameters()), allow_unused=True, retain_graph=True)
@@ -249,9 +270,15 @@ def test_an_ensemble_computes_the_same_as_each_of_its_models(variant: tuple[str,
     assert (structure_key(models[0]) == structure_key(models[1])) == (
         changes.get("sampler") != "ancestral"  # an ancestral chain has T steps, and T differs here
     )
+    is_alike = structure_key(models[0]) == structure_key(models[1])
     batch, rng = make_batch(), make_rng()
+    for number, model in enumerate(models):
+        if candidates := model.phases[-1].candidates:
+            model.choose(candidates // 2 + number)
     predicted = [model.train(False).predict(batch["image"], rng) for model in models]
-    for phase in models[0].phases:
+    if is_alike:
+        _assert_ensemble_predicts(ModelEnsemble(models), predicted)
+    for phase in trained_phases(models[0]):
         alone = []
         for model in models:
             freeze(model, phase)
@@ -260,18 +287,22 @@ def test_an_ensemble_computes_the_same_as_each_of_its_models(variant: tuple[str,
             trained = {key: parameter for key, parameter in model.named_parameters() if parameter.requires_grad}
             gradients = torch.autograd.grad(value["loss"], list(trained.values()), allow_unused=True, materialize_grads=True)
             alone.append((value, dict(zip(trained, gradients, strict=True))))
-        if structure_key(models[0]) == structure_key(models[1]):
-            _assert_ensemble_equals_models(ModelEnsemble(models), alone, predicted, phase.name)
+        if is_alike:
+            ensemble = ModelEnsemble(models)
+            _assert_ensemble_predicts(ensemble, predicted)
+            _assert_ensemble_trains(ensemble, alone, phase.name)
 
 
-def _assert_ensemble_equals_models(
-    ensemble: ModelEnsemble, alone: list[tuple[Batch, Batch]], predicted: list[Tensor], phase: str
-) -> None:
-    """Assert that the ensemble has the losses, gradients and predictions of its models."""
+def _assert_ensemble_predicts(ensemble: ModelEnsemble, predicted: list[Tensor]) -> None:
+    """Assert that the ensemble has the predictions of its models."""
     ensemble.train(False)
     torch.testing.assert_close(
         ensemble.predict(make_batch()["image"], make_rng()), torch.stack(predicted), atol=1e-4, rtol=1e-4
     )
+
+
+def _assert_ensemble_trains(ensemble: ModelEnsemble, alone: list[tuple[Batch, Batch]], phase: str) -> None:
+    """Assert that the ensemble has the losses and gradients of its models."""
     ensemble.train()
     values = seeded_loss(ensemble, make_batch(), phase)
     values["loss"].sum().backward()

@@ -15,6 +15,7 @@ from scipy import stats
 
 from pipeline.data.manifest_files import write_manifest
 from pipeline.report import results_frame, results_table
+from pipeline.report.results import collect_results
 
 CLASSES = [f"class {k}" for k in range(8)]
 
@@ -212,6 +213,26 @@ def test_the_baseline_that_others_are_compared_with_is_best_on_validation(tmp_pa
     rows = rows_by_label(home)
     assert rows["baseline · dropout=0.5"]["verdict"] == "the baseline"
     assert rows["baseline · dropout=0.0"]["verdict"] == "beats the baseline"
+
+
+@pytest.mark.parametrize("select", ["metric", "loss", "last"])
+def test_of_candidates_the_best_metric_was_kept(select: str, tmp_path: Path) -> None:
+    home = make_home(tmp_path, CLASSES)
+    config = home.config("knn", {})
+    config = dataclasses.replace(config, training={**config.training, "select": select})
+    run = home.train(config, 0)
+    home.evaluate(run, home.logits(1.0, 0))
+    history = {"phase": "neighbours", "epoch": range(3), "lr": "", "loss": "", "candidate": range(3)}
+    pd.DataFrame({**history, "val_metric": [40.0, 60.0, 50.0], "val_loss": [1.0, 2.0, 0.5]}).to_csv(run.path / "history.csv")
+    assert [head.val_metric for head in collect_results(tmp_path, "toy", "test").heads] == [60.0]
+
+
+def test_the_settings_of_a_stacked_head_are_named_one_by_one(tmp_path: Path) -> None:
+    home = make_home(tmp_path, CLASSES)
+    for tau in (0.1, 0.2):
+        settings = {"head": "ema", "head_settings": f"width=8 tau={tau}", "base": {"dropout": 0.0}}
+        home.evaluate(home.train(home.config("stacked", settings), 0), home.logits(1.0, 0))
+    assert set(rows_by_label(home)) == {"stacked · head.tau=0.1", "stacked · head.tau=0.2"}
 
 
 def test_unfinished_and_unevaluated_runs_are_left_out(tmp_path: Path) -> None:

@@ -64,3 +64,15 @@ def test_all_methods_obey_the_rules(name: str, caplog: pytest.LogCaptureFixture)
 def test_a_number_that_is_an_attribute_is_warned_about(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     plugins.load_file(planted(tmp_path, "planted", PLAIN_NUMBER))
     assert "breaks the rule 'numbers are tensors': 'w_text' is kept as an attribute" in capsys.readouterr().err
+
+
+def test_a_method_that_only_chooses_needs_no_loss_but_choose(tmp_path: Path) -> None:
+    source = Path(str(plugins.source_file("methods", "knn"))).read_text(encoding="utf-8")
+    for name, old, new in (("chooses", "", ""), ("does_not", "def choose(", "def select(")):
+        (tmp_path / f"{name}.py").write_text(source.replace(old, new), encoding="utf-8")
+    try:
+        assert plugins.load_file(tmp_path / "chooses.py") == "methods"
+        with pytest.raises(UserError, match="'a method trains and predicts': it defines no choose"):
+            plugins.load_file(tmp_path / "does_not.py")
+    finally:
+        plugins.forget_file(tmp_path / "chooses.py")

@@ -100,6 +100,8 @@ def finetune(home: Path, init: RunFolder, joint: JointConfig, training: TrainCon
         if not run.is_done:
             settings = configure_run(plugins.get("methods", config.method).Config, config.settings)
             head = load_method(init, init_config, settings)
+            if any(phase.candidates for phase in head.phases):
+                raise UserError(f"{init_config.method} chooses on validation, which joint training does not: take another head")
             plan = JointPlan(config=config, joint=joint, training=training, head=head, init=init, run=run, features=features)
             _train(plan, options, context)
         if context.rank:

@@ -329,6 +329,8 @@ def test_only_the_last_blocks_change(home: Path) -> None:
         ("baseline", {"train": "some"}, "takes image, text, both or last:K"),
         ("baseline", {"encoder_lr": 0.0}, "must be positive"),
         ("baseline", {"train": "last:1", "augment": True}, "--augment needs --unfreeze image"),
+        ("knn", {}, "knn chooses on validation, which joint training does not"),
+        ("stacked", {}, "stacked chooses on validation, which joint training does not"),
     ],
 )
 def test_impossible_joint_settings_are_refused(method: str, joint: dict[str, Any], message: str, home: Path) -> None:
