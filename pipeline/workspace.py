@@ -354,7 +354,7 @@ class Workspace:
         Args:
             run: The finished run to start from, or its folder.
             unfreeze: What is trained beside the head: "image", "text", "both", or "last:K", the image
-                encoder's last K blocks.
+                encoder's last K blocks; "none": the head is trained on alone, the control of joint training.
             encoder_lr: Learning rate of the encoders.
             layer_decay: Factor of that rate per block towards the input, 0..1.
             augment: Random crops and mirrored images in training.

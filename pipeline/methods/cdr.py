@@ -152,9 +152,11 @@ class CDR(Method):
         return x_0, x_s, n
 
     def objective(self, x_0: Tensor, x_s: Tensor, n: Tensor, batch: Batch) -> Batch:
-        """Return L_CDR and its parts from the outputs of `predict_one_step`."""
+        """Return L_CDR and its parts from the outputs of `predict_one_step`; for "weight" see `EMA.loss`."""
         error = mse_loss(x_0, x_s.detach(), self.mse_reduction, batch["paired"])  # the target is data, also if it is trained
         has_ce = (n >= self.first_ce_step).float()
+        if "weight" in batch:
+            has_ce = has_ce * batch["weight"]
         ce = classification_loss(self.classifier(x_0), batch["label"], self.label_loss, has_ce)
         return {"loss": self.w_ce * ce + self.w_mse * error, "ce": ce, "mse": error}
 
