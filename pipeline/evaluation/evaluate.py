@@ -32,7 +32,7 @@ from pipeline.runtime.errors import UserError
 from pipeline.runtime.files import canonical_json, lock, write_atomic
 from pipeline.runtime.rng import KeyedRNG
 from pipeline.runtime.runs import RunConfig, RunFolder
-from pipeline.runtime.settings import configure, flatten, name_settings, short_name
+from pipeline.runtime.settings import configure_run, flatten, name_settings, short_name
 from pipeline.runtime.version import program_version
 from pipeline.types import Predictor, Split
 
@@ -85,9 +85,8 @@ def apply_overrides(config: RunConfig, overrides: Mapping[str, Any]) -> tuple[An
         if name not in module.prediction:
             choices = ", ".join(module.prediction) or f"nothing of {config.method}"
             raise UserError(f"{name!r} is a setting of training: train a run with it; prediction can change {choices}")
-    own = name_settings(module.Config, config.settings)
-    settings = configure(module.Config, own | changes)
-    before, after = (flatten(asdict(each)) for each in (configure(module.Config, own), settings))
+    settings = configure_run(module.Config, config.settings, changes)
+    before, after = (flatten(asdict(each)) for each in (configure_run(module.Config, config.settings), settings))
     changed = {short_name(module.Config, name): after[name] for name in changes if after[name] != before[name]}
     return settings, dict(sorted(changed.items()))
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
@@ -13,9 +13,9 @@ from pipeline.nn.denoisers import ConcatMLP, Denoiser
 from pipeline.nn.diffusion import Schedule, alphas_cumprod, noise_levels, q_sample
 from pipeline.nn.feature_space import ADAPTER_PHASE, AdapterKind, FeatureSpace, num_classes_in
 from pipeline.nn.layers import MLP, LookupTable, ScaleMode, register_hyperparameters
-from pipeline.nn.losses import LabelLoss, MSEReduction, classification_loss, mse_loss
+from pipeline.nn.losses import LabelLoss, MSEReduction, classification_loss, mse_loss, uses_sigmoid
 from pipeline.nn.method import Method
-from pipeline.nn.sampler import Sampler, SamplerConfig
+from pipeline.nn.sampler import PREDICTION_SETTINGS, Sampler, SamplerConfig
 from pipeline.nn.unet import UNet
 from pipeline.runtime.errors import UserError
 from pipeline.runtime.rng import KeyedRNG
@@ -51,6 +51,11 @@ class Config(SamplerConfig):
         super().__post_init__()
         if self.denoiser == "regression" and self.ce_min_step > 0:
             raise UserError("ce_min_step must be 0 with denoiser=regression, which has no steps")
+
+    @property
+    def first_step(self) -> int:
+        """The lowest step that is trained."""
+        return min(round(self.train_min_step * self.num_steps), self.num_steps - 1)
 
 
 class RegressionDenoiser(nn.Module):
@@ -95,7 +100,7 @@ class CDR(Method):
     needs = ("image", "text", "paired", "label")
     symbols: ClassVar[Mapping[str, str]] = {"T": "num_steps", "alpha2": "w_ce", "gamma": "w_mse"}
     grid: ClassVar[Mapping[str, tuple[Any, ...]]] = {"w_mse": (0.1, 0.3, 1.0, 3.0), "num_steps": (900, 1000, 1200, 1500)}
-    prediction = ("sampler", "sample_steps", "eta", "draws", "zero_start")
+    prediction = PREDICTION_SETTINGS
 
     first_ce_step: Tensor
     first_step: Tensor
@@ -107,20 +112,21 @@ class CDR(Method):
         super().__init__(config, shapes)
         self.mse_reduction: MSEReduction = config.mse_reduction
         self.label_loss: LabelLoss = config.label_loss
+        self.is_sigmoid = uses_sigmoid(shapes, config.label_loss)
         self.space = FeatureSpace(shapes, config.adapter, config.width, config.scale)
         self.phases = (*self.space.phases, Phase("head", ("denoiser.", "classifier.")))
         width = self.space.text_width
         self.denoiser = build_denoiser(config, width, self.space.image_width)
         self.classifier = nn.Linear(width, num_classes_in(shapes))
-        has_chain = config.denoiser != "regression"
-        self.sampler = Sampler.from_config(config) if has_chain else Sampler(num_sample_steps=1, zero_start=True)
+        if config.denoiser == "regression":  # has no chain: one call is the prediction
+            chain = replace(config, sampler="ddim", sample_steps=1, eta=0.0, draws=1, zero_start=True)
+        else:
+            chain = config
+        self.sampler = Sampler(chain, [range(config.first_step, config.num_steps)])
         abar = alphas_cumprod(config.schedule, config.num_steps)
         self.abar, self.levels = LookupTable(abar), LookupTable(noise_levels(abar))
-        last = config.num_steps - 1
-        register_hyperparameters(
-            self, steps=config.num_steps, first_step=min(round(config.train_min_step * config.num_steps), last)
-        )
-        register_hyperparameters(self, first_ce_step=min(round(config.ce_min_step * config.num_steps), last))
+        first_ce_step = min(round(config.ce_min_step * config.num_steps), config.num_steps - 1)
+        register_hyperparameters(self, steps=config.num_steps, first_step=config.first_step, first_ce_step=first_ce_step)
         register_hyperparameters(self, w_ce=config.w_ce, w_mse=config.w_mse)
 
     @classmethod
@@ -163,8 +169,12 @@ class CDR(Method):
     def feature(self, image: Tensor, rng: KeyedRNG, draw: int = 0) -> Tensor:
         """Return x_CDR [B,Ds] from image features [B,Dv]: the result of one reverse chain (eq. 21-23)."""
         x_v, rng = self.space.image(image), rng.at("draw", draw)
-        return self.sampler.generate(self.denoiser, x_v, self.space.text_width, self.abar.values, self.steps, rng)
+        return self.sampler.generate(self.denoiser, x_v, self.space.text_width, self.abar.values, rng)
+
+    def text_target(self, text: Tensor) -> Tensor:
+        """Return x_s [B,Ds] from text features."""
+        return self.space.text(text)
 
     def predict(self, image: Tensor, rng: KeyedRNG) -> Tensor:
         """Return logits [B,C] from image features [B,Dv]."""
-        return self.sampler.average_predictions(lambda draw: self.classifier(self.feature(image, rng, draw)))
+        return self.sampler.average_predictions(lambda draw: self.classifier(self.feature(image, rng, draw)), self.is_sigmoid)

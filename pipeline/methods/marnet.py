@@ -15,6 +15,7 @@ from pipeline.methods import cdr, ema
 from pipeline.nn.feature_space import num_classes_in
 from pipeline.nn.losses import LabelLoss, classification_loss
 from pipeline.nn.method import Method
+from pipeline.nn.sampler import PREDICTION_SETTINGS
 from pipeline.runtime.errors import UserError
 from pipeline.runtime.rng import KeyedRNG
 from pipeline.runtime.settings import Range, Settings
@@ -51,7 +52,7 @@ class Config(Settings):
             name: (f"cdr.{name}",)
             for name in ("hidden", "num_steps", "schedule", "w_mse", "mse_reduction", "ce_min_step", "train_min_step")
         },
-        **{name: (f"cdr.{name}",) for name in ("sampler", "sample_steps", "eta", "draws", "zero_start")},
+        **{name: (f"cdr.{name}",) for name in PREDICTION_SETTINGS},
         **{name: (f"ema.{name}", f"cdr.{name}") for name in ("scale", "label_loss")},
     }
 
@@ -138,7 +139,7 @@ class MARNet(Method):
         "cdr.w_mse": (0.1, 0.3, 1.0, 3.0),
         "cdr.num_steps": (900, 1000, 1200, 1500),
     }
-    prediction = ("fusion", *(f"cdr.{name}" for name in cdr.CDR.prediction))
+    prediction = ("fusion", *(f"cdr.{name}" for name in PREDICTION_SETTINGS))
 
     def __init__(self, config: Config, shapes: Shapes) -> None:
         super().__init__(config, shapes)
@@ -227,6 +228,14 @@ class MARNet(Method):
         f_e, f_c = (torch.stack(each)[fold, rows] for each in (features[: self.crossfit], features[self.crossfit :]))
         return f_e, f_c
 
+    def text_target(self, text: Tensor) -> Tensor:
+        """Return CDR's x_s [B,Ds] from text features."""
+        return self.cdr.text_target(text)
+
+    def generated_text(self, image: Tensor, rng: KeyedRNG) -> Tensor:
+        """Return x_CDR [B,Ds] from image features [B,Dv]."""
+        return self.cdr.feature(image, rng)
+
     def _joint_loss(self, batch: Batch) -> Batch:
         ema_parts = self.ema.loss(batch, "joint")
         x_0, x_s, n = self.cdr.predict_one_step(batch)
@@ -249,7 +258,7 @@ class MARNet(Method):
         """Return logits [B,C] from image features [B,Dv]."""
         f_e = self.ema.feature(image, rng)
         return self.cdr.sampler.average_predictions(
-            lambda draw: self.fuse(self.fusion, f_e, self.cdr.feature(image, rng, draw))
+            lambda draw: self.fuse(self.fusion, f_e, self.cdr.feature(image, rng, draw)), self.cdr.is_sigmoid
         )
 
     def feature(self, image: Tensor, rng: KeyedRNG) -> Tensor:

@@ -13,20 +13,23 @@ from typing import Annotated, Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from pipeline.nn.denoisers import PFIN, Denoiser, Interaction, Residual
+from pipeline.nn.denoisers import PFIN, ConcatMLP, Denoiser, Interaction, Residual
 from pipeline.nn.diffusion import Schedule, alphas_cumprod, noise_levels, q_sample
 from pipeline.nn.feature_space import ADAPTER_PHASE, AdapterKind, FeatureSpace, num_classes_in
 from pipeline.nn.layers import LookupTable, ScaleMode, register_hyperparameters
 from pipeline.nn.losses import (
     LabelLoss,
+    MSEReduction,
     StructuralReduction,
     classification_losses,
     mse_loss,
     multi_hot,
     structural_consistency_loss,
+    uses_sigmoid,
+    weighted_mean,
 )
 from pipeline.nn.method import Method
-from pipeline.nn.sampler import NumSteps, Sampler, SamplerConfig, SampleSteps
+from pipeline.nn.sampler import PREDICTION_SETTINGS, NumSteps, Sampler, SamplerConfig, SampleSteps
 from pipeline.nn.unet import UNet
 from pipeline.runtime.errors import UserError
 from pipeline.runtime.rng import KeyedRNG
@@ -50,17 +53,29 @@ class Config(SamplerConfig):
     train_min_step: Annotated[
         float, Range(0, 1), "fraction of T: the translator does not train the steps below it; the paper has 0"
     ] = 0.0
+    ce_min_step: Annotated[
+        float,
+        Range(0, 1),
+        "fraction of T: at steps below it there is no cross-entropy, because the input still contains much of the text",
+    ] = 0.0
+    on_policy: Annotated[
+        float, Range(0, 1), "probability that a sample's noisy text is made from the network's own prediction; the paper has 0"
+    ] = 0.0
     w_sc: Annotated[float, Range(0), "alpha_1, weight of the structural consistency loss; the paper tries 0.1..2"] = 1.0
     w_ce_dsl: Annotated[float, Range(0), "beta, weight of the learner's cross-entropy; the paper tries 0.5..2"] = 1.0
     w_mse: Annotated[float, Range(0), "alpha_2, weight of the reconstruction loss; the paper tries 0.1..2"] = 1.0
     w_ce_dst: Annotated[float, Range(0), "gamma, weight of the translator's cross-entropy"] = 1.5
+    mse_reduction: Annotated[MSEReduction, "over the text dimensions; eq. 10 has the sum"] = "mean"
     sc_reduction: Annotated[
         StructuralReduction, "of eq. 6; mean: means, whose scale does not depend on the width, literal: its sums"
     ] = "mean"
     centres: Annotated[Literal["batch", "train"], "visual class centres of eq. 5: of the batch, or of the training split"] = (
         "batch"
     )
-    denoiser: Annotated[Literal["pfin", "unet"], "network; unet has no settings of its own"] = "pfin"
+    denoiser: Annotated[
+        Literal["pfin", "mlp", "unet"], "network; mlp: CDR's four linear layers; unet has no settings of its own (Table 3)"
+    ] = "pfin"
+    hidden: Annotated[int, Range(1, 65_536), "width of denoiser=mlp"] = 1024
     interaction: Annotated[Interaction, "of image and text in PFIN (Table 3)"] = "cross_attention"
     num_tokens: Annotated[int, Range(1, 65_536), "chunks per feature vector; it must divide the width"] = 8
     token_width: Annotated[int, Range(1, 65_536), "width of a token"] = 128
@@ -70,15 +85,19 @@ class Config(SamplerConfig):
     ] = "visual"
     dropout: Annotated[float, Range(0, 0.99), "probability, in the denoiser"] = 0.0
     sample_steps: Annotated[SampleSteps, "S, steps of ddim, at most T; from 20 on, several are steps of the learner"] = 20
-    adapter: Annotated[Literal["auto", "none", "classifier", "pca"], "frozen adapters; auto: classifier if widths differ"] = (
-        "auto"
-    )
+    adapter: Annotated[
+        Literal["pca_if_needed", "none", "pca", "contrastive", "classifier", "auto"],
+        "frozen adapters to a common width; pca_if_needed: if widths differ, pca to at most `width`; auto: then classifier",
+    ] = "pca_if_needed"
     width: Annotated[int, Range(1, 65_536), "width of the adapters' outputs"] = 512
+    condition: Annotated[
+        Literal["adapted", "raw"], "image feature that the denoiser reads: the adapter's output, or its input at its own width"
+    ] = "adapted"
     scale: Annotated[ScaleMode, "standardisation of image and text features"] = "per_dim"
     label_loss: Annotated[LabelLoss, "for multi-label data"] = "softmax_kl"
 
     old_values: ClassVar[Mapping[str, Mapping[str, Any]]] = {"residual": {"true": "text", "false": "none"}}
-    old_defaults: ClassVar[Mapping[str, Any]] = {"residual": "text"}
+    old_defaults: ClassVar[Mapping[str, Any]] = {**SamplerConfig.old_defaults, "residual": "text"}
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -126,15 +145,17 @@ class SeDA(Method):
         "num_steps": (900, 1200, 1500, 1800),
         "stage_step": (0, 300, 500),
     }  # Figure 3
-    prediction = ("sampler", "sample_steps", "eta", "draws", "zero_start")
+    prediction = PREDICTION_SETTINGS
 
     centres: Tensor
+    ce_low: Tensor
     dsl_low: Tensor
     dsl_probability: Tensor
     dsl_steps: Tensor
     dst_low: Tensor
     dst_steps: Tensor
-    steps: Tensor
+    own_probability: Tensor
+    last_step: Tensor
     w_ce_dsl: Tensor
     w_ce_dst: Tensor
     w_mse: Tensor
@@ -142,38 +163,33 @@ class SeDA(Method):
 
     def __init__(self, config: Config, shapes: Shapes) -> None:
         super().__init__(config, shapes)
+        dsl, dst = config.stage_ranges()
+        self.has_learner = len(dsl) > 0
         self.per_sample_stage = config.per_sample_stage
         self.has_train_centres = config.centres == "train"
+        self.has_ce_limit, self.has_own_texts = config.ce_min_step > 0, config.on_policy > 0
         self.sc_reduction: StructuralReduction = config.sc_reduction
+        self.mse_reduction: MSEReduction = config.mse_reduction
         self.label_loss: LabelLoss = config.label_loss
-        self.space = FeatureSpace(shapes, _adapter_kind(config, shapes), config.width, config.scale)
-        width = self.space.text_width
-        if width != self.space.image_width:
-            raise UserError(f"seda needs equal widths, not {self.space.image_width} and {width}: set adapter=classifier or pca")
+        self.is_sigmoid = uses_sigmoid(shapes, config.label_loss)
+        self.space = FeatureSpace(shapes, *_adapter(config, shapes), config.scale)
+        self.reads_raw_image = config.condition == "raw"
+        width, image_width = self.space.text_width, self.space.image_width
+        if self.has_learner and image_width != width:
+            raise UserError(
+                f"the learner's target needs equal widths, not {image_width} and {width}: set adapter=classifier or pca"
+            )
         self.phases = (*self.space.phases, Phase("head", ("denoiser.", "classifier.")))
         self.num_classes = num_classes_in(shapes)
-        self.denoiser: Denoiser = (
-            UNet(width, config.num_steps, dropout=config.dropout)
-            if config.denoiser == "unet"
-            else PFIN(
-                width,
-                config.num_steps,
-                config.interaction,
-                config.num_tokens,
-                config.token_width,
-                config.num_heads,
-                config.residual,
-                dropout=config.dropout,
-            )
-        )
+        self.denoiser = build_denoiser(config, width, self.space.raw_image_width if self.reads_raw_image else image_width)
         self.classifier = nn.Linear(width, self.num_classes)
-        self.sampler = Sampler.from_config(config)
+        self.sampler = Sampler(config, (dsl, dst))
         abar = alphas_cumprod(config.schedule, config.num_steps)
         self.abar, self.levels = LookupTable(abar), LookupTable(noise_levels(abar))
         self.register_buffer("centres", torch.zeros(self.num_classes, width))
-        dsl, dst = config.stage_ranges()
-        register_hyperparameters(self, steps=config.num_steps, dsl_probability=len(dsl) / (len(dsl) + len(dst)))
         register_hyperparameters(self, dsl_low=dsl.start, dsl_steps=len(dsl), dst_low=dst.start, dst_steps=len(dst))
+        register_hyperparameters(self, dsl_probability=len(dsl) / (len(dsl) + len(dst)), last_step=config.num_steps - 1)
+        register_hyperparameters(self, ce_low=config.ce_min_step * config.num_steps, own_probability=config.on_policy)
         register_hyperparameters(self, w_sc=config.w_sc, w_ce_dsl=config.w_ce_dsl, w_mse=config.w_mse, w_ce_dst=config.w_ce_dst)
 
     @classmethod
@@ -228,36 +244,92 @@ class SeDA(Method):
         """
         if phase == ADAPTER_PHASE.name:
             return self.space.adapter_loss(batch, self.label_loss)
-        x_v, x_s = self.space.image(batch["image"]), self.space.text(batch["text"])
+        x_s, condition = self.space.text(batch["text"]), self.condition(batch["image"])
         n, is_dsl = self.draw_steps(x_s)
-        x_n = q_sample(x_s, n, torch.randn_like(x_s), self.levels.values)
-        x_r = self.denoiser(x_n, self.denoiser.embed_step(n), self.denoiser.image_context(x_v))
-        in_dsl = is_dsl.float()
+        context = self.denoiser.image_context(condition)
+        start = self.mix_own_texts(x_s, context) if self.has_own_texts else x_s
+        x_n = q_sample(start, n, torch.randn_like(x_s), self.levels.values)
+        x_r = self.denoiser(x_n, self.denoiser.embed_step(n), context)
+        in_dsl, has_ce = is_dsl.float(), (n >= self.ce_low).float() if self.has_ce_limit else None
         ce = classification_losses(self.classifier(x_r), batch["label"], self.label_loss)
         w_ce = torch.where(is_dsl, self.w_ce_dsl, self.w_ce_dst)
         if self.per_sample_stage:  # samples of the other stage do not count in a loss
             dsl_share, in_sc, in_mse = in_dsl.mean(), in_dsl, (1.0 - in_dsl) * batch["paired"]
-            weighted_ce, ce = (w_ce * ce).mean(), ce.mean()
+            weighted_ce, ce = weighted_mean(w_ce * ce, has_ce), weighted_mean(ce, has_ce)
         else:  # the whole batch is of one stage, whose share is 0 or 1
-            dsl_share, in_sc, in_mse, ce = in_dsl, None, batch["paired"], ce.mean()
+            dsl_share, in_sc, in_mse, ce = in_dsl, None, batch["paired"], weighted_mean(ce, has_ce)
             weighted_ce = w_ce * ce
         # Targets are data: where the encoders are trained too, no gradient reaches them through a target.
-        x_v, x_s, centres = x_v.detach(), x_s.detach(), self.centres if self.has_train_centres else None
+        mse = (1.0 - dsl_share) * mse_loss(x_r, x_s.detach(), self.mse_reduction, in_mse)
+        if not self.has_learner:
+            return {"loss": self.w_mse * mse + weighted_ce, "mse": mse, "ce": ce}
+        x_v = (self.space.image(batch["image"]) if self.reads_raw_image else condition).detach()
+        centres = self.centres if self.has_train_centres else None
         sc = structural_consistency_loss(x_r, x_v, batch["label"], self.num_classes, centres, self.sc_reduction, in_sc)
-        sc, mse = dsl_share * sc, (1.0 - dsl_share) * mse_loss(x_r, x_s, "mean", in_mse)
+        sc = dsl_share * sc
         return {"loss": self.w_sc * sc + self.w_mse * mse + weighted_ce, "sc": sc, "mse": mse, "ce": ce}
+
+    def condition(self, image: Tensor) -> Tensor:
+        """Return what the denoiser reads of image features [B,Dv]: x_v, or the features at their own width."""
+        return self.space.raw_image(image) if self.reads_raw_image else self.space.image(image)
+
+    @torch.no_grad()
+    def mix_own_texts(self, x_s: Tensor, context: Any) -> Tensor:
+        """Return text features [B,D] of which a share is predicted from pure noise: as in the chain, errors and all.
+
+        Without it, the network learns its low steps on noisy versions of the true text alone, which no chain ever meets.
+        """
+        predicted = self.denoiser(torch.randn_like(x_s), self.denoiser.embed_step(self.last_step.long()), context)
+        is_own = torch.rand(len(x_s), 1, device=x_s.device) < self.own_probability
+        return torch.where(is_own, predicted.to(x_s.dtype), x_s)
 
     def feature(self, image: Tensor, rng: KeyedRNG, draw: int = 0) -> Tensor:
         """Return the aligned feature xhat_r^0 [B,D] from image features [B,Dv]: the result of one reverse chain (eq. 13-15)."""
-        x_v, rng = self.space.image(image), rng.at("draw", draw)
-        return self.sampler.generate(self.denoiser, x_v, self.space.text_width, self.abar.values, self.steps, rng)
+        condition, rng = self.condition(image), rng.at("draw", draw)
+        return self.sampler.generate(self.denoiser, condition, self.space.text_width, self.abar.values, rng)
+
+    def text_target(self, text: Tensor) -> Tensor:
+        """Return x_s [B,D] from text features."""
+        return self.space.text(text)
 
     def predict(self, image: Tensor, rng: KeyedRNG) -> Tensor:
         """Return logits [B,C] from image features [B,Dv]."""
-        return self.sampler.average_predictions(lambda draw: self.classifier(self.feature(image, rng, draw)))
+        return self.sampler.average_predictions(lambda draw: self.classifier(self.feature(image, rng, draw)), self.is_sigmoid)
 
 
-def _adapter_kind(config: Config, shapes: Shapes) -> AdapterKind:
-    if config.adapter != "auto":
-        return config.adapter
-    return "none" if shapes["image"] == shapes["text"] else "classifier"
+def build_denoiser(config: Config, width: int, image_width: int) -> Denoiser:
+    """Return the denoiser that the config names, for text features of a width and image features of another.
+
+    Raises:
+        UserError: the network needs equal widths, and these differ.
+    """
+    if config.denoiser == "mlp":
+        return ConcatMLP(width, image_width, config.num_steps, hidden=config.hidden, dropout=config.dropout)
+    if config.denoiser == "unet":
+        if image_width != width:
+            raise UserError(f"denoiser 'unet' needs equal widths, not {width} and {image_width}: set condition=adapted")
+        return UNet(width, config.num_steps, dropout=config.dropout)
+    return PFIN(
+        width,
+        config.num_steps,
+        config.interaction,
+        config.num_tokens,
+        config.token_width,
+        config.num_heads,
+        config.residual,
+        dropout=config.dropout,
+        image_width=image_width,
+    )
+
+
+def _adapter(config: Config, shapes: Shapes) -> tuple[AdapterKind, int]:
+    """Return kind and width of the adapters; pca_if_needed takes a width that components can have and PFIN can cut."""
+    if config.adapter not in ("pca_if_needed", "auto"):
+        return config.adapter, config.width
+    widths = *shapes["image"], *shapes["text"]
+    if len(set(widths)) == 1:
+        return "none", config.width
+    if config.adapter == "auto":
+        return "classifier", config.width
+    width = min(config.width, *widths)
+    return "pca", width - width % config.num_tokens or width

@@ -94,20 +94,20 @@ class CrossAttention(nn.Module):
     Chunks are necessary: with one token per modality, the softmax over a single key is 1, and x_s^n has no influence.
 
     Raises:
-        UserError: num_heads does not divide token_width, or num_tokens does not divide the width.
+        UserError: num_heads does not divide token_width, or num_tokens does not divide a width.
     """
 
-    def __init__(self, width: int, num_tokens: int, token_width: int, num_heads: int) -> None:
+    def __init__(self, width: int, image_width: int, num_tokens: int, token_width: int, num_heads: int) -> None:
         super().__init__()
         if num_heads < 1 or token_width % num_heads:
             raise UserError(f"token_width {token_width} is not divisible by num_heads {num_heads}")
         self.num_heads = num_heads
         self.query = ChunkTokens(width, num_tokens, token_width)
-        self.key_value = ChunkTokens(width, num_tokens, 2 * token_width)
+        self.key_value = ChunkTokens(image_width, num_tokens, 2 * token_width)
         self.out = nn.Linear(num_tokens * token_width, width)
 
     def image_context(self, x_v: Tensor) -> Tensor:
-        """Map x_v [B,D] to keys and values [B, num_tokens, 2 token_width]."""
+        """Map x_v [B,Dv] to keys and values [B, num_tokens, 2 token_width]."""
         return self.key_value(x_v)
 
     def forward(self, x_n: Tensor, e: Tensor, context: Tensor) -> Tensor:
@@ -116,10 +116,16 @@ class CrossAttention(nn.Module):
 
 
 class ModalitySelfAttention(nn.Module):
-    """F_t = mean over tokens of single-head self-attention among three tokens of width D: x_s^n, x_v and e_n."""
+    """F_t = mean over tokens of single-head self-attention among three tokens of width D: x_s^n, x_v and e_n.
 
-    def __init__(self, width: int, time_width: int) -> None:
+    Raises:
+        UserError: x_v has another width.
+    """
+
+    def __init__(self, width: int, image_width: int, time_width: int) -> None:
         super().__init__()
+        if image_width != width:
+            raise UserError(f"self_attention has tokens of one width, not {width} and {image_width}: set condition=adapted")
         self.time_token = nn.Linear(time_width, width)
         self.norm = nn.LayerNorm(width)
         self.attention = SelfAttention(width, num_heads=1)
@@ -137,16 +143,18 @@ class ModalitySelfAttention(nn.Module):
 class MultimodalTransformer(nn.Module):
     """F_t = W_o (mean over tokens) after two pre-norm transformer layers on the chunk tokens of x_s^n and x_v together."""
 
-    def __init__(self, width: int, num_tokens: int, token_width: int, num_heads: int, dropout: float = 0.0) -> None:
+    def __init__(
+        self, width: int, image_width: int, num_tokens: int, token_width: int, num_heads: int, dropout: float = 0.0
+    ) -> None:
         super().__init__()
         self.text_tokens = ChunkTokens(width, num_tokens, token_width)
-        self.image_tokens = ChunkTokens(width, num_tokens, token_width)
+        self.image_tokens = ChunkTokens(image_width, num_tokens, token_width)
         self.layers = nn.Sequential(*(TransformerLayer(token_width, num_heads, dropout) for _ in range(2)))
         self.norm = nn.LayerNorm(token_width)
         self.out = nn.Linear(token_width, width)
 
     def image_context(self, x_v: Tensor) -> Tensor:
-        """Map x_v [B,D] to visual tokens [B, num_tokens, token_width]."""
+        """Map x_v [B,Dv] to visual tokens [B, num_tokens, token_width]."""
         return self.image_tokens(x_v)
 
     def forward(self, x_n: Tensor, e: Tensor, context: Tensor) -> Tensor:
@@ -158,10 +166,10 @@ class MultimodalTransformer(nn.Module):
 class PFIN(nn.Module):
     """Progressive feature interaction network: an interaction of x_s^n and x_v, then a decoder (SeDA sec. 4.1).
 
-    The decoder maps h_0 = [F_t; e_n] (eq. 4) through one hidden layer of width 2D. Both x_s^n and x_v have width D.
+    The decoder maps h_0 = [F_t; e_n] (eq. 4) through one hidden layer of width 2D.
 
     Args:
-        width: D.
+        width: D, of x_s^n.
         num_steps: T.
         interaction: how F_t is computed from x_s^n and x_v. "concat" computes no F_t; it has h_0 = [x_s^n; x_v; e_n].
         num_tokens: chunk tokens per vector, for "cross_attention" and "multimodal_transformer".
@@ -172,6 +180,7 @@ class PFIN(nn.Module):
             alone. "none" is eq. 2 as written; "concat" has no residual.
         time_width: width of the time embedding e_n.
         dropout: its probability.
+        image_width: Dv, of x_v; None: D.
     """
 
     def __init__(
@@ -185,21 +194,23 @@ class PFIN(nn.Module):
         residual: Residual = "visual",
         time_width: int = 128,
         dropout: float = 0.0,
+        image_width: int | None = None,
     ) -> None:
         super().__init__()
+        image_width = image_width or width
         self.adds_text = residual in ("text", "both")
         self.embed = TimeEmbedding(num_steps, time_width)
         if interaction == "concat":
             self.interaction = None
         elif interaction == "self_attention":
-            self.interaction = ModalitySelfAttention(width, time_width)
+            self.interaction = ModalitySelfAttention(width, image_width, time_width)
         elif interaction == "multimodal_transformer":
-            self.interaction = MultimodalTransformer(width, num_tokens, token_width, num_heads, dropout)
+            self.interaction = MultimodalTransformer(width, image_width, num_tokens, token_width, num_heads, dropout)
         else:
-            self.interaction = CrossAttention(width, num_tokens, token_width, num_heads)
+            self.interaction = CrossAttention(width, image_width, num_tokens, token_width, num_heads)
         adds_visual = self.interaction is not None and residual in ("visual", "both")
-        self.visual = nn.Linear(width, width, bias=False) if adds_visual else None
-        image_widths = [width] if interaction == "concat" else []
+        self.visual = nn.Linear(image_width, width, bias=False) if adds_visual else None
+        image_widths = [image_width] if interaction == "concat" else []
         self.first = ConcatLinear([width, time_width, *image_widths], 2 * width)
         self.dropout = Dropout(dropout)
         self.out = nn.Linear(2 * width, width)

@@ -15,6 +15,7 @@ from pipeline.runtime.errors import UserError
 
 ScaleMode = Literal["per_dim", "global", "l2sqrtd"]  # see `Standardise`
 MIN_STD = 1e-3
+BATCH_NORM_EPSILON = 1e-5
 
 
 def register_hyperparameters(module: nn.Module, **values: float) -> None:
@@ -277,25 +278,51 @@ class TransformerLayer(nn.Module):
         return tokens + self.mlp(self.norm_mlp(tokens))
 
 
+def batch_normalise(x: Tensor, weight: Tensor) -> Tensor:
+    """Return features [B,D] with mean 0 and variance 1 over the rows of weight 1, without learned parameters.
+
+    Args:
+        x: [B,D].
+        weight: [B], 1 for the rows that enter the statistics and 0 for the others; these are mapped like them.
+    """
+    share = (weight / weight.sum().clamp(min=1.0)).unsqueeze(-1)
+    centred = x - (share * x).sum(0)
+    return centred * torch.rsqrt((share * centred.square()).sum(0) + BATCH_NORM_EPSILON)
+
+
 class Adapter(nn.Module):
     """A linear map to a common width. It is fitted and then frozen; it is never trained together with a regression onto it.
 
-    It is fitted in one of two ways: with a classifier on its batch-normalised output, or as principal components, without
-    labels. Afterwards `Standardise` on the output of `feature` replaces the batch normalisation, with exact statistics.
+    It is fitted in one of three ways: with a classifier on its batch-normalised output; as principal components, without
+    labels; or by a contrast between two adapters, which then have a leaky ReLU, as MARNet's projectors have (eq. 6-8).
+    Afterwards `Standardise` on the output of `feature` replaces the batch normalisation, with exact statistics.
+
+    Args:
+        in_width: width of the features.
+        out_width: the common width.
+        num_classes: C, for a classifier; 0: it needs none.
+        has_activation: whether a leaky ReLU follows the map.
     """
 
-    def __init__(self, in_width: int, out_width: int, num_classes: int) -> None:
+    def __init__(self, in_width: int, out_width: int, num_classes: int, has_activation: bool = False) -> None:
         super().__init__()
         self.project = nn.Linear(in_width, out_width)
-        self.classifier = nn.Linear(out_width, num_classes)
+        self.classifier = nn.Linear(out_width, num_classes) if num_classes else nn.Identity()
+        self.has_activation = has_activation
 
     def feature(self, x: Tensor) -> Tensor:
         """Map [B, in_width] to [B, out_width]."""
-        return self.project(x)
+        projected = self.project(x)
+        return F.leaky_relu(projected) if self.has_activation else projected
 
-    def logits(self, x: Tensor) -> Tensor:
-        """Return logits [B,C] from [B, in_width], to train the adapter; batch normalisation needs B >= 2."""
-        return self.classifier(F.batch_norm(self.project(x), None, None, training=True))
+    def logits(self, x: Tensor, weight: Tensor) -> Tensor:
+        """Return logits [B,C] from [B, in_width], to train the adapter; the weights are those of `batch_normalise`."""
+        return self.classifier(batch_normalise(self.project(x), weight))
+
+    @property
+    def is_fitted(self) -> bool:
+        """Whether principal components have been found: before, the map is zero."""
+        return bool(self.project.weight.any())
 
     @torch.no_grad()
     def fit_pca(self, batches: Iterable[Tensor]) -> None:

@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pipeline.types import Shapes
+
 LabelLoss = Literal["softmax_kl", "bce", "softmax_multihot"]  # for multi-label data; see `classification_loss`
 MSEReduction = Literal["mean", "sum_dim"]  # see `mse_loss`
 StructuralReduction = Literal["mean", "literal"]  # see `structural_consistency_loss`
@@ -53,6 +55,11 @@ def classification_losses(logits: Tensor, label: Tensor, kind: LabelLoss) -> Ten
     if kind == "softmax_kl":
         target = target / target.sum(-1, keepdim=True).clamp(min=1.0)
     return F.cross_entropy(logits, target, reduction="none")
+
+
+def uses_sigmoid(shapes: Shapes, kind: LabelLoss) -> bool:
+    """Return whether the loss takes logits as those of a sigmoid per class: "bce" on multi-label data; else of a softmax."""
+    return kind == "bce" and shapes["label"] != ()
 
 
 def classification_loss(logits: Tensor, label: Tensor, kind: LabelLoss, weight: Tensor | None = None) -> Tensor:

@@ -88,3 +88,14 @@ class Method(nn.Module):
     def feature(self, image: Tensor, rng: KeyedRNG) -> Tensor:
         """Return the vectors [B,D] that the classifier reads, from image features alone; used to draw the feature space."""
         raise NotImplementedError
+
+    def text_target(self, text: Tensor) -> Tensor | None:
+        """Return what `generated_text` is to be like [B,D], from text features; None, the default: this head generates no text.
+
+        Both are compared on validation samples when a run ends, to say whether the head aligns to the text.
+        """
+        return None
+
+    def generated_text(self, image: Tensor, rng: KeyedRNG) -> Tensor:
+        """Return the text vectors [B,D] that a head with a `text_target` generates from images; by default, `feature`."""
+        return self.feature(image, rng)

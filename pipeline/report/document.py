@@ -15,6 +15,7 @@ from pipeline.data.manifest_files import read_manifest
 from pipeline.evaluation.statistics import MIN_SEEDS_FOR_INTERVAL, MIN_SEEDS_FOR_VERDICT, NUM_RESAMPLES
 from pipeline.report import html, markdown
 from pipeline.report.across import across_blocks
+from pipeline.report.alignment import alignment_blocks
 from pipeline.report.blocks import Block, BulletList, Heading, Paragraph, SvgFigure, Table
 from pipeline.report.comparison import (
     METRIC_LABELS,
@@ -68,6 +69,7 @@ def write_report(home: Path, dataset: str, split: str = "test", across: Sequence
     blocks: list[Block] = [
         *_results_section(results),
         *across_blocks(home, [dataset, *across], split),
+        *alignment_blocks(results.heads),
         *_old_manifest_warning(results, manifest),
         *_figure_sections(results, manifest, shown_heads),
         *sampler_curve_blocks(results),

@@ -114,6 +114,22 @@ class RunFolder:
             raise UserError(f"{path} is damaged; {self.remedy}") from error
         return {"seconds": seconds, "checkpoint_sha256": checksum, "code": code}
 
+    def read_alignment(self) -> dict[str, float]:
+        """Return how near the text that the head generates is to the real one, see `measure_alignment`.
+
+        It is empty for heads that generate none, and for runs of earlier versions.
+
+        Raises:
+            UserError: the file is damaged.
+        """
+        path = self.path / "alignment.json"
+        if not path.is_file():
+            return {}
+        try:
+            return {str(name): float(value) for name, value in json.loads(path.read_text()).items()}
+        except (ValueError, TypeError, AttributeError) as error:
+            raise UserError(f"{path} is damaged; {self.remedy}") from error
+
     def read_checkpoint(self) -> bytes:
         """Return the bytes of the checkpoint of a finished run, in the safetensors format.
 

@@ -134,7 +134,7 @@ class Settings:
 
     aliases: ClassVar[Mapping[str, tuple[str, ...]]] = {}  # other spellings, each with the settings that it names
     old_values: ClassVar[Mapping[str, Mapping[str, Any]]] = {}  # setting -> lower-case earlier values, with those of today
-    old_defaults: ClassVar[Mapping[str, Any]] = {}  # setting -> its default when runs had another recipe, see `runs.RECIPE`
+    old_defaults: ClassVar[Mapping[str, Any]] = {}  # setting -> what runs of earlier versions did, which may not name it
 
     def __post_init__(self) -> None:
         check_settings(self, self.label_of)
@@ -232,6 +232,28 @@ def check_setting_name(config_type: type[Any], key: str, letters: Mapping[str, s
 def aliases_of(config_type: type[Any]) -> Mapping[str, tuple[str, ...]]:
     """Return the aliases of a config; one that is no `Settings` has none."""
     return getattr(config_type, "aliases", {})
+
+
+def old_defaults_of(config_type: type[Any]) -> dict[str, Any]:
+    """Return the old defaults of a config and of its parts, by the names of the settings."""
+    inside = {
+        f"{part}.{name}": value for part, kind in _parts(config_type).items() for name, value in old_defaults_of(kind).items()
+    }
+    return {**inside, **getattr(config_type, "old_defaults", {})}
+
+
+def configure_run(config_type: type[ConfigT], settings: Mapping[str, Any], changes: Mapping[str, Any] = NO_LETTERS) -> ConfigT:
+    """Make the config of a run from the settings in its folder; those that it was trained without have their old defaults.
+
+    Args:
+        config_type: the dataclass of the config.
+        settings: the run's settings, as `name_settings` takes them.
+        changes: values by name that replace them.
+
+    Raises:
+        UserError: as in `configure`.
+    """
+    return configure(config_type, {**old_defaults_of(config_type), **name_settings(config_type, settings), **changes})
 
 
 def short_name(config_type: type[Any], name: str) -> str:

@@ -14,7 +14,7 @@ from pipeline.cache import Cache
 from pipeline.cache.near_duplicates import near_duplicate_warning
 from pipeline.cache.reader import find_cache
 from pipeline.cache.streaming import bytes_per_sample, open_split
-from pipeline.cache.table import FeatureSource, FeatureTable, load_split
+from pipeline.cache.table import FeatureSource, FeatureTable, load_split, read_table, split_samples
 from pipeline.data.manifest import Manifest
 from pipeline.data.manifest_files import load_dataset_spec, read_manifest
 from pipeline.data.splits import by_fraction
@@ -28,6 +28,7 @@ from pipeline.types import Split
 
 logger = logging.getLogger(__name__)
 
+NUM_VALIDATION_PAIRS = 2000  # validation samples whose texts are compared with those that a head generates
 AGGREGATES = ("mean", "first", "random")
 SourceT = TypeVar("SourceT", bound=FeatureSource)
 
@@ -55,6 +56,13 @@ class FeatureSet:
     def val(self) -> FeatureTable:
         """The validation split in memory, without texts."""
         return _log_excluded("val", load_split(self.manifest, self._images, "val", default_device(), self.aggregate))
+
+    @cached_property
+    def validation_pairs(self) -> FeatureTable:
+        """The first validation samples with their texts, for `measure_alignment` alone: no prediction reads these texts."""
+        samples = split_samples(self.manifest, "val")[:NUM_VALIDATION_PAIRS]
+        aggregate = "mean" if self.aggregate == "random" else self.aggregate
+        return read_table(self.manifest, self.caches, samples, default_device(), aggregate)
 
     @cached_property
     def _train_manifest(self) -> Manifest:

@@ -7,6 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch import Tensor
 from pipeline.cache.streaming import choose_window
 from pipeline.cache.table import ordered_batches, shuffled_batches
 from pipeline.evaluation import metrics
+from pipeline.evaluation.alignment import measure_alignment
 from pipeline.evaluation.evaluate import PREDICTION_BATCH_SIZE, predict
 from pipeline.nn import losses
 from pipeline.nn.method import Method
@@ -210,6 +212,10 @@ def _train_states(head: HeadPlan, states: Sequence[TrainState], progress: bool) 
         logits = predict(model, val, seed, precision=training.precision)
         return [score_logits(each, label, head.config.label_loss) for each in logits.reshape(-1, *logits.shape[-2:])]
 
+    if "text" in head.features.caches:
+        pairs = head.features.validation_pairs
+        for state in states:
+            state.measure = partial(measure_alignment, pairs=pairs, seed=seed, precision=training.precision)
     source = shuffled_batches(train_source, training.batch_size, seed)
     return train(states, source, ordered_batches(train_source, seed), validate, progress)
 

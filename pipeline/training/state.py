@@ -27,6 +27,7 @@ from pipeline.training.history import Validation
 from pipeline.types import Batch, Phase
 
 DIVERGED = "not finite"  # part of the error message of every run that diverged: such a run would diverge again
+Measure = Callable[[Method], Mapping[str, float]]  # how near a trained method's text is to the real one
 StopCheck = Callable[[int, float], bool]  # (finished epochs of the last phase, validation metric) -> whether to stop now
 
 
@@ -41,6 +42,11 @@ class Score(NamedTuple):
 def never_stop(epoch: int, metric: float) -> bool:
     """Return False: a `StopCheck` that lets training run to its end."""
     return False
+
+
+def measure_nothing(method: Method) -> Mapping[str, float]:
+    """Return no facts: a `Measure`."""
+    return {}
 
 
 @dataclass(slots=True)
@@ -63,6 +69,7 @@ class TrainState:
     run: RunFolder
     config: TrainConfig
     should_stop: StopCheck = never_stop
+    measure: Measure = measure_nothing
     folder_lock: ExitStack = field(default_factory=ExitStack)  # holds the lock of the run's folder; closed when the run ends
     progress: RunProgress = field(default_factory=RunProgress)
     optimizer_state: dict[str, Any] = field(default_factory=dict)  # on the CPU; empty at the start of a phase
@@ -181,10 +188,15 @@ class TrainState:
         self._write_history()
 
     def finish(self) -> None:
-        """Write the kept weights and the history, then the file `done`, which makes the run valid; delete `state.pt`."""
+        """Write the kept weights, their alignment to the text and the history, then the file `done`, which makes the run valid;
+        delete `state.pt`.
+        """
         weights = safetensors_bytes(self.progress.best)
         write_atomic(self.run.path / "checkpoint.safetensors", weights)
         self._write_history()
+        self.method.load_state_dict(self.progress.best)
+        if alignment := self.measure(self.method):
+            write_atomic(self.run.path / "alignment.json", json.dumps(dict(alignment)))
         facts = {"seconds": round(self.progress.seconds, 3), "checkpoint_sha256": sha256(weights), "code": code_version()}
         write_atomic(self.run.path / "done", json.dumps(facts))
         delete_saved_state(self.run)

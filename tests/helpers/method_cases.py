@@ -19,7 +19,15 @@ from pipeline.types import Batch, Phase, Shapes
 
 ROWS, WIDTH, CLASSES = 64, 16, 5
 # Numeric settings that get a variant of their own, with its value.
-VARIED_NUMBERS = {"dropout": 0.5, "eta": 1.0, "draws": 3, "train_min_step": 0.5, "ce_min_step": 0.5, "crossfit": 2}
+VARIED_NUMBERS = {
+    "dropout": 0.5,
+    "eta": 1.0,
+    "draws": 3,
+    "train_min_step": 0.5,
+    "ce_min_step": 0.5,
+    "on_policy": 0.5,
+    "crossfit": 2,
+}
 LABEL_KINDS = ("single", "multi")
 
 

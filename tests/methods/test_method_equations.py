@@ -206,6 +206,7 @@ class TestMARNet:
                 "schedule": "cosine",
                 "mse_reduction": "sum_dim",
                 "sampler": "ancestral",
+                "chain_steps": "all",
                 "scale": "global",
                 "label_loss": "bce",
             }

@@ -16,6 +16,7 @@ from helpers.method_cases import (
     StubDenoiser,
     cross_entropy,
     make_batch,
+    make_rng,
     noise_levels,
     seeded_loss,
     to_numpy,
@@ -99,7 +100,7 @@ def predict_one_step(method: Any, batch: Batch, seed: int = 0) -> tuple[Tensor, 
     n = method.draw_steps(batch["text"])[0].numpy()
     abar = noise_levels(T)[n][:, None]
     x_n = np.sqrt(abar) * x_s + np.sqrt(1 - abar) * to_numpy(torch.randn(len(n), WIDTH))
-    context = method.denoiser.image_context(torch.from_numpy(x_v).float())
+    context = method.denoiser.image_context(method.condition(batch["image"]))
     e = method.denoiser.embed_step(torch.from_numpy(n))
     return method.denoiser(torch.from_numpy(x_n).float(), e, context), x_v, x_s, n
 
@@ -117,7 +118,7 @@ def structural_consistency(
             norms.append(np.linalg.norm(x_r[rows].mean(0) - mu))
     if reduction == "literal":
         return (sum(norms) + np.abs(x_r - x_v).sum()) / len(x_r)
-    return float(np.mean(norms)) / np.sqrt(WIDTH) + np.abs(x_r - x_v).mean()
+    return float(np.mean(norms)) / np.sqrt(x_r.shape[1]) + np.abs(x_r - x_v).mean()
 
 
 class TestObjective:
@@ -149,6 +150,44 @@ class TestObjective:
         assert parts["mse"].item() == pytest.approx(error, rel=1e-4)
         expected = 1.3 * error + 1.9 * cross_entropy(method.classifier(x_r), batch["label"])
         assert parts["loss"].item() == pytest.approx(expected, rel=1e-4)
+
+    def test_the_sum_over_the_dimensions_is_the_squared_norm(self) -> None:
+        mean, batch = fitted("seda", stages="dst")
+        total, _ = fitted("seda", stages="dst", mse_reduction="sum_dim")
+        first, second = (seeded_loss(method, batch)["mse"].item() for method in (mean, total))
+        assert second == pytest.approx(WIDTH * first, rel=1e-5)
+
+    @pytest.mark.parametrize("per_sample", [False, True])
+    def test_low_steps_may_have_no_cross_entropy(self, per_sample: bool) -> None:
+        method, batch = fitted("seda", stages="dst", ce_min_step=0.5, per_sample_stage=per_sample, **WEIGHTS)
+        x_r, _, _, n = predict_one_step(method, batch)
+        assert 0 < (n >= T / 2).sum() < ROWS
+        expected = cross_entropy(method.classifier(x_r), batch["label"], n >= T / 2)
+        parts = seeded_loss(method, batch)
+        assert parts["ce"].item() == pytest.approx(expected, rel=1e-4)
+        assert parts["loss"].item() == pytest.approx(1.3 * parts["mse"].item() + 1.9 * expected, rel=1e-4)
+
+    def test_on_policy_noises_the_prediction_from_pure_noise(self) -> None:
+        method, batch = fitted("seda", stages="dst", on_policy=1.0)
+        torch.manual_seed(0)
+        x_s, n = method.space.text(batch["text"]), method.draw_steps(batch["text"])[0]
+        context = method.denoiser.image_context(method.condition(batch["image"]))
+        own = method.denoiser(torch.randn(ROWS, WIDTH), method.denoiser.embed_step(torch.tensor(T - 1)), context)
+        torch.rand(ROWS, 1)
+        abar = torch.from_numpy(noise_levels(T)[n.numpy()]).float()[:, None]
+        x_n = abar.sqrt() * own + (1 - abar).sqrt() * torch.randn(ROWS, WIDTH)
+        x_r = method.denoiser(x_n, method.denoiser.embed_step(n), context)
+        error = ((x_r - x_s) ** 2)[batch["paired"] > 0].mean()
+        assert seeded_loss(method, batch)["mse"].item() == pytest.approx(error.item(), rel=1e-4)
+
+    def test_on_policy_takes_the_given_share_and_no_gradient_goes_through_it(self) -> None:
+        method, _ = fitted("seda", on_policy=0.3)
+        x_s = torch.full((4000, WIDTH), 7.0)
+        context = method.denoiser.image_context(torch.randn(4000, WIDTH))
+        mixed = method.mix_own_texts(x_s, context)
+        is_own = (mixed != 7.0).any(dim=1)
+        assert not mixed.requires_grad
+        assert stats.binomtest(int(is_own.sum()), 4000, 0.3).pvalue > 0.001
 
     @pytest.mark.parametrize("order", ["literal", "reverse"])
     def test_a_batch_of_one_stage_has_that_stages_loss(self, order: str) -> None:
@@ -205,3 +244,36 @@ class TestObjective:
         assert seeded_loss(method, batch)["sc"].item() > 0.1
         method.denoiser = StubDenoiser("image")
         assert seeded_loss(method, batch)["sc"].item() == pytest.approx(0.0, abs=1e-5)
+
+
+class TestWidths:
+    def test_the_denoiser_reads_the_image_at_its_own_width_and_the_learner_has_the_adapted_one_as_target(self) -> None:
+        method, batch = fitted("seda", text_width=24, stages="dsl", adapter="pca", condition="raw", w_ce_dsl=0.0)
+        assert (method.denoiser.visual.in_features, method.denoiser.visual.out_features) == (WIDTH, 12)
+        torch.manual_seed(0)
+        x_s, n = method.space.text(batch["text"]), method.draw_steps(batch["text"])[0]
+        abar = torch.from_numpy(noise_levels(T)[n.numpy()]).float()[:, None]
+        x_n = abar.sqrt() * x_s + (1 - abar).sqrt() * torch.randn_like(x_s)
+        context = method.denoiser.image_context((batch["image"] - batch["image"].mean(0)) / batch["image"].std(0, correction=0))
+        x_r = to_numpy(method.denoiser(x_n, method.denoiser.embed_step(n), context))
+        sc = structural_consistency(x_r, to_numpy(method.space.image(batch["image"])), batch["label"], "mean", None)
+        assert seeded_loss(method, batch)["sc"].item() == pytest.approx(sc, rel=1e-3)
+
+    @pytest.mark.parametrize("interaction", ["concat", "cross_attention", "multimodal_transformer"])
+    def test_the_translator_alone_needs_no_adapter(self, interaction: str) -> None:
+        method, batch = fitted("seda", text_width=24, stages="dst", adapter="none", interaction=interaction)
+        assert "sc" not in seeded_loss(method, batch)
+        assert method.feature(batch["image"], make_rng()).shape == (ROWS, 24)
+
+    @pytest.mark.parametrize(
+        "changes", [{}, {"stages": "dst", "denoiser": "unet"}, {"stages": "dst", "interaction": "self_attention"}]
+    )
+    def test_where_widths_must_be_equal_others_are_refused(self, changes: dict[str, Any]) -> None:
+        with pytest.raises(ValueError, match="width"):
+            build("seda", text_width=24, adapter="none", **changes)
+
+    def test_the_mlp_is_the_network_of_cdr(self) -> None:
+        ours, cdr = build("seda", stages="dst", denoiser="mlp"), build("cdr")
+        assert type(ours.denoiser) is type(cdr.denoiser)
+        shapes = [{name: value.shape for name, value in each.denoiser.state_dict().items()} for each in (ours, cdr)]
+        assert shapes[0] == shapes[1]

@@ -231,12 +231,23 @@ class TestAdapter:
     def test_its_logits_use_batch_normalisation(self) -> None:
         adapter, x = layers.Adapter(6, 4, 3), make_skewed_features()
         expected = adapter.classifier(nn.BatchNorm1d(4, affine=False)(adapter.project(x)))
-        torch.testing.assert_close(adapter.logits(x), expected)
+        torch.testing.assert_close(adapter.logits(x, torch.ones(len(x))), expected)
+
+    def test_rows_of_weight_0_do_not_enter_the_statistics(self) -> None:
+        adapter, x = layers.Adapter(6, 4, 3), make_skewed_features()
+        weight = (torch.arange(len(x)) % 3 > 0).float()
+        counted = weight > 0
+        expected = adapter.classifier(nn.BatchNorm1d(4, affine=False)(adapter.project(x[counted])))
+        garbage = torch.where(counted[:, None], x, 1e3)
+        torch.testing.assert_close(adapter.logits(garbage, weight)[counted], expected)
+        assert adapter.logits(x, torch.zeros(len(x))).isfinite().all()
 
     def test_standardise_with_exact_statistics_replaces_batch_normalisation(self) -> None:
         adapter, x, standardise = layers.Adapter(6, 4, 3), make_skewed_features(), layers.Standardise("per_dim", 4)
         standardise.fit(adapter.feature(part).detach() for part in x.split(64))
-        torch.testing.assert_close(adapter.classifier(standardise(adapter.feature(x))), adapter.logits(x), atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(
+            adapter.classifier(standardise(adapter.feature(x))), adapter.logits(x, torch.ones(len(x))), atol=1e-4, rtol=1e-4
+        )
 
     def test_pca_is_sklearns_up_to_sign(self) -> None:
         adapter, x = layers.Adapter(6, 3, 2), make_skewed_features()

@@ -10,6 +10,7 @@ import torch
 from helpers.equation_cases import fitted
 from helpers.method_cases import ROWS, WIDTH, StubDenoiser, make_rng, noise_levels, to_numpy
 from scipy import stats
+from scipy.special import expit
 from torch import Tensor
 
 from pipeline.runtime.rng import KeyedRNG
@@ -107,3 +108,17 @@ def test_a_single_draw_is_the_classifier_on_the_feature(name: str) -> None:
 def test_a_zero_start_without_noise_needs_no_random_number(name: str) -> None:
     method, batch = fitted(name, zero_start=True)
     assert torch.equal(method.predict(batch["image"], make_rng(0)), method.predict(batch["image"], make_rng(1)))
+
+
+@all_heads
+@torch.no_grad()
+def test_draws_of_a_sigmoid_average_the_probability_of_each_class(name: str) -> None:
+    method, batch = fitted(name, "multi", draws=3, label_loss="bce")
+    image, rng = batch["image"], make_rng()
+    if name == "marnet":
+        f_e = method.ema.feature(image, rng)
+        logits = [method.fuse("concat", f_e, method.cdr.feature(image, rng, draw)) for draw in range(3)]
+    else:
+        logits = [method.classifier(method.feature(image, rng, draw)) for draw in range(3)]
+    mean = np.mean([expit(to_numpy(draw_logits)) for draw_logits in logits], axis=0)
+    np.testing.assert_allclose(expit(to_numpy(method.predict(image, rng))), mean, atol=1e-5)

@@ -18,7 +18,7 @@ from pipeline.runtime import plugins
 from pipeline.runtime.errors import UserError, is_bug
 from pipeline.runtime.files import lock, sha256, write_atomic
 from pipeline.runtime.runs import REAL_TEXT, RECIPE, RunConfig, RunFolder
-from pipeline.runtime.settings import configure
+from pipeline.runtime.settings import configure, configure_run
 from pipeline.training.config import TrainConfig
 from pipeline.training.features import FeatureSet, open_features
 from pipeline.training.history import best_validation, read_validations
@@ -91,8 +91,6 @@ def finetune(home: Path, init: RunFolder, joint: JointConfig, training: TrainCon
         raise UserError(f"{init_config.method} reads no {missing[0]}; choose --unfreeze image")
     if init_config.text_control != REAL_TEXT:
         raise UserError(f"{init.path} was trained on text={init_config.text_control}; joint training reads real texts alone")
-    if init_config.setting("adapter") == "pca":
-        raise UserError("principal components turn as the encoder moves; train the head with adapter=classifier, or none")
     if init_config.setting("crossfit"):
         raise UserError("joint training trains all parts of a head at once, none out of fold; train the head with crossfit=0")
     changes = {"stage": "joint", **joint.identity(), "init": init_config.fingerprint()[:12]}
@@ -103,7 +101,7 @@ def finetune(home: Path, init: RunFolder, joint: JointConfig, training: TrainCon
     features = open_features(home, config.dataset, config.method, config.caches, config.text_aggregate, config.train_fraction)
     with distributed_context() as context:
         if not run.is_done:
-            settings = configure(plugins.get("methods", config.method).Config, config.settings)
+            settings = configure_run(plugins.get("methods", config.method).Config, config.settings)
             head = load_method(init, init_config, settings)
             plan = JointPlan(config=config, joint=joint, training=training, head=head, init=init, run=run, features=features)
             _train(plan, options, context)
