@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from pipeline.runtime.assignments import merge_settings, setting_text
 from pipeline.runtime.errors import UserError
 from pipeline.runtime.plugins import load_file
-from pipeline.runtime.settings import merge_settings, setting_text
 from pipeline.studies.runs import Run, Runs, list_runs, load_run
 
 if TYPE_CHECKING:
@@ -354,7 +354,7 @@ class Workspace:
         Args:
             run: The finished run to start from, or its folder.
             unfreeze: What is trained beside the head: "image", "text", "both", or "last:K", the image
-                encoder's last K blocks.
+                encoder's last K blocks; "none": the head is trained on alone, the control of joint training.
             encoder_lr: Learning rate of the encoders.
             layer_decay: Factor of that rate per block towards the input, 0..1.
             augment: Random crops and mirrored images in training.

@@ -22,7 +22,7 @@ from pipeline.commands.options import (
 )
 from pipeline.commands.plugin_table import show_plugin
 from pipeline.runtime import plugins
-from pipeline.runtime.settings import parse_assignments
+from pipeline.runtime.assignments import parse_assignments
 
 logger = logging.getLogger(__name__)
 

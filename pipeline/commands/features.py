@@ -19,8 +19,8 @@ from pipeline.commands.options import (
     show,
 )
 from pipeline.commands.plugin_table import show_plugin
+from pipeline.runtime.assignments import parse_assignments
 from pipeline.runtime.errors import UserError
-from pipeline.runtime.settings import parse_assignments
 
 
 def extract(

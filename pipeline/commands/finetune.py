@@ -11,8 +11,8 @@ import typer
 from pipeline.commands.checks import check_setting_names
 from pipeline.commands.joint_options import Accumulate, Augment, Checkpointing, EncoderLr, LayerDecay, Workers
 from pipeline.commands.options import DEFAULT_HOME, NO_PAIRS, AsJson, Home, show
+from pipeline.runtime.assignments import parse_assignments
 from pipeline.runtime.errors import UserError
-from pipeline.runtime.settings import parse_assignments
 
 logger = logging.getLogger(__name__)
 
@@ -24,8 +24,9 @@ def finetune(
     unfreeze: Annotated[
         str,
         typer.Option(
-            metavar="image|text|both|last:K",
-            help="The encoders that are trained with the head; last:K: the last K blocks of the image encoder. Default: image.",
+            metavar="image|text|both|last:K|none",
+            help="The encoders that are trained with the head; last:K: the last K blocks of the image encoder; none: the head "
+            "is trained on alone, the control of joint training. Default: image.",
         ),
     ] = "",
     training: Annotated[
@@ -71,7 +72,8 @@ def finetune(
     )
     if not is_first_process():
         return
-    verdict = f"{outcome.metric} on validation: {outcome.before:.2f} before, {outcome.after:.2f} after joint training"
+    stage = "joint training" if outcome.weights else "training the head on alone"
+    verdict = f"{outcome.metric} on validation: {outcome.before:.2f} before, {outcome.after:.2f} after {stage}"
     if not outcome.is_better:
         verdict += "; the head of stage 2 stays the result"
     weights = {f"{key} weights": str(path) for key, path in outcome.weights.items()}
@@ -92,5 +94,5 @@ def _read_unfreeze(unfreeze: str, words: list[str]) -> str:
         logger.warning("--train %s is the old form and will be refused by the next release; write --unfreeze %s", word, word)
     given = list(dict.fromkeys([unfreeze, *words] if unfreeze else words))
     if len(given) > 1:
-        raise UserError(f"--unfreeze takes one of image, text, both and last:K, not {' and '.join(given)}")
+        raise UserError(f"--unfreeze takes one of image, text, both and last:K, or none, not {' and '.join(given)}")
     return given[0] if given else "image"

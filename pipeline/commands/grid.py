@@ -22,8 +22,8 @@ from pipeline.commands.options import (
     show_table,
 )
 from pipeline.runtime import plugins
+from pipeline.runtime.assignments import parse_assignments
 from pipeline.runtime.errors import UserError
-from pipeline.runtime.settings import parse_assignments
 
 if TYPE_CHECKING:
     from pipeline.studies.search import GridResult

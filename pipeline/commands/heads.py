@@ -22,8 +22,8 @@ from pipeline.commands.options import (
 )
 from pipeline.commands.plugin_table import show_plugin, show_settings
 from pipeline.runtime import plugins
+from pipeline.runtime.assignments import parse_assignments
 from pipeline.runtime.errors import UserError
-from pipeline.runtime.settings import parse_assignments
 
 if TYPE_CHECKING:
     from pipeline.runtime.runs import RunFolder

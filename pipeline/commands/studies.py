@@ -22,7 +22,7 @@ from pipeline.commands.options import (
     show_table,
 )
 from pipeline.runtime import plugins
-from pipeline.runtime.settings import parse_assignments
+from pipeline.runtime.assignments import parse_assignments
 
 ablate_commands = CommandGroup("Studies of the papers.")
 

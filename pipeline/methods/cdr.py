@@ -52,6 +52,10 @@ class Config(SamplerConfig):
         if self.denoiser == "regression" and self.ce_min_step > 0:
             raise UserError("ce_min_step must be 0 with denoiser=regression, which has no steps")
 
+    def trained_steps(self) -> tuple[range]:
+        """Return the steps that training draws."""
+        return (range(self.first_step, self.num_steps),)
+
     @property
     def first_step(self) -> int:
         """The lowest step that is trained."""
@@ -123,7 +127,7 @@ class CDR(Method):
             chain = replace(config, sampler="ddim", sample_steps=1, eta=0.0, draws=1, zero_start=True)
         else:
             chain = config
-        self.sampler = Sampler(chain, [range(config.first_step, config.num_steps)])
+        self.sampler = Sampler(chain)
         abar = alphas_cumprod(config.schedule, config.num_steps)
         self.abar, self.levels = LookupTable(abar), LookupTable(noise_levels(abar))
         first_ce_step = min(round(config.ce_min_step * config.num_steps), config.num_steps - 1)
@@ -159,9 +163,11 @@ class CDR(Method):
         return x_0, x_s, n
 
     def objective(self, x_0: Tensor, x_s: Tensor, n: Tensor, batch: Batch) -> Batch:
-        """Return L_CDR and its parts from the outputs of `predict_one_step`."""
+        """Return L_CDR and its parts from the outputs of `predict_one_step`; for "weight" see `EMA.loss`."""
         error = mse_loss(x_0, x_s.detach(), self.mse_reduction, batch["paired"])  # the target is data, also if it is trained
         has_ce = (n >= self.first_ce_step).float()
+        if "weight" in batch:
+            has_ce = has_ce * batch["weight"]
         ce = classification_loss(self.classifier(x_0), batch["label"], self.label_loss, has_ce)
         return {"loss": self.w_ce * ce + self.w_mse * error, "ce": ce, "mse": error}
 

@@ -79,11 +79,14 @@ class EMA(Method):
         self.text_scale.fit(paired_text(batch) for batch in train())
 
     def loss(self, batch: Batch, phase: str) -> Batch:
-        """Return L_EMA = alpha_1 L_CE + beta L_ITA (eq. 13) with L_ITA = L_v2s + L_s2v (eq. 9-11), and its parts."""
+        """Return L_EMA = alpha_1 L_CE + beta L_ITA (eq. 13) with L_ITA = L_v2s + L_s2v (eq. 9-11), and its parts.
+
+        A batch of `MARNet` may have the weights of samples in L_CE, "weight" [B].
+        """
         x_v = self.embed(batch["image"])
         x_s = F.leaky_relu(self.text_projector(self.text_scale(batch["text"])))
         v2s, s2v = info_nce(x_v, x_s, self.temperature(), batch["paired"])
-        ce = classification_loss(self.classifier(x_v), batch["label"], self.label_loss)
+        ce = classification_loss(self.classifier(x_v), batch["label"], self.label_loss, batch.get("weight"))
         ita = v2s + s2v
         return {"loss": self.w_ce * ce + self.w_ita * ita, "ce": ce, "ita": ita}
 

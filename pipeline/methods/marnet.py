@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -17,7 +18,7 @@ from pipeline.nn.method import Method
 from pipeline.nn.sampler import PREDICTION_SETTINGS
 from pipeline.runtime.errors import UserError
 from pipeline.runtime.rng import KeyedRNG
-from pipeline.runtime.settings import Settings
+from pipeline.runtime.settings import Range, Settings
 from pipeline.types import Batch, Phase, Shapes
 
 FEATURE_FUSIONS = ("concat", "add", "mul")
@@ -35,6 +36,11 @@ class Config(Settings):
         Literal["staged", "joint"],
         "staged: train the branches, then fuse their sampled features; joint: train all at once on one-step predictions",
     ] = "staged"
+    crossfit: Annotated[
+        int,
+        Range(0, 20),
+        "K folds, at least 2: the fusion learns from K more pairs of branches, each sample's pair has not seen it; 0: none",
+    ] = 0
     ema: ema.Config = field(default_factory=ema.Config)
     cdr: cdr.Config = field(default_factory=cdr.Config)
 
@@ -50,12 +56,20 @@ class Config(Settings):
         **{name: (f"ema.{name}", f"cdr.{name}") for name in ("scale", "label_loss")},
     }
 
+    def recorded(self) -> dict[str, Any]:
+        """Return the settings, without `crossfit` where it is off."""
+        return {name: value for name, value in super().recorded().items() if name != "crossfit" or value}
+
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.ema.label_loss != self.cdr.label_loss:
             raise UserError("the branches and their fusion have one label loss: set label_loss, which names ema's and cdr's")
         if self.cdr.adapter != "none":
             raise UserError("cdr.adapter must be none: the fusion reads text features of their own width")
+        if self.crossfit == 1:
+            raise UserError("crossfit must be 0 or at least 2: with one fold no sample is left to train its branches on")
+        if self.crossfit and self.regime == "joint":
+            raise UserError("crossfit needs regime=staged: with regime=joint, fusion and branches are trained at once")
 
 
 def fuse_sum(z_e: Tensor, z_c: Tensor) -> Tensor:
@@ -67,6 +81,11 @@ def fuse_hm(z_e: Tensor, z_c: Tensor) -> Tensor:
     """Return log(Z / (1 + Z)) with Z = sigmoid(z_E) sigmoid(z_C): HM of Niu et al. 2021 (CF-VQA)."""
     log_z = F.logsigmoid(z_e) + F.logsigmoid(z_c)
     return log_z - F.softplus(log_z)
+
+
+def fold_of(key: Tensor, num_folds: int) -> Tensor:
+    """Return the fold 0 .. num_folds - 1 of each sample, int64 [B], from its key [B], which is a hash of its id."""
+    return key.remainder(num_folds)
 
 
 class FeatureFusion(nn.Module):
@@ -101,10 +120,16 @@ class MARNet(Method):
     frozen and their features are sampled without text, as at test time. The regime "joint" trains everything at once on CDR's
     one-step predictions. These predictions see the noisy text, so at test time the fusion receives features of another
     distribution.
+
+    Branches that have learned a sample's label and text by heart give it better features in training than at test time. With
+    `crossfit` = K (ours) the fusion learns from features out of fold: K more pairs of branches are trained, each on the samples
+    outside of one fold, and a sample's features come from the pair that has not seen it. All pairs start from the same weights,
+    so that they embed a sample in about the same space. At test time the branches that were trained on all samples are used. A
+    batch has no groups: samples of one group can be in different folds.
     """
 
     Config = Config
-    needs = ("image", "text", "paired", "label")
+    needs = ("image", "text", "paired", "label", "key")
     symbols: ClassVar[Mapping[str, str]] = {
         "T": "cdr.num_steps",
         "alpha1": "ema.w_ce",
@@ -132,7 +157,16 @@ class MARNet(Method):
         kinds = [kind for kind in FEATURE_FUSIONS if is_staged or kind == config.fusion]
         num_classes = num_classes_in(shapes)
         self.fusions = nn.ModuleDict({kind: FeatureFusion(kind, config.ema.width, text_width, num_classes) for kind in kinds})
-        stages = (Phase("ema", ("ema.",)), Phase("cdr", ("cdr.",)), Phase("fusion", ("fusions.",), share=0.5))
+        self.crossfit = config.crossfit
+        self.folds = nn.ModuleDict(  # branches that are trained outside of a fold, by the name of their phase
+            {
+                f"{name}_fold{fold}": deepcopy(branch)
+                for name, branch in (("ema", self.ema), ("cdr", self.cdr))
+                for fold in range(config.crossfit)
+            }
+        )
+        folds = (Phase(name, (f"folds.{name}.",)) for name in self.folds)
+        stages = (Phase("ema", ("ema.",)), Phase("cdr", ("cdr.",)), *folds, Phase("fusion", ("fusions.",), share=0.5))
         self.phases = stages if is_staged else (Phase("joint"),)
 
     @classmethod
@@ -146,14 +180,34 @@ class MARNet(Method):
             self.ema.begin(phase, train)
         if phase in ("cdr", "joint"):
             self.cdr.begin(phase, train)
+        if phase in self.folds:
+            self._fold_branch(phase).begin(phase, lambda: self._rows_outside_fold(train(), phase))
+
+    def _fold_branch(self, phase: str) -> ema.EMA | cdr.CDR:
+        """Return the branch that a phase trains outside of a fold."""
+        branch = self.folds[phase]
+        assert isinstance(branch, ema.EMA | cdr.CDR)
+        return branch
+
+    def _is_outside_fold(self, batch: Batch, phase: str) -> Tensor:
+        """Return which samples of a batch are outside of the fold of a phase, bool [B]."""
+        return fold_of(batch["key"], self.crossfit) != int(phase.rpartition("fold")[2])
+
+    def _rows_outside_fold(self, batches: Iterator[Batch], phase: str) -> Iterator[Batch]:
+        """Yield the batches without the samples that are in the fold of a phase."""
+        for batch in batches:
+            rows = self._is_outside_fold(batch, phase)
+            if rows.any():
+                yield {key: column[rows] for key, column in batch.items()}
 
     def loss(self, batch: Batch, phase: str) -> Batch:
         """Return the loss of a phase and its parts.
 
         Args:
             batch: see `types.Batch`.
-            phase: "ema" has L_EMA (eq. 13), "cdr" has L_CDR (eq. 20), "fusion" has the sum of the cross-entropies of all
-                feature fusions (eq. 24), and "joint" has L_EMA + L_CDR + the cross-entropy of the chosen fusion.
+            phase: "ema" has L_EMA (eq. 13), "cdr" has L_CDR (eq. 20), "ema_fold<k>" and "cdr_fold<k>" have the same of the
+                samples outside of a fold, "fusion" has the sum of the cross-entropies of all feature fusions (eq. 24), and
+                "joint" has L_EMA + L_CDR + the cross-entropy of the chosen fusion.
         """
         if phase == "ema":
             return self.ema.loss(batch, phase)
@@ -161,12 +215,23 @@ class MARNet(Method):
             return self.cdr.loss(batch, phase)
         if phase == "joint":
             return self._joint_loss(batch)
-        with torch.no_grad():
-            rng = KeyedRNG.drawn(len(batch["image"]), batch["image"].device)
-            f_e = self.ema.feature(batch["image"], rng)
-            f_c = self.cdr.feature(batch["image"], rng)
+        if phase in self.folds:
+            kept = self._is_outside_fold(batch, phase).float()
+            return self._fold_branch(phase).loss({**batch, "paired": batch["paired"] * kept, "weight": kept}, phase)
+        f_e, f_c = self.sample_features(batch)
         losses = {kind: self._fusion_loss(kind, f_e, f_c, batch) for kind in self.fusions}
         return {"loss": torch.stack(list(losses.values())).sum(), **losses}
+
+    @torch.no_grad()
+    def sample_features(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Return what the fusion is trained on, sampled without text: x_EMA [B,D] and x_CDR [B,Ds]."""
+        image, rng = batch["image"], KeyedRNG.drawn(len(batch["image"]), batch["image"].device)
+        if not self.crossfit:
+            return self.ema.feature(image, rng), self.cdr.feature(image, rng)
+        fold, rows = fold_of(batch["key"], self.crossfit), torch.arange(len(image), device=image.device)
+        features = [self._fold_branch(name).feature(image, rng) for name in self.folds]  # of ema in every fold, then of cdr
+        f_e, f_c = (torch.stack(each)[fold, rows] for each in (features[: self.crossfit], features[self.crossfit :]))
+        return f_e, f_c
 
     def text_target(self, text: Tensor) -> Tensor:
         """Return CDR's x_s [B,Ds] from text features."""

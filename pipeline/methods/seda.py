@@ -113,7 +113,7 @@ class Config(SamplerConfig):
         """The lowest step that the translator trains."""
         return min(round(self.train_min_step * self.num_steps), self.num_steps - 1)
 
-    def stage_ranges(self) -> tuple[range, range]:
+    def trained_steps(self) -> tuple[range, range]:
         """Return the steps that the learner (DSL) trains and those that the translator (DST) trains."""
         steps, first = self.num_steps, self.first_step
         if self.stages == "dsl":
@@ -165,7 +165,7 @@ class SeDA(Method):
 
     def __init__(self, config: Config, shapes: Shapes) -> None:
         super().__init__(config, shapes)
-        dsl, dst = config.stage_ranges()
+        dsl, dst = config.trained_steps()
         self.has_learner = len(dsl) > 0
         self.per_sample_stage = config.per_sample_stage
         self.has_train_centres = config.centres == "train"
@@ -183,9 +183,9 @@ class SeDA(Method):
             )
         self.phases = (*self.space.phases, Phase("head", ("denoiser.", "classifier.")))
         self.num_classes = num_classes_in(shapes)
-        self.denoiser = build_denoiser(config, width, self.space.raw_image_width if self.reads_raw_image else image_width)
+        self.denoiser = _build_denoiser(config, width, self.space.raw_image_width if self.reads_raw_image else image_width)
         self.classifier = nn.Linear(width, self.num_classes)
-        self.sampler = Sampler(config, (dsl, dst))
+        self.sampler = Sampler(config)
         abar = alphas_cumprod(config.schedule, config.num_steps)
         self.abar, self.levels = LookupTable(abar), LookupTable(noise_levels(abar))
         self.register_buffer("centres", torch.zeros(self.num_classes, width))
@@ -314,7 +314,7 @@ class SeDA(Method):
         return self.sampler.average_predictions(lambda draw: self.classifier(self.feature(image, rng, draw)), self.is_sigmoid)
 
 
-def build_denoiser(config: Config, width: int, image_width: int) -> Denoiser:
+def _build_denoiser(config: Config, width: int, image_width: int) -> Denoiser:
     """Return the denoiser that the config names, for text features of a width and image features of another.
 
     Raises:

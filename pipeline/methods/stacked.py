@@ -17,9 +17,10 @@ from torch import Tensor
 from pipeline.methods import baseline
 from pipeline.nn.method import Method
 from pipeline.runtime import plugins
+from pipeline.runtime.assignments import parse_assignments, setting_text
 from pipeline.runtime.errors import UserError
 from pipeline.runtime.rng import KeyedRNG
-from pipeline.runtime.settings import Settings, configure, flatten, parse_assignments, setting_text
+from pipeline.runtime.settings import Settings, configure, flatten
 from pipeline.types import Batch, Phase, Shapes
 
 HEAD_WEIGHTS = (0.0, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0, 1.5, 2.0, 3.0, 5.0)  # candidates of lambda

@@ -46,6 +46,17 @@ class SamplerConfig(Settings):
 
     old_defaults: ClassVar[Mapping[str, Any]] = {"chain_steps": "all"}
 
+    def trained_steps(self) -> Sequence[range]:
+        """Return the steps that training draws; T-1 is one of them."""
+        return (range(self.num_steps),)
+
+    def recorded(self) -> dict[str, Any]:
+        """Return the settings without `chain_steps` where all steps are trained: there it changes nothing."""
+        settings = super().recorded()
+        if sum(map(len, self.trained_steps())) == self.num_steps:
+            del settings["chain_steps"]
+        return settings
+
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.sampler == "ddim":
@@ -62,17 +73,17 @@ class Sampler(nn.Module):
 
     Args:
         config: the settings.
-        trained: the steps that training draws; T-1 is one of them.
     """
 
     steps: Tensor
 
-    def __init__(self, config: SamplerConfig, trained: Sequence[range]) -> None:
+    def __init__(self, config: SamplerConfig) -> None:
         super().__init__()
         is_ancestral = config.sampler == "ancestral"
         num_sample_steps = config.num_steps if is_ancestral else config.sample_steps
         steps = trailing_steps(torch.tensor(float(config.num_steps)), num_sample_steps)
         if config.chain_steps == "trained":
+            trained = config.trained_steps()
             is_trained = torch.tensor([any(step in each for each in trained) for step in steps.tolist()])
             steps = torch.where(is_trained, steps, config.num_steps).cummin(0).values
         self.eta = 1.0 if is_ancestral else config.eta

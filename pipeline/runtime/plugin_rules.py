@@ -26,7 +26,7 @@ BASES = {  # kind -> module and name of its base class: a name, because looking 
     "encoders": ("pipeline.encoders._encoder", "Encoder"),
     "datasets": ("pipeline.data.dataset", "Dataset"),
 }
-BATCH_KEYS = ("image", "text", "paired", "label")
+BATCH_KEYS = ("image", "text", "paired", "label", "key")
 READ_BACK = ("item", "tolist", "numpy", "cpu")  # methods of a tensor that copy its numbers to the processor
 IN_A_STEP = ("loss", "predict", "feature", "forward")  # functions that run in steps and predictions
 SETTING_TYPES = (bool, int, float, str)

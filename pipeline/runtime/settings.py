@@ -11,7 +11,7 @@ A config may have parts, fields that are configs themselves. A setting of a part
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import KW_ONLY, asdict, dataclass, fields, is_dataclass, replace
 from functools import cache
 from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_args, get_origin, get_type_hints
@@ -145,8 +145,15 @@ class Settings:
         return field
 
     def recorded(self) -> dict[str, Any]:
-        """Return the settings as the config of a run records them: all that a later version needs to build the same method."""
-        return asdict(self)
+        """Return the settings as the config of a run names them; what changes nothing may be left out."""
+        return {field.name: recorded_settings(getattr(self, field.name)) for field in fields(self)}
+
+
+def recorded_settings(config: Any) -> Any:
+    """Return `Settings.recorded` of a config, all fields of a dataclass that is no `Settings`, and any other value as it is."""
+    if isinstance(config, Settings):
+        return config.recorded()
+    return asdict(config) if is_dataclass(config) and not isinstance(config, type) else config
 
 
 @cache
@@ -368,49 +375,3 @@ def _is_number(value: Any, whole: bool) -> bool:
     except (TypeError, ValueError, OverflowError):
         return False
     return not isinstance(value, bool) and math.isfinite(number) and (not whole or number.is_integer())
-
-
-def parse_assignments(pairs: Iterable[str], option: str = "--set") -> dict[str, str]:
-    """Return the values of KEY=VALUE pairs by key: {"lr": "1e-3"} from ["lr=1e-3"].
-
-    Args:
-        pairs: the values of the option.
-        option: its name, for the error.
-
-    Raises:
-        UserError: a pair has another form, or a key is given twice.
-    """
-    result: dict[str, str] = {}
-    for pair in pairs:
-        key, equals, value = pair.partition("=")
-        if not (key and equals):
-            raise UserError(f"{option} takes KEY=VALUE, not {pair!r}")
-        if key in result:
-            raise UserError(f"{key!r} is given twice: {result[key]!r} and {value!r}")
-        result[key] = value
-    return result
-
-
-def merge_settings(settings: Mapping[str, Any], more: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the settings of both mappings.
-
-    Raises:
-        UserError: a setting is in both.
-    """
-    for key in settings:
-        if key in more:
-            raise UserError(f"setting {key!r} is given twice: {settings[key]!r} and {more[key]!r}")
-    return {**settings, **more}
-
-
-def setting_text(value: Any) -> str:
-    """Return a setting of a dataset or an encoder as the command line takes it: "true", "80,10,10", "0.5".
-
-    Raises:
-        UserError: it is a mapping, whose order would decide what it means.
-    """
-    if isinstance(value, Mapping):
-        raise UserError(f"a setting is text, a number or a list, not {value!r}: give its values in the order of the setting")
-    if isinstance(value, bool):
-        return str(value).lower()
-    return ",".join(map(str, value)) if isinstance(value, list | tuple) else str(value)

@@ -12,7 +12,7 @@ from typing import Any
 from pipeline.runtime import plugins
 from pipeline.runtime.errors import UserError
 from pipeline.runtime.runs import RECIPE, RunConfig, RunFolder, find_runs
-from pipeline.runtime.settings import configure, configure_run, describe_settings, flatten, old_defaults_of
+from pipeline.runtime.settings import configure, configure_run, describe_settings, flatten, old_defaults_of, recorded_settings
 from pipeline.training.config import TrainConfig
 from pipeline.training.heads import HeadPlan
 
@@ -42,13 +42,13 @@ def _earlier_forms(head: HeadPlan, earlier_precision: str) -> Iterator[tuple[dic
     """Yield what the settings of a head were when defaults were others, and what differs: first nothing, then more."""
     config = head.config
     defaults = {setting.name: setting.default for setting in describe_settings(type(head.settings))}
-    own = flatten(config.settings)
+    own = flatten(asdict(head.settings))
     old = {name: value for name, value in old_defaults_of(type(head.settings)).items() if own[name] == defaults[name]}
     precision = {"precision": earlier_precision} if earlier_precision else {}
     subsets = chain.from_iterable(combinations(old.items(), size) for size in range(len(old) + 1))
     for settings in map(dict, subsets):
         for training in ({}, precision) if precision else ({},):
-            changed_settings = asdict(configure(type(head.settings), {**own, **settings}))
+            changed_settings = recorded_settings(configure(type(head.settings), {**own, **settings}))
             changed = {"settings": changed_settings, "training": {**config.training, **training}}
             yield {**settings, **training}, replace(config, **changed)
 
@@ -75,4 +75,6 @@ def _read_runs(home: Path, planned: RunConfig) -> Iterator[tuple[tuple[str, int]
 def _as_today(config: RunConfig) -> RunConfig:
     """Return the config of a run with the names and defaults that settings have today."""
     settings = configure_run(plugins.get("methods", config.method).Config, config.settings)
-    return replace(config, settings=asdict(settings), training=asdict(configure(TrainConfig, config.training)), recipe=RECIPE)
+    return replace(
+        config, settings=recorded_settings(settings), training=asdict(configure(TrainConfig, config.training)), recipe=RECIPE
+    )

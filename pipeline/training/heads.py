@@ -27,7 +27,7 @@ from pipeline.runtime.device import default_device, free_bytes, reproducible
 from pipeline.runtime.errors import UserError, describe_error, is_bug, is_out_of_memory
 from pipeline.runtime.files import label_os_errors, lock
 from pipeline.runtime.runs import RECIPE, RunConfig, RunFolder, check_seed
-from pipeline.runtime.settings import Settings, configure, name_settings
+from pipeline.runtime.settings import configure, name_settings, recorded_settings
 from pipeline.training.capacity import bytes_kept, bytes_per_method
 from pipeline.training.config import TRAINING_PRESETS, TrainConfig
 from pipeline.training.features import FeatureSet, open_features
@@ -103,7 +103,7 @@ def plan_head_on(features: FeatureSet, method: str, settings: Any, training: Tra
     config = RunConfig(
         dataset=features.manifest.dataset,
         method=method,
-        settings=settings.recorded() if isinstance(settings, Settings) else asdict(settings),
+        settings=recorded_settings(settings),
         training=asdict(training),
         caches={key: cache.fingerprint for key, cache in features.caches.items()},
         shapes={key: list(shape) for key, shape in features.shapes.items()},

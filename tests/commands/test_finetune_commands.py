@@ -46,6 +46,15 @@ def test_finetune_prints_the_better_run_and_the_weights(home: Path) -> None:
     assert f"run: {init.path}" in shown
 
 
+def test_the_head_alone_is_trained_on(home: Path) -> None:
+    init = joint_home.train_small_head(home, "baseline", epochs=1)
+    options = ["--unfreeze", "none", "--train", "epochs=8", "--train", "batch_size=8", "--train", "lr=1e-2", "--json"]
+    shown = json.loads(run("finetune", "--init", str(init.path), "--home", str(home), *options))
+    assert "after training the head on alone" in shown["verdict"]
+    assert shown.keys() == {"verdict", "run"}
+    assert json.loads((Path(shown["run"]) / "config.json").read_text())["training"]["train"] == "none"
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

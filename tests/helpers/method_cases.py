@@ -19,7 +19,15 @@ from pipeline.types import Batch, Phase, Shapes
 
 ROWS, WIDTH, CLASSES = 64, 16, 5
 # Numeric settings that get a variant of their own, with its value.
-VARIED_NUMBERS = {"dropout": 0.5, "eta": 1.0, "draws": 3, "train_min_step": 0.5, "ce_min_step": 0.5, "on_policy": 0.5}
+VARIED_NUMBERS = {
+    "dropout": 0.5,
+    "eta": 1.0,
+    "draws": 3,
+    "train_min_step": 0.5,
+    "ce_min_step": 0.5,
+    "on_policy": 0.5,
+    "crossfit": 2,
+}
 LABEL_KINDS = ("single", "multi")
 
 
@@ -183,7 +191,9 @@ def another_value(config: Any, field: str, hint: Any) -> Any:
     if get_origin(hint) is Literal:
         candidates = tuple(reversed(get_args(hint)))
     elif hint is not bool:
-        candidates = (2 * value, value // 2, value + 1, value - 1) if hint is int else (0.5, value / 2, 2 * value, 1.0)
+        candidates = (
+            (2 * value, value // 2, value + 1, value - 1, value + 2) if hint is int else (0.5, value / 2, 2 * value, 1.0)
+        )
     known = (value, 0.0) if hint is float else (value,)
     return next((each for each in candidates if each not in known and _is_valid(config, field, each)), None)
 

@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.equation_cases import build, fitted
+from helpers.equation_cases import build, fitted, settings
 from helpers.method_cases import StubDenoiser, make_rng
 from torch import Tensor
 
 from pipeline.nn.diffusion import ddim_sample, trailing_steps
-from pipeline.nn.sampler import Sampler, SamplerConfig
+from pipeline.nn.sampler import Sampler
 
 T, S = 1500, 20
 
@@ -65,8 +65,7 @@ def test_a_step_that_is_left_out_changes_nothing(eta: float) -> None:
 
 
 def test_the_last_prediction_is_that_of_the_lowest_trained_step() -> None:
-    config = SamplerConfig(num_steps=10, sample_steps=10)
-    sampler = Sampler(config, [range(4, 10)])
+    sampler = Sampler(settings("cdr", num_steps=10, sample_steps=10, train_min_step=0.4))
     stub = StubDenoiser("image")
     x_v = torch.randn(64, 3)
     assert sampler.steps.tolist() == [9, 8, 7, 6, 5, 4, 4, 4, 4, 4]

@@ -59,6 +59,7 @@ BOTH = {"scale": "global", "label_loss": "bce"}
 NEW: dict[str, Any] = {
     "fusion": "hm",
     "regime": "joint",
+    "crossfit": 0,
     "ema": {"width": 384, "w_ce": 0.5, "w_ita": 0.1, "tau": 0.2, "learn_tau": True, "dropout": 0.1, **BOTH},
     "cdr": {
         "num_steps": 900, "sampler": "ancestral", "sample_steps": 20, "eta": 0.5, "draws": 8, "zero_start": True,

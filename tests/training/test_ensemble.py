@@ -48,6 +48,7 @@ NUMERIC_SETTINGS = (
     "stages",
     "schedule",
     "train_min_step",
+    "chain_steps",
     "ce_min_step",
     "tau",
     "w_",

@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class FinetuneResult:
-    """The result of joint training."""
+    """The result of joint training, or of training the head on alone."""
 
     run: RunFolder  # the better run on validation: the joint head on features of the tuned encoders, or the head of stage 2
     metric: str  # name of the metric of `before` and `after`
@@ -68,7 +68,8 @@ def finetune(home: Path, init: RunFolder, joint: JointConfig, training: TrainCon
     """Train a head and its encoders together, and return the better run of stage 2 and stage 3.
 
     This writes the tuned weights. If joint training is better, it also writes caches of the tuned encoders and an ordinary run
-    on them. A finished joint run is not repeated, and an interrupted one resumes.
+    on them. With frozen encoders, the head is trained on in the same way on the caches that it has: the control that tells what
+    more epochs alone would gain. A finished joint run is not repeated, and an interrupted one resumes.
 
     Args:
         home: The folder of all caches and runs.
@@ -90,7 +91,9 @@ def finetune(home: Path, init: RunFolder, joint: JointConfig, training: TrainCon
         raise UserError(f"{init_config.method} reads no {missing[0]}; choose --unfreeze image")
     if init_config.text_control != REAL_TEXT:
         raise UserError(f"{init.path} was trained on text={init_config.text_control}; joint training reads real texts alone")
-    changes = {"stage": "joint", **asdict(joint), "init": init_config.fingerprint()[:12]}
+    if init_config.setting("crossfit"):
+        raise UserError("joint training trains all parts of a head at once, none out of fold; train the head with crossfit=0")
+    changes = {"stage": "joint", **joint.identity(), "init": init_config.fingerprint()[:12]}
     config = replace(init_config, training={**asdict(training), **changes}, recipe=RECIPE)
     run, earlier = (_joint_run(home, each, init) for each in (config, replace(config, recipe=init_config.recipe)))
     if earlier.path != run.path and earlier.is_done and not run.path.exists():

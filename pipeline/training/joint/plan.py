@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Annotated
+from dataclasses import asdict, dataclass
+from typing import Annotated, Any
 
 from pipeline.nn.method import Method
 from pipeline.runtime.errors import UserError
@@ -14,14 +14,20 @@ from pipeline.runtime.settings import POSITIVE, Range, Settings
 from pipeline.training.config import TrainConfig
 from pipeline.training.features import FeatureSet
 
-ENCODERS_BY_OPTION: Mapping[str, tuple[str, ...]] = {"image": ("image",), "text": ("text",), "both": ("image", "text")}
+NO_ENCODER = "none"  # the control of joint training: the head alone is trained on, as long and in the same way
+ENCODERS_BY_OPTION: Mapping[str, tuple[str, ...]] = {
+    "image": ("image",),
+    "text": ("text",),
+    "both": ("image", "text"),
+    NO_ENCODER: (),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
 class JointConfig(Settings):
     """Which encoders are trained together with the head, and how."""
 
-    train: Annotated[str, "image, text, both, or last:K, the last K blocks of the image encoder"] = "image"
+    train: Annotated[str, "image, text, both, last:K (the last K blocks of the image encoder), none (the head alone)"] = "image"
     encoder_lr: Annotated[float, POSITIVE, "learning rate of the encoders; the papers use 5e-5 to 1e-4"] = 5e-5
     layer_decay: Annotated[
         float, Range(0, 1, open_low=True), "factor of the learning rate for each block towards the input"
@@ -31,7 +37,9 @@ class JointConfig(Settings):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.train not in ENCODERS_BY_OPTION and not re.fullmatch(r"last:[1-9][0-9]*", self.train):
-            raise UserError(f"--unfreeze takes image, text, both or last:K, not {self.train!r}")
+            raise UserError(f"--unfreeze takes image, text, both or last:K, or none for the head alone, not {self.train!r}")
+        if self.augment and not self.trained_keys:
+            raise UserError("--unfreeze none reads the cached features, which no image is encoded for; leave --augment out")
         if self.augment and self.num_blocks:
             raise UserError("last:K stores what reaches the last blocks of each image once; --augment needs --unfreeze image")
 
@@ -39,6 +47,10 @@ class JointConfig(Settings):
     def label_of(field: str) -> str:
         """Return how messages about ranges call a field: by its option."""
         return f"--{field.replace('_', '-')}"
+
+    def identity(self) -> dict[str, Any]:
+        """Return the fields that can change the numbers of a run; without a trained encoder the others change nothing."""
+        return asdict(self) if self.trained_keys else {"train": self.train}
 
     @property
     def trained_keys(self) -> tuple[str, ...]:

@@ -331,6 +331,7 @@ def test_only_the_last_blocks_change(home: Path) -> None:
         ("baseline", {"train": "last:1", "augment": True}, "--augment needs --unfreeze image"),
         ("knn", {}, "knn chooses on validation, which joint training does not"),
         ("stacked", {}, "stacked chooses on validation, which joint training does not"),
+        ("baseline", {"train": "none", "augment": True}, "leave --augment out"),
     ],
 )
 def test_impossible_joint_settings_are_refused(method: str, joint: dict[str, Any], message: str, home: Path) -> None:
