@@ -172,7 +172,7 @@ def _trial_table(grid: Grid, cells: pd.DataFrame, points: Sequence[int]) -> pd.D
         cells: The rows of its cells.csv.
         points: The number of each cell among the points of the method.
     """
-    runs = [RunFolder.at(grid.features.home / run) for run in cells["run"]]
+    folders = [grid.features.home / run for run in cells["run"]]  # one that could not even begin has no folder
     return pd.DataFrame(
         {
             "point": [points[cell] for cell in cells["cell"]],
@@ -183,7 +183,7 @@ def _trial_table(grid: Grid, cells: pd.DataFrame, points: Sequence[int]) -> pd.D
             "loss": cells["val_loss"],
             "seconds": cells["seconds"],
             "settings": [canonical_json(dict(grid.cells[cell].point)) for cell in cells["cell"]],
-            "code": [run.read_done()["code"] if run.is_done else "" for run in runs],
+            "code": [RunFolder.at(folder).read_done()["code"] if (folder / "done").is_file() else "" for folder in folders],
             "run": cells["run"],
             "reason": cells["reason"],
         }

@@ -169,9 +169,9 @@ def open_features(
         UserError: the dataset is not prepared, there is no such cache, control or aggregate, a cache holds tokens instead of
             vectors, or the method reads no texts that a control could replace.
     """
-    if aggregate not in ("", *AGGREGATES):
-        raise unknown_choice(aggregate, f"unknown aggregate {aggregate!r}", AGGREGATES)
     manifest = read_manifest(home, dataset)
+    if aggregate not in ("", *AGGREGATES, manifest.meta["text"]["aggregate"]):
+        raise unknown_choice(aggregate, f"unknown aggregate {aggregate!r}", AGGREGATES)
     by_fraction((), fraction)  # refuses an impossible fraction before a cache is opened
     needs = plugins.get("methods", method).needs
     text, control = parse_text(encoders.get("text", ""))
