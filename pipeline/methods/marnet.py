@@ -52,7 +52,7 @@ class Config(Settings):
             name: (f"cdr.{name}",)
             for name in ("hidden", "num_steps", "schedule", "w_mse", "mse_reduction", "ce_min_step", "train_min_step")
         },
-        **{name: (f"cdr.{name}",) for name in PREDICTION_SETTINGS},
+        **{name: (f"cdr.{name}",) for name in ("sampler", "sample_steps", "eta", "draws", "zero_start")},
         **{name: (f"ema.{name}", f"cdr.{name}") for name in ("scale", "label_loss")},
     }
 

@@ -166,7 +166,6 @@ class SeDA(Method):
     def __init__(self, config: Config, shapes: Shapes) -> None:
         super().__init__(config, shapes)
         dsl, dst = config.trained_steps()
-        self.has_learner = len(dsl) > 0
         self.per_sample_stage = config.per_sample_stage
         self.has_train_centres = config.centres == "train"
         self.has_ce_limit, self.has_own_texts = config.ce_min_step > 0, config.on_policy > 0
@@ -177,7 +176,8 @@ class SeDA(Method):
         self.space = FeatureSpace(shapes, *_adapter(config, shapes), config.scale)
         self.reads_raw_image = config.condition == "raw"
         width, image_width = self.space.text_width, self.space.image_width
-        if self.has_learner and image_width != width:
+        self.has_learner = image_width == width  # whether L_SC can be computed, also where its weight is 0
+        if len(dsl) and not self.has_learner:
             raise UserError(
                 f"the learner's target needs equal widths, not {image_width} and {width}: set adapter=classifier or pca"
             )
@@ -296,7 +296,8 @@ class SeDA(Method):
 
         Without it, the network learns its low steps on noisy versions of the true text alone, which no chain ever meets.
         """
-        predicted = self.denoiser(torch.randn_like(x_s), self.denoiser.embed_step(self.last_step.long()), context)
+        last = self.last_step.long().expand(len(x_s))
+        predicted = self.denoiser(torch.randn_like(x_s), self.denoiser.embed_step(last), context)
         is_own = torch.rand(len(x_s), 1, device=x_s.device) < self.own_probability
         return torch.where(is_own, predicted.to(x_s.dtype), x_s)
 

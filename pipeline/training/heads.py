@@ -175,8 +175,9 @@ def train_heads(heads: Sequence[HeadPlan], progress: bool, should_stop: StopChec
     """
     device, states = default_device(), []
     with label_os_errors(heads[0].run.path), reproducible(device), ExitStack() as all_locks:
-        # All processes lock folders in the same order, so that no two of them wait for each other.
-        for head in sorted(heads, key=lambda head: head.run.path):
+        # All processes lock folders in the same order, so that no two of them wait for each other; plans with settings that
+        # change nothing may have one folder.
+        for _, head in sorted({head.run.path: head for head in heads}.items()):
             if head.run.is_done:
                 logger.debug("%s is trained already", head.run.path)
                 delete_saved_state(head.run)

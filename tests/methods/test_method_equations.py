@@ -206,7 +206,6 @@ class TestMARNet:
                 "schedule": "cosine",
                 "mse_reduction": "sum_dim",
                 "sampler": "ancestral",
-                "chain_steps": "all",
                 "scale": "global",
                 "label_loss": "bce",
             }
@@ -220,6 +219,7 @@ class TestMARNet:
             "denoiser",
             "adapter",
             "width",
+            "chain_steps",  # it is younger than the aliases
         }
 
     @pytest.mark.parametrize("branch", ["ema", "cdr"])
