@@ -17,7 +17,7 @@ from pipeline.runtime.settings import flatten
 
 MAX_SEED = 2**63 - 1
 REAL_TEXT = "real"  # `RunConfig.text_control` of a run that was trained on the texts of its own samples
-RECIPE = 2  # of runs that are trained now; 1 drew the random numbers of training by sample id
+RECIPE = 3  # of runs that are trained now; 1 drew the random numbers of training by sample id, 2 rounded losses otherwise
 _SEED_FOLDER = re.compile("seed[0-9]+")
 
 

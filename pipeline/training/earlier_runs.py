@@ -57,7 +57,8 @@ def _difference(run: RunFolder, changes: Mapping[str, Any]) -> str:
     """Return why a run of an earlier version, or of an earlier default, is not the run of today; "" if the user chose so."""
     listed = ", ".join(f"{name}={value}" for name, value in changes.items())
     if run.config().recipe < RECIPE:
-        return f"an earlier version trained it, with other random numbers{' and its default ' * bool(listed)}{listed}"
+        what = "random numbers" if run.config().recipe == 1 else "rounding"
+        return f"an earlier version trained it, with other {what}{' and its default ' * bool(listed)}{listed}"
     precision = changes.get("precision")
     return f"its precision is {precision}, once the default here: --precision {precision} takes it" if len(changes) == 1 else ""
 

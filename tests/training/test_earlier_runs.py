@@ -107,18 +107,18 @@ def test_a_run_of_an_earlier_recipe_is_named_with_the_defaults_of_its_time(
     head = plan(home, "seda")
     log_earlier_runs([head], "mixed")
     assert not caplog.messages  # it has today's recipe: its user chose these settings
-    settings = {key: value for key, value in run.config().settings.items() if key not in ("residual", "chain_steps")}
+    settings = {key: value for key, value in run.config().settings.items() if key != "residual"}
     old = as_old_run(run, home, {**settings, "residual": True})
     log_earlier_runs([head])
     assert not caplog.messages  # precision was given
     log_earlier_runs([head], "mixed")
     (message,) = caplog.messages
     assert str(old.path) in message
-    assert "with other random numbers and its default chain_steps=all, residual=text, precision=mixed" in message
+    assert "with other random numbers and its default residual=text, precision=mixed" in message
     assert "takes it" not in message
     caplog.clear()
     log_earlier_runs([plan(home, "seda", precision="mixed")])
-    assert "its default chain_steps=all, residual=text)" in caplog.messages[0]
+    assert "its default residual=text)" in caplog.messages[0]
 
 
 def test_a_grid_names_the_run_of_its_old_default_of_precision(home: Path, caplog: pytest.LogCaptureFixture) -> None:
