@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Sequence
 from itertools import product
@@ -24,8 +25,8 @@ from pipeline.runtime.errors import UserError
 from pipeline.runtime.settings import flatten
 from pipeline.runtime.version import code_version
 from pipeline.studies import search
-from pipeline.studies.grid import read_cells
-from pipeline.studies.tune import Budget, TuneResult, tune
+from pipeline.studies.grid import plan_grid, read_axes, read_cells
+from pipeline.studies.tune import Budget, TuneResult, _trial_table, tune
 from pipeline.studies.tuning_space import DEFAULT_SPACE, TuningSpace, read_space
 from pipeline.training.heads import plan_head, resolve_head_settings, train_head
 from pipeline.training.tuned import write_tuned
@@ -343,3 +344,20 @@ def test_trials_that_fail_are_listed_and_end_the_command_with_an_error(
     assert yaml.safe_load(printed.out)["tuned"]["baseline"]["training"]["lr"] == 0.01
     (table,) = (home / "reports" / "tiny").glob("tune-*.csv")
     assert pd.read_csv(table)["state"].value_counts().to_dict() == {"done": 2, "failed": 2}
+
+
+def test_a_trial_that_cannot_begin_is_a_row_without_code(home: Path) -> None:
+    """Its folder does not exist; the other rows and the reasons are still written."""
+    axes = read_axes("baseline", {"lr": [1e-3, 1e-2]})
+    grid = plan_grid(home, "tiny", "baseline", axes, (0,), settings={}, training={"epochs": 1}, **caches_by_key(home))
+    cells = pd.DataFrame(
+        {"cell": [0, 1], "seed": [0, 0], "state": ["failed", "failed"], "val_acc1": [math.nan] * 2, "val_loss": [math.nan] * 2}
+        | {
+            "seconds": [math.nan] * 2,
+            "reason": ["no cache"] * 2,
+            "run": ["runs/tiny/baseline-0/seed0", "runs/tiny/baseline-1/seed0"],
+        }
+    )
+    table = _trial_table(grid, cells, [0, 1])
+    assert table["code"].tolist() == ["", ""]
+    assert table["reason"].tolist() == ["no cache"] * 2

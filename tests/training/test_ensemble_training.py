@@ -395,12 +395,3 @@ def test_a_compiled_loss_equals_the_loss(method: str, home: Path, other_home: Pa
         )
         np.testing.assert_allclose(ours, theirs, atol=TOLERANCE["float32"], rtol=0)
         assert our_metrics == pytest.approx(their_metrics, abs=POINTS["float32"])
-
-
-def test_plans_of_one_run_are_trained_once(home: Path) -> None:
-    """Where all steps are trained, `chain_steps` changes nothing: both plans have one folder."""
-    features = opened(home, "cdr")
-    heads = [planned(features, "cdr", {"chain_steps": steps}, {}) for steps in ("trained", "all")]
-    assert heads[0].run == heads[1].run
-    assert train_heads(heads, progress=False) == {}
-    assert heads[0].run.is_done

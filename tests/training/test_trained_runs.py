@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from dataclasses import replace
 from pathlib import Path
 from threading import Thread
 from typing import Any
@@ -12,14 +13,16 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from helpers.tiny_heads import caches_by_key, train_tiny
+from helpers.tiny_heads import FAST_TRAINING, caches_by_key, small_settings, train_tiny
 
 from pipeline.cache import open_cache
 from pipeline.cache.table import load_split
-from pipeline.evaluation.evaluate import evaluate, predict, read_metrics
+from pipeline.data.manifest_files import read_manifest
+from pipeline.evaluation.evaluate import apply_overrides, evaluate, load_method, predict, read_metrics
 from pipeline.runtime import files, plugins
+from pipeline.training import features
 from pipeline.training.config import TrainConfig
-from pipeline.training.heads import resolve_head_settings
+from pipeline.training.heads import plan_head, resolve_head_settings, train_heads
 
 
 @pytest.mark.parametrize("method", plugins.names("methods"))
@@ -98,9 +101,6 @@ def test_text_cannot_reach_a_prediction(method: str, home: Path) -> None:
 
 
 def test_predictions_do_not_depend_on_batches(home: Path) -> None:
-    from pipeline.data.manifest_files import read_manifest
-    from pipeline.evaluation.evaluate import apply_overrides, load_method
-
     run = train_tiny(home, "seda")
     image = open_cache(home / "caches" / "tiny" / caches_by_key(home)["image"])
     table = load_split(read_manifest(home, "tiny"), {"image": image}, "test", torch.device("cpu"), "mean")
@@ -144,3 +144,26 @@ def test_settings_out_of_range_are_refused() -> None:
         resolve_head_settings("tiny", "ema", "fast", {}, {})
     with pytest.raises(ValueError, match=r"unknown setting 'depth'; choose one of: num_steps, .*T \(= num_steps\)"):
         resolve_head_settings("tiny", "cdr", "head", {"depth": 3}, {})
+
+
+def test_plans_of_one_run_are_trained_once(home: Path) -> None:
+    """Where all steps are trained, `chain_steps` changes nothing: both plans have one folder."""
+    heads = []
+    for steps in ("trained", "all"):
+        settings, config = resolve_head_settings(
+            "tiny", "cdr", "head", {**small_settings("cdr"), "chain_steps": steps}, FAST_TRAINING
+        )
+        heads.append(plan_head(home, "tiny", "cdr", settings, config, 0, caches_by_key(home)))
+    assert heads[0].run == heads[1].run
+    assert train_heads(heads, progress=False) == {}
+    assert heads[0].run.is_done
+
+
+def test_texts_that_a_dataset_joins_are_read_like_one_text(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A worker of a grid names the aggregate of the features, which then is that of the dataset."""
+    manifest = read_manifest(home, "tiny")
+    joined = replace(manifest, meta={**manifest.meta, "text": {**manifest.meta["text"], "aggregate": "join"}})
+    monkeypatch.setattr(features, "read_manifest", lambda *_: joined)
+    opened = features.open_features(home, "tiny", "ema", caches_by_key(home), "join")
+    expected = load_split(manifest, opened.caches, "train", torch.device("cpu"), "mean").columns["text"]
+    assert torch.equal(opened.train.columns["text"].cpu(), expected)
