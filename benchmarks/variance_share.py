@@ -44,7 +44,7 @@ def image_share(network: PFIN, condition: Tensor, width: int, step: int) -> floa
     network(x_n, network.embed_step(torch.tensor(step)), network.image_context(images))
     handle.remove()
     f_t = read[0].unflatten(0, (len(condition), NUM_TEXTS))
-    return float(f_t.mean(1).var(0).sum() / f_t.flatten(0, 1).var(0).sum())
+    return float(f_t.mean(1).var(0, correction=0).sum() / f_t.flatten(0, 1).var(0, correction=0).sum())
 
 
 def main() -> None:

@@ -231,7 +231,7 @@ class Workspace:
             dataset: A prepared and extracted dataset.
             method: "baseline", "logreg", "knn", "class_mean", "mlp", "ema", "cdr", "marnet", "seda", "stacked", or your own.
             seed: 0 .. 2^63 - 1.
-            preset: "head" (learning rate 1e-3), "paper" (1e-4), or "tuned" (of `diffalign tune`, else the dataset's).
+            preset: "head" (lr 1e-3), "paper" (lr 1e-4, the paper's settings), or "tuned" (of `diffalign tune`, or shipped).
             train: Settings of training, such as {"epochs": 20, "lr": 1e-3}; see `TrainConfig`.
             image: Cache of the image features, as in `cache`; "": the dataset's image encoder.
             text: Cache of the text features; "": the dataset's text encoder. Or a control that training reads instead: texts

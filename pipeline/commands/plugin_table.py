@@ -94,7 +94,8 @@ def _page(kind: str, name: str, width: int) -> list[str]:
         wrapped = textwrap.wrap("; ".join(aliases), width, initial_indent="  ", subsequent_indent="  ")
         lines += ["", "other names of these settings:", *(line.replace(NO_BREAK, " ") for line in wrapped)]
     if kind == "methods" and plugin.paper:
-        lines += ["", f"as in the paper (--preset paper): {', '.join(f'{key}={value}' for key, value in plugin.paper.items())}"]
+        listed = ", ".join(f"{key}={value}" for key, value in plugin.paper.items())
+        lines += ["", f"as in the paper, where the default is another (--preset paper): {listed}"]
     if kind == "methods" and plugin.grid:
         lines += ["", "the papers' grid (diffalign grid --grid papers):"]
         lines += [f"  {field}: {', '.join(map(str, values))}" for field, values in plugin.grid.items()]

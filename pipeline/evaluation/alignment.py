@@ -17,7 +17,7 @@ from pipeline.runtime.rng import KeyedRNG
 
 @torch.no_grad()
 def measure_alignment(method: Method, pairs: FeatureTable, seed: int, precision: Precision = "float32") -> dict[str, float]:
-    """Return how near generated texts are to the real ones; empty if the head generates none, or no sample has a text.
+    """Return how near generated texts are to the real ones; empty if the head generates none, or the texts do not differ.
 
     Args:
         method: the trained head.
@@ -45,6 +45,8 @@ def measure_alignment(method: Method, pairs: FeatureTable, seed: int, precision:
             generated.append(method.generated_text(image, KeyedRNG.seeded(seed, keys).at("predict")).double())
     x_s, x_r = torch.cat(real), torch.cat(generated)
     mean = x_s.mean(dim=0, keepdim=True)
+    if not bool((x_s != mean).any()):  # one text for all: nothing to align to
+        return {}
     return {
         "text_cos": float(F.cosine_similarity(x_r, x_s).mean()),
         "text_mse": float(F.mse_loss(x_r, x_s)),

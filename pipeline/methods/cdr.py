@@ -103,7 +103,7 @@ class CDR(Method):
     Config = Config
     needs = ("image", "text", "paired", "label")
     symbols: ClassVar[Mapping[str, str]] = {"T": "num_steps", "alpha2": "w_ce", "gamma": "w_mse"}
-    without_text: ClassVar[Mapping[str, Any]] = {"w_mse": 0.0}
+    without_text: ClassVar[Mapping[str, Any]] = {"w_mse": 0.0, "adapter": "none"}
     grid: ClassVar[Mapping[str, tuple[Any, ...]]] = {"w_mse": (0.1, 0.3, 1.0, 3.0), "num_steps": (900, 1000, 1200, 1500)}
     prediction = PREDICTION_SETTINGS
 

@@ -146,7 +146,13 @@ class SeDA(Method):
         "num_steps": (900, 1200, 1500, 1800),
         "stage_step": (0, 300, 500),
     }  # Figure 3
-    paper: ClassVar[Mapping[str, Any]] = {"residual": "none", "adapter": "auto", "scale": "per_dim", "dropout": 0.0}
+    paper: ClassVar[Mapping[str, Any]] = {
+        "residual": "none",
+        "adapter": "auto",
+        "scale": "per_dim",
+        "dropout": 0.0,
+        "sampler": "ancestral",
+    }
     prediction = PREDICTION_SETTINGS
 
     centres: Tensor
@@ -290,14 +296,15 @@ class SeDA(Method):
         """Return what the denoiser reads of image features [B,Dv]: x_v, or the features at their own width."""
         return self.space.raw_image(image) if self.reads_raw_image else self.space.image(image)
 
-    @torch.no_grad()
     def mix_own_texts(self, x_s: Tensor, context: Any) -> Tensor:
         """Return text features [B,D] of which a share is predicted from pure noise: as in the chain, errors and all.
 
-        Without it, the network learns its low steps on noisy versions of the true text alone, which no chain ever meets.
+        Without it, the network learns its low steps on noisy versions of the true text alone, which no chain ever meets. No
+        gradient goes through what is predicted.
         """
         last = self.last_step.long().expand(len(x_s))
-        predicted = self.denoiser(torch.randn_like(x_s), self.denoiser.embed_step(last), context)
+        with torch.no_grad():
+            predicted = self.denoiser(torch.randn_like(x_s), self.denoiser.embed_step(last), context)
         is_own = torch.rand(len(x_s), 1, device=x_s.device) < self.own_probability
         return torch.where(is_own, predicted.to(x_s.dtype), x_s)
 

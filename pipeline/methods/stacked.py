@@ -20,7 +20,7 @@ from pipeline.runtime import plugins
 from pipeline.runtime.assignments import parse_assignments, setting_text
 from pipeline.runtime.errors import UserError
 from pipeline.runtime.rng import KeyedRNG
-from pipeline.runtime.settings import Settings, configure, flatten
+from pipeline.runtime.settings import Settings, configure, flatten, recorded_settings
 from pipeline.types import Batch, Phase, Shapes
 
 HEAD_WEIGHTS = (0.0, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0, 1.5, 2.0, 3.0, 5.0)  # candidates of lambda
@@ -40,12 +40,14 @@ class Config(Settings):
             raise UserError(f"head is {self.head!r}; take another method of this package: a run records no file of its head")
         settings = flatten(asdict(self.head_config))
         losses = [value for name, value in settings.items() if name.rpartition(".")[2] == "label_loss"] or ["softmax_kl"]
+        if "bce" in losses and settings.get("fusion") in ("sum", "hm"):
+            raise UserError("marnet's fusions sum and hm give no log-odds, which label_loss=bce adds: take fusion=concat")
         if {value == "bce" for value in (*losses, self.base.label_loss)} == {True, False}:
             raise UserError("base.label_loss and label_loss in head_settings must both be bce, or neither: scores are added")
 
     def recorded(self) -> dict[str, Any]:
         """Return the settings, with all those of the head, also where they have the defaults of today."""
-        settings = flatten(asdict(self.head_config)).items()
+        settings = flatten(recorded_settings(self.head_config)).items()
         return {**asdict(self), "head_settings": " ".join(f"{name}={setting_text(value)}" for name, value in settings)}
 
     @property
@@ -71,7 +73,7 @@ class Stacked(Method):
     """
 
     Config = Config
-    needs = ("image", "text", "paired", "label")
+    needs = ("image", "text", "paired", "label", "key")
     grid: ClassVar[Mapping[str, tuple[Any, ...]]] = {"base.dropout": (0.0, 0.2, 0.5)}
 
     head_weight: Tensor
@@ -133,6 +135,14 @@ class Stacked(Method):
     def feature(self, image: Tensor, rng: KeyedRNG) -> Tensor:
         """Return the feature of the head [B,D], from image features [B,Dv]."""
         return self.head.feature(image, rng)
+
+    def text_target(self, text: Tensor) -> Tensor | None:
+        """Return that of the head."""
+        return self.head.text_target(text)
+
+    def generated_text(self, image: Tensor, rng: KeyedRNG) -> Tensor:
+        """Return that of the head."""
+        return self.head.generated_text(image, rng)
 
 
 def _inside(part: str, phase: Phase, name: str) -> Phase:

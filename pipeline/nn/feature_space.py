@@ -58,7 +58,10 @@ class FeatureSpace(nn.Module):
         self.raw_image_width, self.image_width, self.text_width = image_width, image_width, text_width
         self.image_scale, self.text_scale = Standardise(scale, image_width), Standardise(scale, text_width)
         if adapter == "pca" and width > min(image_width, text_width):
-            raise UserError(f"width is {width}; pca adapters of widths {image_width} and {text_width} cannot widen them")
+            raise UserError(
+                f"width is {width}; pca adapters of widths {image_width} and {text_width} cannot widen them: set a width of "
+                f"at most {min(image_width, text_width)}"
+            )
         if adapter != "none":
             self.image_width = self.text_width = width
             # A classifier adapter is trained with batch normalisation after it; "per_dim" takes over the same role.

@@ -69,7 +69,7 @@ class Sampler(nn.Module):
 
     The network has learned nothing at a step that training does not draw, so the chain leaves such steps out: the next trained
     step above stands in the place of each, and a jump from a step to itself changes nothing. The last jump goes from the lowest
-    trained step to the data. The chain keeps its length, so that heads which differ in the trained steps can be one ensemble.
+    step that is left to the data. The chain keeps its length: heads that differ in the trained steps can be one ensemble.
 
     Args:
         config: the settings.

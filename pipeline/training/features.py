@@ -22,13 +22,14 @@ from pipeline.runtime import plugins
 from pipeline.runtime.choices import MIN_SIMILARITY, unknown_choice
 from pipeline.runtime.device import default_device
 from pipeline.runtime.errors import UserError
+from pipeline.runtime.files import sha256
 from pipeline.runtime.runs import REAL_TEXT
 from pipeline.training.text_controls import TEXT_CONTROLS, control_texts, join_text, parse_text
 from pipeline.types import Split
 
 logger = logging.getLogger(__name__)
 
-NUM_VALIDATION_PAIRS = 2000  # validation samples whose texts are compared with those that a head generates
+NUM_VALIDATION_PAIRS = 2000  # at most, of the validation samples whose texts are compared with those that a head generates
 AGGREGATES = ("mean", "first", "random")
 SourceT = TypeVar("SourceT", bound=FeatureSource)
 
@@ -59,8 +60,12 @@ class FeatureSet:
 
     @cached_property
     def validation_pairs(self) -> FeatureTable:
-        """The first validation samples with their texts, for `measure_alignment` alone: no prediction reads these texts."""
-        samples = split_samples(self.manifest, "val")[:NUM_VALIDATION_PAIRS]
+        """Some validation samples with their texts, for `measure_alignment` alone: no prediction reads these texts.
+
+        They are those whose ids have the smallest hashes, because a manifest may be ordered by class.
+        """
+        by_hash = sorted(split_samples(self.manifest, "val"), key=lambda sample: sha256(sample.id.encode()))
+        samples = by_hash[:NUM_VALIDATION_PAIRS]
         aggregate = "mean" if self.aggregate == "random" else self.aggregate
         return read_table(self.manifest, self.caches, samples, default_device(), aggregate)
 

@@ -53,18 +53,24 @@ def test_a_head_that_generates_no_text_has_no_figures(name: str) -> None:
     assert measure_alignment(method, pairs_of(batch), seed=0) == {}
 
 
+def test_texts_that_do_not_differ_have_no_figures() -> None:
+    method, batch = fitted("seda")
+    same = batch["text"][:1].expand_as(batch["text"])
+    assert measure_alignment(method, pairs_of({**batch, "text": same}), seed=0) == {}
+
+
 def test_samples_without_texts_have_no_figures() -> None:
     method, batch = fitted("seda")
     assert measure_alignment(method, pairs_of({**batch, "paired": torch.zeros_like(batch["paired"])}), seed=0) == {}
 
 
 def pairs_with(text: float) -> Any:
-    """Return what stands in for the validation pairs: all their texts are one number."""
+    """Return what stands in for the validation pairs: texts of about this size."""
 
     def read(features: Any) -> FeatureTable:
         val = features.val
         size = len(val)
-        texts = torch.full((size, *features.shapes["text"]), text)
+        texts = text * torch.linspace(1.0, 2.0, size)[:, None].expand(size, *features.shapes["text"])
         return replace(val, columns={**val.columns, "text": texts, "paired": torch.ones(size)})
 
     return property(read)

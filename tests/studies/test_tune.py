@@ -349,7 +349,8 @@ def test_trials_that_fail_are_listed_and_end_the_command_with_an_error(
 def test_a_trial_that_cannot_begin_is_a_row_without_code(home: Path) -> None:
     """Its folder does not exist; the other rows and the reasons are still written."""
     axes = read_axes("baseline", {"lr": [1e-3, 1e-2]})
-    grid = plan_grid(home, "tiny", "baseline", axes, (0,), settings={}, training={"epochs": 1}, **caches_by_key(home))
+    image = caches_by_key(home)["image"]
+    grid = plan_grid(home, "tiny", "baseline", axes, (0,), settings={}, training={"epochs": 1}, image=image, text="none")
     cells = pd.DataFrame(
         {"cell": [0, 1], "seed": [0, 0], "state": ["failed", "failed"], "val_acc1": [math.nan] * 2, "val_loss": [math.nan] * 2}
         | {
