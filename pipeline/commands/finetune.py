@@ -94,5 +94,7 @@ def _read_unfreeze(unfreeze: str, words: list[str]) -> str:
         logger.warning("--train %s is the old form and will be refused by the next release; write --unfreeze %s", word, word)
     given = list(dict.fromkeys([unfreeze, *words] if unfreeze else words))
     if len(given) > 1:
-        raise UserError(f"--unfreeze takes one of image, text, both and last:K, or none, not {' and '.join(given)}")
+        raise UserError(
+            f"--unfreeze takes one of image, text, both and last:K, not {' and '.join(given)}; none trains the head alone"
+        )
     return given[0] if given else "image"

@@ -28,7 +28,7 @@ def describe_plugin(kind: str, name: str) -> dict[str, Any]:
     Returns:
         Without a name, the first line of the documentation of each plug-in, by name. With a name, "about", the default of each
         setting by name, "fields", a list with the facts about each setting, and "aliases", other names, each with the settings
-        that it means; for a method, "paper", "letters" and "grid", too.
+        that it means; for a method, "letters" and "grid", too.
     """
     if not name:
         return {found: plugins.first_line(kind, found) for found in plugins.names(kind)}
@@ -41,7 +41,6 @@ def describe_plugin(kind: str, name: str) -> dict[str, Any]:
     described["aliases"] = {alias: list(names) for alias, names in aliases_of(plugin.Config).items()}
     if kind == "methods":
         described |= {
-            "paper": dict(plugin.paper),
             "letters": dict(symbols),
             "grid": {key: list(values) for key, values in plugin.grid.items()},
         }

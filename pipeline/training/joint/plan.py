@@ -37,7 +37,7 @@ class JointConfig(Settings):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.train not in ENCODERS_BY_OPTION and not re.fullmatch(r"last:[1-9][0-9]*", self.train):
-            raise UserError(f"--unfreeze takes image, text, both or last:K, or none for the head alone, not {self.train!r}")
+            raise UserError(f"--unfreeze takes image, text, both or last:K, not {self.train!r}; none trains the head alone")
         if self.augment and not self.trained_keys:
             raise UserError("--unfreeze none reads the cached features, which no image is encoded for; leave --augment out")
         if self.augment and self.num_blocks:
