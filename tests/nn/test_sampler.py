@@ -79,16 +79,20 @@ def test_ddim_equals_its_formula(name: str, zero_start: bool, eta: float) -> Non
     np.testing.assert_allclose(to_numpy(method.feature(batch["image"], make_rng())), x, atol=2e-3)
 
 
+def logits_of_draws(name: str, method: Any, image: Tensor, rng: KeyedRNG) -> list[Tensor]:
+    """Return the logits [B,C] of three draws, each by itself."""
+    if name == "marnet":
+        f_e = method.ema.feature(image, rng)
+        return [method.fuse("concat", f_e, method.cdr.feature(image, rng, draw)) for draw in range(3)]
+    return [method.classifier(method.feature(image, rng, draw)) for draw in range(3)]
+
+
 @all_heads
 @torch.no_grad()
 def test_draws_average_class_probabilities(name: str) -> None:
     method, batch = fitted(name, draws=3)
     image, rng = batch["image"], make_rng()
-    if name == "marnet":
-        f_e = method.ema.feature(image, rng)
-        logits = [method.fuse("concat", f_e, method.cdr.feature(image, rng, draw)) for draw in range(3)]
-    else:
-        logits = [method.classifier(method.feature(image, rng, draw)) for draw in range(3)]
+    logits = logits_of_draws(name, method, image, rng)
     assert not torch.allclose(logits[0], logits[1])
     mean = torch.stack([draw_logits.softmax(1) for draw_logits in logits]).mean(0)
     torch.testing.assert_close(method.predict(image, rng).exp(), mean, atol=1e-6, rtol=1e-5)
@@ -115,10 +119,6 @@ def test_a_zero_start_without_noise_needs_no_random_number(name: str) -> None:
 def test_draws_of_a_sigmoid_average_the_probability_of_each_class(name: str) -> None:
     method, batch = fitted(name, "multi", draws=3, label_loss="bce")
     image, rng = batch["image"], make_rng()
-    if name == "marnet":
-        f_e = method.ema.feature(image, rng)
-        logits = [method.fuse("concat", f_e, method.cdr.feature(image, rng, draw)) for draw in range(3)]
-    else:
-        logits = [method.classifier(method.feature(image, rng, draw)) for draw in range(3)]
+    logits = logits_of_draws(name, method, image, rng)
     mean = np.mean([expit(to_numpy(draw_logits)) for draw_logits in logits], axis=0)
     np.testing.assert_allclose(expit(to_numpy(method.predict(image, rng))), mean, atol=1e-5)
