@@ -26,7 +26,8 @@ def tune(
     points: Annotated[
         int,
         typer.Option(
-            min=1, help="Random points of its space for each method, drawn the same way each time; more include fewer."
+            min=1,
+            help="Points for each method: its defaults, then random points of its space; more include fewer.",
         ),
     ] = 12,
     seeds: Annotated[str, typer.Option(help="Comma-separated seeds; each point is trained with all of them.")] = "0",

@@ -11,7 +11,7 @@ import math
 import random
 from collections import Counter
 from collections.abc import Hashable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -190,6 +190,7 @@ def read_cells(
     training: Mapping[str, Any],
     points: int = 0,
     home: Path | None = None,
+    defaults_first: bool = False,
 ) -> tuple[Cell, ...]:
     """Return all combinations of the axes' values, or some of them at random. The last axis varies fastest.
 
@@ -202,6 +203,8 @@ def read_cells(
         training: Fields of training with one value for all cells.
         points: How many cells to draw without replacement; 0: all. A larger number includes the cells of a smaller one.
         home: See `resolve_head_settings`.
+        defaults_first: The first cell has the preset's values in all axes of several values; it is one of `points`, which may
+            then be more than there are.
 
     Raises:
         UserError: the settings of a cell are impossible (the message names the first such cell), a field is given twice, or
@@ -215,15 +218,20 @@ def read_cells(
     for field in sorted(on_grid & besides):
         raise UserError(f"{field!r} is on the grid and set besides: give it once")
     total = math.prod(len(values) for values in axes.values())
-    if points > total:
+    if points > total and not defaults_first:
         raise UserError(f"--points {points} of a grid of {total} cells: give fewer, or none for all")
     if (points or total) > MAX_CELLS:
         remedy = "give fewer --points" if points else "give fewer values, or try some of them, --points"
         raise UserError(f"a grid has at most {MAX_CELLS} cells, not {points or total}: {remedy}")
     letters = {field: letter for letter, field in module.symbols.items()}
+    drawn = [_point(axes, number) for number in (_draw_numbers(total, min(points, total)) if points else range(total))]
+    if defaults_first:
+        first = _preset_point(axes, module.Config, *resolve_head_settings(dataset, method, preset, settings, training, home))
+        drawn = [first, *(point for point in drawn if point != first)][: points or None]
+    else:
+        drawn.sort(key=lambda point: [axes[field].index(value) for field, value in point.items()])
     cells = []
-    for number in _draw_numbers(total, points) if points else range(total):
-        point = _point(axes, number)
+    for point in drawn:
         label = " ".join(f"{letters.get(field, field)}={value}" for field, value in point.items())
         of_method = {field: value for field, value in point.items() if find_settings(module.Config, field)}
         of_training = {field: value for field, value in point.items() if field not in of_method}
@@ -238,16 +246,16 @@ def read_cells(
 
 
 def _draw_numbers(total: int, points: int) -> list[int]:
-    """Return `points` different random numbers below `total`, in order."""
+    """Return `points` different random numbers below `total`; more numbers begin with fewer."""
     rng = random.Random(0)
     if total <= MAX_CELLS:
         numbers = list(range(total))
         rng.shuffle(numbers)
-        return sorted(numbers[:points])
-    drawn: set[int] = set()  # too many numbers to list and shuffle: draw one at a time, and again when it is a duplicate
+        return numbers[:points]
+    drawn: dict[int, None] = {}  # too many numbers to list and shuffle: draw one at a time, and again when it is a duplicate
     while len(drawn) < points:
-        drawn.add(rng.randrange(total))
-    return sorted(drawn)
+        drawn[rng.randrange(total)] = None
+    return list(drawn)
 
 
 def _point(axes: Axes, number: int) -> dict[str, Any]:
@@ -257,6 +265,15 @@ def _point(axes: Axes, number: int) -> dict[str, Any]:
         number, index = divmod(number, len(axes[field]))
         point[field] = axes[field][index]
     return {field: point[field] for field in axes}
+
+
+def _preset_point(axes: Axes, config_type: type[Any], config: Any, training: TrainConfig) -> dict[str, Any]:
+    """Return the values that a preset has in the axes; an axis of one value keeps it."""
+    preset = {**flatten(asdict(config)), **asdict(training)}
+    return {
+        field: values[0] if len(values) == 1 else preset[(find_settings(config_type, field) or (field,))[0]]
+        for field, values in axes.items()
+    }
 
 
 def plan_grid(
@@ -270,6 +287,7 @@ def plan_grid(
     settings: Mapping[str, Any],
     training: Mapping[str, Any],
     points: int = 0,
+    defaults_first: bool = False,
     precision: PrecisionChoice | None = None,
     search: SearchKind = "all",
     image: str = "",
@@ -288,6 +306,7 @@ def plan_grid(
         settings: See `read_cells`.
         training: See `read_cells`.
         points: See `read_cells`.
+        defaults_first: See `read_cells`.
         precision: The training setting of this name, for every cell. "auto" is "mixed" where this machine multiplies bfloat16
             natively, else "float32". None is the default of `train_head`: that of the preset, else "float32".
         search: "all" trains every cell to its end, "optuna" only the better cells.
@@ -311,7 +330,7 @@ def plan_grid(
             raise UserError("'precision' is given twice: by --precision, and by --grid or --train")
     elif precision:
         training = {**training, "precision": resolve_dtype(precision, default_device(), "mixed")}
-    cells = read_cells(dataset, method, preset, axes, settings, training, points, home)
+    cells = read_cells(dataset, method, preset, axes, settings, training, points, home, defaults_first)
     features = open_features(home.absolute(), dataset, method, cache_names(home, dataset, image, text), aggregate)
     grid = Grid(features=features, method=method, axes=axes, cells=cells, seeds=chosen_seeds, search=search)
     _ = grid.structures  # builds the methods of unfinished cells, so that a bad cell is found now

@@ -1,8 +1,9 @@
 """Choose settings of methods by random search with equal budgets, on validation alone.
 
-Every method gets the same number of random points of its space, the same seeds and the same epochs. A point is a cell of a
-grid, so every trial is an ordinary run: nothing is trained twice, and the same command goes on after any interruption. A trial
-is scored on the validation split; or on each fold of the training and validation samples, of which none is a test sample.
+Every method gets the same number of points, the same seeds and the same epochs. The first point is its defaults, the others are
+random points of its space. A point is a cell of a grid, so every trial is an ordinary run: nothing is trained twice, and the
+same command goes on after any interruption. A trial is scored on the validation split; or on each fold of the training and
+validation samples, of which none is a test sample.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ PRESET = "head"  # of what is not in a space
 class Budget:
     """What every method gets."""
 
-    points: int  # random points of its space; all of them where a space has fewer
+    points: int  # its defaults, and random points of its space; all of them where a space has fewer
     seeds: tuple[int, ...]  # of every point
     folds: int = 0  # of the training and validation samples; 0: points are scored on the validation split
     search: SearchKind = "all"  # all: every point is trained to its end; optuna: successive halving, on the first fold
@@ -111,8 +112,14 @@ def tune(
     searches = {}
     for method in methods:
         axes = space.axes(method)
-        options: dict[str, Any] = {"preset": PRESET, "search": budget.search, "image": image, "text": text}
-        options["points"] = min(budget.points, math.prod(map(len, axes.values())))
+        options: dict[str, Any] = {
+            "preset": PRESET,
+            "search": budget.search,
+            "defaults_first": True,
+            "image": image,
+            "text": text,
+        }
+        options["points"] = budget.points
         searches[method] = [
             plan_grid(home, name, method, axes, budget.seeds, settings={}, training={}, **options) for name in names
         ]

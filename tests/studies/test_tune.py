@@ -138,12 +138,23 @@ def test_a_search_that_was_interrupted_ends_as_if_it_was_not(
     assert again.trials.read_bytes() == resumed.trials.read_bytes()
 
 
+def test_the_first_point_is_the_defaults_within_the_budget(home: Path, space: TuningSpace) -> None:
+    trials = pd.read_csv(tune_tiny(home, space, ("baseline", "seda"), points=2).trials)
+    for method, own in trials.groupby("method"):
+        config, training = resolve_head_settings("tiny", str(method), "head", {}, {})
+        defaults = {**vars(config), **vars(training)}
+        first = json.loads(own.loc[own["point"] == 0, "settings"].item())
+        searched = {field for field, values in space.axes(str(method)).items() if len(values) > 1}
+        assert {field: first[field] for field in searched} == {field: defaults[field] for field in searched}
+        assert all(first[field] == values[0] for field, values in space.axes(str(method)).items() if field not in searched)
+
+
 def test_more_points_include_fewer_and_small_spaces_are_tried_whole(home: Path, space: TuningSpace) -> None:
     few, many, all_of_them = (
         set(pd.read_csv(tune_tiny(home, space, ("baseline",), points=points).trials)["settings"]) for points in (2, 5, 99)
     )
     assert few < many < all_of_them
-    assert len(all_of_them) == 3 * 2 * 2
+    assert len(all_of_them) == 1 + 3 * 2 * 2  # the defaults, lr=0.001 among them, are not in the space
 
 
 @pytest.mark.slow
@@ -343,7 +354,7 @@ def test_trials_that_fail_are_listed_and_end_the_command_with_an_error(
     assert "2 trials failed, the first is" in printed.err
     assert yaml.safe_load(printed.out)["tuned"]["baseline"]["training"]["lr"] == 0.01
     (table,) = (home / "reports" / "tiny").glob("tune-*.csv")
-    assert pd.read_csv(table)["state"].value_counts().to_dict() == {"done": 2, "failed": 2}
+    assert pd.read_csv(table)["state"].value_counts().to_dict() == {"done": 3, "failed": 2}
 
 
 def test_a_trial_that_cannot_begin_is_a_row_without_code(home: Path) -> None:
