@@ -94,7 +94,7 @@ def test_a_method_shows_its_settings(method: str, monkeypatch: pytest.MonkeyPatc
         (["train-head", "--method", "ema", "--set", "tau=warm"], "setting 'tau' is 'warm'; it takes a finite float"),
         (
             ["train-head", "--method", "seda", "--set", "T=10", "--set", "t=10", "--set", "sample_steps=5"],
-            "stage_step must be in 0..9",
+            "t must be in 0..9, not 10",
         ),
         (["train-head", "--method", "seda", "--set", "T=10", "--set", "num_steps=12"], "'num_steps' is given twice"),
         (["train-head", "--method", "ema", "--train", "epochs=0"], "'epochs' must be positive"),

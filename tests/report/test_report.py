@@ -191,7 +191,7 @@ def test_text_only_run_is_a_diagnostic_and_no_baseline(tmp_path: Path) -> None:
     label = "text only (diagnostic: reads test text)"
     assert (rows[label]["kind"], rows[label]["verdict"]) == ("text", "no claim")
     assert list(rows) == ["ema", label]
-    command = "diffalign train-head --dataset toy --method baseline"
+    command = f"diffalign train-head --dataset toy --method baseline --image image-{home.caches['image'][:12]}"
     assert rows["ema"]["reason"] == f"no baseline on these features; train one with: {command}"
 
 
