@@ -93,8 +93,8 @@ def read_results(page: Path) -> pd.DataFrame:
     text = page.with_name(RESULTS_FILE).read_text(encoding="utf-8")
     if not text.strip():
         return pd.DataFrame()
-    frame = pd.read_csv(io.StringIO(text), float_precision="round_trip", dtype={"method": str})
-    return frame.fillna({"method": "", "verdict": "", "reason": ""})
+    names = ("method", "kind", "verdict", "reason")
+    return pd.read_csv(io.StringIO(text), converters=dict.fromkeys(names, str))  # which leave an empty cell empty
 
 
 def _results_section(results: DatasetResults, frame: pd.DataFrame) -> list[Block]:
