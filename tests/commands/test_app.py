@@ -48,8 +48,10 @@ def test_the_stages_follow_each_other(home: Path, monkeypatch: pytest.MonkeyPatc
     assert run([*train_arguments(home, "baseline")], monkeypatch) == 0
     assert run(["report", "tiny", "--home", str(home), "--json"], monkeypatch) == 0
     printed = capsys.readouterr().out
-    paths = json.loads(printed[printed.index("{") :])
-    assert all(Path(path).is_file() for path in paths.values())
+    report = json.loads(printed[printed.index('{\n "html"') :])
+    assert Path(report["html"]).is_file()
+    assert Path(report["markdown"]).is_file()
+    assert [row["method"] for row in report["results"]] == ["ema"]
     cache = next((home / "caches" / "tiny").iterdir())
     assert run(["cache", "info", str(cache), "--json"], monkeypatch) == 0
     assert json.loads(capsys.readouterr().out)["complete"] is True
