@@ -27,9 +27,7 @@ def info(path: CachePath, as_json: AsJson = False) -> None:
 
 @cache_commands.command()
 def verify(
-    paths: Annotated[
-        list[Path], typer.Argument(metavar="CACHE", help="Folders of caches; `diffalign cache ls` shows them.")
-    ],
+    paths: Annotated[list[Path], typer.Argument(metavar="CACHE", help="Folders of caches; `diffalign cache ls` shows them.")],
 ) -> None:
     """Check every shard against its commit record; exit code 2 when something is wrong."""
     from pipeline.cache import verify as cache_verify

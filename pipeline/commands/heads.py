@@ -84,9 +84,7 @@ def train_head(
 
 
 def evaluate(
-    runs: Annotated[
-        list[Path], typer.Argument(metavar="RUN", help="Folders of runs, …/seed<k>, or of all seeds of a head.")
-    ],
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN", help="Folders of runs, …/seed<k>, or of all seeds of a head.")],
     split: Annotated[str, typer.Option(help="train, val or test; every read of test is logged in the run.")] = "val",
     settings: SettingOptions = NO_PAIRS,
     sampler_curve: Annotated[
