@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pipeline.runtime.assignments import merge_settings, setting_text
 from pipeline.runtime.errors import UserError
+from pipeline.runtime.files import check_local
 from pipeline.runtime.plugins import load_file
 from pipeline.studies.runs import Run, Runs, list_runs, load_run
 
@@ -37,8 +38,7 @@ class Workspace:
 
     Nothing is computed twice: a method that is called again with the same arguments reads what is there, and goes on where it
     was interrupted. Settings of plug-ins are keyword arguments, by their names or by the papers' letters: T=1200, gamma=1.5;
-    or a mapping, `settings={"T": 1200}`.
-    A mistake that you can mend is a `UserError`.
+    or a mapping, `settings={"T": 1200}`. A mistake that you can mend is a `UserError`.
     """
 
     home: Path
@@ -50,7 +50,7 @@ class Workspace:
             home: Its path.
             plugins: A file or files with methods, encoders or datasets of your own, such as examples/own_method.py.
         """
-        object.__setattr__(self, "home", Path(home))
+        object.__setattr__(self, "home", check_local(home, "the home"))
         for path in [plugins] if isinstance(plugins, str | Path) else plugins:
             load_file(Path(path))
 
@@ -274,7 +274,7 @@ class Workspace:
         )
         names = cache_names(self.home, dataset, image, text)
         features = open_features(self.home, dataset, method, names, aggregate, fraction)
-        features.warn_about_near_duplicates()
+        features.warn_about_images()
         heads = [plan_head_on(features, method, config, training, seed) for seed in seeds]
         log_earlier_runs(heads)
         runs = tuple(Run(self.home, train_head(head, progress=True).path) for head in heads)

@@ -217,8 +217,17 @@ def read_zarr_attributes(path: Path) -> dict[str, Any]:
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path / 'zarr.json'} is damaged ({error}); to redo it, run diffalign extract again") from error
     if not os.path.abspath(path).endswith(f"-{name}"):  # the path itself may be "."
-        raise UserError(f"{path} does not fit its identity, which hashes to {name}; to make a right one, run: {command}")
+        right = f"{path.absolute().name.rpartition('-')[0] or attributes['identity']['encoder']['name']}-{name}"
+        raise UserError(
+            f"{path} does not fit its identity, which hashes to {name}: if it is a copy in a folder of another name, call that "
+            f"{right}; to make a right one, run: {command}"
+        )
     return attributes
+
+
+def is_of_text(identity: Mapping[str, Any]) -> bool:
+    """Whether the features of a cache, extracted here or imported, were made from the samples' texts."""
+    return "text" in identity or identity["encoder"].get("modality") == "text"
 
 
 def read_commits(path: Path) -> tuple[list[Commit], list[str]]:

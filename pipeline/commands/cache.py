@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from pipeline.commands.checks import check_dataset
-from pipeline.commands.options import DEFAULT_HOME, AsJson, CommandGroup, Home, show, show_table
+from pipeline.commands.options import DEFAULT_HOME, AsJson, CommandGroup, Home, Processes, show, show_table
 from pipeline.runtime.errors import UserError
 
 cache_commands = CommandGroup("List, check, repair, compare, move and remove feature caches.")
@@ -26,20 +26,23 @@ def info(path: CachePath, as_json: AsJson = False) -> None:
 
 
 @cache_commands.command()
-def verify(path: CachePath) -> None:
+def verify(
+    paths: Annotated[list[Path], typer.Argument(metavar="CACHE", help="Folders of caches; `diffalign cache ls` shows them.")],
+) -> None:
     """Check every shard against its commit record; exit code 2 when something is wrong."""
     from pipeline.cache import verify as cache_verify
 
-    problems = cache_verify(path)
-    if problems:
-        raise UserError(f"{path}: {'; '.join(problems)}")
-    print(f"{path}: every shard agrees with its commit record")
+    found = {path: cache_verify(path) for path in paths}
+    for path in (path for path, problems in found.items() if not problems):
+        print(f"{path}: every shard agrees with its commit record")
+    if any(found.values()):
+        raise UserError("; ".join(f"{path}: {'; '.join(problems)}" for path, problems in found.items() if problems))
 
 
 @cache_commands.command()
 def repair(
     path: CachePath,
-    workers: Annotated[int, typer.Option(min=-1, help="Processes; -1: one per core, 0: only this process.")] = -1,
+    workers: Processes = -1,
     as_json: AsJson = False,
 ) -> None:
     """Extract again what is damaged or missing, and nothing else."""

@@ -38,10 +38,30 @@ def check_dataset(dataset: str, home: Path) -> None:
     Raises:
         UserError: neither; the message lists the choices.
     """
-    found = {path.stem for path in (home / "manifests").glob("*.parquet")} | {path.name for path in home.glob("runs/*")}
-    choices = sorted({*plugins.names("datasets"), *found})
+    choices = sorted({*plugins.names("datasets"), *_datasets_in(home)})
     if dataset not in choices:
-        raise unknown_choice(dataset, f"unknown dataset {dataset!r}", choices)
+        hint = "" if home.is_dir() else f"there is no folder {home}: --home says where yours are"
+        raise unknown_choice(dataset, f"unknown dataset {dataset!r}", choices, hint=hint)
+
+
+def check_reported_dataset(dataset: str, home: Path) -> None:
+    """Check the name of a dataset of which something is in `home`: its manifest or its runs.
+
+    Raises:
+        UserError: there is nothing of it; the message lists those of which there is something, or says what comes first.
+    """
+    choices = _datasets_in(home)
+    if dataset in choices:
+        return
+    if choices:
+        raise unknown_choice(dataset, f"{home} has no runs of {dataset!r}", choices)
+    check_dataset(dataset, home)
+    there = f"{home} has no runs" if home.is_dir() else f"there is no folder {home} (--home says where yours is)"
+    raise UserError(f"{there}; to train heads on {dataset}, begin with: diffalign prepare {dataset}")
+
+
+def _datasets_in(home: Path) -> list[str]:
+    return sorted({path.stem for path in (home / "manifests").glob("*.parquet")} | {path.name for path in home.glob("runs/*")})
 
 
 def check_split(split: str) -> Split:

@@ -19,6 +19,7 @@ from pipeline.commands.options import (
     show,
     show_table,
     to_frame,
+    with_home,
 )
 from pipeline.commands.plugin_table import show_plugin
 from pipeline.runtime import plugins
@@ -82,6 +83,7 @@ def prepare(
         show_table(to_frame([dict(row) for row in done.counts]), as_json)
         left_out = f"; {done.missing} missing media, listed in {done.missing_list}" if done.missing else ""
         print(f"{done.path} ({done.fingerprint[:12]}){left_out}")
+        print(with_home(f"next: diffalign extract {done.path.stem}", home))
 
 
 def datasets(

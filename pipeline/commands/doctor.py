@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import typer
 
-from pipeline.commands.options import DEFAULT_HOME, Home
+from pipeline.commands.checks import check_dataset
+from pipeline.commands.options import DEFAULT_HOME, Home, with_home
 from pipeline.runtime import plugins
 from pipeline.runtime.errors import UserError
 from pipeline.runtime.version import program_requirements, program_version
@@ -29,11 +30,14 @@ BYTES_PER_NUMBER = 2  # float16, the default on disk
 
 
 def doctor(
-    dataset: Annotated[str, typer.Option(help="A dataset whose files to look for.")] = "openmoji", home: Home = DEFAULT_HOME
+    dataset: Annotated[
+        str, typer.Option(help="A dataset whose files to look for; default: those that are prepared, else openmoji.")
+    ] = "",
+    home: Home = DEFAULT_HOME,
 ) -> None:
-    """Check the machine, the packages and a dataset's files; one line each, with the remedy."""
+    """Check the machine, the packages and the files of datasets; one line each, with the remedy."""
     findings = list(run_checks(home, dataset))
-    print("\n".join(str(finding) for finding in findings))
+    print("\n".join(with_home(str(finding), home) for finding in findings))
     if any(not finding.is_ok for finding in findings):
         raise typer.Exit(2)
 
@@ -49,16 +53,20 @@ class Finding(NamedTuple):
         return f"{'ok  ' if self.is_ok else 'BAD '} {self.subject}" + ("" if self.is_ok else f": {self.remedy}")
 
 
-def run_checks(home: Path, dataset: str) -> Iterator[Finding]:
-    """Yield the findings on Python, the packages, the home folder, the device and the dataset's files, encoders and caches.
+def run_checks(home: Path, dataset: str = "") -> Iterator[Finding]:
+    """Yield the findings on Python, the packages, the home folder, the device, and datasets' files, encoders and caches.
 
-    The device and the dataset are only checked when all packages are installed, because these checks import them.
+    The device and the datasets are only checked when all packages are installed, because these checks import them.
+
+    Args:
+        home: the home folder.
+        dataset: the dataset to check; "": those that are prepared in the home, or openmoji where none is.
 
     Raises:
         UserError: there is no such dataset.
     """
-    # an unknown name is a mistake in the command, not a problem of the machine
-    plugin = _find_plugin(home, dataset)
+    if dataset:  # an unknown name is a mistake in the command, not a problem of the machine
+        check_dataset(dataset, home)
     yield Finding(sys.version_info >= (3, 11), f"Python {platform.python_version()}", "install Python 3.11 or newer")
     packages = list(_check_packages())
     yield from packages
@@ -66,8 +74,8 @@ def run_checks(home: Path, dataset: str) -> Iterator[Finding]:
     yield _check_free_space(home)
     if all(package.is_ok for package in packages):
         yield _check_device()
-        yield _check_source_files(home, dataset) if plugin == dataset else _check_media_folder(home, dataset)
-        yield from _check_prepared(home, dataset)
+        for name in [dataset] if dataset else _prepared_datasets(home) or ["openmoji"]:
+            yield from _check_dataset_files(home, name)
 
 
 def _check_packages() -> Iterator[Finding]:
@@ -127,40 +135,41 @@ def _check_free_space(home: Path) -> Finding:
     )
 
 
-def _check_source_files(home: Path, dataset: str) -> Finding:
-    """Check that the dataset's official files are where `prepare` looks for them without --root."""
+def _prepared_datasets(home: Path) -> list[str]:
+    return sorted(path.stem for path in (home / "manifests").glob("*.parquet"))
+
+
+def _check_dataset_files(home: Path, dataset: str) -> Iterator[Finding]:
+    """Check what a dataset has: prepared, its media, its encoders and its caches; else the files to prepare it from."""
+    from pipeline.cache import find_caches
+
+    if dataset in _prepared_datasets(home) or dataset not in plugins.names("datasets"):
+        yield from _check_prepared(home, dataset)
+    else:
+        yield from _check_source_files(home, dataset)
+    for path in find_caches(home, dataset):
+        yield _check_cache(path)
+
+
+def _check_source_files(home: Path, dataset: str) -> Iterator[Finding]:
+    """Check that a dataset's official files are where `prepare` looks for them; where a user has his own is not known."""
     from pipeline.data.fetch import download_folder
     from pipeline.data.spec import load_spec
 
-    root = download_folder(dataset, home)
+    spec, root = load_spec(dataset), download_folder(dataset, home)
+    if "image_root" in spec["layout"]:
+        whose = "your media" if dataset == "table" else "the official files"
+        yield Finding(
+            False, f"{dataset} is not prepared", f"give the folder of {whose}: diffalign prepare {dataset} --root FOLDER"
+        )
+        return
     try:
-        manifest = plugins.get("datasets", dataset)().build(load_spec(dataset), root if root.is_dir() else None)
+        manifest = plugins.get("datasets", dataset)().build(spec, root if root.is_dir() else None)
     except (UserError, OSError) as error:
-        return Finding(False, f"the files of {dataset} are not complete", str(error))
-    return Finding(True, f"the files of {dataset}: {len(manifest.samples)} samples")
-
-
-def _find_plugin(home: Path, dataset: str) -> str:
-    """Return the plug-in that builds a dataset; one that has another name than its plug-in is looked up in its manifest."""
-    if dataset in plugins.names("datasets"):
-        return dataset
-    from pipeline.data.manifest_files import read_plugin
-
-    plugin = read_plugin(home, dataset)
-    plugins.get("datasets", plugin)  # refuses one that is not there
-    return plugin
-
-
-def _check_media_folder(home: Path, dataset: str) -> Finding:
-    """Check that the media folder of a dataset with a name of its own is there; where its official files were is not known."""
-    from pipeline.data.manifest_files import read_manifest
-
-    try:
-        manifest = read_manifest(home, dataset)
-    except UserError as error:
-        return Finding(False, f"{dataset} is not prepared", str(error))
-    subject = f"the media folder of {dataset}: {manifest.media_root}"
-    return Finding(manifest.media_root.is_dir(), subject, f"bring it back, or run: {manifest.prepare_command}")
+        yield Finding(False, f"the files of {dataset} are not complete", str(error))
+    else:
+        yield Finding(True, f"the files of {dataset}: {len(manifest.samples)} samples")
+        yield Finding(False, f"{dataset} is not prepared", f"run: diffalign prepare {dataset}")
 
 
 def check_encoder(home: Path, manifest: Manifest, name: str) -> Finding:
@@ -180,20 +189,24 @@ def check_encoder(home: Path, manifest: Manifest, name: str) -> Finding:
 
 
 def _check_prepared(home: Path, dataset: str) -> Iterator[Finding]:
-    """Check the dataset's manifest, its default encoders and its caches."""
-    from pipeline.cache import find_caches
-    from pipeline.data.manifest_files import load_dataset_spec, read_manifest
+    """Check the dataset's manifest, its media, and its default encoders."""
+    from pipeline.data.manifest_files import read_manifest
+    from pipeline.data.readers import find_missing_media
+    from pipeline.extraction.inputs import default_encoders
 
     try:
         manifest = read_manifest(home, dataset)
+        media = [sample.media.as_posix() for sample in manifest.samples]
+        missing = find_missing_media(manifest.media_root, media, manifest.source_location)
     except UserError as error:
         yield Finding(False, f"{dataset} is not prepared", str(error))
-    else:
-        yield Finding(True, f"{dataset} is prepared")
-        for name in load_dataset_spec(home, dataset)["encoders"].values():
-            yield check_encoder(home, manifest, name)
-    for path in find_caches(home, dataset):
-        yield _check_cache(path)
+        return
+    yield Finding(True, f"{dataset} is prepared: {len(manifest.samples)} samples")
+    subject = f"the media of {dataset} in {manifest.media_root}"
+    problem = f": {len(missing)} of {len(media)} files are missing, the first is {media[missing[0]]}" if missing else ""
+    yield Finding(not missing, f"{subject}{problem}", f"bring them back, or run: {manifest.prepare_command}")
+    for name in default_encoders(home, manifest):
+        yield check_encoder(home, manifest, name)
 
 
 def _check_cache(path: Path) -> Finding:

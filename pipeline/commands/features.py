@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -13,14 +15,19 @@ from pipeline.commands.options import (
     AsJson,
     Dataset,
     Home,
+    Processes,
     Scheduler,
     SettingOptions,
     parse_integers,
     show,
+    with_home,
 )
 from pipeline.commands.plugin_table import show_plugin
 from pipeline.runtime.assignments import parse_assignments
 from pipeline.runtime.errors import UserError
+
+if TYPE_CHECKING:
+    from pipeline.cache.reader import Cache
 
 
 def extract(
@@ -36,7 +43,7 @@ def extract(
             min=0, help="Items per batch of a new cache; 0: 16, or up to 256 on a GPU, where a batch is halved until it fits."
         ),
     ] = 0,
-    workers: Annotated[int, typer.Option(min=-1, help="Processes; -1: one per core, 0: only this process.")] = -1,
+    workers: Processes = -1,
     shard_rows: Annotated[
         int, typer.Option(min=0, help="Rows per shard, the unit of commit and of distribution; 0: 8192, of clips 512.")
     ] = 0,
@@ -77,6 +84,25 @@ def extract(
         settings=given,
     )
     show({name: str(cache.path) for name, cache in caches.items()}, as_json)
+    if not as_json:
+        print(with_home(f"next: {_next_command(home, dataset, caches)}", home))
+
+
+def _next_command(home: Path, dataset: str, extracted: Mapping[str, Cache]) -> str:
+    """Return the command that trains a head on the caches that there are; without image features, the one that makes them."""
+    from pipeline.cache.reader import find_caches, is_of_text
+    from pipeline.data.manifest_files import load_dataset_spec
+
+    there = {path.name.rpartition("-")[0] for path in find_caches(home, dataset)}
+    options = {}
+    for key, default in load_dataset_spec(home, dataset)["encoders"].items():
+        new = [name for name, cache in extracted.items() if is_of_text(cache.identity) == (key == "text")]
+        if default in there or new:
+            options[key] = "" if default in there else f" --{key} {new[0]}"
+    if "image" not in options:
+        return f"diffalign extract {dataset}"
+    method = "ema" if "text" in options else "baseline"
+    return f"diffalign train-head --dataset {dataset} --method {method}{''.join(options.values())}"
 
 
 def encoders(

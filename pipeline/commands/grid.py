@@ -15,8 +15,15 @@ from pipeline.commands.options import (
     NO_PAIRS,
     AsJson,
     Home,
+    ImageCache,
+    PreparedDataset,
+    Preset,
+    Processes,
     Scheduler,
+    Seeds,
+    SettingOptions,
     Text,
+    TrainingOptions,
     parse_integers,
     show,
     show_table,
@@ -31,7 +38,7 @@ if TYPE_CHECKING:
 
 def grid(
     method: Annotated[str, typer.Option(help="Name of a method; `diffalign methods` lists them.")] = "seda",
-    dataset: Annotated[str, typer.Option(help="Name of a prepared and extracted dataset.")] = "openmoji",
+    dataset: PreparedDataset = "openmoji",
     fields: Annotated[
         list[str],
         typer.Option(
@@ -45,12 +52,10 @@ def grid(
         int,
         typer.Option(min=0, help="Number of random cells to try; 0: all. A larger number includes the cells of a smaller one."),
     ] = 0,
-    seeds: Annotated[str, typer.Option(help="Comma-separated seeds.")] = "0,1,2",
-    settings: Annotated[
-        list[str], typer.Option("--set", help="A setting of all cells, KEY=VALUE; may be given several times.")
-    ] = NO_PAIRS,
-    training: Annotated[list[str], typer.Option("--train", help="A training setting of all cells, KEY=VALUE.")] = NO_PAIRS,
-    preset: Annotated[str, typer.Option(help="head, paper or tuned, as in train-head.")] = "head",
+    seeds: Seeds = "0,1,2",
+    settings: SettingOptions = NO_PAIRS,
+    training: TrainingOptions = NO_PAIRS,
+    preset: Preset = "head",
     precision: Annotated[
         Literal["auto", "float32", "mixed"] | None,
         typer.Option(
@@ -61,7 +66,7 @@ def grid(
     search: Annotated[
         Literal["all", "optuna"], typer.Option(help="Train all cells to the end, or the better ones (successive halving).")
     ] = "all",
-    workers: Annotated[int, typer.Option(min=-1, help="Processes; -1: one per core, 0: only this process.")] = -1,
+    workers: Processes = -1,
     scheduler: Scheduler = "local",
     strategy: Annotated[
         Literal["auto", "processes", "stacked"],
@@ -74,7 +79,7 @@ def grid(
         int, typer.Option("--lanes", min=0, help="Cells of one model at most, when stacked; 0: as memory allows.")
     ] = 0,
     no_test: Annotated[bool, typer.Option("--no-test", help="Do not evaluate the winner on the test split.")] = False,
-    image: Annotated[str, typer.Option(help="Cache of the image features; default: the dataset's image encoder.")] = "",
+    image: ImageCache = "",
     text: Text = "",
     aggregate: Annotated[
         Literal["", "mean", "first", "random"], typer.Option(help="How several texts of a sample become one vector.")

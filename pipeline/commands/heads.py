@@ -13,12 +13,15 @@ from pipeline.commands.options import (
     NO_PAIRS,
     AsJson,
     Home,
+    ImageCache,
+    PreparedDataset,
+    Seeds,
     SettingOptions,
     Text,
     parse_integers,
     show,
+    show_runs,
     show_table,
-    to_frame,
 )
 from pipeline.commands.plugin_table import show_plugin, show_settings
 from pipeline.runtime import plugins
@@ -32,7 +35,7 @@ if TYPE_CHECKING:
 
 def train_head(
     method: Annotated[str, typer.Option(help="Name of a method; `diffalign methods` lists them.")],
-    dataset: Annotated[str, typer.Option(help="Name of a prepared and extracted dataset.")] = "openmoji",
+    dataset: PreparedDataset = "openmoji",
     settings: SettingOptions = NO_PAIRS,
     training: Annotated[
         list[str],
@@ -44,8 +47,8 @@ def train_head(
             help="head (lr 1e-3), paper (lr 1e-4, the paper's settings), or tuned (of `diffalign tune`, else the dataset's)."
         ),
     ] = "head",
-    seeds: Annotated[str, typer.Option(help="Comma-separated seeds.")] = "0",
-    image: Annotated[str, typer.Option(help="Cache of the image features; default: the dataset's image encoder.")] = "",
+    seeds: Seeds = "0",
+    image: ImageCache = "",
     text: Text = "",
     aggregate: Annotated[
         Literal["", "mean", "first", "random"],
@@ -77,12 +80,11 @@ def train_head(
     runs = Workspace(home).train_heads(
         dataset, method, seeds=chosen, preset=preset, train=given_training, **caches, settings=given
     )
-    results = [{"run": str(run.path), "split": "val", **run.evaluate("val")} for run in runs]
-    show_table(to_frame(results), as_json)
+    show_runs([{"run": str(run.path), "split": "val", **run.evaluate("val")} for run in runs], as_json)
 
 
 def evaluate(
-    run: Annotated[Path, typer.Argument(help="A run's folder, …/seed<k>, or the folder of all its seeds.")],
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN", help="Folders of runs, …/seed<k>, or of all seeds of a head.")],
     split: Annotated[str, typer.Option(help="train, val or test; every read of test is logged in the run.")] = "val",
     settings: SettingOptions = NO_PAIRS,
     sampler_curve: Annotated[
@@ -92,22 +94,29 @@ def evaluate(
     as_json: AsJson = False,
 ) -> None:
     """Metrics of finished runs on a split, from image features alone; --set changes settings of prediction (draws=8)."""
-    from pipeline.runtime.runs import RunFolder
-
     chosen, given = check_split(split), parse_assignments(settings)
-    folders = [run] if (run / "config.json").is_file() else sorted(run.glob("seed*")) or [run]
-    runs = [RunFolder.at(folder) for folder in folders]
+    folders = [run for path in runs for run in _runs_in(path)]
     if sampler_curve:
-        _print_sampler_curves(home, runs, chosen, given, as_json)
+        _print_sampler_curves(home, folders, chosen, given, as_json)
         return
 
     from pipeline.evaluation.evaluate import evaluate as run_evaluate
+    from pipeline.report.results import name_head
 
     results = []
-    for each in runs:
-        record = run_evaluate(home, each, chosen, given)
-        results.append({"run": str(each.path), "split": chosen, "n": record["n"], **record["metrics"]})
-    show_table(to_frame(results), as_json)
+    for run in folders:
+        record = run_evaluate(home, run, chosen, given)
+        facts = {"run": str(run.path), "method": name_head(home, run.config()), "split": chosen, "n": record["n"]}
+        results.append({**facts, **record["metrics"]})
+    show_runs(results, as_json)
+
+
+def _runs_in(path: Path) -> list[RunFolder]:
+    """Return the run in a folder, or those of all seeds of the head in it."""
+    from pipeline.runtime.runs import RunFolder
+
+    is_run = (path / "config.json").is_file()
+    return [RunFolder.at(folder) for folder in ([path] if is_run else sorted(path.glob("seed*")) or [path])]
 
 
 def _print_sampler_curves(home: Path, runs: list[RunFolder], split: Split, settings: dict[str, str], as_json: bool) -> None:

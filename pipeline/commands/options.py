@@ -5,25 +5,44 @@ from __future__ import annotations
 import inspect
 import json
 import logging
+import os
 import re
+import shlex
 from collections.abc import Callable, Sequence
 from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import typer
 
 from pipeline.commands.signatures import accept_dataset_both_ways
 from pipeline.runtime import plugins
 from pipeline.runtime.errors import UserError
+from pipeline.runtime.files import check_local
 from pipeline.runtime.logs import set_up_logging
 
 if TYPE_CHECKING:
     import pandas as pd
 
 CommandT = TypeVar("CommandT", bound=Callable[..., Any])
-Home = Annotated[Path, typer.Option("--home", envvar="DIFFALIGN_HOME", help="Folder of manifests, caches, runs and reports.")]
+HOME_VARIABLE = "DIFFALIGN_HOME"
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+
+
+def _check_home(home: Path) -> Path:
+    """Return the value of the option, which is no address."""
+    return check_local(home, "--home")
+
+
+Home = Annotated[
+    Path,
+    typer.Option(
+        "--home",
+        envvar=HOME_VARIABLE,
+        callback=_check_home,
+        help="Folder of manifests, caches, runs and reports, on a disk of this machine or a mounted one.",
+    ),
+]
 
 
 def _check_scheduler(scheduler: str) -> str:
@@ -46,7 +65,16 @@ Scheduler = Annotated[
     ),
 ]
 Dataset = Annotated[str, typer.Argument(help="Name of a dataset; `diffalign datasets` lists them.")]
+PreparedDataset = Annotated[str, typer.Option(help="Name of a prepared and extracted dataset.")]
 SettingOptions = Annotated[list[str], typer.Option("--set", help="A setting, KEY=VALUE; may be given several times.")]
+TrainingOptions = Annotated[list[str], typer.Option("--train", help="A training setting of all runs, KEY=VALUE.")]
+Preset = Annotated[str, typer.Option(help="head, paper or tuned, as in train-head.")]
+Seeds = Annotated[str, typer.Option(help="Comma-separated seeds.")]
+VerdictSeeds = Annotated[str, typer.Option(help="Comma-separated seeds; a verdict takes five.")]
+EvaluatedSplit = Annotated[Literal["val", "test"], typer.Option(help="Evaluated split; every read of test is logged.")]
+Processes = Annotated[int, typer.Option(min=-1, help="Processes; -1: one per core, 0: only this process.")]
+ImageCache = Annotated[str, typer.Option(help="Cache of the image features; default: the dataset's image encoder.")]
+TextCache = Annotated[str, typer.Option(help="Cache of the text features; default: the dataset's text encoder.")]
 Text = Annotated[
     str,
     typer.Option(
@@ -64,6 +92,10 @@ PluginFiles = Annotated[
 ]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, only warnings and results.")]
 DEFAULT_HOME = Path("artifacts")
+_COMMAND = re.compile(  # one that takes --home, up to the end of its arguments
+    r"\bdiffalign (?:ablate|cache (?:import|ls)|doctor|evaluate|extract|fetch|grid|prepare|report|train-head|tune)\b"
+    r"(?!.*--home)[^;)`]*"
+)
 NO_PAIRS: list[str] = []  # the default of options that may be given several times
 
 
@@ -99,7 +131,10 @@ def _add_verbosity(function: Callable[..., Any]) -> Callable[..., Any]:
         set_up_logging(logging.DEBUG if verbose else logging.WARNING if quiet else logging.INFO)
         for path in plugin:
             plugins.load_file(path)
-        return function(**arguments)
+        try:
+            return function(**arguments)
+        except UserError as error:
+            raise UserError(with_home(str(error), arguments.get("home", DEFAULT_HOME))) from error
 
     signature = inspect.signature(function, eval_str=True)
     keyword_only = inspect.Parameter.KEYWORD_ONLY
@@ -108,6 +143,13 @@ def _add_verbosity(function: Callable[..., Any]) -> Callable[..., Any]:
     parameters = [parameter.replace(kind=keyword_only) for parameter in signature.parameters.values()]
     setattr(run, "__signature__", signature.replace(parameters=[*parameters, *added]))  # noqa: B010 - no attribute for pyright
     return run
+
+
+def with_home(text: str, home: Path) -> str:
+    """Return a message whose commands work in a home: they get its --home, unless it is the default or in the environment."""
+    if home in (DEFAULT_HOME, Path(os.environ.get(HOME_VARIABLE) or DEFAULT_HOME)):
+        return text
+    return _COMMAND.sub(lambda found: f"{found[0].rstrip()} --home {shlex.quote(str(home))}", text)
 
 
 def show(value: Any, as_json: bool) -> None:
@@ -121,6 +163,24 @@ def show(value: Any, as_json: bool) -> None:
 def show_table(table: pd.DataFrame, as_json: bool) -> None:
     """Print a table on stdout, as text or with its rows as JSON."""
     print(table.to_json(orient="records", indent=1) if as_json else table.to_string(index=False))
+
+
+def show_runs(rows: list[dict[str, Any]], as_json: bool) -> None:
+    """Print evaluations of runs, one row each, and under them the mean and deviation over the seeds of each head.
+
+    The values of a row are texts and numbers; the numbers are metrics in percent, but for "n", the number of samples.
+    """
+    show_table(to_frame(rows), as_json)
+    seeds_of: dict[Path, list[dict[str, Any]]] = {}
+    for row in rows:
+        seeds_of.setdefault(Path(row["run"]).parent, []).append(row)
+    from pipeline.evaluation.statistics import format_seeds
+
+    for folder, own in seeds_of.items() if not as_json else ():
+        if len(own) > 1:
+            metrics = [name for name, value in own[0].items() if isinstance(value, float)]
+            means = ", ".join(f"{name} {format_seeds([row[name] for row in own])}" for name in metrics)
+            print(f"{folder.name}, {len(own)} seeds, mean ± std: {means}")
 
 
 def to_frame(rows: list[dict[str, Any]]) -> pd.DataFrame:

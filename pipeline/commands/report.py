@@ -6,8 +6,8 @@ from typing import Annotated
 
 import typer
 
-from pipeline.commands.checks import check_dataset
-from pipeline.commands.options import DEFAULT_HOME, AsJson, Dataset, Home, show
+from pipeline.commands.checks import check_reported_dataset
+from pipeline.commands.options import DEFAULT_HOME, AsJson, Dataset, Home, show, show_table, with_home
 
 
 def report(
@@ -16,12 +16,24 @@ def report(
     home: Home = DEFAULT_HOME,
     as_json: AsJson = False,
 ) -> None:
-    """One HTML page and one Markdown table of a dataset's runs on the test split."""
+    """One HTML page and one Markdown table of a dataset's runs on the test split, and their numbers: mean ± std over seeds."""
     others = [name.strip() for name in across.split(",") if name.strip()]
     for name in (dataset, *others):
-        check_dataset(name, home)
+        check_reported_dataset(name, home)
 
+    from pipeline.report.comparison import format_results
+    from pipeline.report.document import read_results
     from pipeline.workspace import Workspace
 
     page, table = Workspace(home).report(dataset, across=others)
-    show({"html": str(page), "markdown": str(table)}, as_json)
+    files, results = {"html": str(page), "markdown": str(table)}, read_results(page)
+    if as_json:
+        rows = results.astype(object).where(results.notna(), None).to_dict(orient="records")
+        show({**files, "results": rows}, as_json)
+        return
+    if results.empty:
+        command = f"diffalign evaluate {home / 'runs' / dataset / '*'} --split test"
+        print(with_home(f"nothing is evaluated on test yet; to read it for all runs: {command}", home))
+    else:
+        show_table(format_results(results), as_json)
+    show(files, as_json)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 
@@ -13,9 +13,17 @@ from pipeline.commands.options import (
     NO_PAIRS,
     AsJson,
     CommandGroup,
+    EvaluatedSplit,
     Home,
+    ImageCache,
+    PreparedDataset,
+    Preset,
+    Seeds,
     SettingOptions,
     Text,
+    TextCache,
+    TrainingOptions,
+    VerdictSeeds,
     parse_integers,
     parse_numbers,
     show,
@@ -25,6 +33,9 @@ from pipeline.runtime import plugins
 from pipeline.runtime.assignments import parse_assignments
 
 ablate_commands = CommandGroup("Studies of the papers.")
+
+MethodOfTexts = Annotated[str, typer.Option(help="Name of a method that reads texts.")]
+JointTrainingOptions = Annotated[list[str], typer.Option("--train", help="A setting of the joint training, KEY=VALUE.")]
 
 
 def demo(home: Home = DEFAULT_HOME) -> None:
@@ -36,19 +47,19 @@ def demo(home: Home = DEFAULT_HOME) -> None:
 
 @ablate_commands.command()
 def strategy(
-    method: Annotated[str, typer.Option(help="Name of a method that reads texts.")] = "seda",
-    dataset: Annotated[str, typer.Option(help="Name of a prepared and extracted dataset.")] = "openmoji",
-    seeds: Annotated[str, typer.Option(help="Comma-separated seeds.")] = "0,1,2",
-    preset: Annotated[str, typer.Option(help="head, paper or tuned, of the heads, as in train-head.")] = "head",
-    training: Annotated[list[str], typer.Option("--train", help="A setting of the joint training, KEY=VALUE.")] = NO_PAIRS,
+    method: MethodOfTexts = "seda",
+    dataset: PreparedDataset = "openmoji",
+    seeds: Seeds = "0,1,2",
+    preset: Preset = "head",
+    training: JointTrainingOptions = NO_PAIRS,
     encoder_lr: EncoderLr = 5e-5,
     layer_decay: LayerDecay = 1.0,
     augment: Augment = False,
     accumulate: Accumulate = 1,
     checkpointing: Checkpointing = False,
     workers: Workers = -1,
-    image: Annotated[str, typer.Option(help="Cache of the image features; default: the dataset's image encoder.")] = "",
-    text: Annotated[str, typer.Option(help="Cache of the text features; default: the dataset's text encoder.")] = "",
+    image: ImageCache = "",
+    text: TextCache = "",
     home: Home = DEFAULT_HOME,
     as_json: AsJson = False,
 ) -> None:
@@ -71,15 +82,15 @@ def strategy(
 
 @ablate_commands.command("text")
 def ablate_text(
-    method: Annotated[str, typer.Option(help="Name of a method that reads texts.")] = "seda",
-    dataset: Annotated[str, typer.Option(help="Name of a prepared and extracted dataset.")] = "openmoji",
-    seeds: Annotated[str, typer.Option(help="Comma-separated seeds; a verdict takes five.")] = "0,1,2,3,4",
+    method: MethodOfTexts = "seda",
+    dataset: PreparedDataset = "openmoji",
+    seeds: VerdictSeeds = "0,1,2,3,4",
     settings: SettingOptions = NO_PAIRS,
-    training: Annotated[list[str], typer.Option("--train", help="A training setting, KEY=VALUE.")] = NO_PAIRS,
-    preset: Annotated[str, typer.Option(help="head, paper or tuned, as in train-head.")] = "head",
-    split: Annotated[Literal["val", "test"], typer.Option(help="Evaluated split; every read of test is logged.")] = "test",
-    image: Annotated[str, typer.Option(help="Cache of the image features; default: the dataset's image encoder.")] = "",
-    text: Annotated[str, typer.Option(help="Cache of the text features; default: the dataset's text encoder.")] = "",
+    training: TrainingOptions = NO_PAIRS,
+    preset: Preset = "head",
+    split: EvaluatedSplit = "test",
+    image: ImageCache = "",
+    text: TextCache = "",
     home: Home = DEFAULT_HOME,
     as_json: AsJson = False,
 ) -> None:
@@ -111,14 +122,14 @@ def ablate_text(
 @ablate_commands.command("data")
 def ablate_data(
     method: Annotated[str, typer.Option(help="Name of a method; it is compared with the baseline.")] = "seda",
-    dataset: Annotated[str, typer.Option(help="Name of a prepared and extracted dataset.")] = "openmoji",
+    dataset: PreparedDataset = "openmoji",
     fractions: Annotated[str, typer.Option(help="Comma-separated shares of every class of the training split.")] = "0.25,0.5,1",
-    seeds: Annotated[str, typer.Option(help="Comma-separated seeds; a verdict takes five.")] = "0,1,2,3,4",
+    seeds: VerdictSeeds = "0,1,2,3,4",
     settings: SettingOptions = NO_PAIRS,
-    training: Annotated[list[str], typer.Option("--train", help="A training setting of both, KEY=VALUE.")] = NO_PAIRS,
-    preset: Annotated[str, typer.Option(help="head, paper or tuned, as in train-head.")] = "head",
-    split: Annotated[Literal["val", "test"], typer.Option(help="Evaluated split; every read of test is logged.")] = "test",
-    image: Annotated[str, typer.Option(help="Cache of the image features; default: the dataset's image encoder.")] = "",
+    training: TrainingOptions = NO_PAIRS,
+    preset: Preset = "head",
+    split: EvaluatedSplit = "test",
+    image: ImageCache = "",
     text: Text = "",
     home: Home = DEFAULT_HOME,
     as_json: AsJson = False,

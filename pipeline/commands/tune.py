@@ -9,7 +9,19 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from pipeline.commands.checks import check_dataset, check_file, check_method
-from pipeline.commands.options import DEFAULT_HOME, AsJson, Home, Scheduler, parse_integers, show, show_table
+from pipeline.commands.options import (
+    DEFAULT_HOME,
+    AsJson,
+    Home,
+    ImageCache,
+    PreparedDataset,
+    Processes,
+    Scheduler,
+    TextCache,
+    parse_integers,
+    show,
+    show_table,
+)
 from pipeline.runtime.errors import UserError
 
 if TYPE_CHECKING:
@@ -19,7 +31,7 @@ SAME_SCORE = 0.005  # points; two scores that are printed with two decimals are 
 
 
 def tune(
-    dataset: Annotated[str, typer.Option(help="Name of a prepared and extracted dataset.")] = "openmoji",
+    dataset: PreparedDataset = "openmoji",
     methods: Annotated[
         str, typer.Option(help="Comma-separated names of methods; `diffalign methods` lists them.")
     ] = "baseline,ema,cdr,marnet,seda",
@@ -61,10 +73,10 @@ def tune(
             "their scores with those that were recorded.",
         ),
     ] = False,
-    workers: Annotated[int, typer.Option(min=-1, help="Processes; -1: one per core, 0: only this process.")] = -1,
+    workers: Processes = -1,
     scheduler: Scheduler = "local",
-    image: Annotated[str, typer.Option(help="Cache of the image features; default: the dataset's image encoder.")] = "",
-    text: Annotated[str, typer.Option(help="Cache of the text features; default: the dataset's text encoder.")] = "",
+    image: ImageCache = "",
+    text: TextCache = "",
     home: Home = DEFAULT_HOME,
     as_json: AsJson = False,
 ) -> None:

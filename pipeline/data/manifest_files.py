@@ -106,7 +106,7 @@ def read_manifest(home: Path, dataset: str) -> Manifest:
     paths = [_manifest_path(home, dataset, suffix) for suffix in ("parquet", "meta.json", "location.json")]
     for path in paths:
         if not path.is_file():
-            raise UserError(f"{path} is missing; {remedy}")
+            raise UserError(f"{path} is missing{_what_is_prepared(home)}; {remedy}")
     try:
         sidecar, location = (json.loads(path.read_text(encoding="utf-8")) for path in paths[1:])
         manifest = Manifest(
@@ -136,6 +136,14 @@ def read_plugin(home: Path, dataset: str) -> str:
         return str(json.loads(path.read_text(encoding="utf-8"))["meta"].get("plugin", dataset))
     except (OSError, ValueError, KeyError, TypeError, AttributeError):  # `read_manifest` says what is wrong with it
         return dataset
+
+
+def _what_is_prepared(home: Path) -> str:
+    """Return in brackets which datasets a home has, for users who have named another one, or another home."""
+    if not home.is_dir():
+        return f" (there is no folder {home}: --home says where yours is)"
+    names = sorted(path.stem for path in (home / "manifests").glob("*.parquet"))
+    return f" (prepared: {', '.join(names)})" if names else ""
 
 
 def load_dataset_spec(home: Path, dataset: str) -> dict[str, Any]:

@@ -32,7 +32,14 @@ from pipeline.runtime.errors import UserError
 from pipeline.runtime.files import canonical_json, lock, write_atomic
 from pipeline.runtime.rng import KeyedRNG
 from pipeline.runtime.runs import RunConfig, RunFolder
-from pipeline.runtime.settings import configure_run, flatten, name_settings, short_name
+from pipeline.runtime.settings import (
+    configure_run,
+    flatten,
+    in_the_user_s_words,
+    name_settings,
+    short_name,
+    spellings,
+)
 from pipeline.runtime.version import program_version
 from pipeline.types import Predictor, Split
 
@@ -81,10 +88,11 @@ def apply_overrides(config: RunConfig, overrides: Mapping[str, Any]) -> tuple[An
     """
     module = plugins.get("methods", config.method)
     changes = name_settings(module.Config, overrides, module.symbols)
-    for name in changes:
+    for name, word in spellings(module.Config, overrides, module.symbols).items():
         if name not in module.prediction:
             choices = ", ".join(module.prediction) or f"nothing of {config.method}"
-            raise UserError(f"{name!r} is a setting of training: train a run with it; prediction can change {choices}")
+            said = in_the_user_s_words(name, word)
+            raise UserError(f"{said!r} is a setting of training: train a run with it; prediction can change {choices}")
     settings = configure_run(module.Config, config.settings, changes)
     before, after = (flatten(asdict(each)) for each in (configure_run(module.Config, config.settings), settings))
     changed = {short_name(module.Config, name): after[name] for name in changes if after[name] != before[name]}

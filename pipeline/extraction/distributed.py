@@ -163,7 +163,7 @@ def _encode_missing_on_cluster(
     num_done = sum(commit.rows for commit in commits.values())
     task = partial(encode_and_commit_shard, spec, call_id, target.path.name)
     results: Any = run_on_cluster(client, task, shards, lambda shard: f"shard {shard} of {target.path.name}")
-    label, show = target.path.name, spec.options.progress
+    label, show = f"extracting {target.path.name}", spec.options.progress
     with (
         ProgressBar(total=len(target.input_rows), initial=num_done, unit=" items", label=label, show=show) as bar,
         closing(results),

@@ -250,7 +250,7 @@ def encode_missing_shards(task: ExtractionTask, writer: Writer, commits: dict[in
     meter = ThroughputMeter(allowed_workers(_num_workers(task)), default_device().type)
     num_done = sum(commit.rows for commit in commits.values())
     writing: Future[Commit] | None = None
-    label = task.target.path.name
+    label = f"extracting {task.target.path.name}"
     bar = ProgressBar(total=len(task.inputs), initial=num_done, unit=" items", label=label, show=options.progress)
 
     def on_batch(batch: EncodedBatch) -> None:

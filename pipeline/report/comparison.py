@@ -49,6 +49,7 @@ def find_baseline(row: ResultRow, results: DatasetResults) -> ResultRow | None:
         other
         for other in results.rows
         if other.head.config.method == BASELINE
+        and not other.head.config.is_continued
         and other.evaluation_name == results.split
         and other.head.feature_kind == row.head.feature_kind == "image"
         and (other.head.config.caches["image"], other.head.config.manifest) == (config.caches["image"], config.manifest)
@@ -174,7 +175,8 @@ def _explain_verdict(
         return "no claim", "it is a diagnostic"
     if row.head.feature_kind == "unknown":
         return "no claim", "the cache of its image features is gone, so what they were made from cannot be checked"
-    if baseline is None and row.head.config.method == BASELINE and row.evaluation_name == results.split:
+    is_baseline = row.head.config.method == BASELINE and not row.head.config.is_continued
+    if baseline is None and is_baseline and row.evaluation_name == results.split:
         return "the baseline", ""
     if baseline is None:
         return "no claim", _no_baseline(row, results)
@@ -197,10 +199,12 @@ def _no_baseline(row: ResultRow, results: DatasetResults) -> str:
     for run in results.not_evaluated:
         other = run.config()
         is_same = (other.caches["image"], other.manifest) == (config.caches["image"], config.manifest)
-        if other.method == BASELINE and is_same:
+        if other.method == BASELINE and is_same and not other.is_continued:
             command = f"diffalign evaluate {run.path.parent} --split {results.split}"
             return f"the {BASELINE} on these features is not evaluated on {results.split}; do it with: {command}"
-    command = f"diffalign train-head --dataset {results.dataset} --method {BASELINE}"
+    names = [Path(cache["path"]).name for cache in results.caches if cache["fingerprint"] == config.caches["image"]]
+    image = f" --image {names[0]}" if names else ""
+    command = f"diffalign train-head --dataset {results.dataset} --method {BASELINE}{image}"
     return f"no {BASELINE} on these features; train one with: {command}"
 
 

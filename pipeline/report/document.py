@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -42,6 +43,7 @@ from pipeline.report.results import DatasetResults, collect_results, plural
 from pipeline.report.sampler import sampler_curve_blocks
 from pipeline.runtime.files import write_atomic
 
+RESULTS_FILE = "results.csv"
 SELECTION_RULES = {
     "metric": "highest validation metric, then lowest validation loss",
     "loss": "lowest validation loss",
@@ -52,7 +54,8 @@ SELECTION_RULES = {
 def write_report(home: Path, dataset: str, split: str = "test", across: Sequence[str] = ()) -> tuple[Path, Path]:
     """Write the report on a dataset as `<home>/reports/<dataset>/index.html` and `report.md`, and return their paths.
 
-    The HTML file needs no other file. The same runs give the same bytes.
+    The HTML file needs no other file. The table of results, see `results_frame`, is in `results.csv` beside them. The same runs
+    give the same bytes.
 
     Args:
         home: The folder of all artifacts.
@@ -66,8 +69,9 @@ def write_report(home: Path, dataset: str, split: str = "test", across: Sequence
     results = collect_results(home, dataset, split)
     manifest = read_manifest(home, dataset)
     shown_heads = choose_shown_heads(results, manifest)
+    frame = compare_results(results)
     blocks: list[Block] = [
-        *_results_section(results),
+        *_results_section(results, frame),
         *across_blocks(home, [dataset, *across], split),
         *alignment_blocks(results.heads),
         *_old_manifest_warning(results, manifest),
@@ -80,11 +84,20 @@ def write_report(home: Path, dataset: str, split: str = "test", across: Sequence
     title = f"{dataset}: trained with text, tested on images alone"
     write_atomic(folder / "index.html", html.render_html(title, blocks))
     write_atomic(folder / "report.md", markdown.render_markdown(title, blocks))
+    write_atomic(folder / RESULTS_FILE, frame.to_csv(index=False))
     return folder / "index.html", folder / "report.md"
 
 
-def _results_section(results: DatasetResults) -> list[Block]:
-    frame = compare_results(results)
+def read_results(page: Path) -> pd.DataFrame:
+    """Return the table of results beside a page that `write_report` has written; it has no rows when nothing is evaluated."""
+    text = page.with_name(RESULTS_FILE).read_text(encoding="utf-8")
+    if not text.strip():
+        return pd.DataFrame()
+    names = ("method", "kind", "verdict", "reason")
+    return pd.read_csv(io.StringIO(text), converters=dict.fromkeys(names, str))  # which leave an empty cell empty
+
+
+def _results_section(results: DatasetResults, frame: pd.DataFrame) -> list[Block]:
     blocks: list[Block] = [Paragraph(_introduction(results)), Heading(f"Results on the {results.split} split")]
     if frame.empty:
         command = f"diffalign evaluate <run folder> --split {results.split}"

@@ -42,7 +42,7 @@ def choose_shown_heads(results: DatasetResults, manifest: Manifest) -> ShownHead
     """Choose the best head on validation of every method, among the heads on one set of image features.
 
     These are the features of the best baseline, or of the best head when there is no baseline. Heads that were trained on a
-    text control, or on a part of the training split, are left out.
+    text control, or on a part of the training split, are left out; those that joint training has trained on come last.
     """
     heads = [
         head
@@ -51,7 +51,7 @@ def choose_shown_heads(results: DatasetResults, manifest: Manifest) -> ShownHead
         and head.config.manifest == manifest.fingerprint()
         and (head.config.text_control, head.config.train_fraction) == (REAL_TEXT, 1)
     ]
-    ranked = sorted(heads, key=lambda head: (head.config.method != BASELINE, -head.val_metric))
+    ranked = sorted(heads, key=lambda head: (head.config.is_continued, head.config.method != BASELINE, -head.val_metric))
     best_by_method: dict[str, HeadRuns] = {}
     for head in ranked:
         if head.config.caches["image"] == ranked[0].config.caches["image"]:

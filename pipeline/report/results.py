@@ -16,6 +16,7 @@ import numpy as np
 import pandas as pd
 
 from pipeline.cache import find_caches, info
+from pipeline.cache.reader import is_of_text, read_zarr_attributes
 from pipeline.data.manifest_files import read_manifest
 from pipeline.runtime.errors import UserError
 from pipeline.runtime.files import canonical_json
@@ -209,7 +210,7 @@ def _kept_val_metric(run: RunFolder, select: str) -> float:
 def _group_by_config(runs: Sequence[RunFolder], caches: Sequence[Mapping[str, Any]]) -> tuple[HeadRuns, ...]:
     """Group runs by configuration: image heads first, the baseline before the other methods, then by label."""
     kinds: dict[str, FeatureKind] = {
-        cache["fingerprint"]: "text" if "text" in cache["identity"] else "image" for cache in caches
+        cache["fingerprint"]: "text" if is_of_text(cache["identity"]) else "image" for cache in caches
     }
     groups: dict[str, list[RunFolder]] = defaultdict(list)
     for run in runs:
@@ -232,10 +233,11 @@ def _group_by_config(runs: Sequence[RunFolder], caches: Sequence[Mapping[str, An
 def label_configs(configs: Sequence[RunConfig], is_text_only: Sequence[bool], caches: Sequence[Mapping[str, Any]]) -> list[str]:
     """Return one label per configuration, all different, for the tables and figures.
 
-    A label is the name of the method, with the control if it was trained on other texts than the real ones, and with the share
-    of the training split if it was trained on a part. Where several configurations have the same name, the settings in which
-    they differ are added, and the start of the config's fingerprint where that is not enough. A setting of the method that a
-    configuration lacks is no difference: runs of earlier versions have fewer settings, or call them otherwise.
+    A label is the name of the method, with the control if it was trained on other texts than the real ones, with the share of
+    the training split if it was trained on a part, and with --unfreeze if joint training has trained it on. Where several
+    configurations have the same name, the settings in which they differ are added, and the start of the config's fingerprint
+    where that is not enough. A setting of the method that a configuration lacks is no difference: runs of earlier versions
+    have fewer settings, or call them otherwise.
 
     Args:
         configs: The configurations.
@@ -244,7 +246,10 @@ def label_configs(configs: Sequence[RunConfig], is_text_only: Sequence[bool], ca
     """
     names = [TEXT_ONLY_LABEL if text else config.method for config, text in zip(configs, is_text_only, strict=True)]
     names = [
-        name + ("" if config.text_control == REAL_TEXT else f" · text={config.text_control}") + _describe_fraction(config)
+        name
+        + ("" if config.text_control == REAL_TEXT else f" · text={config.text_control}")
+        + _describe_fraction(config)
+        + (f" · trained on with --unfreeze {config.training.get('train')}" if config.is_continued else "")
         for name, config in zip(names, configs, strict=True)
     ]
     folders = {cache["fingerprint"]: Path(cache["path"]).name for cache in caches}
@@ -264,6 +269,12 @@ def label_configs(configs: Sequence[RunConfig], is_text_only: Sequence[bool], ca
         f"{label} · {config.fingerprint()[:8]}" if repeated[label] > 1 else label
         for config, label in zip(configs, labels, strict=True)
     ]
+
+
+def name_head(home: Path, config: RunConfig) -> str:
+    """Return the method of a run; of a diagnostic, whose "image" features were made from text, the words that say so."""
+    folders = [path for path in find_caches(home, config.dataset) if path.name.endswith(f"-{config.caches['image'][:12]}")]
+    return TEXT_ONLY_LABEL if any(is_of_text(read_zarr_attributes(path)["identity"]) for path in folders) else config.method
 
 
 def _describe_fraction(config: RunConfig) -> str:

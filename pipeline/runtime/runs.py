@@ -6,6 +6,7 @@ import json
 import re
 import traceback
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from operator import index
 from pathlib import Path
@@ -19,6 +20,7 @@ MAX_SEED = 2**63 - 1
 REAL_TEXT = "real"  # `RunConfig.text_control` of a run that was trained on the texts of its own samples
 RECIPE = 3  # of runs that are trained now; 1 drew the random numbers of training by sample id, 2 rounded losses otherwise
 _SEED_FOLDER = re.compile("seed[0-9]+")
+_HEAD_FOLDER = re.compile(".+-[0-9a-f]{12}")
 
 
 def check_seed(seed: SupportsIndex) -> int:
@@ -60,6 +62,11 @@ class RunConfig:
         return {key.rpartition(".")[2]: value for key, value in flatten(self.settings).items()}.get(name)
 
     @property
+    def is_continued(self) -> bool:
+        """Whether joint training has trained the head on, with encoders or, under --unfreeze none, alone."""
+        return self.training.get("stage") == "joint"
+
+    @property
     def label_loss(self) -> str:
         """The loss of multi-label data, which says how logits become scores; methods without this setting have a softmax."""
         return str(self.setting("label_loss") or "softmax_kl")
@@ -89,8 +96,10 @@ class RunFolder:
         Raises:
             UserError: the folder does not hold a run.
         """
-        if not (path / "config.json").is_file() or not _SEED_FOLDER.fullmatch(path.name):
+        if not (path / "config.json").is_file():
             raise UserError(f"{path} is not a run: give a folder …/runs/<dataset>/<method>-<fingerprint>/seed<k>")
+        if not _SEED_FOLDER.fullmatch(path.name):
+            raise UserError(f"{path} holds the files of a run, and its name should say the seed: call the folder seed<k> again")
         return RunFolder(path, int(path.name.removeprefix("seed")))
 
     @property
@@ -114,6 +123,15 @@ class RunFolder:
             raise UserError(f"{path} is damaged; {self.remedy}") from error
         return {"seconds": seconds, "checkpoint_sha256": checksum, "code": code}
 
+    def write_done(self, facts: Mapping[str, Any]) -> None:
+        """Write the file `done`, which makes the run valid, with what `read_done` returns; all other files are on disk."""
+        write_atomic(self.path / "done", json.dumps({**facts, "config": self.config().fingerprint()}))
+
+    def write_alignment(self, figures: Mapping[str, float]) -> None:
+        """Write what `read_alignment` returns; without figures, nothing."""
+        if figures:
+            write_atomic(self.path / "alignment.json", json.dumps(dict(figures)))
+
     def read_alignment(self) -> dict[str, float]:
         """Return how near the text that the head generates is to the real one, see `measure_alignment`.
 
@@ -128,7 +146,7 @@ class RunFolder:
         try:
             return {str(name): float(value) for name, value in json.loads(path.read_text()).items()}
         except (ValueError, TypeError, AttributeError) as error:
-            raise UserError(f"{path} is damaged; {self.remedy}") from error
+            raise UserError(f"{path} is damaged; delete this file: the run is as good without it") from error
 
     def read_checkpoint(self) -> bytes:
         """Return the bytes of the checkpoint of a finished run, in the safetensors format.
@@ -149,17 +167,37 @@ class RunFolder:
     def config(self) -> RunConfig:
         """Return the config that the run was started with.
 
+        A copy in a folder of another name is read if the run has recorded the hash of its config.
+
         Raises:
-            UserError: config.json is damaged, or its hash is not in the name of the folder.
+            UserError: config.json is damaged, or its hash is neither in the name of the folder nor recorded in the run.
         """
         path = self.path / "config.json"
         try:
             config = RunConfig(**json.loads(path.read_text()))
+            digest = config.fingerprint()
         except (ValueError, TypeError) as error:
             raise UserError(f"{path} is damaged ({error}); {self.remedy}") from error
-        if not self.path.parent.name.endswith(f"-{config.fingerprint()[:12]}"):
-            raise UserError(f"{path} was changed: it does not hash to the name of its folder; {self.remedy}")
-        return config
+        if self.path.parent.name.endswith(f"-{digest[:12]}"):
+            return config
+        recorded = self._recorded_configs()
+        if digest in recorded:
+            return config
+        problem = f"{path} does not hash to the name of its folder"
+        if recorded:
+            raise UserError(f"{problem}: it was changed after the training; bring the old one back, or {self.remedy}")
+        name = f"{config.method}-{digest[:12]}"
+        raise UserError(f"{problem}: if {self.path.parent} is a copy, call it {name} again; if the file was changed, undo that")
+
+    def _recorded_configs(self) -> set[str]:
+        """Return the hashes of the config that training and evaluations have recorded; none for an unfinished run."""
+        found = []
+        for name in ("done", "metrics.json"):
+            with suppress(OSError, ValueError):
+                content = json.loads((self.path / name).read_text())
+                entries = [content, *content.values()] if isinstance(content, dict) else []
+                found += [each.get("config") for each in entries if isinstance(each, dict)]
+        return {digest for digest in found if isinstance(digest, str)}
 
     @property
     def remedy(self) -> str:
@@ -191,6 +229,7 @@ class RunFolder:
 
 def find_runs(home: Path, dataset: str) -> list[RunFolder]:
     """Return all runs of a dataset, finished or not, sorted by name and seed. Other folders, such as copies, are no runs."""
-    configs = sorted((home / "runs" / dataset).glob("*-*/seed*/config.json"))
-    runs = [RunFolder.at(config.parent) for config in configs if _SEED_FOLDER.fullmatch(config.parent.name)]
+    folders = [config.parent for config in (home / "runs" / dataset).glob("*-*/seed*/config.json")]
+    named = [each for each in folders if _HEAD_FOLDER.fullmatch(each.parent.name) and _SEED_FOLDER.fullmatch(each.name)]
+    runs = [RunFolder.at(folder) for folder in named]
     return sorted(runs, key=lambda run: (run.path.parent.name, run.seed))

@@ -11,64 +11,21 @@ A config may have parts, fields that are configs themselves. A setting of a part
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import KW_ONLY, asdict, dataclass, fields, is_dataclass, replace
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 from functools import cache
 from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from pipeline.runtime.choices import unknown_choice
 from pipeline.runtime.errors import UserError
+from pipeline.runtime.ranges import POSITIVE as POSITIVE  # part of this module's interface
+from pipeline.runtime.ranges import Range as Range
+from pipeline.runtime.ranges import SettingError, setting_error
 
 ConfigT = TypeVar("ConfigT")
 NO_LETTERS: Mapping[str, str] = {}
-
-
-@dataclass(frozen=True)
-class Range:
-    """The numbers that a setting may have: finite, from `low` to `high`; an end belongs to the range unless it is open."""
-
-    low: float
-    high: float = math.inf
-    _: KW_ONLY
-    open_low: bool = False
-    open_high: bool = False
-
-    def __contains__(self, value: float) -> bool:
-        above = self.low < value if self.open_low else self.low <= value
-        below = value < self.high if self.open_high else value <= self.high
-        return above and below and abs(value) < math.inf
-
-    def __str__(self) -> str:
-        """Return the range as tables show it: "1..65536", ">= 0", "> 0, <= 1"."""
-        if not (self.open_low or self.open_high or self.high == math.inf):
-            return f"{self.low}..{self.high}"
-        lower = f"{'>' if self.open_low else '>='} {self.low}"
-        return lower if self.high == math.inf else f"{lower}, {'<' if self.open_high else '<='} {self.high}"
-
-    def in_words(self) -> str:
-        """Return the range as messages say it, after "must be": "in 1..65536", "positive", "above 0 and at most 1"."""
-        if not (self.open_low or self.open_high or self.high == math.inf):
-            return f"in {self.low}..{self.high}"
-        if self == POSITIVE:
-            return "positive"
-        lower = f"{'above' if self.open_low else 'at least'} {self.low}"
-        return lower if self.high == math.inf else f"{lower} and {'below' if self.open_high else 'at most'} {self.high}"
-
-    def check(self, label: str, value: float) -> None:
-        """Check that a value is in the range.
-
-        Args:
-            label: how the message calls the setting.
-            value: its value.
-
-        Raises:
-            UserError: it is outside.
-        """
-        if value not in self:
-            raise UserError(f"{label} must be {self.in_words()}, not {value}")
-
-
-POSITIVE = Range(0, open_low=True)
+# the papers' letters, as configs name them
+GREEK = str.maketrans({"α": "alpha", "β": "beta", "γ": "gamma", "τ": "tau", "₁": "1", "₂": "2"})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -222,11 +179,12 @@ def find_settings(config_type: type[Any], key: str, letters: Mapping[str, str] =
     Args:
         config_type: the dataclass of the config.
         key: a name, an alias of the config, or one of the papers' letters.
-        letters: the papers' letters, each with the name of its setting.
+        letters: the papers' letters, each with the name of its setting; Greek ones may be typed as such.
     """
     if key in field_types(config_type):
         return (key,)
-    return (letters[key],) if key in letters else aliases_of(config_type).get(key, ())
+    letter = key.translate(GREEK)
+    return (letters[letter],) if letter in letters else aliases_of(config_type).get(key, ())
 
 
 def check_setting_name(config_type: type[Any], key: str, letters: Mapping[str, str] = NO_LETTERS) -> None:
@@ -237,7 +195,8 @@ def check_setting_name(config_type: type[Any], key: str, letters: Mapping[str, s
     """
     if not find_settings(config_type, key, letters):
         listed = [f"{letter} (= {name})" for letter, name in letters.items()]
-        raise unknown_choice(key, f"unknown setting {key!r}", field_types(config_type), listed, also=aliases_of(config_type))
+        also = [*aliases_of(config_type), *letters]
+        raise unknown_choice(key, f"unknown setting {key!r}", field_types(config_type), listed, also=also)
 
 
 def aliases_of(config_type: type[Any]) -> Mapping[str, tuple[str, ...]]:
@@ -285,14 +244,26 @@ def name_settings(
     Raises:
         UserError: a setting is unknown, or is given twice.
     """
-    named: dict[str, Any] = {}
-    for key, value in flatten(settings).items():
+    values = flatten(settings)
+    return {name: values[key] for name, key in spellings(config_type, values, letters).items()}
+
+
+def spellings(config_type: type[Any], keys: Iterable[str], letters: Mapping[str, str] = NO_LETTERS) -> dict[str, str]:
+    """Return the settings that spellings mean, by name, each with its spelling; see `name_settings` for the errors."""
+    typed: dict[str, str] = {}
+    for key in keys:
         check_setting_name(config_type, key, letters)
         for name in find_settings(config_type, key, letters):
-            if name in named:
-                raise UserError(f"setting {name!r} is given twice{'' if key == name else f'; {key!r} names it, too'}")
-            named[name] = value
-    return named
+            if name in typed:
+                other = typed[name] if key == name else key
+                raise UserError(f"setting {name!r} is given twice; {other!r} names it, too")
+            typed[name] = key
+    return typed
+
+
+def in_the_user_s_words(name: str, word: str) -> str:
+    """Return what messages call a setting that was typed as `word`: that word, or the name if it ends in it ("ema.tau")."""
+    return name if name.rpartition(".")[2] == word else word
 
 
 def configure(config_type: type[ConfigT], settings: Mapping[str, Any], letters: Mapping[str, str] = NO_LETTERS) -> ConfigT:
@@ -308,8 +279,16 @@ def configure(config_type: type[ConfigT], settings: Mapping[str, Any], letters: 
         UserError: a setting is unknown (the message lists the choices), is given twice, has a value of the wrong type, or one
             that the config refuses.
     """
-    named = name_settings(config_type, settings, letters)
-    return _build(config_type, {name: parse_setting(config_type, name, value) for name, value in named.items()})
+    values = flatten(settings)
+    typed = spellings(config_type, values, letters)
+    try:
+        return _build(config_type, {name: parse_setting(config_type, name, values[key], key) for name, key in typed.items()})
+    except SettingError as error:
+        if error.name in typed:
+            word = in_the_user_s_words(error.name, typed[error.name])
+            raise UserError(str(error) if word == error.name else f"{word} {error.fault}") from error
+        is_default = error.name in field_types(config_type)
+        raise UserError(f"{error}, its default: set it, too" if is_default else str(error)) from error
 
 
 def _build(config_type: type[ConfigT], values: Mapping[str, Any]) -> ConfigT:
@@ -320,6 +299,8 @@ def _build(config_type: type[ConfigT], values: Mapping[str, Any]) -> ConfigT:
         inside = {name: value for name, value in {**defaults, **values}.items() if name.startswith(f"{part}.")}
         try:
             own[part] = _build(kind, {name.removeprefix(f"{part}."): value for name, value in inside.items()})
+        except SettingError as error:
+            raise setting_error(f"{part}.{error.name}", error.fault, f"{part}: {error}") from error
         except UserError as error:
             raise UserError(f"{part}: {error}") from error
     config = config_type(**own)

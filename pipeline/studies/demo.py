@@ -68,7 +68,7 @@ def run_demo(home: Path) -> str:
         for encoder in encoders.values():
             logger.info("2/4 features of %s", encoder)
             extract(manifest, encoder, {}, home)
-        open_features(home, DEMO_DATASET, "baseline", encoders).warn_about_near_duplicates()
+        open_features(home, DEMO_DATASET, "baseline", encoders).warn_about_images()
         seeds = ", ".join(map(str, DEMO_SEEDS))
         logger.info("3/4 %s methods, seeds %s", len(DEMO_METHODS), seeds)
         train_on_all_cores(_train_and_evaluate, runs)

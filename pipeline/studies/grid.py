@@ -149,7 +149,8 @@ def read_axes(method: str, pairs: Sequence[str] | Mapping[str, Any], file: Path 
         names = find_settings(module.Config, key, module.symbols) or tuple({key} & hints.keys())
         if not names:
             symbols = [f"{letter} (= {name})" for letter, name in module.symbols.items()]
-            raise unknown_choice(key, f"unknown grid field {key!r}", hints, symbols, also=aliases_of(module.Config))
+            also = [*aliases_of(module.Config), *module.symbols]
+            raise unknown_choice(key, f"unknown grid field {key!r}", hints, symbols, also=also)
         for name in taken.intersection(names):
             raise UserError(f"grid field {name!r} is given twice; {letters.get(name, key)!r} is the same field")
         if not values:
@@ -212,11 +213,11 @@ def read_cells(
     """
     module = plugins.get("methods", method)
     on_grid, besides = (
-        {name for key in keys for name in find_settings(module.Config, key, module.symbols) or (key,)}
+        {name: key for key in keys for name in find_settings(module.Config, key, module.symbols) or (key,)}
         for keys in (axes, [*flatten(settings), *training])
     )
-    for field in sorted(on_grid & besides):
-        raise UserError(f"{field!r} is on the grid and set besides: give it once")
+    for field in sorted(on_grid.keys() & besides.keys()):
+        raise UserError(f"{besides[field]!r} is on the grid and set besides: give it once")
     total = math.prod(len(values) for values in axes.values())
     if points > total and not defaults_first:
         raise UserError(f"--points {points} of a grid of {total} cells: give fewer, or none for all")
@@ -233,8 +234,8 @@ def read_cells(
     cells = []
     for point in drawn:
         label = " ".join(f"{letters.get(field, field)}={value}" for field, value in point.items())
-        of_method = {field: value for field, value in point.items() if find_settings(module.Config, field)}
-        of_training = {field: value for field, value in point.items() if field not in of_method}
+        of_method = {letters.get(field, field): value for field, value in point.items() if find_settings(module.Config, field)}
+        of_training = {field: value for field, value in point.items() if not find_settings(module.Config, field)}
         try:
             config, train_config = resolve_head_settings(
                 dataset, method, preset, {**settings, **of_method}, {**training, **of_training}, home

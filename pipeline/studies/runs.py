@@ -168,17 +168,22 @@ class Runs(Sequence[Run]):
 
     @property
     def table(self) -> pd.DataFrame:
-        """One row per run. Columns: name, method, seed, done, and "<split> <metric>" of its own evaluations, in percent."""
+        """One row per run. Columns: name, method, seed, done, and "<split> <metric>" of its own evaluations, in percent.
+
+        The method of a diagnostic that reads test texts in place of images is told in words.
+        """
         import pandas as pd
 
         return pd.DataFrame([self._row(run) for run in self.items])
 
     @staticmethod
     def _row(run: Run) -> dict[str, Any]:
+        from pipeline.report.results import name_head
+
         evaluations = run.metrics.to_dict(orient="index")
         scores = {f"{name} {metric}": value for name, row in evaluations.items() for metric, value in row.items()}
         own = {key: value for key, value in scores.items() if "@" not in key}
-        return {"name": run.name, "method": run.config.method, "seed": run.seed, "done": run.is_done, **own}
+        return {"name": run.name, "method": name_head(run.home, run.config), "seed": run.seed, "done": run.is_done, **own}
 
     def _repr_html_(self) -> str:
         return str(self.table.to_html())
@@ -218,6 +223,10 @@ class Runs(Sequence[Run]):
         finished = sorted({run.name for run in self.items if run.is_done})
         found = [each for each in finished if each == name] or [each for each in finished if each.startswith(name)]
         if len(found) != 1:
+            from pipeline.report.results import name_head
+
             problem = "several heads begin" if found else f"no head that is evaluated on {split} begins"
-            raise UserError(f"{problem} with {name!r}; choose one of: {', '.join(found or finished) or 'none'}")
+            labels = {run.name: name_head(run.home, run.config) for run in self.items if run.name in (found or finished)}
+            choices = [each if each.startswith(f"{label}-") else f"{each} ({label})" for each, label in sorted(labels.items())]
+            raise UserError(f"{problem} with {name!r}; choose one of: {', '.join(choices) or 'none'}")
         return found[0]

@@ -78,10 +78,9 @@ def compare_texts(
     text, control = parse_text(caches.get("text", ""))
     if control != REAL_TEXT:
         raise UserError(f"this study trains on every control: name the text cache alone, not {caches['text']!r}")
-    given = name_settings(plugin.Config, settings, plugin.symbols)
-    variants = {name: (name, given) for name in (REAL_TEXT, *TEXT_CONTROLS)}
+    variants = {name: (name, settings) for name in (REAL_TEXT, *TEXT_CONTROLS)}
     if without_text := getattr(plugin, "without_text", {}):
-        variants[NO_TEXT_TERM] = (REAL_TEXT, {**given, **without_text})
+        variants[NO_TEXT_TERM] = (REAL_TEXT, {**name_settings(plugin.Config, settings, plugin.symbols), **without_text})
     scored = {}
     for title, (control, own) in variants.items():
         names = cache_names(home, dataset, caches.get("image", ""), join_text(text, control))

@@ -12,7 +12,7 @@ from typing import Literal, TypeVar
 
 from pipeline.cache import Cache
 from pipeline.cache.near_duplicates import near_duplicate_warning
-from pipeline.cache.reader import find_cache
+from pipeline.cache.reader import find_cache, is_of_text
 from pipeline.cache.streaming import bytes_per_sample, open_split
 from pipeline.cache.table import FeatureSource, FeatureTable, load_split, read_table, split_samples
 from pipeline.data.manifest import Manifest
@@ -129,8 +129,14 @@ class FeatureSet:
     def _controlled(self) -> dict[tuple[int, int], FeatureSource]:
         return {}
 
-    def warn_about_near_duplicates(self) -> None:
-        """Log how many validation and test images look almost like a training image; they are searched once per cache."""
+    def warn_about_images(self) -> None:
+        """Log what a user should know of the image features: that they are features of texts, or that test images recur.
+
+        Validation and test images that look almost like a training image are searched once per cache.
+        """
+        if is_of_text(self.caches["image"].identity):
+            name = self.caches["image"].path.name
+            logger.warning("%s holds features of texts: this head reads test texts, a diagnostic and no method", name)
         if warning := near_duplicate_warning(self.caches["image"]):
             logger.warning(warning)
 

@@ -27,7 +27,7 @@ from pipeline.runtime.device import default_device, free_bytes, reproducible
 from pipeline.runtime.errors import UserError, describe_error, is_bug, is_out_of_memory
 from pipeline.runtime.files import label_os_errors, lock
 from pipeline.runtime.runs import RECIPE, RunConfig, RunFolder, check_seed
-from pipeline.runtime.settings import configure, name_settings, recorded_settings
+from pipeline.runtime.settings import configure, flatten, name_settings, recorded_settings, spellings
 from pipeline.training.capacity import bytes_kept, bytes_per_method
 from pipeline.training.config import TRAINING_PRESETS, TrainConfig
 from pipeline.training.features import FeatureSet, open_features
@@ -75,8 +75,10 @@ def resolve_head_settings(
         chosen = getattr(module, "paper", {})
     elif preset not in TRAINING_PRESETS:
         raise unknown_choice(preset, f"unknown preset {preset!r}", [*TRAINING_PRESETS, "tuned"])
-    tuned_and_given = [name_settings(module.Config, each, module.symbols) for each in (chosen, settings)]
-    config = configure(module.Config, tuned_and_given[0] | tuned_and_given[1])
+    given = flatten(settings)  # by the words of the user, which messages repeat
+    replaced = spellings(module.Config, given, module.symbols)
+    kept = {name: value for name, value in name_settings(module.Config, chosen, module.symbols).items() if name not in replaced}
+    config = configure(module.Config, kept | given, module.symbols)
     return config, configure(TrainConfig, {**base, **training})
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
@@ -210,10 +209,9 @@ class TrainState:
         write_atomic(self.run.path / "checkpoint.safetensors", weights)
         self._write_history()
         self.method.load_state_dict(self.progress.best)
-        if alignment := self.measure(self.method):
-            write_atomic(self.run.path / "alignment.json", json.dumps(dict(alignment)))
-        facts = {"seconds": round(self.progress.seconds, 3), "checkpoint_sha256": sha256(weights), "code": code_version()}
-        write_atomic(self.run.path / "done", json.dumps(facts))
+        self.run.write_alignment(self.measure(self.method))
+        seconds = round(self.progress.seconds, 3)
+        self.run.write_done({"seconds": seconds, "checkpoint_sha256": sha256(weights), "code": code_version()})
         delete_saved_state(self.run)
 
     def _write_history(self) -> None:

@@ -74,7 +74,7 @@ def _advance_or_finish(state: TrainState) -> bool:
 def _progress_bar(states: Sequence[TrainState], show: bool) -> ProgressBar:
     """Return a bar that counts the epochs of all runs together."""
     run = states[0].run
-    title = f"{run.path.parent.name.rsplit('-', 1)[0]} seed {run.seed}{f' × {len(states)}' if len(states) > 1 else ''}"
+    title = f"training {run.path.parent.name.rsplit('-', 1)[0]} seed {run.seed}{f' × {len(states)}' if len(states) > 1 else ''}"
     total = sum(sum(state.epochs_per_phase()) for state in states)
     done = sum(len(state.progress.history) for state in states)
     return ProgressBar(label=title, total=total, initial=done, unit="epoch", show=show, leave=None)

@@ -92,7 +92,7 @@ def test_nothing_is_said_when_nothing_is_alike(tmp_path: Path, caplog: pytest.Lo
     plain = open_cache(make_cache(tmp_path, manifest, np.random.default_rng(1).normal(size=(NUM, 64)).astype(np.float32)))
     twins = open_cache(make_cache(tmp_path, manifest, planted(manifest), name="twins"))
     with caplog.at_level(logging.WARNING):
-        FeatureSet(home=tmp_path, manifest=manifest, caches={"image": plain}, aggregate="mean").warn_about_near_duplicates()
+        FeatureSet(home=tmp_path, manifest=manifest, caches={"image": plain}, aggregate="mean").warn_about_images()
         assert caplog.messages == []
-        FeatureSet(home=tmp_path, manifest=manifest, caches={"image": twins}, aggregate="mean").warn_about_near_duplicates()
+        FeatureSet(home=tmp_path, manifest=manifest, caches={"image": twins}, aggregate="mean").warn_about_images()
     assert caplog.messages == [near_duplicate_warning(twins)]

@@ -48,8 +48,10 @@ def test_the_stages_follow_each_other(home: Path, monkeypatch: pytest.MonkeyPatc
     assert run([*train_arguments(home, "baseline")], monkeypatch) == 0
     assert run(["report", "tiny", "--home", str(home), "--json"], monkeypatch) == 0
     printed = capsys.readouterr().out
-    paths = json.loads(printed[printed.index("{") :])
-    assert all(Path(path).is_file() for path in paths.values())
+    report = json.loads(printed[printed.index('{\n "html"') :])
+    assert Path(report["html"]).is_file()
+    assert Path(report["markdown"]).is_file()
+    assert [row["method"] for row in report["results"]] == ["ema"]
     cache = next((home / "caches" / "tiny").iterdir())
     assert run(["cache", "info", str(cache), "--json"], monkeypatch) == 0
     assert json.loads(capsys.readouterr().out)["complete"] is True
@@ -94,7 +96,7 @@ def test_a_method_shows_its_settings(method: str, monkeypatch: pytest.MonkeyPatc
         (["train-head", "--method", "ema", "--set", "tau=warm"], "setting 'tau' is 'warm'; it takes a finite float"),
         (
             ["train-head", "--method", "seda", "--set", "T=10", "--set", "t=10", "--set", "sample_steps=5"],
-            "stage_step must be in 0..9",
+            "t must be in 0..9, not 10",
         ),
         (["train-head", "--method", "seda", "--set", "T=10", "--set", "num_steps=12"], "'num_steps' is given twice"),
         (["train-head", "--method", "ema", "--train", "epochs=0"], "'epochs' must be positive"),

@@ -13,9 +13,12 @@ import pytest
 from helpers.report_home import ReportHome, make_home
 from scipy import stats
 
+from pipeline.cache import open_cache
+from pipeline.cache.transfer import import_features
 from pipeline.data.manifest_files import write_manifest
 from pipeline.report import results_frame, results_table
-from pipeline.report.results import collect_results
+from pipeline.report.figure_blocks import choose_shown_heads
+from pipeline.report.results import TEXT_ONLY_LABEL, collect_results
 
 CLASSES = [f"class {k}" for k in range(8)]
 
@@ -191,8 +194,45 @@ def test_text_only_run_is_a_diagnostic_and_no_baseline(tmp_path: Path) -> None:
     label = "text only (diagnostic: reads test text)"
     assert (rows[label]["kind"], rows[label]["verdict"]) == ("text", "no claim")
     assert list(rows) == ["ema", label]
-    command = "diffalign train-head --dataset toy --method baseline"
+    command = f"diffalign train-head --dataset toy --method baseline --image image-{home.caches['image'][:12]}"
     assert rows["ema"]["reason"] == f"no baseline on these features; train one with: {command}"
+
+
+def test_imported_features_of_texts_are_a_diagnostic_too(tmp_path: Path) -> None:
+    """Their identity says so by the modality, not by the rules by which texts were encoded here."""
+    home = make_home(tmp_path, CLASSES)
+    ids = [sample.id for sample in home.manifest.samples]
+    np.save(tmp_path / "theirs.npy", np.random.default_rng(0).normal(size=(len(ids), 12)).astype(np.float32))
+    (tmp_path / "theirs.txt").write_text("\n".join(ids))
+    done = import_features(tmp_path / "theirs.npy", home.path, dataset="toy", name="theirs", modality="text")
+    home.caches["theirs"] = open_cache(done.path).fingerprint
+    add_runs(home, "baseline", 4.0, image="theirs")
+    add_runs(home, "baseline", 1.0)
+    rows = rows_by_label(home)
+    assert {label: row["kind"] for label, row in rows.items()} == {"baseline": "image", TEXT_ONLY_LABEL: "text"}
+    assert rows["baseline"]["verdict"] == "the baseline"
+
+
+@pytest.mark.parametrize("train", ["none", "image"])
+def test_a_head_that_was_trained_on_is_not_the_baseline(train: str, tmp_path: Path) -> None:
+    """It is better on validation than the plain baseline, and has the same method, features and manifest."""
+    home = make_home(tmp_path, CLASSES)
+    add_runs(home, "baseline", 1.0)
+    add_runs(home, "ema", 1.5)
+    config = home.config("baseline", {})
+    config = dataclasses.replace(config, training={**config.training, "stage": "joint", "train": train, "init": "0" * 12})
+    for seed in range(3):
+        run = home.train(config, seed, scores=(80.0, 90.0))
+        home.evaluate(run, home.logits(2.0, seed))
+    rows = rows_by_label(home)
+    label = f"baseline · trained on with --unfreeze {train}"
+    assert list(rows) == ["baseline", label, "ema"]
+    assert (rows["baseline"]["verdict"], rows[label]["verdict"]) == ("the baseline", "3 of 5 seeds")
+    for name in (label, "ema"):
+        assert rows[name]["acc1_vs_baseline"] == pytest.approx(rows[name]["acc1"] - rows["baseline"]["acc1"])
+    results = collect_results(tmp_path, "toy", "test")
+    shown = choose_shown_heads(results, home.manifest).heads
+    assert [head.label for head in shown] == ["baseline", "ema"]
 
 
 def test_runs_whose_image_cache_is_gone_make_no_claim(tmp_path: Path) -> None:

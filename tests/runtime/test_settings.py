@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import pickle
 from collections.abc import Iterator
 from dataclasses import MISSING, asdict, dataclass, replace
 from typing import Annotated, Any, Literal
@@ -25,6 +26,7 @@ from pipeline.runtime.settings import (
     recorded_settings,
 )
 from pipeline.training.config import TrainConfig
+from pipeline.training.heads import resolve_head_settings
 from pipeline.training.joint.plan import JointConfig
 
 Share = Annotated[float, Range(0, 1), "a share"]
@@ -189,6 +191,33 @@ def test_letters_and_old_names_are_read(method: str, given: dict[str, str], expe
     config = configure(plugin.Config, given, plugin.symbols)
     values = flatten(asdict(config))
     assert {name: values[name] for name in expected} == expected
+
+
+@pytest.mark.parametrize(
+    ("method", "given", "message"),
+    [
+        ("seda", {"T": 30, "t": 30}, "t must be in 0..29, not 30"),
+        ("seda", {"num_steps": 30, "stage_step": 30}, "stage_step must be in 0..29, not 30"),
+        ("seda", {"T": 10}, "sample_steps must be in 1..10, not 20, its default: set it, too"),
+        ("seda", {"T": "x"}, "setting 'T' is 'x'; it takes a finite int"),
+        ("seda", {"γ": -1}, "γ must be at least 0, not -1.0"),
+        ("seda", {"α₁": -1}, "α₁ must be at least 0, not -1.0"),
+        ("seda", {"T": 30, "num_steps": 40}, "setting 'num_steps' is given twice; 'T' names it, too"),
+        ("marnet", {"T": 0}, "T must be in 1..100000, not 0"),
+        ("marnet", {"cdr.num_steps": 0}, "cdr: num_steps must be in 1..100000, not 0"),
+        ("marnet", {"alpha2": -1}, "alpha2 must be at least 0, not -1.0"),
+        ("logreg", {"C": 0}, "C must be positive, not 0.0"),
+    ],
+)
+def test_messages_repeat_what_was_typed(method: str, given: dict[str, Any], message: str) -> None:
+    plugin = plugins.get("methods", method)
+    with pytest.raises(UserError) as caught:
+        configure(plugin.Config, given, plugin.symbols)
+    assert str(caught.value) == message
+    with pytest.raises(UserError) as caught:  # as `train-head` reads them
+        resolve_head_settings("openmoji", method, "head", given, {})
+    assert str(caught.value) == message
+    assert str(pickle.loads(pickle.dumps(caught.value))) == message  # a worker process sends it back
 
 
 @pytest.mark.parametrize("value", [1, None, ["text"]])

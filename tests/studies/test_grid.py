@@ -95,11 +95,11 @@ def test_wrong_files_are_refused(text: str, message: str, tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("pairs", "message"),
     [
-        (("T=20,30", "t=5,20"), r"cell T=20 t=20: stage_step must be in 0\.\.19, not 20"),
+        (("T=20,30", "t=5,20"), r"cell T=20 t=20: t must be in 0\.\.19, not 20"),
         (("T=20,30", "sample_steps=5,25"), r"cell T=20 sample_steps=25: sample_steps must be in 1\.\.20, not 25"),
         (("lr=0,1",), "cell lr=0.0: training setting 'lr' must be positive"),
         (("batch_size=1,8",), "cell batch_size=1: training setting 'batch_size' must be at least 2"),
-        (("T=20,1000000000000",), r"cell T=1000000000000: num_steps must be in 1\.\.100000, not 1000000000000"),
+        (("T=20,1000000000000",), r"cell T=1000000000000: T must be in 1\.\.100000, not 1000000000000"),
         (("token_width=8,1000000000",), r"cell token_width=1000000000: token_width must be in 1\.\.65536"),
         (("width=16,70000",), r"cell width=70000: width must be in 1\.\.65536"),
         (("draws=1,1001",), r"cell draws=1001: draws must be in 1\.\.1000"),
@@ -114,7 +114,7 @@ def test_impossible_cells_are_named_before_anything_is_written(pairs: tuple[str,
 
 
 def test_a_field_is_given_once(tiny_home: Path) -> None:
-    with pytest.raises(ValueError, match="'num_steps' is on the grid and set besides"):
+    with pytest.raises(ValueError, match="'T' is on the grid and set besides"):
         read_cells("openmoji", "seda", "head", read_axes("seda", ["T=900"]), {"T": 20}, {})
     with pytest.raises(ValueError, match="'lr' is on the grid and set besides"):
         read_cells("openmoji", "seda", "head", read_axes("seda", ["lr=1"]), {}, {"lr": 1})

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import shutil
 from collections.abc import Mapping
@@ -11,10 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import safetensors.torch
+from torch import Tensor
 
+from pipeline.evaluation.alignment import measure_alignment
 from pipeline.evaluation.evaluate import evaluate, load_method
 from pipeline.extraction.extract import ExtractOptions
 from pipeline.runtime import plugins
+from pipeline.runtime.device import default_device
 from pipeline.runtime.errors import UserError, is_bug
 from pipeline.runtime.files import lock, sha256, write_atomic
 from pipeline.runtime.runs import REAL_TEXT, RECIPE, RunConfig, RunFolder
@@ -165,9 +167,20 @@ def _publish(home: Path, joint: RunFolder, config: RunConfig) -> RunFolder:
     with lock(run.path, wait=True):
         if not run.is_done:
             run.create(config)
-            weights = safetensors.torch.save(load_joint_weights(joint, "head"))
+            state = load_joint_weights(joint, "head")
+            weights = safetensors.torch.save(state)
             write_atomic(run.path / "checkpoint.safetensors", weights)
             write_atomic(run.path / "history.csv", (joint.path / "history.csv").read_bytes())
-            facts = {**joint.read_done(), "checkpoint_sha256": sha256(weights)}
-            write_atomic(run.path / "done", json.dumps(facts))
+            if "text" in config.caches:
+                run.write_alignment(_measure_alignment(home, config, state, run.seed))
+            run.write_done({**joint.read_done(), "checkpoint_sha256": sha256(weights)})
     return run
+
+
+def _measure_alignment(home: Path, config: RunConfig, state: Mapping[str, Tensor], seed: int) -> dict[str, float]:
+    """Return how near the texts that a joint head generates are to the real ones, both of the tuned encoders."""
+    features = open_features(home, config.dataset, config.method, config.caches, config.text_aggregate)
+    plugin = plugins.get("methods", config.method)
+    method = plugin(configure_run(plugin.Config, config.settings), features.shapes).to(default_device())
+    method.load_state_dict(state)
+    return measure_alignment(method, features.validation_pairs, seed, config.training["precision"])

@@ -98,7 +98,7 @@ def open_prepared_items(inputs: EncoderInputs, path: Path, workers: int, progres
     def chunks() -> TensorChunks:
         batches = [np.arange(start, min(start + CHUNK_ITEMS, len(inputs))) for start in range(0, len(inputs), CHUNK_ITEMS)]
         is_small = len(inputs) < 64 * max(workers, 1)  # preparing takes less time than starting the workers
-        with ProgressBar(total=len(inputs), label=path.stem, unit=" items", show=progress) as bar:
+        with ProgressBar(total=len(inputs), label=f"preparing {path.stem}", unit=" items", show=progress) as bar:
             for batch in prepare_batches(inputs, batches, 0 if is_small else workers):
                 for row, reason in zip(batch.rows, batch.errors, strict=True):
                     if reason:

@@ -149,7 +149,9 @@ def _open_captured_states(
     path = items_path.with_name(f"blocks-{items_path.name}")
 
     def chunks() -> TensorChunks:
-        for chunk in ProgressBar(open_items().split(CHUNK_ITEMS), label=path.stem, show=options.progress, leave=False):
+        for chunk in ProgressBar(
+            open_items().split(CHUNK_ITEMS), label=f"computing {path.stem}", show=options.progress, leave=False
+        ):
             yield partial_encoder.capture(chunk)
 
     states = open_mapped(path, chunks, length)

@@ -14,8 +14,12 @@ from safetensors.torch import load_file
 
 from pipeline.cache import find_caches
 from pipeline.data.manifest import Manifest
-from pipeline.evaluation.evaluate import evaluate
+from pipeline.evaluation.alignment import measure_alignment
+from pipeline.evaluation.evaluate import evaluate, load_method
+from pipeline.runtime import plugins
 from pipeline.runtime.runs import RunFolder
+from pipeline.runtime.settings import configure_run
+from pipeline.training.features import open_features
 from pipeline.training.heads import plan_head, resolve_head_settings, train_head
 from pipeline.training.joint.plan import JointConfig
 
@@ -70,6 +74,21 @@ def test_a_head_that_was_trained_on_alone_is_an_ordinary_run_on_the_same_feature
     assert evaluate(home, outcome.run, "val", {})["metrics"]["acc1"] == outcome.after
     other_rate = JointConfig(train="none", encoder_lr=1e-3)  # a rate of no encoder makes no other run
     assert joint_home.finetune_briefly(home, init, other_rate, epochs="8", lr="1e-2") == outcome
+
+
+@pytest.mark.parametrize("train", ["none", "both"])
+def test_what_is_published_says_how_near_its_texts_are(train: str, home: Path) -> None:
+    """As the heads of stage 2 do; the figures are those of the published weights on the texts of its own caches."""
+    init = joint_home.train_small_head(home, "seda", epochs=1)
+    assert init.read_alignment()
+    run = joint_home.finetune_briefly(home, init, JointConfig(train=train, encoder_lr=1e-3), epochs="8", lr="1e-2").run
+    assert run != init
+    config = run.config()
+    assert (config.caches["text"] == init.config().caches["text"]) == (train == "none")
+    features = open_features(home, "tiny", "seda", config.caches, config.text_aggregate)
+    method = load_method(run, config, configure_run(plugins.get("methods", "seda").Config, config.settings))
+    assert run.read_alignment() == measure_alignment(method, features.validation_pairs, run.seed)
+    assert run.read_alignment() != init.read_alignment()
 
 
 def test_a_fusion_out_of_fold_is_not_trained_jointly(home: Path) -> None:
