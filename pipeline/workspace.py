@@ -62,18 +62,21 @@ class Workspace:
         name: str | None = None,
         image_root: str | Path | None = None,
         verify_media: bool = False,
+        overwrite: bool = False,
         settings: Mapping[str, Any] = NO_SETTINGS,
         **more_settings: Any,
     ) -> PrepareReport:
         """Build and check the manifest of a dataset from its official files: one row per sample.
 
         Args:
-            dataset: A dataset plug-in: "openmoji", …; "table" for data of your own.
-            root: Folder of the official files; None: packaged or fetched files.
+            dataset: A dataset plug-in: "openmoji", …; "table" for data of your own. Or the name of a prepared dataset of your
+                own, which is prepared again from the files as they are now, with the settings of the last time.
+            root: Folder of the official files; None: packaged or fetched files, else those of the last time.
             name: Another name for the dataset in this home, so that it holds several of one plug-in. All other methods and
                 commands take this name then.
             image_root: Folder of the media, when it is not below `root`.
             verify_media: Decode every file once.
+            overwrite: Replace a dataset of this name that was built from other files.
             settings: What `diffalign datasets NAME` lists, as a mapping.
             more_settings: The same as keyword arguments: label_column="species", splits=(80, 10, 10) in percent.
 
@@ -96,6 +99,7 @@ class Workspace:
             name=name or "",
             image_root=Path(image_root) if image_root else None,
             verify_media=verify_media,
+            overwrite=overwrite,
             progress=True,
         )
 
