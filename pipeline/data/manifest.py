@@ -27,7 +27,7 @@ from pipeline.types import SPLITS, Sample
 SCHEMA_VERSION = 1
 DATASET_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 _LONE_SURROGATE = re.compile(r"[\ud800-\udfff]")
-ItemT = TypeVar("ItemT")
+KeyedT = TypeVar("KeyedT")
 _NO_COUNTS: Mapping[str, int] = MappingProxyType({})
 
 
@@ -231,7 +231,7 @@ def _text_key(sample: Sample) -> str:
     return "\n".join(sorted(normalised - {""}))
 
 
-def repeated_keys(items: Sequence[ItemT], key_of: Callable[[ItemT], str]) -> Iterator[tuple[str, int, int]]:
+def repeated_keys(items: Sequence[KeyedT], key_of: Callable[[KeyedT], str]) -> Iterator[tuple[str, int, int]]:
     """Yield (key, first position, this position) each time a key comes again; the key "" is skipped.
 
     Only hashes are held for keys that come once.

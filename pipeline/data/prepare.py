@@ -66,7 +66,7 @@ def prepare(
     Args:
         dataset: name of the dataset's plug-in, or of a dataset in `home`, which is then prepared again as it was, from the files
             as they are now. `settings` are added to those of then.
-        root: folder of the official files; None for a dataset that comes with a package, and for the folder of the last time.
+        root: folder of the official files; None: that of `fetch`, else that of the last time, else a package's.
         home: folder to write to.
         settings: new values for settings of the spec, see `changeable_settings`; for example {"filter": "label",
             "tags_dir": "/data/tags"}.
@@ -121,11 +121,11 @@ def _find_recipe(home: Path, dataset: str, name: str, given: Recipe) -> tuple[st
     last = read_recipe(home, (name or dataset) if is_plugin else dataset)
     if not is_plugin and last:
         name, dataset = name or dataset, last.plugin
-    name = name or dataset
-    if last is None or last.plugin != dataset or given.root is not None:
-        return dataset, name, given._replace(plugin=dataset)
-    if last.root is not None:
-        logger.info("%s is prepared again from %s", name, last.root)
+    name, fetched = name or dataset, download_folder(dataset, home)
+    root = given.root or (fetched if fetched.is_dir() else None)
+    if last is None or last.plugin != dataset or root is not None or (is_plugin and last.root is None):
+        return dataset, name, given._replace(plugin=dataset, root=root)
+    logger.info("%s is prepared again%s", name, f" from {last.root}" if last.root else "")
     settings = {**last.settings, **given.settings}
     return dataset, name, Recipe(dataset, last.root, given.image_root or last.image_root, settings)
 

@@ -95,12 +95,12 @@ def find_columns(spec: Mapping[str, Any], record: Mapping[str, Any], table: Path
     return columns
 
 
-def no_label_column(spec: Mapping[str, Any], record: Mapping[str, Any], table: Path, line: int, why: str) -> UserError:
-    """Return the error for a table without labels: why the folders are no classes, its columns, and the options."""
-    looked_for = ", ".join(column_candidates(spec, "label"))
+def no_label_column(spec: Mapping[str, Any], record: Mapping[str, Any], table: Path, line: int, why: str = "") -> UserError:
+    """Return the error for a table without labels: why the folders are no classes, "" if they may be; its columns, the options."""
+    folders = "" if why else ", or say that the folders of the media are the classes, --set folder_labels=true"
     return line_error(
         table,
         line,
-        f"{why}: the table has no label column ({looked_for}), its columns are: {', '.join(record)}; "
-        "name the one of the labels with --label-column",
+        f"{why + ', and ' if why else ''}the table has no label column ({' or '.join(column_candidates(spec, 'label'))}); its "
+        f"columns are: {', '.join(record)}; name the one of the labels with --label-column{folders}",
     )

@@ -6,7 +6,7 @@ import os
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from pipeline.data.manifest import repeated_keys
 from pipeline.data.readers import line_error
@@ -91,13 +91,13 @@ def _merge_two(first: TableRow, row: TableRow, is_multi: bool) -> TableRow:
 
 
 def label_ids(
-    rows: Sequence[TableRow], kind: str, names: Sequence[str], numbers: str
-) -> tuple[tuple[str, ...], list[tuple[int, ...]]]:
-    """Return the class names, and the sorted label ids of every row.
+    rows: Sequence[TableRow], wanted: str, names: Sequence[str], numbers: str
+) -> tuple[Literal["single", "multi"], tuple[str, ...], list[tuple[int, ...]]]:
+    """Return the kind of labels, the class names, and the sorted label ids of every row.
 
     Args:
         rows: all rows.
-        kind: "single" or "multi"; "single" demands exactly one label in every row.
+        wanted: "single", exactly one label in every row; "multi"; or "auto", what is found.
         names: the given class names; if there are none, the classes follow from the labels.
         numbers: what labels are that are all numbers: "ids" of classes, counted from 0, or "names". "auto": ids, but those
             that leave out most classes are refused.
@@ -105,6 +105,8 @@ def label_ids(
     Raises:
         UserError: with file and line, for a label that is no class, for several where one is due, and for zeros and ones.
     """
+    is_multi = wanted == "multi" or (wanted == "auto" and any(len(set(row.labels)) > 1 for row in rows))
+    kind = "multi" if is_multi else "single"
     written = {label for row in rows for label in row.labels}
     is_numeric = all(_NUMBER.fullmatch(label) for label in written)
     numbered = numbers != "names" and is_numeric and not written <= set(names)
@@ -117,7 +119,7 @@ def label_ids(
         if fault:
             raise line_error(row.file, row.line, fault)
         result.append(tuple(sorted({ids[label] for label in row.labels})))
-    return tuple(classes), result
+    return kind, tuple(classes), result
 
 
 def _label_fault(labels: Sequence[str], kind: str, ids: Collection[str], are_ids: bool) -> str:

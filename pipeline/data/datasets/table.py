@@ -73,21 +73,20 @@ class MediaTable(Dataset):
         entries, positions = _list_entries(found, root) if tables else ([], range(len(found)))
         ids = sample_ids(found)
         rows, kept = merge_rows(found, ids, spec)
-        label_kind = spec["labels"]
-        if label_kind == "auto":
-            label_kind = "multi" if any(len(set(row.labels)) > 1 for row in rows) else "single"
         names_file = [readers.locate(root, [spec["class_names"]], "the list of class names")] if spec["class_names"] else []
         names = [nfc(name) for path in names_file for name in readers.read_names(path)]
-        classes, labels = label_ids(rows, label_kind, names, spec["numbers"])
-        columns = zip(rows, [ids[position] for position in kept], labels, strict=True)
+        label_kind, classes, labels = label_ids(rows, spec["labels"], names, spec["numbers"])
+        columns = zip(rows, (ids[position] for position in kept), labels, strict=True)
         samples = tuple(
             Sample(id, _choose_split(row, id, rows[0], spec), Path(row.media), row.texts, own, row.group)
             for row, id, own in columns
         )
-        task = "singlelabel" if label_kind == "single" else "multilabel"
-        media_type = _media_type(rows) if spec["media"] == "auto" else spec["media"]
         meta = manifest_meta(
-            {**spec, "media_type": media_type, "metrics": {"task": task, "topk": [1, 5]}},
+            {
+                **spec,
+                "media_type": _media_type(rows) if spec["media"] == "auto" else spec["media"],
+                "metrics": {"task": f"{label_kind}label", "topk": [1, 5]},
+            },
             sources=readers.source_hashes([*tables, *names_file], root),
             lists=entries,
             split_rule="as given" if rows[0].split else "by the SHA-256 of group or id",
@@ -186,7 +185,7 @@ def _read_tables(spec: Mapping[str, Any], root: Path, tables: Sequence[Path]) ->
     if example and not spec["folder_labels"]:
         shown = ", ".join(sorted(folders)[:5])
         if len(folders) == 1 or looks_like_splits(folders):
-            raise no_label_column(spec, *example, f"{shown}, the folders of the media, are no classes")
+            raise no_label_column(spec, *example, f"the folders of the media are {shown}, no classes")
         warnings.append(f"the table has no label column: the labels are the {len(folders)} folders of the media: {shown}")
     return rows, warnings
 
@@ -197,7 +196,7 @@ def _check_other_columns(
     """Refuse a table without label column that has columns which may be it; return a warning if one may hold the texts."""
     others = [name for name in record if name not in columns.values() and name not in INDEX_COLUMNS]
     if others and "label" not in columns and not spec["folder_labels"]:
-        raise no_label_column(spec, record, table, line, "are the labels in a column, or the folders of the media")
+        raise no_label_column(spec, record, table, line)
     if others and "text" not in columns:
         looked_for = ", ".join(column_candidates(spec, "text"))
         return [f"{table.name} has no column of texts ({looked_for}); if one of {', '.join(others)} is it, say --text-column"]
