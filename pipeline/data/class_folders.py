@@ -38,18 +38,18 @@ def read_class_folders(spec: Mapping[str, Any], root: Path) -> list[TableRow]:
 
 
 def _walk(folder: Path, above: frozenset[str]) -> Iterator[Path]:
-    """Yield the media files below a folder, sorted; symbolic links to folders are followed, unless they lead round in a circle."""
+    """Yield the media files below a folder, sorted; links to folders are followed, and refused if they form a circle."""
     real = os.path.realpath(folder)
     if real in above:
         raise UserError(f"{folder} is a symbolic link to a folder that it lies in; remove it")
-    entries = sorted(folder.iterdir(), key=lambda entry: entry.name)
-    visible = [entry for entry in entries if not _is_hidden(entry.name)]
-    folders = [entry for entry in visible if entry.is_dir()]
-    for entry in visible:
-        if entry.name.lower().endswith((*IMAGE_SUFFIXES, *VIDEO_SUFFIXES)) and entry not in folders:
-            yield entry
-    for entry in folders:
-        yield from _walk(entry, above | {real})
+    with os.scandir(folder) as found:
+        is_folder = {entry.name: entry.is_dir() for entry in found if not _is_hidden(entry.name)}
+    for name in sorted(is_folder):
+        if name.lower().endswith((*IMAGE_SUFFIXES, *VIDEO_SUFFIXES)) and not is_folder[name]:
+            yield folder / name
+    for name in sorted(is_folder):
+        if is_folder[name]:
+            yield from _walk(folder / name, above | {real})
 
 
 def _is_hidden(name: str) -> bool:

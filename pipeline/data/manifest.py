@@ -101,7 +101,7 @@ class Manifest:
         """Return the path of the sample's media file; one whose name is the same in another Unicode form is found, too.
 
         Raises:
-            UserError: the path leads out of the media root; or a symbolic link on it does, and the folder is not the user's own.
+            UserError: the path leads out of the media root, or a symbolic link on it does in a folder that is not the user's.
         """
         path = media_file(self.media_root, sample.media)
         if self.meta.get("follows_links", False) and not {"..", "/"} & set(sample.media.parts):

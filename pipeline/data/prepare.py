@@ -64,8 +64,8 @@ def prepare(
     The order of checks: parse, schema, counts, leaks between splits, missing media, decoding.
 
     Args:
-        dataset: name of the dataset's plug-in, or of a dataset in `home`, which is then prepared again as it was, from the files
-            as they are now. `settings` are added to those of then.
+        dataset: name of the dataset's plug-in, or of a dataset in `home`, which is then prepared again from the files as they
+            are now; `settings` are added to those of then.
         root: folder of the official files; None: that of `fetch`, else that of the last time, else a package's.
         home: folder to write to.
         settings: new values for settings of the spec, see `changeable_settings`; for example {"filter": "label",

@@ -103,15 +103,19 @@ def _find_existing(root: Path, candidates: Iterable[str]) -> Path | None:
 
 
 def _ignore_case(base: Path, relative: PurePosixPath) -> Path:
-    """Return `base / relative`; for each part that does not exist, take the first entry whose name differs only in case."""
+    """Return `base / relative`; for a part that does not exist, take the first entry that differs in case or Unicode form."""
     path = base
     for part in relative.parts:
         exact = path / part
         if not exact.exists() and path.is_dir():
-            others = sorted(entry for entry in path.iterdir() if entry.name.casefold() == part.casefold())
+            others = sorted(entry for entry in path.iterdir() if _caseless(entry.name) == _caseless(part))
             exact = others[0] if others else exact
         path = exact
     return path
+
+
+def _caseless(name: str) -> str:
+    return unicodedata.normalize("NFC", name).casefold()
 
 
 def raw_lines(path: Path) -> Iterator[tuple[int, bytes]]:
@@ -191,7 +195,7 @@ def looks_like_formula(cell: str) -> bool:
 
 
 def guard_cell(cell: str) -> str:
-    """Return a cell of a CSV file as a spreadsheet may open it: an apostrophe goes before one that it would run as a formula."""
+    """Return a cell of a CSV file that a spreadsheet may open: an apostrophe goes before what it would run as a formula."""
     return f"'{cell}" if looks_like_formula(cell.lstrip("'")) else cell
 
 
@@ -203,7 +207,7 @@ def unguard_cell(cell: str) -> str:
 def media_file(root: Path, media: PurePath) -> Path:
     """Return the path of a media file below a root.
 
-    If there is no file of exactly this name, it is the one whose name is the same in Unicode's form NFC: macOS and some archives
+    If there is no file of exactly this name, it is the one whose name is the same in Unicode's form NFC: macOS, for one, may
     write é as two characters.
     """
     path = root / media

@@ -1,4 +1,4 @@
-"""What a home remembers of how its datasets were prepared: so that one is prepared again by its name, and none is lost to another.
+"""What a home remembers of how its datasets were prepared: each is prepared again by its name, and none is lost to another.
 
 A recipe is the file `<home>/manifests/<dataset>.recipe.json`. It holds paths of this machine, and is no part of any identity.
 """
@@ -49,8 +49,8 @@ def write_recipe(home: Path, dataset: str, recipe: Recipe) -> None:
 def check_not_another(home: Path, manifest: Manifest) -> None:
     """Check that a manifest would not replace one that was built from other files of the user's.
 
-    The same files may have changed or moved: what counts is that the folder of media and one of the lists in it are the same, or
-    that the contents are.
+    The same files may have changed or moved: what counts is that the folder of media and one of the lists in it are the same,
+    or that the contents are.
 
     Raises:
         UserError: names the other one, and the options.

@@ -1,4 +1,4 @@
-"""Read the rows of a user's table, .csv, .jsonl or .parquet, as mappings of columns to values, and find the columns of roles."""
+"""Read the rows of a user's table, .csv, .jsonl or .parquet, as mappings of columns to values, and find the columns."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def find_columns(spec: Mapping[str, Any], record: Mapping[str, Any], table: Path
 
 
 def no_label_column(spec: Mapping[str, Any], record: Mapping[str, Any], table: Path, line: int, why: str = "") -> UserError:
-    """Return the error for a table without labels: why the folders are no classes, "" if they may be; its columns, the options."""
+    """Return the error for a table without labels: why the folders are no classes ("": they may be), columns, options."""
     folders = "" if why else ", or say that the folders of the media are the classes, --set folder_labels=true"
     return line_error(
         table,

@@ -146,7 +146,7 @@ def test_labels_are_in_one_unicode_form_and_negative_ids_are_refused() -> None:
     for cell in ("-1", -1, "[1, -1]", -1.0):
         with pytest.raises(ValueError, match=r"m\.csv, line 1: '-1' is negative"):
             parse_labels(cell, "", TABLE, 1)
-    with pytest.raises(ValueError, match="m.csv, line 1: the label .* is no JSON list; write it as JSON"):
+    with pytest.raises(ValueError, match=r"m\.csv, line 1: the label .* is no JSON list; write it as JSON"):
         parse_labels("['sky', 'sea'", "", TABLE, 1)
 
 

@@ -1,4 +1,4 @@
-"""Symbolic links in a user's own folders are followed, as the Hugging Face hub, DVC and git-annex make them; not in downloads."""
+"""Symbolic links in a user's own folders are followed, as the hub, DVC and git-annex make them; those in downloads are not."""
 
 from __future__ import annotations
 

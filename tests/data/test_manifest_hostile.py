@@ -21,8 +21,8 @@ from pipeline.data.readers import (
     binary_rows,
     csv_rows,
     find_missing_media,
-    locate,
     guard_cell,
+    locate,
     looks_like_formula,
     parse_media_path,
     stripped_lines,
@@ -158,9 +158,7 @@ def test_the_csv_holds_no_formula(tmp_path: Path) -> None:
     assert not any(map(looks_like_formula, cells))
 
 
-@pytest.mark.parametrize(
-    "text", ["../x", "a/../../x", "..\\x", "/x", "C:\\x", "c:/x", "", ".", "a\x00b", "x" * 1025]
-)
+@pytest.mark.parametrize("text", ["../x", "a/../../x", "..\\x", "/x", "C:\\x", "c:/x", "", ".", "a\x00b", "x" * 1025])
 def test_refused_media_paths(tmp_path: Path, text: str) -> None:
     with pytest.raises(ValueError, match=r"list\.txt, line 7: the path"):
         parse_media_path(text, tmp_path / "list.txt", 7)

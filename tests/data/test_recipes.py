@@ -17,7 +17,9 @@ from pipeline.data.recipes import read_recipe, recipe_path
 
 def make_photos(root: Path, *kinds: str, number: int = 20) -> Path:
     make_empty_files(root, *(f"{i}.jpg" for i in range(number)))
-    rows = [{"file_name": f"{i}.jpg", "label": kinds[i % len(kinds)], "text": f"{kinds[i % len(kinds)]} {i}"} for i in range(number)]
+    rows = [
+        {"file_name": f"{i}.jpg", "label": kinds[i % len(kinds)], "text": f"{kinds[i % len(kinds)]} {i}"} for i in range(number)
+    ]
     write_csv(root / "photos.csv", rows)
     return root
 
@@ -31,8 +33,8 @@ def test_another_table_does_not_replace_one_of_the_same_name(tmp_path: Path) -> 
     prepare("table", first, home, COLUMNS)
     files = {path: path.read_bytes() for path in (home / "manifests").iterdir()}
     refused = (
-        rf"home holds another dataset named 'table': 20 samples of table, photos\.csv in {first}; give this one a name of its own, "
-        "--name NAME, or put it in the place of that one, --overwrite"
+        rf"home holds another dataset named 'table': 20 samples of table, photos\.csv in {first}; "
+        "give this one a name of its own, --name NAME, or put it in the place of that one, --overwrite"
     )
     with pytest.raises(da.UserError, match=refused):
         prepare("table", second, home, COLUMNS)
@@ -41,8 +43,8 @@ def test_another_table_does_not_replace_one_of_the_same_name(tmp_path: Path) -> 
     assert read_manifest(home, "table").class_names == ("dog", "one")
     assert read_manifest(home, "two").class_names == ("dog", "two")
     with pytest.raises(da.UserError, match="another dataset named 'two'"):
-        da.Workspace(home).prepare("table", first, name="two", **COLUMNS)
-    da.Workspace(home).prepare("table", first, name="two", overwrite=True, **COLUMNS)
+        da.Workspace(home).prepare("table", first, name="two", settings=COLUMNS)
+    da.Workspace(home).prepare("table", first, name="two", overwrite=True, settings=COLUMNS)
     assert read_manifest(home, "two").class_names == ("dog", "one")
 
 
@@ -82,7 +84,7 @@ def test_the_same_table_may_change_and_move(tmp_path: Path) -> None:
 def test_an_own_dataset_is_prepared_again_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     root, ws = make_photos(tmp_path / "root", "cat", "dog"), da.Workspace(tmp_path / "home")
     monkeypatch.chdir(tmp_path)
-    ws.prepare("table", "root", name="photos", splits=(50, 25, 25), **COLUMNS)
+    ws.prepare("table", "root", name="photos", splits=(50, 25, 25), settings=COLUMNS)
     first = ws.manifest("photos")
     monkeypatch.chdir("/")
     for again in (lambda: ws.prepare("photos"), lambda: ws.prepare("table", name="photos")):
@@ -107,7 +109,7 @@ def test_settings_of_a_package_are_not_kept_and_a_broken_recipe_is_none(tmp_path
     ws.prepare("openmoji", aggregate="first")
     ws.prepare("openmoji")
     assert ws.manifest("openmoji").meta["text"]["aggregate"] != "first"
-    ws.prepare("table", make_photos(tmp_path / "root", "a", "b"), **COLUMNS)
+    ws.prepare("table", make_photos(tmp_path / "root", "a", "b"), settings=COLUMNS)
     recipe = read_recipe(ws.home, "table")
     assert recipe is not None
     assert (recipe.plugin, recipe.root, recipe.settings) == ("table", tmp_path / "root", COLUMNS)

@@ -11,7 +11,7 @@ are names, or ids from 0 if all of them are numbers and not all are class names;
 gaps. Several labels are a list, or are separated by `label_separator`. Texts are one text, or a list of texts. Lists are
 written as JSON, as Python or as NumPy does. The id is a column, else the media path without its ending, which stays where two
 files would have the same id. Rows of one id are refused, or are one sample with `merge_rows`. The default column names are
-those of a manifest, so the CSV copy of a manifest is such a table. Names of classes and files are compared in Unicode's form NFC.
+those of a manifest, so the CSV copy of a manifest is such a table. Names of classes and files are compared in the form NFC.
 The split is a column, else the split folder (train, training, val, valid, validation, dev, test, testing), else it follows
 from the SHA-256 of the group (or of the id, if there is no group) and the percentages `splits`; the manifest's meta says which.
 `val_percent` moves a share of the training samples to validation, by a hash, too. Symbolic links are followed. Refused, with
@@ -27,8 +27,8 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.data import readers, splits
-from pipeline.data.class_folders import VIDEO_SUFFIXES, read_class_folders
 from pipeline.data.cells import SPLIT_ALIASES, looks_like_splits, nfc, parse_labels, parse_name, parse_split, parse_texts
+from pipeline.data.class_folders import VIDEO_SUFFIXES, read_class_folders
 from pipeline.data.dataset import Dataset
 from pipeline.data.manifest import Manifest, check_manifest
 from pipeline.data.spec import held_out_percent, manifest_meta, required_counts
@@ -170,7 +170,7 @@ def _read_tables(spec: Mapping[str, Any], root: Path, tables: Sequence[Path]) ->
     rows: list[TableRow] = []
     warnings: list[str] = []
     folders: set[str] = set()  # that are labels
-    example: Any = ()  # a row of a table without label column
+    example: tuple[Mapping[str, Any], Path, int] | None = None  # a row of a table without label column
     for table in tables:
         prefix = "" if spec["file"] or table.parent == root else f"{table.parent.relative_to(root).as_posix()}/"
         columns: dict[str, str] = {}
@@ -181,7 +181,7 @@ def _read_tables(spec: Mapping[str, Any], root: Path, tables: Sequence[Path]) ->
             rows.append(_read_row(spec, record, columns, prefix, table, line))
             if "label" not in columns:
                 folders.update(rows[-1].labels)
-                example = (record, table, line)
+                example = record, table, line
     if example and not spec["folder_labels"]:
         shown = ", ".join(sorted(folders)[:5])
         if len(folders) == 1 or looks_like_splits(folders):

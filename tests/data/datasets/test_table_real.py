@@ -75,7 +75,9 @@ def test_what_is_taken_for_labels_or_left_out_is_said(tmp_path: Path) -> None:
     assert "all samples are of one class, 'x': a head has nothing to learn" in warnings
 
 
-@pytest.mark.parametrize("folders", [("training_set", "test_set"), ("seg_train", "seg_test", "seg_pred"), ("train2017", "val2017")])
+@pytest.mark.parametrize(
+    "folders", [("training_set", "test_set"), ("seg_train", "seg_test", "seg_pred"), ("train2017", "val2017")]
+)
 def test_folders_that_look_like_splits_are_no_classes_of_a_tree(tmp_path: Path, folders: tuple[str, ...]) -> None:
     make_empty_files(tmp_path, *(f"{folder}/{kind}/{i}.jpg" for folder in folders for kind in ("a", "b") for i in range(2)))
     with pytest.raises(ValueError, match="look like splits and not like classes: call the splits train, val and test"):
@@ -146,7 +148,8 @@ def test_names_are_compared_in_one_unicode_form(tmp_path: Path) -> None:
         assert [path.name for path in found] == [f"{nfd}.jpg", "plain.jpg", f"{mixed}-2.jpg"]
         assert all(path.is_file() for path in found)
     (tmp_path / "names.txt").write_text(f"other\n{nfd}\n", encoding="utf-8")
-    built = build(tmp_path / "media", file="m.csv", label_column="catégorie", class_names="../names.txt")
+    (tmp_path / "media" / "m.csv").rename(tmp_path / "media" / f"{nfd}.csv")
+    built = build(tmp_path / "media", file=f"{nfc}.csv", label_column="catégorie", class_names="../names.txt")
     assert [sample.labels for sample in built.samples] == [(1,), (1,), (0,)]
 
 
@@ -174,7 +177,9 @@ def test_class_folders_of_both_unicode_forms_are_one_class(tmp_path: Path) -> No
 def test_ids_tell_files_apart(tmp_path: Path, media: list[str], ids: list[str]) -> None:
     write_csv(tmp_path / "m.csv", [{"file_name": name, "label": "x", "text": name} for name in media])
     built = build(tmp_path, file="m.csv", media="image")
-    assert [(sample.id, sample.texts) for sample in built.samples] == [(id, (name,)) for id, name in zip(ids, media, strict=True)]
+    assert [(sample.id, sample.texts) for sample in built.samples] == [
+        (id, (name,)) for id, name in zip(ids, media, strict=True)
+    ]
     make_empty_files(tmp_path / "tree", *(f"{kind}/{name}" for kind in ("p", "q") for name in ("1.png", "1.jpg", "2.png")))
     assert [sample.id for sample in build(tmp_path / "tree").samples if sample.labels == (0,)] == ["p/1.jpg", "p/1.png", "p/2"]
 
@@ -207,7 +212,9 @@ def test_rows_of_one_sample_must_agree(tmp_path: Path) -> None:
     changes = {"label": "b", "split": "test", "group_id": "h", "file_name": "2.jpg"}
     for column, value in changes.items():
         write_csv(tmp_path / "m.csv", [row, {**row, "text": "two", column: value}])
-        with pytest.raises(ValueError, match=r"m\.csv, line 3: has the (labels|split|group|file) .*, but m\.csv, line 2, of the"):
+        with pytest.raises(
+            ValueError, match=r"m\.csv, line 3: has the (labels|split|group|file) .*, but m\.csv, line 2, of the"
+        ):
             build(tmp_path, file="m.csv", merge_rows=True)
     write_csv(tmp_path / "m.csv", [row, {**row, "label": "b"}, {**row, "label": "a"}])  # one row per label
     with pytest.raises(ValueError, match="several labels of one sample: --set labels=multi"):
@@ -215,7 +222,7 @@ def test_rows_of_one_sample_must_agree(tmp_path: Path) -> None:
     built = build(tmp_path, file="m.csv", merge_rows=True, labels="multi")
     assert [(s.texts, s.labels) for s in built.samples] == [(("one",), (0, 1))]
     write_csv(tmp_path / "m.csv", [row, {**row, "file_name": "2.jpg"}])
-    with pytest.raises(ValueError, match="'s' repeats the id of .*another file has it; name a column .* --set id_column=NAME"):
+    with pytest.raises(ValueError, match=r"'s' repeats the id of .*another file has it; name a column .* --set id_column=NAME"):
         build(tmp_path, file="m.csv")
 
 
@@ -251,7 +258,9 @@ def test_numbers_with_huge_gaps_are_asked_about(tmp_path: Path, written: tuple[i
 def test_zeros_and_ones_of_all_classes_are_not_taken_for_ids(tmp_path: Path) -> None:
     marks = np.random.default_rng(0).integers(0, 2, (6, 5))
     pd.DataFrame({"file_name": [f"{i}.jpg" for i in range(6)], "label": list(marks)}).to_csv(tmp_path / "m.csv", index=False)
-    with pytest.raises(ValueError, match=r"m\.csv, line 2: the labels [01, ]+ are zeros and ones of all classes; write the ids"):
+    with pytest.raises(
+        ValueError, match=r"m\.csv, line 2: the labels [01, ]+ are zeros and ones of all classes; write the ids"
+    ):
         build(tmp_path, file="m.csv", labels="multi")
     ids = [np.flatnonzero(row).tolist() for row in marks]
     pd.DataFrame({"file_name": [f"{i}.jpg" for i in range(6)], "label": ids}).to_csv(tmp_path / "m.csv", index=False)
@@ -270,7 +279,9 @@ def test_whole_floats_of_pandas_are_ids(tmp_path: Path) -> None:
 
 
 def test_texts_that_recur_are_a_warning_of_a_table_and_refused_on_demand(tmp_path: Path) -> None:
-    rows = [{"file_name": f"{split}.jpg", "label": split, "text": "a photo", "split": split} for split in ("train", "val", "test")]
+    rows = [
+        {"file_name": f"{split}.jpg", "label": split, "text": "a photo", "split": split} for split in ("train", "val", "test")
+    ]
     write_jsonl(tmp_path / "metadata.jsonl", rows)
     make_empty_files(tmp_path, *(row["file_name"] for row in rows))
     report = prepare("table", tmp_path, tmp_path / "home", {})
@@ -279,9 +290,9 @@ def test_texts_that_recur_are_a_warning_of_a_table_and_refused_on_demand(tmp_pat
         prepare("table", tmp_path, tmp_path / "home", {"texts_recur": "false"})
 
 
-@pytest.mark.parametrize("percent", [10, 25, 50])
+@pytest.mark.parametrize("percent", [10, 50])
 def test_val_percent_holds_out_of_dealt_training_samples_too(tmp_path: Path, percent: int) -> None:
-    rows = [{"file_name": f"{i}.jpg", "label": "x", "group_id": f"g{i // 2}"} for i in range(8000)]
+    rows = [{"file_name": f"{i}.jpg", "label": "x", "group_id": f"g{i // 2}"} for i in range(4000)]
     write_csv(tmp_path / "m.csv", rows)
     splits: dict[str, Any] = {"splits": {"train": 80, "val": 0, "test": 20}}
     for options in ({}, splits):
@@ -289,7 +300,7 @@ def test_val_percent_holds_out_of_dealt_training_samples_too(tmp_path: Path, per
         moved = Counter((a.split, b.split) for a, b in zip(dealt.samples, built.samples, strict=True) if a.split != b.split)
         assert set(moved) == {("train", "val")}
         num_train = sum(sample.split == "train" for sample in dealt.samples)
-        assert abs(moved["train", "val"] / num_train - percent / 100) < 0.03  # 4 standard deviations of 2,400 groups and more
+        assert abs(moved["train", "val"] / num_train - percent / 100) < 0.06  # 4 standard deviations of 1,200 groups
         splits_of_group: dict[str, set[str]] = {}
         for before, after in zip(dealt.samples, built.samples, strict=True):
             splits_of_group.setdefault(after.group, set()).add(after.split)
@@ -302,6 +313,7 @@ def test_the_case_of_a_json_list_in_a_csv_of_a_spreadsheet(tmp_path: Path) -> No
     make_empty_files(tmp_path, "0.png", "1.png")
     texts = [["a cat", "a sleeping cat"], ["a dog"]]
     frame = pd.DataFrame({"media_path": ["0.png", "1.png"], "label": ["cat", "dog"], "texts": texts})
-    for how in (frame, frame.assign(texts=[np.array(each) for each in texts]), frame.assign(texts=list(map(json.dumps, texts)))):
-        how.to_csv(tmp_path / "m.csv")  # with pandas' column of row numbers
+    for how in (list, np.array, json.dumps):
+        frame["texts"] = pd.Series(list(map(how, texts)))
+        frame.to_csv(tmp_path / "m.csv")  # with pandas' column of row numbers
         assert [sample.texts for sample in build(tmp_path, file="m.csv").samples] == [tuple(each) for each in texts]
