@@ -34,7 +34,7 @@ check: setup ## ruff, formatting, types, import contracts
 	$(RUN)pyright
 	$(RUN)lint-imports
 
-extract: setup ## stage 1: make extract DATASET=nuswide
+extract: setup ## stage 1: make extract DATASET=openmoji, or a dataset of your own that was prepared once with its --root
 	$(RUN)diffalign prepare $(DATASET)
 	$(RUN)diffalign extract $(DATASET) $(ARGS)
 

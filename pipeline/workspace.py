@@ -62,18 +62,19 @@ class Workspace:
         name: str | None = None,
         image_root: str | Path | None = None,
         verify_media: bool = False,
+        overwrite: bool = False,
         settings: Mapping[str, Any] = NO_SETTINGS,
         **more_settings: Any,
     ) -> PrepareReport:
         """Build and check the manifest of a dataset from its official files: one row per sample.
 
         Args:
-            dataset: A dataset plug-in: "openmoji", …; "table" for data of your own.
-            root: Folder of the official files; None: packaged or fetched files.
-            name: Another name for the dataset in this home, so that it holds several of one plug-in. All other methods and
-                commands take this name then.
+            dataset: A dataset plug-in: "openmoji", …; "table" for data of your own. Or a prepared dataset's name: do it again.
+            root: Folder of the official files; None: packaged or fetched ones, else the files and settings of the last time.
+            name: Another name for the dataset in this home, which then holds several; everything takes this name then.
             image_root: Folder of the media, when it is not below `root`.
             verify_media: Decode every file once.
+            overwrite: Replace a dataset of this name that was built from other files.
             settings: What `diffalign datasets NAME` lists, as a mapping.
             more_settings: The same as keyword arguments: label_column="species", splits=(80, 10, 10) in percent.
 
@@ -83,19 +84,17 @@ class Workspace:
         Raises:
             UserError: names file and line, or what is missing and the remedy.
         """
-        from pipeline.data.fetch import download_folder
         from pipeline.data.prepare import prepare
 
-        fetched = download_folder(dataset, self.home)
-        source = Path(root) if root else fetched if fetched.is_dir() else None
         return prepare(
             dataset,
-            source,
+            Path(root) if root else None,
             self.home,
             {key: setting_text(value) for key, value in merge_settings(settings, more_settings).items()},
             name=name or "",
             image_root=Path(image_root) if image_root else None,
             verify_media=verify_media,
+            overwrite=overwrite,
             progress=True,
         )
 

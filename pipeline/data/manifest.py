@@ -14,12 +14,12 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.data.readers import LINE_LIMIT, UNPRINTABLE, looks_like_formula
+from pipeline.data.readers import LINE_LIMIT, UNPRINTABLE, media_file
 from pipeline.runtime.errors import UserError
 from pipeline.runtime.files import canonical_json
 from pipeline.types import SPLITS, Sample
@@ -27,6 +27,7 @@ from pipeline.types import SPLITS, Sample
 SCHEMA_VERSION = 1
 DATASET_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 _LONE_SURROGATE = re.compile(r"[\ud800-\udfff]")
+KeyedT = TypeVar("KeyedT")
 _NO_COUNTS: Mapping[str, int] = MappingProxyType({})
 
 
@@ -97,12 +98,15 @@ class Manifest:
         return [sample for sample in self.samples if sample.split == name]
 
     def media_path(self, sample: Sample) -> Path:
-        """Return the path of the sample's media file.
+        """Return the path of the sample's media file; one whose name is the same in another Unicode form is found, too.
 
         Raises:
-            UserError: the path, or a symbolic link on it, leads out of the media root.
+            UserError: the path leads out of the media root, or a symbolic link on it does in a folder that is not the user's.
         """
-        path = (self.media_root / sample.media).resolve()
+        path = media_file(self.media_root, sample.media)
+        if self.meta.get("follows_links", False) and not {"..", "/"} & set(sample.media.parts):
+            return path
+        path = path.resolve()
         if not path.is_relative_to(self.media_root.resolve()):
             raise UserError(f"{sample.media.as_posix()} of sample {sample.id!r} leads out of the media folder")
         return path
@@ -152,7 +156,7 @@ def _check_schema(manifest: Manifest) -> None:
     for position, sample in enumerate(manifest.samples):
         if problem := _row_problem(sample, manifest):
             raise _row_error(manifest, position, problem)
-    for _, first, second in _repeated_keys(manifest.samples, lambda sample: sample.id):
+    for _, first, second in repeated_keys(manifest.samples, lambda sample: sample.id):
         raise _row_error(manifest, second, f"repeats the id of {manifest.source_location(first)}")
 
 
@@ -167,8 +171,8 @@ def _row_problem(sample: Sample, manifest: Manifest) -> str:
     if not sample.id:
         return "the id is empty"
     cells = (sample.id, media, sample.group)
-    if any(map(UNPRINTABLE.search, cells)) or any(map(looks_like_formula, cells)):
-        return "id, media path or group hold control characters, or would be run as a formula by a spreadsheet"
+    if any(map(UNPRINTABLE.search, cells)):
+        return "id, media path or group hold control characters"
     free_texts = (*sample.texts, manifest.extra.get(sample.id, ""))
     if max(*map(len, cells), sum(map(len, free_texts)) + 4 * len(free_texts)) > LINE_LIMIT:  # all texts share one CSV cell
         return f"a field has more than {LINE_LIMIT} characters"
@@ -194,7 +198,7 @@ def _label_problem(sample: Sample, manifest: Manifest) -> str:
 
 def _check_leaks(manifest: Manifest, key_of: Callable[[Sample], str], what: str) -> None:
     """Check that samples with the same key are in one split; samples with the key "" are not checked."""
-    for key, first, second in _repeated_keys(manifest.samples, key_of):
+    for key, first, second in repeated_keys(manifest.samples, key_of):
         sample, other = manifest.samples[second], manifest.samples[first]
         if other.split != sample.split:
             there = f"sample {other.id[:80]!r} of it is in {other.split} ({manifest.source_location(first)})"
@@ -227,17 +231,17 @@ def _text_key(sample: Sample) -> str:
     return "\n".join(sorted(normalised - {""}))
 
 
-def _repeated_keys(samples: Sequence[Sample], key_of: Callable[[Sample], str]) -> Iterator[tuple[str, int, int]]:
+def repeated_keys(items: Sequence[KeyedT], key_of: Callable[[KeyedT], str]) -> Iterator[tuple[str, int, int]]:
     """Yield (key, first position, this position) each time a key comes again; the key "" is skipped.
 
     Only hashes are held for keys that come once.
     """
-    hashes = np.fromiter((hash(key_of(sample)) for sample in samples), np.int64, len(samples))
+    hashes = np.fromiter((hash(key_of(item)) for item in items), np.int64, len(items))
     order = np.argsort(hashes, kind="stable")
     same = hashes[order][1:] == hashes[order][:-1]
     first: dict[str, int] = {}
     for position in np.unique(np.concatenate([order[1:][same], order[:-1][same]])).tolist():
-        key = key_of(samples[position])
+        key = key_of(items[position])
         if key and first.setdefault(key, position) != position:
             yield key, first[key], position
 

@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 
 from pipeline.data import spec as specs
 from pipeline.data.manifest import DATASET_NAME, SCHEMA_VERSION, Manifest, check_manifest, prepare_command, split_counts
+from pipeline.data.readers import guard_cell
 from pipeline.runtime.errors import UserError
 from pipeline.runtime.files import write_atomic, written_aside
 from pipeline.types import SPLITS, Sample
@@ -206,10 +207,11 @@ def _class_counts(manifest: Manifest) -> dict[str, dict[str, int]]:
 
 
 def _csv_cells(row: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a row as CSV cells: lists and booleans become JSON, null becomes an empty cell."""
+    """Return a row as CSV cells that a spreadsheet may open: lists and booleans become JSON, null becomes an empty cell."""
     lists = {name: json.dumps(row[name], ensure_ascii=False) for name in ("label_ids", "texts")}
     media_ok = "" if row["media_ok"] is None else json.dumps(row["media_ok"])
-    return {**row, **lists, "group_id": row["group_id"] or "", "media_ok": media_ok}
+    names = {name: guard_cell(row[name] or "") for name in ("sample_id", "media_path", "group_id")}
+    return {**row, **lists, **names, "media_ok": media_ok}
 
 
 def _indented_json(value: Any) -> str:

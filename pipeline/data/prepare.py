@@ -5,6 +5,7 @@ The counts are compared with the published ones, and every media file is looked 
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -12,10 +13,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from pipeline.data.fetch import download_folder
 from pipeline.data.manifest import DATASET_NAME, Manifest, found_counts, recurring_texts, split_counts
 from pipeline.data.manifest_files import write_manifest
 from pipeline.data.media import open_frames, open_image
 from pipeline.data.readers import find_missing_media
+from pipeline.data.recipes import Recipe, check_not_another, read_recipe, write_recipe
 from pipeline.data.spec import load_spec
 from pipeline.runtime import plugins
 from pipeline.runtime.choices import unknown_choice
@@ -23,6 +26,8 @@ from pipeline.runtime.errors import UserError
 from pipeline.runtime.files import file_sha256, write_atomic
 from pipeline.runtime.logs import ProgressBar
 from pipeline.types import Sample
+
+logger = logging.getLogger(__name__)
 
 TEXT_OPTIONS = ("aggregate", "sep", "empty")  # settings in the `text` part of a spec
 MAX_COMPARED_BYTES = 2**30  # of media files that may be copies of each other; more take too long to read
@@ -51,6 +56,7 @@ def prepare(
     name: str = "",
     image_root: Path | None = None,
     verify_media: bool = False,
+    overwrite: bool = False,
     progress: bool = False,
 ) -> PrepareReport:
     """Build, check and write the manifest of a dataset from the official files in `root`.
@@ -58,26 +64,33 @@ def prepare(
     The order of checks: parse, schema, counts, leaks between splits, missing media, decoding.
 
     Args:
-        dataset: name of the dataset's plug-in.
-        root: folder of the official files; None for a dataset that comes with a package.
+        dataset: name of the dataset's plug-in, or of a dataset in `home`, which is then prepared again from the files as they
+            are now; `settings` are added to those of then.
+        root: folder of the official files; None: that of `fetch`, else that of the last time, else a package's.
         home: folder to write to.
         settings: new values for settings of the spec, see `changeable_settings`; for example {"filter": "label",
             "tags_dir": "/data/tags"}.
         name: name of the dataset in `home`, so that a home holds several datasets of one plug-in; "": the plug-in's name.
         image_root: folder of the media, if it is not in its usual place below `root`.
         verify_media: whether to decode every media file once.
+        overwrite: whether to replace a dataset of the same name that was built from other files of the user's.
         progress: whether to show a progress bar.
 
     Raises:
         UserError: names file and line, or what is missing and the remedy.
     """
-    spec = apply_settings(load_spec(dataset), settings)
-    if image_root is not None:
-        spec = _with_image_root(spec, image_root)
+    dataset, name, recipe = _find_recipe(home, dataset, name, Recipe(dataset, root, image_root, settings))
+    spec = apply_settings(load_spec(dataset), recipe.settings)
+    if recipe.image_root is not None:
+        spec = _with_image_root(spec, recipe.image_root)
     _check_own_name(name, dataset)
-    manifest = plugins.get("datasets", dataset)().build(spec, root)
-    if name not in ("", dataset):
-        manifest = replace(manifest, dataset=name, meta={**manifest.meta, "plugin": dataset})
+    manifest = plugins.get("datasets", dataset)().build({**spec, "name": name}, recipe.root)
+    own = {"plugin": dataset} if name != dataset else {}
+    is_users = recipe.root is not None and not recipe.root.absolute().is_relative_to(download_folder(dataset, home).absolute())
+    own |= {"follows_links": True} if is_users else {}
+    manifest = replace(manifest, dataset=name, meta={**manifest.meta, **own})
+    if is_users and not overwrite:
+        check_not_another(home, manifest)
     counts, differences = _compare_counts(manifest, spec)
     missing_list = home / "manifests" / f"{manifest.dataset}.missing.txt"
     manifest, num_missing = _leave_out_missing(manifest, missing_list, spec["allow_missing"])
@@ -89,8 +102,10 @@ def prepare(
     undecodable = _find_undecodable(manifest, progress) if verify_media else {}
     if verify_media:
         manifest = replace(manifest, media_ok={sample.id: i not in undecodable for i, sample in enumerate(manifest.samples)})
+    path = write_manifest(manifest, home)
+    write_recipe(home, name, recipe)
     return PrepareReport(
-        path=write_manifest(manifest, home),
+        path=path,
         fingerprint=manifest.fingerprint(),
         counts=tuple(counts),
         warnings=(*manifest.meta.get("warnings", ()), *differences, *copies, *_warn_about_splits(manifest, num_recurring)),
@@ -100,9 +115,24 @@ def prepare(
     )
 
 
+def _find_recipe(home: Path, dataset: str, name: str, given: Recipe) -> tuple[str, str, Recipe]:
+    """Return the plug-in, the name of the dataset, and what to prepare it from: what is given, completed by the last time."""
+    is_plugin = dataset in plugins.names("datasets")
+    last = read_recipe(home, (name or dataset) if is_plugin else dataset)
+    if not is_plugin and last:
+        name, dataset = name or dataset, last.plugin
+    name, fetched = name or dataset, download_folder(dataset, home)
+    root = given.root or (fetched if fetched.is_dir() else None)
+    if last is None or last.plugin != dataset or root is not None or (is_plugin and last.root is None):
+        return dataset, name, given._replace(plugin=dataset, root=root)
+    logger.info("%s is prepared again%s", name, f" from {last.root}" if last.root else "")
+    settings = {**last.settings, **given.settings}
+    return dataset, name, Recipe(dataset, last.root, given.image_root or last.image_root, settings)
+
+
 def _check_own_name(name: str, dataset: str) -> None:
     """Refuse a name that cannot be one of files, or that is another plug-in's."""
-    if name and not DATASET_NAME.fullmatch(name):
+    if not DATASET_NAME.fullmatch(name):
         raise UserError(f"--name {name!r} may hold only letters, digits, '_', '-' and '.'")
     if name != dataset and name in plugins.names("datasets"):
         raise UserError(f"--name {name!r} is a dataset of its own: choose another name for what {dataset} builds")
@@ -213,7 +243,8 @@ def _leave_out_missing(manifest: Manifest, missing_list: Path, allow: bool) -> t
         UserError: media files are missing and that is not allowed, or all are missing.
     """
     media = (sample.media.as_posix() for sample in manifest.samples)
-    missing = find_missing_media(manifest.media_root, media, manifest.source_location)
+    follows_links = manifest.meta.get("follows_links", False)
+    missing = find_missing_media(manifest.media_root, media, manifest.source_location, follows_links)
     if not missing:
         missing_list.unlink(missing_ok=True)
         return manifest, 0
@@ -221,8 +252,10 @@ def _leave_out_missing(manifest: Manifest, missing_list: Path, allow: bool) -> t
     write_atomic(missing_list, "\n".join(lines) + "\n")
     share = f"{len(missing)} of {len(manifest.samples)} media files of {manifest.dataset} are missing"
     if not allow:
+        broken = sum((manifest.media_root / manifest.samples[position].media).is_symlink() for position in missing)
+        links = f", {broken} of them links to nothing (get the files: git annex get, dvc pull)" if broken else ""
         raise UserError(
-            f"{share} below {manifest.media_root}, the first of {lines[0]}; {missing_list} lists them. "
+            f"{share} below {manifest.media_root}{links}, the first of {lines[0]}; {missing_list} lists them. "
             "Say where they are with --image-root, or leave these samples out with --allow-missing"
         )
     if len(missing) == len(manifest.samples):
@@ -265,11 +298,11 @@ def _warn_about_copies(manifest: Manifest) -> list[str]:
     """
     by_size: dict[int, list[Sample]] = {}
     for sample in manifest.samples:
-        by_size.setdefault((manifest.media_root / sample.media).stat().st_size, []).append(sample)
+        by_size.setdefault(manifest.media_path(sample).stat().st_size, []).append(sample)
     alike = {size: same for size, same in by_size.items() if {"train"} < {sample.split for sample in same}}
     if sum(size * len(same) for size, same in alike.items()) > MAX_COMPARED_BYTES:
         return []
-    digest = {sample.id: file_sha256(manifest.media_root / sample.media) for same in alike.values() for sample in same}
+    digest = {sample.id: file_sha256(manifest.media_path(sample)) for same in alike.values() for sample in same}
     candidates = [sample for same in alike.values() for sample in same]
     originals = {digest[sample.id]: sample.id for sample in candidates if sample.split == "train"}
     copies = [sample for sample in candidates if sample.split != "train" and digest[sample.id] in originals]
@@ -297,6 +330,6 @@ def _warn_about_splits(manifest: Manifest, num_recurring: int) -> list[str]:
     if num_recurring:
         warnings.append(
             f"{num_recurring} of {sizes['test']} test samples have the texts of a training sample, as texts_recur: true allows;"
-            " a score that reads test texts is flattered by them, one that reads images alone is not"
+            " a score that reads test texts is flattered by them, one that reads images alone, as of all methods, is not"
         )
     return warnings

@@ -7,8 +7,10 @@ import errno
 import os
 import re
 import stat
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from pathlib import Path, PurePosixPath
+import unicodedata
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import lru_cache
+from pathlib import Path, PurePath, PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -63,7 +65,7 @@ def locate(root: Path, candidates: Sequence[str], what: str) -> Path:
         what: what is looked for, for the message.
 
     Raises:
-        UserError: no candidate exists (the message lists all places), or it is a symbolic link that leads elsewhere.
+        UserError: no candidate exists; the message lists all places.
     """
     found = _find_existing(root, candidates)
     if not found:
@@ -91,28 +93,29 @@ def locate_all(folder: Path, wanted: Sequence[Sequence[str]], what: str) -> list
 
 
 def _find_existing(root: Path, candidates: Iterable[str]) -> Path | None:
-    """Return the first candidate that exists, or None; raise `UserError` for a symbolic link that leads elsewhere."""
+    """Return the first candidate that exists, or None."""
     for candidate in candidates:
         base = root.parent if candidate.startswith("../") else root
         path = _ignore_case(base, PurePosixPath(candidate.removeprefix("../")))
         if path.is_file() or path.is_dir():
-            anchor = path.parent if PurePosixPath(candidate).is_absolute() else base
-            if not path.resolve().is_relative_to(anchor.resolve()):
-                raise UserError(f"{path} is a symbolic link that leads out of {anchor}; give its real place instead")
             return path
     return None
 
 
 def _ignore_case(base: Path, relative: PurePosixPath) -> Path:
-    """Return `base / relative`; for each part that does not exist, take the first entry whose name differs only in case."""
+    """Return `base / relative`; for a part that does not exist, take the first entry that differs in case or Unicode form."""
     path = base
     for part in relative.parts:
         exact = path / part
         if not exact.exists() and path.is_dir():
-            others = sorted(entry for entry in path.iterdir() if entry.name.casefold() == part.casefold())
+            others = sorted(entry for entry in path.iterdir() if _caseless(entry.name) == _caseless(part))
             exact = others[0] if others else exact
         path = exact
     return path
+
+
+def _caseless(name: str) -> str:
+    return unicodedata.normalize("NFC", name).casefold()
 
 
 def raw_lines(path: Path) -> Iterator[tuple[int, bytes]]:
@@ -172,8 +175,7 @@ def parse_media_path(text: str, path: Path, line: int) -> str:
     """Return a media path from a list as a relative POSIX path.
 
     Raises:
-        UserError: with file and line, if the path is absolute, empty or too long, contains '..' or unprintable characters, or
-            looks like a formula.
+        UserError: with file and line, if the path is absolute, empty or too long, or contains '..' or unprintable characters.
     """
     posix = text.replace("\\", "/")
     parts = [part for part in posix.split("/") if part not in ("", ".")]
@@ -182,10 +184,8 @@ def parse_media_path(text: str, path: Path, line: int) -> str:
         raise line_error(path, line, f"the path {shown} is longer than {_PATH_LIMIT} characters")
     if posix.startswith("/") or _DRIVE.match(posix):
         raise line_error(path, line, f"the path {shown} is absolute; paths are relative to the media folder")
-    if ".." in parts or not parts or UNPRINTABLE.search(posix) or looks_like_formula(posix):
-        raise line_error(
-            path, line, f"the path {shown} holds '..' or unprintable characters, is empty, or looks like a formula"
-        )
+    if ".." in parts or not parts or UNPRINTABLE.search(posix):
+        raise line_error(path, line, f"the path {shown} holds '..' or unprintable characters, or is empty")
     return "/".join(parts)
 
 
@@ -194,16 +194,56 @@ def looks_like_formula(cell: str) -> bool:
     return bool(_FORMULA.match(cell)) and not _NUMBER.fullmatch(cell)
 
 
-def find_missing_media(root: Path, media: Iterable[str], where: Callable[[int], str]) -> list[int]:
+def guard_cell(cell: str) -> str:
+    """Return a cell of a CSV file that a spreadsheet may open: an apostrophe goes before what it would run as a formula."""
+    return f"'{cell}" if looks_like_formula(cell.lstrip("'")) else cell
+
+
+def unguard_cell(cell: str) -> str:
+    """Return what `guard_cell` was given."""
+    return cell[1:] if cell.startswith("'") and looks_like_formula(cell.lstrip("'")) else cell
+
+
+def media_file(root: Path, media: PurePath) -> Path:
+    """Return the path of a media file below a root.
+
+    If there is no file of exactly this name, it is the one whose name is the same in Unicode's form NFC: macOS, for one, may
+    write é as two characters.
+    """
+    path = root / media
+    if str(media).isascii() or os.path.lexists(path):
+        return path
+    path = root
+    for part in media.parts:
+        exact = path / part
+        path = exact if os.path.lexists(exact) else path / _names_by_nfc(path).get(unicodedata.normalize("NFC", part), part)
+    return path
+
+
+def _names_by_nfc(folder: Path) -> Mapping[str, str]:
+    try:
+        return _read_names_by_nfc(folder, folder.stat().st_mtime_ns)
+    except OSError:  # there is no such folder
+        return {}
+
+
+@lru_cache(maxsize=64)
+def _read_names_by_nfc(folder: Path, _changed: int) -> Mapping[str, str]:
+    """Return the names in a folder by their form NFC; `_changed`, when it was changed last, makes an old answer invalid."""
+    return {unicodedata.normalize("NFC", name): name for name in sorted(os.listdir(folder), reverse=True)}
+
+
+def find_missing_media(root: Path, media: Iterable[str], where: Callable[[int], str], follows_links: bool = False) -> list[int]:
     """Return the positions of the paths that are not a file under `root`.
 
     Args:
         root: the folder of media.
         media: paths relative to `root`.
         where: returns the list and line of the path at a position, for messages.
+        follows_links: whether symbolic links may lead out of `root`; not those of a downloaded archive.
 
     Raises:
-        UserError: a symbolic link leads out of `root`, or a file cannot be looked at.
+        UserError: a symbolic link leads out of `root` and may not, or a file cannot be looked at.
     """
     real_root = os.path.realpath(root)
     inside: dict[str, bool] = {}
@@ -211,8 +251,8 @@ def find_missing_media(root: Path, media: Iterable[str], where: Callable[[int], 
     for position, name in enumerate(media):
         folder = name.rpartition("/")[0]
         if folder not in inside:
-            inside[folder] = _is_inside(os.path.join(real_root, folder), real_root)
-        full = os.path.join(real_root, name)
+            inside[folder] = follows_links or _is_inside(os.path.join(real_root, folder), real_root)
+        full = os.path.join(real_root, name) if name.isascii() else str(media_file(Path(real_root), PurePosixPath(name)))
         try:
             mode = os.lstat(full).st_mode
         except OSError as error:
@@ -221,7 +261,7 @@ def find_missing_media(root: Path, media: Iterable[str], where: Callable[[int], 
             missing.append(position)
             continue
         is_link = stat.S_ISLNK(mode)
-        if not inside[folder] or (is_link and not _is_inside(full, real_root)):
+        if not inside[folder] or (is_link and not follows_links and not _is_inside(full, real_root)):
             raise UserError(f"{where(position)}: {name} is a symbolic link that leads out of the media folder {root}")
         if not (stat.S_ISREG(mode) or (is_link and os.path.isfile(full))):
             missing.append(position)
@@ -280,7 +320,7 @@ def csv_rows(path: Path) -> Iterator[tuple[int, list[str]]]:
     """Yield (line number, cells) for every row of a UTF-8 CSV file.
 
     Raises:
-        UserError: with file and line, for a cell that is a formula, a huge field, or broken quoting.
+        UserError: with file and line, for a huge field, or broken quoting.
     """
     csv.field_size_limit(LINE_LIMIT)
     reader = csv.reader(text_lines(path), strict=True)
@@ -291,9 +331,6 @@ def csv_rows(path: Path) -> Iterator[tuple[int, list[str]]]:
             return
         except csv.Error as error:
             raise line_error(path, reader.line_num, str(error)) from error
-        formula = next((cell for cell in cells if looks_like_formula(cell)), "")
-        if formula:
-            raise line_error(path, reader.line_num, f"the cell {formula[:40]!r} would be run as a formula by a spreadsheet")
         if cells:
             yield reader.line_num, cells
 

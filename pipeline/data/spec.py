@@ -31,6 +31,9 @@ RECORDED_OPTIONS = (  # keys of a spec that are recorded in the manifest, becaus
     "select",
     "splits",
     "split_seed",
+    "numbers",
+    "folder_labels",
+    "merge_rows",
 )
 _REFUSED_TOKENS = (yaml.TagToken, yaml.AnchorToken, yaml.AliasToken, yaml.DirectiveToken)
 _OPENING_TOKENS = (
@@ -107,9 +110,10 @@ def manifest_meta(spec: Mapping[str, Any], **facts: Any) -> dict[str, Any]:
     """
     if spec["text"]["aggregate"] not in TEXT_AGGREGATES:
         raise UserError(f"aggregate is {spec['text']['aggregate']!r}; choose one of: {', '.join(TEXT_AGGREGATES)}")
-    kept = ("media_type", "text", "metrics", "licence", "attribution", "texts_recur")
+    kept = ("media_type", "text", "metrics", "licence", "attribution")
     return {
         **{key: spec[key] for key in kept},
+        "texts_recur": spec.get("texts_recur", True),  # refused only where the spec says so
         "options": {key: spec[key] for key in RECORDED_OPTIONS if key in spec},
         "val_remedy": validation_remedy(spec),
         **facts,

@@ -218,7 +218,7 @@ def default_encoders(home: Path, manifest: Manifest) -> list[str]:
     rule = manifest.meta["text"]
     if "text" in encoders and not any(sample.texts for sample in manifest.samples) and rule.get("empty", "skip") == "skip":
         logger.info(
-            "%s has no texts: %s is not run, and no method that reads texts can be trained",
+            "%s: this data set has no texts; %s is left out, and no method that learns from texts can be trained",
             manifest.dataset,
             encoders.pop("text"),
         )

@@ -189,7 +189,7 @@ def open_features(
     if control != REAL_TEXT and "text" not in needs:
         raise UserError(f"{method} reads no text, so there is none to replace by {control!r}; choose a method that does")
     names = {**encoders, "text": text}
-    caches = {key: _find_cache(home, manifest, key, names[key]) for key in encoders if key in needs}
+    caches = {key: _find_cache(home, manifest, key, names[key], method) for key in encoders if key in needs}
     if not getattr(plugins.get("methods", method), "reads_tokens", False):
         for cache in caches.values():
             _check_vectors(cache, method)
@@ -197,11 +197,16 @@ def open_features(
     return FeatureSet(home=home, manifest=manifest, caches=caches, aggregate=chosen, text_control=control, fraction=fraction)
 
 
-def _find_cache(home: Path, manifest: Manifest, key: str, name: str) -> Cache:
-    """Return the cache of a batch key; the error for an unknown text suggests the control that was meant."""
+def _find_cache(home: Path, manifest: Manifest, key: str, name: str, method: str) -> Cache:
+    """Return the cache of a batch key; the error says if there are no texts, and suggests the control that was meant."""
     try:
         return find_cache(home, manifest, name)
     except UserError as error:
+        if key == "text" and not any(sample.texts for sample in manifest.samples):
+            raise UserError(
+                f"{manifest.dataset}: this data set has no texts, and {method} learns from texts; choose a method that reads "
+                "images alone, such as baseline or mlp, or prepare the data with a column of texts"
+            ) from error
         meant = get_close_matches(name, TEXT_CONTROLS, n=1, cutoff=MIN_SIMILARITY) if key == "text" else []
         if not meant:
             raise

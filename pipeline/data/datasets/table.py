@@ -5,59 +5,51 @@ The contents of `root` decide the layout; the first that fits is used:
    which is `root` unless it is given.
 2. An imagefolder: metadata.csv, .jsonl or .parquet in `root` or in its split folders. Media paths are relative to that folder.
 3. Folders below `image_root`: <class>/… or <split>/<class>/…; the name of the folder is the label.
-A table needs a media column. The label is a column, else the folder of the media file. Labels are names, or ids from 0 if all
-of them are numbers and not all are class names. Several labels are a JSON list, or are separated by `label_separator`. Texts
-are one text, or a JSON list of texts. The id is a column, else the media path without its suffix. The default column names are
-those of a manifest, so the CSV copy of a manifest is such a table.
-The split is a column, else the split folder (train, val, valid, validation, dev, test), else it follows from the SHA-256 of the
-group (or of the id, if there is no group) and the percentages `splits`; the manifest's meta says which. If a column or folder
-gives the split, `val_percent` moves a share of the training samples to validation, by the same hash. Refused, with file and
-line (Parquet: row): names and CSV cells that a spreadsheet would run as a formula, paths that lead out of the root, and fields
-of more than 2^20 characters. A row takes about 1.4 KB of memory (0.8 million rows took 1.05 GiB): 8 million rows need about
-11 GB.
+A table needs a media column. The label is a column; a table whose columns are all known may do without, and then the folder of
+the media file is the label (`folder_labels` says so for other tables), but never a split folder, nor the only folder. Labels
+are names, or ids from 0 if all of them are numbers and not all are class names; `numbers` decides where the numbers have large
+gaps. Several labels are a list, or are separated by `label_separator`. Texts are one text, or a list of texts. Lists are
+written as JSON, as Python or as NumPy does. The id is a column, else the media path without its ending, which stays where two
+files would have the same id. Rows of one id are refused, or are one sample with `merge_rows`. The default column names are
+those of a manifest, so the CSV copy of a manifest is such a table. Names of classes and files are compared in the form NFC.
+The split is a column, else the split folder (train, training, val, valid, validation, dev, test, testing), else it follows
+from the SHA-256 of the group (or of the id, if there is no group) and the percentages `splits`; the manifest's meta says which.
+`val_percent` moves a share of the training samples to validation, by a hash, too. Symbolic links are followed. Refused, with
+file and line (Parquet: row): paths that lead out of the root, and fields of more than 2^20 characters. A row takes about 1.4 KB
+of memory (0.8 million rows took 1.05 GiB): 8 million rows need about 11 GB.
 """
 
 from __future__ import annotations
 
 import itertools
-import json
-import os
-import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
-
-import pyarrow as pa
-import pyarrow.parquet as pq
+from typing import Any
 
 from pipeline.data import readers, splits
+from pipeline.data.cells import SPLIT_ALIASES, looks_like_splits, nfc, parse_labels, parse_name, parse_split, parse_texts
+from pipeline.data.class_folders import VIDEO_SUFFIXES, read_class_folders
 from pipeline.data.dataset import Dataset
 from pipeline.data.manifest import Manifest, check_manifest
 from pipeline.data.spec import held_out_percent, manifest_meta, required_counts
+from pipeline.data.table_files import (
+    INDEX_COLUMNS,
+    TABLE_SUFFIXES,
+    column_candidates,
+    find_columns,
+    no_label_column,
+    read_records,
+)
+from pipeline.data.table_rows import TableRow, label_ids, merge_rows, sample_ids, warn_about_classes
 from pipeline.runtime.errors import UserError
 from pipeline.types import Sample
 
-_SPLIT_ALIASES = {"train": "train", "val": "val", "valid": "val", "validation": "val", "dev": "val", "test": "test"}
-_IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".svg")
-_VIDEO_SUFFIXES = (".mp4", ".webm", ".mkv", ".avi", ".mov", ".m4v")
 _METADATA_FILES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
-_TABLE_SUFFIXES = (".csv", ".jsonl", ".ndjson", ".parquet")
-MAX_CLASSES = 100_000  # of numbered labels without class names; larger numbers are probably those of a wrong column
-_BATCH_ROWS = 64  # rows of a Parquet file that are in memory at once
-_NUMBER = re.compile(r"0|[1-9]\d*")
-
-
-class TableRow(NamedTuple):
-    """One sample, as the table or the folder tree gives it."""
-
-    file: Path  # the table, or the root of a folder tree
-    line: int
-    media: str  # relative to the root
-    labels: tuple[str, ...]  # names, or ids as digits
-    texts: tuple[str, ...]
-    split: str  # "": neither a column nor a folder gives it
-    id: str
-    group: str
+_CHOICES = {
+    "labels": ("auto", "single", "multi"),
+    "media": ("auto", "image", "video"),
+    "numbers": ("auto", "ids", "names"),
+}
 
 
 class MediaTable(Dataset):
@@ -71,48 +63,62 @@ class MediaTable(Dataset):
             )
         if not root.is_dir():
             raise UserError(f"{root} is no folder; --root takes the folder of your media")
+        _check_choices(spec)
         spec = {**spec, "file": _named_table(spec, root)}
         media_root = readers.locate(root, spec["layout"]["image_root"], "the folder of media")
         tables = _find_tables(spec, root)
-        rows = [row for table in tables for row in _read_table(spec, root, table)] if tables else list(_read_tree(media_root))
-        if not rows:
+        found, warnings = _read_tables(spec, root, tables) if tables else (read_class_folders(spec, media_root), [])
+        if not found:
             raise UserError(f"{tables[0] if tables else media_root} has no rows; see the layouts in `diffalign datasets table`")
+        entries, positions = _list_entries(found, root) if tables else ([], range(len(found)))
+        ids = sample_ids(found)
+        rows, kept = merge_rows(found, ids, spec)
         names_file = [readers.locate(root, [spec["class_names"]], "the list of class names")] if spec["class_names"] else []
-        label_kind = _chosen_or_found(spec, "labels", "multi" if any(len(set(row.labels)) > 1 for row in rows) else "single")
-        classes, labels = _label_ids(rows, label_kind, [name for path in names_file for name in readers.read_names(path)])
+        names = [nfc(name) for path in names_file for name in readers.read_names(path)]
+        label_kind, classes, labels = label_ids(rows, spec["labels"], names, spec["numbers"])
+        columns = zip(rows, (ids[position] for position in kept), labels, strict=True)
         samples = tuple(
-            Sample(row.id, split, Path(row.media), row.texts, ids, row.group)
-            for row, split, ids in zip(rows, _splits_of_rows(rows, spec), labels, strict=True)
+            Sample(id, _choose_split(row, id, rows[0], spec), Path(row.media), row.texts, own, row.group)
+            for row, id, own in columns
         )
-        media_type = _chosen_or_found(spec, "media", _media_type(rows) if spec["media"] == "auto" else "")
-        entries, positions = _list_entries(rows, root) if tables else ([], ())
-        task = "singlelabel" if label_kind == "single" else "multilabel"
         meta = manifest_meta(
-            {**spec, "media_type": media_type, "metrics": {"task": task, "topk": [1, 5]}},
+            {
+                **spec,
+                "media_type": _media_type(rows) if spec["media"] == "auto" else spec["media"],
+                "metrics": {"task": f"{label_kind}label", "topk": [1, 5]},
+            },
             sources=readers.source_hashes([*tables, *names_file], root),
             lists=entries,
             split_rule="as given" if rows[0].split else "by the SHA-256 of group or id",
+            warnings=[*warnings, *warn_about_classes(classes, samples)],
         )
-        manifest = Manifest(spec["name"], label_kind, classes, samples, meta, media_root, positions)
+        source_rows = tuple(positions[position] for position in kept) if tables else ()
+        manifest = Manifest(spec["name"], label_kind, classes, samples, meta, media_root, source_rows)
         check_manifest(manifest, required_counts(spec))
         return manifest
 
 
-def _splits_of_rows(rows: list[TableRow], spec: Mapping[str, Any]) -> Iterator[str]:
-    """Yield the split of every row; either all rows give a split, or none."""
+def _check_choices(spec: Mapping[str, Any]) -> None:
+    for key, choices in _CHOICES.items():
+        if spec[key] not in choices:
+            raise UserError(f"{key} is {spec[key]!r}; choose one of: {', '.join(choices)}")
+
+
+def _choose_split(row: TableRow, id: str, first: TableRow, spec: Mapping[str, Any]) -> str:
+    """Return the split of a row; either all rows give a split, as the first one does, or none."""
+    name = row.group or id
+    if bool(row.split) != bool(first.split):
+        where = f"is in {'a' if row.split else 'no'} split folder, unlike the first row"
+        raise readers.line_error(row.file, row.line, f"{row.media[:80]!r} {where}; say the splits of all rows, or of none")
+    split = row.split or splits.by_hash(name, spec["splits"])
     percent = held_out_percent(spec)
-    for row in rows:
-        name = row.group or row.id
-        if bool(row.split) != bool(rows[0].split):
-            where = f"is in {'a' if row.split else 'no'} split folder, unlike the first row"
-            raise readers.line_error(row.file, row.line, f"{row.media[:80]!r} {where}; say the splits of all rows, or of none")
-        if row.split == "train" and percent and splits.is_held_out(name, percent):
-            yield "val"
-        else:
-            yield row.split or splits.by_hash(name, spec["splits"])
+    # the hash that dealt the splits cannot deal again: its training samples are those with the smallest hashes
+    if split == "train" and percent and splits.is_held_out(name if row.split else f"held out: {name}", percent):
+        return "val"
+    return split
 
 
-def _list_entries(rows: list[TableRow], root: Path) -> tuple[list[dict[str, Any]], tuple[int, ...]]:
+def _list_entries(rows: Sequence[TableRow], root: Path) -> tuple[list[dict[str, Any]], Sequence[int]]:
     """Return the entries of the tables in the manifest's meta, and the position of every row in them.
 
     A position is the line of the row, counted from 0 through all tables; error messages name a row by it.
@@ -125,20 +131,12 @@ def _list_entries(rows: list[TableRow], root: Path) -> tuple[list[dict[str, Any]
         entries.append(readers.list_entry(file, root, lines[-1], unit="row" if file.suffix.lower() == ".parquet" else "line"))
         positions += [before + line - 1 for line in lines]
         before += lines[-1]
-    return entries, tuple(positions)
+    return entries, positions
 
 
-def _chosen_or_found(spec: Mapping[str, Any], key: str, found: str) -> Any:
-    """Return the user's choice, or, if it is "auto", what was found in the data."""
-    choices = {"labels": ("single", "multi"), "media": ("image", "video")}[key]
-    if spec[key] not in ("auto", *choices):
-        raise UserError(f"{key} is {spec[key]!r}; choose one of: auto, {', '.join(choices)}")
-    return found if spec[key] == "auto" else spec[key]
-
-
-def _media_type(rows: list[TableRow]) -> str:
+def _media_type(rows: Sequence[TableRow]) -> str:
     """Return the type of media according to the suffixes, which must agree."""
-    is_video = [row.media.lower().endswith(_VIDEO_SUFFIXES) for row in rows]
+    is_video = [row.media.lower().endswith(VIDEO_SUFFIXES) for row in rows]
     if len(set(is_video)) > 1:
         other = rows[is_video.index(not is_video[0])]
         raise readers.line_error(
@@ -151,7 +149,7 @@ def _named_table(spec: Mapping[str, Any], root: Path) -> str:
     """Return the table that is given, or, if a column is given, the only table in `root`; "" if there is none."""
     if spec["file"] or not any(spec[f"{role}_column"] for role in spec["defaults"]) or _find_tables(spec, root):
         return spec["file"]
-    found = sorted(path.name for path in root.iterdir() if path.suffix.lower() in _TABLE_SUFFIXES and path.is_file())
+    found = sorted(path.name for path in root.iterdir() if path.suffix.lower() in TABLE_SUFFIXES and path.is_file())
     if len(found) != 1:
         choices = ", ".join(found) or "no .csv, .jsonl or .parquet"
         raise UserError(f"{root} holds {len(found)} tables ({choices}); say where it is, --set file=NAME")
@@ -162,232 +160,70 @@ def _find_tables(spec: Mapping[str, Any], root: Path) -> list[Path]:
     """Return the tables to read: the given one, or the metadata files of an imagefolder, or none."""
     if spec["file"]:
         return [readers.locate(root, [spec["file"]], "the table")]
-    names = ["", *sorted(f"{path.name}/" for path in root.iterdir() if path.name.lower() in _SPLIT_ALIASES and path.is_dir())]
+    names = ["", *sorted(f"{path.name}/" for path in root.iterdir() if path.name.lower() in SPLIT_ALIASES and path.is_dir())]
     found = (f"{folder}{name}" for folder in names for name in _METADATA_FILES)
     return [readers.locate(root, [name], "the table") for name in found if (root / name).is_file()]
 
 
-def _read_tree(root: Path) -> Iterator[TableRow]:
-    """Yield one row for every media file below a class folder, in the order of the paths.
-
-    Hidden files and folders are skipped.
-    """
-    line, depth = 0, _split_depth(root)
-    for base, inside, names in os.walk(root):
-        inside[:] = sorted(name for name in inside if not name.startswith("."))
-        linked = next((name for name in inside if os.path.islink(os.path.join(base, name))), "")
-        if linked:
-            raise UserError(f"{Path(base, linked)} is a symbolic link to a folder; put the folder itself there")
-        for name in sorted(
-            name for name in names if name.lower().endswith((*_IMAGE_SUFFIXES, *_VIDEO_SUFFIXES)) and name[0] != "."
-        ):
-            line += 1
-            media = readers.parse_media_path(Path(base, name).relative_to(root).as_posix(), root, line)
-            parts = media.split("/")
-            if len(parts) < depth + 2:
-                raise UserError(f"{root / media} is in no class folder; name a table, or make folders <class>/…")
-            split = _SPLIT_ALIASES[parts[0].lower()] if depth else ""
-            yield TableRow(root, line, media, (parts[depth],), (), split, _stem(media), "")
-
-
-def _split_depth(root: Path) -> int:
-    """Return 1 if the folders below the root are splits, 0 if they are classes; `UserError` if they are a mixture."""
-    folders = sorted(path.name for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
-    named = [name for name in folders if name.lower() in _SPLIT_ALIASES]
-    if len(named) < 2 or len(named) == len(folders):  # a single "train" folder may be the class of trains
-        return int(bool(folders) and len(named) == len(folders))
-    other = next(name for name in folders if name not in named)
-    raise UserError(
-        f"{root} holds split folders ({', '.join(named)}) and others ({other}); move the others away, or name a table"
-    )
+def _read_tables(spec: Mapping[str, Any], root: Path, tables: Sequence[Path]) -> tuple[list[TableRow], list[str]]:
+    """Return the rows of all tables, and warnings about their columns."""
+    rows: list[TableRow] = []
+    warnings: list[str] = []
+    folders: set[str] = set()  # that are labels
+    example: tuple[Mapping[str, Any], Path, int] | None = None  # a row of a table without label column
+    for table in tables:
+        prefix = "" if spec["file"] or table.parent == root else f"{table.parent.relative_to(root).as_posix()}/"
+        columns: dict[str, str] = {}
+        for line, record in read_records(table):
+            if not columns:
+                columns = find_columns(spec, record, table)
+                warnings += _check_other_columns(spec, record, columns, table, line)
+            rows.append(_read_row(spec, record, columns, prefix, table, line))
+            if "label" not in columns:
+                folders.update(rows[-1].labels)
+                example = record, table, line
+    if example and not spec["folder_labels"]:
+        shown = ", ".join(sorted(folders)[:5])
+        if len(folders) == 1 or looks_like_splits(folders):
+            raise no_label_column(spec, *example, f"the folders of the media are {shown}, no classes")
+        warnings.append(f"the table has no label column: the labels are the {len(folders)} folders of the media: {shown}")
+    return rows, warnings
 
 
-def _read_table(spec: Mapping[str, Any], root: Path, table: Path) -> Iterator[TableRow]:
-    """Yield the rows of one table."""
-    prefix = "" if spec["file"] or table.parent == root else f"{table.parent.relative_to(root).as_posix()}/"
-    columns: dict[str, str] = {}
-    for line, record in _read_records(table):
-        columns = columns or _find_columns(spec, record, table)
-        absent = [name for role in spec["defaults"] if role not in columns for name in _column_candidates(spec, role)]
-        late = next((name for name in absent if name in record), "")
-        if late:
-            raise readers.line_error(
-                table, line, f"the column {late!r} is not in the first row; write it in every row, or in none"
-            )
-        cells = {role: record.get(column) for role, column in columns.items()}
-        media = prefix + readers.parse_media_path(_parse_name(cells["media"], table, line), table, line)
-        parts = media.split("/")
-        if "label" not in columns and len(parts) < 2:
-            raise readers.line_error(table, line, "there is neither a label column nor a class folder; name the column")
-        labels = _parse_labels(cells["label"], spec["label_separator"], table, line) if "label" in columns else (parts[-2],)
-        split = _parse_split(cells["split"], table, line) if "split" in columns else _folder_split(spec, parts)
-        id = _parse_name(cells["id"], table, line) if "id" in columns else _stem(media)
-        group = _parse_name(cells["group"], table, line) if cells.get("group") not in (None, "") else ""
-        yield TableRow(table, line, media, labels, _parse_texts(cells.get("text"), table, line), split, id, group)
+def _check_other_columns(
+    spec: Mapping[str, Any], record: Mapping[str, Any], columns: Mapping[str, str], table: Path, line: int
+) -> list[str]:
+    """Refuse a table without label column that has columns which may be it; return a warning if one may hold the texts."""
+    others = [name for name in record if name not in columns.values() and name not in INDEX_COLUMNS]
+    if others and "label" not in columns and not spec["folder_labels"]:
+        raise no_label_column(spec, record, table, line)
+    if others and "text" not in columns:
+        looked_for = ", ".join(column_candidates(spec, "text"))
+        return [f"{table.name} has no column of texts ({looked_for}); if one of {', '.join(others)} is it, say --text-column"]
+    return []
 
 
-def _column_candidates(spec: Mapping[str, Any], role: str) -> list[str]:
-    """Return the names that the column of a role may have: the given one, else the default ones."""
-    return [spec[f"{role}_column"]] if spec[f"{role}_column"] else spec["defaults"][role]
-
-
-def _find_columns(spec: Mapping[str, Any], record: Mapping[str, Any], table: Path) -> dict[str, str]:
-    """Return the column of every role; `UserError` lists the columns if a given or needed one does not exist."""
-    columns: dict[str, str] = {}
-    for role in spec["defaults"]:
-        names = _column_candidates(spec, role)
-        found = next((name for name in names if name in record), "")
-        if not found and (spec[f"{role}_column"] or role == "media"):
-            raise UserError(f"{table} has no column {' or '.join(names)}; choose one of: {', '.join(record)}")
-        if found:
-            columns[role] = found
-    return columns
-
-
-def _read_records(table: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
-    """Yield (line or row number, column -> value) for every row of a table."""
-    if table.suffix.lower() == ".csv":
-        yield from _csv_records(table)
-    elif table.suffix.lower() in (".jsonl", ".ndjson"):
-        yield from _json_records(table)
-    elif table.suffix.lower() == ".parquet":
-        yield from _parquet_records(table)
+def _read_row(
+    spec: Mapping[str, Any], record: Mapping[str, Any], columns: Mapping[str, str], prefix: str, table: Path, line: int
+) -> TableRow:
+    """Return one row of a table whose columns by role are known."""
+    absent = [name for role in spec["defaults"] if role not in columns for name in column_candidates(spec, role)]
+    late = next((name for name in absent if name in record), "")
+    if late:
+        raise readers.line_error(table, line, f"the column {late!r} is not in the first row; write it in every row, or in none")
+    cells = {role: record.get(column) for role, column in columns.items()}
+    media = prefix + readers.parse_media_path(parse_name(cells["media"], table, line), table, line)
+    parts = media.split("/")
+    if "label" in columns:
+        labels = parse_labels(cells["label"], spec["label_separator"], table, line)
+    elif len(parts) < 2:
+        raise no_label_column(spec, record, table, line, "there is neither a label column nor a class folder")
+    elif parts[-2].lower() in SPLIT_ALIASES:
+        raise no_label_column(spec, record, table, line, f"{parts[-2]!r} is a split folder and no class")
     else:
-        raise UserError(f"{table} is none of: .csv, .jsonl, .parquet")
-
-
-def _csv_records(table: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
-    header: list[str] = []
-    for line, cells in readers.csv_rows(table):
-        if not header:
-            header = cells
-            if len(set(header)) != len(header):
-                raise readers.line_error(table, line, "two columns have the same name")
-        elif len(cells) != len(header):
-            raise readers.line_error(table, line, f"{len(cells)} cells where the header has {len(header)}")
-        else:
-            yield line, dict(zip(header, cells, strict=True))
-
-
-def _json_records(table: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
-    for line, text in enumerate(readers.text_lines(table), start=1):
-        if not text.strip():
-            continue
-        try:
-            record = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise readers.line_error(table, line, f"broken JSON: {error}") from error
-        if not isinstance(record, dict):
-            raise readers.line_error(table, line, "it is no JSON object")
-        yield line, record
-
-
-def _parquet_records(table: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
-    row = 0
-    try:
-        with pq.ParquetFile(table) as file:
-            for batch in file.iter_batches(batch_size=_BATCH_ROWS):
-                for record in batch.to_pylist():
-                    row += 1
-                    yield row, record
-    except (pa.ArrowException, OSError) as error:
-        raise UserError(f"{table} is damaged or no Parquet file: {error}") from error
-
-
-def _parse_name(value: Any, table: Path, line: int) -> str:
-    """Return a path, id, group or class name: a short text without control characters that no spreadsheet would run."""
-    if type(value) is int:
-        value = str(value)
-    faults = (
-        (not isinstance(value, str), "is no text"),
-        (value == "", "is empty"),
-        (len(str(value)) > 1024, "is longer than 1024 characters"),
-        (bool(readers.UNPRINTABLE.search(str(value)[:1024])), "holds control characters, or half of one"),
-        (readers.looks_like_formula(str(value)), "would be run as a formula by a spreadsheet"),
-        (str(value).startswith("-"), "is negative, or begins like a formula"),
-    )
-    fault = next((reason for is_fault, reason in faults if is_fault), "")
-    if fault:
-        raise readers.line_error(table, line, f"{value!r:.60} {fault}")
-    return value
-
-
-def _parse_labels(value: Any, separator: str, table: Path, line: int) -> tuple[str, ...]:
-    """Return the labels in a cell: names or ids."""
-    if isinstance(value, str) and value.startswith("["):
-        try:
-            value = json.loads(value)
-        except (ValueError, RecursionError) as error:
-            raise readers.line_error(table, line, f"the label {value[:40]!r} is no JSON list") from error
-    if isinstance(value, str):
-        value = [part.strip() for part in (value.split(separator) if separator else [value])]
-    labels = [item for item in (value if isinstance(value, list) else [value]) if item not in ("", None)]
-    return tuple(_parse_name(item, table, line) for item in labels)
-
-
-def _parse_texts(value: Any, table: Path, line: int) -> tuple[str, ...]:
-    """Return the texts in a cell: one text, or a JSON list of texts."""
-    if isinstance(value, str) and value.startswith("["):
-        try:
-            parsed = json.loads(value)
-        except (ValueError, RecursionError):
-            parsed = value  # an ordinary text that begins with a bracket
-        value = parsed if isinstance(parsed, list) else value
-    texts = value if isinstance(value, list) else [value]
-    for text in texts:
-        if text is not None and (not isinstance(text, str) or len(text) > readers.LINE_LIMIT):
-            raise readers.line_error(
-                table, line, f"a text is no text, or longer than {readers.LINE_LIMIT} characters: {str(text)[:40]!r}"
-            )
-    return tuple(text for text in texts if text)
-
-
-def _parse_split(value: Any, table: Path, line: int) -> str:
-    split = _SPLIT_ALIASES.get(str(value).strip().lower(), "")
-    if not split:
-        raise readers.line_error(
-            table, line, f"unknown split {str(value or '')[:40]!r}; choose one of: {', '.join(_SPLIT_ALIASES)}"
-        )
-    return split
-
-
-def _folder_split(spec: Mapping[str, Any], parts: list[str]) -> str:
-    """Return the split folder of a file in an imagefolder, or ""."""
-    return "" if spec["file"] else _SPLIT_ALIASES.get(parts[0].lower(), "")
-
-
-def _stem(media: str) -> str:
-    return os.path.splitext(media)[0]
-
-
-def _label_ids(rows: list[TableRow], kind: str, names: list[str]) -> tuple[tuple[str, ...], list[tuple[int, ...]]]:
-    """Return the class names, and the sorted label ids of every row.
-
-    Args:
-        rows: all rows.
-        kind: "single" or "multi"; "single" demands exactly one label in every row.
-        names: the given class names; if there are none, the classes follow from the labels.
-    """
-    written = {label for row in rows for label in row.labels}
-    numbered = not written <= set(names) and all(_NUMBER.fullmatch(label) for label in written)
-    classes = names or (_numbered_classes(written, rows) if numbered else sorted(written))
-    ids = {str(i) if numbered else name: i for i, name in enumerate(classes)}
-    result: list[tuple[int, ...]] = []
-    for row in rows:
-        unknown = next((label for label in row.labels if label not in ids), None)
-        if unknown is not None:
-            raise readers.line_error(row.file, row.line, f"the label {unknown!r} is none of the {len(classes)} class names")
-        if kind == "single" and len(set(row.labels)) != 1:
-            raise readers.line_error(
-                row.file, row.line, f"{len(row.labels)} labels where one is due; for none or several: --set labels=multi"
-            )
-        result.append(tuple(sorted({ids[label] for label in row.labels})))
-    return tuple(classes), result
-
-
-def _numbered_classes(written: Iterable[str], rows: list[TableRow]) -> list[str]:
-    """Return the class names "0", "1", … up to the largest number."""
-    largest = max((int(label) for label in written), default=0)
-    if largest >= MAX_CLASSES:
-        raise UserError(f"{rows[0].file}: the label {largest} is above {MAX_CLASSES - 1}; give a list of class names")
-    return [str(i) for i in range(largest + 1)]
+        labels = (nfc(parts[-2]),)
+    folder = "" if spec["file"] else SPLIT_ALIASES.get(parts[0].lower(), "")
+    split = parse_split(cells["split"], table, line) if "split" in columns else folder
+    id = parse_name(cells["id"], table, line) if "id" in columns else ""
+    group = nfc(parse_name(cells["group"], table, line)) if cells.get("group") not in (None, "") else ""
+    return TableRow(table, line, media, labels, parse_texts(cells.get("text"), table, line), split, id, group)

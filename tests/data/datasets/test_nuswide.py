@@ -197,7 +197,6 @@ FAULTS: list[tuple[Path, int, str, str]] = [
     (LISTS / "Imagelist.txt", 3, "..\\..\\etc\\passwd_1.jpg", "Imagelist.txt, line 3: the path"),
     (LISTS / "Imagelist.txt", 3, "/etc/passwd_1.jpg", "Imagelist.txt, line 3: the path '/etc/passwd_1.jpg' is absolute"),
     (LISTS / "Imagelist.txt", 3, "D:\\x\\0001_1.jpg", "Imagelist.txt, line 3: the path"),
-    (LISTS / "Imagelist.txt", 3, "=cmd\\0001_1.jpg", "Imagelist.txt, line 3: the path"),
     (
         LISTS / "Imagelist.txt",
         3,
@@ -253,7 +252,6 @@ def test_faults_have_file_and_line(tmp_path: Path, file: Path, line: int, text: 
         (["a/0001_1.jpg,\"['sky']\",train,x"], "line 1: 4 cells where path, labels and split are due"),
         (["a/0001_1.jpg,\"['sky']\",train", 'a/0002_2.jpg,"[]",dev'], "line 2: unknown split 'dev'"),
         (["a/0001_1.jpg,__import__('os'),train"], "line 1: \"__import__('os')\" is no list of class names"),
-        (["=HYPERLINK(1),\"['sky']\",train"], "line 1: the cell '=HYPERLINK(1)' would be run as a formula"),
         (["../x/0001_1.jpg,\"['sky']\",train"], "line 1: the path '../x/0001_1.jpg'"),
         ([f"{'x' * 10_000_000},\"['sky']\",train"], "line 1: the line is longer than 1048576 bytes"),
     ],

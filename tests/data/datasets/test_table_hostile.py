@@ -13,8 +13,6 @@ HOSTILE = {
     "an absolute path": ({"file_name": "/etc/passwd"}, "absolute"),
     "a drive": ({"file_name": "C:\\x.jpg"}, "absolute"),
     "an empty path": ({"file_name": ""}, "is empty"),
-    "a formula as path": ({"file_name": "=cmd|' /C calc'!A0"}, "formula"),
-    "a formula as label": ({"label": "@SUM(1)"}, "formula"),
     "a control character": ({"label": "a\u0007"}, "control characters"),
     "no label": ({"label": ""}, "0 labels where one is due"),
     "an unknown split": ({"split": "holdout"}, "unknown split 'holdout'; choose one of: train"),
@@ -54,9 +52,8 @@ def test_hostile_rows_are_refused_with_file_and_line(tmp_path: Path, name: str, 
         ("m.csv", "file_name,label\nx.jpg,a\ny.jpg\n", r"line 3: 1 cells where the header has 2"),
         ("m.csv", "file_name,file_name\nx.jpg,a\n", r"line 1: two columns have the same name"),
         ("m.csv", 'file_name,label\n"x.jpg,a\n', r"line 2: unexpected end of data"),
-        ("m.csv", "file_name,label\nx.jpg,=1+1\n", r"line 2: .*formula"),
         ("m.csv", "name,label\nx.jpg,a\n", r"no column media_path or file_name; choose one of: name, label"),
-        ("m.csv", "file_name\nx.jpg\n", r"line 2: there is neither a label column nor a class folder"),
+        ("m.csv", "file_name\nx.jpg\n", r"line 2: there is neither a label column nor a class folder.* columns are: file_name"),
         ("m.csv", "file_name,label\n", r"has no rows"),
         ("m.csv", "file_name,label\nx.jpg,a\ny.jpg,\n", r"line 3: 0 labels where one is due; .* --set labels=multi"),
         (
@@ -106,19 +103,6 @@ def test_options_are_checked(tmp_path: Path) -> None:
         build(tmp_path / "nothing")
 
 
-def test_tables_that_are_links_to_the_outside_are_refused(tmp_path: Path) -> None:
-    for name in ("root", "outside"):
-        make_empty_files(tmp_path / name, "1.jpg")
-    write_jsonl(tmp_path / "outside" / "metadata.jsonl", [{"file_name": "1.jpg", "label": "a"}])
-    (tmp_path / "root" / "metadata.jsonl").symlink_to(tmp_path / "outside" / "metadata.jsonl")
-    with pytest.raises(ValueError, match=r"metadata\.jsonl is a symbolic link that leads out of"):
-        build(tmp_path / "root")
-    (tmp_path / "root" / "metadata.jsonl").unlink()
-    (tmp_path / "root" / "train").symlink_to(tmp_path / "outside")
-    with pytest.raises(ValueError, match=r"train/metadata\.jsonl is a symbolic link that leads out of"):
-        build(tmp_path / "root")
-
-
 def test_rows_outside_the_split_folders_are_refused(tmp_path: Path) -> None:
     write_csv(
         tmp_path / "metadata.csv", [{"file_name": "train/1.png", "label": "a"}, {"file_name": "more/1.png", "label": "a"}]
@@ -134,13 +118,7 @@ def test_images_and_videos_in_one_table_need_the_media_setting(tmp_path: Path) -
     assert build(tmp_path, file="m.csv", media="video").meta["media_type"] == "video"
 
 
-def test_links_to_folders_and_stray_files_are_refused(tmp_path: Path) -> None:
-    make_empty_files(tmp_path / "outside", "1.jpg")
-    make_empty_files(tmp_path / "root", "cat/1.jpg")
-    (tmp_path / "root" / "dog").symlink_to(tmp_path / "outside")
-    with pytest.raises(ValueError, match=r"dog is a symbolic link to a folder"):
-        build(tmp_path / "root")
-    (tmp_path / "root" / "dog").unlink()
-    make_empty_files(tmp_path / "root", "stray.jpg")
+def test_stray_files_are_refused(tmp_path: Path) -> None:
+    make_empty_files(tmp_path / "root", "cat/1.jpg", "stray.jpg")
     with pytest.raises(ValueError, match=r"stray\.jpg is in no class folder"):
         build(tmp_path / "root")
