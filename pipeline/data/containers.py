@@ -10,32 +10,46 @@ from __future__ import annotations
 import os
 import struct
 import zlib
+from collections import Counter
 from collections.abc import Iterator
 from typing import BinaryIO, NamedTuple
 
 from pipeline.runtime.errors import UserError
 
 MAX_PARTS = 2_000_000  # boxes, chunks or elements of a file; a hostile one could have some in every byte
-EBML, SEGMENT, CLUSTER, CRC = 0x1A45DFA3, 0x18538067, 0x1F43B675, 0xBF
-TOP_LEVEL = (SEGMENT, CLUSTER, 0x114D9B74, 0x1549A966, 0x1654AE6B, 0x1C53BB6B, 0x1941A469, 0x1043A770, 0x1254C367)
 MOVIE_BOXES = (b"ftyp", b"moov", b"mdat", b"moof", b"sidx", b"mfra", b"styp")
+EBML, SEGMENT, TRACKS, CLUSTER = (bytes.fromhex(kind) for kind in ("1A45DFA3", "18538067", "1654AE6B", "1F43B675"))
+TRACK, TRACK_NUMBER, TRACK_TYPE, CRC, VOID = b"\xae", b"\xd7", b"\x83", b"\xbf", b"\xec"
+GROUP, BLOCK, SIMPLE_BLOCK = b"\xa0", b"\xa1", b"\xa3"
+VIDEO_TYPE = 1
+PARTS_OF = {  # the elements that may stand in each element whose inside is read
+    # also: seek head, information, cues, attachments, chapters, tags
+    SEGMENT: {TRACKS, CLUSTER, *map(bytes.fromhex, ("114D9B74", "1549A966", "1C53BB6B", "1941A469", "1043A770", "1254C367"))},
+    # also: time, position, size of the cluster before, silent tracks, encrypted block
+    CLUSTER: {GROUP, SIMPLE_BLOCK, b"\xe7", b"\xa7", b"\xab", b"\x58\x54", b"\xaf"},
+    # also: additions, duration, priority, references, state of the codec, padding, slices, a frame of DivX, a virtual block
+    GROUP: {BLOCK, b"\x75\xa1", b"\x9b", b"\xfa", b"\xfb", b"\xfd", b"\xa4", b"\x75\xa2", b"\x8e", b"\xc8", b"\xa2"},
+}
 
 
 class Part(NamedTuple):
-    """A box, chunk or element: what it is, where its content starts and ends, in bytes from the start of the file."""
+    """A box or element: what it is, where its content starts and ends, in bytes from the start of the file."""
 
-    kind: bytes | int
+    kind: bytes
     start: int
     end: int
 
 
-def check_container(file: BinaryIO) -> None:
+def check_container(file: BinaryIO) -> list[int]:
     """Check that a video file is as long as it says, that its checksums are right, and that its edit list is supported.
 
     Files of other formats pass: FFmpeg says what is wrong with them.
 
     Args:
         file: an open file that can be sought; its position afterwards is not defined.
+
+    Returns:
+        Of a Matroska file, how many packets each of its video tracks has at least, in the order of the file.
 
     Raises:
         UserError: with the reason, without the name of the file.
@@ -45,10 +59,11 @@ def check_container(file: BinaryIO) -> None:
     head = file.read(12)
     if head[:4] == b"RIFF":
         _check_chunks(file, size)
-    elif head[:4] == struct.pack(">I", EBML):
-        _check_elements(file, size)
-    elif head[4:8] in (*MOVIE_BOXES, b"wide", b"free", b"skip", b"pnot"):
+    elif head[:4] == EBML:
+        return _check_elements(file, size)
+    elif head[4:8] in (*MOVIE_BOXES, b"wide", b"free", b"skip", b"pnot", b"uuid"):
         _check_boxes(file, size)
+    return []
 
 
 def _check_end(end: int, size: int) -> None:
@@ -163,36 +178,83 @@ def _element(file: BinaryIO, at: int, limit: int) -> Part:
         raise UserError(f"damaged or cut short: there is no element at byte {at}")
     length = int.from_bytes(head[width : width + bytes_of_size]) & (1 << 7 * bytes_of_size) - 1
     known = length != (1 << 7 * bytes_of_size) - 1
-    return Part(int.from_bytes(head[:width]), start, start + length if known else -1)
+    return Part(head[:width], start, start + length if known else -1)
 
 
-def _check_elements(file: BinaryIO, size: int) -> None:
+def _check_elements(file: BinaryIO, size: int) -> list[int]:
+    """Return the number of blocks of each video track."""
     segment = _element(file, 0, size)
     while segment.kind != SEGMENT:
         if segment.end < 0 or segment.end >= size:
             raise UserError("cut short: the video is missing")
         segment = _element(file, segment.end, size)
     _check_end(segment.end, size)
+    blocks: Counter[int] = Counter()
+    tracks: list[int] = []
     for part in _count(_nested(file, Part(SEGMENT, segment.start, segment.end if segment.end >= 0 else size))):
-        if part.kind in TOP_LEVEL and _has_crc(file, part):
+        if part.kind in PARTS_OF[SEGMENT] and _has_crc(file, part):
             _check_crc(file, part)
+        if part.kind == TRACKS and not tracks:
+            tracks = _video_tracks(file, part)
+        if part.kind in (BLOCK, SIMPLE_BLOCK) and part.end - part.start > 4:
+            blocks[_track_of(file, part)] += 1
+    return [blocks[track] for track in tracks]
 
 
 def _nested(file: BinaryIO, parent: Part) -> Iterator[Part]:
-    """Return the elements in a segment, and those of its clusters too unless a checksum covers them."""
-    at = parent.start
+    """Return the elements in a segment, a cluster or a group, and what is in them."""
+    at, outer = parent.start, parent.kind
     while at < parent.end:
         part = _element(file, at, parent.end)
+        if parent.kind == SEGMENT and part.kind in PARTS_OF[SEGMENT]:
+            outer = SEGMENT  # here ends a cluster of unknown size
+        if part.kind not in PARTS_OF[outer] and part.kind not in (CRC, VOID):
+            raise UserError(f"damaged: the element at byte {at} is of an unknown kind")
         if part.end > parent.end:
             raise UserError(f"damaged or cut short: the element at byte {at} is longer than the part that it is in")
         yield part
-        if part.kind == CLUSTER and part.end >= 0 and not _has_crc(file, part):
-            yield from _nested(file, part)
-        at = part.end if part.end >= 0 else part.start  # what follows an unknown size is read as if it were outside
+        if part.end >= 0:
+            yield from _nested(file, part) if part.kind in PARTS_OF else ()
+            at = part.end
+        elif part.kind == CLUSTER:
+            at, outer = part.start, CLUSTER
+        else:
+            raise UserError(f"damaged: the element at byte {at} has no size")
+
+
+def _track_of(file: BinaryIO, block: Part) -> int:
+    head = _read(file, block.start, 4)
+    width = 9 - head[0].bit_length()
+    return int.from_bytes(head[:width]) & (1 << 7 * width) - 1
+
+
+def _video_tracks(file: BinaryIO, tracks: Part) -> list[int]:
+    """Return the numbers of the video tracks."""
+    numbers = []
+    for track in _count(_siblings(file, tracks)):
+        parts = {part.kind: part for part in _count(_siblings(file, track))} if track.kind == TRACK else {}
+        number, kind = (parts.get(field) for field in (TRACK_NUMBER, TRACK_TYPE))
+        if number and kind and _number(file, kind) == VIDEO_TYPE:
+            numbers.append(_number(file, number))
+    return numbers
+
+
+def _siblings(file: BinaryIO, parent: Part) -> Iterator[Part]:
+    at = parent.start
+    while at < parent.end:
+        part = _element(file, at, parent.end)
+        if not at < part.end <= parent.end:
+            raise UserError(f"damaged: the element at byte {at} is longer than the part that it is in")
+        yield part
+        at = part.end
+
+
+def _number(file: BinaryIO, part: Part) -> int:
+    return int.from_bytes(_read(file, part.start, min(part.end - part.start, 8)))
 
 
 def _has_crc(file: BinaryIO, part: Part) -> bool:
-    return part.end - part.start >= 6 and _read(file, part.start, 2) == bytes([CRC, 0x84])
+    return part.end - part.start >= 6 and _read(file, part.start, 2) == CRC + b"\x84"
 
 
 def _check_crc(file: BinaryIO, part: Part) -> None:

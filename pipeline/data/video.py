@@ -11,6 +11,7 @@ import struct
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from threading import Lock
 from typing import TYPE_CHECKING, BinaryIO
 
 from PIL import Image
@@ -26,7 +27,8 @@ if TYPE_CHECKING:
     from av.video.stream import VideoStream
 
 OPTIONS = {"format_whitelist": "mov,mp4,matroska,webm,avi"}  # no playlists, because they name other files
-STRICT_CODECS = ("hevc", "mpeg1video", "mpeg2video")  # their decoders leave out damaged frames unless errors are fatal
+# The decoders that leave out what is damaged, unless they are told to give up, and what they have to check.
+STRICT_DECODERS = dict.fromkeys(("hevc", "mpeg1video", "mpeg2video"), "explode") | {"png": "crccheck+explode"}
 ALPHA_DECODERS = {"vp8": "libvpx", "vp9": "libvpx-vp9"}  # FFmpeg's own ones ignore the second stream with the transparency
 PADDED_CODECS = ("rawvideo", "huffyuv", "ffvhuff")  # in AVI their fourth channel is often a filler of zeros
 # The display matrix says where the axes of a stored frame point: (a, b) is the direction of x, (c, d) that of y, downwards.
@@ -42,6 +44,7 @@ ORIENTATIONS = {
     (0, 0, 0, 0): None,  # some programs write nothing but zeros
 }
 QUARTER_TURNS = (None, Image.Transpose.ROTATE_90, Image.Transpose.ROTATE_180, Image.Transpose.ROTATE_270)
+MESSAGES = Lock()  # one thread at a time reads the messages of FFmpeg
 MAX_SKEW = 0.02  # of the longer axis: what is taken for rounding
 
 
@@ -59,8 +62,7 @@ def video_frames(path: Path, choose: Callable[[int], Sequence[int]]) -> list[Ima
 
     try:
         with path.open("rb") as file:  # a file object, because FFmpeg may take a name for an address
-            check_container(file)
-            expected = _count_packets(file)
+            expected = _count_packets(file, check_container(file))
             images, shown = _decode(file, choose(expected))
             if shown != expected:
                 images, shown = _decode(file, choose(shown))
@@ -88,8 +90,13 @@ def _open_stream(file: BinaryIO) -> Iterator[tuple[InputContainer, VideoStream]]
         yield container, stream
 
 
-def _count_packets(file: BinaryIO) -> int:
-    """Return the number of packets that an edit list does not cut off, mostly that of shown frames; nothing is decoded."""
+def _count_packets(file: BinaryIO, blocks: list[int]) -> int:
+    """Return the number of packets that an edit list does not cut off, mostly that of shown frames; nothing is decoded.
+
+    Args:
+        file: the file.
+        blocks: what `check_container` returns.
+    """
     with _open_stream(file) as (container, stream):
         packets = shown = 0
         for packet in container.demux(stream):
@@ -97,9 +104,10 @@ def _count_packets(file: BinaryIO) -> int:
                 raise UserError(f"damaged or cut short at frame {packets + 1}")
             packets += bool(packet.size)  # the last packet is empty: the end of the stream
             shown += bool(packet.size) and not packet.is_discard
-        listed = len(stream.index_entries) if container.format.name != "matroska,webm" else 0  # there it lists key frames
+        position = container.streams.video.index(stream)
+        listed = blocks[position] if position < len(blocks) else len(stream.index_entries)
     if packets < listed:
-        raise UserError(f"cut short or damaged: {packets} of {listed} frames are there")
+        raise UserError(f"damaged or cut short: {packets} of {listed} frames can be read")
     return shown
 
 
@@ -131,14 +139,19 @@ def _open_decoder(container: InputContainer, stream: VideoStream) -> Iterator[Vi
         assert isinstance(decoder, av.VideoCodecContext)
     decoder.thread_count = 1  # extraction decodes in several processes already
     decoder.options = {"max_pixels": str(Image.MAX_IMAGE_PIXELS)} if Image.MAX_IMAGE_PIXELS else {}
-    if name in STRICT_CODECS:
-        decoder.options |= {"err_detect": "explode"}
+    if name in STRICT_DECODERS:
+        decoder.options |= {"err_detect": STRICT_DECODERS[name]}
     if name != "ffv1":
         yield decoder
         return
-    ffmpeg_messages.set_level(ffmpeg_messages.ERROR)  # FFV1 has checksums; a wrong one is a message only
-    with ffmpeg_messages.Capture() as messages:
-        yield decoder
+    with MESSAGES:  # FFV1 has checksums; a wrong one is a message only
+        before = ffmpeg_messages.get_level()
+        ffmpeg_messages.set_level(ffmpeg_messages.ERROR)
+        try:
+            with ffmpeg_messages.Capture() as messages:
+                yield decoder
+        finally:
+            ffmpeg_messages.set_level(before)
     if any("CRC mismatch" in text for _, _, text in messages):
         raise UserError("damaged: a checksum of a frame is wrong")
 
