@@ -16,7 +16,8 @@ from typing import BinaryIO, NamedTuple
 
 from pipeline.runtime.errors import UserError
 
-MAX_PARTS = 2_000_000  # boxes, chunks or elements of a file; a hostile one could have some in every byte
+MAX_PARTS = 1_000_000  # boxes, chunks, elements or packets of a file; a hostile one could have some in every byte
+MAX_EDITS = 10_000  # parts that an edit list joins
 MOVIE_BOXES = (b"ftyp", b"moov", b"mdat", b"moof", b"sidx", b"mfra", b"styp")
 EBML, SEGMENT, TRACKS, CLUSTER = (bytes.fromhex(kind) for kind in ("1A45DFA3", "18538067", "1654AE6B", "1F43B675"))
 TRACK, TRACK_NUMBER, TRACK_TYPE, CRC, VOID = b"\xae", b"\xd7", b"\x83", b"\xbf", b"\xec"
@@ -154,6 +155,8 @@ def _check_edits(file: BinaryIO, track: Part) -> None:
         head = _read(file, box.start, 8)
         layout = struct.Struct(">QqI" if head[0] else ">IiI")
         number = min(struct.unpack(">I", head[4:])[0], (box.end - box.start - 8) // layout.size)
+        if number > MAX_EDITS:
+            raise UserError(f"its edit list has more than {MAX_EDITS} parts")
         data = _read(file, box.start + 8, number * layout.size)
         edits = list(layout.iter_unpack(data))
         while edits and edits[0][1] == -1:  # a late start

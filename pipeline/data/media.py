@@ -63,7 +63,8 @@ def open_frames(path: Path, num_frames: int) -> list[Image.Image]:
     """Return evenly spaced frames of a clip as RGB; transparent parts become white.
 
     A clip is a video (mp4, mov, webm, mkv, avi) or an animation (GIF, WebP, PNG). The format is found from the content of the
-    file, not from its name. Frames keep their size and are turned upright. Only the returned frames are held in memory.
+    file, not from its name. Frames keep their size, unless their pixels are not square, and are turned upright. Only the
+    returned frames are held in memory. docs/videos.md has a table of what is supported.
 
     Args:
         path: the file.

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, BinaryIO
 
 from PIL import Image
 
-from pipeline.data.containers import check_container
+from pipeline.data.containers import MAX_PARTS, check_container
 from pipeline.data.pixels import check_size, on_white
 from pipeline.runtime.errors import UserError
 
@@ -104,6 +104,8 @@ def _count_packets(file: BinaryIO, blocks: list[int]) -> int:
                 raise UserError(f"damaged or cut short at frame {packets + 1}")
             packets += bool(packet.size)  # the last packet is empty: the end of the stream
             shown += bool(packet.size) and not packet.is_discard
+            if packets > MAX_PARTS:
+                raise UserError(f"it has more than {MAX_PARTS} packets")
         position = container.streams.video.index(stream)
         listed = blocks[position] if position < len(blocks) else len(stream.index_entries)
     if packets < listed:

@@ -10,10 +10,13 @@ import av
 import numpy as np
 from av.bitstream import BitStreamFilterContext
 from av.error import FFmpegError
+from av.stream import Disposition
+from PIL import Image
 
 from media_corpus.matroska import Block, matroska
 from media_corpus.video_writing import (
     CONTAINERS,
+    RATE,
     SIZE,
     TICK,
     Video,
@@ -223,6 +226,25 @@ def orientations() -> Iterator[Video]:
     yield Video("wide-and-clockwise.mp4", write("mp4", "libx264", [quadrants("RGBW")], "yuv444p", setup=setup), (shown,))
 
 
+def turned_by_exif() -> Iterator[Video]:
+    """JPEGs as a camera writes them, with EXIF data, in AVI."""
+    for orientation, colours in ((1, "RGBW"), (3, "WBGR"), (6, "BRWG"), (8, "GWRB")):
+        exif = Image.Exif()
+        exif[0x0112], exif[0x010F] = orientation, "camera"
+        photo, file = io.BytesIO(), io.BytesIO()
+        Image.fromarray(quadrants("RGBW")).save(photo, "JPEG", exif=exif, subsampling=0)
+        with av.open(file, mode="w", format="avi") as container:
+            stream = container.add_stream("mjpeg", rate=RATE)
+            assert isinstance(stream, av.VideoStream)
+            stream.width, stream.height, stream.pix_fmt = 64, 48, "yuvj444p"
+            for position in range(3):
+                packet = av.Packet(photo.getvalue())
+                packet.stream, packet.pts, packet.dts, packet.time_base = stream, position, position, 1 / RATE
+                container.mux(packet)
+        shown = quadrants(colours) if orientation < 5 else quadrants(colours, 24, 32)
+        yield Video(f"exif-{orientation}.avi", file.getvalue(), (shown,) * 3)
+
+
 def transparency() -> Iterator[Video]:
     """A red box; the rest is transparent, and black below."""
     stored, shown = np.zeros((48, 64, 4), np.uint8), np.full((48, 64, 3), 255, np.uint8)
@@ -313,6 +335,25 @@ def recordings() -> Iterator[Video]:
         )
 
 
+def tracks() -> Iterator[Video]:
+    """The video that is shown is not the first one in the file."""
+    for form, codec in (("matroska", "libx264"), ("mp4", "libx264"), ("mov", "mpeg4"), ("webm", "libvpx")):
+        file = io.BytesIO()
+        with av.open(file, mode="w", format=form) as container:
+            streams = [container.add_stream(codec, rate=RATE) for _ in range(2)]
+            for stream, disposition in zip(streams, (Disposition(0), Disposition.default), strict=True):
+                assert isinstance(stream, av.VideoStream)
+                stream.width, stream.height, stream.pix_fmt, stream.disposition = *SIZE, "yuv420p", disposition
+            for position in range(10):
+                for stream, number in zip(streams, (63 - position, position), strict=True):
+                    assert isinstance(stream, av.VideoStream)
+                    container.mux(stream.encode(av.VideoFrame.from_ndarray(numbered(number), format="rgb24")))
+            for stream in streams:
+                assert isinstance(stream, av.VideoStream)
+                container.mux(stream.encode())
+        yield Video(f"second-track.{CONTAINERS[form]}", file.getvalue(), numbers(range(10)))
+
+
 KINDS: dict[str, Callable[[], Iterator[Video]]] = {
     "edit lists": edit_lists,
     "hidden packets": hidden_packets,
@@ -321,7 +362,9 @@ KINDS: dict[str, Callable[[], Iterator[Video]]] = {
     "open groups": open_groups,
     "shapes of pixels": pixel_shapes,
     "orientations": orientations,
+    "EXIF": turned_by_exif,
     "transparency": transparency,
     "times": times,
     "recordings": recordings,
+    "tracks": tracks,
 }
