@@ -173,12 +173,12 @@ def _shown_frames(container: InputContainer, stream: VideoStream, decoder: Video
 def _as_shown(frame: VideoFrame, stream: VideoStream, is_avi: bool) -> Image.Image:
     """Return a frame as RGB with square pixels (its width is changed, not its height), upright, transparent parts on white."""
     if frame.format.has_palette or any(component.is_alpha for component in frame.format.components):
-        image = Image.fromarray(frame.to_ndarray(format="rgba"))
+        image = Image.fromarray(frame.to_ndarray(format="rgba", threads=1))
         may_be_filler = frame.format.has_palette or (is_avi and stream.codec_context.codec.name in PADDED_CODECS)
         is_filler = may_be_filler and image.getchannel("A").getextrema() == (0, 0)
         image = image.convert("RGB") if is_filler else on_white(image)
     else:
-        image = frame.to_image()
+        image = frame.to_image(threads=1)  # a process that is forked later cannot end threads of this one
     width = round(image.width * (stream.sample_aspect_ratio or 1))
     if width != image.width:
         check_size(width, image.height)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,13 @@ from pipeline.data.media import midpoint_frames, open_frames
 
 TOLERANCE = 24  # mean difference, for lossy codecs; another number in the stripes of a frame differs by at least 255 / 6
 PAIRS = {"mp4": 12, "mov": 30, "matroska": 15, "webm": 3, "avi": 40}  # at least so many codecs are written into each container
+
+
+@pytest.fixture(autouse=True, scope="module")
+def no_encoders_are_left() -> Iterator[None]:
+    """Close the encoders of the corpus: a process that another test forks cannot end their threads, and would wait for ever."""
+    yield
+    gc.collect()
 
 
 def shows(path: Path, wanted: Iterable[np.ndarray], num_frames: int) -> bool:
