@@ -1,0 +1,1 @@
+"""Generators of the media that every reader has to get right: valid, damaged and hostile files."""
