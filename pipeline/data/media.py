@@ -6,8 +6,6 @@ A file that cannot be read is a `UserError` with the name of the file and the re
 from __future__ import annotations
 
 import io
-import math
-import os
 import struct
 import warnings
 from collections.abc import Iterator
@@ -16,8 +14,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from xml.etree import ElementTree
 
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
+from pipeline.data.animations import animation_frames
+from pipeline.data.pictures import IMAGE_FORMATS, decode_picture
+from pipeline.data.pixels import WHITE, check_size
 from pipeline.data.svg import draw_svg
 from pipeline.runtime.errors import UserError
 
@@ -29,11 +30,6 @@ MAX_SVG_BYTES = 16 * 2**20  # a larger drawing is not an icon
 MAX_FRAMES = 50_000  # half an hour at 25 frames per second
 FRAME_SAMPLING = "midpoints"  # name of the rule of `midpoint_frames`, for identities of encoders
 MAX_MISSING_SHARE = 0.05  # of the declared duration of a video, the share that may be missing at its end
-# Longer side over shorter side. Encoders scale the shorter side to some hundred pixels, however long the other one is.
-MAX_ASPECT_RATIO = 100
-# Pillow reads these formats with libraries; for some others it starts programs.
-IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
-ANIMATION_FORMATS = ("GIF", "PNG", "WEBP")
 VIDEO_CONTAINERS = "mov,mp4,matroska,webm,avi"  # no playlists, because they name other files
 DAMAGE_ERRORS = (  # errors that Pillow and this module raise for damaged files
     ValueError,
@@ -48,13 +44,13 @@ DAMAGE_ERRORS = (  # errors that Pillow and this module raise for damaged files
     Image.DecompressionBombError,
     Image.DecompressionBombWarning,
 )
-WHITE = (255, 255, 255)
 
 
 def open_image(path: Path, size: int) -> Image.Image:
     """Return the image in a file as RGB; transparent parts become white.
 
-    Raster images (JPEG, PNG, WebP, GIF, BMP, TIFF) keep their size and are turned upright as their EXIF tag says.
+    Raster images (JPEG, PNG, WebP, GIF, BMP, TIFF, AVIF, JPEG 2000) keep their size and are turned upright as their EXIF tag
+    says. docs/media.md has a table of the kinds that are supported.
 
     Args:
         path: the file.
@@ -71,8 +67,8 @@ def open_image(path: Path, size: int) -> Image.Image:
 def open_frames(path: Path, num_frames: int) -> list[Image.Image]:
     """Return evenly spaced frames of a clip as RGB; transparent parts become white.
 
-    A clip is a video (mp4, mov, webm, mkv, avi) or an animation (GIF, WebP, PNG). The format is found from the content of the
-    file, not from its name. Frames keep their size and are turned upright. Only the returned frames are held in memory.
+    A clip is a video (mp4, mov, webm, mkv, avi) or an animation (GIF, WebP, PNG, AVIF). The format is found from the content of
+    the file, not from its name. Frames keep their size and are turned upright. Only the returned frames are held in memory.
 
     Args:
         path: the file.
@@ -121,52 +117,18 @@ def _explain_errors(path: Path) -> Iterator[None]:
 def _decode_raster(path: Path) -> Image.Image:
     with warnings.catch_warnings():
         warnings.simplefilter("error", Image.DecompressionBombWarning)
-        with Image.open(path, formats=IMAGE_FORMATS) as file:
-            _check_size(*file.size)
-            file.load()
-            return _on_white(ImageOps.exif_transpose(file))
+        return decode_picture(path)
 
 
 def _decode_frames(path: Path, num_frames: int) -> list[Image.Image]:
+    def choose(length: int) -> list[int]:
+        _check_length(length)
+        return midpoint_frames(num_frames, length)
+
     with warnings.catch_warnings():
         warnings.simplefilter("error", Image.DecompressionBombWarning)
-        try:
-            animation = Image.open(path, formats=ANIMATION_FORMATS)
-        except UnidentifiedImageError:
-            return _video_frames(path, num_frames)
-        with animation:
-            _check_size(*animation.size)
-            return _animation_frames(path, animation, num_frames)
-
-
-def _animation_frames(path: Path, file: Image.Image, num_frames: int) -> list[Image.Image]:
-    first = 1 if file.info.get("default_image") else 0  # an animated PNG may start with an image for old programs
-    length = getattr(file, "n_frames", 1) - first
-    _check_length(length)
-    if file.format == "GIF":
-        _check_gif_end(path)
-    shown: dict[int, Image.Image] = {}
-    for wanted in midpoint_frames(num_frames, length):
-        if wanted not in shown:
-            file.seek(first + wanted)
-            file.load()
-            shown[wanted] = _on_white(ImageOps.exif_transpose(file))
-    return [shown[wanted] for wanted in midpoint_frames(num_frames, length)]
-
-
-def _check_gif_end(path: Path) -> None:
-    """Check that the end of a GIF is there: Pillow reads a GIF that is cut short as a whole one with fewer frames."""
-    with path.open("rb") as file:
-        file.seek(-min(path.stat().st_size, 64), os.SEEK_END)  # some programs write a few bytes after the end
-        if b"\x00;" not in file.read():
-            raise UserError("cut short: the end of the animation is missing")
-
-
-def _check_size(width: int, height: int) -> None:
-    if width * height > (Image.MAX_IMAGE_PIXELS or math.inf):
-        raise UserError(f"{width} x {height} pixels exceed Pillow's limit, could be a bomb")
-    if max(width, height) > MAX_ASPECT_RATIO * min(width, height):
-        raise UserError(f"{width} x {height} pixels: one side is more than {MAX_ASPECT_RATIO} times the other")
+        frames = animation_frames(path, choose)
+    return _video_frames(path, num_frames) if frames is None else frames
 
 
 def _check_length(length: int) -> None:
@@ -202,7 +164,7 @@ def _video_stream(container: InputContainer) -> VideoStream:
     stream = streams[0]
     if stream.codec_context is None:
         raise UserError("its video is in a format that cannot be decoded")
-    _check_size(stream.width, stream.height)
+    check_size(stream.width, stream.height)
     stream.codec_context.thread_count = 1  # extraction decodes in several processes already
     return stream
 
@@ -254,23 +216,13 @@ def _frames_at_times(container: InputContainer, stream: VideoStream, wanted: lis
             raise UserError(f"damaged: of the {len(wanted)} frames asked for, only {len(images)} come before the fault")
         if time < wanted[len(images)]:
             continue
-        _check_size(frame.width, frame.height)  # the size may change within a video
+        check_size(frame.width, frame.height)  # the size may change within a video
         image = frame.to_image().rotate(frame.rotation, expand=True)
         while len(images) < len(wanted) and wanted[len(images)] <= time:
             images.append(image)
         if len(images) == len(wanted):
             return images
     raise UserError(f"ends before frame {len(images) + 1} of the {len(wanted)} that were asked for")
-
-
-def _on_white(image: Image.Image) -> Image.Image:
-    if image.mode in ("I;16", "I;16B", "I;16L", "I"):  # 16-bit grey: the conversion of Pillow clips instead of scaling
-        image = image.point(lambda value: value / 257).convert("L")
-    if not image.has_transparency_data:
-        return image.convert("RGB")
-    image = image.convert("RGBA")
-    canvas = Image.new("RGBA", image.size, (*WHITE, 255))
-    return Image.alpha_composite(canvas, image).convert("RGB")
 
 
 def _read_svg(path: Path) -> str:
