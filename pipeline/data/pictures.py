@@ -26,6 +26,7 @@ JPEG2000_COLOURS = (0, 12, 15, 16, 17, 18)  # enumerated spaces that Pillow read
 MAX_UNENDED_BYTES = 2**28  # of a JPEG without an end, which is decoded in memory
 # What may stand behind the data of a JPEG without an end, to see whether its pixels are all there.
 FILLERS = (b"", bytes(64), b"\x55" * 64, b"\xaa" * 64, bytes(range(1, 65)))
+FILLERS += tuple(b"".join(bytes([0xFF, 0xD0 + k]) + fill * 16 for k in range(8)) for fill in (b"\x55", b"\xaa"))  # restarts
 
 
 def decode_picture(path: Path) -> Image.Image:
