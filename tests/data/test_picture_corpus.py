@@ -15,7 +15,6 @@ from PIL import Image
 
 from pipeline.data.media import open_frames, open_image
 
-
 Case = PictureCase | AnimationCase | RefusedPicture | RefusedAnimation
 
 
