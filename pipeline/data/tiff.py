@@ -25,7 +25,7 @@ from pipeline.runtime.errors import UserError
 
 TIFF_PREFIXES = tuple(PREFIXES)
 MAX_RAW_BYTES = 2**30  # of all samples of a picture
-COLOURS = {0: 1, 1: 1, 2: 3, 3: 1, 5: 4}  # photometric interpretation: samples that are not extra ones
+NUM_COLOURS = {0: 1, 1: 1, 2: 3, 3: 1, 5: 4}  # photometric interpretation: samples that are not extra ones
 # Compressions of bytes, whatever the samples are: none, LZW, deflate (two numbers), PackBits, LZMA, Zstandard.
 BYTE_COMPRESSIONS = (1, 5, 8, 32946, 32773, 34925, 50000)
 REVERSED_BITS = np.packbits(np.unpackbits(np.arange(256, dtype=np.uint8)).reshape(256, 8)[:, ::-1]).ravel()
@@ -93,7 +93,7 @@ class _Layout:
         if 262 not in tags:
             raise UserError("it does not say what its samples mean: PhotometricInterpretation is missing")
         width, height, photometric = number(256, 0), number(257, 0), number(262, 0)
-        colours, extra = COLOURS.get(photometric, 3), numbers(338)
+        colours, extra = NUM_COLOURS.get(photometric, 3), numbers(338)
         samples = number(277, 1)
         if not extra and samples > colours:  # not marked as the specification asks: the fourth sample of a colour is alpha
             extra = (2, *[0] * (samples - colours - 1)) if photometric == 2 else (0,) * (samples - colours)
@@ -124,7 +124,7 @@ class _Layout:
 
     @property
     def colours(self) -> int:
-        return COLOURS[self.photometric]
+        return NUM_COLOURS[self.photometric]
 
     @property
     def alpha(self) -> int | None:
@@ -134,7 +134,7 @@ class _Layout:
     @property
     def is_plain(self) -> bool:
         """Whether Pillow reads it as its tags say."""
-        if self.compression not in BYTE_COMPRESSIONS or self.photometric not in COLOURS:
+        if self.compression not in BYTE_COMPRESSIONS or self.photometric not in NUM_COLOURS:
             return True  # JPEG, fax; YCbCr, Lab: `check` has refused depths for which that is not true
         has_8_bit_map = bool(self.colour_map) and max(self.colour_map) < 256
         if self.is_planar or self.sample_format != 1 or self.fill_order != 1 or has_8_bit_map:
@@ -145,7 +145,7 @@ class _Layout:
     def check(self) -> None:
         """Raise `UserError` for layouts that neither Pillow nor this module reads right."""
         what = f"photometric interpretation {self.photometric}, compression {self.compression}, {self.bits} bits"
-        if self.photometric not in COLOURS or self.compression not in BYTE_COMPRESSIONS:
+        if self.photometric not in NUM_COLOURS or self.compression not in BYTE_COMPRESSIONS:
             if (self.bits, self.sample_format) != (8, 1) and (self.bits, self.samples) != (1, 1):
                 raise UserError(f"a TIFF of this layout is not supported: {what}")
             is_packed = self.photometric == 6 and self.compression == 1 and self.subsampling != (1, 1)

@@ -195,7 +195,7 @@ def shorten(text: str, max_length: int) -> str:
 def to_svg(figure: Figure) -> bytes:
     """Return the figure as SVG without date or creator, with text and lines in the ink of the page around it.
 
-    Text is drawn as outlines. If the font lacks a letter, all text of the figure stays text, and the browser finds fonts for it.
+    Text becomes outlines. If the font lacks a letter, all text of the figure stays text, and the browser finds fonts for it.
     """
     buffer = io.BytesIO()
     save: Any = {"format": "svg", "transparent": True, "metadata": {"Date": None, "Creator": None}}
