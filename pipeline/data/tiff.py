@@ -25,6 +25,7 @@ from pipeline.runtime.errors import UserError
 
 TIFF_PREFIXES = tuple(PREFIXES)
 MAX_RAW_BYTES = 2**30  # of all samples of a picture
+MAX_SAMPLES = 64  # of a pixel
 NUM_COLOURS = {0: 1, 1: 1, 2: 3, 3: 1, 5: 4}  # photometric interpretation: samples that are not extra ones
 # Compressions of bytes, whatever the samples are: none, LZW, deflate (two numbers), PackBits, LZMA, Zstandard.
 BYTE_COMPRESSIONS = (1, 5, 8, 32946, 32773, 34925, 50000)
@@ -95,6 +96,8 @@ class _Layout:
         width, height, photometric = number(256, 0), number(257, 0), number(262, 0)
         colours, extra = NUM_COLOURS.get(photometric, 3), numbers(338)
         samples = number(277, 1)
+        if not 0 < samples <= MAX_SAMPLES:
+            raise UserError(f"{samples} samples in each pixel; at most {MAX_SAMPLES} are read")
         if not extra and samples > colours:  # not marked as the specification asks: the fourth sample of a colour is alpha
             extra = (2, *[0] * (samples - colours - 1)) if photometric == 2 else (0,) * (samples - colours)
         tile = (number(322, 0), number(323, 0))

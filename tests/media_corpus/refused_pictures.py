@@ -51,6 +51,9 @@ def unsupported_files() -> Iterator[RefusedPicture]:
         yield RefusedPicture(f"tiff/photometric-{photometric}-{bits}.tif", data, "not supported")
     for bits in (40, 48, 64):
         yield RefusedPicture(f"tiff/whole-{bits}.tif", Tiff(bits).encode(whole(unit(1), 30)), "not supported")
+    for samples in (0, 65, 2**31):
+        data = Tiff(8, tags={277: samples}).encode(whole(unit(1), 8))
+        yield RefusedPicture(f"tiff/samples-{samples}.tif", data, "samples in each pixel")
     for subsampling in ([2, 2], [2, 1], [4, 1]):
         data = Tiff(8, photometric=6, tags={530: subsampling}).encode(colours[:5])
         number = data.index(struct.pack("<HHII", 257, 4, 1, 5))  # twice as many rows as there would be room for
