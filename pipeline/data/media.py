@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import io
 import math
-import os
 import struct
 import warnings
 from collections.abc import Iterator
@@ -18,6 +17,7 @@ from xml.etree import ElementTree
 
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from pipeline.data.damage import check_animation, check_file, load_whole
 from pipeline.data.svg import draw_svg
 from pipeline.runtime.errors import UserError
 
@@ -103,8 +103,7 @@ def midpoint_frames(num_frames: int, length: int) -> list[int]:
 def _explain_errors(path: Path) -> Iterator[None]:
     """Turn every error of reading a file into a `UserError` that starts with the name of the file."""
     try:
-        if path.exists() and not path.is_file():
-            raise UserError("not a regular file")  # reading a pipe or a device may never end
+        check_file(path)
         yield
     except FileNotFoundError as error:
         raise UserError(f"{path.name}: no such file") from error
@@ -123,8 +122,7 @@ def _decode_raster(path: Path) -> Image.Image:
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         with Image.open(path, formats=IMAGE_FORMATS) as file:
             _check_size(*file.size)
-            file.load()
-            return _on_white(ImageOps.exif_transpose(file))
+            return _on_white(ImageOps.exif_transpose(load_whole(path, file)))
 
 
 def _decode_frames(path: Path, num_frames: int) -> list[Image.Image]:
@@ -143,8 +141,7 @@ def _animation_frames(path: Path, file: Image.Image, num_frames: int) -> list[Im
     first = 1 if file.info.get("default_image") else 0  # an animated PNG may start with an image for old programs
     length = getattr(file, "n_frames", 1) - first
     _check_length(length)
-    if file.format == "GIF":
-        _check_gif_end(path)
+    check_animation(path, file.format)
     shown: dict[int, Image.Image] = {}
     for wanted in midpoint_frames(num_frames, length):
         if wanted not in shown:
@@ -152,14 +149,6 @@ def _animation_frames(path: Path, file: Image.Image, num_frames: int) -> list[Im
             file.load()
             shown[wanted] = _on_white(ImageOps.exif_transpose(file))
     return [shown[wanted] for wanted in midpoint_frames(num_frames, length)]
-
-
-def _check_gif_end(path: Path) -> None:
-    """Check that the end of a GIF is there: Pillow reads a GIF that is cut short as a whole one with fewer frames."""
-    with path.open("rb") as file:
-        file.seek(-min(path.stat().st_size, 64), os.SEEK_END)  # some programs write a few bytes after the end
-        if b"\x00;" not in file.read():
-            raise UserError("cut short: the end of the animation is missing")
 
 
 def _check_size(width: int, height: int) -> None:
