@@ -8,19 +8,29 @@ can be found, and what nobody can tell.
 from __future__ import annotations
 
 import io
+import re
 import stat
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 
-from PIL import Image, JpegImagePlugin, TiffImagePlugin
+from PIL import Image, JpegImagePlugin, TiffImagePlugin, UnidentifiedImageError
 
-from pipeline.data.gif import check_gif
-from pipeline.data.jpeg import check_jpeg, load_jpeg
-from pipeline.data.png import check_png
+from pipeline.data.gif_damage import check_gif
+from pipeline.data.jpeg_damage import check_jpeg, load_jpeg
+from pipeline.data.png_damage import check_png
 from pipeline.runtime.errors import UserError
 
 MAX_PICTURE_BYTES = 2**30  # of a file; a larger one is no picture
 MAX_PART_BYTES = 2**30  # of a strip or tile of a TIFF
+SIGNATURES = {
+    "JPEG": re.compile(rb"\xff\xd8\xff"),
+    "PNG": re.compile(rb"\x89PNG\r\n\x1a\n"),
+    "GIF": re.compile(rb"GIF8[79]a"),
+    "WEBP": re.compile(rb"RIFF....WEBP", re.DOTALL),
+    "TIFF": re.compile(rb"II\*\0|MM\0\*"),
+    "BMP": re.compile(rb"BM"),
+}
 DEFLATE, PACKBITS, JPEG_IN_TIFF = (8, 32946), (32773,), (7,)  # values of the tag "Compression"
 
 
@@ -36,6 +46,30 @@ def check_file(path: Path) -> None:
         raise UserError("not a regular file")
     if not status.st_size:
         raise UserError("the file is empty")
+
+
+def open_picture(path: Path, formats: Sequence[str]) -> Image.Image:
+    """Open a file with Pillow, and say more than Pillow if its header is damaged.
+
+    Raises:
+        UserError: the header of a picture is damaged or cut short.
+        UnidentifiedImageError: the file does not begin as one of these formats.
+    """
+    try:
+        return Image.open(path, formats=formats)
+    except OSError as error:
+        if not isinstance(error, UnidentifiedImageError) and str(error) != "could not create decoder object":  # of libwebp
+            raise
+        with path.open("rb") as file:
+            start = file.read(12)
+        form = next((form for form, signature in SIGNATURES.items() if form in formats and signature.match(start)), "")
+        if form == "PNG":
+            check_png(_read(path), all_frames=False)
+        if form:
+            raise UserError(
+                f"it begins as {form}, but its header is damaged, cut short or of a kind that is not supported"
+            ) from error
+        raise
 
 
 def load_whole(path: Path, file: Image.Image) -> Image.Image:
@@ -55,7 +89,7 @@ def load_whole(path: Path, file: Image.Image) -> Image.Image:
         UserError: the data are damaged or cut short; with the reason, but without the name of the file.
     """
     if isinstance(file, JpegImagePlugin.JpegImageFile):  # and MPO, which begins with a JPEG
-        load_jpeg(_read(path), file)
+        file = load_jpeg(_read(path), file)
     elif file.format == "PNG":
         uncompressed = check_png(_read(path), all_frames=False)
         file = Image.open(io.BytesIO(uncompressed), formats=("PNG",)) if uncompressed else file
@@ -63,7 +97,12 @@ def load_whole(path: Path, file: Image.Image) -> Image.Image:
         check_gif(_read(path), all_frames=False)
     elif isinstance(file, TiffImagePlugin.TiffImageFile):
         check_tiff(path, file.tag_v2)
-    file.load()
+    try:
+        file.load()
+    except OSError as error:
+        if str(error).startswith("decoder error"):  # of libtiff
+            raise UserError("damaged: the compressed pixels cannot be decoded") from error
+        raise
     return file
 
 

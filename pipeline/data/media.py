@@ -17,7 +17,7 @@ from xml.etree import ElementTree
 
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from pipeline.data.damage import check_animation, check_file, load_whole
+from pipeline.data.damage import check_animation, check_file, load_whole, open_picture
 from pipeline.data.svg import draw_svg
 from pipeline.runtime.errors import UserError
 
@@ -120,7 +120,7 @@ def _explain_errors(path: Path) -> Iterator[None]:
 def _decode_raster(path: Path) -> Image.Image:
     with warnings.catch_warnings():
         warnings.simplefilter("error", Image.DecompressionBombWarning)
-        with Image.open(path, formats=IMAGE_FORMATS) as file:
+        with open_picture(path, IMAGE_FORMATS) as file:
             _check_size(*file.size)
             return _on_white(ImageOps.exif_transpose(load_whole(path, file)))
 
@@ -129,7 +129,7 @@ def _decode_frames(path: Path, num_frames: int) -> list[Image.Image]:
     with warnings.catch_warnings():
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         try:
-            animation = Image.open(path, formats=ANIMATION_FORMATS)
+            animation = open_picture(path, ANIMATION_FORMATS)
         except UnidentifiedImageError:
             return _video_frames(path, num_frames)
         with animation:

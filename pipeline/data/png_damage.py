@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from pipeline.runtime.errors import UserError
 
-MAX_CHUNKS = 500_000  # of a PNG
+MAX_CHUNKS = 200_000  # of a PNG
 MAX_REPACKED_BYTES = 2**26  # of inflated pixels that are packed again
 PNG_CHANNELS = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}  # by colour type
 ADAM7 = ((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2))  # x, y, steps

@@ -5,6 +5,7 @@ simplejpeg decodes with the same library as Pillow, to the same bits, and raises
 
 from __future__ import annotations
 
+import io
 import re
 
 import simplejpeg
@@ -14,6 +15,7 @@ from pipeline.runtime.errors import UserError
 
 MAX_SCANS = 100  # of a JPEG; real ones have up to some twenty, and each is as much work as a picture
 JPEG_END = b"\xff\xd9"
+JPEG_SCAN_START = b"\xff\xda"
 JPEG_SCAN, JPEG_COMMENT, JPEG_APPLICATIONS = 0xDA, 0xFE, range(0xE0, 0xF0)
 JPEG_PROGRESSIVE = (0xC2, 0xCA)
 JPEG_FRAMES = (0xC0, 0xC1, 0xC9, *JPEG_PROGRESSIVE)
@@ -21,22 +23,31 @@ JPEG_MARKER = re.compile(rb"\xff+[^\x00\xd0-\xd7\xff]")  # one that ends a scan
 JPEG_COLORS = {"L": "GRAY", "RGB": "RGB"}  # a mode of Pillow, and its name in simplejpeg
 
 
-def load_jpeg(data: bytes, file: JpegImagePlugin.JpegImageFile) -> None:
-    """Give an opened JPEG its pixels, or leave it to Pillow to load what is rare."""
-    if data.count(b"\xff\xda") > MAX_SCANS:  # perhaps in what follows the picture
+def load_jpeg(data: bytes, file: JpegImagePlugin.JpegImageFile) -> Image.Image:
+    """Return an opened JPEG with its pixels, or with what Pillow needs to load them.
+
+    Args:
+        data: the content of the file.
+        file: the file as Pillow opened it.
+
+    Raises:
+        UserError: the data are damaged or cut short. A missing end marker alone is allowed.
+    """
+    if data.count(JPEG_SCAN_START) > MAX_SCANS:  # perhaps in what follows the picture
         _plain_jpeg(data)
     if file.mode in JPEG_COLORS:
         try:
             pixels = simplejpeg.decode_jpeg(data, JPEG_COLORS[file.mode])
-        except ValueError:  # damage, or what only Pillow reads
-            check_jpeg(data)
+        except ValueError:
+            pass  # damage, oddities without harm, or a kind that only Pillow reads
         else:
             if pixels.shape[:2] != file.size[::-1]:
                 raise UserError("damaged: it has two sizes")
             file.im = Image.frombuffer(file.mode, file.size, pixels, "raw", file.mode, 0, 1).im
             file.tile = []  # nothing is left to load
-    else:
-        check_jpeg(data)
+            return file
+    check_jpeg(data)
+    return Image.open(io.BytesIO(data + JPEG_END), formats=("JPEG",))
 
 
 def check_jpeg(data: bytes) -> None:
