@@ -10,7 +10,6 @@ from __future__ import annotations
 import io
 import re
 import stat
-import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -18,7 +17,7 @@ from PIL import Image, JpegImagePlugin, TiffImagePlugin, UnidentifiedImageError
 
 from pipeline.data.gif_damage import check_gif
 from pipeline.data.jpeg_damage import check_jpeg, load_jpeg
-from pipeline.data.png_damage import check_png
+from pipeline.data.png_damage import check_png, inflate
 from pipeline.runtime.errors import UserError
 
 MAX_PICTURE_BYTES = 2**30  # of a file; a larger one is no picture
@@ -115,11 +114,9 @@ def check_animation(path: Path, form: str | None) -> None:
 
 
 def _read(path: Path) -> bytes:
-    with path.open("rb") as file:
-        data = file.read(MAX_PICTURE_BYTES + 1)
-    if len(data) > MAX_PICTURE_BYTES:
-        raise UserError(f"a picture has at most {MAX_PICTURE_BYTES} bytes")
-    return data
+    if path.stat().st_size > MAX_PICTURE_BYTES:
+        raise UserError(f"the file of a picture has at most {MAX_PICTURE_BYTES} bytes")
+    return path.read_bytes()
 
 
 def check_tiff(path: Path, tags: TiffImagePlugin.ImageFileDirectory_v2) -> None:
@@ -137,7 +134,9 @@ def check_tiff(path: Path, tags: TiffImagePlugin.ImageFileDirectory_v2) -> None:
             file.seek(offset)
             part = file.read(length)
             if compression in DEFLATE:
-                _check_deflate(part, most)
+                _, is_whole = inflate(part, most)  # libtiff finds whether it is too short
+                if not is_whole:
+                    raise UserError("damaged or cut short: the compressed pixels do not fit the size of the picture")
             elif compression in PACKBITS:
                 _check_packbits(part, most)
             else:
@@ -151,17 +150,6 @@ def _part_bytes(tags: TiffImagePlugin.ImageFileDirectory_v2) -> int:
     bits = tags.get(258, (1,))
     samples = tags.get(277, 1) if tags.get(284, 1) == 1 else 1
     return rows * ((columns * samples * max(bits) + 7) // 8)
-
-
-def _check_deflate(part: bytes, most: int) -> None:
-    """Check the checksum of a deflated part; libtiff finds whether it is too short."""
-    stream = zlib.decompressobj()
-    try:
-        stream.decompress(part, most + 1)
-    except zlib.error as error:
-        raise UserError(f"damaged: the compressed pixels cannot be read: {error}") from error
-    if not stream.eof:
-        raise UserError("damaged or cut short: the compressed pixels do not fit the size of the picture")
 
 
 def _check_packbits(part: bytes, most: int) -> None:

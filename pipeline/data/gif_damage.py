@@ -8,6 +8,7 @@ from PIL import Image
 
 from pipeline.runtime.errors import UserError
 
+GIF_UNSET = 255  # a pixel that no code has set; or the last of 256 colours
 GIF_IMAGE, GIF_EXTENSION, GIF_END, GIF_NOTHING = 0x2C, 0x21, 0x3B, 0
 
 
@@ -51,19 +52,21 @@ def _end_of_blocks(data: bytes, position: int) -> int:
 
 
 def _check_gif_pixels(blocks: bytes, bits: int, num_pixels: int) -> None:
-    """Check that LZW codes give exactly this number of pixels, by decoding them as a row of that length and a longer one."""
+    """Check that LZW codes give exactly this number of pixels, by decoding them as a row that is one pixel longer."""
     if num_pixels > (Image.MAX_IMAGE_PIXELS or num_pixels):
         raise UserError("a frame exceeds Pillow's limit of pixels, could be a bomb")
-    if not _lzw_fills(blocks, bits, num_pixels):
-        raise UserError("damaged or cut short: the codes of a frame give too few pixels")
-    if _lzw_fills(blocks, bits, num_pixels + 1):
+    row = Image.new("L", (num_pixels + 1, 1), GIF_UNSET)
+    if _fill(row, blocks, bits):
         raise UserError("damaged: the codes of a frame give too many pixels")
+    is_last_set = not num_pixels or row.getpixel((num_pixels - 1, 0)) != GIF_UNSET
+    if not is_last_set and not _fill(Image.new("L", (num_pixels, 1)), blocks, bits):
+        raise UserError("damaged or cut short: the codes of a frame give too few pixels")
 
 
-def _lzw_fills(blocks: bytes, bits: int, num_pixels: int) -> bool:
-    """Return whether LZW codes give at least this number of pixels."""
+def _fill(row: Image.Image, blocks: bytes, bits: int) -> bool:
+    """Decode LZW codes into a row of pixels, and return whether there are enough."""
     try:
-        Image.frombytes("L", (num_pixels, 1), blocks, "gif", bits, 0, -1)
+        row.frombytes(blocks, "gif", bits, 0, -1)
     except ValueError as error:
         if "not enough" not in str(error):
             raise UserError("damaged: a code of a frame is out of range") from error

@@ -33,7 +33,7 @@ def load_jpeg(data: bytes, file: JpegImagePlugin.JpegImageFile) -> Image.Image:
     Raises:
         UserError: the data are damaged or cut short. A missing end marker alone is allowed.
     """
-    if data.count(JPEG_SCAN_START) > MAX_SCANS:  # perhaps in what follows the picture
+    if file.info.get("progressive") and data.count(JPEG_SCAN_START) > MAX_SCANS:  # perhaps in what follows the picture
         _plain_jpeg(data)
     if file.mode in JPEG_COLORS:
         try:

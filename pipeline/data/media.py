@@ -122,7 +122,9 @@ def _decode_raster(path: Path) -> Image.Image:
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         with open_picture(path, IMAGE_FORMATS) as file:
             _check_size(*file.size)
-            return _on_white(ImageOps.exif_transpose(load_whole(path, file)))
+            picture = load_whole(path, file)
+            ImageOps.exif_transpose(picture, in_place=True)
+            return _on_white(picture)
 
 
 def _decode_frames(path: Path, num_frames: int) -> list[Image.Image]:

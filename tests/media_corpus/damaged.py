@@ -19,7 +19,7 @@ PIXELS = WIDTH * HEIGHT
 JPEG_END, JPEG_SCAN = b"\xff\xd9", b"\xff\xda"
 NO_HUFFMAN_CODE = b"\xff\0" * 12  # one bits only
 CHECKSUM, CUT, UNFIT, UNDECODABLE = "checksum of the chunk", "cut short", "do not fit the size", "cannot be decoded"
-ADLER, EARLY_END, EXTRANEOUS = "incorrect data check", "premature end of data segment", "extraneous bytes before"
+UNREADABLE, EARLY_END, EXTRANEOUS = "pixels cannot be read", "premature end of data segment", "extraneous bytes before"
 CLEAR, END = 256, 257  # codes of LZW for pixels of eight bits
 
 
@@ -110,14 +110,14 @@ def _damaged_zlib() -> Iterator[DamagedFile]:
         rows = png_rows(row_bytes)
         data = zlib.compress(rows)
         damage = {
-            "adler": ([data[:-1] + bytes([data[-1] ^ 1])], ADLER),
-            "stored-bit": ([flipped(zlib.compress(rows, 0), 60, 3)], ADLER),
+            "adler": ([data[:-1] + bytes([data[-1] ^ 1])], UNREADABLE),
+            "stored-bit": ([flipped(zlib.compress(rows, 0), 60, 3)], UNREADABLE),
             "no-adler": ([data[:-4]], UNFIT),
             "half": ([zlib.compress(rows[: len(rows) // 2])], UNFIT),
             "row-less": ([zlib.compress(rows[: -row_bytes - 1])], UNFIT),
             "byte-more": ([zlib.compress(rows + b"\0")], UNFIT),
-            "type": ([data[:2] + b"\7" + data[3:]], "invalid block type"),
-            "method": ([b"\x77" + data[1:]], "incorrect header check"),
+            "type": ([data[:2] + b"\7" + data[3:]], UNREADABLE),
+            "method": ([b"\x77" + data[1:]], UNREADABLE),
             "none": ([b""], UNFIT),
         }
         for what, (parts, reason) in damage.items():
@@ -284,14 +284,14 @@ def _damaged_deflate() -> Iterator[DamagedFile]:
         whole = [zlib.compress(rng.bytes(rows * width)) for _ in range(0, HEIGHT, rows)]
         *others, last = whole
         damage = {
-            "adler": (flipped(last, len(last) - 1), ADLER),
-            "bit": (flipped(zlib.compress(rng.bytes(rows * width), 0), 60, 3), ADLER),
-            "bytes": (overwritten(zlib.compress(rng.bytes(rows * width), 0), 90), ADLER),
+            "adler": (flipped(last, len(last) - 1), UNREADABLE),
+            "bit": (flipped(zlib.compress(rng.bytes(rows * width), 0), 60, 3), UNREADABLE),
+            "bytes": (overwritten(zlib.compress(rng.bytes(rows * width), 0), 90), UNREADABLE),
             "no-adler": (last[:-4], UNFIT),
             "half": (last[: len(last) // 2], UNFIT),
             "few": (zlib.compress(rng.bytes(rows * width // 3)), UNDECODABLE),
             "many": (zlib.compress(rng.bytes(rows * width * 3)), UNFIT),
-            "type": (last[:2] + b"\7" + last[3:], "invalid block type"),
+            "type": (last[:2] + b"\7" + last[3:], UNREADABLE),
         }
         for what, (part, reason) in damage.items():
             data = tiff([*others, part], (8, 32946, 8)[number], rows, tiled)
@@ -338,7 +338,7 @@ def damaged_clips() -> Iterator[DamagedFile]:
         yield DamagedFile(f"bit-{frame}.png", flipped(animated, position + len(body) // 2, 4), CHECKSUM)
         yield DamagedFile(f"bytes-{frame}.png", overwritten(animated, position + len(body) // 2), CHECKSUM)
         yield DamagedFile(
-            f"adler-{frame}.png", png_of_chunks([*chunks[:place], (b"fdAT", other_body), *chunks[place + 1 :]]), ADLER
+            f"adler-{frame}.png", png_of_chunks([*chunks[:place], (b"fdAT", other_body), *chunks[place + 1 :]]), UNREADABLE
         )
         yield DamagedFile(
             f"short-{frame}.png", png_of_chunks([*chunks[:place], (b"fdAT", shorter_body), *chunks[place + 1 :]]), UNFIT
