@@ -12,6 +12,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from pipeline.data.damage import check_animation, open_picture
+from pipeline.data.gif_damage import check_gif
 from pipeline.data.pixels import check_area, check_size, on_white
 from pipeline.data.png import PNG_START, open_png, png_chunks
 from pipeline.runtime.errors import UserError
@@ -60,10 +62,12 @@ def animation_frames(path: Path, choose: Callable[[int], Sequence[int]]) -> list
     with path.open("rb") as file:
         start = file.read(8)
     if start.startswith(GIF_STARTS):
+        check_animation(path, "GIF")
         size, parts = _read_gif(_read(path))
         wanted = choose(len(parts))
         shown = dict(_compose(size, parts, wanted, b""))
     elif start == PNG_START:
+        check_animation(path, "PNG")
         chunks = list(png_chunks(io.BytesIO(_read(path))))
         parts = _png_parts(chunks)
         wanted = choose(len(parts) or 1)
@@ -72,7 +76,7 @@ def animation_frames(path: Path, choose: Callable[[int], Sequence[int]]) -> list
         shown = dict(_compose(size, parts, wanted, exif)) if parts else {0: on_white(open_png(path))}
     else:
         try:
-            file = Image.open(path, formats=("WEBP", "AVIF"))
+            file = open_picture(path, ("WEBP", "AVIF"))
         except UnidentifiedImageError:
             return None
         with file:
@@ -84,7 +88,9 @@ def animation_frames(path: Path, choose: Callable[[int], Sequence[int]]) -> list
 
 def first_gif_frame(path: Path) -> Image.Image:
     """Return the first frame of a GIF as RGB; transparent parts become white."""
-    size, parts = _read_gif(_read(path), only_first=True)
+    data = _read(path)
+    check_gif(data, all_frames=False)
+    size, parts = _read_gif(data, only_first=True)
     (_, frame), *_ = _compose(size, parts, (0,), b"")
     return frame
 

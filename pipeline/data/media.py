@@ -17,6 +17,7 @@ from xml.etree import ElementTree
 from PIL import Image, UnidentifiedImageError
 
 from pipeline.data.animations import animation_frames
+from pipeline.data.damage import check_file
 from pipeline.data.pictures import IMAGE_FORMATS, decode_picture
 from pipeline.data.pixels import WHITE, check_size
 from pipeline.data.svg import draw_svg
@@ -99,8 +100,7 @@ def midpoint_frames(num_frames: int, length: int) -> list[int]:
 def _explain_errors(path: Path) -> Iterator[None]:
     """Turn every error of reading a file into a `UserError` that starts with the name of the file."""
     try:
-        if path.exists() and not path.is_file():
-            raise UserError("not a regular file")  # reading a pipe or a device may never end
+        check_file(path)
         yield
     except FileNotFoundError as error:
         raise UserError(f"{path.name}: no such file") from error

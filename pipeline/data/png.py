@@ -10,6 +10,7 @@ from typing import BinaryIO
 import numpy as np
 from PIL import Image, ImageOps
 
+from pipeline.data.damage import load_whole, open_picture
 from pipeline.data.pixels import check_size
 from pipeline.runtime.errors import UserError
 
@@ -25,8 +26,9 @@ def open_png(source: Path | BinaryIO, check: Callable[[int, int], None] = check_
         source: the file.
         check: gets width and height before anything is decoded, and may raise an error.
     """
-    with Image.open(source, formats=("PNG",)) as file:
-        check(*file.size)
+    with open_picture(source, ("PNG",)) if isinstance(source, Path) else Image.open(source, formats=("PNG",)) as opened:
+        check(*opened.size)
+        file = load_whole(source, opened) if isinstance(source, Path) else opened
         file.load()
         if "transparency" not in file.info or file.mode == "P":
             return ImageOps.exif_transpose(file)

@@ -20,6 +20,7 @@ import numpy as np
 from PIL import Image, ImageOps
 from PIL.TiffImagePlugin import PREFIXES, ImageFileDirectory_v2
 
+from pipeline.data.damage import check_tiff, load_whole, open_picture
 from pipeline.data.pixels import check_size
 from pipeline.runtime.errors import UserError
 
@@ -39,14 +40,15 @@ def open_tiff(path: Path) -> Image.Image:
         UserError: the layout is not supported, or says too little to tell black from white; with the reason.
     """
     with path.open("rb") as file:
-        layout = _Layout.of_tags(_read_tags(file))
+        tags = _read_tags(file)
+        layout = _Layout.of_tags(tags)
         check_size(layout.width, layout.height)
         layout.check()
         if not layout.is_plain:
+            check_tiff(path, tags)
             return _turn(_picture(_eight_bits(file, layout), layout), layout.orientation)
-    with Image.open(path, formats=("TIFF",)) as picture:
-        picture.load()
-        return ImageOps.exif_transpose(picture)
+    with open_picture(path, ("TIFF",)) as picture:
+        return ImageOps.exif_transpose(load_whole(path, picture))
 
 
 @dataclass(frozen=True, slots=True)
