@@ -182,6 +182,8 @@ def _read_tags(file: BinaryIO) -> ImageFileDirectory_v2:
     tags = ImageFileDirectory_v2(header)
     file.seek(tags.next)
     tags.load(file)
+    if 256 not in tags or 257 not in tags:
+        raise UserError("damaged or cut short: the TIFF does not say how large it is")
     return tags
 
 
