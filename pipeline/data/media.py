@@ -11,7 +11,6 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
 from xml.etree import ElementTree
 
 from PIL import Image, UnidentifiedImageError
@@ -19,19 +18,14 @@ from PIL import Image, UnidentifiedImageError
 from pipeline.data.animations import animation_frames
 from pipeline.data.damage import check_file
 from pipeline.data.pictures import IMAGE_FORMATS, decode_picture
-from pipeline.data.pixels import WHITE, check_size
+from pipeline.data.pixels import WHITE
 from pipeline.data.svg import draw_svg
+from pipeline.data.video import video_frames
 from pipeline.runtime.errors import UserError
-
-if TYPE_CHECKING:
-    from av.container import InputContainer
-    from av.video.stream import VideoStream
 
 MAX_SVG_BYTES = 16 * 2**20  # a larger drawing is not an icon
 MAX_FRAMES = 50_000  # half an hour at 25 frames per second
 FRAME_SAMPLING = "midpoints"  # name of the rule of `midpoint_frames`, for identities of encoders
-MAX_MISSING_SHARE = 0.05  # of the declared duration of a video, the share that may be missing at its end
-VIDEO_CONTAINERS = "mov,mp4,matroska,webm,avi"  # no playlists, because they name other files
 DAMAGE_ERRORS = (  # errors that Pillow and this module raise for damaged files
     ValueError,
     TypeError,  # this and the next two: damaged EXIF
@@ -128,101 +122,12 @@ def _decode_frames(path: Path, num_frames: int) -> list[Image.Image]:
     with warnings.catch_warnings():
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         frames = animation_frames(path, choose)
-    return _video_frames(path, num_frames) if frames is None else frames
+    return video_frames(path, choose) if frames is None else frames
 
 
 def _check_length(length: int) -> None:
     if length > MAX_FRAMES:
         raise UserError(f"more than {MAX_FRAMES} frames; cut it into clips first")
-
-
-def _video_frames(path: Path, num_frames: int) -> list[Image.Image]:
-    import av  # only videos need it
-    from av.error import FFmpegError
-
-    options = {"format_whitelist": VIDEO_CONTAINERS}
-    try:
-        with path.open("rb") as file:  # a file object, because FFmpeg may take a name for an address
-            with av.open(file, mode="r", options=options) as container:
-                times = _display_times(container, _video_stream(container))
-            file.seek(0)
-            with av.open(file, mode="r", options=options) as container:
-                wanted = [times[i] for i in midpoint_frames(num_frames, len(times))]
-                return _frames_at_times(container, _video_stream(container), wanted)
-    except FFmpegError as error:
-        raise UserError(f"not a whole video: {error.strerror}") from error
-
-
-def _video_stream(container: InputContainer) -> VideoStream:
-    """Return the first video stream; the cover image of a music file is not one."""
-    from av.stream import Disposition
-
-    streams = [stream for stream in container.streams.video if not stream.disposition & Disposition.attached_pic]
-    if not streams:
-        found = ", ".join(stream.type for stream in container.streams) or "nothing"
-        raise UserError(f"there is no video in it, but {found}")
-    stream = streams[0]
-    if stream.codec_context is None:
-        raise UserError("its video is in a format that cannot be decoded")
-    check_size(stream.width, stream.height)
-    stream.codec_context.thread_count = 1  # extraction decodes in several processes already
-    return stream
-
-
-def _display_times(container: InputContainer, stream: VideoStream) -> list[int]:
-    """Return the time at which each frame is shown, ascending, in units of the stream's time base; nothing is decoded."""
-    times: list[int] = []
-    end = 0
-    for packet in container.demux(stream):
-        if not packet.size:
-            continue  # the end of the stream
-        if packet.is_corrupt:
-            raise UserError(f"damaged or cut short at frame {len(times) + 1}")
-        time = packet.pts if packet.pts is not None else packet.dts
-        if time is None:
-            raise UserError(f"frame {len(times) + 1} does not say when it is shown")
-        times.append(time)
-        end = max(end, time + (packet.duration or 0))
-        _check_length(len(times))
-    if not times:
-        raise UserError("there is no frame in it")
-    seconds, declared = _seconds(stream, end - min(times)), _declared_seconds(container, stream)
-    if seconds < (1 - MAX_MISSING_SHARE) * declared:
-        raise UserError(f"cut short: {seconds:.2f} of {declared:.2f} seconds are there")
-    return sorted(times)
-
-
-def _seconds(stream: VideoStream, ticks: int) -> float:
-    assert stream.time_base is not None, stream
-    return float(ticks * stream.time_base)
-
-
-def _declared_seconds(container: InputContainer, stream: VideoStream) -> float:
-    """Return the duration of the video that the file declares; 0 if it declares none, or one for sound and video together."""
-    if "DURATION" in stream.metadata:  # Matroska and WebM: 00:00:06.000000000
-        hours, minutes, seconds = stream.metadata["DURATION"].split(":")
-        return 3600 * int(hours) + 60 * int(minutes) + float(seconds)
-    if stream.duration:
-        return _seconds(stream, stream.duration)
-    return (container.duration or 0) / 1e6 if len(container.streams) == 1 else 0.0  # microseconds
-
-
-def _frames_at_times(container: InputContainer, stream: VideoStream, wanted: list[int]) -> list[Image.Image]:
-    """Return the first frame at or after each of the ascending times; decoding stops at the last one."""
-    images: list[Image.Image] = []
-    for frame in container.decode(stream):
-        time = frame.pts if frame.pts is not None else frame.dts
-        if frame.is_corrupt or time is None:  # later frames are computed from it
-            raise UserError(f"damaged: of the {len(wanted)} frames asked for, only {len(images)} come before the fault")
-        if time < wanted[len(images)]:
-            continue
-        check_size(frame.width, frame.height)  # the size may change within a video
-        image = frame.to_image().rotate(frame.rotation, expand=True)
-        while len(images) < len(wanted) and wanted[len(images)] <= time:
-            images.append(image)
-        if len(images) == len(wanted):
-            return images
-    raise UserError(f"ends before frame {len(images) + 1} of the {len(wanted)} that were asked for")
 
 
 def _read_svg(path: Path) -> str:
