@@ -8,11 +8,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
+
 from media_corpus.animations import ANIMATIONS, REFUSED_ANIMATIONS, AnimationCase, RefusedAnimation
 from media_corpus.pictures import PICTURES, REFUSED_PICTURES
 from media_corpus.values import PictureCase, RefusedPicture
-from PIL import Image
-
 from pipeline.data.media import open_frames, open_image
 
 Case = PictureCase | AnimationCase | RefusedPicture | RefusedAnimation
