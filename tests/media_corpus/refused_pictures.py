@@ -95,7 +95,7 @@ def cut_jpegs() -> Iterator[RefusedPicture]:
     for (name, options), (look, pixels) in itertools.product(kinds.items(), (("noise", noise), ("flat", flat))):
         data = saved(Image.fromarray(pixels), "JPEG", **options)
         for size in (4, 5, 9, 25):
-            yield RefusedPicture(f"jpeg/cut-{name}-{look}-{size}.jpg", data[:-size], "(truncated|damaged)")
+            yield RefusedPicture(f"jpeg/cut-{name}-{look}-{size}.jpg", data[:-size], "(truncated|damaged|cut short)")
         marks = [k for k in range(data.index(b"\xff\xda") + 1, len(data) - 2) if data[k] == 255 and data[k + 1] not in (0, 217)]
         for position in marks[-3:]:
-            yield RefusedPicture(f"jpeg/cut-{name}-{look}-at-{position}.jpg", data[:position], "(truncated|damaged)")
+            yield RefusedPicture(f"jpeg/cut-{name}-{look}-at-{position}.jpg", data[:position], "(truncated|damaged|cut short)")
