@@ -154,9 +154,9 @@ def _hostile_tiff() -> Iterator[HostileFile]:
         "long-strip": ({259: 8, 279: 2**32 - 1}, "do not fit into the file"),
         "long-packbits": ({259: 32773, 279: 2**31}, "do not fit into the file"),
         "long-jpeg": ({259: 7, 279: 2**30}, "do not fit into the file"),
-        "no-bits": ({258: 0}, "begins as TIFF"),
-        "many-bits": ({258: 65_535}, "begins as TIFF"),
-        "many-samples": ({277: 65_535}, "begins as TIFF"),
+        "no-bits": ({258: 0}, "not supported"),
+        "many-bits": ({258: 65_535}, "not supported"),
+        "many-samples": ({277: 65_535}, "samples in each pixel"),
         "no-compression": ({259: 9_999}, "begins as TIFF"),
         "no-meaning": ({262: 60_000}, "begins as TIFF"),
     }
