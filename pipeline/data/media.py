@@ -6,7 +6,6 @@ A file that cannot be read is a `UserError` with the name of the file and the re
 from __future__ import annotations
 
 import io
-import os
 import struct
 import warnings
 from collections.abc import Iterator
@@ -14,9 +13,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from xml.etree import ElementTree
 
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
-from pipeline.data.pixels import WHITE, check_size, on_white
+from pipeline.data.animations import animation_frames
+from pipeline.data.damage import check_file
+from pipeline.data.pictures import IMAGE_FORMATS, decode_picture
+from pipeline.data.pixels import WHITE
 from pipeline.data.svg import draw_svg
 from pipeline.data.video import video_frames
 from pipeline.runtime.errors import UserError
@@ -24,9 +26,6 @@ from pipeline.runtime.errors import UserError
 MAX_SVG_BYTES = 16 * 2**20  # a larger drawing is not an icon
 MAX_FRAMES = 50_000  # half an hour at 25 frames per second
 FRAME_SAMPLING = "midpoints"  # name of the rule of `midpoint_frames`, for identities of encoders
-# Pillow reads these formats with libraries; for some others it starts programs.
-IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
-ANIMATION_FORMATS = ("GIF", "PNG", "WEBP")
 DAMAGE_ERRORS = (  # errors that Pillow and this module raise for damaged files
     ValueError,
     TypeError,  # this and the next two: damaged EXIF
@@ -45,7 +44,8 @@ DAMAGE_ERRORS = (  # errors that Pillow and this module raise for damaged files
 def open_image(path: Path, size: int) -> Image.Image:
     """Return the image in a file as RGB; transparent parts become white.
 
-    Raster images (JPEG, PNG, WebP, GIF, BMP, TIFF) keep their size and are turned upright as their EXIF tag says.
+    Raster images (JPEG, PNG, WebP, GIF, BMP, TIFF, AVIF, JPEG 2000) keep their size and are turned upright as their EXIF tag
+    says. docs/media.md has a table of the kinds that are supported.
 
     Args:
         path: the file.
@@ -62,9 +62,9 @@ def open_image(path: Path, size: int) -> Image.Image:
 def open_frames(path: Path, num_frames: int) -> list[Image.Image]:
     """Return evenly spaced frames of a clip as RGB; transparent parts become white.
 
-    A clip is a video (mp4, mov, webm, mkv, avi) or an animation (GIF, WebP, PNG). The format is found from the content of the
-    file, not from its name. Frames keep their size, unless their pixels are not square, and are turned upright. Only the
-    returned frames are held in memory. docs/videos.md has a table of what is supported.
+    A clip is a video (mp4, mov, webm, mkv, avi) or an animation (GIF, WebP, PNG, AVIF). The format is found from the content of
+    the file, not from its name. Frames keep their size, unless their pixels are not square, and are turned upright. Only the
+    returned frames are held in memory. docs/media.md and docs/videos.md have tables of what is supported.
 
     Args:
         path: the file.
@@ -95,8 +95,7 @@ def midpoint_frames(num_frames: int, length: int) -> list[int]:
 def _explain_errors(path: Path) -> Iterator[None]:
     """Turn every error of reading a file into a `UserError` that starts with the name of the file."""
     try:
-        if path.exists() and not path.is_file():
-            raise UserError("not a regular file")  # reading a pipe or a device may never end
+        check_file(path)
         yield
     except FileNotFoundError as error:
         raise UserError(f"{path.name}: no such file") from error
@@ -113,10 +112,7 @@ def _explain_errors(path: Path) -> Iterator[None]:
 def _decode_raster(path: Path) -> Image.Image:
     with warnings.catch_warnings():
         warnings.simplefilter("error", Image.DecompressionBombWarning)
-        with Image.open(path, formats=IMAGE_FORMATS) as file:
-            check_size(*file.size)
-            file.load()
-            return on_white(ImageOps.exif_transpose(file))
+        return decode_picture(path)
 
 
 def _decode_frames(path: Path, num_frames: int) -> list[Image.Image]:
@@ -126,36 +122,8 @@ def _decode_frames(path: Path, num_frames: int) -> list[Image.Image]:
 
     with warnings.catch_warnings():
         warnings.simplefilter("error", Image.DecompressionBombWarning)
-        try:
-            animation = Image.open(path, formats=ANIMATION_FORMATS)
-        except UnidentifiedImageError:
-            return video_frames(path, choose)
-        with animation:
-            check_size(*animation.size)
-            return _animation_frames(path, animation, num_frames)
-
-
-def _animation_frames(path: Path, file: Image.Image, num_frames: int) -> list[Image.Image]:
-    first = 1 if file.info.get("default_image") else 0  # an animated PNG may start with an image for old programs
-    length = getattr(file, "n_frames", 1) - first
-    _check_length(length)
-    if file.format == "GIF":
-        _check_gif_end(path)
-    shown: dict[int, Image.Image] = {}
-    for wanted in midpoint_frames(num_frames, length):
-        if wanted not in shown:
-            file.seek(first + wanted)
-            file.load()
-            shown[wanted] = on_white(ImageOps.exif_transpose(file))
-    return [shown[wanted] for wanted in midpoint_frames(num_frames, length)]
-
-
-def _check_gif_end(path: Path) -> None:
-    """Check that the end of a GIF is there: Pillow reads a GIF that is cut short as a whole one with fewer frames."""
-    with path.open("rb") as file:
-        file.seek(-min(path.stat().st_size, 64), os.SEEK_END)  # some programs write a few bytes after the end
-        if b"\x00;" not in file.read():
-            raise UserError("cut short: the end of the animation is missing")
+        frames = animation_frames(path, choose)
+    return video_frames(path, choose) if frames is None else frames
 
 
 def _check_length(length: int) -> None:

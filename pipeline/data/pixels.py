@@ -30,8 +30,10 @@ def check_area(width: int, height: int) -> None:
 
 def on_white(image: Image.Image) -> Image.Image:
     """Return a picture as RGB; transparent parts become white."""
-    if image.mode in ("I;16", "I;16B", "I;16L", "I"):  # 16-bit grey: the conversion of Pillow clips instead of scaling
+    if image.mode.startswith("I;16"):  # the conversion of Pillow clips instead of scaling
         image = image.point(lambda value: value / 257).convert("L")
+    if image.mode in ("I", "F"):  # it would clip, too; no reader of a format gives one
+        raise UserError(f"samples of a kind that is not supported: {image.mode}")
     if not image.has_transparency_data:
         return image.convert("RGB")
     image = image.convert("RGBA")

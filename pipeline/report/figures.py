@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import re
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -192,10 +193,22 @@ def shorten(text: str, max_length: int) -> str:
 
 
 def to_svg(figure: Figure) -> bytes:
-    """Return the figure as SVG without date or creator, with text and lines in the ink of the page around it."""
+    """Return the figure as SVG without date or creator, with text and lines in the ink of the page around it.
+
+    Text becomes outlines. If the font lacks a letter, all text of the figure stays text, and the browser finds fonts for it.
+    """
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-    # matplotlib repeats every text in an XML comment.
-    drawing = re.sub(r"<!--.*?-->", "", buffer.getvalue().decode(), flags=re.DOTALL)
+    save: Any = {"format": "svg", "transparent": True, "metadata": {"Date": None, "Creator": None}}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "Glyph .* missing from font", UserWarning)
+        try:
+            figure.savefig(buffer, **save)
+        except UserWarning:
+            warnings.filterwarnings("ignore", "Glyph .* missing from font", UserWarning)
+            buffer = io.BytesIO()
+            with mpl.rc_context({"svg.fonttype": "none"}):
+                figure.savefig(buffer, **save)
+    # matplotlib repeats every text in an XML comment. Control characters of a text are not allowed in XML.
+    drawing = re.sub(r"<!--.*?-->|[\x00-\x08\x0b\x0c\x0e-\x1f\ufffe\uffff]", "", buffer.getvalue().decode(), flags=re.DOTALL)
     style = f"<style>svg{{color:{INK}}}@media(prefers-color-scheme:dark){{svg{{color:{DARK_INK}}}}}</style>"
     return drawing.replace(INK, "currentColor").replace("<defs>", f"{style}\n <defs>", 1).encode()

@@ -133,7 +133,7 @@ def test_decompression_bombs_are_refused(tmp_path: Path, monkeypatch: pytest.Mon
         open_image(tmp_path / "big.png", 8)
 
 
-@pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF"])
+@pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000"])
 def test_the_formats_that_are_promised_are_read(tmp_path: Path, form: str) -> None:
     Image.new("RGB", (5, 3), (255, 0, 0)).save(tmp_path / "x.png", form)
     assert np.asarray(open_image(tmp_path / "x.png", 9))[1, 1].tolist() == pytest.approx((254, 0, 0), abs=3)
@@ -143,7 +143,7 @@ def test_the_formats_that_are_promised_are_read(tmp_path: Path, form: str) -> No
 def test_other_formats_are_refused_by_the_list(tmp_path: Path, form: str) -> None:
     """EPS files are programs, and Pillow would run them with Ghostscript."""
     Image.new("RGB", (16, 16)).save(tmp_path / "x.jpg", form)
-    with pytest.raises(ValueError, match=r"^x\.jpg: not a JPEG, PNG, WEBP, GIF, BMP, TIFF or SVG picture$"):
+    with pytest.raises(ValueError, match=r"^x\.jpg: not a JPEG, PNG, WEBP, GIF, BMP, TIFF, AVIF, JPEG2000 or SVG picture$"):
         open_image(tmp_path / "x.jpg", 8)
 
 

@@ -1,1 +1,1 @@
-"""Generators of the media that every reader has to get right: valid, damaged and hostile files."""
+"""Generators of valid, damaged and hostile media files, each with its expected pixels or the reason in the failure list."""

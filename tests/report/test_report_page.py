@@ -278,6 +278,16 @@ def test_figures_follow_the_colours_of_the_page_and_contain_no_date() -> None:
     ElementTree.fromstring(drawing)
 
 
+def test_names_with_letters_that_the_font_lacks_stay_text() -> None:
+    """They would be drawn as boxes. The browser finds fonts for text; other figures are drawn as outlines, and hold none."""
+    matrix, names = np.eye(3), ["猫", "🐈 <b>cat</b>", "चीता\x07"]
+    drawing = draw_confusions(matrix, matrix, names, ("before", "after"))
+    texts = [element.text for element in ElementTree.fromstring(drawing).iter("{http://www.w3.org/2000/svg}text")]
+    assert {"猫", "🐈 <b>cat</b>", "चीता", "predicted"} <= set(texts)
+    assert drawing == draw_confusions(matrix, matrix, names, ("before", "after"))
+    assert b"<text" not in draw_confusions(matrix, matrix, ["кот", "γάτα", "$chat$"], ("before", "after"))
+
+
 def test_markdown_escape_leaves_no_markup() -> None:
     assert escape_markdown("a|b\n<b>*c* _d_ `e` [f](g)") == r"a\|b &lt;b&gt;\*c\* \_d\_ \`e\` \[f\](g)"
 
