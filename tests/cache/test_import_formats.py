@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from safetensors.numpy import save_file
 from pipeline.cache import open_cache
 from pipeline.cache.transfer import export_cache, import_features
 from pipeline.data.manifest import Manifest
+from pipeline.data.manifest_files import write_manifest
 
 NUM = 60
 FEATURES = np.random.default_rng(0).normal(size=(NUM, 3)).astype(np.float32)
@@ -202,7 +204,8 @@ def read_export(file: Path) -> tuple[np.ndarray, list[str], list[str]]:
     if file.suffix == ".h5":
         with h5py.File(file) as opened:
             columns: Any = {name: np.asarray(opened[name]) for name in ("features", "ids", "splits")}
-        return columns["features"], *([value.decode() for value in columns[name]] for name in ("ids", "splits"))
+        ids, splits = ([value.decode() for value in columns[name]] for name in ("ids", "splits"))
+        return columns["features"], ids, splits
     if file.suffix == ".parquet":
         table = pd.read_parquet(file)
         return np.stack(table["features"].tolist()), table["id"].tolist(), table["split"].tolist()
@@ -210,7 +213,8 @@ def read_export(file: Path) -> tuple[np.ndarray, list[str], list[str]]:
         sidecar = json.loads(file.with_suffix(".json").read_text())
         return np.load(file), sidecar["ids"], sidecar["splits"]
     with safe_open(file, framework="np") as opened:
-        return opened.get_tensor("features"), *(json.loads(opened.metadata()[name]) for name in ("ids", "splits"))
+        metadata = opened.metadata()
+        return opened.get_tensor("features"), json.loads(metadata["ids"]), json.loads(metadata["splits"])
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
@@ -255,10 +259,22 @@ def test_several_rows_of_a_sample_stay_together(shuffled: Manifest, tmp_path: Pa
     assert [failure["row"] for failure in failures] == np.flatnonzero(np.isnan(found).any(axis=1)).tolist()
 
 
-def test_a_feature_is_that_of_its_id_wherever_it_lies(manifest: Manifest, tmp_path: Path) -> None:
-    """The join by id of docs/features.md."""
-    path = make_cache(tmp_path, manifest, FEATURES, store_dtype="float32")
-    ids = [sample.id for sample in manifest.samples]
+def test_a_feature_is_that_of_its_id_wherever_it_lies(
+    shuffled: Manifest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By `Cache.read`, and by the program of docs/features.md, which needs Zarr alone."""
+    features = np.random.default_rng(3).normal(size=(1300, 3)).astype(np.float32)
+    path = make_cache(tmp_path / "artifacts", shuffled, features, store_dtype="float32")
+    write_manifest(shuffled, tmp_path / "artifacts")
+    ids = [sample.id for sample in shuffled.samples]
     cache = open_cache(path)
-    for order in (ids, ids[::-1], ids[7:9] * 2):
-        np.testing.assert_array_equal(cache.read(order), np.stack([FEATURES[ids.index(each)] for each in order]))
+    for order in (ids, ids[::-1], ids[700:705] * 2):
+        np.testing.assert_array_equal(cache.read(order), np.stack([features[ids.index(each)] for each in order]))
+    page = (Path(__file__).parents[2] / "docs" / "features.md").read_text(encoding="utf-8")
+    (program,) = re.findall(r"```python\n(import pandas.*?)```", page, re.DOTALL)
+    program = program.replace("efficientnet_lite-0123456789ab", path.name).replace("openmoji", "toy")
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    exec(program, names)
+    assert list(names["table"]["sample_id"]) != ids
+    np.testing.assert_array_equal(names["array"], cache.read(list(names["table"]["sample_id"])))
