@@ -1,12 +1,13 @@
 """Compare the speed of extraction with what the machine can do, as ratios measured in one run; results are in RESULTS.md.
 
-    python benchmarks/extract.py [--parts bound,loop,store,overhead,memory] [--images 384]
+    python benchmarks/extract.py [--parts bound,loop,store,overhead,identity,memory] [--images 384]
     python benchmarks/extract.py --parts peer --peer PYTHON     # PYTHON of an environment with clip-retrieval and setuptools<70
 
 bound     wall time over the lower bound max(decode alone, forward alone, core-seconds / cores)
 loop      images per second over those of the loop in timm's documentation: float32, one image at a time, DataLoader(workers=0)
 store     MB/s of writing a cache, and of reading all of it over numpy.fromfile on the same bytes, from the disk and from memory
 overhead  share of an extraction's time that sha256 and fsync take
+identity  processor time of an extraction with the digests of its media over that without, in turns
 memory    peak memory with ten times as many rows over that with the smaller number
 peer      images per second over those of `clip-retrieval inference`, with the same pictures and the same weights
 """
@@ -17,6 +18,7 @@ import argparse
 import json
 import os
 import platform
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -38,6 +40,7 @@ from timm.data.transforms_factory import create_transform
 from torch import nn
 
 from pipeline.cache import Writer, layout, open_cache
+from pipeline.cache.shard_media import ShardMedia
 from pipeline.data.manifest import Manifest
 from pipeline.encoders.efficientnet_lite import load_weights
 from pipeline.extraction.extract import ExtractOptions, extract, plan_extraction
@@ -228,6 +231,28 @@ def overhead(folder: Path, home: Path, count: int) -> None:
     print(f"overhead: {extra:.2f} s of {whole:.0f} s a shard: {extra / whole:.2%} (wanted < 3 %)", flush=True)
 
 
+def identity(folder: Path, home: Path, count: int) -> None:
+    """Print the processor time of extractions in this process with digests of the media over that without, in turns."""
+    options = ExtractOptions(progress=False, workers=0)
+    digests = ShardMedia.digests
+
+    def run(encoder: str, name: str) -> float:
+        started = time.process_time()
+        extract(make_manifest(folder, count), encoder, {}, home / f"{encoder}-{name}", options=options)
+        return time.process_time() - started
+
+    for encoder, rounds in (("random_projection", 9), ("efficientnet_lite", 5)):
+        run(encoder, "warm-up")
+        ratios = []
+        for number in range(rounds):
+            with_digests = run(encoder, f"with{number}")
+            ShardMedia.digests = lambda self: ""
+            ratios.append(with_digests / run(encoder, f"without{number}"))
+            ShardMedia.digests = digests
+        low, middle, high = min(ratios), statistics.median(ratios), max(ratios)
+        print(f"identity {encoder}: ratio {middle:.4f} ({low:.4f} to {high:.4f}, {rounds} rounds; wanted < 1.03)", flush=True)
+
+
 def memory(folder: Path, home: Path, count: int) -> None:
     """Print the peak memory of extractions of 2,000 and 20,000 rows, each in its own process."""
     peaks = []
@@ -281,12 +306,12 @@ def peer(folder: Path, home: Path, count: int, python: Path) -> None:
 def main() -> None:
     """Run the parts that are asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--parts", default="bound,loop,store,overhead,memory")
+    parser.add_argument("--parts", default="bound,loop,store,overhead,identity,memory")
     parser.add_argument("--images", type=int, default=384)
     parser.add_argument("--peer", type=Path, help="python of an environment with clip-retrieval")
     arguments = parser.parse_args()
     parts: dict[str, Callable[[Path, Path, int], None]] = {
-        "bound": bound, "loop": loop, "store": store, "overhead": overhead, "memory": memory,
+        "bound": bound, "loop": loop, "store": store, "overhead": overhead, "identity": identity, "memory": memory,
         "peer": lambda folder, home, count: peer(folder, home, count, arguments.peer),
     }  # fmt: skip
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{CPU_COUNT} cores, {platform.machine()}"

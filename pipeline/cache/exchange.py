@@ -100,13 +100,19 @@ def stored_dtype(path: Path, raw: np.dtype, record: Mapping[str, Any]) -> str:
         record: the `FeatureFile.record`; it says whether uint16 is really bfloat16.
 
     Raises:
-        UserError: the array does not hold numbers of at most 8 bytes.
+        UserError: the array does not hold numbers of at most 8 bytes, or numbers that may be the bits of others.
     """
-    if raw.kind not in "fiu" or raw.itemsize > 8:
-        raise UserError(f"{path}: features must be numbers, not {raw}")
     identity = record.get("identity")
     if raw.newbyteorder("=") == np.uint16 and isinstance(identity, dict) and identity.get("store_dtype") == "bfloat16":
         return "bfloat16"
+    if raw.itemsize == 2 and raw.kind in "iuV" and not raw.names:  # NumPy has no bfloat16
+        raise UserError(
+            f"{path}: features of type {raw} look like the bits of bfloat16; save the numbers themselves as float32, in torch: "
+            "tensor.float().numpy(), of bits torch.from_numpy(bits).view(torch.bfloat16).float().numpy(); save true whole "
+            "numbers as int32"
+        )
+    if raw.kind not in "fiu" or raw.itemsize > 8:
+        raise UserError(f"{path}: features must be numbers, not {raw}")
     return raw.newbyteorder("=").name
 
 
@@ -187,12 +193,12 @@ def read_sidecar(path: Path) -> dict[str, Any]:
     """
     json_file = path.with_suffix(".json")
     if json_file.is_file():
-        value = json.loads(json_file.read_text(encoding="utf-8"))
+        value = json.loads(json_file.read_text(encoding="utf-8-sig"))  # Windows programs begin a file with a mark
         described = {"ids": value} if isinstance(value, list) else value
         if not isinstance(described, dict) or not isinstance(described.get("about", {}), dict):
             raise UserError(f"{json_file} must be a JSON list of ids, or an object with `ids`")
         return described
     text_file = path.with_suffix(".txt")
     if text_file.is_file():
-        return {"ids": text_file.read_text(encoding="utf-8").removesuffix("\n").split("\n")}
+        return {"ids": text_file.read_text(encoding="utf-8-sig").removesuffix("\n").split("\n")}
     raise UserError(f"{path} has no ids: put them into {json_file.name}, a JSON list, or {text_file.name}, one on each line")

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import shlex
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any
@@ -13,11 +14,14 @@ import numpy as np
 
 from pipeline.cache import layout
 from pipeline.cache.exchange import NO_OFFSETS, FeatureFile, as_float32, block_ranges
+from pipeline.cache.label_numbers import LabelNumbers
 from pipeline.cache.layout import Failure
 from pipeline.data.manifest import DATASET_NAME, Manifest
 from pipeline.runtime import plugins
 from pipeline.runtime.errors import UserError
 from pipeline.runtime.files import file_sha256, fingerprint, sha256
+
+logger = logging.getLogger(__name__)
 
 ImportedShard = tuple[np.ndarray, list[Failure]]  # features float32 [rows, *shape], NaN where an item failed; the failures
 # Largest number of id bytes per byte of a file. Ids are distinct, and features lie beside them, so no honest file has more.
@@ -83,6 +87,11 @@ def plan_reimport(features: FeatureFile, source: Path) -> ImportPlan:
         UserError: the file was not exported from a cache, or its record is damaged or does not fit its features. Damaged
             features are found when the shards are read.
     """
+    if features.record.get("order") == "manifest":
+        raise UserError(
+            f"{source} has the order of the manifest, and makes no cache again: export without --order, or import it as "
+            "features computed elsewhere with --dataset and --name"
+        )
     if not features.record:
         raise UserError(
             f"{source} does not say which cache it was exported from; "
@@ -175,6 +184,7 @@ def plan_external_import(
     _check_external(features, source, name)
     ids = [sample.id for sample in manifest.samples]
     row_of = {sample_id: row for row, sample_id in enumerate(ids)}
+    features = _without_mark(features, row_of)
     target_rows = np.array([row_of.get(sample_id, -1) for sample_id in features.ids])
     has_row = np.zeros(len(ids), dtype=bool)
     has_row[target_rows[target_rows >= 0]] = True
@@ -185,6 +195,8 @@ def plan_external_import(
 
     def read_shards(folder: Path, block_ends: Sequence[int]) -> Iterator[ImportedShard]:
         num_failed, num_missing = 0, int((~has_row).sum())
+        is_single = manifest.label_kind == "single"
+        numbers = LabelNumbers(np.array([sample.labels[0] for sample in manifest.samples])) if is_single else None
         blocks = _blocks_in_sample_order(features, target_rows, block_ends, folder)
         for (start, stop), rows in zip(block_ranges(block_ends), blocks, strict=True):
             failures = _mark_failures(rows, ids[start:stop], has_row[start:stop], start, target_dtype, source.name)
@@ -194,7 +206,11 @@ def plan_external_import(
                     f"{max(num_failed, num_missing)} of {len(ids)} samples have no features in {source}, more than "
                     f"--max-failures {max_failures:g} allows; one of them: {failures[-1].id!r}: {failures[-1].error}"
                 )
+            if numbers:
+                numbers.add(rows, start)
             yield rows, failures
+        if numbers and (found := numbers.found()):
+            logger.warning("number %d of each row in %s is the label itself: save the features without it", found[0], source)
 
     command = _import_command(source, manifest.dataset, name, modality, store_dtype, max_failures)
     return ImportPlan(
@@ -208,6 +224,14 @@ def plan_external_import(
         unknown_ids=[sample_id for sample_id in features.ids if sample_id not in row_of],
         read_shards=read_shards,
     )
+
+
+def _without_mark(features: FeatureFile, known: Container[str]) -> FeatureFile:
+    """Remove the byte order mark, with which Windows programs begin a list, from the first id, if that makes it a known one."""
+    first = features.ids[0].removeprefix("\ufeff")
+    if features.ids[0] in known or first not in known or first in features.ids:
+        return features
+    return replace(features, ids=[first, *features.ids[1:]])
 
 
 def _external_identity(

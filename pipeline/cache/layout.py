@@ -5,7 +5,7 @@
   features/                 [N, *shape], or [M, *shape] with offsets/ [N+1] when samples have several texts
   ids/                      sample ids in row order
   commits/arrays.json       sha256 of the metadata, ids and offsets
-  commits/<shard>.json      sha256 and statistics of one shard of features
+  commits/<shard>.json      sha256 and statistics of one shard of features, digests of its media
   failures.parquet          id, stage, error of every item that has no features
 """
 
@@ -58,7 +58,8 @@ class Commit:
     batch_size: int
     device: str
     failures: tuple[Failure, ...]
-    media_sizes: str = ""  # digest of the sizes of the media files when they were encoded; "": not known
+    media_sizes: str = ""  # of older versions: SHA-256 of the sizes of the media files
+    media_digests: str = ""  # base64 of 8 bytes per row: XXH3 of its media file; zeros: failed or unreadable; "": not known
 
 
 _RecordT = TypeVar("_RecordT", Failure, Commit)

@@ -29,6 +29,7 @@ from pipeline.data.manifest_files import read_manifest
 from pipeline.runtime.errors import UserError
 from pipeline.runtime.files import lock, sync_folder
 
+RowOrder = Literal["cache", "manifest"]
 FORMAT_MODULES = {".h5": "hdf5", ".hdf5": "hdf5", ".npy": "npy", ".parquet": "parquet", ".safetensors": "safetensors"}
 
 
@@ -43,15 +44,16 @@ class ImportResult:
     first_unknown: str
 
 
-def export_cache(path: Path, target: Path) -> Path:
+def export_cache(path: Path, target: Path, order: RowOrder = "cache") -> Path:
     """Write a complete cache into one file, and return the file.
 
-    The file holds the features exactly as stored, with ids, splits, labels and the identity. `import_features` makes the same
-    cache from it.
+    The file holds the features exactly as stored, with ids, splits, labels and the identity. In the order of the cache,
+    `import_features` makes the same cache from it.
 
     Args:
         path: the folder of the cache.
         target: the file to write; its suffix is the format.
+        order: of the samples: "cache", or "manifest" for that of the rows of <home>/manifests/<dataset>.csv and .parquet.
 
     Raises:
         UserError: the format is unknown, the file exists, the cache is not complete, or its manifest is gone or has changed.
@@ -62,16 +64,21 @@ def export_cache(path: Path, target: Path) -> Path:
             raise UserError(f"{file} is there already; remove it, or export to another name")
     cache = open_cache(path)
     manifest, samples = read_cache_manifest(cache)
-    features, shard_rows = _open_stored(cache)
+    positions = {sample.id: position for position, sample in enumerate(samples)}
+    if order == "manifest":
+        samples = [sample for _, sample in manifest.in_file_order()]
+    features, shard_rows, new_row = _open_stored(cache, [positions[sample.id] for sample in samples])
     commits, _ = read_commits(path)
+    failures = [asdict(failure) for commit in commits for failure in commit.failures]
     record = {
+        **({"order": order} if order == "manifest" else {}),
         "kind": cache.kind,
         "identity": cache.identity,
         "provenance": cache.provenance,
         "feature_shape": list(cache.feature_shape),
         "shard_rows": shard_rows,
         "class_names": list(manifest.class_names),
-        "failures": [asdict(failure) for commit in commits for failure in commit.failures],
+        "failures": [{**failure, "row": int(new_row[failure["row"]])} for failure in failures],
         "sha256": feature_digests(features),
     }
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -138,17 +145,32 @@ def _format_module(path: Path) -> ModuleType:
     return importlib.import_module(f"pipeline.cache.formats.{FORMAT_MODULES[path.suffix]}")
 
 
-def _open_stored(cache: Cache) -> tuple[FeatureFile, int]:
-    """Return the features of a cache as they are stored, and its rows per shard."""
+def _open_stored(cache: Cache, order: Sequence[int]) -> tuple[FeatureFile, int, np.ndarray]:
+    """Return the features of a cache as they are stored, with the samples in another order.
+
+    Args:
+        cache: the cache.
+        order: positions of the samples in the cache, in the order that is wanted.
+
+    Returns:
+        The features; the rows per shard of the cache; and, for each row of the cache, its row in the wanted order.
+    """
     array = zarr.open_array(cache.path / "features", mode="r")
     assert array.shards is not None
+    counts = np.diff(cache.offsets)[order]
+    ends = np.cumsum(counts)
+    rows = np.arange(array.shape[0]) + np.repeat(cache.offsets[order] - (ends - counts), counts)
 
     def read_blocks(block_ends: Sequence[int]) -> Iterator[np.ndarray]:
         for start, stop in block_ranges(block_ends):
-            yield np.asarray(array[start:stop])
+            picked = rows[start:stop]
+            is_slice = (np.diff(picked) == 1).all()  # of which Zarr copies less
+            yield np.asarray(array[picked[0] : picked[0] + len(picked)] if len(picked) and is_slice else array.oindex[picked])
 
-    offsets = cache.offsets if cache.kind == "ragged" else NO_OFFSETS
-    return FeatureFile(cache.ids, offsets, array.shape, cache.identity["store_dtype"], {}, read_blocks), array.shards[0]
+    offsets = np.concatenate([[0], ends]).astype(np.int64) if cache.kind == "ragged" else NO_OFFSETS
+    ids = [cache.ids[position] for position in order]
+    features = FeatureFile(ids, offsets, array.shape, cache.identity["store_dtype"], {}, read_blocks)
+    return features, array.shards[0], np.argsort(rows)
 
 
 def _write_cache(plan: ImportPlan, home: Path) -> ImportResult:

@@ -1,7 +1,9 @@
-"""Check every byte of a cache against the records that were written with it."""
+"""Check every byte of a cache, and the media that it was made of, against the records that were written with it."""
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -9,13 +11,19 @@ import zarr
 
 from pipeline.cache import layout
 from pipeline.cache.layout import Commit
-from pipeline.cache.reader import read_attributes, read_commits
+from pipeline.cache.reader import open_cache, read_attributes, read_commits
+from pipeline.cache.samples import read_cache_manifest
+from pipeline.cache.shard_media import ShardMedia
 from pipeline.runtime.errors import UserError
 from pipeline.runtime.files import file_sha256
 
 
 def verify(path: Path) -> list[str]:
-    """Return the problems of a cache, one line each; an empty list when it is complete and undamaged."""
+    """Return the problems of a cache, one line each; an empty list when it is complete and undamaged.
+
+    Media files that are here are compared with those that the cache was made of. One that has the size and times that it had
+    when it was last read is not read again.
+    """
     try:
         read_attributes(path)
     except UserError as error:
@@ -24,7 +32,23 @@ def verify(path: Path) -> list[str]:
     array = zarr.open_array(path / "features", mode="r")
     for commit in commits:
         problems += _check_shard(path, commit, array)
-    return problems or layout.file_problems(path, "failures")
+    return problems or layout.file_problems(path, "failures") or _media_problems(path, commits)
+
+
+def _media_problems(path: Path, commits: Sequence[Commit]) -> list[str]:
+    """Return one line for each shard of a complete cache whose media have changed; none without the manifest of the cache."""
+    if not any(commit.media_digests or commit.media_sizes for commit in commits):
+        return []
+    try:
+        manifest, samples = read_cache_manifest(open_cache(path))
+    except UserError:  # a copy of the cache elsewhere, or another manifest now
+        return []
+    starts = itertools.accumulate((commit.rows for commit in commits), initial=0)
+    problems = [
+        ShardMedia.of_rows(path, manifest, samples[start : start + commit.rows], start, commit.failures).problem(commit)
+        for commit, start in zip(commits, starts, strict=False)
+    ]
+    return [problem for problem in problems if problem]
 
 
 def _check_shard(path: Path, commit: Commit, array: zarr.Array) -> list[str]:

@@ -149,7 +149,7 @@ class Writer:
         seconds: float,
         batch_size: int,
         device: str,
-        media_sizes: str = "",
+        media_digests: str = "",
     ) -> Commit:
         """Write a whole shard, then its commit record. The cache counts as incomplete until `finish` is called.
 
@@ -160,7 +160,7 @@ class Writer:
             seconds: the time that encoding the shard took.
             batch_size: items that were encoded at a time.
             device: what encoded them.
-            media_sizes: digest of the sizes of the media files; "": not known.
+            media_digests: digests of the media files, see `Commit`; "": not known.
         """
         (self.path / "commits" / "failures.json").unlink(missing_ok=True)
         stored = layout.to_stored(features, self.store_dtype)
@@ -184,7 +184,7 @@ class Writer:
             batch_size=batch_size,
             device=device,
             failures=tuple(failures),
-            media_sizes=media_sizes,
+            media_digests=media_digests,
         )
         layout.write_commit(self.path, commit)
         return commit

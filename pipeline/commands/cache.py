@@ -119,12 +119,16 @@ def _flatten(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 def export(
     path: CachePath,
     target: Annotated[Path, typer.Argument(metavar="FILE", help="Where to write: .h5, .npy, .parquet or .safetensors.")],
+    order: Annotated[
+        Literal["cache", "manifest"],
+        typer.Option(help="Order of the samples; manifest: that of the rows of manifests/DATASET.csv."),
+    ] = "cache",
     as_json: AsJson = False,
 ) -> None:
     """Write features, ids, splits, labels and identity of a cache into one file."""
     from pipeline.cache.transfer import export_cache as export_cache
 
-    show({"file": str(export_cache(path, target))}, as_json)
+    show({"file": str(export_cache(path, target, order))}, as_json)
 
 
 @cache_commands.command("import")

@@ -16,6 +16,7 @@ import torch
 
 from pipeline.cache.layout import CHUNK_ROWS, STORE_DTYPES, Commit, Failure, StoreDtype, cache_path
 from pipeline.cache.provenance import check_libraries, make_provenance
+from pipeline.cache.shard_media import ShardMedia
 from pipeline.cache.writer import Writer
 from pipeline.data.manifest import Manifest
 from pipeline.encoders._encoder import Encoder
@@ -124,8 +125,7 @@ def extract(
 
     Raises:
         UserError: the settings, media or files do not fit; more items fail than the options allow; the cache was begun with
-            other libraries (`provenance.check_libraries`) or from other media. A media file counts as another one when its
-            size has changed; a replacement of the same size is not noticed.
+            other libraries (`provenance.check_libraries`), or from media files with other contents.
     """
     return run_extraction(plan_extraction(manifest, encoder_name, settings, home, store_dtype, compiled, options))
 
@@ -229,16 +229,20 @@ def cache_batch_size(target: ExtractionTarget, writer: Writer) -> int:
 
 
 def _check_media(target: ExtractionTarget, writer: Writer) -> None:
-    """Refuse media whose file sizes are not those of the recorded shards."""
+    """Refuse media that are not those of the recorded shards, and give records of older versions the digests of theirs."""
     for shard, commit in writer.read_records().items():
-        rows = writer.rows(shard)
-        sizes = target.input_rows.media_sizes(rows, {failure.row for failure in commit.failures})
-        if sizes and commit.media_sizes not in ("", sizes):
-            first, last = (target.input_rows[row][0].id for row in (rows.start, rows.stop - 1))
-            raise UserError(
-                f"the media of samples {first!r} to {last!r} are not those that {target.path} was made of: files have other "
-                f"sizes now; bring those back, or remove it (diffalign cache rm {target.path}) and extract it anew"
-            )
+        if media := _shard_media(target, writer.rows(shard), commit.failures):
+            if problem := media.problem(commit):
+                raise UserError(problem)
+            media.renew(commit)
+
+
+def _shard_media(target: ExtractionTarget, rows: range, failures: Sequence[Failure]) -> ShardMedia | None:
+    """Return the media of a shard; None for texts, which are in the manifest."""
+    if target.input_rows.modality == "text":
+        return None
+    samples = [target.input_rows[row][0] for row in rows]
+    return ShardMedia.of_rows(target.path, target.input_rows.manifest, samples, rows.start, failures)
 
 
 def encode_missing_shards(task: ExtractionTask, writer: Writer, commits: dict[int, Commit], budget: FailureBudget) -> None:
@@ -338,6 +342,7 @@ def commit_shard(
     task: ExtractionTask, writer: Writer, shard: int, features: np.ndarray, failures: Sequence[Failure], seconds: float
 ) -> Commit:
     """Write a shard and its commit record."""
+    media = _shard_media(task.target, writer.rows(shard), failures)
     return writer.commit(
         shard,
         features,
@@ -345,7 +350,7 @@ def commit_shard(
         seconds=seconds,
         batch_size=cache_batch_size(task.target, writer),
         device=default_device().type,
-        media_sizes=task.target.input_rows.media_sizes(writer.rows(shard), {failure.row for failure in failures}),
+        media_digests=media.digests() if media else "",
     )
 
 

@@ -5,12 +5,10 @@ How a shard is cut into batches depends only on the shard and the batch size, so
 
 from __future__ import annotations
 
-import hashlib
 import logging
-import os
 import sys
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -68,24 +66,6 @@ class InputRows:
 
     def __getitem__(self, row: int) -> tuple[Sample, str]:
         return self.items[row]
-
-    def media_sizes(self, rows: range, failed: Collection[int]) -> str:
-        """Return the SHA-256 of the file sizes of these rows' media, without the `failed` rows.
-
-        Returns:
-            The hex digest. "" for texts, which are in the manifest, and when a file is missing.
-        """
-        if self.modality == "text":
-            return ""
-        total, root = hashlib.sha256(), str(self.manifest.media_root)
-        for row in rows:
-            if row not in failed:
-                try:
-                    size = os.stat(os.path.join(root, self[row][0].media)).st_size
-                except OSError:
-                    return ""
-                total.update(b"%d\n" % size)
-        return total.hexdigest()
 
 
 @dataclass(frozen=True)

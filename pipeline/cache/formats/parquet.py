@@ -6,6 +6,8 @@ If samples have several rows of features, `features` is a list of lists, and `co
 from __future__ import annotations
 
 import json
+import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from math import prod
@@ -73,7 +75,8 @@ def _row_group_ends(offsets: np.ndarray, num_rows: int) -> list[int]:
 def read(path: Path) -> Iterator[FeatureFile]:
     """Open a file of `write`, or any Parquet file with a column `id` and features.
 
-    The features are a column `features` of lists of numbers, or, without it, all other columns: one float each.
+    The features are a column `features` of lists of numbers, or, without it, all other columns: one float each, with names
+    that are numbered alike, such as f0, f1, f2.
 
     Raises:
         UserError: the file cannot be read.
@@ -150,10 +153,11 @@ def _is_nested(kind: pa.DataType) -> bool:
 def _feature_dtype(schema: pa.Schema, columns: Sequence[str]) -> np.dtype:
     """Return the dtype of the features.
 
-    Columns of one number each must be floats: whole numbers are probably labels or row numbers.
+    Columns of one number each must be floats, and numbered: whole numbers, and columns with a name of their own, are probably
+    labels or row numbers.
 
     Raises:
-        UserError: a column holds something else, or there is no column.
+        UserError: a column holds something else or is named otherwise, or there is no column.
     """
     for name in columns:
         kind = schema.field(name).type
@@ -165,7 +169,22 @@ def _feature_dtype(schema: pa.Schema, columns: Sequence[str]) -> np.dtype:
             raise UserError(f"column {name!r} holds {kind} instead of {expected}")
     if not columns:
         raise UserError("there is no column of features")
+    if columns != ["features"]:
+        _check_numbered(columns)
     return np.result_type(*(schema.field(name).type.to_pandas_dtype() for name in columns))
+
+
+def _check_numbered(columns: Sequence[str]) -> None:
+    """Refuse columns that are not numbered alike: one of them may be a label or a score, also as a float."""
+    prefixes = {name: re.sub(r"[0-9]+$", "", name) for name in columns}
+    numbered = Counter(prefix for name, prefix in prefixes.items() if prefix != name)
+    common = max(numbered, key=numbered.__getitem__, default="f")
+    others = [name for name in columns if prefixes[name] == name or prefixes[name] != common]
+    if others:
+        raise UserError(
+            f"column {others[0]!r} is not numbered like a feature ({common}0, {common}1, …), and may be a label: leave it out, "
+            "or put the features into one column `features` of lists"
+        )
 
 
 def _feature_width(file: pq.ParquetFile, columns: Sequence[str]) -> int:

@@ -33,6 +33,7 @@ SAFETENSORS_DTYPES = {  # NumPy dtypes, of bfloat16 that of its bits
     "I64": "<i8",
     "I32": "<i4",
     "I16": "<i2",
+    "U16": "<u2",
     "I8": "|i1",
     "U8": "|u1",
 }

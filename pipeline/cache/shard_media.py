@@ -1,0 +1,96 @@
+"""The media files behind the rows of a shard: the digests of their contents in its commit record, and which have changed."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import os
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from pipeline.cache import layout
+from pipeline.cache.layout import Commit, Failure
+from pipeline.cache.samples import cache_home
+from pipeline.data.manifest import Manifest
+from pipeline.data.media_digests import NO_DIGEST, media_digests
+from pipeline.types import Sample
+
+MAX_NAMED_FILES = 10
+
+
+@dataclass(frozen=True)
+class ShardMedia:
+    """The media files of a shard. Rows that failed have none: no features were made of their files."""
+
+    cache: Path  # the folder of the cache
+    root: str  # absolute
+    samples: Sequence[Sample]  # of the rows
+    failed: Collection[int]  # positions in `samples`
+
+    @staticmethod
+    def of_rows(
+        cache: Path, manifest: Manifest, samples: Sequence[Sample], start: int, failures: Sequence[Failure]
+    ) -> ShardMedia:
+        """Return the media of the rows that begin with row `start`, whose samples these are."""
+        return ShardMedia(cache, os.path.abspath(manifest.media_root), samples, {failure.row - start for failure in failures})
+
+    @property
+    def files(self) -> list[str]:
+        """The absolute path of each row's file; "" of a row that failed."""
+        return [
+            "" if position in self.failed else os.path.join(self.root, sample.media)
+            for position, sample in enumerate(self.samples)
+        ]
+
+    def digests(self) -> str:
+        """Return the digest of each row's file as a commit record has them, see `Commit.media_digests`."""
+        return base64.b64encode(b"".join(media_digests(self.files, cache_home(self.cache)))).decode()
+
+    def problem(self, commit: Commit) -> str:
+        """Return one line with its remedy when files are not those that the shard was made of, else "".
+
+        Files that are gone are no problem. Records of older versions have one digest of all sizes: it can be compared only
+        while all files are there.
+        """
+        if commit.media_sizes:
+            is_changed, what = self._sizes() not in ("", commit.media_sizes), "files have other sizes now"
+        else:
+            changed = self._changed(commit.media_digests)
+            more = f" and {len(changed) - MAX_NAMED_FILES} more" if len(changed) > MAX_NAMED_FILES else ""
+            is_changed, what = bool(changed), f"files have other contents now: {', '.join(changed[:MAX_NAMED_FILES])}{more}"
+        if not is_changed:
+            return ""
+        return (
+            f"the media of samples {self.samples[0].id!r} to {self.samples[-1].id!r} are not those that {self.cache} was made "
+            f"of: {what}; bring those back, or remove it (diffalign cache rm {self.cache}) and extract it anew"
+        )
+
+    def renew(self, commit: Commit) -> None:
+        """Give the record of an older version, whose sizes fit, the digests of the files."""
+        if commit.media_sizes and self._sizes():
+            layout.write_commit(self.cache, replace(commit, media_sizes="", media_digests=self.digests()))
+
+    def _changed(self, recorded: str) -> list[str]:
+        """Return the names of the files that have other contents than recorded; of each name one."""
+        if not recorded or recorded == (current := self.digests()):
+            return []
+        pairs = zip(self.samples, _split(recorded), _split(current), strict=True)
+        return list(
+            dict.fromkeys(sample.media.as_posix() for sample, old, new in pairs if old != new and NO_DIGEST not in (old, new))
+        )
+
+    def _sizes(self) -> str:
+        """Return the SHA-256 of the files' sizes; "" when one is missing."""
+        total = hashlib.sha256()
+        for file in filter(None, self.files):
+            try:
+                total.update(b"%d\n" % os.stat(file).st_size)
+            except OSError:
+                return ""
+        return total.hexdigest()
+
+
+def _split(digests: str) -> list[bytes]:
+    joined, size = base64.b64decode(digests), len(NO_DIGEST)
+    return [joined[start : start + size] for start in range(0, len(joined), size)]
