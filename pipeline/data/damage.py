@@ -10,7 +10,6 @@ from __future__ import annotations
 import io
 import re
 import stat
-from collections.abc import Sequence
 from pathlib import Path
 
 from PIL import Image, JpegImagePlugin, TiffImagePlugin, UnidentifiedImageError
@@ -47,7 +46,7 @@ def check_file(path: Path) -> None:
         raise UserError("the file is empty")
 
 
-def open_picture(path: Path, formats: Sequence[str]) -> Image.Image:
+def open_picture(path: Path, formats: tuple[str, ...]) -> Image.Image:
     """Open a file with Pillow, and say more than Pillow if its header is damaged.
 
     Raises:
