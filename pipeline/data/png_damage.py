@@ -9,7 +9,6 @@ from itertools import islice
 from typing import NamedTuple
 
 from isal import isal_zlib
-from isal.igzip_lib import IsalError
 
 from pipeline.runtime.errors import UserError
 
@@ -96,7 +95,7 @@ def inflate(data: bytes, most: int) -> tuple[bytes, bool]:
     stream = isal_zlib.decompressobj()  # several times as fast as Python's zlib
     try:
         content = stream.decompress(data, most + 1)  # when one byte is left, it goes on to the checksum
-    except IsalError as error:  # pyright: ignore[reportGeneralTypeIssues]  isal declares it as a variable
+    except isal_zlib.error as error:  # pyright: ignore[reportGeneralTypeIssues]  (its stub calls the class an object)
         raise UserError(f"damaged: the compressed pixels cannot be read: {error}") from error
     return content, stream.eof and len(content) <= most
 
