@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pipeline.runtime.device import default_device
-from pipeline.runtime.errors import describe_error, is_out_of_memory
+from pipeline.runtime.errors import describe_error
 from pipeline.training.config import TrainConfig
 from pipeline.training.optim import HeadOptimizer
 from pipeline.types import Batch
@@ -102,11 +102,12 @@ class CapturedStep:
         try:
             self._replay, self._parts = record(lambda: _detached(self._step(self._batch, phase)), self._device)
         except RuntimeError as error:  # also what torch raises for CUDA
-            if is_out_of_memory(error):
-                raise
-            self._refuse(describe_error(error))
-            return
-        logger.debug("the step of phase %s is a CUDA graph, recorded in %.2f s", phase, time.monotonic() - started)
+            first: BaseException = error
+            while first.__context__:  # the end of a failed recording is an error of its own
+                first = first.__context__
+            self._refuse(describe_error(first))
+        else:
+            logger.debug("the step of phase %s is a CUDA graph, recorded in %.2f s", phase, time.monotonic() - started)
 
     def _refuse(self, reason: str) -> None:
         self.refusal, self._batch = reason, {}

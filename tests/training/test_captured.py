@@ -228,22 +228,31 @@ def test_a_method_that_reads_numbers_back_is_not_captured(
 def test_where_a_recording_fails_training_goes_on_without_a_graph(
     device: torch.device, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if device == CPU:
-        recordings = Recordings(monkeypatch)
-
-        def refused(function: Callable[[], Batch], device: torch.device) -> Any:
+    def refused(function: Callable[[], Batch], device: torch.device) -> Any:
+        try:
             raise RuntimeError("operation not permitted when stream is capturing\nmore")
+        finally:
+            raise RuntimeError("operation failed due to a previous error")
 
-        monkeypatch.setattr(captured, "record", refused)
-        assert recordings.number == 0
-    else:  # waits for the device where no operator of torch's dispatcher says so
-        monkeypatch.setattr(Reader, "fail", lambda self: torch.cuda.synchronize())
-    expected = reader_steps("fails", False, device)[1]
-    with caplog.at_level(logging.WARNING):
+    expected, expected_without_failure = (reader_steps(way, False, device)[1] for way in ("fails", "draws"))
+    with monkeypatch.context() as patch, caplog.at_level(logging.WARNING):
+        if device == CPU:
+            Recordings(patch)
+            patch.setattr(captured, "record", refused)
+        else:  # waits for the device where no operator of torch's dispatcher says so
+            patch.setattr(Reader, "fail", lambda self: torch.cuda.synchronize())
         assert reader_steps("fails", True, device)[1] == expected
     (message,) = caplog.messages
     assert "is not captured as a CUDA graph, which makes it slower: " in message
     assert "when stream is capturing" in message
+    if device == CPU:
+        Recordings(monkeypatch)
+    else:
+        torch.cuda.empty_cache()
+    trainer, losses = reader_steps("draws", True, device)  # and another step can be recorded
+    assert losses == expected_without_failure
+    assert isinstance(trainer.step, CapturedStep)
+    assert trainer.step.refusal == ""
 
 
 def test_drawing_on_the_processor_for_a_gpu_is_found() -> None:
