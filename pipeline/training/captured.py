@@ -41,21 +41,20 @@ def is_captured(config: TrainConfig) -> bool:
     return ON_GPU and default_device().type == "cuda" and not config.compiled
 
 
-class CapturedStep:
-    """A training step that is recorded once it has been taken a few times, and replayed from then on.
+class StepGraph:
+    """The CUDA graph of a training step, which is recorded once the step has been taken a few times.
 
-    The tensors that it returns are valid until its next call.
+    It does not keep the step, which has the weights: nothing that holds a graph is to be part of a cycle.
     """
 
-    def __init__(self, step: Step, optimizers: Sequence[HeadOptimizer], device: torch.device) -> None:
-        """Wrap a step.
+    def __init__(self, optimizers: Sequence[HeadOptimizer], device: torch.device) -> None:
+        """Begin without a graph.
 
         Args:
-            step: Takes a step with a batch in a phase; returns the loss and its parts.
-            optimizers: Its optimisers, whose learning rates are numbers of the host.
+            optimizers: The optimisers of the step, whose learning rates are numbers of the host.
             device: Where the tensors of a batch are.
         """
-        self._step, self._optimizers, self._device = step, optimizers, device
+        self._optimizers, self._device = optimizers, device
         self._kind: Hashable = None  # of the latest steps that were not replayed, and how many of them there were in a row
         self._count = 0
         self._recorded_kind: Hashable = None
@@ -64,43 +63,48 @@ class CapturedStep:
         self._parts: Batch = {}
         self.refusal = ""  # why the step cannot be captured
 
-    def __call__(self, batch: Batch, phase: str) -> Batch:
-        """Take a step; return the loss and its parts, without their graph of gradients."""
+    @property
+    def is_recorded(self) -> bool:
+        """Whether there is a graph."""
+        return self._recorded_kind is not None
+
+    def run(self, step: Step, batch: Batch, phase: str) -> Batch:
+        """Take a step; return the loss and its parts, without their graph of gradients. They are valid until the next call."""
         if self.refusal:
-            return _detached(self._step(batch, phase))
+            return _detached(step(batch, phase))
         rates = tuple(optimizer.rates for optimizer in self._optimizers)
         kind = phase, rates, tuple((name, column.shape, column.dtype) for name, column in batch.items())
         if kind != self._recorded_kind:
             self._count = self._count + 1 if kind == self._kind else 1
             self._kind = kind
             if self._count <= WARM_UP_STEPS:
-                return self._warm_up(batch, phase)
-            self._record(batch, phase)
+                return self._warm_up(step, batch, phase)
+            self._record(step, batch, phase)
             if self.refusal:
-                return _detached(self._step(batch, phase))
+                return _detached(step(batch, phase))
             self._recorded_kind = kind
         for name, column in batch.items():
             self._batch[name].copy_(column)
         self._replay()
         return self._parts
 
-    def _warm_up(self, batch: Batch, phase: str) -> Batch:
+    def _warm_up(self, step: Step, batch: Batch, phase: str) -> Batch:
         """Take a step on a stream of its own; the last one looks for what cannot be recorded."""
         with on_side_stream(self._device):
             if self._count < WARM_UP_STEPS:
-                return _detached(self._step(batch, phase))
+                return _detached(step(batch, phase))
             with HostOperators(self._device) as found:
-                parts = _detached(self._step(batch, phase))
+                parts = _detached(step(batch, phase))
         if found.names:
             self._refuse(f"it uses {', '.join(sorted(found.names))}, for which the processor waits for the GPU or works for it")
         return parts
 
-    def _record(self, batch: Batch, phase: str) -> None:
+    def _record(self, step: Step, batch: Batch, phase: str) -> None:
         self._replay, self._parts = _nothing, {}  # frees the memory of the previous graph
         self._batch = {name: column.clone() for name, column in batch.items()}
         started = time.monotonic()
         try:
-            self._replay, self._parts = record(lambda: _detached(self._step(self._batch, phase)), self._device)
+            self._replay, self._parts = record(lambda: _detached(step(self._batch, phase)), self._device)
         except RuntimeError as error:  # also what torch raises for CUDA
             first: BaseException = error
             while first.__context__:  # the end of a failed recording is an error of its own
@@ -151,8 +155,11 @@ def record(function: Callable[[], Batch], device: torch.device) -> tuple[Callabl
     generator = torch.cuda.default_generators[device.index or 0]
     graph = torch.cuda.CUDAGraph()
     try:
-        # other threads may read features meanwhile
-        with torch.cuda.graph(graph, stream=side_stream(device), capture_error_mode="thread_local"):
+        # other threads may read features meanwhile; the first block is for torch, which stays on the stream of a failed capture
+        with (
+            torch.cuda.stream(torch.cuda.current_stream(device)),
+            torch.cuda.graph(graph, stream=side_stream(device), capture_error_mode="thread_local"),
+        ):
             parts = function()
     except RuntimeError:
         # torch leaves the generator in the state of a recording, in which it draws no more numbers: it gets another one

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from pipeline.runtime.logs import ProgressBar
 from pipeline.runtime.rng import seed_step
-from pipeline.training.captured import CapturedStep, Step
+from pipeline.training.captured import StepGraph
 from pipeline.training.compiled import compile_loss
 from pipeline.training.optim import HeadOptimizer
 from pipeline.training.state import Score, TrainState
@@ -29,6 +29,8 @@ Validate = Callable[[Predictor], Sequence[Score]]  # returns one score for each 
 
 class Trainer:
     """A head in one of its phases, with its optimiser."""
+
+    graph: StepGraph | None = None  # through which `train_epoch` takes the steps
 
     def __init__(self, states: Sequence[TrainState], captures: bool = False) -> None:
         """Prepare the phase in which the states are; here, there is one. `captures`: as a rule the step is a CUDA graph."""
@@ -44,9 +46,9 @@ class Trainer:
         config, device = self.states[0].config, self.parameters[0].device
         self._loss = compile_loss(self.model) if config.compiled else self.model.loss
         self._precision = torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "mixed", cache_enabled=True)
-        self.step: Step = CapturedStep(self._step, self.optimizers, device) if captures else self._step
+        self.graph = StepGraph(self.optimizers, device) if captures else None
 
-    def _step(self, batch: Batch, phase: str) -> Batch:
+    def step(self, batch: Batch, phase: str) -> Batch:
         """Take one step along the gradient of the loss; return the loss and its parts, each [], or [K] for an ensemble."""
         for parameter in self.parameters:
             parameter.grad = None
@@ -88,8 +90,7 @@ def try_candidate(trainer: Trainer) -> list[dict[str, str | float]]:
     with torch.no_grad():
         for state in trainer.states:
             state.method.choose(candidate)
-    untrained = {"lr": math.nan, "loss": math.nan}
-    return [{"phase": phase, "epoch": candidate, **untrained, "candidate": candidate} for _ in trainer.states]
+    return [dict(phase=phase, epoch=candidate, lr=math.nan, loss=math.nan, candidate=candidate) for _ in trainer.states]
 
 
 def train_epoch(trainer: Trainer, source: Source) -> list[dict[str, str | float]]:
@@ -100,12 +101,11 @@ def train_epoch(trainer: Trainer, source: Source) -> list[dict[str, str | float]
     trainer.model.train(True)
     first = trainer.states[0]
     phase, epoch, seed = first.phase.name, first.progress.epoch, first.run.seed
-    names: list[str] = []
-    total, step = torch.zeros(()), 0
+    names, total, step = list[str](), torch.zeros(()), 0
     # Epochs are counted over all phases, so that no two phases see the same permutation or the same caption.
     for batch in source(len(first.progress.history)):
         seed_step(seed, phase, epoch, step)
-        parts = trainer.step(batch, phase)
+        parts = trainer.graph.run(trainer.step, batch, phase) if trainer.graph else trainer.step(batch, phase)
         names = list(parts)
         values = torch.stack([part.detach().float() for part in parts.values()])
         total, step = values if step == 0 else total + values, step + 1
