@@ -153,6 +153,7 @@ def record(function: Callable[[], Batch], device: torch.device) -> tuple[Callabl
         RuntimeError: the function does what cannot be recorded.
     """
     generator = torch.cuda.default_generators[device.index or 0]
+    seed_and_offset = generator.get_state()
     graph = torch.cuda.CUDAGraph()
     try:
         # other threads may read features meanwhile; the first block is for torch, which stays on the stream of a failed capture
@@ -163,7 +164,9 @@ def record(function: Callable[[], Batch], device: torch.device) -> tuple[Callabl
             parts = function()
     except RuntimeError:
         # torch leaves the generator in the state of a recording, in which it draws no more numbers: it gets another one
-        generator.graphsafe_set_state(torch.Generator(device).graphsafe_get_state())
+        another = torch.Generator(device)
+        another.set_state(seed_and_offset)
+        generator.graphsafe_set_state(another.graphsafe_get_state())
         raise
     return graph.replay, parts
 
