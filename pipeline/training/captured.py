@@ -32,7 +32,7 @@ from pipeline.types import Batch
 logger = logging.getLogger(__name__)
 
 WARM_UP_STEPS = 3  # steps of the same kind before one is recorded: libraries prepare themselves, and Adam makes its state
-ON_GPU = False  # whether the steps of heads on a GPU are captured
+ON_GPU = True  # whether the steps of heads on a GPU are captured
 Step = Callable[[Batch, str], Batch]
 
 
