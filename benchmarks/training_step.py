@@ -78,7 +78,7 @@ class OurTraining:
         needed = {name: columns[name] for name in (*plugin.needs, "key")}
         table = FeatureTable(ids=ids, columns=needed, excluded=())
         self.batches = shuffled_batches(table, batch_size, 0)
-        config = TrainConfig(precision=precision, batch_size=batch_size)
+        config = TrainConfig(precision=precision, batch_size=batch_size, lr_step=1_000)  # a round records no new graph
         states = []
         for cell in cells:
             torch.manual_seed(0)
