@@ -27,11 +27,16 @@ class HeadOptimizer:
         self.states, self.weights = states, list(weights.values())
         self._rows: list[EllipsisType] | range = range(len(states)) if is_stacked else [...]
         config, phase = states[0].config, states[0].phase
-        groups: dict[float, list[Tensor]] = {}
+        groups: dict[tuple[float, float], list[Tensor]] = {}
         for name, weight in weights.items():
-            groups.setdefault(phase.rate(name), []).append(weight)
-        parameters = [{"params": group, "lr": config.lr * rate} for rate, group in groups.items()]
-        self._adam = torch.optim.Adam(parameters, lr=config.lr, weight_decay=config.weight_decay, fused=True)
+            decay = 0.0 if name.startswith(phase.undecayed) else config.weight_decay
+            groups.setdefault((phase.rate(name), decay), []).append(weight)
+        parameters = [
+            {"params": group, "lr": config.lr * rate, "weight_decay": decay} for (rate, decay), group in groups.items()
+        ]
+        self._adam = torch.optim.Adam(parameters, lr=config.lr, fused=True)
+        limits = {name: phase.limit(name) for name in weights}
+        self._limits = [(weights[name].detach(), limit) for name, limit in limits.items() if limit is not None]
         self._schedule = torch.optim.lr_scheduler.StepLR(self._adam, config.lr_step, config.lr_gamma)
         self._average = WeightAverage(self.weights, config.weight_average) if states[0].has_average else None
         if states[0].optimizer_state:
@@ -45,8 +50,10 @@ class HeadOptimizer:
             self._average.load([each["average"] for each in saved], is_stacked)
 
     def step(self) -> None:
-        """Take one step with the gradients of the weights."""
+        """Take one step with the gradients of the weights, and put those above the limits of the phase back to them."""
         self._adam.step()
+        for weight, limit in self._limits:
+            weight.clamp_(max=limit)
         if self._average:
             self._average.step()
 
