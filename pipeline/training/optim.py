@@ -26,11 +26,16 @@ class HeadOptimizer:
         self.states, self.weights = states, list(weights.values())
         self._rows: list[EllipsisType] | range = range(len(states)) if is_stacked else [...]
         config, phase = states[0].config, states[0].phase
-        groups: dict[float, list[Tensor]] = {}
+        groups: dict[tuple[float, float], list[Tensor]] = {}
         for name, weight in weights.items():
-            groups.setdefault(phase.rate(name), []).append(weight)
-        parameters = [{"params": group, "lr": config.lr * rate} for rate, group in groups.items()]
-        self._adam = torch.optim.Adam(parameters, lr=config.lr, weight_decay=config.weight_decay, fused=True)
+            decay = 0.0 if name.startswith(phase.undecayed) else config.weight_decay
+            groups.setdefault((phase.rate(name), decay), []).append(weight)
+        parameters = [
+            {"params": group, "lr": config.lr * rate, "weight_decay": decay} for (rate, decay), group in groups.items()
+        ]
+        self._adam = torch.optim.Adam(parameters, lr=config.lr, fused=True)
+        limits = {name: phase.limit(name) for name in weights}
+        self._limits = [(weights[name].detach(), limit) for name, limit in limits.items() if limit is not None]
         self._schedule = torch.optim.lr_scheduler.StepLR(self._adam, config.lr_step, config.lr_gamma)
         self._average = WeightAverage(self.weights, config.weight_average) if states[0].has_average else None
         if states[0].optimizer_state:
@@ -49,11 +54,13 @@ class HeadOptimizer:
         return tuple(group["lr"] for group in self._adam.param_groups)
 
     def step(self) -> None:
-        """Take one step with the gradients of the weights."""
+        """Take one step with the gradients of the weights, and put those above the limits of the phase back to them."""
         is_recorded = self.weights[0].is_cuda and torch.cuda.is_current_stream_capturing()
         for group in self._adam.param_groups:
             group["capturable"] = is_recorded  # fused, Adam computes the same; it checks that it is told
         self._adam.step()
+        for weight, limit in self._limits:
+            weight.clamp_(max=limit)
         if self._average:
             self._average.step()
 

@@ -251,7 +251,7 @@ def test_a_sample_without_text_does_not_change_the_text_losses(variant: tuple[st
         outcomes.append({})
         for phase in trained_phases(method.train()):
             parts = seeded_loss(method, each, phase.name)
-            for part in {"ita", "mse"} & set(parts):
+            for part in {"ita", "mse", "clip", "swd", "ce_text", "tokens"} & set(parts):
                 gradients = torch.autograd.grad(parts[part], list(method.parameters()), allow_unused=True, retain_graph=True)
                 outcomes[-1][part] = [parts[part], *(g for g in gradients if g is not None)]
     clean, dirty = outcomes
