@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -69,8 +70,6 @@ def test_objective(identity: str, kind: str) -> None:
 
 
 def test_every_flag_changes_the_loss() -> None:
-    losses = [
-        seeded_loss(*fitted("sdm", **changes))["loss"].item()
-        for changes in ({}, {"identity": "instance"}, {"activation": "none"}, {"tau": 0.1})
-    ]
+    flags: list[dict[str, Any]] = [{}, {"identity": "instance"}, {"activation": "none"}, {"tau": 0.1}]
+    losses = [seeded_loss(*fitted("sdm", **changes))["loss"].item() for changes in flags]
     assert len(set(losses)) == len(losses)
