@@ -11,22 +11,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pipeline.nn.branch import Branch, BranchConfig, fit_scales
-from pipeline.nn.feature_space import num_classes_in
-from pipeline.nn.layers import MLP, Standardise, register_hyperparameters
+from pipeline.nn.common_space import LinearProjector
+from pipeline.nn.feature_space import num_classes_in, paired_text
+from pipeline.nn.layers import MLP, Dropout, ScaleMode, Standardise, register_hyperparameters
 from pipeline.nn.losses import TINY, LabelLoss, classification_losses, weighted_mean
 from pipeline.nn.method import Method
 from pipeline.runtime.rng import KeyedRNG
-from pipeline.runtime.settings import Range
+from pipeline.runtime.settings import Range, Settings
 from pipeline.types import Batch, Phase, Shapes
 
 ATTENDED_WIDTH = 32  # of each feature in joint cross-attention
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(BranchConfig):
+class Config(Settings):
     """Settings of MM-PKD. The published code sets beta by a rule for losses of concordance; for cross-entropy it is fixed."""
 
+    width: Annotated[int, Range(1, 65_536), "d, width of the embeddings e_T and e_S"] = 768
     teacher: Annotated[
         Literal["concat", "jca"], "how the teacher joins image and text: side by side, or by joint cross-attention before that"
     ] = "jca"
@@ -38,6 +39,9 @@ class Config(BranchConfig):
         Literal["sample", "flat"], "sample: a cosine of each sample; flat: one of the whole batch, as the published code has it"
     ] = "sample"
     guard: Annotated[bool, "learn from the teacher only where its cross-entropy is below the student's"] = True
+    dropout: Annotated[float, Range(0, 0.99), "probability, on the student's image features"] = 0.0
+    scale: Annotated[ScaleMode, "standardisation of both features"] = "per_dim"
+    label_loss: Annotated[LabelLoss, "for multi-label data"] = "softmax_kl"
 
 
 class CrossAttention(nn.Module):
@@ -105,7 +109,7 @@ class MMPKD(Method):
 
     Config = Config
     needs = ("image", "text", "paired", "label")
-    phases = (Phase("teacher", ("teacher.",), share=0.5), Phase("head", ("image_branch.", "classifier.")))
+    phases = (Phase("teacher", ("teacher.",), share=0.5), Phase("head", ("image_projector.", "classifier.")))
     symbols: ClassVar[Mapping[str, str]] = {"beta": "w_kd", "d": "width"}
     paper: ClassVar[Mapping[str, Any]] = {"width": 128}
     without_text: ClassVar[Mapping[str, Any]] = {"w_kd": 0.0}
@@ -119,8 +123,8 @@ class MMPKD(Method):
         num_classes = num_classes_in(shapes)
         self.label_loss: LabelLoss = config.label_loss
         self.is_flat, self.has_guard = config.cosine == "flat", config.guard
-        self.image_branch = Branch(image_width, config, config.dropout)
-        self.text_scale = Standardise(config.scale, text_width)
+        self.image_scale, self.text_scale = Standardise(config.scale, image_width), Standardise(config.scale, text_width)
+        self.dropout, self.image_projector = Dropout(config.dropout), LinearProjector(image_width, config.width)
         self.teacher = MultimodalTeacher(config, image_width, text_width, num_classes)
         self.classifier = nn.Linear(config.width, num_classes)
         register_hyperparameters(self, w_kd=config.w_kd)
@@ -132,7 +136,8 @@ class MMPKD(Method):
 
     def begin(self, phase: str, train: Callable[[], Iterator[Batch]]) -> None:
         """Compute the statistics of the image and text features."""
-        fit_scales(self.image_branch.scale, self.text_scale, train)
+        self.image_scale.fit(batch["image"] for batch in train())
+        self.text_scale.fit(paired_text(batch) for batch in train())
 
     def loss(self, batch: Batch, phase: str) -> Batch:
         """Return the loss and its parts; samples without text teach nothing.
@@ -146,7 +151,7 @@ class MMPKD(Method):
             return {"loss": weighted_mean(ce_teacher, batch["paired"])}
         with torch.no_grad():
             e_t, ce_teacher = self.teach(batch)
-        e_s = self.image_branch(batch["image"])
+        e_s = self.embed(batch["image"])
         ces = classification_losses(self.classifier(e_s), batch["label"], self.label_loss)
         learns = (ce_teacher < ces.detach()).to(ces.dtype) if self.has_guard else torch.ones_like(ces)
         kd = cosine_distance(e_s, e_t, learns, batch["paired"], self.is_flat)
@@ -155,13 +160,18 @@ class MMPKD(Method):
 
     def teach(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return the teacher's embeddings e_T [B,d] and the cross-entropy of each sample [B]."""
-        e_t, logits = self.teacher(self.image_branch.scale(batch["image"]), self.text_scale(batch["text"]))
+        e_t, logits = self.teacher(self.image_scale(batch["image"]), self.text_scale(batch["text"]))
         return e_t, classification_losses(logits, batch["label"], self.label_loss)
+
+    def embed(self, image: Tensor) -> Tensor:
+        """Return e_S [B,d] from image features [B,Dv]."""
+        x_v = self.dropout(self.image_scale(image))
+        return self.image_projector(x_v, torch.ones_like(x_v[:, 0]))
 
     def predict(self, image: Tensor, rng: KeyedRNG) -> Tensor:
         """Return the student's logits [B,C] from image features [B,Dv]."""
-        return self.classifier(self.image_branch(image))
+        return self.classifier(self.embed(image))
 
     def feature(self, image: Tensor, rng: KeyedRNG) -> Tensor:
         """Return e_S [B,d] from image features [B,Dv]."""
-        return self.image_branch(image)
+        return self.embed(image)

@@ -4,34 +4,42 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pipeline.nn.branch import Branch, BranchConfig, fit_scales
+from pipeline.nn.common_space import CommonSpace, LinearProjector
 from pipeline.nn.feature_space import num_classes_in
-from pipeline.nn.layers import register_hyperparameters
+from pipeline.nn.layers import ScaleMode, register_hyperparameters
 from pipeline.nn.losses import MASKED_LOGIT, LabelLoss, classification_loss, weighted_mean
 from pipeline.nn.method import Method
 from pipeline.runtime.rng import KeyedRNG
-from pipeline.runtime.settings import Range
+from pipeline.runtime.settings import Range, Settings
 from pipeline.types import Batch, Shapes
 
 MATCH_EPSILON = 1e-8  # added to the true distribution: similarity where there is none costs up to log 1e8
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(BranchConfig):
+class Config(Settings):
     """Settings of SDM. Its published code trains persons' identities; here the class is the identity."""
 
+    width: Annotated[int, Range(1, 65_536), "d, width of the common embedding"] = 768
     w_sdm: Annotated[float, Range(0), "weight of the matching loss"] = 1.0
     w_ce_text: Annotated[float, Range(0), "weight of the cross-entropy of the texts"] = 0.5
     tau: Annotated[float, Range(1e-3), "temperature of the cosine"] = 0.02
     identity: Annotated[Literal["class", "instance"], "which pairs match: those of a class, or each image and its own text"] = (
         "class"
     )
+    activation: Annotated[Literal["leaky_relu", "none"], "of both projectors; none: nor a bias"] = (
+        "leaky_relu"
+    )
+    dropout: Annotated[float, Range(0, 0.99), "probability, on the image features"] = 0.0
+    scale: Annotated[ScaleMode, "standardisation of both features"] = "per_dim"
+    label_loss: Annotated[LabelLoss, "for multi-label data"] = "softmax_kl"
 
 
 def label_overlap(label: Tensor) -> Tensor:
@@ -80,7 +88,7 @@ class SDM(Method):
 
     Config = Config
     needs = ("image", "text", "paired", "label")
-    symbols: ClassVar[Mapping[str, str]] = {"lambda": "w_sdm", "d": "width"}
+    symbols: ClassVar[Mapping[str, str]] = {"lam": "w_sdm", "d": "width"}
     without_text: ClassVar[Mapping[str, Any]] = {"w_sdm": 0.0, "w_ce_text": 0.0}
     grid: ClassVar[Mapping[str, tuple[Any, ...]]] = {"w_sdm": (0.1, 0.3, 1.0, 3.0), "tau": (0.02, 0.05, 0.1)}
 
@@ -90,11 +98,10 @@ class SDM(Method):
 
     def __init__(self, config: Config, shapes: Shapes) -> None:
         super().__init__(config, shapes)
-        (image_width,), (text_width,) = shapes["image"], shapes["text"]
         self.label_loss: LabelLoss = config.label_loss
         self.by_class = config.identity == "class"
-        self.image_branch = Branch(image_width, config, config.dropout)
-        self.text_branch = Branch(text_width, config)
+        projector = partial(LinearProjector, out_width=config.width, is_plain=config.activation == "none")
+        self.common = CommonSpace(shapes, projector, config.scale, config.dropout)
         self.classifier = nn.Linear(config.width, num_classes_in(shapes))
         register_hyperparameters(self, tau=config.tau, w_sdm=config.w_sdm, w_ce_text=config.w_ce_text)
 
@@ -105,12 +112,12 @@ class SDM(Method):
 
     def begin(self, phase: str, train: Callable[[], Iterator[Batch]]) -> None:
         """Compute the statistics of the image and text features."""
-        fit_scales(self.image_branch.scale, self.text_branch.scale, train)
+        self.common.fit(train)
 
     def loss(self, batch: Batch, phase: str) -> Batch:
         """Return the loss and its parts."""
-        h_v, h_s = self.image_branch(batch["image"]), self.text_branch(batch["text"])
         label, paired = batch["label"], batch["paired"]
+        h_v, h_s = self.common.image(batch["image"]), self.common.text(batch["text"], paired)
         match = label_overlap(label if self.by_class else torch.arange(len(label), device=label.device))
         ce = classification_loss(self.classifier(h_v), label, self.label_loss)
         ce_text = classification_loss(self.classifier(h_s), label, self.label_loss, paired)
@@ -119,8 +126,8 @@ class SDM(Method):
 
     def predict(self, image: Tensor, rng: KeyedRNG) -> Tensor:
         """Return logits [B,C] from image features [B,Dv]."""
-        return self.classifier(self.image_branch(image))
+        return self.classifier(self.common.image(image))
 
     def feature(self, image: Tensor, rng: KeyedRNG) -> Tensor:
         """Return h_v [B,d] from image features [B,Dv]."""
-        return self.image_branch(image)
+        return self.common.image(image)

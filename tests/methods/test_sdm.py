@@ -52,7 +52,7 @@ def test_the_overlap_of_labels_is_the_jaccard_index() -> None:
 def test_objective(identity: str, kind: str) -> None:
     method, batch = fitted("sdm", kind, 10, w_sdm=0.7, w_ce_text=0.3, tau=0.1, identity=identity)
     rows = (batch["paired"] > 0).numpy()
-    h_v, h_s = to_numpy(method.image_branch(batch["image"])), to_numpy(method.text_branch(batch["text"]))
+    h_v, h_s = to_numpy(method.common.image(batch["image"])), to_numpy(method.common.text(batch["text"], batch["paired"]))
     cosine = 1 - cdist(h_v[rows], h_s[rows], "cosine")
     match = to_numpy(label_overlap(batch["label"] if identity == "class" else torch.arange(ROWS)))[rows][:, rows]
 

@@ -1,0 +1,69 @@
+"""The common space of methods that align images with texts: both features, projected to vectors of one width."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pipeline.nn.feature_space import paired_text
+from pipeline.nn.layers import Dropout, ScaleMode, Standardise
+from pipeline.types import Batch, Shapes
+
+
+class Projector(Protocol):
+    """Maps standardised features to the common space; an implementation is always an `nn.Module`."""
+
+    def __call__(self, x: Tensor, weight: Tensor) -> Tensor:
+        """Map [B,D] to [B,d]; rows of weight 0 [B] enter no statistics of the batch."""
+        ...
+
+
+class LinearProjector(nn.Module):
+    """A linear layer and a leaky ReLU, as MARNet has (eq. 6-8); CLIP has neither bias nor activation."""
+
+    def __init__(self, in_width: int, out_width: int, is_plain: bool = False) -> None:
+        super().__init__()
+        self.is_plain = is_plain
+        self.layer = nn.Linear(in_width, out_width, bias=not is_plain)
+
+    def forward(self, x: Tensor, weight: Tensor) -> Tensor:
+        """See `Projector`."""
+        return self.layer(x) if self.is_plain else F.leaky_relu(self.layer(x))
+
+
+class CommonSpace(nn.Module):
+    """Standardises image and text features and projects each with a projector of its own."""
+
+    def __init__(
+        self, shapes: Shapes, projector: Callable[[int], Projector], scale: ScaleMode = "per_dim", dropout: float = 0.0
+    ) -> None:
+        """Make the projectors.
+
+        Args:
+            shapes: shapes of the batch, see `types.Shapes`.
+            projector: makes the projector of features of a width.
+            scale: see `layers.Standardise`.
+            dropout: its probability, on the image features.
+        """
+        super().__init__()
+        (image_width,), (text_width,) = shapes["image"], shapes["text"]
+        self.image_scale, self.text_scale = Standardise(scale, image_width), Standardise(scale, text_width)
+        self.dropout = Dropout(dropout)
+        self.image_projector, self.text_projector = projector(image_width), projector(text_width)
+
+    def fit(self, train: Callable[[], Iterator[Batch]]) -> None:
+        """Compute the statistics of image and text features; `train` starts a pass over the training split."""
+        self.image_scale.fit(batch["image"] for batch in train())
+        self.text_scale.fit(paired_text(batch) for batch in train())
+
+    def image(self, x: Tensor) -> Tensor:
+        """Return h_v [B,d] from image features [B,Dv]."""
+        return self.image_projector(self.dropout(self.image_scale(x)), torch.ones_like(x[:, 0]))
+
+    def text(self, x: Tensor, paired: Tensor) -> Tensor:
+        """Return h_s [B,d] from text features [B,Ds]; where `paired` [B] is 0, there is no text."""
+        return self.text_projector(self.text_scale(x), paired)
