@@ -34,9 +34,7 @@ class Config(Settings):
     identity: Annotated[Literal["class", "instance"], "which pairs match: those of a class, or each image and its own text"] = (
         "class"
     )
-    activation: Annotated[Literal["leaky_relu", "none"], "of both projectors; none: nor a bias"] = (
-        "leaky_relu"
-    )
+    activation: Annotated[Literal["leaky_relu", "none"], "of both projectors; none: nor a bias"] = "leaky_relu"
     dropout: Annotated[float, Range(0, 0.99), "probability, on the image features"] = 0.0
     scale: Annotated[ScaleMode, "standardisation of both features"] = "per_dim"
     label_loss: Annotated[LabelLoss, "for multi-label data"] = "softmax_kl"
