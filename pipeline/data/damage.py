@@ -1,6 +1,6 @@
 """Find damage in picture files that Pillow would decode without an error.
 
-PNG has checksums (CRC-32 of chunks, Adler-32 of pixels), and so has deflate in TIFF. JPEG, GIF and PackBits have none, but
+PNG has checksums (CRC-32 of chunks, Adler-32 of pixels), and so has deflate in TIFF. JPEG, GIF, LZW and PackBits have none, but
 damaged codes often do not fit the size of the picture. Other formats are left to their decoders. docs/media.md lists what
 can be found, and what nobody can tell.
 """
@@ -16,6 +16,7 @@ from PIL import Image, JpegImagePlugin, TiffImagePlugin, UnidentifiedImageError
 
 from pipeline.data.gif_damage import check_gif
 from pipeline.data.jpeg_damage import check_jpeg, load_jpeg
+from pipeline.data.lzw_damage import check_lzw
 from pipeline.data.png_damage import check_png, inflate
 from pipeline.runtime.errors import UserError
 
@@ -29,7 +30,8 @@ SIGNATURES = {
     "TIFF": re.compile(rb"II\*\0|MM\0\*"),
     "BMP": re.compile(rb"BM"),
 }
-DEFLATE, PACKBITS, JPEG_IN_TIFF = (8, 32946), (32773,), (7,)  # values of the tag "Compression"
+REVERSED_BITS = bytes(int(f"{byte:08b}"[::-1], 2) for byte in range(256))
+DEFLATE, LZW, PACKBITS, JPEG_IN_TIFF = (8, 32946), (5,), (32773,), (7,)  # values of the tag "Compression"
 
 
 def check_file(path: Path) -> None:
@@ -122,7 +124,7 @@ def check_tiff(path: Path, tags: TiffImagePlugin.ImageFileDirectory_v2) -> None:
     """Check the parts (strips or tiles) of the first picture of a TIFF, as far as libtiff does not."""
     compression, tables = tags.get(259, 1), tags.get(347, b"")
     offsets, lengths = (tags.get(324), tags.get(325)) if 324 in tags else (tags.get(273), tags.get(279))
-    if compression not in (*DEFLATE, *PACKBITS, *JPEG_IN_TIFF) or offsets is None or lengths is None:
+    if compression not in (*DEFLATE, *LZW, *PACKBITS, *JPEG_IN_TIFF) or offsets is None or lengths is None:
         return
     most = min(_part_bytes(tags), MAX_PART_BYTES)
     parts = {(offset, length) for offset, length in zip(offsets, lengths, strict=False) if length}  # equal ones may be shared
@@ -132,10 +134,16 @@ def check_tiff(path: Path, tags: TiffImagePlugin.ImageFileDirectory_v2) -> None:
         for offset, length in sorted(parts):
             file.seek(offset)
             part = file.read(length)
+            if (
+                tags.get(266) == 2 and compression not in JPEG_IN_TIFF
+            ):  # the lowest bit of a byte comes first, as libtiff reads it
+                part = part.translate(REVERSED_BITS)
             if compression in DEFLATE:
                 _, is_whole = inflate(part, most)  # libtiff finds whether it is too short
                 if not is_whole:
                     raise UserError("damaged or cut short: the compressed pixels do not fit the size of the picture")
+            elif compression in LZW:
+                check_lzw(part, most)
             elif compression in PACKBITS:
                 _check_packbits(part, most)
             else:
