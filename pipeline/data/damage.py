@@ -17,7 +17,7 @@ from PIL import Image, JpegImagePlugin, TiffImagePlugin, UnidentifiedImageError
 from pipeline.data.gif_damage import check_gif
 from pipeline.data.jpeg_damage import check_jpeg, load_jpeg
 from pipeline.data.lzw_damage import check_lzw
-from pipeline.data.png_damage import check_png, inflate
+from pipeline.data.png_damage import check_png, inflate, without_texts
 from pipeline.runtime.errors import UserError
 
 MAX_PICTURE_BYTES = 2**30  # of a file; a larger one is no picture
@@ -57,6 +57,10 @@ def open_picture(path: Path, formats: tuple[str, ...]) -> Image.Image:
     """
     try:
         return Image.open(path, formats=formats)
+    except ValueError as error:
+        if "MAX_TEXT" not in str(error):
+            raise
+        return Image.open(io.BytesIO(without_texts(_read(path))), formats=("PNG",))
     except OSError as error:
         if not isinstance(error, UnidentifiedImageError) and str(error) != "could not create decoder object":  # of libwebp
             raise
@@ -134,9 +138,7 @@ def check_tiff(path: Path, tags: TiffImagePlugin.ImageFileDirectory_v2) -> None:
         for offset, length in sorted(parts):
             file.seek(offset)
             part = file.read(length)
-            if (
-                tags.get(266) == 2 and compression not in JPEG_IN_TIFF
-            ):  # the lowest bit of a byte comes first, as libtiff reads it
+            if tags.get(266) == 2 and compression not in JPEG_IN_TIFF:  # the lowest bit comes first
                 part = part.translate(REVERSED_BITS)
             if compression in DEFLATE:
                 _, is_whole = inflate(part, most)  # libtiff finds whether it is too short

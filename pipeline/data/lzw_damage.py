@@ -11,7 +11,7 @@ MAX_CODES = 4096  # of a table; there is a code for "clear" before it is full
 MIN_BYTES, MAX_CLEARS = 64, 1000  # that many bytes a table gives on average, apart from so many tables
 # The width in bits of each code after a "clear": a code is one bit longer when the table is about to need it.
 _NUMBERS = np.arange(MAX_CODES)
-WIDTHS = 9 + sum((_NUMBERS + FIRST >= limit + 1).astype(np.int64) for limit in (511, 1023, 2047))
+WIDTHS = 9 + sum((limit + 1 - FIRST <= _NUMBERS).astype(np.int64) for limit in (511, 1023, 2047))
 ENDS = np.cumsum(WIDTHS)  # in bits
 
 

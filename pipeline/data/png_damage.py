@@ -47,7 +47,26 @@ def check_png(data: bytes, all_frames: bool) -> bytes:
     start, end = main[0].start, main[-1].start + 12 + len(main[-1].body)
     body = zlib.compress(pixels, 0)
     checksum = zlib.crc32(body, zlib.crc32(b"IDAT"))
-    return b"".join((data[:start], struct.pack(">I4s", len(body), b"IDAT"), body, struct.pack(">I", checksum), data[end:]))
+    pixels = b"".join((struct.pack(">I4s", len(body), b"IDAT"), body, struct.pack(">I", checksum)))
+    return without_texts(data[:start]) + pixels + without_texts(data[end:], 0)
+
+
+def without_texts(data: bytes, position: int = 8) -> bytes:
+    """Return chunks of a PNG without compressed texts and profiles: Pillow refuses long ones, and none is used.
+
+    Args:
+        data: the file, or a part of it.
+        position: where its first chunk starts.
+    """
+    parts = [data[:position]]
+    while position + 8 <= len(data):
+        length, name = struct.unpack_from(">I4s", data, position)
+        chunk = data[position : position + 12 + length]
+        body = chunk[8:-4]
+        if not (name in (b"zTXt", b"iCCP") or (name == b"iTXt" and body.partition(b"\0")[2][:1] == b"\1")):
+            parts.append(chunk)
+        position += len(chunk)
+    return b"".join(parts) + data[position:]
 
 
 def _png_chunks(data: bytes) -> Iterator[Chunk]:

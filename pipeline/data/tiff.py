@@ -45,9 +45,7 @@ def open_tiff(path: Path) -> Image.Image:
         tags = _read_tags(file)
         kind = tags.get(254)
         if isinstance(kind, int) and kind & REDUCED and (330 in tags or tags.next):
-            raise UserError(
-                "its first picture is a small copy of another one, as in the raw files of cameras; convert it first"
-            )
+            raise UserError("its first picture is a small copy of another one, as in raw files of cameras; convert it first")
         layout = _Layout.of_tags(tags)
         check_size(layout.width, layout.height)
         layout.check()
