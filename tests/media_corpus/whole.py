@@ -112,6 +112,8 @@ def _odd_jpeg() -> Iterator[WholeFile]:
             "film-after": data + b"\0\0\0\x18ftypmp42" + np.random.default_rng(seed).bytes(60_000) + JPEG_SCAN * 200,
             "picture-after": data + encoded(photo(9), "JPEG"),
             "zeros-after": data + bytes(512),
+            "zeros-before-end": data[:-2] + bytes(40) + data[-2:],
+            "zeros-between": data[:table] + bytes(5) + data[table:scan] + bytes(1000) + data[scan:],
             "fill": data[:scan] + b"\xff" * 9 + data[scan:-2] + b"\xff" * 5 + data[-2:],
             "comment": data[:scan] + b"\xff\xfe\0\6\xff\xda\xff\xd9" + data[scan:],
             "revision": data[: app + 5] + b"\3" + data[app + 6 :],
