@@ -10,9 +10,8 @@ CLEAR, END, FIRST = 256, 257, 258  # codes; the first one of the table
 MAX_CODES = 4096  # of a table; there is a code for "clear" before it is full
 MIN_BYTES, MAX_CLEARS = 64, 1000  # that many bytes a table gives on average, apart from so many tables
 # The width in bits of each code after a "clear": a code is one bit longer when the table is about to need it.
-_NUMBERS = np.arange(MAX_CODES)
-WIDTHS = 9 + sum((limit + 1 - FIRST <= _NUMBERS).astype(np.int64) for limit in (511, 1023, 2047))
-ENDS = np.cumsum(WIDTHS)  # in bits
+WIDTHS: np.ndarray = 9 + np.searchsorted([512 - FIRST, 1024 - FIRST, 2048 - FIRST], np.arange(MAX_CODES), side="right")
+ENDS: np.ndarray = np.cumsum(WIDTHS)  # in bits
 
 
 def check_lzw(data: bytes, most: int) -> None:

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from isal import isal_zlib
 
+from pipeline.data.pixels import check_clip
 from pipeline.runtime.errors import UserError
 
 MAX_CHUNKS = 200_000  # of a PNG
@@ -40,7 +41,9 @@ def check_png(data: bytes, all_frames: bool) -> bytes:
     main = [chunk for chunk in chunks if chunk.name == b"IDAT"]
     pixels = _inflate_frame([chunk.body for chunk in main], _png_bytes(width, height, bits, interlaced))
     if all_frames:
-        for (width, height), parts in _later_frames(chunks):
+        later = _later_frames(chunks)
+        check_clip(sum(width * height for (width, height), _ in later))
+        for (width, height), parts in later:
             _inflate_frame(parts, _png_bytes(width, height, bits, interlaced))
     if len(pixels) > MAX_REPACKED_BYTES:
         return b""

@@ -7,7 +7,7 @@ import time
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, TiffImagePlugin
 
 from pipeline.data.lzw_damage import check_lzw
 from pipeline.runtime.errors import UserError
@@ -27,6 +27,7 @@ def test_codes_of_whole_strips_give_exactly_their_bytes(pixels: np.ndarray, rows
     file = io.BytesIO()
     Image.fromarray(pixels).save(file, "TIFF", compression="tiff_lzw", tiffinfo={278: rows})
     with Image.open(file) as picture:
+        assert isinstance(picture, TiffImagePlugin.TiffImageFile)
         tags = picture.tag_v2
     strips = [file.getvalue()[start : start + size] for start, size in zip(tags[273], tags[279], strict=True)]
     left = pixels.size
