@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from pipeline.training.state import TrainState
 
@@ -49,8 +48,16 @@ class HeadOptimizer:
         if self._average:
             self._average.load([each["average"] for each in saved], is_stacked)
 
+    @property
+    def rates(self) -> tuple[float, ...]:
+        """The learning rates of the groups of weights."""
+        return tuple(group["lr"] for group in self._adam.param_groups)
+
     def step(self) -> None:
         """Take one step with the gradients of the weights, and put those above the limits of the phase back to them."""
+        is_recorded = self.weights[0].is_cuda and torch.cuda.is_current_stream_capturing()
+        for group in self._adam.param_groups:
+            group["capturable"] = is_recorded  # fused, Adam computes the same; it checks that it is told
         self._adam.step()
         for weight, limit in self._limits:
             weight.clamp_(max=limit)
@@ -88,12 +95,16 @@ class WeightAverage:
     def __init__(self, weights: Sequence[Tensor], decay: float) -> None:
         self._weights, self._decay = [weight.detach() for weight in weights], decay
         self._values = [weight.clone() for weight in self._weights]
-        self._steps = 0
+        # a tensor, in float64 as Python's numbers: a step that is replayed takes nothing from the host
+        self._steps = torch.zeros((), dtype=torch.float64, device=weights[0].device)
 
     def step(self) -> None:
-        self._steps += 1
-        decay = min(self._decay, (1 + self._steps) / (10 + self._steps))
-        get_ema_multi_avg_fn(decay)(self._values, self._weights, self._steps)
+        """Count a step and move the average towards the weights."""
+        self._steps += 1.0
+        decay = ((1.0 + self._steps) / (10.0 + self._steps)).clamp(max=self._decay)
+        share = (1.0 - decay).to(self._values[0].dtype)
+        for value, weight in zip(self._values, self._weights, strict=True):
+            value.lerp_(weight, share)
 
     def swap(self) -> None:
         """Exchange the weights and their average."""
@@ -104,11 +115,11 @@ class WeightAverage:
 
     def part(self, row: int | EllipsisType) -> dict[str, Any]:
         """Return a copy of the state of one run, to be stored."""
-        return {"steps": self._steps, "values": [value[row].to("cpu", copy=True) for value in self._values]}
+        return {"steps": int(self._steps), "values": [value[row].to("cpu", copy=True) for value in self._values]}
 
     def load(self, parts: Sequence[dict[str, Any]], is_stacked: bool) -> None:
         """Restore the stored states of all runs."""
-        self._steps = parts[0]["steps"]
+        self._steps.fill_(parts[0]["steps"])
         for number, value in enumerate(self._values):
             stored = [part["values"][number] for part in parts]
             value.copy_(torch.stack(stored) if is_stacked else stored[0])
