@@ -146,7 +146,7 @@ class TEAM(Method):
     symbols: ClassVar[Mapping[str, str]] = {"lam": "w_team", "tau": "tau", "d": "width"}
     without_text: ClassVar[Mapping[str, Any]] = {"w_team": 0.0}
     paper: ClassVar[Mapping[str, Any]] = {"num_blocks": 6}
-    grid: ClassVar[Mapping[str, tuple[Any, ...]]] = {"w_team": (0.1, 0.3, 1.0, 3.0), "num_blocks": (1, 2, 4)}
+    grid: ClassVar[Mapping[str, tuple[Any, ...]]] = {"w_team": (0.1, 0.3, 1.0, 3.0), "tau": (0.03, 0.07, 0.2)}
     phases = (scaled_phase("global_scale", "token_scale"),)
 
     w_team: Tensor
@@ -163,7 +163,7 @@ class TEAM(Method):
     @classmethod
     def small(cls) -> dict[str, Any]:
         """Return settings for a small and fast head."""
-        return {"width": 16, "num_tokens": 4, "token_width": 8, "num_heads": 2}
+        return {"width": 16, "num_tokens": 4, "token_width": 8, "num_heads": 2, "num_blocks": 1}
 
     def begin(self, phase: str, train: Callable[[], Iterator[Batch]]) -> None:
         """Compute the statistics of the image and text features."""

@@ -62,7 +62,7 @@ def scores_of_a_pair(matching: Any, h_s: np.ndarray, h_v: np.ndarray) -> list[fl
 
 @pytest.mark.parametrize("kind", LABEL_KINDS)
 def test_objective(kind: str) -> None:
-    method, batch = fitted("team", kind, text_width=10, tau=0.2, w_team=1.3)
+    method, batch = fitted("team", kind, text_width=10, tau=0.2, w_team=1.3, num_blocks=2)
     with torch.no_grad():
         for name, weight in method.matching.named_parameters():
             weight.add_(0.3 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(len(name))))
