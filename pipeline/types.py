@@ -56,6 +56,16 @@ class Phase(NamedTuple):
         return next((factor for prefix, factor in self.rates if name.startswith(prefix)), 1.0)
 
 
+class ClassStream(NamedTuple):
+    """A second stream of training samples: in every step, so many classes, and so many samples of each.
+
+    They stand in the batch as "class_image" [M,Dv], "class_text" [M,Ds] and "class_label" [M], the class drawn for.
+    """
+
+    num_classes: int
+    num_samples: int
+
+
 SINGLE_PHASE = (Phase("head"),)  # trains all parameters
 
 
