@@ -35,7 +35,6 @@ class Config(Settings):
     normaliser: Annotated[
         Literal["present", "all"], "classes that the discrepancy is a mean over; all: those of the data, as the published code"
     ] = "present"
-    activation: Annotated[Literal["leaky_relu", "none"], "of both projectors; none: nor a bias"] = "leaky_relu"
     dropout: Annotated[float, Range(0, 0.99), "probability, on the image features"] = 0.0
     scale: Annotated[ScaleMode, "standardisation of both features"] = "per_dim"
     label_loss: Annotated[LabelLoss, "for multi-label data"] = "softmax_kl"
@@ -136,7 +135,7 @@ class CDD(Method):
         self.label_loss: LabelLoss = config.label_loss
         self.class_stream = ClassStream(config.step_classes, config.class_samples)
         self.divisor = num_classes if config.normaliser == "all" else None
-        projector = partial(LinearProjector, out_width=config.width, is_plain=config.activation == "none")
+        projector = partial(LinearProjector, out_width=config.width)
         self.common = CommonSpace(shapes, projector, config.scale, config.dropout)
         self.classifier = nn.Linear(config.width, num_classes)
         register_hyperparameters(self, w_cdd=config.w_cdd, w_ce_text=config.w_ce_text)
