@@ -24,6 +24,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,7 @@ ENCODERS: dict[str, tuple[str, dict[str, str]]] = {
     "efficientnet_lite": ("efficientnet_lite", {}),
     "ViT-B/16": ("timm", {"model": "vit_base_patch16_224", "weights": "random"}),
 }
+PICTURES = 384  # at most; a larger manifest has them several times
 PEER_MODEL = "ViT-B-32"
 QUIET = ExtractOptions(progress=False)
 
@@ -61,14 +63,18 @@ QUIET = ExtractOptions(progress=False)
 def write_pictures(folder: Path, count: int) -> None:
     """Write JPEGs of 500 x 667 pixels with the spectrum of photographs: noise whose amplitude falls with its frequency."""
     folder.mkdir()
-    shape = (SIDE, SIDE * 4 // 3)
+    with get_context("fork").Pool(CPU_COUNT) as pool:
+        pool.map(partial(write_picture, folder), range(count))
+
+
+def write_picture(folder: Path, number: int) -> None:
+    """Write one picture; see `write_pictures`."""
+    shape, rng = (SIDE, SIDE * 4 // 3), np.random.default_rng(number)
     frequency = np.hypot(*np.meshgrid(np.fft.fftfreq(shape[0]), np.fft.rfftfreq(shape[1]), indexing="ij")) + 1e-3
-    for number in range(count):
-        rng = np.random.default_rng(number)
-        channels = [np.fft.irfft2(np.fft.rfft2(rng.standard_normal(shape)) / frequency, s=shape) for _ in range(3)]
-        image = np.stack(channels, axis=-1)
-        scaled = 128 + 50 * (image - image.mean()) / image.std()
-        Image.fromarray(scaled.clip(0, 255).astype(np.uint8)).save(folder / f"{number:05d}.jpg", quality=90)
+    channels = [np.fft.irfft2(np.fft.rfft2(rng.standard_normal(shape)) / frequency, s=shape) for _ in range(3)]
+    image = np.stack(channels, axis=-1)
+    scaled = 128 + 50 * (image - image.mean()) / image.std()
+    Image.fromarray(scaled.clip(0, 255).astype(np.uint8)).save(folder / f"{number:05d}.jpg", quality=90)
 
 
 def make_manifest(folder: Path, count: int) -> Manifest:
@@ -318,7 +324,7 @@ def main() -> None:
     print(f"torch {torch.__version__}, {device}", flush=True)
     with tempfile.TemporaryDirectory() as scratch:
         folder, home = Path(scratch) / "pictures", Path(scratch) / "home"
-        write_pictures(folder, arguments.images)
+        write_pictures(folder, min(arguments.images, PICTURES))
         home.mkdir()
         for part in arguments.parts.split(","):
             parts[part](folder, home, arguments.images)

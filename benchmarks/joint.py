@@ -156,6 +156,7 @@ def main() -> None:
         with deterministic_algorithms(default_device()):
             epoch, statistics, trained = joint_epoch(plan, JointOptions(progress=False))
             whole, bare, statistics_time = fastest(epoch, bare_epoch(trained, steps, options.batch), statistics)
+            print(f"joint step over the bare encoder: ratio {bare / whole:.3f} (wanted >= 0.9)", flush=True)
             last = replace(plan, joint=JointConfig(train=f"last:{options.last}"))
             started = time.perf_counter()
             epoch, _, _ = joint_epoch(last, JointOptions(progress=False))

@@ -244,10 +244,18 @@ class Rounds:
         for times, function in reversed(sides) if len(self.ours) % 2 else sides:
             times.append(wait_seconds(function))
 
+    def ratios(self, scale: float = 1.0) -> list[float]:
+        """Return the plain time over ours, each round by itself."""
+        return [scale * plain / ours for ours, plain in zip(self.ours, self.plain, strict=True)]
+
+    def median(self, scale: float = 1.0) -> float:
+        """Return the median ratio of a round."""
+        return statistics.median(self.ratios(scale))
+
     def ratio(self, scale: float = 1.0) -> str:
-        """Return the median of the plain time over ours, each round by itself, and the smallest and largest one."""
-        ratios = [scale * plain / ours for ours, plain in zip(self.ours, self.plain, strict=True)]
-        return f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f}, {len(ratios)} rounds)"
+        """Return the median ratio of a round, and the smallest and largest one."""
+        ratios = self.ratios(scale)
+        return f"{self.median(scale):.2f} ({min(ratios):.2f} to {max(ratios):.2f}, {len(ratios)} rounds)"
 
 
 def plain_training(

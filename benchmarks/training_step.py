@@ -13,7 +13,7 @@ import argparse
 import linecache
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import CodeType, FrameType
 from typing import Any
@@ -29,6 +29,7 @@ from pipeline.runtime.rng import sample_keys
 from pipeline.runtime.runs import RunFolder
 from pipeline.runtime.settings import configure
 from pipeline.training.config import TrainConfig
+from pipeline.training.ensemble import EnsembleTrainer
 from pipeline.training.loop import Trainer, train_epoch
 from pipeline.training.state import TrainState
 from pipeline.types import Batch
@@ -53,25 +54,39 @@ def make_raw_columns(rows: int, width: int, classes: int, multi: bool, device: t
 
 
 class OurTraining:
-    """A head in the real loop, on a table in memory, as `train-head` trains it; nothing is written."""
+    """A head, or several that are one model, in the real loop, on a table in memory; nothing is written.
+
+    `cells` has the settings of each head beside `settings`, which all have.
+    """
 
     def __init__(
-        self, method: str, raw: Batch, classes: int, precision: Any, batch_size: int = BATCH_SIZE, **settings: Any
+        self,
+        method: str,
+        raw: Batch,
+        classes: int,
+        precision: Any,
+        batch_size: int = BATCH_SIZE,
+        captures: bool = False,
+        cells: Sequence[Mapping[str, Any]] = ({},),
+        **settings: Any,
     ) -> None:
         ids = tuple(f"{row:07d}" for row in range(len(raw["image"])))
         columns = {**raw, "key": sample_keys(ids).to(raw["image"].device)}
         widths = {name: (raw[name].shape[1],) for name in ("image", "text")}
         shapes = {**widths, "label": tuple(raw["label"].shape[1:]), "classes": (classes,)}
-        torch.manual_seed(0)
         plugin = plugins.get("methods", method)
-        self.head = plugin(configure(plugin.Config, settings), shapes).to(raw["image"].device)
         needed = {name: columns[name] for name in (*plugin.needs, "key")}
         table = FeatureTable(ids=ids, columns=needed, excluded=())
         self.batches = shuffled_batches(table, batch_size, 0)
-        config = TrainConfig(precision=precision, batch_size=batch_size)
-        self.state = TrainState(method=self.head, run=RunFolder(Path("unused"), 0), config=config)
-        self.state.start_phase(lambda: iter([needed]))
-        self.trainer = Trainer([self.state])
+        config = TrainConfig(precision=precision, batch_size=batch_size, lr_step=1_000)  # a round records no new graph
+        states = []
+        for cell in cells:
+            torch.manual_seed(0)
+            head = plugin(configure(plugin.Config, {**settings, **cell}), shapes).to(raw["image"].device)
+            states.append(TrainState(method=head, run=RunFolder(Path("unused"), 0), config=config))
+            states[-1].start_phase(lambda: iter([needed]))
+        self.head = states[0].method
+        self.trainer = Trainer(states, captures) if len(states) == 1 else EnsembleTrainer(states, captures)
 
     def epoch(self, steps: int | None = None) -> list[dict[str, Any]]:
         """Train one epoch, or the first `steps` steps of it, and return the rows of the history."""
@@ -84,7 +99,7 @@ class OurTraining:
 
     def step(self, batch: Batch) -> Batch:
         """Take one step as the loop does."""
-        return self.trainer.step(batch, self.state.phase.name)
+        return self.trainer.step(batch, self.trainer.states[0].phase.name)
 
     def operators(self) -> dict[str, int]:
         """Return the operators of one step by kind."""

@@ -50,10 +50,25 @@ class Phase(NamedTuple):
         tuple[str, float], ...
     ] = ()  # (prefix of a parameter name, factor of its learning rate); the first match counts
     candidates: int = 0  # how many are tried; such a phase has trains=()
+    limits: tuple[tuple[str, float], ...] = ()  # (prefix of a parameter name, the largest value that a step leaves in it)
+    undecayed: tuple[str, ...] = ()  # prefixes of the names of parameters without weight decay
 
     def rate(self, name: str) -> float:
         """Return the factor of the learning rate of the parameter with this name."""
         return next((factor for prefix, factor in self.rates if name.startswith(prefix)), 1.0)
+
+    def limit(self, name: str) -> float | None:
+        """Return the largest value of the parameter with this name; None: it has no limit."""
+        return next((limit for prefix, limit in self.limits if name.startswith(prefix)), None)
+
+    def inside(self, part: str) -> Phase:
+        """Return the phase as one of a larger method, whose parameter names have "part." in front."""
+
+        def longer(pairs: tuple[tuple[str, float], ...]) -> tuple[tuple[str, float], ...]:
+            return tuple((f"{part}.{prefix}", number) for prefix, number in pairs)
+
+        trains, undecayed = (tuple(f"{part}.{prefix}" for prefix in each) for each in (self.trains, self.undecayed))
+        return self._replace(trains=trains, rates=longer(self.rates), limits=longer(self.limits), undecayed=undecayed)
 
 
 class ClassStream(NamedTuple):

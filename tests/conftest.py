@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -51,6 +52,12 @@ def tiny_home(tiny_manifest: Manifest, tmp_path_factory: pytest.TempPathFactory)
     )
     extract(tiny_manifest, "random_projection", {"modality": "text", "width": 24}, home, options=ExtractOptions(progress=False))
     return home
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Hide the GPU from all tests but those that need it, which are run by themselves: the others say what a processor does."""
+    if config.option.markexpr != "gpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -47,6 +47,17 @@ class ShardMedia:
         """Return the digest of each row's file as a commit record has them, see `Commit.media_digests`."""
         return base64.b64encode(b"".join(media_digests(self.files, cache_home(self.cache)))).decode()
 
+    def stamp(self) -> str:
+        """Return the SHA-256 of the sizes and times of all files: another one when a file was changed or replaced."""
+        total = hashlib.sha256()
+        for sample in self.samples:
+            try:
+                status = os.stat(os.path.join(self.root, sample.media))
+                total.update(b"%d %d %d\n" % (status.st_size, status.st_mtime_ns, status.st_ctime_ns))
+            except (OSError, ValueError):
+                total.update(b"-\n")
+        return total.hexdigest()
+
     def problem(self, commit: Commit) -> str:
         """Return one line with its remedy when files are not those that the shard was made of, else "".
 

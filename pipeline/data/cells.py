@@ -99,6 +99,8 @@ def parse_texts(value: Any, table: Path, line: int) -> tuple[str, ...]:
     if isinstance(value, str):
         stripped = value.strip()
         parsed = parse_list(stripped)
+        if parsed and not any(isinstance(item, str) or item is None or _is_gap(item) for item in parsed):
+            parsed = None  # numbers alone are a caption such as "[2020]"
         if parsed is None and _QUOTED_LIST.fullmatch(stripped):
             raise line_error(table, line, f"the list {value[:40]!r} cannot be read; {_HOW_TO_WRITE}")
         value = value if parsed is None else parsed

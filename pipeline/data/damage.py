@@ -1,6 +1,6 @@
 """Find damage in picture files that Pillow would decode without an error.
 
-PNG has checksums (CRC-32 of chunks, Adler-32 of pixels), and so has deflate in TIFF. JPEG, GIF and PackBits have none, but
+PNG has checksums (CRC-32 of chunks, Adler-32 of pixels), and so has deflate in TIFF. JPEG, GIF, LZW and PackBits have none, but
 damaged codes often do not fit the size of the picture. Other formats are left to their decoders. docs/media.md lists what
 can be found, and what nobody can tell.
 """
@@ -16,7 +16,8 @@ from PIL import Image, JpegImagePlugin, TiffImagePlugin, UnidentifiedImageError
 
 from pipeline.data.gif_damage import check_gif
 from pipeline.data.jpeg_damage import check_jpeg, load_jpeg
-from pipeline.data.png_damage import check_png, inflate
+from pipeline.data.lzw_damage import check_lzw
+from pipeline.data.png_damage import check_png, inflate, without_texts
 from pipeline.runtime.errors import UserError
 
 MAX_PICTURE_BYTES = 2**30  # of a file; a larger one is no picture
@@ -29,7 +30,8 @@ SIGNATURES = {
     "TIFF": re.compile(rb"II\*\0|MM\0\*"),
     "BMP": re.compile(rb"BM"),
 }
-DEFLATE, PACKBITS, JPEG_IN_TIFF = (8, 32946), (32773,), (7,)  # values of the tag "Compression"
+REVERSED_BITS = bytes(int(f"{byte:08b}"[::-1], 2) for byte in range(256))
+DEFLATE, LZW, PACKBITS, JPEG_IN_TIFF = (8, 32946), (5,), (32773,), (7,)  # values of the tag "Compression"
 
 
 def check_file(path: Path) -> None:
@@ -55,6 +57,10 @@ def open_picture(path: Path, formats: tuple[str, ...]) -> Image.Image:
     """
     try:
         return Image.open(path, formats=formats)
+    except ValueError as error:
+        if "MAX_TEXT" not in str(error):
+            raise
+        return Image.open(io.BytesIO(without_texts(_read(path))), formats=("PNG",))
     except OSError as error:
         if not isinstance(error, UnidentifiedImageError) and str(error) != "could not create decoder object":  # of libwebp
             raise
@@ -122,7 +128,7 @@ def check_tiff(path: Path, tags: TiffImagePlugin.ImageFileDirectory_v2) -> None:
     """Check the parts (strips or tiles) of the first picture of a TIFF, as far as libtiff does not."""
     compression, tables = tags.get(259, 1), tags.get(347, b"")
     offsets, lengths = (tags.get(324), tags.get(325)) if 324 in tags else (tags.get(273), tags.get(279))
-    if compression not in (*DEFLATE, *PACKBITS, *JPEG_IN_TIFF) or offsets is None or lengths is None:
+    if compression not in (*DEFLATE, *LZW, *PACKBITS, *JPEG_IN_TIFF) or offsets is None or lengths is None:
         return
     most = min(_part_bytes(tags), MAX_PART_BYTES)
     parts = {(offset, length) for offset, length in zip(offsets, lengths, strict=False) if length}  # equal ones may be shared
@@ -132,10 +138,14 @@ def check_tiff(path: Path, tags: TiffImagePlugin.ImageFileDirectory_v2) -> None:
         for offset, length in sorted(parts):
             file.seek(offset)
             part = file.read(length)
+            if tags.get(266) == 2 and compression not in JPEG_IN_TIFF:  # the lowest bit comes first
+                part = part.translate(REVERSED_BITS)
             if compression in DEFLATE:
                 _, is_whole = inflate(part, most)  # libtiff finds whether it is too short
                 if not is_whole:
                     raise UserError("damaged or cut short: the compressed pixels do not fit the size of the picture")
+            elif compression in LZW:
+                check_lzw(part, most)
             elif compression in PACKBITS:
                 _check_packbits(part, most)
             else:

@@ -6,6 +6,7 @@ import struct
 
 from PIL import Image
 
+from pipeline.data.pixels import check_clip
 from pipeline.runtime.errors import UserError
 
 GIF_UNSET = 255  # a pixel that no code has set; or the last of 256 colours
@@ -19,12 +20,14 @@ def check_gif(data: bytes, all_frames: bool) -> None:
         UserError: the blocks do not follow each other, codes are damaged, a frame has too few or too many pixels, or the end is
             missing where all frames are asked for.
     """
-    position = 13 + _palette_bytes(data[10])
+    position, total = 13 + _palette_bytes(data[10]), 0
     try:
         while data[position] != GIF_END:
             kind = data[position]
             if kind == GIF_IMAGE:
                 width, height, flags = struct.unpack_from("<4xHHB", data, position + 1)
+                total += width * height
+                check_clip(total)
                 codes = position + 10 + _palette_bytes(flags)
                 position = _end_of_blocks(data, codes + 1)
                 _check_gif_pixels(data[codes + 1 : position], data[codes], width * height)

@@ -14,6 +14,7 @@ from PIL import Image, JpegImagePlugin
 from pipeline.runtime.errors import UserError
 
 MAX_SCANS = 100  # of a JPEG; real ones have up to some twenty, and each is as much work as a picture
+MAX_ZEROS = 2  # bytes at the end of a scan; more of them are no codes
 JPEG_END = b"\xff\xd9"
 JPEG_SCAN_START = b"\xff\xda"
 JPEG_SCAN, JPEG_COMMENT, JPEG_APPLICATIONS = 0xDA, 0xFE, range(0xE0, 0xF0)
@@ -79,6 +80,9 @@ def _plain_jpeg(data: bytes) -> tuple[bytes, bool]:
     parts, position, is_sequential, num_scans = [data[:2]], 2, True, 0
     needed: set[tuple[int, int]] = set()  # (component, coefficient) that a scan has to complete
     while position + 2 <= len(data):
+        if data[position] == 0:  # some cameras fill up a segment, or the last scan, with zeros
+            position += 1
+            continue
         if data[position] != 0xFF:
             raise UserError("damaged: there are extraneous bytes before a marker")
         marker = data[position + 1]
@@ -102,7 +106,11 @@ def _plain_jpeg(data: bytes) -> tuple[bytes, bool]:
                 needed -= {(component, i) for component in segment[5:-3:2] for i in range(first, last + 1)}
             found = JPEG_MARKER.search(data, end)
             start, end = end, found.start() if found else len(data)
-            segment += data[start:end]
+            codes = data[start:end]
+            shorter = codes.rstrip(b"\0")
+            if len(codes) - len(shorter) > MAX_ZEROS:
+                codes = shorter + b"\0" * shorter.endswith(b"\xff")  # a byte 0xFF of codes is followed by a zero
+            segment += codes
             num_scans += 1
             if num_scans > MAX_SCANS:
                 raise UserError(f"more than {MAX_SCANS} scans, could be a bomb")

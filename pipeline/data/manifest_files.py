@@ -107,7 +107,7 @@ def read_manifest(home: Path, dataset: str) -> Manifest:
     paths = [_manifest_path(home, dataset, suffix) for suffix in ("parquet", "meta.json", "location.json")]
     for path in paths:
         if not path.is_file():
-            raise UserError(f"{path} is missing{_what_is_prepared(home)}; {remedy}")
+            raise UserError(f"{path} is missing{_what_else_is_prepared(home, dataset)}; {remedy}")
     try:
         sidecar, location = (json.loads(path.read_text(encoding="utf-8")) for path in paths[1:])
         manifest = Manifest(
@@ -139,11 +139,11 @@ def read_plugin(home: Path, dataset: str) -> str:
         return dataset
 
 
-def _what_is_prepared(home: Path) -> str:
-    """Return in brackets which datasets a home has, for users who have named another one, or another home."""
+def _what_else_is_prepared(home: Path, dataset: str) -> str:
+    """Return in brackets which other datasets a home has, for users who have named another one, or another home."""
     if not home.is_dir():
         return f" (there is no folder {home}: --home says where yours is)"
-    names = sorted(path.stem for path in (home / "manifests").glob("*.parquet"))
+    names = sorted(path.stem for path in (home / "manifests").glob("*.parquet") if path.stem != dataset)
     return f" (prepared: {', '.join(names)})" if names else ""
 
 

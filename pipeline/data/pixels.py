@@ -10,6 +10,7 @@ from pipeline.runtime.errors import UserError
 
 # Longer side over shorter side. Encoders scale the shorter side to some hundred pixels, however long the other one is.
 MAX_ASPECT_RATIO = 100
+MAX_CLIP_PIXELS = 2**34  # of all frames of an animation: some minutes of work, and 50,000 frames of 640 x 480
 WHITE = (255, 255, 255)
 
 
@@ -39,3 +40,9 @@ def on_white(image: Image.Image) -> Image.Image:
     image = image.convert("RGBA")
     canvas = Image.new("RGBA", image.size, (*WHITE, 255))
     return Image.alpha_composite(canvas, image).convert("RGB")
+
+
+def check_clip(num_pixels: int) -> None:
+    """Raise `UserError` if the frames of an animation have too many pixels together: a small file may hold thousands."""
+    if num_pixels > MAX_CLIP_PIXELS:
+        raise UserError(f"its frames have more than {MAX_CLIP_PIXELS} pixels together, could be a bomb")

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from isal import isal_zlib
 
+from pipeline.data.pixels import check_clip
 from pipeline.runtime.errors import UserError
 
 MAX_CHUNKS = 200_000  # of a PNG
@@ -40,14 +41,35 @@ def check_png(data: bytes, all_frames: bool) -> bytes:
     main = [chunk for chunk in chunks if chunk.name == b"IDAT"]
     pixels = _inflate_frame([chunk.body for chunk in main], _png_bytes(width, height, bits, interlaced))
     if all_frames:
-        for (width, height), parts in _later_frames(chunks):
+        later = _later_frames(chunks)
+        check_clip(sum(width * height for (width, height), _ in later))
+        for (width, height), parts in later:
             _inflate_frame(parts, _png_bytes(width, height, bits, interlaced))
     if len(pixels) > MAX_REPACKED_BYTES:
         return b""
     start, end = main[0].start, main[-1].start + 12 + len(main[-1].body)
     body = zlib.compress(pixels, 0)
     checksum = zlib.crc32(body, zlib.crc32(b"IDAT"))
-    return b"".join((data[:start], struct.pack(">I4s", len(body), b"IDAT"), body, struct.pack(">I", checksum), data[end:]))
+    pixels = b"".join((struct.pack(">I4s", len(body), b"IDAT"), body, struct.pack(">I", checksum)))
+    return without_texts(data[:start]) + pixels + without_texts(data[end:], 0)
+
+
+def without_texts(data: bytes, position: int = 8) -> bytes:
+    """Return chunks of a PNG without compressed texts and profiles: Pillow refuses long ones, and none is used.
+
+    Args:
+        data: the file, or a part of it.
+        position: where its first chunk starts.
+    """
+    parts = [data[:position]]
+    while position + 8 <= len(data):
+        length, name = struct.unpack_from(">I4s", data, position)
+        chunk = data[position : position + 12 + length]
+        body = chunk[8:-4]
+        if not (name in (b"zTXt", b"iCCP") or (name == b"iTXt" and body.partition(b"\0")[2][:1] == b"\1")):
+            parts.append(chunk)
+        position += len(chunk)
+    return b"".join(parts) + data[position:]
 
 
 def _png_chunks(data: bytes) -> Iterator[Chunk]:

@@ -30,6 +30,8 @@ MAX_SAMPLES = 64  # of a pixel
 NUM_COLOURS = {0: 1, 1: 1, 2: 3, 3: 1, 5: 4}  # photometric interpretation: samples that are not extra ones
 # Compressions of bytes, whatever the samples are: none, LZW, deflate (two numbers), PackBits, LZMA, Zstandard.
 BYTE_COMPRESSIONS = (1, 5, 8, 32946, 32773, 34925, 50000)
+REDUCED = 1  # a bit of the tag "NewSubfileType"
+FAX_IN_WORDS = 32771  # where a word begins, libtiff takes from the address in memory: it may read the pixels wrong
 REVERSED_BITS = np.packbits(np.unpackbits(np.arange(256, dtype=np.uint8)).reshape(256, 8)[:, ::-1]).ravel()
 
 
@@ -41,6 +43,9 @@ def open_tiff(path: Path) -> Image.Image:
     """
     with path.open("rb") as file:
         tags = _read_tags(file)
+        kind = tags.get(254)
+        if isinstance(kind, int) and kind & REDUCED and (330 in tags or tags.next):
+            raise UserError("its first picture is a small copy of another one, as in raw files of cameras; convert it first")
         layout = _Layout.of_tags(tags)
         check_size(layout.width, layout.height)
         layout.check()
@@ -151,7 +156,8 @@ class _Layout:
         """Raise `UserError` for layouts that neither Pillow nor this module reads right."""
         what = f"photometric interpretation {self.photometric}, compression {self.compression}, {self.bits} bits"
         if self.photometric not in NUM_COLOURS or self.compression not in BYTE_COMPRESSIONS:
-            if (self.bits, self.sample_format) != (8, 1) and (self.bits, self.samples) != (1, 1):
+            is_known = (self.bits, self.sample_format) == (8, 1) or (self.bits, self.samples) == (1, 1)
+            if self.compression == FAX_IN_WORDS or not is_known:
                 raise UserError(f"a TIFF of this layout is not supported: {what}")
             is_packed = self.photometric == 6 and self.compression == 1 and self.subsampling != (1, 1)
             if is_packed and sum(self.counts) < 3 * self.width * self.height:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from threading import Lock
 from typing import TYPE_CHECKING, BinaryIO
@@ -108,6 +109,8 @@ def _count_packets(file: BinaryIO, blocks: list[int]) -> int:
                 raise UserError(f"it has more than {MAX_PARTS} packets")
         position = container.streams.video.index(stream)
         listed = blocks[position] if position < len(blocks) else len(stream.index_entries)
+        if packets < listed and position >= len(blocks):
+            listed = sum(entry.size > 0 for entry in stream.index_entries)
     if packets < listed:
         raise UserError(f"damaged or cut short: {packets} of {listed} frames can be read")
     return shown
@@ -161,8 +164,9 @@ def _open_decoder(container: InputContainer, stream: VideoStream) -> Iterator[Vi
 def _shown_frames(container: InputContainer, stream: VideoStream, decoder: VideoCodecContext) -> Iterator[VideoFrame]:
     has_edits = container.format.name.startswith("mov")
     number = 0
-    for packet in container.demux(stream):
-        for frame in decoder.decode(packet if packet.size else None):
+    packets = (packet for packet in container.demux(stream) if packet.size)  # an empty one goes on with the frame before it
+    for packet in chain(packets, (None,)):
+        for frame in decoder.decode(packet):
             number += 1
             if frame.is_corrupt:  # later frames are computed from it
                 raise UserError(f"damaged at frame {number}")

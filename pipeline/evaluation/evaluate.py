@@ -163,7 +163,8 @@ def _evaluate(home: Path, run: RunFolder, config: RunConfig, settings: Any, spli
     label = source.label
     if not logits.isfinite().all():
         raise UserError(f"{run.path} predicts numbers that are not finite: it diverged in training; train with a lower lr")
-    _write_predictions(run, name, source, logits, label, _first_features(method, source, run.seed, precision))
+    features = _first_features(method, source, run.seed, precision)
+    _write_predictions(run, name, source, logits, label, features, config.label_loss)
     done = run.read_done()
     return {
         "dataset": config.dataset,
@@ -220,7 +221,7 @@ def _first_features(method: Method, source: FeatureSource, seed: int, precision:
 
 
 def _write_predictions(
-    run: RunFolder, name: str, source: FeatureSource, logits: Tensor, label: Tensor, features: Tensor
+    run: RunFolder, name: str, source: FeatureSource, logits: Tensor, label: Tensor, features: Tensor, label_loss: str
 ) -> None:
     """Write predictions-<name>.npz: ids, logits, labels, features, and the metrics of each sample."""
     arrays = {
@@ -229,7 +230,7 @@ def _write_predictions(
         "label": label.numpy(),
         "feature": features.numpy(),
     }
-    arrays |= {key: value.numpy() for key, value in metrics.per_example(logits, label).items()}
+    arrays |= {key: value.numpy() for key, value in metrics.per_example(logits, label, label_loss=label_loss).items()}
     buffer = io.BytesIO()
     np.savez_compressed(buffer, allow_pickle=False, **arrays)
     write_atomic(run.path / f"predictions-{name}.npz", buffer.getvalue())

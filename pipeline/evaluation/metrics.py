@@ -116,16 +116,47 @@ def mean_average_precision(scores: Tensor, label: Tensor) -> float:
     return float(average[labelled > 0].mean())
 
 
-def per_example(logits: Tensor, label: Tensor, ks: Sequence[int] = (1, 5)) -> dict[str, Tensor]:
+def average_precision_parts(scores: Tensor, label: Tensor) -> Tensor:
+    """Return what each sample contributes to the mean average precision, float64 [N]; their mean is that metric.
+
+    The average precision is no mean over samples. These are its pseudo-values of the infinitesimal jackknife (Efron 1982): the
+    metric plus N times its derivative by the weight of the sample, at equal weights. To first order, the metric of resampled
+    samples is the mean of their parts, so intervals may be computed from these as from any metric that is a mean.
+
+    Args:
+        scores: See `mean_average_precision`.
+        label: See `mean_average_precision`.
+    """
+    truth, score = label.T.to("cpu", torch.float64), scores.T.cpu().contiguous()
+    ascending, order = score.sort(dim=1)
+    below = torch.searchsorted(ascending, score)  # samples of a smaller score [C,N]
+    not_above = torch.searchsorted(ascending, score, right=True)  # samples of at most this score
+    at_least = score.shape[1] - below
+    hits = truth.gather(1, order.flip(1)).cumsum(1).gather(1, at_least - 1)
+    precision = hits / at_least
+    # A weight changes the precision at every true sample of at most its own score.
+    slope, offset = (
+        (truth * each / at_least).gather(1, order).cumsum(1).gather(1, not_above - 1)
+        for each in (torch.ones_like(truth), precision)
+    )
+    labelled = truth.sum(1, keepdim=True)
+    average = (truth * precision).sum(1, keepdim=True) / labelled
+    parts = average + len(label) * (truth * (precision - average + slope) - offset) / labelled
+    return parts[labelled[:, 0] > 0].mean(0)
+
+
+def per_example(logits: Tensor, label: Tensor, ks: Sequence[int] = (1, 5), label_loss: str = "softmax_kl") -> dict[str, Tensor]:
     """Return the value of each sample, in percent, for the metrics that are means over samples.
 
     Returns:
-        float64 [N] by name: acc<k> for one label per sample; pre<k> and rec<k> for several.
+        float64 [N] by name: acc<k> for one label per sample; for several pre<k>, rec<k> and map (`average_precision_parts`).
     """
     if label.ndim == 1:
         return {f"acc{k}": 100.0 * topk_correct(logits, label, k).to("cpu", torch.float64) for k in ks}
     pairs = {k: precision_recall(logits, label, k) for k in ks}
-    return {f"{name}{k}": 100.0 * pairs[k][i] for i, name in enumerate(("pre", "rec")) for k in ks}
+    values = {f"{name}{k}": 100.0 * pairs[k][i] for i, name in enumerate(("pre", "rec")) for k in ks}
+    scores = torch.from_numpy(log_scores(logits.cpu().numpy(), label.cpu().numpy(), label_loss))
+    return {**values, "map": 100.0 * average_precision_parts(scores, label)}
 
 
 def summary_metrics(
@@ -147,7 +178,7 @@ def summary_metrics(
     Raises:
         UserError: a logit is not finite, or a sample has no label.
     """
-    result = {name: float(terms.mean()) for name, terms in per_example(logits, label, ks).items()}
+    result = {name: float(terms.mean()) for name, terms in per_example(logits, label, ks, label_loss).items()}
     scores = log_scores(logits.cpu().numpy(), label.cpu().numpy(), label_loss)
     if label.ndim == 1:
         is_right = topk_correct(logits, label, 1).cpu().numpy()

@@ -32,6 +32,7 @@ from pipeline.extraction.extract import (
     commit_shard,
     encode_shards,
     extract,
+    media_stamp,
     plan_extraction,
     start_or_resume,
 )
@@ -220,10 +221,11 @@ def encode_and_commit_shard(spec: ExtractionSpec, call_id: str, cache_name: str,
             meter.add(batch)
             budget.add(batch.failures)
 
+        stamp = media_stamp(target, writer.rows(shard))
         ((_, features, failures, seconds),) = encode_shards(task, writer, [shard], meter, on_batch)
         _budget_without(shard, target, writer).add(failures)  # again, with the shards that were committed in the meantime
         with meter.waiting("disk"):
-            commit = commit_shard(task, writer, shard, features, failures, seconds)
+            commit = commit_shard(task, writer, shard, features, failures, seconds, stamp)
     return ShardResult(commit, meter)
 
 

@@ -254,6 +254,7 @@ def encode_missing_shards(task: ExtractionTask, writer: Writer, commits: dict[in
     meter = ThroughputMeter(allowed_workers(_num_workers(task)), default_device().type)
     num_done = sum(commit.rows for commit in commits.values())
     writing: Future[Commit] | None = None
+    stamps = {shard: media_stamp(task.target, writer.rows(shard)) for shard in shards}
     label = f"extracting {task.target.path.name}"
     bar = ProgressBar(total=len(task.inputs), initial=num_done, unit=" items", label=label, show=options.progress)
 
@@ -270,7 +271,7 @@ def encode_missing_shards(task: ExtractionTask, writer: Writer, commits: dict[in
                 with meter.waiting("disk"):
                     commit = writing.result()
                 commits[commit.shard] = commit
-            writing = thread.submit(commit_shard, task, writer, shard, features, failures, seconds)
+            writing = thread.submit(commit_shard, task, writer, shard, features, failures, seconds, stamps[shard])
             del features  # frees the memory once the shard is written, while the next one is computed
         if writing:
             commits[shards[-1]] = writing.result()
@@ -338,11 +339,32 @@ class FailureBudget:
                 )
 
 
+def media_stamp(target: ExtractionTarget, rows: range) -> str:
+    """Return what shows whether the media of these rows change while they are read; "" for texts."""
+    media = _shard_media(target, rows, ())
+    return media.stamp() if media else ""
+
+
 def commit_shard(
-    task: ExtractionTask, writer: Writer, shard: int, features: np.ndarray, failures: Sequence[Failure], seconds: float
+    task: ExtractionTask,
+    writer: Writer,
+    shard: int,
+    features: np.ndarray,
+    failures: Sequence[Failure],
+    seconds: float,
+    stamp: str,
 ) -> Commit:
-    """Write a shard and its commit record."""
-    media = _shard_media(task.target, writer.rows(shard), failures)
+    """Write a shard and its commit record; `stamp` is the `media_stamp` of its rows before they were read.
+
+    Raises:
+        UserError: media were changed since then, so that nobody knows of which contents the features are; nothing is written.
+    """
+    rows = writer.rows(shard)
+    media = _shard_media(task.target, rows, failures)
+    media_digests = media.digests() if media else ""
+    if media and media.stamp() != stamp:
+        first, last = (task.target.input_rows[row][0].id for row in (rows.start, rows.stop - 1))
+        raise UserError(f"media of samples {first!r} to {last!r} were changed while they were read; run the same command again")
     return writer.commit(
         shard,
         features,
@@ -350,7 +372,7 @@ def commit_shard(
         seconds=seconds,
         batch_size=cache_batch_size(task.target, writer),
         device=default_device().type,
-        media_digests=media.digests() if media else "",
+        media_digests=media_digests,
     )
 
 

@@ -87,10 +87,10 @@ class Stacked(Method):
         self.register_buffer("head_weight", torch.zeros(()))
         (base_phase,), head_phases = self.base.phases, self.head.phases
         self.choices = tuple(phase for phase in head_phases if phase.candidates)  # of the head itself, at most one phase
-        trained = [_inside("head", phase, f"head.{phase.name}") for phase in head_phases if not phase.candidates]
+        trained = [phase.inside("head")._replace(name=f"head.{phase.name}") for phase in head_phases if not phase.candidates]
         num_candidates = len(HEAD_WEIGHTS) * self._choices_per_weight
         weight_phase = Phase("weight", trains=(), candidates=num_candidates)
-        self.phases = (_inside("base", base_phase, "base"), *trained, weight_phase)
+        self.phases = (base_phase.inside("base")._replace(name="base"), *trained, weight_phase)
 
     @property
     def _choices_per_weight(self) -> int:
@@ -144,9 +144,3 @@ class Stacked(Method):
     def generated_text(self, image: Tensor, rng: KeyedRNG) -> Tensor:
         """Return that of the head."""
         return self.head.generated_text(image, rng)
-
-
-def _inside(part: str, phase: Phase, name: str) -> Phase:
-    """Return a phase of a part as one of the whole, whose parameters have the part in front of their names."""
-    trains = tuple(f"{part}.{prefix}" for prefix in phase.trains)
-    return phase._replace(name=name, trains=trains, rates=tuple((f"{part}.{prefix}", rate) for prefix, rate in phase.rates))

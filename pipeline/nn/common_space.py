@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from typing import Protocol
 
@@ -11,7 +12,9 @@ from torch import Tensor, nn
 
 from pipeline.nn.feature_space import paired_text
 from pipeline.nn.layers import Dropout, ScaleMode, Standardise
-from pipeline.types import Batch, Shapes
+from pipeline.types import Batch, Phase, Shapes
+
+LOG_SCALE_LIMIT = math.log(100.0)  # of `LearnedScale.log`
 
 
 class Projector(Protocol):
@@ -67,3 +70,24 @@ class CommonSpace(nn.Module):
     def text(self, x: Tensor, paired: Tensor) -> Tensor:
         """Return h_s [B,d] from text features [B,Ds]; where `paired` [B] is 0, there is no text."""
         return self.text_projector(self.text_scale(x), paired)
+
+
+class LearnedScale(nn.Module):
+    """The scale exp(s) of similarities, learned; 1/exp(s) is a temperature.
+
+    The phase of a method that uses it is `scaled_phase`.
+    """
+
+    def __init__(self, tau: float) -> None:
+        """Start with the scale 1/tau."""
+        super().__init__()
+        self.log = nn.Parameter(torch.tensor(-math.log(tau)))
+
+    def forward(self) -> Tensor:
+        """Return the scale [] from 0 to 100."""
+        return self.log.exp()
+
+
+def scaled_phase(*scales: str) -> Phase:
+    """Return the phase "head", which trains all and keeps the `LearnedScale`s of these names at 100 at most, undecayed."""
+    return Phase("head", limits=tuple((name, LOG_SCALE_LIMIT) for name in scales), undecayed=scales)

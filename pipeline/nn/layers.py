@@ -267,7 +267,9 @@ def multi_head_attention(query: Tensor, key_value: Tensor, num_heads: int) -> Te
     """
     q = query.unflatten(-1, (num_heads, -1)).transpose(1, 2)
     k, v = key_value.unflatten(-1, (2, num_heads, -1)).permute(2, 0, 3, 1, 4)
-    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+    # torch turns autocast off inside attention, but not under vmap; there, on a GPU, the softmax has no gradient in bfloat16
+    with torch.autocast("cuda", enabled=False):
+        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
 
 
 class SelfAttention(nn.Module):

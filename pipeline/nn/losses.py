@@ -67,7 +67,9 @@ def classification_loss(logits: Tensor, label: Tensor, kind: LabelLoss, weight: 
     return weighted_mean(classification_losses(logits, label, kind), weight)
 
 
-def info_nce(a: Tensor, b: Tensor, tau: Tensor | float, weight: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def info_nce(
+    a: Tensor, b: Tensor, tau: Tensor | float, weight: Tensor | None = None, excluded: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Return the contrastive losses from a to b and from b to a (MARNet eq. 5, 9, 10); their sum is L_ITA (eq. 11).
 
     The similarity is cosine / tau. The other rows of the batch are the negatives. Each loss is a mean over anchors. A row of
@@ -78,11 +80,14 @@ def info_nce(a: Tensor, b: Tensor, tau: Tensor | float, weight: Tensor | None = 
         b: embeddings [B,D]; row i belongs to row i of `a`.
         tau: temperature.
         weight: see the module docstring.
+        excluded: pairs of rows that are no negatives of each other, bool [B,B], symmetric; its diagonal does not count.
     """
     with torch.autocast(a.device.type, enabled=False):  # a rounded similarity, divided by a small tau, is mostly noise
         a, b = (F.normalize(x.to(_wide(x.dtype)), dim=-1) for x in (a, b))
         similarity = a @ b.T / tau
     own = torch.arange(len(a), device=a.device)
+    if excluded is not None:
+        similarity = similarity.masked_fill(excluded & (own.unsqueeze(1) != own), MASKED_LOGIT)
 
     def contrast(logits: Tensor) -> Tensor:
         masked = logits if weight is None else logits.masked_fill(weight == 0, MASKED_LOGIT)
@@ -96,6 +101,37 @@ def multi_hot(label: Tensor, num_classes: int) -> Tensor:
     if label.ndim == 1:
         return torch.zeros(len(label), num_classes, device=label.device).scatter_(1, label.unsqueeze(-1), 1.0)
     return label.to(torch.float32)
+
+
+def same_labels(label: Tensor) -> Tensor:
+    """Return which rows have the same label or, if multi-hot, the same set of labels: bool [B,B] from [B] or [B,C]."""
+    if label.ndim == 1:
+        return label.unsqueeze(1) == label
+    member = label.to(torch.float32)
+    shared, size = member @ member.T, member.sum(-1)
+    return (shared == size) & (shared == size.unsqueeze(1))
+
+
+def sliced_wasserstein(a: Tensor, b: Tensor, directions: Tensor, weight: Tensor | None = None) -> Tensor:
+    """Return the sliced Wasserstein distance (squared) of two sets of B points: it does not depend on their orders (Lee 2019).
+
+    On each direction the points are numbers, and the distance of two sets of numbers is the mean squared difference of their
+    sorted values. The result is the mean over directions.
+
+    Args:
+        a: points [B,D].
+        b: points [B,D]; where row i of one has weight 0, so has row i of the other.
+        directions: [D,P], of any length but 0.
+        weight: 0 or 1 for each row, [B]; None means ones.
+    """
+    with torch.autocast(a.device.type, enabled=False):  # rounding would change the order of values that are nearly equal
+        units = F.normalize(directions.to(_wide(a.dtype)), dim=0)
+        projected = [x.to(units.dtype) @ units for x in (a, b)]
+    if weight is not None:  # rows of weight 0 are equal in both sets, and stand at the end
+        projected = [torch.where(weight.unsqueeze(-1) > 0, x, -MASKED_LOGIT) for x in projected]
+    first, second = (x.sort(dim=0).values for x in projected)
+    num_rows = len(a) if weight is None else weight.sum().clamp(min=1.0)
+    return (first - second).square().mean(1).sum() / num_rows
 
 
 def class_sums(x: Tensor, label: Tensor, num_classes: int, weight: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -190,7 +190,7 @@ def _explain_verdict(
 
 def compared_metrics(metrics: Sequence[str]) -> list[str]:
     """Return the metrics whose difference to the baseline stands in the first table."""
-    return [metric for metric in ("acc1", "acc5") if metric in metrics] or [deciding_metric(metrics)]
+    return [metric for metric in ("acc1", "acc5", "map", "pre1") if metric in metrics]
 
 
 def _no_baseline(row: ResultRow, results: DatasetResults) -> str:

@@ -111,8 +111,9 @@ def read_sample_metrics(runs: Sequence[RunFolder], records: Sequence[Mapping[str
     ]
     ids, first = read[0]
     assert all(own == ids for own, _ in read), f"the seeds of {runs[0].path.parent} were evaluated on different samples"
+    shared = [name for name in first if all(name in own for _, own in read)]  # an earlier evaluation may have fewer
     return SampleMetrics(
-        tuple(run.seed for run in runs), ids, {name: np.stack([own[name] for _, own in read]) for name in first}
+        tuple(run.seed for run in runs), ids, {name: np.stack([own[name] for _, own in read]) for name in shared}
     )
 
 

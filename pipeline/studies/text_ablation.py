@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 import pandas as pd
 
 from pipeline.evaluation.evaluate import evaluate
-from pipeline.evaluation.statistics import MIN_SEEDS_FOR_VERDICT, Estimate, format_seeds
-from pipeline.report.comparison import METRIC_LABELS, format_difference
+from pipeline.evaluation.statistics import MIN_SEEDS_FOR_VERDICT, Estimate, format_seeds, paired_bootstrap
+from pipeline.report.comparison import METRIC_LABELS, format_difference, pair_scores
 from pipeline.report.pairs import Judged, judge_against
 from pipeline.report.results import SampleMetrics, read_groups, read_sample_metrics
 from pipeline.runtime import plugins
@@ -101,10 +101,15 @@ def _summarise(method: str, scored: Mapping[str, _Scored], groups: Mapping[str, 
     judged = dict(zip(titles, judge_against(real, others, groups, ABOVE, BELOW), strict=True))
     metric = METRIC_LABELS[judged[titles[0]].metric]
     shown = [name for name in scored[REAL_TEXT].metrics[0] if not name.startswith(("overall_", "per_class_"))]
+    besides = {}  # differences in mAP, on which no verdict is based
+    if "map" in real.by_metric:
+        pairs = [pair_scores(real, other, groups)["map"] for other in others]
+        besides = {title: paired_bootstrap(pair) for title, pair in zip(titles, pairs, strict=True)}
     table = pd.DataFrame(
         {
             "text": title,
             **{name: format_seeds([metrics[name] for metrics in each.metrics]) for name in shown},
+            **({"mAP: real - it": format_difference(*besides[title][:3]) if title in besides else "-"} if besides else {}),
             f"{metric}: real - it": format_difference(*_gain(judged[title])[:3]) if title in judged else "-",
             "verdict": judged[title].verdict if title in judged else REAL_TEXT,
         }

@@ -16,7 +16,6 @@ from torch.nn.utils.rnn import pad_sequence
 from pipeline.nn.layers import LookupTable
 from pipeline.nn.method import Method
 from pipeline.runtime.rng import KeyedRNG
-from pipeline.training.compiled import compile_loss
 from pipeline.training.loop import Trainer
 from pipeline.training.optim import HeadOptimizer
 from pipeline.training.state import TrainState
@@ -129,7 +128,7 @@ def clip_gradients_per_model(gradients: Sequence[Tensor], limits: Tensor) -> Non
 class EnsembleTrainer(Trainer):
     """Several heads as one model, and one optimiser for each group of them whose training settings are equal."""
 
-    def __init__(self, states: Sequence[TrainState]) -> None:
+    def __init__(self, states: Sequence[TrainState], captures: bool = False) -> None:
         """Prepare the phase in which the states are; states with equal settings must stand next to each other."""
         self.states, first = states, states[0]
         self.model = ModelEnsemble([state.method for state in states])
@@ -144,24 +143,12 @@ class EnsembleTrainer(Trainer):
             self._slices.append(slice(start, start + len(members)))
             weights = {name: stacked.detach()[self._slices[-1]] for name, stacked in trained.items()}
             self.optimizers.append(HeadOptimizer(members, weights, is_stacked=True))
-        device = self.parameters[0].device
-        self._loss = compile_loss(self.model) if first.config.compiled else self.model.loss
-        self._limits = torch.tensor([state.config.grad_clip for state in states], device=device)
-        self._precision = torch.autocast(
-            device.type, torch.bfloat16, enabled=first.config.precision == "mixed", cache_enabled=True
-        )
+        self._limits = torch.tensor([state.config.grad_clip for state in states], device=self.parameters[0].device)
+        self._prepare_step(captures)
 
-    def step(self, batch: Batch, phase: str) -> Batch:
-        """Take one step of every head along the gradient of its own loss; return the losses and their parts, each [K]."""
-        for stacked in self.parameters:
-            stacked.grad = None
-        with self._precision:
-            parts = self._loss(batch, phase)
-        torch.clear_autocast_cache()
-        parts["loss"].sum().backward()
+    def _clip_gradients(self) -> None:
+        """Clip the gradients of every head by themselves, and give each optimiser those of its heads."""
         clip_gradients_per_model([stacked.grad for stacked in self.parameters if stacked.grad is not None], self._limits)
         for optimizer, rows in zip(self.optimizers, self._slices, strict=True):
             for weight, stacked in zip(optimizer.weights, self.parameters, strict=True):
                 weight.grad = None if stacked.grad is None else stacked.grad[rows]
-            optimizer.step()
-        return parts

@@ -29,6 +29,7 @@ from pipeline.runtime.files import label_os_errors, lock
 from pipeline.runtime.runs import RECIPE, RunConfig, RunFolder, check_seed
 from pipeline.runtime.settings import configure, flatten, name_settings, recorded_settings, spellings
 from pipeline.training.capacity import bytes_kept, bytes_per_method
+from pipeline.training.captured import is_captured
 from pipeline.training.config import TRAINING_PRESETS, TrainConfig
 from pipeline.training.features import FeatureSet, open_features
 from pipeline.training.state import Score, StopCheck, TrainState, delete_saved_state, never_stop
@@ -222,7 +223,8 @@ def _train_states(head: HeadPlan, states: Sequence[TrainState], progress: bool) 
         for state in states:
             state.measure = partial(measure_alignment, pairs=pairs, seed=seed, precision=training.precision)
     source = shuffled_batches(train_source, training.batch_size, seed, states[0].method.class_stream)
-    return train(states, source, ordered_batches(train_source, seed), validate, progress)
+    captures = is_captured(training)
+    return train(states, source, ordered_batches(train_source, seed), validate, progress, captures)
 
 
 def score_logits(logits: Tensor, label: Tensor, label_loss: str) -> Score:

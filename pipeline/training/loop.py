@@ -8,12 +8,14 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from pipeline.runtime.logs import ProgressBar
 from pipeline.runtime.rng import seed_step
+from pipeline.training.captured import StepGraph
 from pipeline.training.compiled import compile_loss
 from pipeline.training.optim import HeadOptimizer
 from pipeline.training.state import Score, TrainState
@@ -28,33 +30,39 @@ Validate = Callable[[Predictor], Sequence[Score]]  # returns one score for each 
 class Trainer:
     """A head in one of its phases, with its optimiser."""
 
-    def __init__(self, states: Sequence[TrainState]) -> None:
-        """Prepare the phase in which the states are; here, there is one state."""
+    graph: StepGraph | None = None  # through which `train_epoch` takes the steps
+
+    def __init__(self, states: Sequence[TrainState], captures: bool = False) -> None:
+        """Prepare the phase in which the states are; here, there is one. `captures`: as a rule the step is a CUDA graph."""
         (state,) = self.states = states
-        self.model: Predictor = state.method
-        self.parameters: list[Tensor] = []
-        self.optimizers: list[HeadOptimizer] = []
-        if state.phase.candidates:  # nothing is trained
-            return
-        trained = {name: weight for name, weight in state.method.named_parameters() if weight.requires_grad}
-        self.parameters = list(trained.values())
-        self.optimizers = [HeadOptimizer(states, trained)]
-        self._loss = compile_loss(state.method) if state.config.compiled else state.method.loss
-        self._grad_clip = state.config.grad_clip
-        device, is_mixed = self.parameters[0].device.type, state.config.precision == "mixed"
-        self._precision = torch.autocast(device, torch.bfloat16, enabled=is_mixed, cache_enabled=True)
+        self.model: Any = state.method
+        self.parameters, self.optimizers = list[Tensor](), list[HeadOptimizer]()
+        if not state.phase.candidates:  # else nothing is trained
+            trained = {name: weight for name, weight in state.method.named_parameters() if weight.requires_grad}
+            self.parameters, self.optimizers = list(trained.values()), [HeadOptimizer(states, trained)]
+            self._prepare_step(captures)
+
+    def _prepare_step(self, captures: bool) -> None:
+        config, device = self.states[0].config, self.parameters[0].device
+        self._loss = compile_loss(self.model) if config.compiled else self.model.loss
+        self._precision = torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "mixed", cache_enabled=True)
+        self.graph = StepGraph(self.optimizers, device) if captures else None
 
     def step(self, batch: Batch, phase: str) -> Batch:
-        """Take one step of the optimiser along the gradient of the loss; return the loss and its parts, each []."""
+        """Take one step along the gradient of the loss; return the loss and its parts, each [], or [K] for an ensemble."""
         for parameter in self.parameters:
             parameter.grad = None
         with self._precision:
             parts = self._loss(batch, phase)
         torch.clear_autocast_cache()  # it holds the bfloat16 copies of the weights, which the step will change
-        parts["loss"].backward()
-        nn.utils.clip_grad_norm_(self.parameters, self._grad_clip)
-        self.optimizers[0].step()
+        parts["loss"].backward(torch.ones_like(parts["loss"]))
+        self._clip_gradients()
+        for optimizer in self.optimizers:
+            optimizer.step()
         return parts
+
+    def _clip_gradients(self) -> None:
+        nn.utils.clip_grad_norm_(self.parameters, self.states[0].config.grad_clip)
 
     @contextmanager
     def averaged_weights(self) -> Iterator[None]:
@@ -82,8 +90,7 @@ def try_candidate(trainer: Trainer) -> list[dict[str, str | float]]:
     with torch.no_grad():
         for state in trainer.states:
             state.method.choose(candidate)
-    untrained = {"lr": math.nan, "loss": math.nan}
-    return [{"phase": phase, "epoch": candidate, **untrained, "candidate": candidate} for _ in trainer.states]
+    return [dict(phase=phase, epoch=candidate, lr=math.nan, loss=math.nan, candidate=candidate) for _ in trainer.states]
 
 
 def train_epoch(trainer: Trainer, source: Source) -> list[dict[str, str | float]]:
@@ -94,12 +101,11 @@ def train_epoch(trainer: Trainer, source: Source) -> list[dict[str, str | float]
     trainer.model.train(True)
     first = trainer.states[0]
     phase, epoch, seed = first.phase.name, first.progress.epoch, first.run.seed
-    names: list[str] = []
-    total, step = torch.zeros(()), 0
+    names, total, step = list[str](), torch.zeros(()), 0
     # Epochs are counted over all phases, so that no two phases see the same permutation or the same caption.
     for batch in source(len(first.progress.history)):
         seed_step(seed, phase, epoch, step)
-        parts = trainer.step(batch, phase)
+        parts = trainer.graph.run(trainer.step, batch, phase) if trainer.graph else trainer.step(batch, phase)
         names = list(parts)
         values = torch.stack([part.detach().float() for part in parts.values()])
         total, step = values if step == 0 else total + values, step + 1

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from pipeline.training.state import TrainState
 
@@ -27,11 +26,16 @@ class HeadOptimizer:
         self.states, self.weights = states, list(weights.values())
         self._rows: list[EllipsisType] | range = range(len(states)) if is_stacked else [...]
         config, phase = states[0].config, states[0].phase
-        groups: dict[float, list[Tensor]] = {}
+        groups: dict[tuple[float, float], list[Tensor]] = {}
         for name, weight in weights.items():
-            groups.setdefault(phase.rate(name), []).append(weight)
-        parameters = [{"params": group, "lr": config.lr * rate} for rate, group in groups.items()]
-        self._adam = torch.optim.Adam(parameters, lr=config.lr, weight_decay=config.weight_decay, fused=True)
+            decay = 0.0 if name.startswith(phase.undecayed) else config.weight_decay
+            groups.setdefault((phase.rate(name), decay), []).append(weight)
+        parameters = [
+            {"params": group, "lr": config.lr * rate, "weight_decay": decay} for (rate, decay), group in groups.items()
+        ]
+        self._adam = torch.optim.Adam(parameters, lr=config.lr, fused=True)
+        limits = {name: phase.limit(name) for name in weights}
+        self._limits = [(weights[name].detach(), limit) for name, limit in limits.items() if limit is not None]
         self._schedule = torch.optim.lr_scheduler.StepLR(self._adam, config.lr_step, config.lr_gamma)
         self._average = WeightAverage(self.weights, config.weight_average) if states[0].has_average else None
         if states[0].optimizer_state:
@@ -44,9 +48,19 @@ class HeadOptimizer:
         if self._average:
             self._average.load([each["average"] for each in saved], is_stacked)
 
+    @property
+    def rates(self) -> tuple[float, ...]:
+        """The learning rates of the groups of weights."""
+        return tuple(group["lr"] for group in self._adam.param_groups)
+
     def step(self) -> None:
-        """Take one step with the gradients of the weights."""
+        """Take one step with the gradients of the weights, and put those above the limits of the phase back to them."""
+        is_recorded = self.weights[0].is_cuda and torch.cuda.is_current_stream_capturing()
+        for group in self._adam.param_groups:
+            group["capturable"] = is_recorded  # fused, Adam computes the same; it checks that it is told
         self._adam.step()
+        for weight, limit in self._limits:
+            weight.clamp_(max=limit)
         if self._average:
             self._average.step()
 
@@ -81,12 +95,16 @@ class WeightAverage:
     def __init__(self, weights: Sequence[Tensor], decay: float) -> None:
         self._weights, self._decay = [weight.detach() for weight in weights], decay
         self._values = [weight.clone() for weight in self._weights]
-        self._steps = 0
+        # a tensor, in float64 as Python's numbers: a step that is replayed takes nothing from the host
+        self._steps = torch.zeros((), dtype=torch.float64, device=weights[0].device)
 
     def step(self) -> None:
-        self._steps += 1
-        decay = min(self._decay, (1 + self._steps) / (10 + self._steps))
-        get_ema_multi_avg_fn(decay)(self._values, self._weights, self._steps)
+        """Count a step and move the average towards the weights."""
+        self._steps += 1.0
+        decay = ((1.0 + self._steps) / (10.0 + self._steps)).clamp(max=self._decay)
+        share = (1.0 - decay).to(self._values[0].dtype)
+        for value, weight in zip(self._values, self._weights, strict=True):
+            value.lerp_(weight, share)
 
     def swap(self) -> None:
         """Exchange the weights and their average."""
@@ -97,11 +115,11 @@ class WeightAverage:
 
     def part(self, row: int | EllipsisType) -> dict[str, Any]:
         """Return a copy of the state of one run, to be stored."""
-        return {"steps": self._steps, "values": [value[row].to("cpu", copy=True) for value in self._values]}
+        return {"steps": int(self._steps), "values": [value[row].to("cpu", copy=True) for value in self._values]}
 
     def load(self, parts: Sequence[dict[str, Any]], is_stacked: bool) -> None:
         """Restore the stored states of all runs."""
-        self._steps = parts[0]["steps"]
+        self._steps.fill_(parts[0]["steps"])
         for number, value in enumerate(self._values):
             stored = [part["values"][number] for part in parts]
             value.copy_(torch.stack(stored) if is_stacked else stored[0])

@@ -17,7 +17,12 @@ from pipeline.types import Batch, Source
 
 
 def train(
-    states: Sequence[TrainState], source: Source, train_pass: Callable[[], Iterator[Batch]], validate: Validate, progress: bool
+    states: Sequence[TrainState],
+    source: Source,
+    train_pass: Callable[[], Iterator[Batch]],
+    validate: Validate,
+    progress: bool,
+    captures: bool = False,
 ) -> dict[RunFolder, UserError]:
     """Train runs through the phases of their methods and write their checkpoints.
 
@@ -31,6 +36,7 @@ def train(
         train_pass: Returns one ordered pass over the training split, for statistics.
         validate: Returns the validation score of each method.
         progress: Whether to show a progress bar.
+        captures: Whether a training step becomes a CUDA graph.
 
     Returns:
         The runs that failed, and why. A failed run does not disturb the others. A bug is raised, and ends them all.
@@ -53,7 +59,7 @@ def train(
                 state.attempt(state.start_phase, train_pass)
             active = [state for state in together if not state.failure]
             if active:
-                trainer = Trainer(active) if len(active) == 1 else EnsembleTrainer(active)
+                trainer = Trainer(active, captures) if len(active) == 1 else EnsembleTrainer(active, captures)
                 train_phase(trainer, until, source, validate, bar)
     return {state.run: state.failure for state in states if state.failure}
 

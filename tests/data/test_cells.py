@@ -171,3 +171,8 @@ def test_names_may_begin_with_any_sign(name: str) -> None:
 )
 def test_folders_that_are_named_like_splits(folders: set[str], expected: bool) -> None:
     assert looks_like_splits(folders) == expected
+
+
+@pytest.mark.parametrize("caption", ["[2020]", "(1)", "[1, 2]", "[0.5]"])
+def test_numbers_in_brackets_are_a_caption(caption: str) -> None:
+    assert parse_texts(caption, Path("t.csv"), 2) == (caption,)

@@ -167,7 +167,7 @@ def test_the_mean_over_samples_is_the_summary(label: Tensor) -> None:
     values, result = metrics.per_example(logits(), label), metrics.summary_metrics(logits(), label)
     for name, value in values.items():
         assert value.shape == (ROWS,)
-        assert float(value.mean()) == result[name]
+        assert float(value.mean()) == pytest.approx(result[name], rel=1e-12)
 
 
 @pytest.mark.parametrize("label", [single(), multi()], ids=["single", "multi"])
@@ -209,3 +209,34 @@ def test_samples_without_label_are_refused() -> None:
     label[5] = 0
     with pytest.raises(ValueError, match="row 5 has no label"):
         metrics.summary_metrics(logits(), label)
+
+
+def test_parts_of_the_average_precision_are_its_derivatives_by_the_weights_of_samples() -> None:
+    rng = np.random.default_rng(3)
+    scores = np.round(rng.normal(size=(40, 5)), 1)  # with ties
+    label = (rng.random((40, 5)) < 0.2).astype(np.int64)
+    label[:, 4] = 0  # no true sample: the class does not count
+    parts = metrics.average_precision_parts(torch.from_numpy(scores), torch.from_numpy(label)).numpy()
+
+    def mean_ap(weight: np.ndarray) -> float:
+        return float(np.mean([average_precision_score(label[:, c], scores[:, c], sample_weight=weight) for c in range(4)]))
+
+    value, step = mean_ap(np.ones(40)), 1e-5
+    assert parts.mean() == pytest.approx(value, abs=1e-12)
+    for sample in range(40):
+        change = np.zeros(40)
+        change[sample] = step
+        slope = (mean_ap(np.ones(40) + change) - mean_ap(np.ones(40) - change)) / (2 * step)
+        assert parts[sample] == pytest.approx(value + 40 * slope, abs=1e-6)
+
+
+def test_the_interval_from_parts_is_that_of_resampled_samples() -> None:
+    rng = np.random.default_rng(4)
+    label = (rng.random((600, 6)) < 0.15).astype(np.int64)
+    scores = rng.normal(size=(600, 6)) + 1.5 * label
+    parts = metrics.average_precision_parts(torch.from_numpy(scores), torch.from_numpy(label)).numpy()
+    drawn = rng.integers(600, size=(400, 600))
+    resampled = [
+        metrics.mean_average_precision(torch.from_numpy(scores[rows]), torch.from_numpy(label[rows])) for rows in drawn
+    ]
+    assert parts[drawn].mean(1).std() == pytest.approx(np.std(resampled), rel=0.05)

@@ -7,8 +7,9 @@ import dataclasses
 import hashlib
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import xxhash
@@ -16,11 +17,13 @@ from helpers.command_line import run
 from helpers.fault_cases import extract_texts, write_texts
 from PIL import Image
 
+import pipeline.extraction.extract as extraction
 from pipeline.cache import layout, verify
 from pipeline.data.manifest import Manifest
 from pipeline.data.manifest_files import write_manifest
 from pipeline.extraction.extract import ExtractOptions, extract
 from pipeline.extraction.repair import repair
+from pipeline.runtime.errors import UserError
 from pipeline.types import Sample
 
 QUIET = ExtractOptions(workers=0, progress=False, shard_rows=512, max_failures=0.1)
@@ -92,6 +95,24 @@ def test_a_replacement_of_the_same_size_and_time_is_found(
     by_extract(pictures, cache)
     assert layout.shard_path(cache, 0, 2).read_bytes() == shard
     assert run(["cache", "verify", str(cache)], monkeypatch) == 0
+
+
+def test_media_that_change_while_they_are_read_are_not_recorded(
+    pictures: Manifest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their digests would be those of the new contents, and the features those of the old ones."""
+    encode_shards = extraction.encode_shards
+
+    def replace_then_yield(*arguments: Any) -> Iterator[Any]:
+        for shard in encode_shards(*arguments):
+            shutil.copy(pictures.media_root / "grey-0.png", pictures.media_root / "grey-1.png")
+            yield shard
+
+    monkeypatch.setattr(extraction, "encode_shards", replace_then_yield)
+    with pytest.raises(UserError, match="'red-0' to 'grey-9' were changed while they were read; run the same command again"):
+        extract(pictures, "random_projection", {}, tmp_path, options=QUIET)
+    monkeypatch.undo()
+    assert verify(extract(pictures, "random_projection", {}, tmp_path, options=QUIET)) == []
 
 
 def test_many_replaced_files_are_counted(cache: Path, pictures: Manifest) -> None:

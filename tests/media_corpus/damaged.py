@@ -254,8 +254,8 @@ def _damaged_tiff() -> Iterator[DamagedFile]:
     yield from _damaged_deflate()
     pixels = np.random.default_rng(0).integers(0, 256, PIXELS)
     for name, (codes, reason) in damaged_codes().items():
-        if "too many" not in reason:  # libtiff does not look for more than it needs
-            yield DamagedFile(f"lzw-{name}.tif", tiff([lzw(codes, "highest")], 5, HEIGHT), UNDECODABLE)
+        expected = {"too few pixels": UNDECODABLE, "too many pixels": UNFIT}.get(reason, reason)
+        yield DamagedFile(f"lzw-{name}.tif", tiff([lzw(codes, "highest")], 5, HEIGHT), expected)
     rows = pixels.astype(np.uint8).tobytes()
     for number in range(3):
         runs = packbits(rows)
@@ -383,13 +383,19 @@ def undetectable_pictures() -> Iterator[DamagedFile]:
         codes = lzw_codes(pixels)
         codes[20 + seed] = 255
         other_codes = lzw(codes, "lowest")
-        more_codes = lzw(lzw_codes([*pixels[:seed], 7, *pixels[seed:]]), "highest")
+        avif, wavelets = encoded(picture, "AVIF"), encoded(picture, "JPEG2000")
+        zstandard = encoded(picture, "TIFF", compression="zstd")
+        fax = encoded(picture.convert("1"), "TIFF", compression="group4")
         table = quantized.index(b"\xff\xdb") + 6
         yield DamagedFile(f"raw-{seed}.bmp", flipped(bitmap, len(bitmap) - 100 - seed, 7), "")
         yield DamagedFile(f"raw-{seed}.tif", flipped(raw, raw.index(picture.tobytes()) + seed, 7), "")
         yield DamagedFile(f"lossy-{seed}.webp", flipped(lossy, len(lossy) * 3 // 4 + seed, 3), "")
         yield DamagedFile(f"code-{seed}.gif", gif(gif_frame(other_codes)), "")
-        yield DamagedFile(f"more-codes-{seed}.tif", tiff([more_codes], 5, HEIGHT), "")
+        yield DamagedFile(f"code-{seed}.tif", tiff([lzw(codes, "highest")], 5, HEIGHT), "")
+        yield DamagedFile(f"lossy-{seed}.avif", flipped(avif, len(avif) - 40 - seed, 3), "")
+        yield DamagedFile(f"wavelets-{seed}.jp2", flipped(wavelets, len(wavelets) - 200 - seed, 3), "")
+        yield DamagedFile(f"zstandard-{seed}.tif", flipped(zstandard, 300 + seed, 3), "")
+        yield DamagedFile(f"fax-{seed}.tif", flipped(fax, 60 + seed, 3), "")
         yield DamagedFile(f"table-{seed}.jpg", quantized[:table] + bytes([99 - seed]) + quantized[table + 1 :], "")
 
 

@@ -59,6 +59,12 @@ def unsupported_files() -> Iterator[RefusedPicture]:
         number = data.index(struct.pack("<HHII", 257, 4, 1, 5))  # twice as many rows as there would be room for
         taller = data[: number + 8] + struct.pack("<I", 10) + data[number + 12 :]
         yield RefusedPicture(f"tiff/subsampling-{subsampling[0]}-{subsampling[1]}.tif", taller, "subsampling is not supported")
+    for bits, order in ((8, "<"), (8, ">"), (16, "<")):
+        data = Tiff(bits, order, photometric=2, tags={254: 1, 330: 8}).encode(whole(unit(3), bits))
+        yield RefusedPicture(f"tiff/small-copy-{bits}-{'II' if order == '<' else 'MM'}.tif", data, "small copy of another")
+    for width in (32, 64, 128):
+        lines = Image.fromarray(np.tile(np.arange(width) // 5 % 2 == 0, (8, 1)))
+        yield RefusedPicture(f"tiff/words-{width}.tif", saved(lines, "TIFF", compression="tiff_raw_16"), "not supported")
     for bits in (8, 12, 16):
         data = Tiff(bits, ">", is_big=True).encode(whole(unit(1), bits))
         yield RefusedPicture(f"tiff/big-endian-{bits}.tif", data, "BigTIFF in big-endian")

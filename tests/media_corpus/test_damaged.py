@@ -31,7 +31,7 @@ from media_corpus.damaged import (
 from media_corpus.hostile import HostileFile, hostile_pictures, unreadable_files
 from media_corpus.whole import WholeFile, whole_pictures
 from pipeline.cache import open_cache
-from pipeline.data import png_damage
+from pipeline.data import pixels, png_damage
 from pipeline.data.manifest import Manifest
 from pipeline.data.media import open_frames, open_image
 from pipeline.extraction.extract import ExtractOptions, extract
@@ -196,3 +196,13 @@ def test_prepare_verifies_media_by_the_same_check(tmp_path: Path) -> None:
     (root / "dog" / "3.png").write_bytes(damaged.data)
     (line,) = Workspace(tmp_path / "home").prepare("table", str(root), verify_media=True).undecodable
     assert "3.png: damaged: the checksum of the chunk at byte" in line
+
+
+@pytest.mark.parametrize("form", ["GIF", "PNG"])
+def test_animations_of_very_many_pixels_are_refused(form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    frames = [photo(seed) for seed in range(4)]
+    path = tmp_path / f"long.{form.lower()}"
+    path.write_bytes(encoded(frames[0], form, save_all=True, append_images=frames[1:]))
+    monkeypatch.setattr(pixels, "MAX_CLIP_PIXELS", 2 * 24 * 40)
+    with pytest.raises(ValueError, match="more than 1920 pixels together, could be a bomb"):
+        open_frames(path, 2)

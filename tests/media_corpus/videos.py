@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import struct
 from collections.abc import Callable, Iterator
 from fractions import Fraction
 
@@ -20,6 +21,7 @@ from media_corpus.video_writing import (
     SIZE,
     TICK,
     Video,
+    boxes_of,
     numbered,
     numbers,
     packets_of,
@@ -335,6 +337,28 @@ def recordings() -> Iterator[Video]:
         )
 
 
+def empty_samples() -> Iterator[Video]:
+    """MP4 and MOV with samples of no bytes: the frame before is shown for longer."""
+    for form, codec in (("mp4", "mpeg4"), ("mov", "mjpeg"), ("mov", "libx264"), ("mp4", "png")):
+        pixels = {"mjpeg": "yuvj420p", "png": "rgb24"}.get(codec, "yuv420p")
+        whole = write(form, codec, numbers(range(20)), pixels, {"g": "1"} if codec in ("mpeg4", "libx264") else {})
+        for position in (9, 19):
+            shown = numbers(number for number in range(20) if number != position)
+            yield Video(f"empty-{codec}-{position}.{form}", _without_sample(whole, position), shown)
+
+
+def _without_sample(data: bytes, position: int) -> bytes:
+    """Return an MP4 file, all of its samples in one piece, in which one sample has no bytes."""
+    sizes, offsets = data.index(b"stsz") + 16, data.index(b"stco") + 12
+    media = boxes_of(data, 0, len(data))[b"mdat"]
+    entries = struct.unpack_from(f">{position + 1}I", data, sizes)
+    start = struct.unpack_from(">I", data, offsets)[0] + sum(entries[:-1])
+    changed = bytearray(data)
+    struct.pack_into(">I", changed, sizes + 4 * position, 0)
+    struct.pack_into(">I", changed, media[0], media[1] - media[0] - entries[-1])
+    return bytes(changed[:start] + changed[start + entries[-1] :])
+
+
 def tracks() -> Iterator[Video]:
     """The video that is shown is not the first one in the file."""
     for form, codec in (("matroska", "libx264"), ("mp4", "libx264"), ("mov", "mpeg4"), ("webm", "libvpx")):
@@ -366,5 +390,6 @@ KINDS: dict[str, Callable[[], Iterator[Video]]] = {
     "transparency": transparency,
     "times": times,
     "recordings": recordings,
+    "empty samples": empty_samples,
     "tracks": tracks,
 }

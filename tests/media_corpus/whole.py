@@ -112,6 +112,8 @@ def _odd_jpeg() -> Iterator[WholeFile]:
             "film-after": data + b"\0\0\0\x18ftypmp42" + np.random.default_rng(seed).bytes(60_000) + JPEG_SCAN * 200,
             "picture-after": data + encoded(photo(9), "JPEG"),
             "zeros-after": data + bytes(512),
+            "zeros-before-end": data[:-2] + bytes(40) + data[-2:],
+            "zeros-between": data[:table] + bytes(5) + data[table:scan] + bytes(1000) + data[scan:],
             "fill": data[:scan] + b"\xff" * 9 + data[scan:-2] + b"\xff" * 5 + data[-2:],
             "comment": data[:scan] + b"\xff\xfe\0\6\xff\xda\xff\xd9" + data[scan:],
             "revision": data[: app + 5] + b"\3" + data[app + 6 :],
@@ -140,6 +142,13 @@ def _odd_png() -> Iterator[WholeFile]:
     whole = png([data], 8, 0)
     first, *others = png_chunks(whole)
     yield WholeFile("bytes-after.png", whole + b"more", pixels)
+    long = zlib.compress(bytes(3_000_000))  # longer than what Pillow unpacks
+    texts = {b"zTXt": b"Raw profile type exif\0\0", b"iTXt": b"workflow\0\1\0\0\0", b"iCCP": b"profile\0\0"}
+    for name, start in texts.items():
+        yield WholeFile(f"long-{name.decode()}.png", png_of_chunks([first, (name, start + long), *others]), pixels)
+        if name != b"iCCP":
+            after = [first, *others[:-1], (name, start + long), others[-1]]
+            yield WholeFile(f"long-{name.decode()}-after.png", png_of_chunks(after), pixels)
     yield WholeFile("parts.png", png([data[i : i + 7] for i in range(0, len(data), 7)], 8, 0), pixels)
     yield WholeFile("empty-parts.png", png([b"", data[:50], b"", data[50:], b""], 8, 0), pixels)
     yield WholeFile("bytes-after-checksum.png", png([data + b"more"], 8, 0), pixels)

@@ -53,7 +53,8 @@ CELL = {
     "stage_step": 7,
     "train_min_step": 0.25,
 }
-TEXT_PARTS = {"ita", "mse", "sdm", "kd", "nt", "cdd"}  # parts of losses that no text of a sample without text may change
+# parts of losses that no text of a sample without text may change
+TEXT_PARTS = {"ita", "mse", "sdm", "kd", "nt", "cdd", "clip", "swd", "ce_text", "tokens"}
 
 
 def test_all_methods_are_found() -> None:

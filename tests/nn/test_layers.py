@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,9 @@ from scipy import special
 from sklearn.decomposition import PCA
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from pipeline.nn import layers
 
@@ -259,3 +263,34 @@ class TestAdapter:
     def test_pca_cannot_widen(self) -> None:
         with pytest.raises(ValueError, match="cannot widen 3 features to 6"):
             layers.Adapter(3, 6, 2).fit_pca([torch.zeros(4, 3)])
+
+
+class Formats(TorchDispatchMode):
+    """Collects the number formats that the products and the softmax of an attention return."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: dict[str, set[torch.dtype]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func.name() in ("aten::bmm", "aten::_safe_softmax"):
+            self.found.setdefault(func.name(), set()).add(result.dtype)
+        return result
+
+
+def test_attention_on_a_gpu_computes_in_the_same_format_alone_and_stacked() -> None:
+    """In bfloat16, stacked, the softmax would have no gradient on a GPU; the tensors here only pretend to be on one."""
+    attend = partial(layers.multi_head_attention, num_heads=2)
+    found = []
+    with FakeTensorMode(), sdpa_kernel(SDPBackend.MATH):
+        query, key_value = (torch.empty(3, 5, 4, width, dtype=torch.bfloat16, device="cuda") for width in (8, 16))
+        torch.set_autocast_enabled("cuda", True)
+        try:
+            for call, tensors in ((attend, (query[0], key_value[0])), (torch.vmap(attend), (query, key_value))):
+                with Formats() as formats:
+                    assert call(*tensors).dtype == torch.bfloat16
+                found.append(formats.found)
+        finally:
+            torch.set_autocast_enabled("cuda", False)
+    assert found == [{"aten::bmm": {torch.float32}, "aten::_safe_softmax": {torch.float32}}] * 2

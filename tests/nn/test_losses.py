@@ -9,6 +9,7 @@ from typing import get_args
 import pytest
 import torch
 import torch.nn.functional as F
+from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from pipeline.nn import losses
@@ -241,3 +242,62 @@ def test_vmapped_losses_and_gradients_equal_a_loop(name: str) -> None:
         gradient, value = run(a[i], b[i])
         torch.testing.assert_close(values[i], value)
         torch.testing.assert_close(gradients[i], gradient, atol=1e-7, rtol=1e-4)
+
+
+class TestSlicedWasserstein:
+    """Closed forms; `directions` are normalised inside."""
+
+    def test_order_does_not_count(self) -> None:
+        x, directions = normal(20, 6), normal(6, 32, seed=1)
+        assert losses.sliced_wasserstein(x, x, directions).item() == 0.0
+        shuffled = x[torch.randperm(20, generator=torch.Generator().manual_seed(2))]
+        assert losses.sliced_wasserstein(x, shuffled, directions).item() == pytest.approx(0.0, abs=1e-12)
+
+    def test_a_shift_is_seen_through_its_projections(self) -> None:
+        x, shift, directions = (
+            normal(20, 6, dtype=torch.float64),
+            normal(6, seed=1, dtype=torch.float64),
+            normal(6, 128 * 50, seed=2, dtype=torch.float64),
+        )
+        units = directions / directions.norm(dim=0)
+        found = losses.sliced_wasserstein(x, x + shift, directions)
+        torch.testing.assert_close(found, (shift @ units).square().mean())
+        assert found.item() == pytest.approx(shift.square().sum().item() / 6, rel=0.05)  # its expectation
+
+    def test_on_a_line_it_is_the_squared_distance_of_sorted_values(self) -> None:
+        x, y, direction = normal(20, 1), normal(20, 1, seed=1), torch.tensor([[-2.0]])
+        torch.testing.assert_close(losses.sliced_wasserstein(x, x + 3.0, direction), torch.tensor(9.0))
+        torch.testing.assert_close(losses.sliced_wasserstein(x, y, direction), (x.sort(0)[0] - y.sort(0)[0]).square().mean())
+
+    def test_it_is_symmetric_and_scales_as_a_square(self) -> None:
+        x, y, directions = normal(20, 6), normal(20, 6, seed=1), normal(6, 32, seed=2)
+        found = losses.sliced_wasserstein(x, y, directions)
+        torch.testing.assert_close(losses.sliced_wasserstein(y, x, directions), found)
+        torch.testing.assert_close(losses.sliced_wasserstein(3.0 * x, 3.0 * y, directions), 9.0 * found)
+        torch.testing.assert_close(losses.sliced_wasserstein(x, y, directions * torch.arange(1.0, 33.0)), found)
+
+    def test_it_is_the_cheapest_assignment_on_each_direction(self) -> None:
+        x, y, directions = normal(9, 4), normal(9, 4, seed=1), normal(4, 5, seed=2)
+        expected = 0.0
+        for direction in (directions / directions.norm(dim=0)).T:
+            cost = ((x @ direction)[:, None] - (y @ direction)[None]).square().numpy()
+            expected += cost[linear_sum_assignment(cost)].mean() / 5
+        assert losses.sliced_wasserstein(x, y, directions).item() == pytest.approx(expected, rel=1e-5)
+
+    def test_rows_of_weight_0_are_ignored(self) -> None:
+        x, y, directions = normal(8, 4), normal(8, 4, seed=1), normal(4, 5, seed=2)
+        weight = torch.tensor([1.0, 0, 1, 1, 0, 1, 1, 1])
+        expected = losses.sliced_wasserstein(x[weight > 0], y[weight > 0], directions)
+        y = torch.where(weight[:, None] > 0, y, 1e3).requires_grad_()
+        found = losses.sliced_wasserstein(x, y, directions, weight)
+        torch.testing.assert_close(found, expected)
+        found.backward()
+        assert y.grad is not None
+        assert (y.grad.abs().sum(1) > 0).tolist() == (weight > 0).tolist()
+        assert losses.sliced_wasserstein(x, y, directions, torch.zeros(8)).item() == 0.0
+
+
+@labels
+def test_the_same_labels_by_brute_force(label: Tensor) -> None:
+    expected = [[torch.equal(first, second) for second in label] for first in label]
+    assert losses.same_labels(label).tolist() == expected

@@ -304,6 +304,18 @@ def test_predictions_that_do_not_fit_the_record_are_refused(tmp_path: Path) -> N
         results_table(tmp_path, "toy")
 
 
+def test_metrics_that_an_earlier_evaluation_of_one_seed_does_not_have_are_left_out(tmp_path: Path) -> None:
+    home = make_home(tmp_path, CLASSES)
+    add_runs(home, "baseline", 1.0, seeds=3)
+    add_runs(home, "ema", 1.0, seeds=3)
+    (path,) = tmp_path.glob("runs/toy/ema-*/seed2/predictions-test.npz")
+    with np.load(path) as arrays:
+        np.savez_compressed(path, **{name: arrays[name] for name in arrays.files if name != "acc5"})
+    row = results_frame(tmp_path, "toy").set_index("method").loc["ema"]
+    assert np.isfinite(row["acc1_low"])
+    assert np.isnan(row["acc5_low"])
+
+
 def test_table_shows_spread_only_where_there_is_one(tmp_path: Path) -> None:
     home = make_home(tmp_path, CLASSES)
     add_runs(home, "baseline", 1.0, seeds=1)

@@ -13,10 +13,9 @@ import pytest
 from PIL import Image
 
 from pipeline.commands import app as cli
-from pipeline.data.spec import load_spec
 from pipeline.runtime import plugins
 from pipeline.runtime.settings import flatten, name_settings
-from pipeline.studies.demo import DEMO_DATASET, DEMO_METHODS, EXTRA_OVERRIDES, demo_settings, extra_overrides
+from pipeline.studies.demo import DEMO_METHODS, EXTRA_OVERRIDES, demo_settings, extra_overrides
 from pipeline.studies.demo_joint import JOINT_DEMO_DATASET, JOINT_DEMO_METHODS
 from pipeline.training.config import TrainConfig
 from pipeline.training.heads import resolve_head_settings
@@ -37,8 +36,7 @@ def test_every_method_of_the_demo_has_settings(method: str) -> None:
         assert set(named) <= set(plugins.get("methods", method).prediction)
         is_new = all(flatten(asdict(settings))[name] != value for name, value in named.items())
         assert (overrides in extra_overrides(method)) == is_new
-    tuned = load_spec(DEMO_DATASET).get("tuned", {})
-    assert method in tuned or training == TrainConfig(lr=1e-3)
+    assert training == TrainConfig(lr=1e-3)
 
 
 @pytest.mark.parametrize("method", JOINT_DEMO_METHODS)

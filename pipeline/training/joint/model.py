@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import chain
 from typing import cast
 
 import torch
@@ -91,8 +92,11 @@ class JointMethod(Method):
         self._encode, self._context = dict(encode), context
         self.needs = head.needs
         self.head_phases = tuple(phase for phase in head.phases if phase.name != ADAPTER_PHASE.name)
-        head_prefixes = tuple(f"head.{prefix}" for phase in self.head_phases for prefix in phase.trains)
-        self.phases = (Phase("joint", (*head_prefixes, *trains), rates=rates),)
+        inner = [phase.inside("head") for phase in self.head_phases]
+        trains = (*chain.from_iterable(phase.trains for phase in inner), *trains)
+        limits = tuple(chain.from_iterable(phase.limits for phase in inner))
+        undecayed = tuple(chain.from_iterable(phase.undecayed for phase in inner))
+        self.phases = (Phase("joint", trains, rates=rates, limits=limits, undecayed=undecayed),)
         for name, parameter in self.named_parameters():
             parameter.requires_grad_(name.startswith(self.phases[0].trains))
         self.last_loss = torch.zeros(())  # loss of the previous step

@@ -1,0 +1,81 @@
+"""CLIP as a head: image and text of a sample find each other in the batch, at a learned temperature (Radford et al. 2021)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Annotated, Any, ClassVar
+
+from torch import Tensor, nn
+
+from pipeline.nn.common_space import CommonSpace, LearnedScale, LinearProjector, scaled_phase
+from pipeline.nn.feature_space import num_classes_in
+from pipeline.nn.layers import ScaleMode, register_hyperparameters
+from pipeline.nn.losses import LabelLoss, classification_loss, info_nce
+from pipeline.nn.method import Method
+from pipeline.runtime.rng import KeyedRNG
+from pipeline.runtime.settings import Range, Settings
+from pipeline.types import Batch, Shapes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(Settings):
+    """Settings of CLIP. The weight of its loss beside the cross-entropy is ours."""
+
+    width: Annotated[int, Range(1, 65_536), "d, width of the common space"] = 768
+    w_clip: Annotated[float, Range(0), "lam, weight of the contrastive loss"] = 1.0
+    tau: Annotated[float, Range(0.01), "initial temperature of the cosine; it is learned, and stays at least 0.01"] = 0.07
+    dropout: Annotated[float, Range(0, 0.99), "probability, on the image features"] = 0.0
+    scale: Annotated[ScaleMode, "standardisation of both features"] = "per_dim"
+    label_loss: Annotated[LabelLoss, "for multi-label data"] = "softmax_kl"
+
+
+class CLIP(Method):
+    """Linear projections without bias, a classifier on that of the image, and the mean of the two contrastive losses.
+
+    It differs from `ema` and `ita` in three points: the temperature is learned, the two directions are averaged instead of
+    added, and the projections are linear. The scale 1/tau has no weight decay, and a step leaves it at most at 100.
+    """
+
+    Config = Config
+    needs = ("image", "text", "paired", "label")
+    symbols: ClassVar[Mapping[str, str]] = {"lam": "w_clip", "tau": "tau", "d": "width"}
+    without_text: ClassVar[Mapping[str, Any]] = {"w_clip": 0.0}
+    grid: ClassVar[Mapping[str, tuple[Any, ...]]] = {"w_clip": (0.1, 0.3, 1.0, 3.0), "tau": (0.03, 0.07, 0.2)}
+    phases = (scaled_phase("similarity_scale"),)
+
+    w_clip: Tensor
+
+    def __init__(self, config: Config, shapes: Shapes) -> None:
+        super().__init__(config, shapes)
+        self.label_loss: LabelLoss = config.label_loss
+        projector = partial(LinearProjector, out_width=config.width, is_plain=True)
+        self.common = CommonSpace(shapes, projector, config.scale, config.dropout)
+        self.classifier = nn.Linear(config.width, num_classes_in(shapes))
+        self.similarity_scale = LearnedScale(config.tau)
+        register_hyperparameters(self, w_clip=config.w_clip)
+
+    @classmethod
+    def small(cls) -> dict[str, Any]:
+        """Return settings for a small and fast head."""
+        return {"width": 16}
+
+    def begin(self, phase: str, train: Callable[[], Iterator[Batch]]) -> None:
+        """Compute the statistics of the image and text features."""
+        self.common.fit(train)
+
+    def loss(self, batch: Batch, phase: str) -> Batch:
+        """Return CE + lam L_CLIP, and both parts."""
+        h_v, h_s = self.common.image(batch["image"]), self.common.text(batch["text"], batch["paired"])
+        v2s, s2v = info_nce(h_v, h_s, 1.0 / self.similarity_scale(), batch["paired"])
+        ce, clip = classification_loss(self.classifier(h_v), batch["label"], self.label_loss), (v2s + s2v) / 2.0
+        return {"loss": ce + self.w_clip * clip, "ce": ce, "clip": clip}
+
+    def feature(self, image: Tensor, rng: KeyedRNG) -> Tensor:
+        """Return h_v [B,d], before it is normalised, from image features [B,Dv]."""
+        return self.common.image(image)
+
+    def predict(self, image: Tensor, rng: KeyedRNG) -> Tensor:
+        """Return logits [B,C] from image features [B,Dv]."""
+        return self.classifier(self.feature(image, rng))
