@@ -71,6 +71,16 @@ class Phase(NamedTuple):
         return self._replace(trains=trains, rates=longer(self.rates), limits=longer(self.limits), undecayed=undecayed)
 
 
+class ClassStream(NamedTuple):
+    """A second stream of training samples: in every step, so many classes, and so many samples of each.
+
+    They stand in the batch as "class_image" [M,Dv], "class_text" [M,Ds] and "class_label" [M], the class drawn for.
+    """
+
+    num_classes: int
+    num_samples: int
+
+
 SINGLE_PHASE = (Phase("head"),)  # trains all parameters
 
 

@@ -10,10 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pipeline.cache.class_stream import draw_class_rows
 from pipeline.data.manifest import Manifest
 from pipeline.runtime.errors import UserError
 from pipeline.runtime.rng import KeyedRNG, sample_keys
-from pipeline.types import Batch, Sample, Source, Split
+from pipeline.types import Batch, ClassStream, Sample, Source, Split
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,10 +215,11 @@ def label_tensor(sample_labels: list[tuple[int, ...]], manifest: Manifest) -> Te
     return indicators
 
 
-def shuffled_batches(source: FeatureSource, batch_size: int, seed: int) -> Source:
+def shuffled_batches(source: FeatureSource, batch_size: int, seed: int, class_stream: ClassStream | None = None) -> Source:
     """Return the training batches. The order is a function of (seed, epoch, sample id).
 
-    A batch is not larger than the split. An incomplete last batch is dropped.
+    A batch is not larger than the split. An incomplete last batch is dropped. A batch has the rows of the class stream, too, if
+    there is one and a class has two samples.
     """
     size = min(batch_size, len(source.ids))
 
@@ -225,8 +227,15 @@ def shuffled_batches(source: FeatureSource, batch_size: int, seed: int) -> Sourc
         for table in source.windows(size, seed, epoch):
             rng = KeyedRNG.seeded(seed, table.columns["key"]).at("shuffle", epoch)
             order = torch.argsort(rng.bits())
-            for start in range(0, len(table) - size + 1, size):
-                yield _select_batch(table, order[start : start + size], seed, epoch)
+            num_steps = len(table) // size
+            rows, label = draw_class_rows(table.columns, class_stream, num_steps, seed, epoch) if class_stream else ((), ())
+            for step in range(num_steps):
+                batch = _select_batch(table, order[step * size : (step + 1) * size], seed, epoch)
+                if len(rows) and len(rows[step]):
+                    drawn = _select_batch(table, rows[step], seed, epoch)
+                    batch |= {f"class_{key}": drawn[key] for key in ("image", "text") if key in drawn}
+                    batch["class_label"] = label[step]
+                yield batch
 
     return batches
 

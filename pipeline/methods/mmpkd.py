@@ -44,7 +44,7 @@ class Config(Settings):
     label_loss: Annotated[LabelLoss, "for multi-label data"] = "softmax_kl"
 
 
-class CrossAttention(nn.Module):
+class JointCrossAttention(nn.Module):
     """Joint cross-attention of one vector with j, that vector and another side by side; it correlates their features.
 
     C = tanh(a h j^T / sqrt(2d)), H = ReLU(h w^T + C W^T), and the output is H v + h.
@@ -71,7 +71,7 @@ class MultimodalTeacher(nn.Module):
         super().__init__()
         width = config.teacher_width
         self.image, self.text = nn.Linear(image_width, width), nn.Linear(text_width, width)
-        self.attentions = nn.ModuleList(CrossAttention(width) for _ in range(2 if config.teacher == "jca" else 0))
+        self.attentions = nn.ModuleList(JointCrossAttention(width) for _ in range(2 if config.teacher == "jca" else 0))
         self.layers = MLP([2 * width, 2 * width, config.width])
         self.classifier = nn.Linear(config.width, num_classes)
 

@@ -82,6 +82,7 @@ class Stacked(Method):
         super().__init__(config, shapes)
         self.base = baseline.Baseline(config.base, shapes)
         self.head = plugins.get("methods", config.head)(config.head_config, shapes)
+        self.class_stream = self.head.class_stream
         self.has_own_scores = config.base.label_loss == "bce" and bool(shapes["label"])
         self.register_buffer("head_weight", torch.zeros(()))
         (base_phase,), head_phases = self.base.phases, self.head.phases

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Self
 from torch import Tensor, nn
 
 from pipeline.runtime.rng import KeyedRNG
-from pipeline.types import SINGLE_PHASE, Batch, Phase, Shapes
+from pipeline.types import SINGLE_PHASE, Batch, ClassStream, Phase, Shapes
 
 
 class Method(nn.Module):
@@ -39,6 +39,7 @@ class Method(nn.Module):
     prediction: ClassVar[tuple[str, ...]] = ()  # settings that may change after training
     reads_tokens: ClassVar[bool] = False  # features may be tokens, [B,T,D]; else `open_features` refuses all but vectors [B,D]
     phases: tuple[Phase, ...] = SINGLE_PHASE  # trained one after another, each with a new optimiser
+    class_stream: ClassStream | None = None  # what stage 2 adds to every batch; stage 3 adds nothing
 
     def __init__(self, config: Any, shapes: Shapes) -> None:
         """Make an untrained head.

@@ -222,7 +222,7 @@ def _train_states(head: HeadPlan, states: Sequence[TrainState], progress: bool) 
         pairs = head.features.validation_pairs
         for state in states:
             state.measure = partial(measure_alignment, pairs=pairs, seed=seed, precision=training.precision)
-    source = shuffled_batches(train_source, training.batch_size, seed)
+    source = shuffled_batches(train_source, training.batch_size, seed, states[0].method.class_stream)
     captures = is_captured(training)
     return train(states, source, ordered_batches(train_source, seed), validate, progress, captures)
 
@@ -247,11 +247,11 @@ def head_capacity(head: HeadPlan) -> int:
     device, training = default_device(), head.training
     size = training.batch_size
     train_source, _ = head.features.splits(training.window, head.run.seed)
-    batch = next(shuffled_batches(train_source, size, head.run.seed)(0))
     # a batch in training, its gradients, which are not larger than the tensors they belong to, and a batch of predictions
     num_rows = 2 * size + PREDICTION_BATCH_SIZE
     with reproducible(device, training.precision):
         method = _build_method(head, device)
+        batch = next(shuffled_batches(train_source, size, head.run.seed, method.class_stream)(0))
         needed = {device.type: bytes_per_method(method, batch, num_rows)}
         weights = sum(tensor.nbytes for tensor in method.state_dict().values())
         kept = bytes_kept(method, batch) * len(train_source.ids) // len(batch["key"])

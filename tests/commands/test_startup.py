@@ -18,12 +18,14 @@ from helpers.tiny_heads import FAST_TRAINING, caches_by_key, small_settings
 
 from pipeline.commands.finetune import finetune
 from pipeline.data.manifest import Manifest
+from pipeline.runtime import plugins
 from pipeline.runtime.choices import unknown_choice
 from pipeline.runtime.errors import UserError
 from pipeline.studies.search import run_grid
 
 ROOT = Path(__file__).parents[2]
 NAMES_ONLY_SECONDS = 2.0  # it takes 0.2 to 0.5; importing torch alone takes 2 to 3
+METHODS = [name for name in plugins.names("methods") if not plugins.is_external("methods", name)]
 ONE_METHOD_SECONDS = 6.0  # it takes 3; with torch._dynamo it takes 6 to 9
 
 
@@ -48,7 +50,7 @@ def cpu_seconds(arguments: list[str], tmp_path: Path) -> tuple[float, subprocess
         (["methods"], 0, "seda"),
         (["datasets"], 0, "openmoji"),
         (["encoders"], 0, "timm"),
-        (["train-head", "--method", "sedaa"], 2, "baseline, cdr, class_mean, ema, knn, logreg, marnet, mlp, seda, stacked"),
+        (["train-head", "--method", "sedaa"], 2, f"choose one of: {', '.join(METHODS)} ("),
         (["train-head", "openmojj", "--method", "seda"], 2, "did you mean 'openmoji'?"),
         (["train-head", "--method", "seda", "--preset", "tunned"], 2, "did you mean 'tuned'?"),
         (["train-head", "--method", "seda", "--seeds", "0;1"], 2, "--seeds takes numbers"),
