@@ -25,7 +25,7 @@ from pipeline.evaluation.evaluate import evaluate
 from pipeline.nn.method import Method
 from pipeline.runtime import files, plugins
 from pipeline.runtime.rng import KeyedRNG
-from pipeline.runtime.runs import RunFolder
+from pipeline.runtime.runs import RunConfig, RunFolder
 from pipeline.runtime.settings import configure
 from pipeline.training import loop
 from pipeline.training.config import TrainConfig
@@ -117,13 +117,21 @@ def two_phase_source(epoch: int) -> Iterator[Batch]:
         yield {"image": images[rows], "label": labels[rows], "key": rows}
 
 
+def bare_run(home: Path) -> RunFolder:
+    """Return a run that has begun: its folder with its config."""
+    config = RunConfig("tiny", "two", settings={}, training={}, caches={}, shapes={}, text_aggregate="mean", manifest="")
+    run = RunFolder.of(home, config, 0)
+    run.create(config)
+    return run
+
+
 def test_the_loop_is_adam_with_steps_clipping_and_frozen_phases(tmp_path: Path) -> None:
     config = TrainConfig(lr=0.05, weight_decay=0.1, lr_step=2, epochs=6, grad_clip=0.5, select="last")
     torch.manual_seed(0)
     ours = TwoPhases()
     oracle = TwoPhases()
     oracle.load_state_dict(ours.state_dict())
-    run = RunFolder(tmp_path / "two-0" / "seed0", 0)
+    run = bare_run(tmp_path)
     state = TrainState(method=ours, run=run, config=config)
     assert not train([state], two_phase_source, lambda: iter(()), lambda model: [Score(0.0, 0.0)], progress=False)
     epoch = 0
@@ -237,7 +245,7 @@ def test_the_epoch_is_chosen_on_validation(select: str, best: int, tmp_path: Pat
         return [Score(*next(scores))]
 
     config = configure(TrainConfig, {"lr": 0.05, "epochs": 12, "select": select})
-    run = RunFolder(tmp_path / "two-0" / "seed0", 0)
+    run = bare_run(tmp_path)
     state = TrainState(method=method, run=run, config=config)
     assert not train([state], two_phase_source, lambda: iter(()), validate, progress=False)
     kept = load_file(run.path / "checkpoint.safetensors")
