@@ -1,7 +1,8 @@
-"""Class folders and the tables that lie beside or below them."""
+"""Class folders and the tables that lie beside or below them; media that are no files."""
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 from helpers.tables import build, make_empty_files, write_csv, write_jsonl
 from PIL import Image
 
+from pipeline.data.prepare import prepare
 
 PICTURE_ENDINGS = ("avif", "jp2", "j2k", "jfif", "jpe", "apng", "mpo", "dib")
 
@@ -70,3 +72,12 @@ def test_a_table_beside_a_single_folder_is_named(tmp_path: Path) -> None:
     assert build(tmp_path, folder_labels=True).class_names == ("pics",)
     make_empty_files(tmp_path, "other/1.jpg")
     assert build(tmp_path).class_names == ("other", "pics")
+
+
+def test_media_that_are_pipes_or_folders_are_not_called_missing(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.jpg")
+    (tmp_path / "folder.jpg").mkdir()
+    for name, kind in (("pipe.jpg", "a pipe, socket or device"), ("folder.jpg", "a folder")):
+        write_csv(tmp_path / "m.csv", [{"file_name": name, "label": "a"}])
+        with pytest.raises(ValueError, match=rf"no regular files, .*line 2: .*{name} is {kind}; .*--allow-missing"):
+            prepare("table", tmp_path, tmp_path / "home", {"file": "m.csv"})
