@@ -1,4 +1,4 @@
-"""Class folders and the tables that lie beside or below them; media that are no files."""
+"""Class folders and the tables that lie beside or below them; media that are no files; the encoders of videos."""
 
 from __future__ import annotations
 
@@ -10,7 +10,10 @@ import pytest
 from helpers.tables import build, make_empty_files, write_csv, write_jsonl
 from PIL import Image
 
+from pipeline.data.manifest_files import read_manifest
 from pipeline.data.prepare import prepare
+from pipeline.extraction.inputs import default_encoders
+from pipeline.training.features import cache_names
 
 PICTURE_ENDINGS = ("avif", "jp2", "j2k", "jfif", "jpe", "apng", "mpo", "dib")
 
@@ -81,3 +84,15 @@ def test_media_that_are_pipes_or_folders_are_not_called_missing(tmp_path: Path) 
         write_csv(tmp_path / "m.csv", [{"file_name": name, "label": "a"}])
         with pytest.raises(ValueError, match=rf"no regular files, .*line 2: .*{name} is {kind}; .*--allow-missing"):
             prepare("table", tmp_path, tmp_path / "home", {"file": "m.csv"})
+
+
+def test_the_default_encoders_of_videos_are_those_of_clips(tmp_path: Path) -> None:
+    for ending, image in (("mp4", "frames"), ("jpg", "efficientnet_lite")):
+        root, name = tmp_path / ending, f"own_{ending}"
+        make_empty_files(root, f"cat/1.{ending}", f"dog/1.{ending}")
+        prepare("table", root, tmp_path, {}, name=name)
+        assert default_encoders(tmp_path, read_manifest(tmp_path, name)) == [image]
+        write_csv(root / "m.csv", [{"file_name": f"{kind}/1.{ending}", "label": kind, "text": kind} for kind in ("cat", "dog")])
+        prepare("table", root, tmp_path, {"file": "m.csv"}, name=name, overwrite=True)
+        assert default_encoders(tmp_path, read_manifest(tmp_path, name)) == [image, "transformers_text"]
+        assert cache_names(tmp_path, name, "", "") == {"image": image, "text": "transformers_text"}
