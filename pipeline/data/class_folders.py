@@ -9,69 +9,140 @@ from typing import Any
 
 from pipeline.data import readers
 from pipeline.data.cells import SPLIT_ALIASES, looks_like_splits, nfc
+from pipeline.data.pictures import starts_like_picture
+from pipeline.data.table_files import METADATA_FILES, TABLE_SUFFIXES, tables_in
 from pipeline.data.table_rows import TableRow
 from pipeline.runtime.errors import UserError
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".svg")
+IMAGE_SUFFIXES = (
+    *(".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".apng", ".webp", ".gif", ".bmp", ".dib", ".tif", ".tiff"),
+    *(".avif", ".jp2", ".j2k", ".svg"),
+)
 VIDEO_SUFFIXES = (".mp4", ".webm", ".mkv", ".avi", ".mov", ".m4v")
+_MEDIA_SUFFIXES = (*IMAGE_SUFFIXES, *VIDEO_SUFFIXES)
 _HELPER_FOLDERS = ("__MACOSX", "@eaDir", "lost+found")  # of operating systems; they hold copies or thumbnails of the media
+_HUB_CACHE = {"blobs", "refs", "snapshots"}  # the folders of one data set in a cache of the Hugging Face hub
+_NOTES = (".txt", ".md", ".rst", ".json", ".html", ".xml", ".yaml", ".yml", ".ini", ".db")  # left out without a word
+_NOTES_WITHOUT_ENDING = ("readme", "license", "licence", "notice", "copying")
+_MAX_SHOWN = 3  # files or folders in a message
 
 
-def read_class_folders(spec: Mapping[str, Any], root: Path) -> list[TableRow]:
-    """Return one row for every media file below a class folder, in the order of the paths.
+def read_class_folders(spec: Mapping[str, Any], media_root: Path, root: Path) -> tuple[list[TableRow], list[str]]:
+    """Return one row for every media file below a class folder, in the order of the paths, and warnings.
 
-    Hidden files and folders, and those of operating systems, are skipped.
+    Hidden files and folders, and those of operating systems, are skipped; of a cache of the hub, the snapshots are read. Media
+    are told by their endings; a file without one by its first bytes.
+
+    Args:
+        spec: the spec of the dataset.
+        media_root: the folder of the class folders.
+        root: the folder that `--root` names; tables in it are a reason to ask about a single class folder.
     """
     rows: list[TableRow] = []
-    depth = _split_depth(root)
-    for path in _walk(root, frozenset()):
+    left_out: list[Path] = []
+    depth = _split_depth(media_root)
+    for path in _walk(media_root, frozenset(), left_out):
         line = len(rows) + 1
-        media = readers.parse_media_path(path.relative_to(root).as_posix(), root, line)
+        media = readers.parse_media_path(path.relative_to(media_root).as_posix(), media_root, line)
         parts = media.split("/")
         if len(parts) < depth + 2:
-            raise UserError(f"{root / media} is in no class folder; name a table, or make folders <class>/…")
+            raise UserError(f"{media_root / media} is in no class folder; name a table, or make folders <class>/…")
         split = SPLIT_ALIASES[parts[0].lower()] if depth else ""
-        rows.append(TableRow(root, line, media, (nfc(parts[depth]),), (), split, "", ""))
+        rows.append(TableRow(media_root, line, media, (nfc(parts[depth]),), (), split, "", ""))
     if not spec["folder_labels"]:
-        _check_class_folders(root, rows, depth)
-    return rows
+        tables = [path for path in left_out if path.suffix.lower() in TABLE_SUFFIXES]
+        _check_class_folders(media_root, rows, depth, _remedies_of_tables([*tables, *tables_in(root)], root))
+    return rows, _warn_about_left_out(left_out, media_root)
 
 
-def _walk(folder: Path, above: frozenset[str]) -> Iterator[Path]:
-    """Yield the media files below a folder, sorted; links to folders are followed, and refused if they form a circle."""
+def _walk(folder: Path, above: frozenset[str], left_out: list[Path]) -> Iterator[Path]:
+    """Yield the media files below a folder, sorted, and add the other files to `left_out`, but for hidden ones and notes.
+
+    Links to folders are followed, and refused if they form a circle.
+    """
     real = os.path.realpath(folder)
     if real in above:
         raise UserError(f"{folder} is a symbolic link to a folder that it lies in; remove it")
     with os.scandir(folder) as found:
         is_folder = {entry.name: entry.is_dir() for entry in found if not _is_hidden(entry.name)}
     for name in sorted(is_folder):
-        if name.lower().endswith((*IMAGE_SUFFIXES, *VIDEO_SUFFIXES)) and not is_folder[name]:
-            yield folder / name
-    for name in sorted(is_folder):
         if is_folder[name]:
-            yield from _walk(folder / name, above | {real})
+            continue
+        if _is_media(folder / name):
+            yield folder / name
+        elif not _is_note(name):
+            left_out.append(folder / name)
+    stores = _HUB_CACHE - {"snapshots"} if is_folder.keys() >= _HUB_CACHE else set()
+    for name in sorted(is_folder.keys() - stores):
+        if is_folder[name]:
+            yield from _walk(folder / name, above | {real}, left_out)
+
+
+def _is_media(path: Path) -> bool:
+    return path.name.lower().endswith(_MEDIA_SUFFIXES) or (not path.suffix and path.is_file() and starts_like_picture(path))
+
+
+def _is_note(name: str) -> bool:
+    return name.lower().endswith(_NOTES) or name.lower() in _NOTES_WITHOUT_ENDING
+
+
+def _warn_about_left_out(left_out: Sequence[Path], root: Path) -> list[str]:
+    """Return a warning with the number of files that are no media, and an example of each of some endings; or none."""
+    if not left_out:
+        return []
+    examples = {path.suffix.lower(): path.relative_to(root).as_posix() for path in reversed(left_out)}
+    shown = ", ".join(sorted(examples.values())[:_MAX_SHOWN])
+    more = " …" if len(left_out) > min(len(examples), _MAX_SHOWN) else ""
+    return [f"{len(left_out)} files below {root} are left out, they are not known as pictures or videos: {shown}{more}"]
 
 
 def _is_hidden(name: str) -> bool:
     return name.startswith(".") or name in _HELPER_FOLDERS
 
 
-def _check_class_folders(root: Path, rows: Sequence[TableRow], depth: int) -> None:
-    """Refuse folders that are named like splits, and a single one whose own folders may be the classes."""
+def _check_class_folders(root: Path, rows: Sequence[TableRow], depth: int, remedies: Sequence[str]) -> None:
+    """Refuse folders that are named like splits, and a single one whose folders, or tables at hand, may give the classes.
+
+    Args:
+        root: the folder of the class folders.
+        rows: the rows of all media.
+        depth: 1 below split folders, else 0.
+        remedies: what to do if the tables that were found give the classes.
+    """
     classes = {row.labels[0] for row in rows}
     if looks_like_splits(classes):
         raise UserError(
             f"the folders {', '.join(sorted(classes))} below {root} look like splits and not like classes: call the splits "
             "train, val and test, with the folders of the classes in them; if they are classes, say --set folder_labels=true"
         )
+    if len(classes) != 1:
+        return
+    (name,) = classes
     below = {row.media.split("/")[depth + 1] for row in rows if row.media.count("/") > depth + 1}
-    if len(classes) == 1 and len(below) > 1 and all(row.media.count("/") > depth + 1 for row in rows):
-        (name,) = classes
+    if len(below) > 1 and all(row.media.count("/") > depth + 1 for row in rows):
         root_of_all = f"give --root {root / name}" if not depth else f"put them beside {name}"
+        shown = ", ".join(sorted(below)[:5])
+        remedies = [*remedies, f"if the folders in it are the classes ({shown} …), {root_of_all}"]
+    if remedies:
         raise UserError(
-            f"all media below {root} are in the one class folder {name!r}; if the folders in it are the classes "
-            f"({', '.join(sorted(below)[:5])} …), {root_of_all}; if it is a class, say --set folder_labels=true"
+            f"all media below {root} are in the one class folder {name!r}; {'; '.join(remedies)}; "
+            "if it is a class, say --set folder_labels=true"
         )
+
+
+def _remedies_of_tables(tables: Sequence[Path], root: Path) -> list[str]:
+    """Return what to do if one of these tables says the classes: give the root of an imagefolder, else name the table."""
+    imagefolders = dict.fromkeys(
+        (path.name, path.parent.parent if path.parent.name.lower() in SPLIT_ALIASES else path.parent)
+        for path in tables
+        if path.name in METADATA_FILES
+    )
+    if imagefolders:
+        shown = " or ".join(f"--root {folder} (its {name})" for name, folder in list(imagefolders)[:_MAX_SHOWN])
+        return [f"if an imagefolder's metadata say the classes, give {shown}"]
+    names = dict.fromkeys(path.relative_to(root).as_posix() if path.is_relative_to(root) else str(path) for path in tables)
+    shown = " or ".join(f"--set file={name}" for name in list(names)[:_MAX_SHOWN])
+    return [f"if a table says the classes, name it: {shown}"] if names else []
 
 
 def _split_depth(root: Path) -> int:

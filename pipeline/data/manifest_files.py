@@ -128,15 +128,17 @@ def read_manifest(home: Path, dataset: str) -> Manifest:
 
 
 def read_plugin(home: Path, dataset: str) -> str:
-    """Return the plug-in that builds a dataset: that of its manifest in `home`, else the one of the same name.
+    """Return the plug-in that builds a dataset: that of its manifest in `home`, else the one of the same name."""
+    return str(_read_meta(home, dataset).get("plugin", dataset))
 
-    Only the small sidecar of the manifest is read.
-    """
+
+def _read_meta(home: Path, dataset: str) -> dict[str, Any]:
+    """Return the meta of a manifest from its small sidecar alone; empty if it cannot be read."""
     path = _manifest_path(home, dataset, "meta.json")
     try:
-        return str(json.loads(path.read_text(encoding="utf-8"))["meta"].get("plugin", dataset))
+        return dict(json.loads(path.read_text(encoding="utf-8"))["meta"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError):  # `read_manifest` says what is wrong with it
-        return dataset
+        return {}
 
 
 def _what_else_is_prepared(home: Path, dataset: str) -> str:
@@ -148,8 +150,13 @@ def _what_else_is_prepared(home: Path, dataset: str) -> str:
 
 
 def load_dataset_spec(home: Path, dataset: str) -> dict[str, Any]:
-    """Return the spec of a dataset of this home, which is that of the plug-in that built it; see `spec.load_spec`."""
-    return specs.load_spec(read_plugin(home, dataset))
+    """Return the spec of a dataset of this home, which is that of the plug-in that built it; see `spec.load_spec`.
+
+    Where the plug-in takes pictures and videos, `encoders` are those for the media of this dataset.
+    """
+    spec = specs.load_spec(read_plugin(home, dataset))
+    is_video = _read_meta(home, dataset).get("media_type") == "video"
+    return {**spec, "encoders": spec["video_encoders"]} if is_video and "video_encoders" in spec else spec
 
 
 def _read_rows(path: Path) -> dict[str, Any]:

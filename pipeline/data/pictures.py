@@ -43,6 +43,18 @@ def decode_picture(path: Path) -> Image.Image:
     return on_white(_open_jpeg2000(path) if start.startswith(JPEG2000_STARTS) else _open_plain(path))
 
 
+def starts_like_picture(path: Path) -> bool:
+    """Return whether the first bytes of a regular file are those of a format that is read; not if it cannot be opened."""
+    Image.init()
+    try:
+        with path.open("rb") as file:
+            start = file.read(16)
+    except OSError:
+        return False
+    accepts = (Image.OPEN[name][1] for name in IMAGE_FORMATS if name in Image.OPEN)
+    return any(accept is not None and bool(accept(start)) for accept in accepts)
+
+
 def _open_plain(path: Path) -> Image.Image:
     """Return the picture that Pillow reads, turned upright, if its data are whole."""
     with open_picture(path, IMAGE_FORMATS) as file:

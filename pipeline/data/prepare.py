@@ -17,7 +17,7 @@ from pipeline.data.fetch import download_folder
 from pipeline.data.manifest import DATASET_NAME, Manifest, found_counts, recurring_texts, split_counts
 from pipeline.data.manifest_files import write_manifest
 from pipeline.data.media import open_frames, open_image
-from pipeline.data.readers import find_missing_media
+from pipeline.data.readers import find_missing_media, media_file
 from pipeline.data.recipes import Recipe, check_not_another, read_recipe, write_recipe
 from pipeline.data.spec import load_spec
 from pipeline.runtime import plugins
@@ -252,6 +252,7 @@ def _leave_out_missing(manifest: Manifest, missing_list: Path, allow: bool) -> t
     write_atomic(missing_list, "\n".join(lines) + "\n")
     share = f"{len(missing)} of {len(manifest.samples)} media files of {manifest.dataset} are missing"
     if not allow:
+        _refuse_irregular(manifest, missing)
         broken = sum((manifest.media_root / manifest.samples[position].media).is_symlink() for position in missing)
         links = f", {broken} of them links to nothing (get the files: git annex get, dvc pull)" if broken else ""
         raise UserError(
@@ -269,6 +270,19 @@ def _leave_out_missing(manifest: Manifest, missing_list: Path, allow: bool) -> t
         meta={**manifest.meta, "missing_media": [manifest.samples[position].id for position in missing]},
     )
     return remaining, len(missing)
+
+
+def _refuse_irregular(manifest: Manifest, missing: Sequence[int]) -> None:
+    """Refuse media that are there, but as a folder, pipe, socket or device: another folder of media does not help."""
+    paths = {position: media_file(manifest.media_root, manifest.samples[position].media) for position in missing}
+    odd = [position for position, path in paths.items() if os.path.exists(path) and not os.path.isfile(path)]
+    if odd:
+        kind = "a folder" if os.path.isdir(paths[odd[0]]) else "a pipe, socket or device"
+        raise UserError(
+            f"{len(odd)} of {len(manifest.samples)} media of {manifest.dataset} are no regular files, the first of "
+            f"{manifest.source_location(odd[0])}: {paths[odd[0]]} is {kind}; put files in their place, or leave these samples "
+            "out with --allow-missing"
+        )
 
 
 def _find_undecodable(manifest: Manifest, progress: bool) -> dict[int, str]:

@@ -16,8 +16,14 @@ from pipeline.data.readers import csv_rows, line_error, text_lines, unguard_cell
 from pipeline.runtime.errors import UserError
 
 TABLE_SUFFIXES = (".csv", ".jsonl", ".ndjson", ".parquet")
+METADATA_FILES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")  # of an imagefolder
 INDEX_COLUMNS = ("", "Unnamed: 0", "__index_level_0__")  # the numbers of rows that pandas writes
 _BATCH_ROWS = 64  # rows of a Parquet file that are in memory at once
+
+
+def tables_in(folder: Path) -> list[Path]:
+    """Return the tables that lie in a folder itself, sorted."""
+    return sorted(path for path in folder.iterdir() if path.suffix.lower() in TABLE_SUFFIXES and path.is_file())
 
 
 def read_records(table: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:

@@ -34,17 +34,17 @@ from pipeline.data.manifest import Manifest, check_manifest
 from pipeline.data.spec import held_out_percent, manifest_meta, required_counts
 from pipeline.data.table_files import (
     INDEX_COLUMNS,
-    TABLE_SUFFIXES,
+    METADATA_FILES,
     column_candidates,
     find_columns,
     no_label_column,
     read_records,
+    tables_in,
 )
 from pipeline.data.table_rows import TableRow, label_ids, merge_rows, sample_ids, warn_about_classes
 from pipeline.runtime.errors import UserError
 from pipeline.types import Sample
 
-_METADATA_FILES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 _CHOICES = {
     "labels": ("auto", "single", "multi"),
     "media": ("auto", "image", "video"),
@@ -67,9 +67,12 @@ class MediaTable(Dataset):
         spec = {**spec, "file": _named_table(spec, root)}
         media_root = readers.locate(root, spec["layout"]["image_root"], "the folder of media")
         tables = _find_tables(spec, root)
-        found, warnings = _read_tables(spec, root, tables) if tables else (read_class_folders(spec, media_root), [])
+        found, warnings = _read_tables(spec, root, tables) if tables else read_class_folders(spec, media_root, root)
         if not found:
-            raise UserError(f"{tables[0] if tables else media_root} has no rows; see the layouts in `diffalign datasets table`")
+            why = "".join(f" ({warning})" for warning in warnings)
+            raise UserError(
+                f"{tables[0] if tables else media_root} has no rows{why}; see the layouts in `diffalign datasets table`"
+            )
         entries, positions = _list_entries(found, root) if tables else ([], range(len(found)))
         ids = sample_ids(found)
         rows, kept = merge_rows(found, ids, spec)
@@ -149,7 +152,7 @@ def _named_table(spec: Mapping[str, Any], root: Path) -> str:
     """Return the table that is given, or, if a column is given, the only table in `root`; "" if there is none."""
     if spec["file"] or not any(spec[f"{role}_column"] for role in spec["defaults"]) or _find_tables(spec, root):
         return spec["file"]
-    found = sorted(path.name for path in root.iterdir() if path.suffix.lower() in TABLE_SUFFIXES and path.is_file())
+    found = [path.name for path in tables_in(root)]
     if len(found) != 1:
         choices = ", ".join(found) or "no .csv, .jsonl or .parquet"
         raise UserError(f"{root} holds {len(found)} tables ({choices}); say where it is, --set file=NAME")
@@ -161,7 +164,7 @@ def _find_tables(spec: Mapping[str, Any], root: Path) -> list[Path]:
     if spec["file"]:
         return [readers.locate(root, [spec["file"]], "the table")]
     names = ["", *sorted(f"{path.name}/" for path in root.iterdir() if path.name.lower() in SPLIT_ALIASES and path.is_dir())]
-    found = (f"{folder}{name}" for folder in names for name in _METADATA_FILES)
+    found = (f"{folder}{name}" for folder in names for name in METADATA_FILES)
     return [readers.locate(root, [name], "the table") for name in found if (root / name).is_file()]
 
 
