@@ -267,7 +267,7 @@ def read_failed_ids(path: Path) -> frozenset[str]:
 
 
 def describe_failures(path: Path) -> str:
-    """Return one line about the samples of a complete cache that failed, with the file that lists them; "" if there are none."""
+    """Return one line about the samples of a complete cache that failed, with the file that lists them; "" when none has."""
     failures = pq.read_table(path / "failures.parquet", columns=["id", "error"]).to_pylist()
     if not failures:
         return ""

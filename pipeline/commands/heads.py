@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -31,6 +32,8 @@ from pipeline.runtime.errors import UserError
 if TYPE_CHECKING:
     from pipeline.runtime.runs import RunFolder
     from pipeline.types import Split
+
+logger = logging.getLogger(__name__)
 
 
 def train_head(
@@ -104,10 +107,16 @@ def evaluate(
     from pipeline.report.results import name_head
 
     results = []
+    left_out: set[str] = set()  # one warning for all runs that leave out as many samples
     for run in folders:
         record = run_evaluate(home, run, chosen, given)
         facts = {"run": str(run.path), "method": name_head(home, run.config()), "split": chosen, "n": record["n"]}
         results.append({**facts, **record["metrics"]})
+        if excluded := record.get("excluded", 0):
+            total = record["n"] + excluded
+            left_out.add(f"{record['dataset']}, {chosen}: {excluded} of {total} samples without an image feature are left out")
+    for warning in sorted(left_out):
+        logger.warning(warning)
     show_runs(results, as_json)
 
 
