@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from pipeline.commands.checks import check_dataset, check_method, check_setting_names, check_split
+from pipeline.commands.checks import check_dataset, check_method, check_method_settings, check_setting_names, check_split
 from pipeline.commands.options import (
     DEFAULT_HOME,
     NO_PAIRS,
@@ -25,7 +25,6 @@ from pipeline.commands.options import (
     show_table,
 )
 from pipeline.commands.plugin_table import show_plugin, show_settings
-from pipeline.runtime import plugins
 from pipeline.runtime.assignments import parse_assignments
 from pipeline.runtime.errors import UserError
 
@@ -74,8 +73,7 @@ def train_head(
         parse_assignments(training, "--train"),
     )
     check_setting_names(TrainConfig, given_training)
-    plugin = plugins.get("methods", method)
-    check_setting_names(plugin.Config, given, plugin.symbols)
+    check_method_settings(method, given)
 
     from pipeline.workspace import Workspace
 
