@@ -266,6 +266,19 @@ def read_failed_ids(path: Path) -> frozenset[str]:
     return frozenset(failed_ids)
 
 
+def describe_failures(path: Path) -> str:
+    """Return one line about the samples of a complete cache that failed, with the file that lists them; "" when none has."""
+    failures = pq.read_table(path / "failures.parquet", columns=["id", "error"]).to_pylist()
+    if not failures:
+        return ""
+    num_failed, num_samples = len({failure["id"] for failure in failures}), zarr.open_array(path / "ids", mode="r").shape[0]
+    first = f"{failures[0]['id']}: {failures[0]['error']}"
+    have = "has" if num_failed == 1 else "have"
+    return (
+        f"{num_failed} of {num_samples} samples failed and {have} no features: {path / 'failures.parquet'}; the first: {first}"
+    )
+
+
 def identity_differences(expected: Mapping[str, Any], found: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any, Any]]:
     """Compare the expected fields of an identity with an identity, which may have more fields.
 

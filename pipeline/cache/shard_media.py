@@ -65,16 +65,17 @@ class ShardMedia:
         while all files are there.
         """
         if commit.media_sizes:
-            is_changed, what = self._sizes() not in ("", commit.media_sizes), "files have other sizes now"
+            is_changed = self._sizes() not in ("", commit.media_sizes)
+            what = f"some of samples {self.samples[0].id!r} to {self.samples[-1].id!r} have another size"
         else:
             changed = self._changed(commit.media_digests)
             more = f" and {len(changed) - MAX_NAMED_FILES} more" if len(changed) > MAX_NAMED_FILES else ""
-            is_changed, what = bool(changed), f"files have other contents now: {', '.join(changed[:MAX_NAMED_FILES])}{more}"
+            is_changed, what = bool(changed), f"{', '.join(changed[:MAX_NAMED_FILES])}{more}"
         if not is_changed:
             return ""
         return (
-            f"the media of samples {self.samples[0].id!r} to {self.samples[-1].id!r} are not those that {self.cache} was made "
-            f"of: {what}; bring those back, or remove it (diffalign cache rm {self.cache}) and extract it anew"
+            f"media files have changed since {self.cache} was made of them: {what}; bring the earlier ones back, or remove the "
+            f"cache (diffalign cache rm {self.cache}) and extract it anew"
         )
 
     def renew(self, commit: Commit) -> None:

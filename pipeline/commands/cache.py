@@ -31,10 +31,12 @@ def verify(
 ) -> None:
     """Check every shard against its commit record; exit code 2 when something is wrong."""
     from pipeline.cache import verify as cache_verify
+    from pipeline.cache.reader import describe_failures
 
     found = {path: cache_verify(path) for path in paths}
     for path in (path for path, problems in found.items() if not problems):
-        print(f"{path}: every shard agrees with its commit record")
+        failed = describe_failures(path)
+        print(f"{path}: every shard agrees with its commit record{f'; {failed}' if failed else ''}")
     if any(found.values()):
         raise UserError("; ".join(f"{path}: {'; '.join(problems)}" for path, problems in found.items() if problems))
 
@@ -58,7 +60,7 @@ def repair(
 
 @cache_commands.command()
 def ls(home: Home = DEFAULT_HOME, as_json: AsJson = False) -> None:
-    """All caches, complete or not: rows, number format, bytes, and the command that makes them."""
+    """All caches, complete or not: rows, number format, bytes, failed rows, and the command that makes them."""
     import pandas as pd
 
     from pipeline.cache.housekeeping import ls as list_caches
@@ -69,7 +71,7 @@ def ls(home: Home = DEFAULT_HOME, as_json: AsJson = False) -> None:
     elif not lines:
         print(f"no caches in {home}; make one with: diffalign extract DATASET")
     else:
-        names = ("dataset", "name", "rows", "feature_shape", "store_dtype", "bytes", "complete")
+        names = ("dataset", "name", "rows", "feature_shape", "store_dtype", "bytes", "failed", "complete")
         rows = [
             {name: line.get(name, "") for name in names} | {"made by": line["problem"] or line["command"]} for line in lines
         ]

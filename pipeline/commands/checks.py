@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from pipeline.runtime import plugins
 from pipeline.runtime.choices import unknown_choice
 from pipeline.runtime.errors import UserError
-from pipeline.runtime.settings import NO_LETTERS, check_setting_name
+from pipeline.runtime.settings import NO_LETTERS, check_setting_name, find_settings
 
 if TYPE_CHECKING:
     from pipeline.types import Split
@@ -101,3 +101,18 @@ def check_setting_names(config_type: type[Any], names: Iterable[str], letters: M
     """
     for name in names:
         check_setting_name(config_type, name, letters)
+
+
+def check_method_settings(method: str, settings: Mapping[str, str]) -> None:
+    """Check the names of what --set gives to a method.
+
+    Raises:
+        UserError: there is no such setting, and the message lists the choices; or it is one of training.
+    """
+    from pipeline.training.config import TrainConfig
+
+    plugin = plugins.get("methods", method)
+    for name, value in settings.items():
+        if not find_settings(plugin.Config, name, plugin.symbols) and find_settings(TrainConfig, name):
+            raise UserError(f"{name!r} is a setting of training, not of {method}: say --train {name}={value}")
+    check_setting_names(plugin.Config, settings, plugin.symbols)

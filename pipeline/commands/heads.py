@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from pipeline.commands.checks import check_dataset, check_method, check_setting_names, check_split
+from pipeline.commands.checks import check_dataset, check_method, check_method_settings, check_setting_names, check_split
 from pipeline.commands.options import (
     DEFAULT_HOME,
     NO_PAIRS,
@@ -24,13 +25,14 @@ from pipeline.commands.options import (
     show_table,
 )
 from pipeline.commands.plugin_table import show_plugin, show_settings
-from pipeline.runtime import plugins
 from pipeline.runtime.assignments import parse_assignments
 from pipeline.runtime.errors import UserError
 
 if TYPE_CHECKING:
     from pipeline.runtime.runs import RunFolder
     from pipeline.types import Split
+
+logger = logging.getLogger(__name__)
 
 
 def train_head(
@@ -71,8 +73,7 @@ def train_head(
         parse_assignments(training, "--train"),
     )
     check_setting_names(TrainConfig, given_training)
-    plugin = plugins.get("methods", method)
-    check_setting_names(plugin.Config, given, plugin.symbols)
+    check_method_settings(method, given)
 
     from pipeline.workspace import Workspace
 
@@ -104,10 +105,16 @@ def evaluate(
     from pipeline.report.results import name_head
 
     results = []
+    left_out: set[str] = set()  # one warning for all runs that leave out as many samples
     for run in folders:
         record = run_evaluate(home, run, chosen, given)
         facts = {"run": str(run.path), "method": name_head(home, run.config()), "split": chosen, "n": record["n"]}
         results.append({**facts, **record["metrics"]})
+        if excluded := record.get("excluded", 0):
+            total = record["n"] + excluded
+            left_out.add(f"{record['dataset']}, {chosen}: {excluded} of {total} samples without an image feature are left out")
+    for warning in sorted(left_out):
+        logger.warning(warning)
     show_runs(results, as_json)
 
 

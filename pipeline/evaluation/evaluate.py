@@ -34,6 +34,7 @@ from pipeline.runtime.rng import KeyedRNG
 from pipeline.runtime.runs import RunConfig, RunFolder
 from pipeline.runtime.settings import (
     configure_run,
+    find_settings,
     flatten,
     in_the_user_s_words,
     name_settings,
@@ -87,6 +88,9 @@ def apply_overrides(config: RunConfig, overrides: Mapping[str, Any]) -> tuple[An
         UserError: a setting is unknown, or the weights depend on it: it needs a training run of its own.
     """
     module = plugins.get("methods", config.method)
+    unknown = [key for key in flatten(overrides) if not find_settings(module.Config, key, module.symbols)]
+    if unknown and not module.prediction:  # the settings of training are no remedy
+        raise UserError(f"{unknown[0]!r} is a setting of methods that sample: prediction can change nothing of {config.method}")
     changes = name_settings(module.Config, overrides, module.symbols)
     for name, word in spellings(module.Config, overrides, module.symbols).items():
         if name not in module.prediction:

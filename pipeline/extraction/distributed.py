@@ -8,6 +8,7 @@ keeps other extractions out until it has ended.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import closing
@@ -21,6 +22,7 @@ from dask.system import CPU_COUNT
 
 from pipeline.cache.layout import Commit, StoreDtype
 from pipeline.cache.provenance import check_libraries
+from pipeline.cache.reader import describe_failures
 from pipeline.cache.writer import Writer
 from pipeline.data.manifest_files import read_manifest
 from pipeline.encoders._factory import with_absolute_paths
@@ -47,6 +49,8 @@ from pipeline.runtime.logs import ProgressBar
 
 if TYPE_CHECKING:
     from dask.distributed import Client
+
+logger = logging.getLogger(__name__)
 
 # One thread at a time builds an encoder: seeded weights are drawn from the random generator that the whole process shares.
 _BUILD_LOCK = Lock()
@@ -78,6 +82,8 @@ def dispatch_extraction(
 ) -> Path:
     """Extract in this process, with one process per GPU, or on the workers of a dask scheduler; return the cache's folder.
 
+    A warning names the samples that failed, now or in an earlier call.
+
     Args:
         scheduler: "local", or the address of a scheduler, tcp://host:port.
         gpus: GPUs of this machine to use together; empty: as `scheduler` says.
@@ -93,23 +99,27 @@ def dispatch_extraction(
     Raises:
         UserError: both a scheduler and GPUs are given, or as in `extract`.
     """
-    if scheduler == "local" and not gpus:
-        manifest = read_manifest(home, dataset)
-        return extract(manifest, encoder, settings, home, store_dtype=store_dtype, compiled=compiled, options=options)
     if gpus and scheduler != "local":
         raise UserError("--workers-gpu are processes of this machine, --scheduler has its own: give one of them")
-    default_workers = max(1, CPU_COUNT // len(gpus)) if gpus else 0
-    spec = ExtractionSpec(
-        home=home.absolute(),
-        dataset=dataset,
-        encoder=encoder,
-        settings=tuple(sorted(with_absolute_paths(settings).items())),
-        store_dtype=store_dtype,
-        compiled=compiled,
-        options=replace(options, workers=options.workers if options.workers >= 0 else default_workers),
-    )
-    with gpu_cluster(gpus) if gpus else connect_to_scheduler(scheduler) as client:
-        return extract_on_cluster(client, spec)
+    if scheduler == "local" and not gpus:
+        manifest = read_manifest(home, dataset)
+        path = extract(manifest, encoder, settings, home, store_dtype=store_dtype, compiled=compiled, options=options)
+    else:
+        default_workers = max(1, CPU_COUNT // len(gpus)) if gpus else 0
+        spec = ExtractionSpec(
+            home=home.absolute(),
+            dataset=dataset,
+            encoder=encoder,
+            settings=tuple(sorted(with_absolute_paths(settings).items())),
+            store_dtype=store_dtype,
+            compiled=compiled,
+            options=replace(options, workers=options.workers if options.workers >= 0 else default_workers),
+        )
+        with gpu_cluster(gpus) if gpus else connect_to_scheduler(scheduler) as client:
+            path = extract_on_cluster(client, spec)
+    if warning := describe_failures(path):
+        logger.warning(warning)
+    return path
 
 
 class CacheDescription(NamedTuple):

@@ -19,6 +19,7 @@ logger = logging.getLogger(__name__)
 
 WaitReason = Literal["items", "disk"]
 NVIDIA_DEVICE = Path("/dev/nvidia0")
+MIN_SECONDS = 20.0  # a shorter extraction mostly starts and stops: its shares of time say nothing, and it needs no advice
 
 
 @dataclass
@@ -63,6 +64,10 @@ class ThroughputMeter:
         """Return `seconds`, summed over processes, as a share of the time that these processes had since the start."""
         return seconds / num_processes / max(time.monotonic() - self.started_at, 1e-9)
 
+    @property
+    def _is_long(self) -> bool:
+        return time.monotonic() - self.started_at >= MIN_SECONDS
+
     def verdict(self) -> str:
         """Return one line: the bottleneck, how busy each part was, and the option that would help."""
         num_tasks = max(self.num_dask_tasks, 1)
@@ -104,15 +109,16 @@ class ThroughputMeter:
             return ["this machine has a GPU, but this torch cannot use it: install a CUDA build of torch"]
         idle = self._busy_share(self.waited_seconds["items"], max(self.num_dask_tasks, 1))
         found = []
-        if self.device == "cuda" and idle > 0.5:
+        if self.device == "cuda" and idle > 0.5 and self._is_long:
             found.append(f"the GPU was idle {idle:.0%} of the time")
         if self.device == "cuda" and not self.num_dask_tasks and num_gpus > 1:
             found.append(f"1 of {num_gpus} GPUs was used: --workers-gpu {','.join(map(str, range(num_gpus)))} uses all")
         return found
 
     def log_summary(self) -> None:
-        """Log the verdict and the warnings."""
-        logger.info(self.verdict())
+        """Log the verdict, unless the extraction was short, and the warnings."""
+        if self._is_long:
+            logger.info(self.verdict())
         for warning in self.warnings(num_visible_gpus()):
             logger.warning(warning)
 

@@ -119,6 +119,12 @@ def _introduction(results: DatasetResults) -> str:
     methods = sorted({head.config.method for head in results.heads})
     sizes = sorted({record["n"] for row in results.rows for record in row.records})
     examples = f" The {results.split} split has {' or '.join(map(str, sizes))} usable examples." if sizes else ""
+    left_out = {(record.get("excluded", 0), record["n"]) for row in results.rows for record in row.records}
+    examples += "".join(
+        f" {excluded} of {excluded + used} are left out: they have no image feature."
+        for excluded, used in sorted(left_out)
+        if excluded
+    )
     return (
         f"Methods: {', '.join(methods)}. Text is seen in training only; every prediction reads the image features "
         f"and nothing else.{examples}"

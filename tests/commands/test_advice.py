@@ -20,6 +20,8 @@ from pipeline.commands.options import with_home
 from pipeline.data.manifest import Manifest
 from pipeline.data.manifest_files import write_manifest
 from pipeline.evaluation.evaluate import evaluate
+from pipeline.extraction.extract import ExtractOptions, extract
+from pipeline.report import write_report
 from pipeline.runtime.errors import UserError
 from pipeline.runtime.runs import find_runs
 
@@ -251,3 +253,25 @@ def test_a_message_repeats_the_letters_that_were_typed(
 ) -> None:
     at = ["--dataset", "tiny", "--home", str(home)]
     assert message in error_of(["train-head", *arguments, "--set", "sample_steps=4", *at], monkeypatch, capsys)
+
+
+def test_samples_that_an_evaluation_leaves_out_are_told(
+    tiny_manifest: Manifest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By the first evaluation, by one that only reads what was computed, and by the report."""
+    media, home = tmp_path / "media", tmp_path / "home"
+    shutil.copytree(tiny_manifest.media_root, media)
+    test = tiny_manifest.split("test")
+    (media / test[0].media).write_bytes(b"")
+    manifest = replace(tiny_manifest, media_root=media)
+    write_manifest(manifest, home)
+    extract(manifest, "random_projection", {}, home, options=ExtractOptions(workers=0, progress=False))
+    folder = train_tiny(home, "baseline").path
+    for _ in range(2):
+        capsys.readouterr()
+        assert run(["evaluate", str(folder), "--split", "test", "--home", str(home)], monkeypatch) == 0
+        told = f"tiny, test: 1 of {len(test)} samples without an image feature are left out"
+        assert capsys.readouterr().err.count(told) == 1
+    _, markdown = write_report(home, "tiny")
+    told = f"{len(test) - 1} usable examples. 1 of {len(test)} are left out: they have no image feature."
+    assert told in markdown.read_text()

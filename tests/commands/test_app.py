@@ -91,6 +91,10 @@ def test_a_method_shows_its_settings(method: str, monkeypatch: pytest.MonkeyPatc
         (["train-head", "--method", "ema", "--set", "x=1"], "unknown setting 'x'; choose one of: width, "),
         (["train-head", "--method", "ema", "--set", "tau"], "--set takes KEY=VALUE, not 'tau'"),
         (["train-head", "--method", "ema", "--train", "lr"], "--train takes KEY=VALUE, not 'lr'"),
+        (
+            ["train-head", "--method", "ema", "--set", "lr=0.01"],
+            "training, not of ema: say --train lr=0.01",
+        ),
         (["prepare", "table"], "where are your media? Give their folder, --root DIR"),
         (["methods", "ema", "--training"], "leave out 'ema'"),
         (["train-head", "--method", "ema", "--set", "tau=warm"], "setting 'tau' is 'warm'; it takes a finite float"),

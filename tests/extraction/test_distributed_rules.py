@@ -20,6 +20,7 @@ from helpers.fault_cases import cache_content, extract_texts, num_commits, write
 
 from pipeline.cache import open_cache, verify
 from pipeline.extraction import extract as extraction
+from pipeline.extraction import throughput
 from pipeline.extraction.distributed import extract_on_cluster
 from pipeline.runtime.executor import _result, cuda_visible_devices
 from pipeline.runtime.files import lock, lock_shared
@@ -39,6 +40,7 @@ def test_the_client_builds_no_encoder_and_logs_the_bottleneck(
     """On a GPU an encoder in the client would take memory that the workers need."""
     expected = cache_content(extract_texts(write_texts(tmp_path, 170), tmp_path / "whole"))
     monkeypatch.setattr(extraction, "build_encoder", None)
+    monkeypatch.setattr(throughput, "MIN_SECONDS", 0)
     assert cache_content(extract_on_cluster(client, texts_spec(tmp_path, progress=True))) == expected
     assert re.search(
         r"\n(\w+-bound: 2 processes busy \d.*: more workers of dask would help|disk-bound: .*)\n$", capsys.readouterr().err

@@ -8,9 +8,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from helpers.command_line import run
 from helpers.fault_cases import TEXT_SETTINGS, cache_content, extract_texts, write_texts
 from torch import Tensor
 
+from pipeline import Workspace
 from pipeline.cache import info, layout, open_cache, provenance, verify, writer
 from pipeline.data.manifest import Manifest
 from pipeline.data.manifest_files import write_manifest
@@ -154,7 +156,7 @@ def test_replaced_media_are_noticed(resume: Resume, lost: int, many: Manifest, t
     picture = many.media_root / "blue-3.png"  # of the second shard
     data = picture.read_bytes()
     shutil.copy(many.media_root / "red-1.png", picture)
-    with pytest.raises(ValueError, match=r"the media of samples '512' to '599' are not those that .* was made of: files have"):
+    with pytest.raises(ValueError, match=r"media files have changed since .*: blue-3\.png; bring"):
         resume(many, path)
     picture.write_bytes(data)
     resume(many, path)
@@ -164,7 +166,7 @@ def test_replaced_media_are_noticed(resume: Resume, lost: int, many: Manifest, t
 def test_a_complete_cache_of_replaced_media_is_not_taken_for_done(many: Manifest, tmp_path: Path) -> None:
     path = extract(many, "random_projection", {}, tmp_path, options=QUIET)
     (many.media_root / "red-1.png").write_bytes(b"another picture")
-    with pytest.raises(ValueError, match=r"the media of samples '0' to '599' are not those"):
+    with pytest.raises(ValueError, match=r"media files have changed since .*: red-1\.png; bring"):
         by_extract(many, path)
     (many.media_root / "red-1.png").unlink()  # pictures that are encoded may be removed
     by_extract(many, path)
@@ -212,6 +214,27 @@ def test_shards_with_unchecked_failures_are_no_cache(flawed: Path, pictures: Man
     extract(pictures, "random_projection", {}, tmp_path, options=dataclasses.replace(QUIET, max_failures=0.1))
     assert cache_content(flawed) == expected
     extract(pictures, "random_projection", {}, tmp_path, options=QUIET)  # the failures were accepted once: that is enough
+
+
+@pytest.mark.parametrize("is_complete", [False, True])
+def test_samples_that_failed_are_told(
+    is_complete: bool,
+    pictures: Manifest,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """By each extraction, also one that finds everything done, and by the commands that list and check caches."""
+    if is_complete:
+        extract(pictures, "random_projection", {}, tmp_path, options=dataclasses.replace(QUIET, max_failures=0.1))
+    path = Workspace(tmp_path).extract("tiny", "random_projection", workers=0, max_failures=0.1)["random_projection"].path
+    told = f"3 of 40 samples failed and have no features: {path / 'failures.parquet'}; the first: red-1: "
+    assert told in caplog.text
+    assert run(["cache", "verify", str(path)], monkeypatch) == 0
+    assert told in capsys.readouterr().out
+    assert run(["cache", "ls", "--home", str(tmp_path)], monkeypatch) == 0
+    assert " failed " in capsys.readouterr().out.splitlines()[0]
 
 
 @pytest.mark.parametrize("lost", ["features/c/0/0", "commits/00000.json", "failures.parquet"])

@@ -62,6 +62,16 @@ def test_idle_and_unused_gpus_are_warned_about(tmp_path: Path, monkeypatch: pyte
     assert warning == "this machine has a GPU, but this torch cannot use it: install a CUDA build of torch"
 
 
+@pytest.mark.parametrize(("seconds", "is_told"), [(19, False), (21, True)])
+def test_a_short_extraction_gets_no_advice(seconds: float, is_told: bool, caplog: pytest.LogCaptureFixture) -> None:
+    meter = make_meter(2, "cuda", 30, 1, items=15)
+    meter.started_at = time.monotonic() - seconds
+    with caplog.at_level("INFO", logger=throughput.__name__):
+        meter.log_summary()
+    assert (RAISE in caplog.text) == is_told
+    assert ("the GPU was idle" in caplog.text) == is_told
+
+
 @pytest.mark.parametrize("reason", ["items", "disk"])
 def test_waiting_is_timed(reason: Literal["items", "disk"]) -> None:
     meter = ThroughputMeter(0, "cpu")

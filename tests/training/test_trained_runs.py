@@ -130,6 +130,8 @@ def test_only_settings_of_prediction_can_be_overridden(home: Path) -> None:
             evaluate(home, run, "val", {key: "global" if key == "scale" else "8"})
     with pytest.raises(ValueError, match="prediction can change nothing of ema"):
         evaluate(home, train_tiny(home, "ema"), "val", {"width": "8"})
+    with pytest.raises(ValueError, match="'draws' is a setting of methods that sample: prediction can change nothing of ema"):
+        evaluate(home, train_tiny(home, "ema"), "val", {"draws": "8"})
     evaluate(
         home, run, "val", {"draws": "1", "sample_steps": "5"}
     )  # equal to the settings of the run, so this is the same evaluation
