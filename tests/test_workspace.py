@@ -220,7 +220,7 @@ def test_the_commands_take_the_name_and_find_the_same_runs(
     assert row["acc1"] == pytest.approx(head.evaluate("val")["acc1"], abs=0.01)
     assert run(["report", "photos", *home], monkeypatch) == 0
     findings = list(run_checks(ws.home, "photos"))
-    assert any("the media folder of photos" in finding.subject and finding.is_ok for finding in findings)
+    assert any("the media of photos in" in finding.subject and finding.is_ok for finding in findings)
 
 
 def test_prepare_gives_several_names_to_one_plug_in(

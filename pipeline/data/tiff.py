@@ -20,7 +20,7 @@ import numpy as np
 from PIL import Image, ImageOps
 from PIL.TiffImagePlugin import PREFIXES, ImageFileDirectory_v2
 
-from pipeline.data.damage import check_tiff, load_whole, open_picture
+from pipeline.data.damage import REVERSED_BITS, check_tiff, load_whole, open_picture
 from pipeline.data.pixels import check_size
 from pipeline.runtime.errors import UserError
 
@@ -32,7 +32,6 @@ NUM_COLOURS = {0: 1, 1: 1, 2: 3, 3: 1, 5: 4}  # photometric interpretation: samp
 BYTE_COMPRESSIONS = (1, 5, 8, 32946, 32773, 34925, 50000)
 REDUCED = 1  # a bit of the tag "NewSubfileType"
 FAX_IN_WORDS = 32771  # where a word begins, libtiff takes from the address in memory: it may read the pixels wrong
-REVERSED_BITS = np.packbits(np.unpackbits(np.arange(256, dtype=np.uint8)).reshape(256, 8)[:, ::-1]).ravel()
 
 
 def open_tiff(path: Path) -> Image.Image:
@@ -283,7 +282,7 @@ def _segment_bytes(file: BinaryIO, layout: _Layout, number: int, rows: int, row_
         raise UserError("cut short: parts of the picture are missing")
     if layout.compression == 1:
         plain = np.frombuffer(data, np.uint8).reshape(rows, row_bytes)
-        return REVERSED_BITS[plain] if layout.fill_order == 2 else plain
+        return np.frombuffer(REVERSED_BITS, np.uint8)[plain] if layout.fill_order == 2 else plain
     tags = {256: row_bytes, 257: rows, 258: 8, 259: layout.compression, 262: 1, 266: layout.fill_order, 277: 1, 278: rows}
     tags |= {273: 8 + 2 + 12 * 10 + 4, 279: len(data)}
     entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in sorted(tags.items()))

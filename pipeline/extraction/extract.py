@@ -169,7 +169,7 @@ def plan_extraction(
     config = encoder.config
     input_rows = make_input_rows(manifest, encoder.modality)
     inputs = EncoderInputs(manifest, encoder, input_rows.items, store_dtype)
-    values = asdict(config)
+    values, on_gpu = asdict(config), default_device().type == "cuda"
     provenance = make_provenance(
         dataset=manifest.dataset,
         encoder=encoder_name,
@@ -177,18 +177,13 @@ def plan_extraction(
         store_dtype=store_dtype,
         compiled=compiled,
         shard_rows=options.shard_rows or (CHUNK_ROWS if encoder.modality == "video" else 0),
-        batch_size=options.batch_size or _default_batch_size(inputs),
+        batch_size=options.batch_size or (gpu_batch_size(inputs.item_bytes()) if on_gpu else DEFAULT_BATCH_SIZES["cpu"]),
     )
     identity = _identity(manifest, encoder_name, encoder, store_dtype, compiled)
     path = cache_path(home, manifest.dataset, encoder_name, identity)
     forward: Any = torch.compile(encoder) if compiled else encoder
     target = ExtractionTarget(path, input_rows, encoder.feature_shape, identity, provenance, options)
     return ExtractionTask(target, inputs, MemorySafeEncoder(forward))
-
-
-def _default_batch_size(inputs: EncoderInputs) -> int:
-    device = default_device().type
-    return gpu_batch_size(inputs.item_bytes()) if device == "cuda" else DEFAULT_BATCH_SIZES[device]
 
 
 def gpu_batch_size(item_bytes: int) -> int:
