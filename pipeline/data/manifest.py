@@ -269,6 +269,16 @@ def found_counts(manifest: Manifest) -> dict[str, int]:
     return {**own_counts, **manifest.meta.get("counts", {})}
 
 
+def is_blank(text: str) -> bool:
+    """Whether a text holds nothing but white space and characters without width, such as U+200B."""
+    return all(character.isspace() or unicodedata.category(character) in ("Cc", "Cf") for character in text)
+
+
+def has_text(sample: Sample) -> bool:
+    """Whether a sample has a text that is not blank."""
+    return not all(map(is_blank, sample.texts))
+
+
 def split_counts(manifest: Manifest) -> dict[str, int]:
     """Return the number of samples of each split."""
     counts = Counter(sample.split for sample in manifest.samples)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.data.fetch import download_folder
-from pipeline.data.manifest import DATASET_NAME, Manifest, found_counts, recurring_texts, split_counts
+from pipeline.data.manifest import DATASET_NAME, Manifest, found_counts, has_text, recurring_texts, split_counts
 from pipeline.data.manifest_files import write_manifest
 from pipeline.data.media import open_frames, open_image
 from pipeline.data.readers import find_missing_media, media_file
@@ -98,6 +98,7 @@ def prepare(
         counts += [_count_row(f"{split} with media", found) for split, found in split_counts(manifest).items()]
     copies = _warn_about_copies(manifest)
     num_recurring = len(recurring_texts(manifest))
+    counts.append(_count_row("train with text", sum(map(has_text, manifest.split("train")))))
     counts.append(_count_row("test texts in train", num_recurring))
     undecodable = _find_undecodable(manifest, progress) if verify_media else {}
     if verify_media:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from pipeline.cache.layout import Failure, from_stored, to_stored
-from pipeline.data.manifest import Manifest
+from pipeline.data.manifest import Manifest, has_text, is_blank
 from pipeline.data.manifest_files import load_dataset_spec
 from pipeline.encoders._encoder import Encoder
 from pipeline.runtime.device import default_device
@@ -196,7 +196,7 @@ def default_encoders(home: Path, manifest: Manifest) -> list[str]:
     """Return the names of a dataset's encoders; one of texts is left out when there is no text to encode."""
     encoders = dict(load_dataset_spec(home, manifest.dataset)["encoders"])
     rule = manifest.meta["text"]
-    if "text" in encoders and not any(sample.texts for sample in manifest.samples) and rule.get("empty", "skip") == "skip":
+    if "text" in encoders and not any(map(has_text, manifest.samples)) and rule.get("empty", "skip") == "skip":
         logger.info(
             "%s: this data set has no texts; %s is left out, and no method that learns from texts can be trained",
             manifest.dataset,
@@ -238,7 +238,7 @@ def texts_to_encode(sample: Sample, rule: Mapping[str, str]) -> tuple[str, ...]:
     Raises:
         UserError: the sample has no text, and `empty` is "error".
     """
-    texts = tuple(text for text in sample.texts if text.strip())
+    texts = tuple(text for text in sample.texts if not is_blank(text))
     empty = rule.get("empty", "skip")
     if not texts and empty != "skip":
         if empty == "error":

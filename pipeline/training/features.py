@@ -15,7 +15,7 @@ from pipeline.cache.near_duplicates import near_duplicate_warning
 from pipeline.cache.reader import find_cache, is_of_text
 from pipeline.cache.streaming import bytes_per_sample, open_split
 from pipeline.cache.table import FeatureSource, FeatureTable, load_split, read_table, split_samples
-from pipeline.data.manifest import Manifest
+from pipeline.data.manifest import Manifest, has_text
 from pipeline.data.manifest_files import load_dataset_spec, read_manifest
 from pipeline.data.splits import by_fraction
 from pipeline.runtime import plugins
@@ -202,7 +202,7 @@ def _find_cache(home: Path, manifest: Manifest, key: str, name: str, method: str
     try:
         return find_cache(home, manifest, name)
     except UserError as error:
-        if key == "text" and not any(sample.texts for sample in manifest.samples):
+        if key == "text" and not any(map(has_text, manifest.samples)):
             raise UserError(
                 f"{manifest.dataset}: this data set has no texts, and {method} learns from texts; choose a method that reads "
                 "images alone, such as baseline or mlp, or prepare the data with a column of texts"

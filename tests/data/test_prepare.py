@@ -15,6 +15,7 @@ import pandas as pd
 import pytest
 from helpers.make_fixtures import make_ingredients101, make_msrvtt, make_nuswide, make_vireo172
 
+from pipeline.data.manifest import has_text
 from pipeline.data.manifest_files import read_manifest, write_manifest
 from pipeline.data.prepare import apply_settings, changeable_settings, prepare
 from pipeline.data.spec import load_spec
@@ -243,6 +244,19 @@ def test_texts_that_recur_are_counted_and_reported(official: dict[str, Path], tm
     report = prepare(name, official[name], tmp_path, settings_of(name))
     assert {row["count"]: row["found"] for row in report.counts}["test texts in train"] == shared
     assert any(f"{shared} of " in warning and "texts_recur: true" in warning for warning in report.warnings) == bool(shared)
+
+
+def test_training_samples_with_a_text_are_counted_and_blank_texts_are_none(tmp_path: Path) -> None:
+    texts = ["a cup", " \t", "\u200b\ufeff", "", "\u200ba"]
+    rows = [f"{k}.png,{'ab'[k % 2]},train,{text}" for k, text in enumerate(texts)] + ["9.png,a,test,a plate", "8.png,a,val,a"]
+    (tmp_path / "metadata.csv").write_text("\n".join(["file_name,label,split,text", *rows, ""]), encoding="utf-8")
+    for row in rows:
+        (tmp_path / row.partition(",")[0]).write_bytes(b"")
+    report = prepare("table", tmp_path, tmp_path / "home", {"texts_recur": "true"})
+    found = {row["count"]: row["found"] for row in report.counts}
+    assert (found["train"], found["train with text"]) == (5, 2)
+    read = {sample.id: has_text(sample) for sample in read_manifest(tmp_path / "home", "table").split("train")}
+    assert list(read.values()) == [True, False, False, False, True]
 
 
 @pytest.mark.parametrize(("name", "shared"), [("nuswide", True), ("ingredients101", True), ("vireo172", False)])
