@@ -228,7 +228,7 @@ class Workspace:
 
         Args:
             dataset: A prepared and extracted dataset.
-            method: "baseline", "logreg", "knn", "class_mean", "mlp", "ema", "cdr", "marnet", "seda", "stacked", or your own.
+            method: the name of a method, such as "seda" (`diffalign methods` lists them), or your own.
             seed: 0 .. 2^63 - 1.
             preset: "head" (lr 1e-3), "paper" (lr 1e-4, the paper's settings), or "tuned" (of `diffalign tune`, or shipped).
             train: Settings of training, such as {"epochs": 20, "lr": 1e-3}; see `TrainConfig`.

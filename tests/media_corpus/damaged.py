@@ -1,6 +1,6 @@
 """Damaged picture files, each with the reason that the failure list must give, and those whose damage nobody can tell.
 
-The damage has the same effect in every version of the encoders. `random_damage` is what chance does.
+The damage has the same effect in every version of the encoders.
 """
 
 from __future__ import annotations
@@ -397,9 +397,3 @@ def undetectable_pictures() -> Iterator[DamagedFile]:
         yield DamagedFile(f"zstandard-{seed}.tif", flipped(zstandard, 300 + seed, 3), "")
         yield DamagedFile(f"fax-{seed}.tif", flipped(fax, 60 + seed, 3), "")
         yield DamagedFile(f"table-{seed}.jpg", quantized[:table] + bytes([99 - seed]) + quantized[table + 1 :], "")
-
-
-def random_damage(data: bytes, rng: np.random.Generator) -> bytes:
-    """Return the data with one flipped bit, four other bytes, or a part missing."""
-    place = int(rng.integers(len(data) - 4))
-    return [flipped(data, place, int(rng.integers(8))), overwritten(data, place), data[:place]][rng.integers(3)]

@@ -22,10 +22,11 @@ from media_corpus.damaged import (
     damaged_clips,
     damaged_pictures,
     encoded,
+    flipped,
+    overwritten,
     photo,
     png_chunks,
     png_of_chunks,
-    random_damage,
     undetectable_pictures,
 )
 from media_corpus.hostile import HostileFile, hostile_pictures, unreadable_files
@@ -43,6 +44,12 @@ CLIPS, HOSTILE, WHOLE = list(damaged_clips()), hostile_pictures(), whole_picture
 MAX_SECONDS = 20  # of a test that could wait for ever
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:PIL")  # of metadata
+
+
+def random_damage(data: bytes, rng: np.random.Generator) -> bytes:
+    """Return the data with one flipped bit, four other bytes, or a part missing."""
+    place = int(rng.integers(len(data) - 4))
+    return [flipped(data, place, int(rng.integers(8))), overwritten(data, place), data[:place]][rng.integers(3)]
 
 
 def name_of(file: DamagedFile | HostileFile | WholeFile) -> str:
