@@ -119,7 +119,9 @@ def two_phase_source(epoch: int) -> Iterator[Batch]:
 
 def bare_run(home: Path) -> RunFolder:
     """Return a run that has begun: its folder with its config."""
-    config = RunConfig("tiny", "two", settings={}, training={}, caches={}, shapes={}, text_aggregate="mean", manifest="")
+    config = RunConfig(
+        dataset="tiny", method="two", settings={}, training={}, caches={}, shapes={}, text_aggregate="mean", manifest=""
+    )
     run = RunFolder.of(home, config, 0)
     run.create(config)
     return run
