@@ -93,9 +93,13 @@ def _next_command(home: Path, dataset: str, extracted: Mapping[str, Cache]) -> s
     from pipeline.cache.reader import find_caches, is_of_text
     from pipeline.data.manifest_files import load_dataset_spec
 
+    try:
+        defaults = load_dataset_spec(home, dataset)["encoders"]
+    except UserError:  # the manifest was built by a plug-in that is not here
+        defaults = {"image": "", "text": ""}
     there = {path.name.rpartition("-")[0] for path in find_caches(home, dataset)}
     options = {}
-    for key, default in load_dataset_spec(home, dataset)["encoders"].items():
+    for key, default in defaults.items():
         new = [name for name, cache in extracted.items() if is_of_text(cache.identity) == (key == "text")]
         if default in there or new:
             options[key] = "" if default in there else f" --{key} {new[0]}"

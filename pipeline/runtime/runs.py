@@ -125,7 +125,9 @@ class RunFolder:
 
     def write_done(self, facts: Mapping[str, Any]) -> None:
         """Write the file `done`, which makes the run valid, with what `read_done` returns; all other files are on disk."""
-        write_atomic(self.path / "done", json.dumps({**facts, "config": self.config().fingerprint()}))
+        has_config = (self.path / "config.json").is_file()  # `train` by itself needs none
+        recorded = {"config": self.config().fingerprint()} if has_config else {}
+        write_atomic(self.path / "done", json.dumps({**facts, **recorded}))
 
     def write_alignment(self, figures: Mapping[str, float]) -> None:
         """Write what `read_alignment` returns; without figures, nothing."""

@@ -26,6 +26,7 @@ from torch import Tensor
 from pipeline.cache import find_caches, open_cache
 from pipeline.cache.table import shuffled_batches
 from pipeline.data.manifest import Manifest
+from pipeline.data.media_digests import STORE_NAME
 from pipeline.encoders.timm import Timm
 from pipeline.evaluation.evaluate import evaluate
 from pipeline.runtime.errors import traceback_file
@@ -180,7 +181,9 @@ def files(home: Path) -> dict[str, bytes]:
     """The content of each file of a home, without its own path and without files that hold times."""
     found = {}
     for path in sorted(home.rglob("*")):
-        if path.is_file():
+        if (
+            path.is_file() and path.name != STORE_NAME
+        ):  # it remembers files by their times, and none that is younger than seconds
             is_timed = path.name in ("done", "metrics.json") or path.parent.name == "commits"
             found[str(path.relative_to(home))] = b"" if is_timed else path.read_bytes().replace(bytes(home), b"")
     return found
