@@ -178,12 +178,10 @@ def test_killed_at_any_write_it_ends_in_the_same_bytes(
 
 
 def files(home: Path) -> dict[str, bytes]:
-    """The content of each file of a home, without its own path and without files that hold times."""
+    """The content of each file of a home, without its own path and without files, or the store of digests, that hold times."""
     found = {}
     for path in sorted(home.rglob("*")):
-        if (
-            path.is_file() and path.name != STORE_NAME
-        ):  # it remembers files by their times, and none that is younger than seconds
+        if path.is_file() and path.name != STORE_NAME:
             is_timed = path.name in ("done", "metrics.json") or path.parent.name == "commits"
             found[str(path.relative_to(home))] = b"" if is_timed else path.read_bytes().replace(bytes(home), b"")
     return found
