@@ -26,7 +26,7 @@ demo: setup ## the whole idea on real images and text, about 7 minutes; then at 
 	$(RUN)diffalign demo $(ARGS)
 
 test: setup ## the test suite
-	$(RUN)python -m pytest -n logical --maxprocesses 4 --dist loadfile $(ARGS)
+	$(RUN)python -m pytest -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 check: setup ## ruff, formatting, types, import contracts
 	$(RUN)ruff check .

@@ -330,6 +330,7 @@ def test_processes_of_a_cluster_load_the_same_files(tmp_path: Path) -> None:
     assert results == ["diffalign_plugin_copied"] * 2
 
 
+@pytest.mark.slow
 def test_the_example_goes_through_all_stages(tiny_home: Path, tmp_path: Path) -> None:
     """The commands run in processes of their own, where nothing but --plugin loads the file."""
     home, path = Path(shutil.copytree(tiny_home, tmp_path / "home")), planted(tmp_path, "my_own_method")
