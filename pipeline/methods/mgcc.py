@@ -16,6 +16,7 @@ from pipeline.nn.feature_space import num_classes_in
 from pipeline.nn.layers import ChunkTokens, ScaleMode, register_hyperparameters
 from pipeline.nn.losses import LabelLoss, classification_loss, contrastive_losses
 from pipeline.nn.method import Method
+from pipeline.nn.tokens import PatchTokens, make_image_tokens, pooled, pooled_batches, pooled_shapes
 from pipeline.runtime.rng import KeyedRNG
 from pipeline.runtime.settings import Range, Settings
 from pipeline.types import Batch, Shapes
@@ -23,7 +24,7 @@ from pipeline.types import Batch, Shapes
 
 @dataclass(frozen=True, kw_only=True)
 class Config(Settings):
-    """Settings of MGCC. The original has real words and patches, and no cross-entropy; the weight between both is ours."""
+    """Settings of MGCC. The original has real words, and no cross-entropy; the weight between both losses is ours."""
 
     width: Annotated[int, Range(1, 65_536), "d, width of the common space and of the tokens"] = 768
     w_mgcc: Annotated[float, Range(0), "lam, weight of the contrastive loss; 2 is the sum of both directions, eq. 15"] = 1.0
@@ -85,7 +86,8 @@ class MGCC(Method):
     """A classifier on the image's vector, and CLIP's loss with the mean of four similarities, of vectors and of tokens.
 
     Tokens are chunks of both vectors. With one token each the four similarities are equal and, up to the matrices, this is
-    `clip`. The original keeps the tokens that its encoders attend to most; chunks are all kept.
+    `clip`. Image features that are tokens, of a cache with tokens=true, are the image's tokens, and their mean is its vector.
+    The original keeps those that its encoders attend to most; here all are kept.
     """
 
     Config = Config
@@ -94,6 +96,7 @@ class MGCC(Method):
     without_text: ClassVar[Mapping[str, Any]] = {"w_mgcc": 0.0}
     grid: ClassVar[Mapping[str, tuple[Any, ...]]] = {"w_mgcc": (0.1, 0.3, 1.0, 3.0), "tau_tokens": (0.01, 0.1)}
     phases = (scaled_phase("similarity_scale"),)
+    reads_tokens = True
 
     w_mgcc: Tensor
     tau_tokens: Tensor
@@ -102,10 +105,13 @@ class MGCC(Method):
         super().__init__(config, shapes)
         self.label_loss: LabelLoss = config.label_loss
         width, num_tokens = config.width, config.num_tokens
-        self.common = CommonSpace(shapes, partial(LinearProjector, out_width=width), config.scale, config.dropout)
+        projector = partial(LinearProjector, out_width=width)
+        self.common = CommonSpace(pooled_shapes(shapes), projector, config.scale, config.dropout)
         self.classifier = nn.Linear(width, num_classes_in(shapes))
-        self.image_tokens, self.text_tokens = (ChunkTokens(width, num_tokens, width) for _ in range(2))
-        self.similarities = GranularSimilarities(width, num_tokens, num_tokens, config.matrices)
+        self.image_tokens = make_image_tokens(shapes["image"], width, num_tokens, width, config.scale)
+        self.text_tokens = ChunkTokens(width, num_tokens, width)
+        num_patches = shapes["image"][0] if len(shapes["image"]) > 1 else num_tokens
+        self.similarities = GranularSimilarities(width, num_patches, num_tokens, config.matrices)
         self.similarity_scale = LearnedScale(config.tau)
         register_hyperparameters(self, w_mgcc=config.w_mgcc, tau_tokens=config.tau_tokens)
 
@@ -116,27 +122,33 @@ class MGCC(Method):
 
     def begin(self, phase: str, train: Callable[[], Iterator[Batch]]) -> None:
         """Compute the statistics of the image and text features."""
-        self.common.fit(train)
+        self.common.fit(pooled_batches(train))
+        if isinstance(self.image_tokens, PatchTokens):
+            self.image_tokens.fit(batch["image"] for batch in train())
 
     def loss(self, batch: Batch, phase: str) -> Batch:
         """Return CE + lam (L_i2t + L_t2i) / 2, and both parts."""
-        paired = batch["paired"]
-        h_v, h_s = self.common.image(batch["image"]), self.common.text(batch["text"], paired)
-        v2s, s2v = contrastive_losses(self.similarity_scale() * self.similarity(h_v, h_s), paired)
+        image, paired = batch["image"], batch["paired"]
+        h_v, h_s = self.common.image(pooled(image)), self.common.text(batch["text"], paired)
+        similarity = self.similarity(h_v, h_s, image if image.ndim > 2 else h_v)
+        v2s, s2v = contrastive_losses(self.similarity_scale() * similarity, paired)
         ce, mgcc = classification_loss(self.classifier(h_v), batch["label"], self.label_loss), (v2s + s2v) / 2.0
         return {"loss": ce + self.w_mgcc * mgcc, "ce": ce, "mgcc": mgcc}
 
-    def similarity(self, h_v: Tensor, h_s: Tensor) -> Tensor:
-        """Return the mean of the four similarities of vectors h_v and h_s [B,d], [B,B]."""
+    def similarity(self, h_v: Tensor, h_s: Tensor, source: Tensor) -> Tensor:
+        """Return the mean of the four similarities [B,B] of vectors h_v and h_s [B,d].
+
+        The source of the image's tokens is h_v or, if they are tokens, its features [B,T,Dv].
+        """
         with torch.autocast(h_v.device.type, enabled=False):  # a small t makes one weight of rounded ones
-            h_v, h_s = h_v.float(), h_s.float()
-            parts = (h_v, h_s, self.image_tokens(h_v), self.text_tokens(h_s))
+            h_v, h_s, source = h_v.float(), h_s.float(), source.float()
+            parts = (h_v, h_s, self.image_tokens(source), self.text_tokens(h_s))
             return self.similarities(*(F.normalize(part, dim=-1) for part in parts), self.tau_tokens).mean(0)
 
     def feature(self, image: Tensor, rng: KeyedRNG) -> Tensor:
-        """Return h_v [B,d], before it is normalised, from image features [B,Dv]."""
-        return self.common.image(image)
+        """Return h_v [B,d], before it is normalised, from image features [B,Dv] or [B,T,Dv]."""
+        return self.common.image(pooled(image))
 
     def predict(self, image: Tensor, rng: KeyedRNG) -> Tensor:
-        """Return logits [B,C] from image features [B,Dv]; tokens are for training alone."""
+        """Return logits [B,C] from image features [B,Dv] or [B,T,Dv]; tokens are compared in training alone."""
         return self.classifier(self.feature(image, rng))
