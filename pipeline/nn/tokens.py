@@ -11,9 +11,9 @@ from pipeline.runtime.errors import UserError
 from pipeline.types import Batch, Shapes
 
 
-def pooled(image: Tensor) -> Tensor:
-    """Return one vector of each image [B,D]: features [B,D] as they are, or the mean of its tokens [B,T,D]."""
-    return image if image.ndim == 2 else image.mean(1)
+def pooled(x: Tensor) -> Tensor:
+    """Return one vector of each sample [B,D]: vectors [B,D] as they are, of tokens [B,T,D] the mean."""
+    return x if x.ndim == 2 else x.mean(1)
 
 
 def pooled_shapes(shapes: Shapes) -> Shapes:

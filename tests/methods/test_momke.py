@@ -10,8 +10,10 @@ import torch
 from helpers.method_cases import LABEL_KINDS, cross_entropy, fitted, make_rng, seeded_loss, to_numpy
 from scipy.special import ndtr, softmax
 
-from pipeline.methods.momke import ExpertMixture
+from pipeline.methods.momke import ExpertLayer, ExpertMixture
 from pipeline.nn.layers import MLP
+from pipeline.runtime import plugins
+from pipeline.runtime.errors import UserError
 from pipeline.training.heads import resolve_head_settings
 
 
@@ -71,6 +73,21 @@ def test_the_router_s_weights_sum_to_1_and_one_expert_is_itself() -> None:
     assert torch.equal(one(x, MLP([6, 6, 1])), one.experts[0](x))
 
 
+def test_an_expert_s_layer_is_attention_among_tokens_of_which_a_vector_is_one() -> None:
+    layer, x = ExpertLayer(6, num_heads=2), torch.randn(3, 4, 6, generator=torch.Generator().manual_seed(0))
+    query, key = np.split(linear(layer.query_key, to_numpy(x)), 2, axis=2)
+    value = linear(layer.value, to_numpy(x))
+    heads = []
+    for part in (slice(0, 3), slice(3, 6)):
+        weight = softmax(query[..., part] @ key[..., part].swapaxes(1, 2) / np.sqrt(3), axis=2)
+        heads.append(weight @ value[..., part])
+    attended = np.concatenate(heads, axis=2)
+    np.testing.assert_allclose(to_numpy(layer(x)), to_numpy(x) + attended + mlp(layer.mlp, attended), atol=1e-5)
+    vectors = ExpertLayer(6)
+    vectors.load_state_dict(layer.state_dict(), strict=False)
+    torch.testing.assert_close(layer(x[:, :1])[:, 0], vectors(x[:, 0]))
+
+
 def test_an_expert_learns_by_itself_first_and_with_the_other_then() -> None:
     method, batch = fitted("momke")
     parts = seeded_loss(method, batch, "experts")
@@ -98,6 +115,11 @@ def test_every_flag_changes_a_loss() -> None:
         method, batch = fitted("momke", **changes)
         losses.append(tuple(seeded_loss(method.train(), batch, phase.name)["loss"].item() for phase in method.phases))
     assert len(set(losses)) == len(losses)
+
+
+def test_heads_divide_the_width() -> None:
+    with pytest.raises(UserError, match="num_heads is 3; choose a divisor of width, 256"):
+        plugins.get("methods", "momke").Config(num_heads=3)
 
 
 def test_the_paper_s_dropout() -> None:

@@ -11,7 +11,6 @@ import pytest
 import torch
 from helpers.method_cases import ROWS, batches_of, make_batch, make_rng, seeded_loss, settings, shapes, to_numpy
 from helpers.tiny_heads import FAST_TRAINING, caches_by_key, extract_tokens, small_settings
-from torch import Tensor
 
 from pipeline.evaluation.evaluate import evaluate
 from pipeline.nn.tokens import PatchTokens
@@ -45,32 +44,44 @@ def test_patch_tokens_are_standardised_and_mapped() -> None:
 
 
 def test_some_methods_read_tokens() -> None:
-    assert {"team", "mgcc"} <= set(METHODS)
+    assert {"team", "mgcc", "momke"} <= set(METHODS)
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_patches_count_in_the_loss_and_their_mean_in_the_prediction(name: str) -> None:
-    """Patches have no order: their positions are part of their encoder's features."""
+def test_patches_count_and_have_no_order(name: str) -> None:
+    """Their positions are part of their encoder's features."""
     method, batch = fitted_on_tokens(name)
     image = batch["image"]
-    logits: Tensor = method.predict(image, make_rng())
-    torch.testing.assert_close(logits, method.predict(image.mean(1), make_rng()))
-    torch.testing.assert_close(logits[:3], method.predict(image[:3], make_rng()), atol=1e-5, rtol=0)
-    swapped = image.roll(1, dims=1)
-    moved = image + torch.tensor([1.0, -1.0, 0, 0, 0]).unsqueeze(1)  # the mean stays
-    losses = [seeded_loss(method, {**batch, "image": each})["loss"] for each in (image, swapped, moved)]
-    torch.testing.assert_close(losses[1], losses[0])
-    assert (losses[2] - losses[0]).abs() > 1e-4
-    losses[0].backward()
-    assert all(weight.grad is not None and weight.grad.isfinite().all() for weight in method.parameters())
+    images = image, image.roll(1, dims=1), image + torch.tensor([1.0, -1.0, 0, 0, 0]).unsqueeze(1)  # the mean stays
+    learned: set[str] = set()
+    for phase in method.phases:
+        losses = [seeded_loss(method, {**batch, "image": each}, phase.name)["loss"] for each in images]
+        torch.testing.assert_close(losses[1], losses[0])
+        assert (losses[2] - losses[0]).abs() > 1e-4
+        losses[0].backward()
+        learned |= {name for name, weight in method.named_parameters() if weight.grad is not None}
+    assert learned == {name for name, _ in method.named_parameters()}
+    logits = [method.predict(each, make_rng()) for each in (images[0], images[1], images[0][:3])]
+    torch.testing.assert_close(logits[1], logits[0])
+    torch.testing.assert_close(logits[2], logits[0][:3], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["team", "mgcc"])
+def test_the_prediction_is_that_of_the_mean_patch(name: str) -> None:
+    method, batch = fitted_on_tokens(name)
+    image = batch["image"]
+    torch.testing.assert_close(method.predict(image, make_rng()), method.predict(image.mean(1), make_rng()))
 
 
 @pytest.mark.parametrize("name", METHODS)
 def test_an_ensemble_on_tokens_equals_its_models(name: str) -> None:
     models = [fitted_on_tokens(name, seed)[0] for seed in (0, 1)]
     _, batch = fitted_on_tokens(name)
-    alone = torch.stack([seeded_loss(model, batch)["loss"] for model in models])
-    torch.testing.assert_close(seeded_loss(ModelEnsemble(models), batch)["loss"], alone)
+    phases = [phase.name for phase in models[0].phases]
+    alone = [[seeded_loss(model, batch, phase)["loss"] for model in models] for phase in phases]
+    ensemble = ModelEnsemble(models)
+    for phase, losses in zip(phases, alone, strict=True):
+        torch.testing.assert_close(seeded_loss(ensemble, batch, phase)["loss"], torch.stack(losses))
 
 
 @pytest.mark.parametrize("name", METHODS)
