@@ -23,6 +23,7 @@ from pipeline.nn.losses import (
     weighted_mean,
 )
 from pipeline.nn.method import Method
+from pipeline.nn.tokens import PatchTokens, make_image_tokens, pooled, pooled_batches, pooled_shapes
 from pipeline.runtime.errors import UserError
 from pipeline.runtime.rng import KeyedRNG
 from pipeline.runtime.settings import Range, Settings
@@ -33,7 +34,7 @@ SCORE_WIDTH = 512  # of the space in which retrieved tokens are compared with th
 
 @dataclass(frozen=True, kw_only=True)
 class Config(Settings):
-    """Settings of TEAM. The original has real words and patches, and 6 blocks; the other defaults are ours."""
+    """Settings of TEAM. The original has real words, and 6 blocks; the other defaults are ours."""
 
     width: Annotated[int, Range(1, 65_536), "d, width of the common space"] = 768
     w_team: Annotated[float, Range(0), "lam, weight of the contrastive loss and of the mean token loss of a block"] = 1.0
@@ -89,17 +90,23 @@ class RetrievalBlock(nn.Module):
 class TokenMatching(nn.Module):
     """Scores pairs of a text and an image, once after each block: do the text's tokens retrieve themselves from the image?"""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, image_shape: tuple[int, ...]) -> None:
         super().__init__()
-        width = config.token_width
-        self.text_tokens, self.image_tokens = (ChunkTokens(config.width, config.num_tokens, width) for _ in range(2))
+        width, num_tokens = config.token_width, config.num_tokens
+        self.text_tokens = ChunkTokens(config.width, num_tokens, width)
+        self.image_tokens = make_image_tokens(image_shape, config.width, num_tokens, width, config.scale)
         self.blocks = nn.ModuleList(
             RetrievalBlock(width, config.num_heads, config.dropout_tokens) for _ in range(config.num_blocks)
         )
         self.retrieved_layer, self.text_layer = (nn.Linear(width, SCORE_WIDTH, bias=False) for _ in range(2))
 
     def forward(self, text: Tensor, image: Tensor) -> Tensor:
-        """Return scores from -1 to 1, [num_blocks,B], of the pairs of vectors h_s [B,d] and h_v [B,d]."""
+        """Return scores from -1 to 1, [num_blocks,B], of pairs.
+
+        Args:
+            text: vectors h_s [B,d].
+            image: vectors h_v [B,d], or features that are tokens [B,T,Dv].
+        """
         text_tokens, image_tokens = self.text_tokens(text), self.image_tokens(image)
         wanted, retrieved, scores = self.text_layer(text_tokens), torch.zeros_like(text_tokens), []
         for block in self.blocks:
@@ -136,6 +143,7 @@ def token_loss(scores: Tensor, scale: Tensor | float, weight: Tensor | None = No
 class TEAM(Method):
     """A classifier on the image's vector, CLIP's loss, and a loss on tokens, which are chunks of the vectors of both.
 
+    Image features that are tokens, of a cache with tokens=true, are the image's tokens, and their mean is its vector.
     The token loss knows each pair from two hard negatives: the text with another image and the image with another text, drawn
     where the global similarity is high. A sample with the same labels, or without text, is no negative. A sample that has no
     negative in its batch does not count.
@@ -148,15 +156,17 @@ class TEAM(Method):
     paper: ClassVar[Mapping[str, Any]] = {"num_blocks": 6}
     grid: ClassVar[Mapping[str, tuple[Any, ...]]] = {"w_team": (0.1, 0.3, 1.0, 3.0), "tau": (0.03, 0.07, 0.2)}
     phases = (scaled_phase("global_scale", "token_scale"),)
+    reads_tokens = True
 
     w_team: Tensor
 
     def __init__(self, config: Config, shapes: Shapes) -> None:
         super().__init__(config, shapes)
         self.label_loss: LabelLoss = config.label_loss
-        self.common = CommonSpace(shapes, partial(LinearProjector, out_width=config.width), config.scale, config.dropout)
+        projector = partial(LinearProjector, out_width=config.width)
+        self.common = CommonSpace(pooled_shapes(shapes), projector, config.scale, config.dropout)
         self.classifier = nn.Linear(config.width, num_classes_in(shapes))
-        self.matching = TokenMatching(config)
+        self.matching = TokenMatching(config, shapes["image"])
         self.global_scale, self.token_scale = LearnedScale(config.tau), LearnedScale(config.tau)
         register_hyperparameters(self, w_team=config.w_team)
 
@@ -167,31 +177,34 @@ class TEAM(Method):
 
     def begin(self, phase: str, train: Callable[[], Iterator[Batch]]) -> None:
         """Compute the statistics of the image and text features."""
-        self.common.fit(train)
+        self.common.fit(pooled_batches(train))
+        if isinstance(self.matching.image_tokens, PatchTokens):
+            self.matching.image_tokens.fit(batch["image"] for batch in train())
 
     def loss(self, batch: Batch, phase: str) -> Batch:
         """Return CE + lam (L_CLIP + the mean token loss of a block), and the three parts."""
-        paired, label = batch["paired"], batch["label"]
-        h_v, h_s = self.common.image(batch["image"]), self.common.text(batch["text"], paired)
+        image, paired, label = batch["image"], batch["paired"], batch["label"]
+        h_v, h_s = self.common.image(pooled(image)), self.common.text(batch["text"], paired)
         v2s, s2v = info_nce(h_v, h_s, 1.0 / self.global_scale(), paired)
         ce, clip = classification_loss(self.classifier(h_v), label, self.label_loss), (v2s + s2v) / 2.0
-        tokens = self._token_loss(h_v, h_s, paired, label)
+        tokens = self._token_loss(h_v, h_s, image if image.ndim > 2 else h_v, paired, label)
         return {"loss": ce + self.w_team * (clip + tokens), "ce": ce, "clip": clip, "tokens": tokens}
 
-    def _token_loss(self, h_v: Tensor, h_s: Tensor, paired: Tensor, label: Tensor) -> Tensor:
+    def _token_loss(self, h_v: Tensor, h_s: Tensor, source: Tensor, paired: Tensor, label: Tensor) -> Tensor:
+        """Return the loss of vectors h_v and h_s [B,d]; the source is what `TokenMatching` takes of an image."""
         allowed = (paired > 0) & ~same_labels(label)
         with torch.no_grad(), torch.autocast(h_v.device.type, enabled=False):
             a, b = (F.normalize(h.float(), dim=1) for h in (h_s, h_v))
             similarity = self.global_scale() * (a @ b.T)
         image, text = draw_negatives(similarity, allowed), draw_negatives(similarity.T, allowed)
-        scores = self.matching(torch.cat([h_s, h_s, h_s[text]]), torch.cat([h_v, h_v[image], h_v]))
+        scores = self.matching(torch.cat([h_s, h_s, h_s[text]]), torch.cat([source, source[image], source]))
         weight = paired * allowed.any(1)
         return token_loss(scores.unflatten(1, (3, -1)).transpose(0, 1), self.token_scale(), weight)
 
     def feature(self, image: Tensor, rng: KeyedRNG) -> Tensor:
-        """Return h_v [B,d] from image features [B,Dv]."""
-        return self.common.image(image)
+        """Return h_v [B,d] from image features [B,Dv] or [B,T,Dv]."""
+        return self.common.image(pooled(image))
 
     def predict(self, image: Tensor, rng: KeyedRNG) -> Tensor:
-        """Return logits [B,C] from image features [B,Dv]; tokens are for training alone."""
+        """Return logits [B,C] from image features [B,Dv] or [B,T,Dv]; tokens are compared in training alone."""
         return self.classifier(self.feature(image, rng))

@@ -85,7 +85,17 @@ def info_nce(
     with torch.autocast(a.device.type, enabled=False):  # a rounded similarity, divided by a small tau, is mostly noise
         a, b = (F.normalize(x.to(_wide(x.dtype)), dim=-1) for x in (a, b))
         similarity = a @ b.T / tau
-    own = torch.arange(len(a), device=a.device)
+    return contrastive_losses(similarity, weight, excluded)
+
+
+def contrastive_losses(
+    similarity: Tensor, weight: Tensor | None = None, excluded: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Return the contrastive losses along the rows and along the columns of any similarity [B,B], divided by its temperature.
+
+    See `info_nce` for the other arguments.
+    """
+    own = torch.arange(len(similarity), device=similarity.device)
     if excluded is not None:
         similarity = similarity.masked_fill(excluded & (own.unsqueeze(1) != own), MASKED_LOGIT)
 

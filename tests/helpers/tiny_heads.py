@@ -5,7 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from pipeline.cache import find_caches, open_cache
+from pipeline.data.manifest_files import read_manifest
+from pipeline.encoders.random_projection import RandomProjection
+from pipeline.extraction.extract import ExtractOptions, extract
 from pipeline.runtime import plugins
 from pipeline.runtime.runs import RunFolder
 from pipeline.training.heads import plan_head, resolve_head_settings, train_head
@@ -29,3 +34,18 @@ def train_tiny(home: Path, method: str, seed: int = 0, training: dict[str, objec
         "tiny", method, "head", small_settings(method), {**FAST_TRAINING, **(training or {})}
     )
     return train_head(plan_head(home, "tiny", method, settings, config, seed, caches_by_key(home)), progress=False)
+
+
+def extract_tokens(home: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Extract a cache of the tiny dataset with 8 tokens of width 4 for each image, and return it."""
+    make, encode = RandomProjection.__init__, RandomProjection.forward
+
+    def make_tokens(self: RandomProjection, config: Any) -> None:
+        make(self, config)
+        self.feature_shape = (8, 4)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RandomProjection, "__init__", make_tokens)
+        patch.setattr(RandomProjection, "forward", lambda self, prepared: encode(self, prepared).reshape(-1, 8, 4))
+        options = ExtractOptions(progress=False, workers=0)
+        return extract(read_manifest(home, "tiny"), "random_projection", {"width": 32, "seed": 1}, home, options=options)

@@ -54,7 +54,7 @@ CELL = {
     "train_min_step": 0.25,
 }
 # parts of losses that no text of a sample without text may change
-TEXT_PARTS = {"ita", "mse", "sdm", "kd", "nt", "cdd", "clip", "swd", "ce_text", "tokens"}
+TEXT_PARTS = {"ita", "mse", "sdm", "kd", "nt", "cdd", "clip", "swd", "ce_text", "tokens", "mgcc"}
 
 
 def test_all_methods_are_found() -> None:

@@ -13,11 +13,8 @@ import pandas as pd
 import pytest
 import torch
 from helpers.command_line import run
-from helpers.tiny_heads import caches_by_key
+from helpers.tiny_heads import caches_by_key, extract_tokens
 
-from pipeline.data.manifest_files import read_manifest
-from pipeline.encoders.random_projection import RandomProjection
-from pipeline.extraction.extract import ExtractOptions, extract
 from pipeline.runtime import plugins
 from pipeline.runtime.errors import UserError, describe_error, is_bug, is_out_of_memory, note_traceback_file, traceback_file
 from pipeline.training.features import open_features
@@ -248,17 +245,7 @@ def test_a_cache_of_tokens_is_refused_with_the_remedy(
     home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     text = caches_by_key(home)["text"]
-    make, encode = RandomProjection.__init__, RandomProjection.forward
-
-    def make_tokens(self: RandomProjection, config: Any) -> None:
-        make(self, config)
-        self.feature_shape = (8, 4)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(RandomProjection, "__init__", make_tokens)
-        patch.setattr(RandomProjection, "forward", lambda self, prepared: encode(self, prepared).reshape(-1, 8, 4))
-        options = ExtractOptions(progress=False, workers=0)
-        path = extract(read_manifest(home, "tiny"), "random_projection", {"width": 32, "seed": 1}, home, options=options)
+    path = extract_tokens(home, monkeypatch)
     caches = {"image": path.name, "text": text}
     with pytest.raises(UserError, match="holds tokens, 8×4 of each item, and seda wants one vector of each: extract without"):
         open_features(home, "tiny", "seda", caches)

@@ -1,0 +1,154 @@
+"""Rival: multi-granularity contrastive consistency (MGCC: Wu et al., AAAI 2024, eq. 1-15)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Annotated, Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pipeline.nn.common_space import CommonSpace, LearnedScale, LinearProjector, scaled_phase
+from pipeline.nn.feature_space import num_classes_in
+from pipeline.nn.layers import ChunkTokens, ScaleMode, register_hyperparameters
+from pipeline.nn.losses import LabelLoss, classification_loss, contrastive_losses
+from pipeline.nn.method import Method
+from pipeline.nn.tokens import PatchTokens, make_image_tokens, pooled, pooled_batches, pooled_shapes
+from pipeline.runtime.rng import KeyedRNG
+from pipeline.runtime.settings import Range, Settings
+from pipeline.types import Batch, Shapes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(Settings):
+    """Settings of MGCC. The original has real words, and no cross-entropy; the weight between both losses is ours."""
+
+    width: Annotated[int, Range(1, 65_536), "d, width of the common space and of the tokens"] = 768
+    w_mgcc: Annotated[float, Range(0), "lam, weight of the contrastive loss; 2 is the sum of both directions, eq. 15"] = 1.0
+    tau: Annotated[float, Range(0.01), "initial temperature of the similarity; it is learned, and stays at least 0.01"] = 0.07
+    tau_tokens: Annotated[float, Range(1e-3), "t, temperature of the weights of tokens"] = 0.01
+    num_tokens: Annotated[int, Range(1, 1_024), "chunks that a vector is cut into, its tokens; it divides width"] = 8
+    matrices: Annotated[bool, "learned matrices in the similarities, identities at first, as the published code has"] = True
+    dropout: Annotated[float, Range(0, 0.99), "probability, on the image features"] = 0.0
+    scale: Annotated[ScaleMode, "standardisation of both features"] = "per_dim"
+    label_loss: Annotated[LabelLoss, "for multi-label data"] = "softmax_kl"
+
+
+class TokenWeights(nn.Module):
+    """Sums the similarities of T tokens, each times its weight: the softmax over the tokens, times a learned matrix [T,T]."""
+
+    def __init__(self, num_tokens: int, has_matrix: bool) -> None:
+        super().__init__()
+        self.matrix = nn.Parameter(torch.eye(num_tokens)) if has_matrix else None
+
+    def forward(self, similarity: Tensor, tau: Tensor | float, dim: int) -> Tensor:
+        """Map [..., T, ...] to [..., ...]: the tokens are the dimension `dim`."""
+        by_token = similarity.movedim(dim, -1)
+        weight = torch.softmax(by_token / tau, dim=-1)
+        return ((weight if self.matrix is None else weight @ self.matrix) * by_token).sum(-1)
+
+
+class GranularSimilarities(nn.Module):
+    """The similarity of each image and each text at four granularities: by their vectors, their tokens, or one of each."""
+
+    def __init__(self, width: int, num_patches: int, num_words: int, has_matrices: bool) -> None:
+        super().__init__()
+        self.image_words, self.words_first, self.words_last = (TokenWeights(num_words, has_matrices) for _ in range(3))
+        self.patches_text, self.patches_first, self.patches_last = (TokenWeights(num_patches, has_matrices) for _ in range(3))
+        self.of_vectors, self.of_tokens = (nn.Parameter(torch.eye(width)) if has_matrices else None for _ in range(2))
+
+    def forward(self, image: Tensor, text: Tensor, patches: Tensor, words: Tensor, tau: Tensor | float) -> Tensor:
+        """Return S_IT, S_IW, S_PT and S_PW of B images and texts [4,B,B]: images are rows (eq. 3-13).
+
+        S_PW weighs patches and then words, and words and then patches, and is the mean of both.
+
+        Args:
+            image: vectors of length 1 [B,d].
+            text: the same [B,d].
+            patches: tokens of the images, of length 1 [B,Tv,d].
+            words: tokens of the texts, of length 1 [B,Ts,d].
+            tau: temperature of the weights.
+        """
+        pairs = (image if self.of_vectors is None else image @ self.of_vectors) @ text.T
+        image_words = self.image_words(torch.einsum("id,jwd->ijw", image, words), tau, 2)
+        patches_text = self.patches_text(torch.einsum("ipd,jd->ijp", patches, text), tau, 2)
+        mapped = patches if self.of_tokens is None else patches @ self.of_tokens
+        tokens = torch.einsum("ipd,jwd->ijpw", mapped, words)
+        by_word = self.words_last(self.patches_first(tokens, tau, 2), tau, 2)
+        by_patch = self.patches_last(self.words_first(tokens, tau, 3), tau, 2)
+        return torch.stack([pairs, image_words, patches_text, (by_word + by_patch) / 2.0])
+
+
+class MGCC(Method):
+    """A classifier on the image's vector, and CLIP's loss with the mean of four similarities, of vectors and of tokens.
+
+    Tokens are chunks of both vectors. With one token each the four similarities are equal and, up to the matrices, this is
+    `clip`. Image features that are tokens, of a cache with tokens=true, are the image's tokens, and their mean is its vector.
+    The original keeps those that its encoders attend to most; here all are kept.
+    """
+
+    Config = Config
+    needs = ("image", "text", "paired", "label")
+    symbols: ClassVar[Mapping[str, str]] = {"lam": "w_mgcc", "t": "tau_tokens", "tau": "tau", "d": "width"}
+    without_text: ClassVar[Mapping[str, Any]] = {"w_mgcc": 0.0}
+    grid: ClassVar[Mapping[str, tuple[Any, ...]]] = {"w_mgcc": (0.1, 0.3, 1.0, 3.0), "tau_tokens": (0.01, 0.1)}
+    phases = (scaled_phase("similarity_scale"),)
+    reads_tokens = True
+
+    w_mgcc: Tensor
+    tau_tokens: Tensor
+
+    def __init__(self, config: Config, shapes: Shapes) -> None:
+        super().__init__(config, shapes)
+        self.label_loss: LabelLoss = config.label_loss
+        width, num_tokens = config.width, config.num_tokens
+        projector = partial(LinearProjector, out_width=width)
+        self.common = CommonSpace(pooled_shapes(shapes), projector, config.scale, config.dropout)
+        self.classifier = nn.Linear(width, num_classes_in(shapes))
+        self.image_tokens = make_image_tokens(shapes["image"], width, num_tokens, width, config.scale)
+        self.text_tokens = ChunkTokens(width, num_tokens, width)
+        num_patches = shapes["image"][0] if len(shapes["image"]) > 1 else num_tokens
+        self.similarities = GranularSimilarities(width, num_patches, num_tokens, config.matrices)
+        self.similarity_scale = LearnedScale(config.tau)
+        register_hyperparameters(self, w_mgcc=config.w_mgcc, tau_tokens=config.tau_tokens)
+
+    @classmethod
+    def small(cls) -> dict[str, Any]:
+        """Return settings for a small and fast head."""
+        return {"width": 16, "num_tokens": 4}
+
+    def begin(self, phase: str, train: Callable[[], Iterator[Batch]]) -> None:
+        """Compute the statistics of the image and text features."""
+        self.common.fit(pooled_batches(train))
+        if isinstance(self.image_tokens, PatchTokens):
+            self.image_tokens.fit(batch["image"] for batch in train())
+
+    def loss(self, batch: Batch, phase: str) -> Batch:
+        """Return CE + lam (L_i2t + L_t2i) / 2, and both parts."""
+        image, paired = batch["image"], batch["paired"]
+        h_v, h_s = self.common.image(pooled(image)), self.common.text(batch["text"], paired)
+        similarity = self.similarity(h_v, h_s, image if image.ndim > 2 else h_v)
+        v2s, s2v = contrastive_losses(self.similarity_scale() * similarity, paired)
+        ce, mgcc = classification_loss(self.classifier(h_v), batch["label"], self.label_loss), (v2s + s2v) / 2.0
+        return {"loss": ce + self.w_mgcc * mgcc, "ce": ce, "mgcc": mgcc}
+
+    def similarity(self, h_v: Tensor, h_s: Tensor, source: Tensor) -> Tensor:
+        """Return the mean of the four similarities [B,B] of vectors h_v and h_s [B,d].
+
+        The source of the image's tokens is h_v or, if they are tokens, its features [B,T,Dv].
+        """
+        with torch.autocast(h_v.device.type, enabled=False):  # a small t makes one weight of rounded ones
+            h_v, h_s, source = h_v.float(), h_s.float(), source.float()
+            parts = (h_v, h_s, self.image_tokens(source), self.text_tokens(h_s))
+            return self.similarities(*(F.normalize(part, dim=-1) for part in parts), self.tau_tokens).mean(0)
+
+    def feature(self, image: Tensor, rng: KeyedRNG) -> Tensor:
+        """Return h_v [B,d], before it is normalised, from image features [B,Dv] or [B,T,Dv]."""
+        return self.common.image(pooled(image))
+
+    def predict(self, image: Tensor, rng: KeyedRNG) -> Tensor:
+        """Return logits [B,C] from image features [B,Dv] or [B,T,Dv]; tokens are compared in training alone."""
+        return self.classifier(self.feature(image, rng))

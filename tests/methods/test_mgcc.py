@@ -1,0 +1,125 @@
+"""MGCC: its four similarities, written a second time in NumPy pair by pair, their closed forms, and its loss."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from helpers.method_cases import CLASSES, LABEL_KINDS, ROWS, cross_entropy, fitted, make_rng, seeded_loss, to_numpy
+from scipy.special import log_softmax, softmax
+from torch import Tensor
+
+from pipeline.methods.mgcc import GranularSimilarities
+from pipeline.nn.losses import info_nce
+
+T = 0.3  # of the weights of tokens
+
+
+def units(*shape: int, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.nn.functional.normalize(torch.randn(*shape, generator=generator), dim=-1)
+
+
+def weighted(x: np.ndarray, matrix: np.ndarray) -> float:
+    return float((softmax(x / T) @ matrix) @ x)
+
+
+def four(layer: Any, image: np.ndarray, text: np.ndarray, patches: np.ndarray, words: np.ndarray) -> list[float]:
+    """Return the four similarities of one image and one text."""
+    matrix = {name: to_numpy(value) for name, value in layer.named_parameters()}
+    image_words = weighted(np.array([image @ w for w in words]), matrix["image_words.matrix"])
+    patches_text = weighted(np.array([p @ text for p in patches]), matrix["patches_text.matrix"])
+    tokens = np.array([[p @ matrix["of_tokens"] @ w for w in words] for p in patches])
+    of_words = np.array([weighted(column, matrix["patches_first.matrix"]) for column in tokens.T])
+    of_patches = np.array([weighted(row, matrix["words_first.matrix"]) for row in tokens])
+    both = weighted(of_words, matrix["words_last.matrix"]), weighted(of_patches, matrix["patches_last.matrix"])
+    return [float(image @ matrix["of_vectors"] @ text), image_words, patches_text, sum(both) / 2]
+
+
+def test_the_four_similarities() -> None:
+    layer = GranularSimilarities(6, 3, 4, has_matrices=True)
+    with torch.no_grad():
+        for number, weight in enumerate(layer.parameters()):
+            weight.add_(0.3 * units(*weight.shape, seed=number))
+    parts = units(5, 6), units(5, 6, seed=1), units(5, 3, 6, seed=2), units(5, 4, 6, seed=3)
+    image, text, patches, words = map(to_numpy, parts)
+    expected = [[four(layer, image[i], text[j], patches[i], words[j]) for j in range(5)] for i in range(5)]
+    np.testing.assert_allclose(np.moveaxis(to_numpy(layer(*parts, T)), 0, 2), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", LABEL_KINDS)
+def test_objective(kind: str) -> None:
+    method, batch = fitted("mgcc", kind, text_width=10, tau=0.2, tau_tokens=T, w_mgcc=1.3)
+    batch = {key: column[:16] for key, column in batch.items()}
+    h_v = to_numpy(method.common.image(batch["image"]))
+    h_s = to_numpy(method.common.text(batch["text"], batch["paired"]))
+    pairs = np.flatnonzero(batch["paired"].numpy())
+
+    def tokens(chunks: Any, h: np.ndarray) -> list[np.ndarray]:
+        rows = zip(np.split(h, 4), to_numpy(chunks.weight), to_numpy(chunks.bias), strict=True)
+        return [h, *(chunk @ weight + bias for chunk, weight, bias in rows)]
+
+    sides = ((method.image_tokens, h_v), (method.text_tokens, h_s))
+    image, text = ([[t / np.linalg.norm(t) for t in tokens(chunks, h[i])] for i in pairs] for chunks, h in sides)
+    mean = [[np.mean(four(method.similarities, v[0], s[0], np.array(v[1:]), np.array(s[1:]))) for s in text] for v in image]
+    contrast = -sum(np.diag(log_softmax(np.array(mean) / 0.2, axis=axis)).mean() for axis in (0, 1)) / 2
+    parts = seeded_loss(method, batch)
+    assert parts["mgcc"].item() == pytest.approx(contrast, rel=1e-4)
+    ce = cross_entropy(method.predict(batch["image"], make_rng()), batch["label"])
+    assert parts["loss"].item() == pytest.approx(ce + 1.3 * contrast, rel=1e-4)
+
+
+def test_with_one_token_it_is_clip() -> None:
+    method, batch = fitted("mgcc", num_tokens=1, tau=0.2)
+    with torch.no_grad():
+        for chunks in (method.image_tokens, method.text_tokens):
+            chunks.weight.copy_(torch.eye(16))
+            chunks.bias.zero_()
+    h_v, h_s = method.common.image(batch["image"]), method.common.text(batch["text"], batch["paired"])
+    expected = sum(info_nce(h_v, h_s, 0.2, batch["paired"])) / 2
+    torch.testing.assert_close(seeded_loss(method, batch)["mgcc"], expected)
+
+
+@pytest.mark.parametrize(("twice", "tau"), [([0, 0, 1, 1, 2, 2], T), ([0, 1, 2, 2], 0.01)])
+def test_a_duplicated_token_changes_nothing(twice: list[int], tau: float) -> None:
+    """All tokens twice: never; the nearest one twice: not at a small temperature, which gives it all the weight."""
+    image, text = units(1, 6), units(1, 6, seed=1)
+    patches, words = (torch.stack([units(6, seed=2), -near[0], near[0]])[None] for near in (text, image))
+    layers = [GranularSimilarities(6, number, number, has_matrices=False) for number in (3, len(twice))]
+    once, again = layers[0](image, text, patches, words, tau), layers[1](image, text, patches[:, twice], words[:, twice], tau)
+    torch.testing.assert_close(again[:3], once[:3], atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("has_matrices", [False, True])
+def test_equal_unit_tokens_have_similarity_1(has_matrices: bool) -> None:
+    u = units(1, 6)
+    found = GranularSimilarities(6, 3, 4, has_matrices)(
+        u.expand(2, 6), u.expand(2, 6), u.expand(2, 3, 6), u.expand(2, 4, 6), 0.01
+    )
+    torch.testing.assert_close(found, torch.ones(4, 2, 2))
+
+
+def test_every_flag_changes_the_loss() -> None:
+    """The matrices are identities at first; so they count after a step."""
+    flags: list[dict[str, Any]] = [{}, {"matrices": False}, {"tau_tokens": 0.1}, {"tau": 0.2}, {"num_tokens": 2}, {"w_mgcc": 2}]
+    losses = []
+    for changes in flags:
+        method, batch = fitted("mgcc", **changes)
+        with torch.no_grad():
+            for name, weight in method.similarities.named_parameters():
+                weight.add_(0.3 * units(*weight.shape, seed=len(name)))
+        losses.append(seeded_loss(method, batch)["loss"].item())
+    assert len(set(losses)) == len(losses)
+    plain = [seeded_loss(*fitted("mgcc", matrices=flag))["loss"] for flag in (False, True)]
+    torch.testing.assert_close(*plain)
+
+
+def test_prediction_needs_no_tokens() -> None:
+    method, batch = fitted("mgcc")
+    logits: Tensor = method.predict(batch["image"], make_rng())
+    logits.sum().backward()
+    assert logits.shape == (ROWS, CLASSES)
+    read = {name.rpartition(".")[0] for name, weight in method.named_parameters() if weight.grad is not None}
+    assert read == {"common.image_projector.layer", "classifier"}
