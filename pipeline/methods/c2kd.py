@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from pipeline.nn.common_space import CommonSpaceHead
 from pipeline.nn.feature_space import num_classes_in
 from pipeline.nn.layers import ScaleMode, batch_normalise, register_hyperparameters
-from pipeline.nn.losses import MASKED_LOGIT, LabelLoss, classification_loss, multi_hot, weighted_mean
+from pipeline.nn.losses import MASKED_LOGIT, LabelLoss, classification_loss, distillation, multi_hot, weighted_mean
 from pipeline.runtime.settings import Range, Settings
 from pipeline.types import Batch, Phase, Shapes
 
@@ -48,12 +48,6 @@ def rank_correlation(a: Tensor, b: Tensor) -> Tensor:
         alike = alike + (sign_a * sign_b).sum((1, 2))
         count_a, count_b = count_a + sign_a.square().sum((1, 2)), count_b + sign_b.square().sum((1, 2))
     return alike / (count_a.sqrt() * count_b.sqrt()).clamp(min=1.0)
-
-
-def distillation(pupil: Tensor, source: Tensor) -> Tensor:
-    """Return KL(softmax(source) || softmax(pupil)) of each row of logits [B,C]; the source has no gradient."""
-    log_p, log_q = torch.log_softmax(pupil, dim=1), torch.log_softmax(source.detach(), dim=1)
-    return (log_q.exp() * (log_q - log_p)).sum(1)  # not F.kl_div, which torch.func cannot batch
 
 
 def without_targets(logits: Tensor, target: Tensor, is_zero: bool) -> Tensor:
