@@ -1,4 +1,4 @@
-"""Rival: ATNet (Meng et al., ACM MM 2019), which aligns a part of two latents. Its authors have filed for a patent.
+"""Rival: ATNet (Meng et al., ACM MM 2019), parts of two latents aligned; from formulas alone, its authors filed a patent.
 
 It is written from the formulas; no code was copied. The authors hold a patent filing (SG Non-Provisional 10201907991T) and ask
 commercial users to contact them.
