@@ -16,6 +16,8 @@ from pipeline.runtime.rng import KeyedRNG
 from pipeline.runtime.runs import RunFolder
 from pipeline.training import loop
 from pipeline.training.config import TrainConfig
+from pipeline.training.joint.ddp import DistributedContext
+from pipeline.training.joint.model import JointMethod
 from pipeline.training.state import Score, TrainState
 from pipeline.training.train import train
 from pipeline.types import Batch, Phase, Predictor
@@ -96,6 +98,13 @@ def test_a_resumed_run_of_ssan_ends_in_the_same_bits(
     assert history == expected
     whole, killed = (state.method.state_dict() for state in states)
     assert all(torch.equal(whole[name], killed[name]) for name in whole)
+
+
+def test_joint_training_has_the_strength_of_the_end() -> None:
+    head = build("ssan")
+    joint = JointMethod(head, {}, {}, (), (), DistributedContext())
+    joint.begin_epoch("joint", 0.1, batches_of(BATCH))
+    assert head.progress == 1.0
 
 
 def test_a_stacked_head_is_prepared_too() -> None:
