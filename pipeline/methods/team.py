@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import Annotated, Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pipeline.nn.common_space import CommonSpace, LearnedScale, LinearProjector, scaled_phase
-from pipeline.nn.feature_space import num_classes_in
+from pipeline.nn.common_space import CommonSpaceHead, LearnedScale, scaled_phase
 from pipeline.nn.layers import MLP, ChunkTokens, Dropout, ScaleMode, multi_head_attention, register_hyperparameters
 from pipeline.nn.losses import (
     MASKED_LOGIT,
@@ -22,7 +20,6 @@ from pipeline.nn.losses import (
     same_labels,
     weighted_mean,
 )
-from pipeline.nn.method import Method
 from pipeline.nn.tokens import PatchTokens, make_image_tokens, pooled, pooled_batches, pooled_shapes
 from pipeline.runtime.errors import UserError
 from pipeline.runtime.rng import KeyedRNG
@@ -140,7 +137,7 @@ def token_loss(scores: Tensor, scale: Tensor | float, weight: Tensor | None = No
     return weighted_mean(losses.mean(0), weight)
 
 
-class TEAM(Method):
+class TEAM(CommonSpaceHead):
     """A classifier on the image's vector, CLIP's loss, and a loss on tokens, which are chunks of the vectors of both.
 
     Image features that are tokens, of a cache with tokens=true, are the image's tokens, and their mean is its vector.
@@ -150,7 +147,6 @@ class TEAM(Method):
     """
 
     Config = Config
-    needs = ("image", "text", "paired", "label")
     symbols: ClassVar[Mapping[str, str]] = {"lam": "w_team", "tau": "tau", "d": "width"}
     without_text: ClassVar[Mapping[str, Any]] = {"w_team": 0.0}
     paper: ClassVar[Mapping[str, Any]] = {"num_blocks": 6}
@@ -161,11 +157,7 @@ class TEAM(Method):
     w_team: Tensor
 
     def __init__(self, config: Config, shapes: Shapes) -> None:
-        super().__init__(config, shapes)
-        self.label_loss: LabelLoss = config.label_loss
-        projector = partial(LinearProjector, out_width=config.width)
-        self.common = CommonSpace(pooled_shapes(shapes), projector, config.scale, config.dropout)
-        self.classifier = nn.Linear(config.width, num_classes_in(shapes))
+        super().__init__(config, pooled_shapes(shapes))
         self.matching = TokenMatching(config, shapes["image"])
         self.global_scale, self.token_scale = LearnedScale(config.tau), LearnedScale(config.tau)
         register_hyperparameters(self, w_team=config.w_team)
@@ -204,7 +196,3 @@ class TEAM(Method):
     def feature(self, image: Tensor, rng: KeyedRNG) -> Tensor:
         """Return h_v [B,d] from image features [B,Dv] or [B,T,Dv]."""
         return self.common.image(pooled(image))
-
-    def predict(self, image: Tensor, rng: KeyedRNG) -> Tensor:
-        """Return logits [B,C] from image features [B,Dv] or [B,T,Dv]; tokens are compared in training alone."""
-        return self.classifier(self.feature(image, rng))

@@ -82,7 +82,7 @@ def test_a_method_shows_its_settings(method: str, monkeypatch: pytest.MonkeyPatc
     ("arguments", "message"),
     [
         (["prepare", "imagenet"], "unknown dataset 'imagenet'; choose one of: "),
-        (["train-head", "--dataset", "tiny", "--method", "gan"], "unknown method 'gan'; choose one of: baseline, c2kd"),
+        (["train-head", "--dataset", "tiny", "--method", "gan"], "unknown method 'gan'; choose one of: atnet, baseline, c2kd"),
         (["extract", "openmoji", "--encoder", "timm"], "diffalign prepare openmoji"),
         (["extract", "openmoji", "--encoder", "timm", "--encoder", "vgg"], "unknown encoder 'vgg'"),
         (["extract", "openmoji", "--encoder", "timm", "--set", "weights=a", "--weights", "b"], "'weights' is given twice"),
