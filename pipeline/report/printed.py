@@ -52,7 +52,9 @@ def write_printed(folder: Path, name: str, plot: Callable[[], Figure], numbers: 
     """
     with mpl.rc_context(PRINT_STYLE):
         figure = plot()
-        contents = {"svg": to_plain_svg(figure), "pdf": _to_pdf(figure)}
+        contents: dict[str, str | bytes] = {"svg": to_plain_svg(figure)}
+        figure.set_layout_engine("none")  # both files have the layout that was just found
+        contents["pdf"] = _to_pdf(figure)
     contents |= {"csv": numbers.to_csv(index=False), "txt": f"{caption}\n"}
     paths = [folder / f"{name}.{suffix}" for suffix in contents]
     for path, content in zip(paths, contents.values(), strict=True):

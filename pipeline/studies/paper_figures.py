@@ -20,6 +20,7 @@ from pipeline.data.manifest import Manifest
 from pipeline.data.manifest_files import read_manifest
 from pipeline.evaluation.evaluate import evaluate
 from pipeline.report import figure_data, figures
+from pipeline.report.figure_blocks import MIN_TSNE_SAMPLES
 from pipeline.report.figure_data import SeedPredictions
 from pipeline.report.grid_figures import plot_axis_effects
 from pipeline.report.grid_page import axis_effect_caption, axis_effects, grid_metric
@@ -35,6 +36,7 @@ from pipeline.types import Split
 MAX_SAMPLES_PER_CLASS = 100  # of a t-SNE, as in MARNet's Figure 3
 CONFUSED_GROUP_SIZE = 5  # in SeDA's Figure 5
 NUM_HARD_CLASSES = 15  # of multi-label data, which have no confusion
+_SAME_SAMPLES = " The classes were chosen on these same samples, so the first method looks worse here than it is."
 
 
 class DrawFigure(Protocol):
@@ -107,7 +109,7 @@ def write_feature_space(
     indices, group, classes = figure_data.choose_tsne_samples(label, MAX_SAMPLES_PER_CLASS)
     table = head.read(home, manifest, [samples[index] for index in indices], ("image",), "marnet-fig3")
     group = group[np.isin([samples[index].id for index in indices], table.ids)]
-    if len(group) < 3 or len(set(group.tolist())) < 2:
+    if len(group) < MIN_TSNE_SAMPLES or len(set(group.tolist())) < 2:
         raise UserError(f"the {split} split of {dataset} has too few samples of its most frequent classes for a t-SNE")
     vectors = {"image features xᵥ": table.columns["image"].flatten(1).cpu(), "features of CDR": head.feature(table)}
     positions = {name: figure_data.tsne_positions(each.numpy()) for name, each in vectors.items()}
@@ -230,7 +232,7 @@ def _write_confusion(
         f"{manifest.dataset}, {split} split: confusion of {first} and {second}, in percent of a true class. "
         "The classes are the two that the baseline confuses most on validation, and then one by one those it confuses most "
         f"with these; all others are in the last column. Samples: {sizes}. In the difference, blue on the diagonal and red "
-        "beside it are improvements."
+        f"beside it are improvements.{_SAME_SAMPLES if split == 'val' else ''}"
     )
     plot = partial(figures.plot_confusions, before, after, names, (first, second), PRINT_WIDTH_INCHES)
     return write_printed(folder, "seda-fig5-confusion", plot, numbers, caption)
@@ -251,6 +253,7 @@ def _write_precisions(
     caption = (
         f"{manifest.dataset}, {split} split: average precision of {first} and {second}, of the {len(classes)} classes whose "
         "average precision is lowest for the baseline on validation. Samples with several labels have no confusion matrix."
+        f"{_SAME_SAMPLES if split == 'val' else ''}"
     )
     plot = partial(figures.plot_class_changes, before, after, names, (first, second), PRINT_WIDTH_INCHES)
     return write_printed(folder, "seda-fig5-precision", plot, numbers, caption)
