@@ -39,8 +39,7 @@ def aligned(network: nn.Module, latent: np.ndarray) -> list[np.ndarray]:
 
 @pytest.mark.parametrize("kind", LABEL_KINDS)
 def test_objective(kind: str) -> None:
-    weights = {"w_ce_text": 0.3, "w_kl": 1.3, "w_mse": 0.7, "w_rec": 0.2, "w_cross": 0.4}
-    method, batch = fitted("atnet", kind, 10, **weights)
+    method, batch = fitted("atnet", kind, 10, w_ce_text=0.3, w_kl=1.3, w_mse=0.7, w_rec=0.2, w_cross=0.4)
     rows, label = (batch["paired"] > 0).numpy(), batch["label"]
     x_v, x_s = standardised(batch["image"]), standardised(batch["text"], rows)
     v = linear(x_v, method.image_encoder)

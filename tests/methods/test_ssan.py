@@ -169,8 +169,8 @@ def test_a_native_embedding_has_unit_length_and_small_initial_weights() -> None:
 def test_classes_of_all_texts_are_those_of_a_batch_of_all(kind: str) -> None:
     batch = make_batch(kind)
     losses, gradients = [], []
-    for changes in ({"text_classes": "split"}, {}):
-        method = build("ssan", kind, centres="two", **changes)
+    for text_classes in ("split", "batch"):
+        method = build("ssan", kind, centres="two", text_classes=text_classes)
         method.begin("head", batches_of(batch))
         losses.append(seeded_loss(method, batch))
         gradients.append(torch.autograd.grad(losses[-1]["soft"], [method.classifier.weight])[0])
