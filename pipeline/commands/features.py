@@ -119,7 +119,7 @@ def encoders(
 
 
 def _backbone_lines() -> list[str]:
-    """Return a line for each backbone: its title, its encoder, and the settings that are not the encoder's defaults."""
+    """Return a line for each backbone: its title, its encoder and settings."""
     from pipeline.studies.backbones import BACKBONES
 
     width = max(len(backbone.title) for backbone in BACKBONES.values())

@@ -1,9 +1,9 @@
 """VanillaNet (Chen 2023), few wide layers without shortcuts: 4,096 pooled features.
 
 A checkpoint of huawei-noah/VanillaNet is read as it is (`weights=vanillanet_10.pth depth=10`), in its training form or its
-deploy form. The training form has two 1x1 convolutions per layer, between which a leaky activation fades away: its negative slope
-grows to 1. With slope 1 both are one convolution, so the deploy form has them merged and gives the same features. Fine-tune the
-training form.
+deploy form. The training form has two 1x1 convolutions per layer, between which a leaky activation fades away: its negative
+slope grows to 1. With slope 1 both are one convolution, so the deploy form has them merged and gives the same features.
+Fine-tune the training form.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The eleven backbones of the papers' first tables: which encoder computes the features of a row, and with which settings.
 
-The papers name the networks and not their variants. The variants here are those of public programs of MARNet's authors for the same
-data sets, where these have the network; docs/backbones.md has the sources.
+The papers name the networks and not their variants. The variants here are those of public programs for the same data sets,
+where there are any; docs/backbones.md has the sources.
 """
 
 from __future__ import annotations
