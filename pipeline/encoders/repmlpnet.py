@@ -43,6 +43,10 @@ class Sizes(NamedTuple):
     lengths: tuple[int, ...]  # blocks
     num_sets: tuple[int, ...]  # sets of weights of a fully connected layer, which the channels take in turn
 
+    def times(self, factor: float) -> Sizes:
+        """Return the sizes with other widths."""
+        return self._replace(widths=tuple(round(width * factor) for width in self.widths))
+
 
 VARIANTS = {
     "T": Sizes((64, 128, 256, 512), (2, 2, 6, 2), (1, 4, 16, 128)),
@@ -58,6 +62,7 @@ class Config(Settings):
 
     variant: Annotated[Literal["T", "B", "D", "L"], "the letter in RepMLPNet-T224"] = "T"
     side: Annotated[int, Range(32, 512), "pixels of the square that the network sees, 224 or 256 in the checkpoints"] = 224
+    width: Annotated[float, Range(1 / 4, 4), "factor of all widths; 1 in the checkpoints"] = 1.0
     weights: Annotated[str, "a .pth or .safetensors file or folder in the layout of DingXiaoH/RepMLP; or random"] = ""
     form: Annotated[Form, "deploy: the convolutions are merged into the fully connected layers"] = "training"
     crop: Annotated[float, Range(0.25, 1), "share of the shorter side that the network sees"] = 0.875
@@ -67,6 +72,14 @@ class Config(Settings):
         super().__post_init__()
         if self.side % STRIDE:
             raise UserError(f"side must be a multiple of {STRIDE}, not {self.side}")
+        for channels, _, num_sets in zip(*self.sizes, strict=True):
+            if channels % num_sets:
+                raise UserError(f"width {self.width} gives {channels} channels, no multiple of {num_sets} sets; set width=1")
+
+    @property
+    def sizes(self) -> Sizes:
+        """The sizes of the network."""
+        return VARIANTS[self.variant].times(self.width)
 
 
 class RepMLPNetEncoder(Encoder):
@@ -79,7 +92,7 @@ class RepMLPNetEncoder(Encoder):
     def __init__(self, config: Config) -> None:
         super().__init__(config)
         with fixed_seed():
-            self.network = RepMLPNet(VARIANTS[config.variant], config.side)
+            self.network = RepMLPNet(config.sizes, config.side)
         self.weights_sha256 = load_in_form(self.network, config.weights, config.form, _LAYOUT)
         self.feature_shape = (self.network.head_norm.num_features,)
         self.drawing_side = round(config.side / config.crop)
@@ -92,6 +105,7 @@ class RepMLPNetEncoder(Encoder):
         config = self.config
         return {
             "architecture": f"RepMLPNet-{config.variant}{config.side}",
+            "width": config.width,
             "weights_sha256": self.weights_sha256,
             "form": config.form,
             "preprocessing": {"side": config.side, "crop": config.crop, "interpolation": "bilinear", "statistics": "imagenet"},
@@ -101,8 +115,8 @@ class RepMLPNetEncoder(Encoder):
 
     @classmethod
     def small(cls) -> dict[str, Any]:
-        """Return the settings of the smallest input."""
-        return {"side": STRIDE, "weights": "random"}
+        """Return the settings of the smallest input and few channels."""
+        return {"side": STRIDE, "width": 1 / 4, "weights": "random"}
 
     def prepare_image(self, image: Image.Image) -> Tensor:
         """Return pixels uint8 [3,side,side] of an opened image."""
@@ -126,11 +140,11 @@ class RepMLPNet(nn.Module):
             side: pixels of the square that the network reads.
         """
         super().__init__()
-        widths, positions = sizes.widths, [side // 4 // 2**stage for stage in range(len(sizes.widths))]
+        widths, map_sides = sizes.widths, [side // 4 // 2**stage for stage in range(len(sizes.widths))]
         self.conv_embedding = _conv_bn(3, widths[0], kernel=4, stride=4)
         self.stages = nn.ModuleList(
-            nn.ModuleList(RepMLPUnit(width, side_, num_sets) for _ in range(length))
-            for width, length, num_sets, side_ in zip(*sizes, positions, strict=True)
+            nn.ModuleList(RepMLPUnit(width, map_side, num_sets) for _ in range(length))
+            for width, length, num_sets, map_side in zip(*sizes, map_sides, strict=True)
         )
         self.embeds = nn.ModuleList(_conv_bn(width, wider, kernel=2, stride=2) for width, wider in pairwise(widths))
         self.head_norm = nn.BatchNorm2d(widths[-1])
@@ -147,7 +161,7 @@ class RepMLPNet(nn.Module):
 
     def merge(self) -> None:
         """Give the network the deploy form."""
-        for module in self.modules():
+        for module in [*self.modules()]:
             if isinstance(module, RepMLPBlock):
                 module.merge()
 

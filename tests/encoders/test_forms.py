@@ -108,6 +108,7 @@ def test_a_deeper_network_is_not_cut(tmp_path: Path) -> None:
     ("name", "settings", "fault"),
     [
         ("repmlpnet", {"side": 100}, "side must be a multiple of 32, not 100"),
+        ("repmlpnet", {"width": 0.3}, "width 0.3 gives 38 channels, no multiple of 4 sets; set width=1"),
         ("vanillanet", {"form": "deploy", "slope": 0.5}, "set slope=1 or form=training"),
         ("vanillanet", {"depth": 14}, r"depth must be in 5\.\.13"),
     ],
@@ -163,7 +164,7 @@ def test_the_names_of_vanillanet_are_those_of_its_checkpoints() -> None:
 
 
 def test_the_names_of_repmlpnet_are_those_of_its_checkpoints() -> None:
-    network = RepMLPNet(VARIANTS["T"], 32)
+    network = RepMLPNet(VARIANTS["T"].times(1 / 4), 32)
     units = [f"stages.{stage}.{number}" for stage, length in enumerate((2, 2, 6, 2)) for number in range(length)]
     blocks = [f"{unit}.repmlp_block" for unit in units]
     gates = {f"{block}.gp.{layer}.{tensor}" for block in blocks for layer in ("fc1", "fc2") for tensor in ("weight", "bias")}

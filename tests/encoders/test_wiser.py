@@ -78,7 +78,7 @@ def test_weights_of_the_residual_branch_alone_are_enough(tmp_path: Path, caplog:
 def test_a_residual_branch_that_is_not_available_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(UserError, match=r"hf download timm/wide_resnet50_2.* --set weights=FOLDER"):
-        build(residual="wide_resnet50_2", weights="pretrained")
+    with pytest.raises(UserError, match=r"hf download timm/test_resnet\.r160_in1k .* --set weights=FOLDER"):
+        build(weights="pretrained")
     with pytest.raises(UserError, match="residual 'wide_resnet' is no model of timm; wide_resnet50_2 is the paper's"):
         build(residual="wide_resnet")

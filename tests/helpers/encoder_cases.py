@@ -53,7 +53,7 @@ MODEL_SIZES: dict[str, dict[str, Any]] = {  # transformers' name of a model -> a
 FAMILIES = {  # every family, with every kind of network in it -> settings other than its model
     "efficientnet_lite": {},
     "frames": {"encoder": "timm", "settings": "model=test_vit", "num_frames": "3"},
-    "repmlpnet": {"side": "32"},
+    "repmlpnet": {"side": "32", "width": "0.25"},
     "vanillanet": {"depth": "5", "width": "0.03125", "side": "32"},
     "wiser": {"residual": "test_resnet", "num_maps": "4", "width": "16"},
     "openclip image": {"modality": "image"},
