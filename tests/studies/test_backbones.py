@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pytest
 import timm
@@ -46,9 +47,8 @@ def extract_and_finetune(manifest: Manifest, home: Path, encoder: str, settings:
     given = {**settings, "weights": "random", "compute_dtype": "float32"}
     options = ExtractOptions(progress=False, workers=0)
     cache = open_cache(extract(manifest, encoder, given, home, store_dtype="float32", options=options))
-    features = torch.from_numpy(cache.read(cache.ids))
-    assert features.isfinite().all()
-    assert features.std(dim=0).max() > 1e-6
+    features = cache.read(cache.ids)
+    assert np.isfinite(features).all()
     init = joint_home.train_small_head(home, "baseline", epochs=1)
     joint_home.finetune_briefly(home, init, JointConfig(train="image", encoder_lr=1e-3), epochs="1")
     (history,) = (home / "joint").rglob("history.csv")
