@@ -48,7 +48,7 @@ class Sizes(NamedTuple):
         return self._replace(widths=tuple(round(width * factor) for width in self.widths))
 
 
-VARIANTS = {
+REPMLPNETS = {
     "T": Sizes((64, 128, 256, 512), (2, 2, 6, 2), (1, 4, 16, 128)),
     "B": Sizes((96, 192, 384, 768), (2, 2, 12, 2), (1, 4, 32, 128)),
     "D": Sizes((80, 160, 320, 640), (2, 2, 18, 2), (1, 4, 16, 128)),
@@ -79,7 +79,7 @@ class Config(Settings):
     @property
     def sizes(self) -> Sizes:
         """The sizes of the network."""
-        return VARIANTS[self.variant].times(self.width)
+        return REPMLPNETS[self.variant].times(self.width)
 
 
 class RepMLPNetEncoder(Encoder):

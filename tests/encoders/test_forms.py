@@ -13,7 +13,7 @@ from scipy.ndimage import correlate
 from torch import Tensor, nn
 
 from pipeline.encoders._factory import build_encoder
-from pipeline.encoders.repmlpnet import VARIANTS, RepMLPBlock, RepMLPNet
+from pipeline.encoders.repmlpnet import REPMLPNETS, RepMLPBlock, RepMLPNet
 from pipeline.encoders.vanillanet import SeriesActivation, VanillaLayer, VanillaNet
 from pipeline.runtime import plugins
 from pipeline.runtime.errors import UserError
@@ -21,8 +21,8 @@ from pipeline.runtime.errors import UserError
 NAMES = ("repmlpnet", "vanillanet")
 ORIGINS = {"repmlpnet": "DingXiaoH/RepMLP", "vanillanet": "huawei-noah/VanillaNet"}
 # Millions of parameters, with a classifier of 1,000 classes, as the repositories publish them; VanillaNet's in deploy form.
-VANILLANETS = {5: 15.5, 6: 32.5, 7: 32.8, 8: 37.1, 9: 41.4, 10: 45.7, 11: 50.0, 12: 54.3, 13: 58.6}
-REPMLPNETS = {"T224": 38.3, "B224": 68.2, "T256": 58.7, "B256": 96.5, "D256": 86.9, "L256": 117.7}
+PUBLISHED_VANILLANETS = {5: 15.5, 6: 32.5, 7: 32.8, 8: 37.1, 9: 41.4, 10: 45.7, 11: 50.0, 12: 54.3, 13: 58.6}
+PUBLISHED_REPMLPNETS = {"T224": 38.3, "B224": 68.2, "T256": 58.7, "B256": 96.5, "D256": 86.9, "L256": 117.7}
 
 
 def build(name: str, **settings: Any) -> Any:
@@ -118,13 +118,13 @@ def test_impossible_settings_are_named(name: str, settings: dict[str, Any], faul
         build(name, **settings)
 
 
-@pytest.mark.parametrize("depth", VANILLANETS)
+@pytest.mark.parametrize("depth", PUBLISHED_VANILLANETS)
 def test_vanillanet_has_the_published_number_of_parameters(depth: int) -> None:
     with torch.device("meta"):
         network = VanillaNet(depth, 1.0, 1.0)
         network.merge()
         classifier = nn.Linear(4096, 1000)
-    assert millions(network, classifier) == pytest.approx(VANILLANETS[depth], abs=0.051)
+    assert millions(network, classifier) == pytest.approx(PUBLISHED_VANILLANETS[depth], abs=0.051)
 
 
 def test_the_wide_vanillanet_has_the_published_number_of_parameters() -> None:
@@ -134,12 +134,12 @@ def test_the_wide_vanillanet_has_the_published_number_of_parameters() -> None:
         assert millions(network, nn.Linear(6144, 1000)) == pytest.approx(127.8, abs=0.051)
 
 
-@pytest.mark.parametrize("variant", REPMLPNETS)
+@pytest.mark.parametrize("variant", PUBLISHED_REPMLPNETS)
 def test_repmlpnet_has_the_published_number_of_parameters(variant: str) -> None:
     with torch.device("meta"):
-        network = RepMLPNet(VARIANTS[variant[0]], int(variant[1:]))
+        network = RepMLPNet(REPMLPNETS[variant[0]], int(variant[1:]))
         classifier = nn.Linear(network.head_norm.num_features, 1000)
-    assert millions(network, classifier) == pytest.approx(REPMLPNETS[variant], abs=0.1)
+    assert millions(network, classifier) == pytest.approx(PUBLISHED_REPMLPNETS[variant], abs=0.1)
 
 
 def millions(*modules: nn.Module) -> float:
@@ -164,7 +164,7 @@ def test_the_names_of_vanillanet_are_those_of_its_checkpoints() -> None:
 
 
 def test_the_names_of_repmlpnet_are_those_of_its_checkpoints() -> None:
-    network = RepMLPNet(VARIANTS["T"].times(1 / 4), 32)
+    network = RepMLPNet(REPMLPNETS["T"].times(1 / 4), 32)
     units = [f"stages.{stage}.{number}" for stage, length in enumerate((2, 2, 6, 2)) for number in range(length)]
     blocks = [f"{unit}.repmlp_block" for unit in units]
     gates = {f"{block}.gp.{layer}.{tensor}" for block in blocks for layer in ("fc1", "fc2") for tensor in ("weight", "bias")}
