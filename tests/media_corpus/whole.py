@@ -114,6 +114,8 @@ def _odd_jpeg() -> Iterator[WholeFile]:
             "zeros-after": data + bytes(512),
             "zeros-before-end": data[:-2] + bytes(40) + data[-2:],
             "zeros-between": data[:table] + bytes(5) + data[table:scan] + bytes(1000) + data[scan:],
+            "bytes-between": data[:table] + b"\x12\x34\xff\0\xa5" + data[table:scan] + b" " * 999 + data[scan:],
+            "bytes-after-text": data[:table] + b"\xff\xfe\0\4ab" + b"cd" + data[table:],
             "fill": data[:scan] + b"\xff" * 9 + data[scan:-2] + b"\xff" * 5 + data[-2:],
             "comment": data[:scan] + b"\xff\xfe\0\6\xff\xda\xff\xd9" + data[scan:],
             "revision": data[: app + 5] + b"\3" + data[app + 6 :],
