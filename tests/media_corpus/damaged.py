@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
+from media_corpus.bitmaps import encode_bitmap
+
 WIDTH, HEIGHT = 40, 24
 PIXELS = WIDTH * HEIGHT
 JPEG_END, JPEG_SCAN = b"\xff\xd9", b"\xff\xda"
@@ -223,6 +225,7 @@ def _damaged_gif() -> Iterator[DamagedFile]:
         data = encoded(picture, "GIF")
         start = data.index(b",\0\0\0\0") + 10
         yield DamagedFile(f"half-{number}.gif", data[: (start + len(data)) // 2], CUT)
+        yield DamagedFile(f"pixels-less-{number}.gif", data[: -6 - number], "cut short: the codes of a frame give too few")
         yield DamagedFile(
             f"wider-{number}.gif", data[: start - 5] + struct.pack("<H", WIDTH + 8) + data[start - 3 :], "too few"
         )
@@ -327,6 +330,10 @@ def _damaged_bmp() -> Iterator[DamagedFile]:
         yield DamagedFile(f"half-{mode}.bmp", data[: len(data) // 2], "truncated")
         yield DamagedFile(f"cut-{mode}.bmp", data[: -8 - seed], "truncated")
         yield DamagedFile(f"depth-{mode}.bmp", flipped(data, 28, 1), "depth")
+        runs = b"".join(bytes([HEIGHT, value, 0, 0]) for value in range(4 + seed))  # of a picture that is 8 rows high
+        short = encode_bitmap([runs], (HEIGHT, 8), 8, compression=1, palette=bytes(4 * 256))
+        yield DamagedFile(f"runs-end-{mode}.bmp", short + b"\0\1", "not enough image data")
+        yield DamagedFile(f"runs-cut-{mode}.bmp", short[: -3 + seed], "not enough image data")
         yield DamagedFile(f"compression-{mode}.bmp", flipped(data, 30, 4), "compression")
 
 
