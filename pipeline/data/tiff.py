@@ -153,6 +153,8 @@ class _Layout:
 
     def check(self) -> None:
         """Raise `UserError` for layouts that neither Pillow nor this module reads right."""
+        if not all(self.offsets):
+            raise UserError("parts of it are not stored, as in a sparse GeoTIFF; fill them, e.g. with gdal_translate")
         what = f"photometric interpretation {self.photometric}, compression {self.compression}, {self.bits} bits"
         if self.photometric not in NUM_COLOURS or self.compression not in BYTE_COMPRESSIONS:
             is_known = (self.bits, self.sample_format) == (8, 1) or (self.bits, self.samples) == (1, 1)
