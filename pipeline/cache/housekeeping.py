@@ -24,8 +24,13 @@ class RemovalSummary:
 
 def ls(home: Path) -> list[dict[str, Any]]:
     """Return one line per cache, complete or not: its encoder, its size and the command that made it, as JSON values."""
+    return [_describe_cache(path) for path in list_folders(home)]
+
+
+def list_folders(home: Path) -> list[Path]:
+    """Return the folders of all caches of a home, complete or not."""
     folders = sorted(folder for folder in (home / "caches").glob("*") if folder.is_dir())
-    return [_describe_cache(path) for folder in folders for path in find_caches(home, folder.name)]
+    return [path for folder in folders for path in find_caches(home, folder.name)]
 
 
 def _describe_cache(path: Path) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from pipeline.commands.checks import check_dataset
-from pipeline.commands.options import DEFAULT_HOME, AsJson, CommandGroup, Home, Processes, show, show_table
+from pipeline.commands.options import DEFAULT_HOME, AsJson, CommandGroup, Home, Processes, show, show_table, with_home
 from pipeline.runtime.errors import UserError
 
 cache_commands = CommandGroup("List, check, repair, compare, move and remove feature caches.")
@@ -27,18 +27,26 @@ def info(path: CachePath, as_json: AsJson = False) -> None:
 
 @cache_commands.command()
 def verify(
-    paths: Annotated[list[Path], typer.Argument(metavar="CACHE", help="Folders of caches; `diffalign cache ls` shows them.")],
+    paths: Annotated[
+        list[Path], typer.Argument(metavar="[CACHE]", help="Folders of caches; without one, all caches of the home.")
+    ] = [],  # noqa: B006 - typer makes a list of its own
+    home: Home = DEFAULT_HOME,
 ) -> None:
     """Check every shard against its commit record; exit code 2 when something is wrong."""
     from pipeline.cache import verify as cache_verify
+    from pipeline.cache.housekeeping import list_folders
     from pipeline.cache.reader import describe_failures
 
-    found = {path: cache_verify(path) for path in paths}
+    chosen = paths or list_folders(home)
+    if not chosen:
+        print(f"no caches in {home}; make one with: diffalign extract DATASET")
+    found = {path: cache_verify(path) for path in chosen}
     for path in (path for path, problems in found.items() if not problems):
         failed = describe_failures(path)
         print(f"{path}: every shard agrees with its commit record{f'; {failed}' if failed else ''}")
     if any(found.values()):
-        raise UserError("; ".join(f"{path}: {'; '.join(problems)}" for path, problems in found.items() if problems))
+        wrong = ((path, "; ".join(problems)) for path, problems in found.items() if problems)
+        raise UserError("; ".join(text if text.startswith(str(path)) else f"{path}: {text}" for path, text in wrong))
 
 
 @cache_commands.command()
@@ -156,12 +164,22 @@ def import_file(
     if dataset:
         check_dataset(dataset, home)
 
+    from pipeline.cache import open_cache
     from pipeline.cache.transfer import import_features
+    from pipeline.commands.features import next_command
 
     done = import_features(
         source, home, dataset=dataset, name=name, modality=modality, store_dtype=store_dtype, max_failures=max_failures
     )
-    show({**asdict(done), "path": str(done.path)}, as_json)
+    if as_json:
+        show({**asdict(done), "path": str(done.path)}, as_json)
+        return
+    show({"path": done.path, "samples": done.samples, "failed": done.failed}, as_json)
+    if done.unknown:
+        print(f"unknown: {done.unknown} rows of the file, of no sample; the first is {done.first_unknown!r}")
+    dataset, cache = done.path.parent.name, open_cache(done.path)
+    command = next_command(home, dataset, {cache.identity["encoder"]["name"]: cache})
+    print(with_home(f"next: {command}", home))
 
 
 @cache_commands.command()

@@ -40,7 +40,9 @@ def check_dataset(dataset: str, home: Path) -> None:
     """
     choices = sorted({*plugins.names("datasets"), *_datasets_in(home)})
     if dataset not in choices:
-        hint = "" if home.is_dir() else f"there is no folder {home}: --home says where yours are"
+        there = _datasets_in(home)
+        hint = f"in {home}: {', '.join(there)}" if there else f"nothing is prepared in {home}"
+        hint = hint if home.is_dir() else f"there is no folder {home}: --home says where yours are"
         raise unknown_choice(dataset, f"unknown dataset {dataset!r}", choices, hint=hint)
 
 
@@ -48,11 +50,11 @@ def check_reported_dataset(dataset: str, home: Path) -> None:
     """Check the name of a dataset of which something is in `home`: its manifest or its runs.
 
     Raises:
-        UserError: there is nothing of it; the message lists those of which there is something, or says what comes first.
+        UserError: there is nothing of it; the message lists those that have runs, or says what comes first.
     """
-    choices = _datasets_in(home)
-    if dataset in choices:
+    if dataset in _datasets_in(home):
         return
+    choices = _datasets_with_runs(home)
     if choices:
         raise unknown_choice(dataset, f"{home} has no runs of {dataset!r}", choices)
     check_dataset(dataset, home)
@@ -61,7 +63,11 @@ def check_reported_dataset(dataset: str, home: Path) -> None:
 
 
 def _datasets_in(home: Path) -> list[str]:
-    return sorted({path.stem for path in (home / "manifests").glob("*.parquet")} | {path.name for path in home.glob("runs/*")})
+    return sorted({*(path.stem for path in (home / "manifests").glob("*.parquet")), *_datasets_with_runs(home)})
+
+
+def _datasets_with_runs(home: Path) -> list[str]:
+    return sorted(path.name for path in home.glob("runs/*"))
 
 
 def check_split(split: str) -> Split:

@@ -85,10 +85,10 @@ def extract(
     )
     show({name: str(cache.path) for name, cache in caches.items()}, as_json)
     if not as_json:
-        print(with_home(f"next: {_next_command(home, dataset, caches)}", home))
+        print(with_home(f"next: {next_command(home, dataset, caches)}", home))
 
 
-def _next_command(home: Path, dataset: str, extracted: Mapping[str, Cache]) -> str:
+def next_command(home: Path, dataset: str, extracted: Mapping[str, Cache]) -> str:
     """Return the command that trains a head on the caches that there are; without image features, the one that makes them."""
     from pipeline.cache.reader import find_caches, is_of_text
     from pipeline.data.manifest_files import load_dataset_spec

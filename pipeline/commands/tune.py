@@ -21,6 +21,7 @@ from pipeline.commands.options import (
     parse_integers,
     show,
     show_table,
+    with_home,
 )
 from pipeline.runtime.errors import UserError
 
@@ -114,6 +115,8 @@ def tune(
     else:
         print(format_tuned(result.entries), end="")
         print("".join(f"# {key}: {path}\n" for key, path in files.items()), end="")
+        for name in [name for name in names if name in result.entries][:1]:
+            print(with_home(f"# next: diffalign train-head --dataset {dataset} --method {name} --preset tuned", home))
     if result.failed:
         run, reason = next(each for each in result.failed.items() if each[0] in result.bugs or not result.bugs)
         message = f"{len(result.failed)} trials failed, the first is {run}: {reason}"

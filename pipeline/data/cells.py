@@ -77,7 +77,7 @@ def parse_labels(value: Any, separator: str, table: Path, line: int) -> tuple[st
         value = [part.strip() for part in (value.split(separator) if separator else [value])]
     items = [_whole(item) for item in (value if isinstance(value, list) else [value])]
     labels = [nfc(parse_name(item, table, line)) for item in items if item not in ("", None)]
-    negative = next((label for label in labels if re.fullmatch(r"-\d+", label)), "")
+    negative = next((label for label in labels if re.fullmatch(r"-\d+(\.0+)?", label)), "")
     if negative:
         raise line_error(table, line, f"{negative!r} is negative; a class id is 0 or more, and no label is an empty cell")
     return tuple(labels)

@@ -14,7 +14,6 @@ from pathlib import Path
 
 from PIL import Image, JpegImagePlugin, TiffImagePlugin, UnidentifiedImageError
 
-from pipeline.data.gif_damage import check_gif
 from pipeline.data.jpeg_damage import check_jpeg, load_jpeg
 from pipeline.data.lzw_damage import check_lzw
 from pipeline.data.png_damage import check_png, inflate, without_texts
@@ -97,8 +96,6 @@ def load_whole(path: Path, file: Image.Image) -> Image.Image:
     elif file.format == "PNG":
         uncompressed = check_png(_read(path), all_frames=False)
         file = Image.open(io.BytesIO(uncompressed), formats=("PNG",)) if uncompressed else file
-    elif file.format == "GIF":
-        check_gif(_read(path), all_frames=False)
     elif isinstance(file, TiffImagePlugin.TiffImageFile):
         check_tiff(path, file.tag_v2)
     try:
@@ -108,14 +105,6 @@ def load_whole(path: Path, file: Image.Image) -> Image.Image:
             raise UserError("damaged: the compressed pixels cannot be decoded") from error
         raise
     return file
-
-
-def check_animation(path: Path, form: str | None) -> None:
-    """Check all frames of a GIF or PNG, as `load_whole` checks a picture; `form` is Pillow's name of the format."""
-    if form == "PNG":
-        check_png(_read(path), all_frames=True)
-    elif form == "GIF":
-        check_gif(_read(path), all_frames=True)
 
 
 def _read(path: Path) -> bytes:

@@ -15,12 +15,15 @@ from pipeline.runtime.errors import UserError
 
 MAX_SCANS = 100  # of a JPEG; real ones have up to some twenty, and each is as much work as a picture
 MAX_ZEROS = 2  # bytes at the end of a scan; more of them are no codes
+MIN_SEGMENT = 4  # bytes, of marker and length
 JPEG_END = b"\xff\xd9"
 JPEG_SCAN_START = b"\xff\xda"
 JPEG_SCAN, JPEG_COMMENT, JPEG_APPLICATIONS = 0xDA, 0xFE, range(0xE0, 0xF0)
 JPEG_PROGRESSIVE = (0xC2, 0xCA)
 JPEG_FRAMES = (0xC0, 0xC1, 0xC9, *JPEG_PROGRESSIVE)
 JPEG_MARKER = re.compile(rb"\xff+[^\x00\xd0-\xd7\xff]")  # one that ends a scan
+JPEG_NEXT = re.compile(rb"\xff[^\x00\xff]")  # where a segment may begin
+JPEG_SHOWN = re.compile(rb"Adobe|Exif\0\0")  # what begins a segment that says how pixels become colours, and which side is up
 JPEG_COLORS = {"L": "GRAY", "RGB": "RGB"}  # a mode of Pillow, and its name in simplejpeg
 
 
@@ -71,24 +74,29 @@ def check_jpeg(data: bytes) -> None:
             raise UserError(f"damaged: {reason}") from error
 
 
+def _check_padding(padding: bytes) -> None:
+    """Raise `UserError` if bytes between two segments are one that the picture needs, with a damaged marker."""
+    is_segment = len(padding) >= MIN_SEGMENT and int.from_bytes(padding[2:4], "big") == len(padding) - 2
+    if is_segment or JPEG_SHOWN.search(padding):
+        raise UserError("damaged: there are extraneous bytes before a marker, which are a segment")
+
+
 def _plain_jpeg(data: bytes) -> tuple[bytes, bool]:
     """Return a JPEG without metadata, and whether it has an end or at least all its scans.
 
+    Bytes between the segments, which some cameras and editors of metadata leave, are left out, too.
+
     Raises:
-        UserError: there are bytes between the segments, or a segment is cut short.
+        UserError: a segment is cut short, or bytes between two of them are the rest of a third one.
     """
     parts, position, is_sequential, num_scans = [data[:2]], 2, True, 0
     needed: set[tuple[int, int]] = set()  # (component, coefficient) that a scan has to complete
     while position + 2 <= len(data):
-        if data[position] == 0:  # some cameras fill up a segment, or the last scan, with zeros
-            position += 1
-            continue
-        if data[position] != 0xFF:
-            raise UserError("damaged: there are extraneous bytes before a marker")
-        marker = data[position + 1]
-        if marker == 0xFF:  # a fill byte
-            position += 1
-            continue
+        found = JPEG_NEXT.search(data, position)
+        if not found:
+            break
+        _check_padding(data[position : found.start()])
+        position, marker = found.start(), data[found.start() + 1]
         if marker == JPEG_END[1]:
             needed.clear()
             break

@@ -12,6 +12,7 @@ MIN_BYTES, MAX_CLEARS = 64, 1000  # that many bytes a table gives on average, ap
 # The width in bits of each code after a "clear": a code is one bit longer when the table is about to need it.
 WIDTHS: np.ndarray = 9 + np.searchsorted([512 - FIRST, 1024 - FIRST, 2048 - FIRST], np.arange(MAX_CODES), side="right")
 ENDS: np.ndarray = np.cumsum(WIDTHS)  # in bits
+NUMBERS: np.ndarray = np.arange(MAX_CODES)
 
 
 def check_lzw(data: bytes, most: int) -> None:
@@ -22,15 +23,16 @@ def check_lzw(data: bytes, most: int) -> None:
     """
     if len(data) < 2 or (data[0] == 0 and data[1] & 1):  # the order of bits of very old programs
         return
+    padded = np.frombuffer(data + bytes(2), np.uint8).astype(np.int32)
+    words = padded[:-2] << 16 | padded[1:-1] << 8 | padded[2:]  # the 24 bits from each byte on
     total = position = clears = 0
     while position + 9 <= 8 * len(data):
-        codes = _codes(_bits(data, position))
+        codes = _codes(words, position)
         stops = np.flatnonzero((codes == CLEAR) | (codes == END))
         if not len(stops) and len(codes) == MAX_CODES:
             return  # the table is not cleared in time; libtiff reads some of these
         # without an end, the last bits may look like a code
-        lengths = _lengths(codes[: stops[0]] if len(stops) else codes[:-1])
-        total, clears = total + int(lengths.sum()), clears + 1
+        total, clears = total + _num_bytes(codes[: stops[0]] if len(stops) else codes[:-1]), clears + 1
         if total > most:
             raise UserError("damaged: the codes of a part do not fit the size of the picture")
         if MIN_BYTES * (clears - MAX_CLEARS) > total:
@@ -40,33 +42,22 @@ def check_lzw(data: bytes, most: int) -> None:
         position += int(ENDS[stops[0]])
 
 
-def _bits(data: bytes, position: int) -> np.ndarray:
-    """Return the bits from a position on, as many as the codes of a table have at most."""
-    start = position // 8
-    part = np.frombuffer(data, np.uint8, min(len(data) - start, int(ENDS[-1]) // 8 + 1), start)
-    return np.unpackbits(part)[position % 8 :]
+def _codes(words: np.ndarray, position: int) -> np.ndarray:
+    """Return the codes from a bit on, where the table is empty, up to its size or the end, as if none of them cleared it."""
+    count = int(np.searchsorted(ENDS, 8 * len(words) - position, side="right"))
+    widths = WIDTHS[:count]
+    starts = ENDS[:count] - widths + position
+    return words[starts >> 3] >> (24 - widths - (starts & 7)) & ((1 << widths) - 1)
 
 
-def _codes(bits: np.ndarray) -> np.ndarray:
-    """Return the codes of bits that begin where the table is empty, as if none of them cleared it."""
-    count = int(np.searchsorted(ENDS, len(bits), side="right"))
-    codes = np.zeros(count, np.int64)
-    for width in (9, 10, 11, 12):
-        chosen = np.flatnonzero(WIDTHS[:count] == width)
-        if len(chosen):
-            start, end = int(ENDS[chosen[0]]) - width, int(ENDS[chosen[-1]])
-            codes[chosen] = bits[start:end].reshape(-1, width) @ (1 << np.arange(width - 1, -1, -1))
-    return codes
-
-
-def _lengths(codes: np.ndarray) -> np.ndarray:
-    """Return how many bytes each code gives: a code of the table gives one more than the code with which it was made."""
+def _num_bytes(codes: np.ndarray) -> int:
+    """Return how many bytes codes give: a code of the table gives one more than the code with which it was made."""
     made_by = codes - FIRST
-    is_entry = made_by >= 0
-    if (made_by[is_entry] >= np.flatnonzero(is_entry)).any():
+    if (made_by >= NUMBERS[: len(codes)]).any():
         raise UserError("damaged: a code is out of range")
-    numbers = np.arange(len(codes))
-    lengths, source = is_entry.astype(np.int64), np.where(is_entry, made_by, numbers)
-    while (source != source[source]).any():  # each turn doubles the way that is gone
-        lengths, source = lengths + lengths[source], source[source]
-    return lengths + 1
+    total, left = len(codes), made_by[made_by >= 0]
+    while len(left):  # one byte of each of those that are left, in each turn
+        total += len(left)
+        left = made_by[left]
+        left = left[left >= 0]
+    return total

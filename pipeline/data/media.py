@@ -19,7 +19,7 @@ from pipeline.data.animations import animation_frames
 from pipeline.data.damage import check_file
 from pipeline.data.pictures import IMAGE_FORMATS, decode_picture
 from pipeline.data.pixels import WHITE
-from pipeline.data.svg import draw_svg
+from pipeline.data.svg import decode_xml, draw_svg
 from pipeline.data.video import video_frames
 from pipeline.runtime.errors import UserError
 
@@ -137,11 +137,12 @@ def _read_svg(path: Path) -> str:
         data = file.read(MAX_SVG_BYTES + 1)
     if len(data) > MAX_SVG_BYTES:
         raise UserError(f"the drawing is larger than {MAX_SVG_BYTES} bytes")
-    for element in ElementTree.fromstring(data).iter():
+    drawing = decode_xml(data)
+    for element in ElementTree.fromstring(drawing).iter():
         links = [value for name, value in element.attrib.items() if name.rpartition("}")[2] == "href"]
         if element.tag.rpartition("}")[2] in ("image", "feImage") and not all(v.startswith(("data:", "#")) for v in links):
             raise UserError("the drawing refers to an external picture")
-    return data.decode("utf-8")
+    return drawing
 
 
 def _render_svg(drawing: str, size: int) -> Image.Image:

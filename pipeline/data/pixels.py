@@ -31,8 +31,8 @@ def check_area(width: int, height: int) -> None:
 
 def on_white(image: Image.Image) -> Image.Image:
     """Return a picture as RGB; transparent parts become white."""
-    if image.mode.startswith("I;16"):  # the conversion of Pillow clips instead of scaling
-        image = image.point(lambda value: value / 257).convert("L")
+    if image.mode.startswith("I;16"):
+        image = upper_bytes(image)
     if image.mode in ("I", "F"):  # it would clip, too; no reader of a format gives one
         raise UserError(f"samples of a kind that is not supported: {image.mode}")
     if not image.has_transparency_data:
@@ -40,6 +40,11 @@ def on_white(image: Image.Image) -> Image.Image:
     image = image.convert("RGBA")
     canvas = Image.new("RGBA", image.size, (*WHITE, 255))
     return Image.alpha_composite(canvas, image).convert("RGB")
+
+
+def upper_bytes(image: Image.Image) -> Image.Image:
+    """Return a grey picture of 16 bits as one of 8: its upper bytes, as Pillow does with colours."""
+    return image.point(lambda value: value / 256).convert("L")
 
 
 def check_clip(num_pixels: int) -> None:

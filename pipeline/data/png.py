@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from pipeline.data.damage import load_whole, open_picture
-from pipeline.data.pixels import check_size
+from pipeline.data.pixels import check_size, upper_bytes
 from pipeline.runtime.errors import UserError
 
 PNG_START = b"\x89PNG\r\n\x1a\n"
@@ -34,7 +34,7 @@ def open_png(source: Path | BinaryIO, check: Callable[[int, int], None] = check_
             return ImageOps.exif_transpose(file)
         del file.info["transparency"]
         opacity = Image.fromarray(np.where(_matches_key(file, source), 0, 255).astype(np.uint8))
-        picture = file.point(lambda value: value / 257) if file.mode == "I;16" else file
+        picture = upper_bytes(file) if file.mode == "I;16" else file
         picture = picture.convert("RGB" if file.mode == "RGB" else "L")
         picture.putalpha(opacity)
         return ImageOps.exif_transpose(picture)

@@ -316,14 +316,14 @@ def _split_digits(values: list[bytes], path: Path, line: int, width: int) -> byt
     return b"".join(values)
 
 
-def csv_rows(path: Path) -> Iterator[tuple[int, list[str]]]:
+def csv_rows(path: Path, separator: str = ",") -> Iterator[tuple[int, list[str]]]:
     """Yield (line number, cells) for every row of a UTF-8 CSV file.
 
     Raises:
         UserError: with file and line, for a huge field, or broken quoting.
     """
     csv.field_size_limit(LINE_LIMIT)
-    reader = csv.reader(text_lines(path), strict=True)
+    reader = csv.reader(text_lines(path), delimiter=separator, strict=True)
     while True:
         try:
             cells = next(reader)

@@ -5,7 +5,9 @@ If a drawing crashes the renderer, or takes too long, only that process is lost.
 
 from __future__ import annotations
 
+import codecs
 import os
+import re
 import resource
 import subprocess
 import sys
@@ -17,6 +19,16 @@ from pipeline.runtime.errors import UserError
 
 DRAWING_SECONDS = 60.0  # time to render one drawing
 RENDERER_BYTES = 4 * 2**30  # address space of the process
+XML_ENCODING = re.compile(rb"\s*<\?xml[^>]*\sencoding\s*=\s*[\"']([\w.:-]+)")
+XML_STARTS = {  # byte order marks, longer ones first, and "<" without one
+    codecs.BOM_UTF32_LE: "utf-32",
+    codecs.BOM_UTF32_BE: "utf-32",
+    codecs.BOM_UTF16_LE: "utf-16",
+    codecs.BOM_UTF16_BE: "utf-16",
+    codecs.BOM_UTF8: "utf-8-sig",
+    b"<\0": "utf-16-le",
+    b"\0<": "utf-16-be",
+}
 _SUCCESS = b"+"  # first byte of a reply with a PNG; any other reply is the reason why there is none
 
 
@@ -51,6 +63,21 @@ class Renderer:
 
 
 _thread = threading.local()  # its attribute `renderer` is the renderer of this thread
+
+
+def decode_xml(data: bytes) -> str:
+    """Return the text of an XML file in the encoding that its first bytes or its declaration name; else UTF-8.
+
+    Raises:
+        ValueError: it is not in that encoding.
+        LookupError: there is no such encoding.
+    """
+    for start, encoding in XML_STARTS.items():
+        if data.startswith(start):
+            return data.decode(encoding)
+    found = XML_ENCODING.match(data)
+    declared = found[1].decode() if found else "utf-8"
+    return data.decode("utf-8" if declared.lower().startswith(("utf-16", "utf-32")) else declared)  # that would be no ASCII
 
 
 def draw_svg(drawing: str, size: int) -> bytes:

@@ -18,6 +18,7 @@ from pipeline.runtime.errors import UserError
 TABLE_SUFFIXES = (".csv", ".jsonl", ".ndjson", ".parquet")
 METADATA_FILES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")  # of an imagefolder
 INDEX_COLUMNS = ("", "Unnamed: 0", "__index_level_0__")  # the numbers of rows that pandas writes
+SEPARATORS = (",", ";", "\t")  # the first one of those that are as frequent
 _BATCH_ROWS = 64  # rows of a Parquet file that are in memory at once
 
 
@@ -45,7 +46,7 @@ def read_records(table: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
 def _csv_records(table: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
     header: list[str] = []
     is_manifest = False
-    for line, cells in csv_rows(table):
+    for line, cells in csv_rows(table, _separator(table)):
         if not header:
             header = [nfc(cell) for cell in cells]
             is_manifest = header == MANIFEST_SCHEMA.names  # which is guarded against spreadsheets
@@ -55,6 +56,12 @@ def _csv_records(table: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
             raise line_error(table, line, f"{len(cells)} cells where the header has {len(header)}")
         else:
             yield line, dict(zip(header, map(unguard_cell, cells) if is_manifest else cells, strict=True))
+
+
+def _separator(table: Path) -> str:
+    """Return what separates the cells: a comma, or a tab or semicolon (as Excel writes in Europe) if the header has none."""
+    header = next(text_lines(table), "")
+    return "," if "," in header else max(SEPARATORS, key=header.count)
 
 
 def _json_records(table: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:

@@ -16,7 +16,9 @@ from pipeline.types import Sample
 MAX_CLASSES = 100_000  # of numbered labels without class names; larger numbers are probably those of a wrong column
 MAX_EMPTY_CLASSES = 10  # that numbered labels may leave out, unless more than that occur
 MIN_CHECKED_SAMPLES = 100  # fewer may well have a class each
+SHARED_SEPARATORS = (";", ",")  # that may stand in a class name, too
 _NUMBER = re.compile(r"0|[1-9]\d*")
+_WHOLE_NUMBER = re.compile(r"(?:0|[1-9]\d*)(?:\.0+)?")
 
 
 class TableRow(NamedTuple):
@@ -45,6 +47,17 @@ def sample_ids(rows: Sequence[TableRow]) -> list[str]:
             return ids
         for i in changed:
             ids[i] = rows[i].media
+
+
+def whole_labels(rows: list[TableRow], names: Collection[str]) -> list[TableRow]:
+    """Return the rows with labels such as "3.0" as "3", if all labels are whole numbers and not all are class names.
+
+    pandas writes whole numbers so where a column has gaps. A single "3.5" or "v3" makes all of them names.
+    """
+    written = {label for row in rows for label in row.labels}
+    if written <= set(names) or not all(_WHOLE_NUMBER.fullmatch(label) for label in written):
+        return rows
+    return [row._replace(labels=tuple(label.partition(".")[0] for label in row.labels)) for row in rows]
 
 
 def merge_rows(rows: list[TableRow], ids: list[str], spec: Mapping[str, Any]) -> tuple[list[TableRow], list[int]]:
@@ -154,12 +167,18 @@ def _numbered_classes(written: Iterable[str], rows: Sequence[TableRow], numbers:
 
 
 def warn_about_classes(classes: Sequence[str], samples: Sequence[Sample]) -> list[str]:
-    """Return warnings: one class alone, classes without a sample, and so many classes that the labels may be something else."""
+    """Return warnings: one class alone, classes without a sample, several labels in a cell, or so many that it is no label."""
     used = {label for sample in samples for label in sample.labels}
     empty = [name for label, name in enumerate(classes) if label not in used]
     warnings = [f"all samples are of one class, {classes[0]!r}: a head has nothing to learn"] if len(classes) == 1 else []
     if empty:
         warnings.append(f"{len(empty)} of {len(classes)} classes have no sample: {', '.join(empty[:10])}")
+    for separator in ("|", *SHARED_SEPARATORS):
+        joined = [name for name in classes if separator in name.strip(separator)]
+        parts = {part.strip() for name in joined for part in name.split(separator)}
+        if joined and (separator not in SHARED_SEPARATORS or parts & set(classes)):
+            what = f"{len(joined)} of {len(classes)} class names contain {separator!r}, such as {joined[0]!r:.60}"
+            warnings.append(f"{what}: are they several labels? Then say --set label_separator='{separator}'")
     if len(samples) > MIN_CHECKED_SAMPLES and len(used) > len(samples) / 2:
         warnings.append(f"there are {len(used)} classes for {len(samples)} samples: is it the column of labels?")
     return warnings

@@ -153,6 +153,8 @@ class _Layout:
 
     def check(self) -> None:
         """Raise `UserError` for layouts that neither Pillow nor this module reads right."""
+        if not all(self.offsets):
+            raise UserError("parts of it are not stored, as in a sparse GeoTIFF; fill them, e.g. with gdal_translate")
         what = f"photometric interpretation {self.photometric}, compression {self.compression}, {self.bits} bits"
         if self.photometric not in NUM_COLOURS or self.compression not in BYTE_COMPRESSIONS:
             is_known = (self.bits, self.sample_format) == (8, 1) or (self.bits, self.samples) == (1, 1)
@@ -217,7 +219,6 @@ class _Scale:
         self.layout = layout
         self.has_negative = False
         self.top = 2**layout.bits - 1
-        self.rest = 0 if layout.bits == 16 else self.top // 2  # added before rounding down; 16 bits are as in a PNG
         self.table = self._scaled(np.arange(self.top + 1)) if layout.bits <= 16 else None
 
     def __call__(self, samples: np.ndarray) -> np.ndarray:
@@ -233,7 +234,9 @@ class _Scale:
         return self._scaled(samples) if self.table is None else self.table[samples]
 
     def _scaled(self, samples: np.ndarray) -> np.ndarray:
-        return ((samples.astype(np.uint64) * 255 + self.rest) // self.top).astype(np.uint8)
+        if self.layout.bits == 16:
+            return (samples >> 8).astype(np.uint8)  # as Pillow reads colours of 16 bits
+        return ((samples.astype(np.uint64) * 255 + self.top // 2) // self.top).astype(np.uint8)
 
     def _between(self, values: np.ndarray, black: float, white: float) -> np.ndarray:
         low, high = float(values.min()), float(values.max())

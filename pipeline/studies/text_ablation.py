@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,6 +23,7 @@ from pipeline.training.heads import plan_head_on, resolve_head_settings, train_h
 from pipeline.training.text_controls import TEXT_CONTROLS, join_text, parse_text
 from pipeline.types import Split
 
+logger = logging.getLogger(__name__)
 NO_TEXT_TERM = "no text term"
 ABOVE, BELOW = f"above {REAL_TEXT}", f"below {REAL_TEXT}"  # the verdicts on a control
 
@@ -83,6 +85,7 @@ def compare_texts(
         variants[NO_TEXT_TERM] = (REAL_TEXT, {**name_settings(plugin.Config, settings, plugin.symbols), **without_text})
     scored = {}
     for title, (control, own) in variants.items():
+        logger.info("ablation of texts: %s, %d heads", title, len(seeds))
         names = cache_names(home, dataset, caches.get("image", ""), join_text(text, control))
         features = open_features(home, dataset, method, names)
         config, train_config = resolve_head_settings(dataset, method, preset, own, training, home)

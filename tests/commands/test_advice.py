@@ -202,8 +202,12 @@ def test_a_report_prints_its_numbers(home: Path, monkeypatch: pytest.MonkeyPatch
     assert (printed["html"], printed["markdown"]) == tuple(map(str, pages))
     assert (row["method"], row["seeds"], row["verdict"], row["acc1_vs_baseline"]) == ("baseline", 2, "the baseline", None)
     assert (row["acc1"], row["acc1_std"]) == pytest.approx((np.mean(values), np.std(values, ddof=1)))
+    (home / "manifests" / "prepared.parquet").touch()  # without a run
     message = error_of(["report", "tinny", "--home", str(home)], monkeypatch, capsys)
     assert message == f"diffalign: {home} has no runs of 'tinny'; choose one of: tiny; did you mean 'tiny'?"
+    message = error_of(["extract", "nothing", "--home", str(home)], monkeypatch, capsys)
+    assert "openmoji" in message
+    assert f"(in {home}: prepared, tiny)" in message
 
 
 def test_a_copy_of_a_run_is_read_and_an_edited_one_is_not(home: Path, tmp_path: Path) -> None:

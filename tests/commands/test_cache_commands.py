@@ -116,10 +116,23 @@ def test_a_head_trains_on_features_computed_elsewhere(
     np.save(tmp_path / "theirs.npy", features)
     (tmp_path / "theirs.txt").write_text("\n".join(ids))
     arguments = ["cache", "import", str(tmp_path / "theirs.npy"), "--dataset", "tiny", "--name", "theirs", "--home", str(home)]
-    run_and_read(arguments, monkeypatch, capsys)
+    printed = run_and_read(arguments, monkeypatch, capsys)
+    assert [line.partition(":")[0] for line in printed.splitlines()] == ["path", "samples", "failed", "next"]
+    assert "next: diffalign train-head --dataset tiny --method baseline --image theirs --home" in printed
     train = ["train-head", "--dataset", "tiny", "--method", "baseline", "--image", "theirs", "--home", str(home), "--json"]
     printed = run_and_read([*train, "--text", "random_projection", "--train=epochs=30", "--train=lr=0.1"], monkeypatch, capsys)
     assert json.loads(printed)[0]["acc1"] == 100.0
+
+
+def test_verify_checks_all_caches_of_a_home_and_names_a_wrong_path_once(
+    home: Path, caches: dict[str, Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    printed = run_and_read(["cache", "verify", "--home", str(home)], monkeypatch, capsys)
+    assert sorted(line.partition(": ")[0] for line in printed.splitlines()) == sorted(map(str, caches.values()))
+    error = run_and_read_error(["cache", "verify", "nowhere"], monkeypatch, capsys)
+    assert error == "diffalign: nowhere is not a feature cache; make one with: diffalign extract\n"
+    empty = run_and_read(["cache", "verify", "--home", str(home / "nothing")], monkeypatch, capsys)
+    assert empty.startswith("no caches in ")
 
 
 def test_rm_removes_a_cache_only_with_yes(

@@ -46,7 +46,12 @@ def test_all_commands_take_the_name(
 ) -> None:
     home = ["--home", str(photos.workspace.home)]
     for command in commands(tmp_path, photos.caches):
-        assert run([*command, *home], monkeypatch) == 0, (command, capsys.readouterr().err)
+        code, printed = run([*command, *home], monkeypatch), capsys.readouterr()
+        assert code == 0, (command, printed.err)
+        if command[0] == "tune":
+            assert "# next: diffalign train-head --dataset photos --method mlp --preset tuned --home" in printed.out
+        if command[:2] == ["ablate", "text"]:
+            assert all(f"ablation of texts: {name}, 2 heads" in printed.err for name in ("real", "noise", "no text term"))
     assert "photos: Your own, of `table`." in _output(["datasets", *home], monkeypatch, capsys)
     assert run(["fetch", "photos", *home], monkeypatch) == 2
     assert "table cannot be fetched" in capsys.readouterr().err

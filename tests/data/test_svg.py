@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import multiprocessing
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 
 from pipeline.data import svg as drawings
+from pipeline.data.media import open_image
 from pipeline.data.svg import draw_svg
 
 SVG = '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 20 20">{}</svg>'
@@ -48,3 +50,38 @@ def test_every_process_and_every_thread_has_its_own_renderer() -> None:
         assert pool.starmap(draw_svg, [(GOOD, size) for size in sizes], chunksize=1) == expected
     with ThreadPoolExecutor(4) as threads:
         assert list(threads.map(lambda size: draw_svg(GOOD, size), sizes)) == expected
+
+
+ENCODED = """<?xml version="1.0"{}?>
+<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 8 8">
+<style>.gr\u00fcn {{ fill: lime }}</style><rect class="gr\u00fcn" width="8" height="8"/></svg>"""
+ENCODINGS = {  # the bytes of a drawing: the name of its encoding, that in its declaration, and the mark before it
+    "plain": ("utf-8", "", b""),
+    "declared": ("utf-8", "UTF-8", b""),
+    "marked": ("utf-8", "", b"\xef\xbb\xbf"),
+    "latin": ("latin-1", "ISO-8859-1", b""),
+    "windows": ("cp1252", "windows-1252", b""),
+    "chinese": ("gb18030", "GB18030", b""),
+    "utf-16": ("utf-16", "UTF-16", b""),
+    "utf-16-be": ("utf-16-be", "UTF-16", b"\xfe\xff"),
+    "utf-16-unmarked": ("utf-16-le", "", b""),
+    "utf-32": ("utf-32", "", b""),
+    "wrongly declared": ("utf-8", "utf-16", b""),  # as programs write that convert the text only
+}
+
+
+@pytest.mark.parametrize("name", ENCODINGS)
+def test_drawings_in_every_encoding(name: str, tmp_path: Path) -> None:
+    encoding, declared, mark = ENCODINGS[name]
+    drawing = ENCODED.format(f' encoding="{declared}"' if declared else "")
+    (tmp_path / "x.svg").write_bytes(mark + drawing.encode(encoding))
+    assert open_image(tmp_path / "x.svg", 8).getcolors() == [(64, (0, 255, 0))]
+
+
+@pytest.mark.parametrize(
+    ("declared", "reason"), [("x-nothing", "unknown encoding: x-nothing"), ("ascii", "'ascii' codec can't")]
+)
+def test_drawings_in_another_encoding_than_declared_are_refused(declared: str, reason: str, tmp_path: Path) -> None:
+    (tmp_path / "x.svg").write_bytes(ENCODED.format(f' encoding="{declared}"').encode())
+    with pytest.raises(ValueError, match=rf"^x\.svg: {reason}"):
+        open_image(tmp_path / "x.svg", 8)

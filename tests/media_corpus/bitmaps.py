@@ -78,9 +78,13 @@ def palette_bitmaps() -> Iterator[PictureCase]:
     indices = np.repeat(np.random.default_rng(17).integers(0, 16, (HEIGHT, 6)), 3, axis=1)
     palette = b"".join(bytes([*colour[::-1], 0]) for colour in table.astype(np.uint8))
     for bits, compression in ((8, 1), (4, 2)):
-        runs = [b"".join(bytes([3, value if bits == 8 else value * 17]) for value in row[::3]) + b"\0\0" for row in indices]
-        data = encode_bitmap(runs, (18, HEIGHT), bits, compression=compression, palette=palette[: 4 << bits])
-        yield PictureCase(f"bmp/runs-{bits}.bmp", data, table[indices].astype(float))
+        runs = [b"".join(bytes([3, value if bits == 8 else value * 17]) for value in row[::3]) for row in indices]
+        plain = [row.astype(np.uint8) if bits == 8 else (row[::2] * 16 + row[1::2]).astype(np.uint8) for row in indices]
+        for kind, rows in (("runs", runs), ("plain", [bytes([0, 18]) + row.tobytes() + bytes(len(row) % 2) for row in plain])):
+            for name, end in (("both-ends", b"\0\0\0\1"), ("end-of-row", b"\0\0"), ("end", b"\0\1"), ("no-end", b"")):
+                stored = [rows[0] + end, *(row + b"\0\0" for row in rows[1:])]  # the lowest row comes first
+                data = encode_bitmap(stored, (18, HEIGHT), bits, compression=compression, palette=palette[: 4 << bits])
+                yield PictureCase(f"bmp/{kind}-{bits}-{name}.bmp", data, table[indices].astype(float))
     colours = whole(unit(3, 18), 8).astype(np.uint8)
     five = whole(unit(3, 18), 5)
     fives = [(row @ [1 << 10, 1 << 5, 1]).astype("<u2").tobytes() for row in five]

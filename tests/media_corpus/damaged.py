@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
+from media_corpus.bitmaps import encode_bitmap
+
 WIDTH, HEIGHT = 40, 24
 PIXELS = WIDTH * HEIGHT
 JPEG_END, JPEG_SCAN = b"\xff\xd9", b"\xff\xda"
@@ -145,10 +147,19 @@ def _damaged_jpeg() -> Iterator[DamagedFile]:
         yield DamagedFile(f"cut-{name}.jpg", data[:middle], EARLY_END)
         yield DamagedFile(f"cut-end-{name}.jpg", data[:middle] + JPEG_END, EARLY_END)
         yield DamagedFile(f"extraneous-{name}.jpg", data[:-2] + b"\x12\x34" * 20 + JPEG_END, EXTRANEOUS)
-        yield DamagedFile(f"between-{name}.jpg", data[: scan - 14] + b"\x12\x34" + data[scan - 14 :], EXTRANEOUS)
+        for marker in (b"\xff\xdb", b"\xff\xc4"):  # without it, the segment is bytes between two others
+            yield DamagedFile(f"marker-{marker[1]}-{name}.jpg", overwritten(data, data.index(marker) - 2), EXTRANEOUS)
         size = next(data.index(marker) for marker in (b"\xff\xc0", b"\xff\xc2") if marker in data) + 5
         taller = data[:size] + struct.pack(">H", 4 * HEIGHT) + data[size + 2 :]
         yield DamagedFile(f"taller-{name}.jpg", taller, "found marker" if name == "restart" else EARLY_END)
+    turned = Image.Exif()
+    turned[274] = 6
+    shown = {"ink": wholes["cmyk"], "colours": encoded(photo(6), "JPEG", keep_rgb=True)}
+    shown |= {"side": encoded(photo(7), "JPEG", exif=turned)}
+    for name, plain in shown.items():
+        data = plain[:2] + b"\xff\xfe\0\4ab" + plain[2:]
+        text = data.index(b"Exif" if name == "side" else b"Adobe")
+        yield DamagedFile(f"marker-{name}.jpg", overwritten(data, text - 4), EXTRANEOUS)
     progressive = wholes["progressive"]
     scans = [i for i in range(len(progressive)) if progressive[i : i + 2] == JPEG_SCAN]
     for number in (1, 2, -1):
@@ -214,6 +225,7 @@ def _damaged_gif() -> Iterator[DamagedFile]:
         data = encoded(picture, "GIF")
         start = data.index(b",\0\0\0\0") + 10
         yield DamagedFile(f"half-{number}.gif", data[: (start + len(data)) // 2], CUT)
+        yield DamagedFile(f"pixels-less-{number}.gif", data[: -6 - number], "cut short: the codes of a frame give too few")
         yield DamagedFile(
             f"wider-{number}.gif", data[: start - 5] + struct.pack("<H", WIDTH + 8) + data[start - 3 :], "too few"
         )
@@ -318,6 +330,10 @@ def _damaged_bmp() -> Iterator[DamagedFile]:
         yield DamagedFile(f"half-{mode}.bmp", data[: len(data) // 2], "truncated")
         yield DamagedFile(f"cut-{mode}.bmp", data[: -8 - seed], "truncated")
         yield DamagedFile(f"depth-{mode}.bmp", flipped(data, 28, 1), "depth")
+        runs = b"".join(bytes([HEIGHT, value, 0, 0]) for value in range(4 + seed))  # of a picture that is 8 rows high
+        short = encode_bitmap([runs], (HEIGHT, 8), 8, compression=1, palette=bytes(4 * 256))
+        yield DamagedFile(f"runs-end-{mode}.bmp", short + b"\0\1", "not enough image data")
+        yield DamagedFile(f"runs-cut-{mode}.bmp", short[: -3 + seed], "not enough image data")
         yield DamagedFile(f"compression-{mode}.bmp", flipped(data, 30, 4), "compression")
 
 
@@ -368,32 +384,3 @@ def png_chunks(data: bytes) -> Iterator[tuple[bytes, bytes]]:
 def png_of_chunks(chunks: Sequence[tuple[bytes, bytes]]) -> bytes:
     """Return a PNG of these chunks, with the right checksums."""
     return b"\x89PNG\r\n\x1a\n" + b"".join(png_chunk(name, body) for name, body in chunks)
-
-
-# What nobody can tell, and what chance does
-
-
-def undetectable_pictures() -> Iterator[DamagedFile]:
-    """Yield files whose pixels are wrong without any sign; docs/media.md lists these kinds."""
-    for seed in range(3):
-        picture = photo(seed)
-        bitmap, raw = encoded(picture, "BMP"), encoded(picture, "TIFF")
-        lossy, quantized = encoded(picture, "WEBP", quality=80), encoded(picture, "JPEG")
-        pixels = list(range(200)) * (PIXELS // 200) + list(range(PIXELS % 200))
-        codes = lzw_codes(pixels)
-        codes[20 + seed] = 255
-        other_codes = lzw(codes, "lowest")
-        avif, wavelets = encoded(picture, "AVIF"), encoded(picture, "JPEG2000")
-        zstandard = encoded(picture, "TIFF", compression="zstd")
-        fax = encoded(picture.convert("1"), "TIFF", compression="group4")
-        table = quantized.index(b"\xff\xdb") + 6
-        yield DamagedFile(f"raw-{seed}.bmp", flipped(bitmap, len(bitmap) - 100 - seed, 7), "")
-        yield DamagedFile(f"raw-{seed}.tif", flipped(raw, raw.index(picture.tobytes()) + seed, 7), "")
-        yield DamagedFile(f"lossy-{seed}.webp", flipped(lossy, len(lossy) * 3 // 4 + seed, 3), "")
-        yield DamagedFile(f"code-{seed}.gif", gif(gif_frame(other_codes)), "")
-        yield DamagedFile(f"code-{seed}.tif", tiff([lzw(codes, "highest")], 5, HEIGHT), "")
-        yield DamagedFile(f"lossy-{seed}.avif", flipped(avif, len(avif) - 40 - seed, 3), "")
-        yield DamagedFile(f"wavelets-{seed}.jp2", flipped(wavelets, len(wavelets) - 200 - seed, 3), "")
-        yield DamagedFile(f"zstandard-{seed}.tif", flipped(zstandard, 300 + seed, 3), "")
-        yield DamagedFile(f"fax-{seed}.tif", flipped(fax, 60 + seed, 3), "")
-        yield DamagedFile(f"table-{seed}.jpg", quantized[:table] + bytes([99 - seed]) + quantized[table + 1 :], "")

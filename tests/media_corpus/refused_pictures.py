@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import struct
 from collections.abc import Iterator
@@ -9,9 +10,10 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
+from PIL.TiffImagePlugin import ImageFileDirectory_v2
 
 from media_corpus.bitmaps import encode_bitmap
-from media_corpus.tiffs import FLOAT, SIGNED, Tiff
+from media_corpus.tiffs import DEFLATE, FLOAT, LZW, SIGNED, Tiff
 from media_corpus.values import HEIGHT, WIDTH, RefusedPicture, saved, smooth, unit, whole
 
 
@@ -68,6 +70,18 @@ def unsupported_files() -> Iterator[RefusedPicture]:
     for bits in (8, 12, 16):
         data = Tiff(bits, ">", is_big=True).encode(whole(unit(1), bits))
         yield RefusedPicture(f"tiff/big-endian-{bits}.tif", data, "BigTIFF in big-endian")
+    for compression, bits, channels in itertools.product((1, LZW, DEFLATE), (8, 12), (1, 3)):
+        layout = Tiff(bits, photometric=2 if channels == 3 else 1, compression=compression, tile=(16, 16))
+        data = layout.encode(whole(unit(channels), bits))
+        file = io.BytesIO(data)
+        tags = ImageFileDirectory_v2(file.read(8))
+        file.seek(tags.next)
+        tags.load(file)
+        offsets, sizes = (struct.pack("<2I", *tags[tag]) for tag in (324, 325))
+        place = data.index(offsets)  # the sizes follow
+        for name, kept in (("one", 4), ("all", 0)):
+            sparse = data[:place] + offsets[:kept].ljust(8, b"\0") + sizes[:kept].ljust(8, b"\0") + data[place + 16 :]
+            yield RefusedPicture(f"tiff/sparse-{name}-{compression}-{bits}-{channels}.tif", sparse, "are not stored")
     for planar, bits in ((1, 12), (2, 8), (2, 16)):
         data = Tiff(bits, photometric=2, planar=planar).encode(whole(unit(3), bits))
         yield RefusedPicture(f"tiff/cut-{planar}-{bits}.tif", data[:-40], "cut short")

@@ -27,9 +27,9 @@ from media_corpus.damaged import (
     photo,
     png_chunks,
     png_of_chunks,
-    undetectable_pictures,
 )
 from media_corpus.hostile import HostileFile, hostile_pictures, unreadable_files
+from media_corpus.undetectable import undetectable_pictures
 from media_corpus.whole import WholeFile, whole_pictures
 from pipeline.cache import open_cache
 from pipeline.data import pixels, png_damage

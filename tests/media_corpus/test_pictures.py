@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from pathlib import Path
@@ -12,6 +13,8 @@ from PIL import Image
 
 from media_corpus.animations import ANIMATIONS, REFUSED_ANIMATIONS, AnimationCase, RefusedAnimation
 from media_corpus.pictures import PICTURES, REFUSED_PICTURES
+from media_corpus.png_pictures import encode_png
+from media_corpus.tiffs import Tiff
 from media_corpus.values import PictureCase, RefusedPicture
 from pipeline.data.media import open_frames, open_image
 
@@ -54,6 +57,22 @@ def test_other_files_are_refused_with_the_reason(kind: Callable[[], Iterator[Cas
         path.write_bytes(case.data)
         with pytest.raises(ValueError, match=f"^x: .*{case.reason}"):
             open_image(path, 9) if isinstance(case, RefusedPicture) else open_frames(path, 5)
+
+
+def test_sixteen_bits_become_eight_by_one_rule(tmp_path: Path) -> None:
+    """Grey and colours, PNG and TIFF, with and without a colour key and alpha: the upper byte, to the bit."""
+    grey = (np.arange(2048) * 32 + np.arange(2048) % 32).reshape(32, 64, 1)  # black and white are among them, 3 is not
+    rgb, alpha = np.repeat(grey, 3, axis=2), np.full_like(grey, 65535)
+    colours = {0: grey, 2: rgb, 4: np.concatenate([grey, alpha], 2), 6: np.concatenate([rgb, alpha], 2)}
+    files = [encode_png(samples, kind, 16) for kind, samples in colours.items()]
+    files += [
+        encode_png(colours[kind], kind, 16, False, (b"tRNS", struct.pack(f">{n}H", *[3] * n))) for kind, n in ((0, 1), (2, 3))
+    ]
+    files += [Tiff(16, order).encode(grey) for order in "<>"]
+    files += [Tiff(16, order, 2, planar=planar).encode(rgb) for order in "<>" for planar in (1, 2)]
+    for data in files:
+        (tmp_path / "x").write_bytes(data)
+        np.testing.assert_array_equal(np.asarray(open_image(tmp_path / "x", 9)), rgb >> 8)
 
 
 def test_the_corpus_is_large_and_no_kind_is_rare() -> None:

@@ -114,6 +114,8 @@ def _odd_jpeg() -> Iterator[WholeFile]:
             "zeros-after": data + bytes(512),
             "zeros-before-end": data[:-2] + bytes(40) + data[-2:],
             "zeros-between": data[:table] + bytes(5) + data[table:scan] + bytes(1000) + data[scan:],
+            "bytes-between": data[:table] + b"\x12\x34\xff\0\xa5" + data[table:scan] + b" " * 999 + data[scan:],
+            "bytes-after-text": data[:table] + b"\xff\xfe\0\4ab" + b"cd" + data[table:],
             "fill": data[:scan] + b"\xff" * 9 + data[scan:-2] + b"\xff" * 5 + data[-2:],
             "comment": data[:scan] + b"\xff\xfe\0\6\xff\xda\xff\xd9" + data[scan:],
             "revision": data[: app + 5] + b"\3" + data[app + 6 :],
@@ -177,6 +179,10 @@ def _odd_gif() -> Iterator[WholeFile]:
     yield WholeFile("no-end-code.gif", gif(gif_frame(lzw(codes[:-1], "lowest"))), pixels)
     yield WholeFile("zeros-between.gif", gif(b"\0", frame, b"\0\0"), pixels)
     yield WholeFile("no-trailer.gif", whole[:-1], pixels)
+    for name, cut in (("end-of-blocks", 2), ("end-code", 3)):  # the last pixel is there
+        yield WholeFile(f"no-{name}-and-trailer.gif", whole[:-cut], pixels)
+    nothing = gif_frame(b"", (0, 0))
+    yield WholeFile("frame-without-pixels.gif", gif(nothing, frame), np.full_like(pixels, 255))
     yield WholeFile("cut-in-second-frame.gif", gif(frame, frame)[:-200], pixels)
     yield WholeFile("comment.gif", gif(b"!\xfe\4;\0,x\0", frame), pixels)
     yield WholeFile("small-blocks.gif", gif(gif_frame(lzw(codes, "lowest"), block=1)), pixels)

@@ -41,7 +41,7 @@ from pipeline.data.table_files import (
     read_records,
     tables_in,
 )
-from pipeline.data.table_rows import TableRow, label_ids, merge_rows, sample_ids, warn_about_classes
+from pipeline.data.table_rows import TableRow, label_ids, merge_rows, sample_ids, warn_about_classes, whole_labels
 from pipeline.runtime.errors import UserError
 from pipeline.types import Sample
 
@@ -74,10 +74,11 @@ class MediaTable(Dataset):
                 f"{tables[0] if tables else media_root} has no rows{why}; see the layouts in `diffalign datasets table`"
             )
         entries, positions = _list_entries(found, root) if tables else ([], range(len(found)))
-        ids = sample_ids(found)
-        rows, kept = merge_rows(found, ids, spec)
         names_file = [readers.locate(root, [spec["class_names"]], "the list of class names")] if spec["class_names"] else []
         names = [nfc(name) for path in names_file for name in readers.read_names(path)]
+        found = whole_labels(found, names) if tables else found
+        ids = sample_ids(found)
+        rows, kept = merge_rows(found, ids, spec)
         label_kind, classes, labels = label_ids(rows, spec["labels"], names, spec["numbers"])
         columns = zip(rows, (ids[position] for position in kept), labels, strict=True)
         samples = tuple(

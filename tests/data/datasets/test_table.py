@@ -233,3 +233,58 @@ def test_an_imagefolder_with_a_table_in_every_split(tmp_path: Path) -> None:
     assert [built.source_location(i) for i in range(3)] == [
         f"{split}/metadata.jsonl, line 1" for split in ("test", "train", "validation")
     ]
+
+
+@pytest.mark.parametrize(
+    ("labels", "options", "names"),
+    [
+        (["3.0", "0.0", "1", ""], {"labels": "multi"}, ("0", "1", "2", "3")),
+        (["3.0", "3", "10.00"], {"numbers": "names"}, ("3", "10")),
+        (["3.0", "3.5", "3"], {}, ("3", "3.0", "3.5")),
+        (["3.0", "v3"], {}, ("3.0", "v3")),
+        (["1.0", "2.0"], {"class_names": "names.txt"}, ("2.0", "1.0")),
+        (["1.0|2.0", "0"], {"label_separator": "|"}, ("0", "1", "2")),
+    ],
+)
+def test_labels_that_pandas_wrote_as_floats(
+    tmp_path: Path, labels: list[str], options: dict[str, str], names: tuple[str, ...]
+) -> None:
+    """A number with .0 is the whole number if all labels are whole numbers, and a name otherwise."""
+    (tmp_path / "names.txt").write_text("2.0\n1.0\n")
+    write_csv(tmp_path / "m.csv", [{"file_name": f"{i}.jpg", "label": label} for i, label in enumerate(labels)])
+    built = build(tmp_path, file="m.csv", **options)
+    assert built.class_names == names
+    separator = options.get("label_separator", "\n")
+    for label, sample in zip(labels, built.samples, strict=True):
+        expected = [part if part in names else str(int(float(part))) for part in label.split(separator) if part]
+        assert sorted(names[i] for i in sample.labels) == expected
+
+
+def test_a_negative_float_is_no_label(tmp_path: Path) -> None:
+    write_csv(tmp_path / "m.csv", [{"file_name": f"{i}.jpg", "label": label} for i, label in enumerate(["1.0", "-1.0"])])
+    with pytest.raises(ValueError, match=r"m\.csv, line 3: '-1\.0' is negative"):
+        build(tmp_path, file="m.csv")
+
+
+@pytest.mark.parametrize("separator", [";", "\t"])
+def test_tables_with_semicolons_or_tabs(tmp_path: Path, separator: str) -> None:
+    lines = [["file_name", "label", "text"], ["1.jpg", "cat", '"a cat, and ""a""; b\tc"'], ["2.jpg", "dog", "1,5"]]
+    (tmp_path / "m.csv").write_text("".join(separator.join(line) + "\r\n" for line in lines))
+    assert [row[3:] for row in rows(build(tmp_path, file="m.csv"))] == [
+        (('a cat, and "a"; b\tc',), ("cat",)),
+        (("1,5",), ("dog",)),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("labels", "separator"),
+    [(["a|b", "c"], "|"), (["a; b", "a"], ";"), (["a,b", "b"], ","), (["Paris, Texas", "Rome"], ""), (["|", "x"], "")],
+)
+def test_labels_that_look_like_several_are_asked_about(tmp_path: Path, labels: list[str], separator: str) -> None:
+    write_csv(tmp_path / "m.csv", [{"file_name": f"{i}.jpg", "label": label} for i, label in enumerate(labels)])
+    found = [warning for warning in build(tmp_path, file="m.csv").meta["warnings"] if "label_separator" in warning]
+    assert len(found) == bool(separator)
+    assert not found or f"1 of 2 class names contain {separator!r}, such as {labels[0]!r}" in found[0]
+    if separator:
+        names = build(tmp_path, file="m.csv", label_separator=separator).class_names
+        assert set(names) == {part.strip() for label in labels for part in label.split(separator)}
