@@ -7,7 +7,6 @@ The copies are nowhere on disk: a picture is corrupted when it is read.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,8 +23,6 @@ from pipeline.extraction.inputs import EncoderInputs
 from pipeline.runtime import plugins
 from pipeline.runtime.errors import UserError
 from pipeline.types import Split
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -96,9 +93,9 @@ class CorruptedCopies:
             return
         plain = self._plan_clean(options)
         _check_pictures(plain.inputs, self.cache)
-        for corruption in corruptions:
-            logger.info("corrupted copies: %s", corruption.name)
-            run_extraction(self._corrupt(plain, corruption), self.cache.failed_ids)
+        for number, corruption in enumerate(corruptions, 1):
+            part = f"copies with {corruption.name}, {number} of {len(corruptions)}"
+            run_extraction(replace(self._corrupt(plain, corruption), part=part), self.cache.failed_ids)
 
     def _dataset(self, corruption: Corruption) -> str:
         return f"{self.manifest.dataset}.{corruption.name}"

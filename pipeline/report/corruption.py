@@ -96,7 +96,7 @@ def _evaluated(records: Mapping[str, Mapping], evaluation_name: str) -> list[Cor
 
 
 def _definition(records: Mapping[str, Mapping], name: str) -> Mapping | None:
-    return records[name]["corruption"] if name in records else None
+    return records[name].get("corruption") if name in records else None
 
 
 def collect_corrupted(results: DatasetResults) -> list[CorruptedHead]:

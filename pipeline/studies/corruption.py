@@ -19,6 +19,7 @@ from pipeline.evaluation.evaluate import apply_overrides, evaluate, evaluation_n
 from pipeline.extraction.corrupted import CorruptedCopies
 from pipeline.extraction.extract import ExtractOptions
 from pipeline.report.corruption import corruption_filename, run_frame
+from pipeline.report.results import plural
 from pipeline.runtime.files import lock, write_atomic
 from pipeline.runtime.logs import ProgressBar
 from pipeline.runtime.runs import RunFolder
@@ -104,19 +105,11 @@ def _log_costs(
         facts = info(cache.path)
         seconds = num_pictures / facts["rows_per_second"] if facts["rows_per_second"] else 0.0
         size = num_pictures * prod(cache.feature_shape) * (4 if facts["store_dtype"] == "float32" else 2) / 1e6
-        logger.info(
-            "corrupted copies of %s for %s: %d of %d are there; %d extractions of %d pictures: about %.1f minutes at the speed "
-            "of that cache, %.0f MB",
-            own.manifest.dataset,
-            cache.path.name,
-            num_corruptions - num_copies,
-            num_corruptions,
-            num_copies,
-            len(own.manifest.samples),
-            seconds / 60,
-            size,
-        )
-    logger.info("then %d evaluations of each of %d runs, and no training", num_corruptions, num_runs)
+        there = f"{num_corruptions - num_copies} of {num_corruptions} are there already"
+        work = f"{plural(num_copies, 'extraction')} of {plural(len(own.manifest.samples), 'picture')}"
+        costs = f"about {seconds / 60:.1f} minutes at the speed of that cache, {size:.1f} MB"
+        logger.info("corrupted copies of %s for %s: %s; %s: %s", own.manifest.dataset, cache.path.name, there, work, costs)
+    logger.info("then %s of each of %s; nothing is trained", plural(num_corruptions, "evaluation"), plural(num_runs, "run"))
 
 
 def _write_table(run: RunFolder, split: Split, overrides: Mapping[str, Any]) -> CorruptedRun:
