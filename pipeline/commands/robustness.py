@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,8 +12,8 @@ from pipeline.runtime.errors import UserError
 
 if TYPE_CHECKING:
     from pipeline.data.corruptions import Corruption
+    from pipeline.report.corruption import Robustness
     from pipeline.runtime.runs import RunFolder
-    from pipeline.studies.corruption import CorruptedRun
     from pipeline.types import Split
 
 
@@ -45,40 +46,34 @@ def print_robustness(
         raise UserError("which runs? Give folders of runs, …/seed<k>, or of all seeds of a head, beside --corrupt")
 
     from pipeline.extraction.extract import ExtractOptions
+    from pipeline.report.corruption import compare_corrupted
+    from pipeline.report.results import collect_results
     from pipeline.studies.corruption import evaluate_corrupted
 
     done = evaluate_corrupted(home, runs, split, corruptions, settings, ExtractOptions(workers=workers))
+    wanted = {(each.run.path.parent.name, each.evaluation) for each in done}
+    rows = []
+    for dataset in dict.fromkeys(run.config().dataset for run in runs):
+        found = compare_corrupted(collect_results(home, dataset, split))
+        is_wanted = [(head.row.folder, head.row.evaluation_name) in wanted for head in found.heads]
+        if any(is_wanted):  # the files of runs that lie outside of the home are all that there is of them
+            rows += json.loads(found.summary[is_wanted].to_json(orient="records"))
+            if not as_json:
+                _print_tables(found, is_wanted, f"{dataset}, {split}")
     if as_json:
         files = [{"run": str(each.run.path), "table": str(each.table)} for each in done]
-        show({"split": split, "runs": files, "heads": _print_heads(home, done, split, False)}, as_json)
+        show({"split": split, "runs": files, "heads": rows}, as_json)
     else:
-        _print_heads(home, done, split, True)
         print("\n".join(f"file: {each.table}" for each in done))
 
 
-def _print_heads(home: Path, done: Sequence[CorruptedRun], split: Split, shown: bool) -> list[dict]:
-    """Return the rows of `robustness_results` of these heads, and print them and the table of each if they are `shown`."""
-    import json
+def _print_tables(found: Robustness, is_wanted: Sequence[bool], where: str) -> None:
+    from pipeline.report.corruption import format_robustness
 
-    from pipeline.report import corruption as report
-    from pipeline.report.results import collect_results
-
-    wanted = {(each.run.path.parent.name, each.evaluation) for each in done}
-    rows: list[dict] = []
-    for dataset in dict.fromkeys(each.run.config().dataset for each in done):
-        results = collect_results(home, dataset, split)
-        heads = report.collect_corrupted(results)
-        is_wanted = [(head.row.folder, head.row.evaluation_name) in wanted for head in heads]
-        frame = report.robustness_results(heads, results)[is_wanted] if any(is_wanted) else None
-        if frame is None:  # copies of runs that lie elsewhere
-            continue
-        rows += json.loads(frame.to_json(orient="records"))
-        for head in [head for head, own in zip(heads, is_wanted, strict=True) if own and shown]:
-            print(f"{head.row.label} on {dataset}, {split}, {head.metric} in percent:")
-            baseline = report.find_corrupted_baseline(head, heads, results)
-            show_table(report.head_table(head, baseline, results.groups), False)
+    for head, table, wanted in zip(found.heads, found.tables, is_wanted, strict=True):
+        if wanted:
+            print(f"{head.row.label} on {where}, {head.metric} in percent:")
+            show_table(table, False)
             print()
-        if shown:
-            print(f"mean over all corruptions, {dataset}, {split}:")
-            show_table(report.format_robustness(frame), False)
-    return rows
+    print(f"mean over all corruptions, {where}:")
+    show_table(format_robustness(found.summary[list(is_wanted)]), False)

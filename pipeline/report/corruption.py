@@ -235,9 +235,24 @@ def format_robustness(frame: pd.DataFrame) -> pd.DataFrame:
     return shown
 
 
+class Robustness(NamedTuple):
+    """What the heads of a dataset lose on corrupted copies; all fields have the same order."""
+
+    heads: list[CorruptedHead]
+    summary: pd.DataFrame  # `robustness_results`
+    tables: list[pd.DataFrame]  # `head_table` of each
+
+
+def compare_corrupted(results: DatasetResults) -> Robustness:
+    """Return the tables of all heads that were evaluated on corrupted copies."""
+    heads = collect_corrupted(results)
+    tables = [head_table(head, find_corrupted_baseline(head, heads, results), results.groups) for head in heads]
+    return Robustness(heads, robustness_results(heads, results), tables)
+
+
 def corruption_blocks(results: DatasetResults) -> list[Block]:
     """Return a section with a table of all heads that were evaluated on corrupted copies, and a table of each; or no blocks."""
-    heads = collect_corrupted(results)
+    heads, summary, tables = compare_corrupted(results)
     if not heads:
         return []
     label = METRIC_LABELS[heads[0].metric]
@@ -247,15 +262,15 @@ def corruption_blocks(results: DatasetResults) -> list[Block]:
         "means that less is lost."
     )
     caption = f"Mean over all corruptions, {label} in percent, mean ± standard deviation over seeds; 95 % intervals."
-    blocks: list[Block] = [
+    return [
         Heading("Robustness to visual noise"),
         Paragraph(text),
-        _to_block(format_robustness(robustness_results(heads, results)), caption),
+        _to_block(format_robustness(summary), caption),
+        *(
+            _to_block(table, f"{label} of {head.row.label} by corruption and strength; {_describe_size(head)}.")
+            for head, table in zip(heads, tables, strict=True)
+        ),
     ]
-    for head in heads:
-        table = head_table(head, find_corrupted_baseline(head, heads, results), results.groups)
-        blocks.append(_to_block(table, f"{label} of {head.row.label} by corruption and strength; {_describe_size(head)}."))
-    return blocks
 
 
 def _describe_size(head: CorruptedHead) -> str:
