@@ -11,8 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from scipy import ndimage
-from torchvision.transforms.v2 import InterpolationMode
-from torchvision.transforms.v2.functional import resize
+from torchvision.transforms.v2 import InterpolationMode, Resize
 
 from pipeline.data.corruptions import CORRUPTED_SIDE, CORRUPTION_LEVELS, STRENGTHS, Corruption, all_corruptions, corrupt
 from pipeline.runtime.errors import UserError
@@ -131,7 +130,7 @@ def test_frames_of_a_clip_have_noise_of_their_own_and_one_rectangle() -> None:
 def test_large_pictures_are_reduced_to_what_the_encoder_reads(size: tuple[int, int], side: int, expected: int) -> None:
     image = picture(*size[::-1])
     (copy,) = corrupt([image], Corruption("brightness", 1), "sample", side)
-    reduced = pixels_of(resize(image, [expected], InterpolationMode.BICUBIC)) if min(size) > expected else pixels_of(image)
+    reduced = pixels_of(Resize([expected], InterpolationMode.BICUBIC)(image)) if min(size) > expected else pixels_of(image)
     assert np.abs(pixels_of(copy) - np.minimum(reduced + 25.5, 255)).max() <= 0.501
     assert CORRUPTED_SIDE == 256
 

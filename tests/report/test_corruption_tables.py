@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -60,9 +61,10 @@ def test_means_differences_and_intervals_are_those_of_the_samples(home: ReportHo
     base, ema = (add_head(home, method, strength, 5, NOISY) for method, strength in (("baseline", 2.0), ("ema", 3.5)))
     results = collect_results(home.path, "toy", "test")
     heads = collect_corrupted(results)
-    rows = robustness_results(heads, results).set_index("method")
+    rows: list[dict[str, Any]] = robustness_results(heads, results).to_dict("records")
     mean_base, mean_ema = (values[1:].mean(axis=0) for values in (base, ema))
-    row = rows.loc["ema"]
+    row = rows[1]
+    assert [each["method"] for each in rows] == ["baseline", "ema"]
     assert row["clean"] == pytest.approx(ema[0].mean())
     assert row["corrupted"] == pytest.approx(mean_ema.mean())
     assert row["corrupted_std"] == pytest.approx(mean_ema.mean(axis=1).std(ddof=1))
@@ -71,7 +73,7 @@ def test_means_differences_and_intervals_are_those_of_the_samples(home: ReportHo
         expected = paired_bootstrap(Scores(*pair, None, True))
         assert [row[f"{name}_{part}"] for part in ("vs_baseline", "low", "high")] == pytest.approx(expected[:3])
     assert row["p_holm"] == pytest.approx(paired_bootstrap(Scores(mean_ema, mean_base, None, True)).p)
-    assert rows["verdict"].tolist() == ["the baseline", "beats the baseline"]
+    assert [each["verdict"] for each in rows] == ["the baseline", "beats the baseline"]
     (baseline, head) = heads
     assert find_corrupted_baseline(head, heads, results) is baseline
     table = head_table(head, baseline, results.groups).set_index("corruption")
