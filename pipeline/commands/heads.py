@@ -25,6 +25,7 @@ from pipeline.commands.options import (
     show_table,
 )
 from pipeline.commands.plugin_table import show_plugin, show_settings
+from pipeline.commands.robustness import choose_corruptions, print_robustness
 from pipeline.runtime.assignments import parse_assignments
 from pipeline.runtime.errors import UserError
 
@@ -86,16 +87,39 @@ def train_head(
 
 def evaluate(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN", help="Folders of runs, …/seed<k>, or of all seeds of a head.")],
-    split: Annotated[str, typer.Option(help="train, val or test; every read of test is logged in the run.")] = "val",
+    split: Annotated[
+        str,
+        typer.Option(help="train, val or test; every read of test is logged in the run. Default: val; with --corrupt test."),
+    ] = "",
     settings: SettingOptions = NO_PAIRS,
     sampler_curve: Annotated[
         bool, typer.Option("--sampler-curve", help="Metrics and time against the steps and draws of a method that samples.")
     ] = False,
+    corrupt: Annotated[
+        bool,
+        typer.Option(
+            "--corrupt",
+            help="Metrics on corrupted copies of the pictures: of all kinds, or of those that are named after it, some of "
+            "noise, blur, brightness, contrast, jpeg, occlusion (--corrupt noise,blur). See docs/robustness.md.",
+        ),
+    ] = False,
+    strengths: Annotated[str, typer.Option(help="Strengths of --corrupt, some of 1 to 5.")] = "1,2,3,4,5",
+    workers: Annotated[
+        int, typer.Option(min=-1, help="Processes of --corrupt that read pictures; -1: one per core, 0: only this process.")
+    ] = -1,
     home: Home = DEFAULT_HOME,
     as_json: AsJson = False,
 ) -> None:
     """Metrics of finished runs on a split, from image features alone; --set changes settings of prediction (draws=8)."""
-    chosen, given = check_split(split), parse_assignments(settings)
+    chosen, given = check_split(split or ("test" if corrupt else "val")), parse_assignments(settings)
+    if corrupt:
+        if sampler_curve:
+            raise UserError("--corrupt and --sampler-curve are two questions: ask one at a time")
+        kinds = [str(word) for word in runs if len(word.parts) == 1 and not word.exists()]  # the others are runs
+        folders = [run for path in runs if str(path) not in kinds for run in _runs_in(path)]
+        asked = choose_corruptions(kinds, parse_integers(strengths, "--strengths"))
+        print_robustness(home, folders, chosen, asked, given, workers, as_json)
+        return
     folders = [run for path in runs for run in _runs_in(path)]
     if sampler_curve:
         _print_sampler_curves(home, folders, chosen, given, as_json)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -18,8 +19,9 @@ class Encoder(nn.Module, ABC):
     """A pretrained network, with the preprocessing that it was trained with.
 
     A subclass names its settings, `Config`, its `modality` and its `feature_shape`, and defines `identity` and `forward`. If it
-    reads images, it also has `drawing_side` and `prepare_image`; if it reads clips or texts, it defines `prepare`. The network
-    is loaded in `__init__`; what changes the features stands in `identity`.
+    reads images, it also has `drawing_side` and `prepare_image`; if it reads clips, it defines `open_pictures` and
+    `prepare_pictures`; if it reads texts, `prepare`. The network is loaded in `__init__`; what changes the features stands in
+    `identity`.
 
     Rules that the contract tests hold:
 
@@ -60,14 +62,22 @@ class Encoder(nn.Module, ABC):
         """Return everything that can change the features, as plain JSON values."""
 
     def prepare(self, raw: Path | str) -> Tensor:
-        """Preprocess one media file or text on the CPU; by default, open an image and give it to `prepare_image`.
+        """Preprocess one media file or text on the CPU; by default, open its pictures and give them to `prepare_pictures`.
 
         The result is deterministic and can be pickled.
 
         Raises:
             UserError: the file cannot be decoded, or the text is blank.
         """
-        return self.prepare_image(open_image(Path(raw), self.drawing_side))
+        return self.prepare_pictures(self.open_pictures(Path(raw)))
+
+    def open_pictures(self, path: Path) -> list[Image.Image]:
+        """Return what is read of a media file, as RGB: its image, or the sampled frames of a clip; errors as in `prepare`."""
+        return [open_image(path, self.drawing_side)]
+
+    def prepare_pictures(self, pictures: Sequence[Image.Image]) -> Tensor:
+        """Return the same as `prepare` for a file with these pictures in it, which may be corrupted copies."""
+        return self.prepare_image(*pictures)
 
     def prepare_image(self, image: Image.Image) -> Tensor:
         """Return the same as `prepare` for a file with this image in it; `frames` gives it the frames of a clip."""

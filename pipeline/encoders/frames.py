@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from pipeline.data.media import FRAME_SAMPLING, open_frames
@@ -40,6 +42,7 @@ class Frames(Encoder):
         if self.image.modality != "image":
             raise UserError(f"frames takes an image encoder; {config.encoder} reads {self.image.modality}")
         self.feature_shape = self.image.feature_shape
+        self.drawing_side = getattr(self.image, "drawing_side", 0)  # of no use to a clip but for its corrupted copies
 
     def identity(self) -> dict[str, Any]:
         """Return the name and identity of the image encoder, the number of frames, and how they are sampled."""
@@ -47,9 +50,13 @@ class Frames(Encoder):
         image = {"name": config.encoder, **self.image.identity()}
         return {"image": image, "num_frames": config.num_frames, "sampling": FRAME_SAMPLING, "pooling": "mean"}
 
-    def prepare(self, raw: Path | str) -> Tensor:
+    def open_pictures(self, path: Path) -> list[Image.Image]:
+        """Return the sampled frames of a clip."""
+        return open_frames(path, self.config.num_frames)
+
+    def prepare_pictures(self, pictures: Sequence[Image.Image]) -> Tensor:
         """Return the prepared frames [F, ...], stacked."""
-        return torch.stack([self.image.prepare_image(frame) for frame in open_frames(Path(raw), self.config.num_frames)])
+        return torch.stack([self.image.prepare_image(frame) for frame in pictures])
 
     def forward(self, prepared: Tensor) -> Tensor:
         """Return features float32 [B, *shape] of frames [B, F, ...].

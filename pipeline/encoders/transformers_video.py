@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -36,7 +37,7 @@ class TransformersVideo(TransformersVision):
 
     def __init__(self, config: Config) -> None:
         super().__init__(config, "")
-        blank = self._process([Image.new("RGB", (64, 64))] * self.num_frames)
+        blank = self.prepare_pictures([Image.new("RGB", (64, 64))] * self.num_frames)
         self.feature_shape = probe_feature_shape(self, blank)
 
     @property
@@ -55,12 +56,13 @@ class TransformersVideo(TransformersVision):
         """Return the identity of the model, the number of frames, and how they are sampled."""
         return {**super().identity(), "num_frames": self.num_frames, "sampling": FRAME_SAMPLING}
 
-    def prepare(self, raw: Path | str) -> Tensor:
-        """Return normalised pixels float32 [F,3,H,W] of the sampled frames of a clip."""
-        return self._process(open_frames(Path(raw), self.num_frames))
+    def open_pictures(self, path: Path) -> list[Image.Image]:
+        """Return the sampled frames of a clip."""
+        return open_frames(path, self.num_frames)
 
-    def _process(self, frames: list[Image.Image]) -> Tensor:
-        pixels = self.processor(frames, return_tensors="pt")["pixel_values"]
+    def prepare_pictures(self, pictures: Sequence[Image.Image]) -> Tensor:
+        """Return normalised pixels float32 [F,3,H,W] of the sampled frames of a clip."""
+        pixels = self.processor(list(pictures), return_tensors="pt")["pixel_values"]
         return pixels.reshape(self.num_frames, *pixels.shape[-3:])
 
     def forward(self, prepared: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ import io
 import json
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
@@ -20,9 +20,10 @@ import torch
 from safetensors.torch import load as safetensors_load
 from torch import Tensor
 
-from pipeline.cache.reader import find_cache
+from pipeline.cache.reader import Cache, find_cache
 from pipeline.cache.streaming import choose_window, open_split
 from pipeline.cache.table import FeatureSource
+from pipeline.data.corruptions import Corruption
 from pipeline.data.manifest_files import read_manifest
 from pipeline.evaluation import metrics
 from pipeline.nn.method import Method
@@ -129,7 +130,9 @@ def load_method(run: RunFolder, config: RunConfig, settings: Any) -> Method:
     return method.to(default_device())
 
 
-def evaluate(home: Path, run: RunFolder, split: Split, overrides: Mapping[str, Any]) -> dict[str, Any]:
+def evaluate(
+    home: Path, run: RunFolder, split: Split, overrides: Mapping[str, Any], corrupted: Cache | None = None
+) -> dict[str, Any]:
     """Return the record of an evaluation in the run's metrics.json; it is computed only when it is not there yet.
 
     Args:
@@ -137,23 +140,33 @@ def evaluate(home: Path, run: RunFolder, split: Split, overrides: Mapping[str, A
         run: a run that has finished training.
         split: the split to predict.
         overrides: changed prediction settings, see `apply_overrides`.
+        corrupted: features of corrupted copies of the split by the encoder of the run's image features, which are predicted
+            instead; see `extraction.corrupted`. Only the metrics of each sample are stored then, without logits and features.
     """
     run.check_done()
     config = run.config()
     settings, changes = apply_overrides(config, overrides)
     name = evaluation_name(split, changes)
+    caches = dict(config.caches)
+    if corrupted:
+        caches["image"] = corrupted.fingerprint
+        name = Corruption.of_identity(corrupted.identity).evaluation(name)
     with lock(run.path, wait=True):
         records = read_metrics(run)
-        if name not in records:
-            records[name] = _evaluate(home, run, config, settings, split, name)
+        if name not in records or (corrupted and records[name]["caches"] != caches):
+            record = _evaluate(home, run, config, settings, split, name, corrupted)
+            corruption = {"corruption": corrupted.identity["corruption"]} if corrupted else {}
+            records[name] = {**record, "caches": caches, **corruption}
             write_atomic(run.path / "metrics.json", json.dumps(records, indent=1, sort_keys=True))
     return records[name]
 
 
-def _evaluate(home: Path, run: RunFolder, config: RunConfig, settings: Any, split: Split, name: str) -> dict[str, Any]:
+def _evaluate(
+    home: Path, run: RunFolder, config: RunConfig, settings: Any, split: Split, name: str, corrupted: Cache | None
+) -> dict[str, Any]:
     """Predict a split, write the predictions, and return the record of the evaluation."""
     manifest = read_manifest(home, config.dataset)
-    cache = find_cache(home, manifest, config.caches["image"])
+    cache = corrupted or find_cache(home, manifest, config.caches["image"])
     method = load_method(run, config, settings)
     if split == "test":  # logged before it is read
         log_test_read(run, name)
@@ -167,8 +180,11 @@ def _evaluate(home: Path, run: RunFolder, config: RunConfig, settings: Any, spli
     label = source.label
     if not logits.isfinite().all():
         raise UserError(f"{run.path} predicts numbers that are not finite: it diverged in training; train with a lower lr")
-    features = _first_features(method, source, run.seed, precision)
-    _write_predictions(run, name, source, logits, label, features, config.label_loss)
+    arrays = {"label": label}
+    if not corrupted:
+        features = _first_features(method, source, run.seed, precision)
+        arrays = {"logits": logits, "label": label, "feature": features}
+    _write_predictions(run, name, source.ids, arrays | metrics.per_example(logits, label, label_loss=config.label_loss))
     done = run.read_done()
     return {
         "dataset": config.dataset,
@@ -181,7 +197,6 @@ def _evaluate(home: Path, run: RunFolder, config: RunConfig, settings: Any, spli
         "seconds": seconds,
         "train_seconds": done["seconds"],
         "settings": asdict(settings),
-        "caches": dict(config.caches),
         "config": config.fingerprint(),
         "device": str(default_device()),
         "versions": {"torch": torch.__version__, "diffalign": program_version()},
@@ -224,17 +239,8 @@ def _first_features(method: Method, source: FeatureSource, seed: int, precision:
     return torch.cat(features)
 
 
-def _write_predictions(
-    run: RunFolder, name: str, source: FeatureSource, logits: Tensor, label: Tensor, features: Tensor, label_loss: str
-) -> None:
-    """Write predictions-<name>.npz: ids, logits, labels, features, and the metrics of each sample."""
-    arrays = {
-        "ids": np.array(source.ids),
-        "logits": logits.numpy(),
-        "label": label.numpy(),
-        "feature": features.numpy(),
-    }
-    arrays |= {key: value.numpy() for key, value in metrics.per_example(logits, label, label_loss=label_loss).items()}
+def _write_predictions(run: RunFolder, name: str, ids: Sequence[str], arrays: Mapping[str, Tensor]) -> None:
+    """Write predictions-<name>.npz: ids, labels, the metrics of each sample and, of clean pictures, logits and features."""
     buffer = io.BytesIO()
-    np.savez_compressed(buffer, allow_pickle=False, **arrays)
+    np.savez_compressed(buffer, allow_pickle=False, ids=np.array(ids), **{key: value.numpy() for key, value in arrays.items()})
     write_atomic(run.path / f"predictions-{name}.npz", buffer.getvalue())

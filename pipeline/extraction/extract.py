@@ -93,6 +93,7 @@ class ExtractionTask:
     target: ExtractionTarget
     inputs: EncoderInputs
     encoder: MemorySafeEncoder
+    part: str = ""  # of several extractions: its name on the progress bar; the throughput is not logged for each
 
     def batches(self, rows: range) -> list[np.ndarray]:
         """Return the rows of a shard as batches of row numbers, as a new cache would encode them."""
@@ -250,7 +251,7 @@ def encode_missing_shards(task: ExtractionTask, writer: Writer, commits: dict[in
     num_done = sum(commit.rows for commit in commits.values())
     writing: Future[Commit] | None = None
     stamps = {shard: media_stamp(task.target, writer.rows(shard)) for shard in shards}
-    label = f"extracting {task.target.path.name}"
+    label = task.part or f"extracting {task.target.path.name}"
     bar = ProgressBar(total=len(task.inputs), initial=num_done, unit=" items", label=label, show=options.progress)
 
     def on_batch(batch: EncodedBatch) -> None:
@@ -270,7 +271,7 @@ def encode_missing_shards(task: ExtractionTask, writer: Writer, commits: dict[in
             del features  # frees the memory once the shard is written, while the next one is computed
         if writing:
             commits[shards[-1]] = writing.result()
-    if options.progress:
+    if options.progress and not task.part:
         meter.log_summary()
 
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from pipeline.cache.layout import Failure, from_stored, to_stored
+from pipeline.data.corruptions import Corruption, corrupt
 from pipeline.data.manifest import Manifest, has_text, is_blank
 from pipeline.data.manifest_files import load_dataset_spec
 from pipeline.encoders._encoder import Encoder
@@ -76,6 +77,7 @@ class EncoderInputs:
     encoder: Encoder
     rows: tuple[tuple[Sample, str], ...]  # `InputRows.items`
     store_dtype: str
+    corruption: Corruption | None = None  # what is done to every picture before it is preprocessed
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -110,12 +112,18 @@ class EncoderInputs:
         name = sample.media.name
         try:
             raw = text if self.encoder.modality == "text" else self.manifest.media_path(sample)
-            return self.encoder.prepare(raw).numpy()
+            return self._corrupt_and_prepare(Path(raw), sample.id) if self.corruption else self.encoder.prepare(raw).numpy()
         except OSError as error:  # e.g. the name is too long, or the folder may not be read
             reason = error.strerror or str(error) or type(error).__name__
         except (RuntimeError, ValueError) as error:  # RuntimeError: from a loop of links, or from Pillow's AVIF reader
             reason = str(error).replace(f"{self.manifest.media_root}/", "") or type(error).__name__
         return reason if text or name in reason else f"{name}: {reason}"
+
+    def _corrupt_and_prepare(self, path: Path, sample_id: str) -> np.ndarray:
+        assert self.corruption
+        side = getattr(self.encoder, "drawing_side", 0)  # encoders of clips may have none
+        pictures = corrupt(self.encoder.open_pictures(path), self.corruption, sample_id, side)
+        return self.encoder.prepare_pictures(pictures).numpy()
 
     def collect_features(self, prepared: PreparedBatch, encoded: np.ndarray, seconds: float) -> EncodedBatch:
         """Return the features of a whole batch, and a failure for every item without features.

@@ -28,6 +28,7 @@ from pipeline.report.comparison import (
     format_results,
     list_metrics,
 )
+from pipeline.report.corruption import corruption_blocks
 from pipeline.report.figure_blocks import (
     ShownHeads,
     choose_shown_heads,
@@ -77,6 +78,7 @@ def write_report(home: Path, dataset: str, split: str = "test", across: Sequence
         *_old_manifest_warning(results, manifest),
         *_figure_sections(results, manifest, shown_heads),
         *sampler_curve_blocks(results),
+        *corruption_blocks(results),
         *grid_sections(home, dataset),
         *provenance_blocks(results, manifest),
     ]

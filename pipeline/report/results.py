@@ -179,14 +179,15 @@ def _read_cache_infos(home: Path, dataset: str) -> tuple[list[Mapping[str, Any]]
     return caches, notes
 
 
-def _read_records(run: RunFolder) -> dict[str, Any]:
+def read_evaluations(run: RunFolder) -> dict[str, Any]:
+    """Return the entries of a run's metrics.json by evaluation; empty when nothing is evaluated."""
     path = run.path / "metrics.json"
     return json.loads(path.read_text()) if path.is_file() else {}
 
 
 def _evaluation_names(run: RunFolder, split: str) -> list[str]:
     """Return the run's evaluations on a split; the one with the run's own settings is the first."""
-    return sorted(name for name in _read_records(run) if name.partition("@")[0] == split)
+    return sorted(name for name in read_evaluations(run) if name.partition("@")[0] == split)
 
 
 def read_history(run: RunFolder) -> pd.DataFrame:
@@ -296,7 +297,7 @@ def _distinguishing_settings(config: RunConfig, folders: Mapping[str, str]) -> d
 
 def _result_rows(head: HeadRuns, split: str) -> list[ResultRow]:
     """Return one row per evaluation that at least one seed has."""
-    records = {run: _read_records(run) for run in head.runs}
+    records = {run: read_evaluations(run) for run in head.runs}
     rows = []
     for name in sorted({name for run in head.runs for name in _evaluation_names(run, split)}):
         runs = tuple(run for run in head.runs if name in records[run])

@@ -78,7 +78,8 @@ def _encoder_faults(encoder: type[Encoder]) -> Iterator[tuple[str, str]]:
     """Yield the broken rules, each with what is wrong."""
     yield from _config_faults(encoder)
     yield from _missing_functions(encoder)
-    if {encoder.prepare.__module__, encoder.prepare_image.__module__} == {BASES["encoders"][0]}:  # those of the base class
+    defined = (encoder.prepare, encoder.prepare_pictures, encoder.prepare_image)
+    if {each.__module__ for each in defined} == {BASES["encoders"][0]}:  # those of the base class
         yield "every function is there", "it must define prepare_image, or prepare if it does not read images"
 
 

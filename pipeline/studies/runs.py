@@ -182,7 +182,7 @@ class Runs(Sequence[Run]):
 
         evaluations = run.metrics.to_dict(orient="index")
         scores = {f"{name} {metric}": value for name, row in evaluations.items() for metric, value in row.items()}
-        own = {key: value for key, value in scores.items() if "@" not in key}
+        own = {key: value for key, value in scores.items() if not {"@", "~"} & set(key)}  # with other settings, or corrupted
         return {"name": run.name, "method": name_head(run.home, run.config), "seed": run.seed, "done": run.is_done, **own}
 
     def _repr_html_(self) -> str:

@@ -120,6 +120,7 @@ def test_images_may_be_open_already(encoder: Encoder, raw: Raw) -> None:
         opened: Any = encoder
         for path in raw:
             assert torch.equal(opened.prepare_image(open_image(Path(path), 24)), encoder.prepare(path))
+            assert torch.equal(opened.prepare_pictures(opened.open_pictures(Path(path))), encoder.prepare(path))
 
 
 def test_bad_items_are_value_errors(encoder: Encoder, tmp_path: Path) -> None:
