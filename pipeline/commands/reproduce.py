@@ -39,15 +39,21 @@ def reproduce(
     artefact: Annotated[str, typer.Argument(help="A table or figure of the papers; --list names them.")] = "",
     dataset: PreparedDataset = "openmoji",
     list_artefacts: Annotated[bool, typer.Option("--list", help="List the tables and figures, and exit.")] = False,
-    only_plan: Annotated[bool, typer.Option("--plan", help="Say what it costs and which rows cannot be had, and exit.")] = False,
+    only_plan: Annotated[
+        bool, typer.Option("--plan", help="Say what it costs and which rows cannot be had, and exit.")
+    ] = False,
     quick: Annotated[
         bool,
-        typer.Option("--quick", help="A trial: two seeds and two epochs, in files of their own (…-quick); its numbers say nothing."),
+        typer.Option(
+            "--quick", help="A trial: two seeds and two epochs, in files of their own (…-quick); its numbers say nothing."
+        ),
     ] = False,
     seeds: VerdictSeeds = "0,1,2,3,4",
     preset: Annotated[
         str,
-        typer.Option(help="head, paper or tuned, of all methods. Default: tuned for methods that have such settings, else head."),
+        typer.Option(
+            help="head, paper or tuned, of all methods. Default: tuned for methods that have such settings, else head."
+        ),
     ] = "",
     training: TrainingOptions = NO_PAIRS,
     joint_training: Annotated[
@@ -58,12 +64,14 @@ def reproduce(
         typer.Option(
             "--backbone",
             metavar="NAME=CACHE|ENCODER[,KEY=VALUE…]",
-            help="The image encoder for a backbone of the paper: a cache of this dataset, or an encoder with its settings, such "
-            "as resnet50=timm,model=resnet50. Rows whose backbone is not named are left out. It is tuned with a baseline "
+            help="The image encoder for a backbone of the paper: a cache of this dataset, or an encoder with its settings, "
+            "such as resnet50=timm,model=resnet50. Rows whose backbone is not named are left out. It is tuned with a baseline "
             "first, for every seed. May be given several times.",
         ),
     ] = NO_PAIRS,
-    frozen: Annotated[bool, typer.Option("--frozen", help="Do not tune the backbones; read their features as they are.")] = False,
+    frozen: Annotated[
+        bool, typer.Option("--frozen", help="Do not tune the backbones; read their features as they are.")
+    ] = False,
     split: EvaluatedSplit = "test",
     workers: Processes = -1,
     scheduler: Scheduler = "local",

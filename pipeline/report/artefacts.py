@@ -1,4 +1,4 @@
-"""The tables and figures of the papers as data: `data_manifests/papers/<artefact>.yaml`, with rows, columns and the papers' numbers."""
+"""The papers' tables and figures as data: files data_manifests/papers/<artefact>.yaml with rows, columns and numbers."""
 
 from __future__ import annotations
 

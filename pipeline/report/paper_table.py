@@ -73,12 +73,19 @@ def compare_rows(artefact: Artefact, results: Sequence[RowResult], groups: Mappi
     for result, other, own, count, p_holm in zip(results, references, differences, seeds, adjusted, strict=True):
         row = result.row
         line: dict[str, Any] = dict(zip(artefact.heads, row.name, strict=True))
-        line |= {"method": row.method, "settings": _describe_settings(row), "preset": result.preset, "features": result.features}
+        line |= {
+            "method": row.method,
+            "settings": _describe_settings(row),
+            "preset": result.preset,
+            "features": result.features,
+        }
         line |= {"seeds": len(result.samples.seeds) if result.samples else 0}
         for metric in metrics:
             values = pd.Series((result.metrics or {}).get(metric, ()), dtype=float).to_numpy()
             line |= {metric: mean_of_finite(values), f"{metric}_std": sample_std(values)}
-            line |= dict(zip((f"{metric}_{part}" for part in ("diff", "low", "high")), own.get(metric, NO_ESTIMATE), strict=False))
+            line |= dict(
+                zip((f"{metric}_{part}" for part in ("diff", "low", "high")), own.get(metric, NO_ESTIMATE), strict=False)
+            )
         against = other.row.title if other else ""
         line |= {"against": against, "p_holm": p_holm, "verdict": _verdict(result, own.get(deciding), against, p_holm, count)}
         line |= {"reason": result.reason, **_paper_numbers(artefact, row)}
@@ -165,8 +172,8 @@ def _caption(artefact: Artefact, metrics: Sequence[str], split: str) -> str:
     return (
         f"The paper's columns come first; ours are mean ± standard deviation over seeds on the {split} split, in percent. "
         f"Differences are to the row {artefact.base}{others}: in brackets the paper's; ours with the 95 % interval of a paired "
-        f"bootstrap of seeds and examples ({NUM_RESAMPLES:,} resamples), from {MIN_SEEDS_FOR_INTERVAL} seeds on. The verdict is "
-        f"on {METRIC_LABELS[deciding_metric(metrics)]}, after Holm over the rows; it takes {MIN_SEEDS_FOR_VERDICT} seeds."
+        f"bootstrap of seeds and examples ({NUM_RESAMPLES:,} resamples), from {MIN_SEEDS_FOR_INTERVAL} seeds on. The verdict "
+        f"is on {METRIC_LABELS[deciding_metric(metrics)]}, after Holm over the rows; it takes {MIN_SEEDS_FOR_VERDICT} seeds."
     )
 
 
@@ -177,7 +184,7 @@ def describe_order(artefact: Artefact, frame: pd.DataFrame) -> list[str]:
         deciding = deciding_metric([metric for metric in METRIC_LABELS if metric in frame])
         pairs = frame[[f"{key} {own.metrics[0]}", deciding]].dropna().to_numpy(dtype=float)
         if len(pairs) > 2:
-            tau = float(kendalltau(pairs[:, 0], pairs[:, 1]).statistic)
+            tau = float(kendalltau(pairs[:, 0], pairs[:, 1])[0])
             sentences.append(
                 f"Order: Kendall's tau between the paper's {METRIC_LABELS[own.metrics[0]]} on {own.name} and our "
                 f"{METRIC_LABELS[deciding]} is {tau:+.2f} over {len(pairs)} rows; 1 is the same order, 0 none."

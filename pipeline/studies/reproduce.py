@@ -15,6 +15,7 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
+from pipeline.cache.reader import Cache
 from pipeline.data.manifest_files import read_manifest
 from pipeline.evaluation.evaluate import evaluate, read_metrics
 from pipeline.extraction.extract import extract
@@ -46,7 +47,6 @@ from pipeline.studies.reproduce_plan import (
 )
 from pipeline.studies.search import run_grid
 from pipeline.studies.search_worker import GroupJob, RunFailure, SearchOptions, evaluate_run, group_job, train_group
-from pipeline.training.config import TrainConfig
 from pipeline.training.heads import HeadPlan
 from pipeline.training.joint.ddp import check_single_process
 from pipeline.training.text_controls import is_text_of_class
@@ -58,6 +58,7 @@ JOINT_EPOCHS = 10  # the default of joint training, see `resolve_joint_settings`
 QUICK_SEEDS = (0, 1)
 QUICK_TRAINING = {"epochs": 2, "validate_every": 2}
 QUICK_JOINT_TRAINING = {"epochs": 1}
+QUICK_SAMPLING = {"sampler": "ddim", "sample_steps": 5, "draws": 1}
 QUICK_SUFFIX = "-quick"  # of the names of files, so that a trial replaces no result
 
 
@@ -86,6 +87,7 @@ def quick_options(options: ReproduceOptions) -> ReproduceOptions:
         seeds=options.seeds[: len(QUICK_SEEDS)],
         training={**QUICK_TRAINING, **options.training},
         joint_training={**QUICK_JOINT_TRAINING, **options.joint_training},
+        sampling=QUICK_SAMPLING,
     )
 
 
@@ -140,9 +142,7 @@ def _reproduce_table(
             "shuffles texts within a class is void here."
         )
     title = f"{artefact.title}, on {dataset}"
-    files = write_table_files(
-        home / "reports" / dataset, name, title, table, frame, _introduce(dataset, plan, options), notes
-    )
+    files = write_table_files(home / "reports" / dataset, name, title, table, frame, _introduce(dataset, plan, options), notes)
     reasons = {str(path): failure.reason for path, failure in failed.items()}
     bugs = frozenset(str(path) for path, failure in failed.items() if failure.is_bug)
     return Reproduction(files=files, table=_as_frame(table), numbers=frame, failed=reasons, bugs=bugs)
@@ -163,11 +163,7 @@ def _announce(home: Path, plan: TablePlan, name: str, options: ReproduceOptions)
     left = [(head, unfreeze) for head, unfreeze in jobs if not is_tuned(home, head, unfreeze, options)]
     epochs = int(options.joint_training.get("epochs", JOINT_EPOCHS))
     sizes = len(plan.manifest.split("train")), len(plan.manifest.samples)
-    joint = sum(
-        estimate_joint([head.features.caches[key] for key in joint_config(unfreeze).trained_keys if key in head.features.caches],
-                       *sizes, epochs)
-        for head, unfreeze in left
-    )  # fmt: skip
+    joint = sum(estimate_joint(_trained_caches(head, unfreeze), *sizes, epochs) for head, unfreeze in left)
     waiting = len(options.seeds) * sum(row.is_waiting for row in plan.rows)
     cost = Cost(
         num_runs=len(heads) + len(jobs) + waiting,
@@ -176,6 +172,12 @@ def _announce(home: Path, plan: TablePlan, name: str, options: ReproduceOptions)
         seconds=estimate_heads(home, heads, options.workers) + joint,
     )
     logger.info(cost.describe(name, plan.manifest.dataset))
+
+
+def _trained_caches(head: HeadPlan, unfreeze: str) -> list[Cache]:
+    """Return the caches of the encoders that joint training of a head tunes."""
+    caches = head.features.caches
+    return [caches[key] for key in joint_config(unfreeze).trained_keys if key in caches]
 
 
 def _extract(home: Path, plan: TablePlan, backbone: Backbone) -> None:
@@ -187,9 +189,7 @@ def _extract(home: Path, plan: TablePlan, backbone: Backbone) -> None:
 def _train(heads: Sequence[HeadPlan], scored: set[Path], options: ReproduceOptions) -> dict[Path, RunFailure]:
     """Train heads that are not done, evaluate those of `scored`, and return the runs that failed."""
     split = options.split
-    left = [
-        head for head in heads if not head.run.is_done or (head.run.path in scored and split not in read_metrics(head.run))
-    ]
+    left = [head for head in heads if not head.run.is_done or (head.run.path in scored and split not in read_metrics(head.run))]
     if not left:
         return {}
     failed: dict[Path, RunFailure] = {}
@@ -218,9 +218,7 @@ def train_and_score(job: _ScoredJob) -> dict[Path, RunFailure]:
     return failed
 
 
-def _tune(
-    home: Path, plan: TablePlan, options: ReproduceOptions, failed: Mapping[Path, RunFailure]
-) -> dict[Path, RunFailure]:
+def _tune(home: Path, plan: TablePlan, options: ReproduceOptions, failed: Mapping[Path, RunFailure]) -> dict[Path, RunFailure]:
     """Train the encoders of all rows that need it, one after the other, and return the heads for which it failed."""
     found: dict[Path, RunFailure] = {}
     jobs = [job for job in plan.joint_jobs() if job[0].run.path not in failed and not is_tuned(home, *job, options)]
@@ -283,9 +281,18 @@ def _reproduce_grid(
 ) -> Reproduction:
     preset = choose_preset(home, dataset, artefact.method, options.preset)
     axes = read_axes(artefact.method, artefact.axes)
-    caches = {"image": options.image, "text": options.text}
-    settings = {"settings": artefact.settings, "training": options.training}
-    grid = plan_grid(home, dataset, artefact.method, axes, options.seeds, preset=preset, **settings, **caches)
+    grid = plan_grid(
+        home,
+        dataset,
+        artefact.method,
+        axes,
+        options.seeds,
+        preset=preset,
+        settings=options.settings_of(artefact.method, artefact.settings),
+        training=options.training,
+        image=options.image,
+        text=options.text,
+    )
     heads = list(grid.heads.values())
     seconds = estimate_heads(home, heads, options.workers, is_alike=True)
     done = sum(head.run.is_done for head in heads)

@@ -129,4 +129,3 @@ def estimate_joint(caches: Sequence[Cache], num_train: int, num_samples: int, ep
     """
     per_sample = sum(info(cache.path)["seconds"] / max(1, len(cache.ids)) for cache in caches)
     return per_sample * (JOINT_FACTOR * num_train * epochs + num_samples)
-

@@ -21,7 +21,7 @@ from pipeline.runtime.assignments import parse_assignments
 from pipeline.runtime.choices import unknown_choice
 from pipeline.runtime.errors import UserError
 from pipeline.runtime.runs import RunFolder
-from pipeline.runtime.settings import configure
+from pipeline.runtime.settings import configure, find_settings
 from pipeline.training.config import TrainConfig
 from pipeline.training.features import cache_names, open_features
 from pipeline.training.heads import HeadPlan, plan_head_on, resolve_head_settings
@@ -42,6 +42,7 @@ class ReproduceOptions:
     preset: str = ""  # head, paper or tuned; "": tuned for every method that has such settings, else head
     training: Mapping[str, Any] = field(default_factory=dict)  # settings of `TrainConfig`, of every head
     joint_training: Mapping[str, Any] = field(default_factory=dict)  # the same, of joint training
+    sampling: Mapping[str, Any] = field(default_factory=dict)  # settings of methods that sample, in place of the presets'
     image: str = ""  # the cache of the image features; "": that of the dataset's image encoder
     text: str = ""  # the cache of the text features; "": that of the dataset's text encoder
     backbones: Mapping[str, str] = field(default_factory=dict)  # the paper's backbone -> a cache, or ENCODER,KEY=VALUE,…
@@ -49,6 +50,11 @@ class ReproduceOptions:
     split: Split = "test"  # what the table shows
     workers: int = -1  # see `num_processes`
     scheduler: str = "local"
+
+    def settings_of(self, method: str, settings: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the settings of a row with those of sampling, where the method has them."""
+        config = plugins.get("methods", method).Config
+        return {**{name: value for name, value in self.sampling.items() if find_settings(config, name)}, **settings}
 
     @property
     def joint_options(self) -> JointOptions:
@@ -132,7 +138,12 @@ def choose_preset(home: Path, dataset: str, method: str, preset: str) -> str:
 
 
 def plan_heads(
-    home: Path, dataset: str, method: str, settings: Mapping[str, Any], image: Mapping[int, str] | str, options: ReproduceOptions
+    home: Path,
+    dataset: str,
+    method: str,
+    settings: Mapping[str, Any],
+    image: Mapping[int, str] | str,
+    options: ReproduceOptions,
 ) -> Heads:
     """Plan a head for every seed, and build those that are to be trained once, so that bad settings are found now.
 
@@ -148,7 +159,9 @@ def plan_heads(
         UserError: there is no such method or setting, or its features are missing.
     """
     preset = choose_preset(home, dataset, method, options.preset)
-    config, training = resolve_head_settings(dataset, method, preset, settings, options.training, home)
+    config, training = resolve_head_settings(
+        dataset, method, preset, options.settings_of(method, settings), options.training, home
+    )
     heads = {}
     for seed in options.seeds:
         names = cache_names(home, dataset, image if isinstance(image, str) else image[seed], options.text)
@@ -260,7 +273,9 @@ def _resolve_backbone(home: Path, manifest: Manifest, name: str, place: str) -> 
     plugins.check_name("encoders", encoder)
     settings = with_absolute_paths(parse_assignments(pairs, "--backbone"))
     config = configure(plugins.get("encoders", encoder).Config, settings)
-    chosen = {each.name: str(getattr(config, each.name)) for each in fields(config) if getattr(config, each.name) != each.default}
+    chosen = {
+        each.name: str(getattr(config, each.name)) for each in fields(config) if getattr(config, each.name) != each.default
+    }
     cache = next(filter(None, (_complete_cache(home, manifest, path.name, encoder, chosen) for path in caches)), "")
     return Backbone(name=name, cache=cache, encoder=encoder, settings=settings)
 
