@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from scipy.stats import kendalltau
 
 from pipeline.evaluation.statistics import (
     MIN_SEEDS_FOR_INTERVAL,
@@ -142,7 +141,7 @@ def paper_table(artefact: Artefact, frame: pd.DataFrame, dataset: str, split: st
             cells.append(_paper_cells(artefact, frame, f"{key} {metric}"))
     metrics = [metric for metric in METRIC_LABELS if metric in frame]
     for metric in metrics:
-        columns += [f"ours, {dataset}: {METRIC_LABELS[metric]}", "vs base"]
+        columns += [f"ours, {dataset}: {METRIC_LABELS[metric]}", f"{METRIC_LABELS[metric]} vs {artefact.base}"]
         values = zip(frame[metric], frame[f"{metric}_std"], strict=True)
         cells.append(["-" if math.isnan(mean) else format_mean_std(mean, std) for mean, std in values])
         cells.append([format_difference(*each) for each in frame[_difference_columns(metric)].itertuples(index=False)])
@@ -158,11 +157,13 @@ def _difference_columns(metric: str) -> list[str]:
 def _paper_cells(artefact: Artefact, frame: pd.DataFrame, column: str) -> list[str]:
     """Return the numbers of a column of the paper as it writes them, with the difference to the row compared with."""
     values = dict(zip((row.title for row in artefact.rows), frame[column], strict=True))
+    decimals = max(len(str(value).partition(".")[2]) for value in values.values())
     cells = []
     for row in artefact.rows:
         value, reference = values[row.title], artefact.reference(row)
         gain = value - values[reference.title] if reference else math.nan
-        cells.append("-" if math.isnan(value) else f"{value:g}" if math.isnan(gain) else f"{value:g} ({gain:+.2f})")
+        shown = "-" if math.isnan(value) else f"{value:.{decimals}f}"
+        cells.append(shown if math.isnan(gain) else f"{shown} ({gain:+.{decimals}f})")
     return cells
 
 
@@ -182,9 +183,9 @@ def describe_order(artefact: Artefact, frame: pd.DataFrame) -> list[str]:
     sentences = []
     for key, own in artefact.datasets.items():
         deciding = deciding_metric([metric for metric in METRIC_LABELS if metric in frame])
-        pairs = frame[[f"{key} {own.metrics[0]}", deciding]].dropna().to_numpy(dtype=float)
+        pairs = frame[[f"{key} {own.metrics[0]}", deciding]].dropna()
         if len(pairs) > 2:
-            tau = float(kendalltau(pairs[:, 0], pairs[:, 1])[0])
+            tau = pairs.corr(method="kendall").to_numpy()[0, 1]
             sentences.append(
                 f"Order: Kendall's tau between the paper's {METRIC_LABELS[own.metrics[0]]} on {own.name} and our "
                 f"{METRIC_LABELS[deciding]} is {tau:+.2f} over {len(pairs)} rows; 1 is the same order, 0 none."
