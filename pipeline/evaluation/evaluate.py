@@ -156,7 +156,7 @@ def _evaluate(home: Path, run: RunFolder, config: RunConfig, settings: Any, spli
     cache = find_cache(home, manifest, config.caches["image"])
     method = load_method(run, config, settings)
     if split == "test":  # logged before it is read
-        _log_test_read(run, name)
+        log_test_read(run, name)
     caches, device = {"image": cache}, default_device()
     window = config.training.get("window", 0) or choose_window(caches, config.text_aggregate, device)
     source = open_split(manifest, caches, split, device, config.text_aggregate, window)
@@ -201,8 +201,8 @@ def read_metrics(run: RunFolder) -> dict[str, Any]:
         raise UserError(f"{path} is damaged ({error}); delete it and evaluate again") from error
 
 
-def _log_test_read(run: RunFolder, name: str) -> None:
-    """Append a line to the run's log of all reads of the test split."""
+def log_test_read(run: RunFolder, name: str) -> None:
+    """Append a line to the run's log of all reads of the test split; `name` is that of the evaluation or of a figure."""
     line = canonical_json({"evaluation": name, "time": datetime.now(UTC).isoformat(timespec="seconds")})
     with (run.path / "test_reads.jsonl").open("a") as file:
         file.write(f"{line}\n")

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pipeline.nn.common_space import CommonSpace, LinearProjector
+from pipeline.nn.common_space import CommonSpaceHead
 from pipeline.nn.feature_space import num_classes_in
 from pipeline.nn.layers import ScaleMode, batch_normalise, register_hyperparameters
-from pipeline.nn.losses import MASKED_LOGIT, LabelLoss, classification_loss, multi_hot, weighted_mean
-from pipeline.nn.method import Method
-from pipeline.runtime.rng import KeyedRNG
+from pipeline.nn.losses import MASKED_LOGIT, LabelLoss, classification_loss, distillation, multi_hot, weighted_mean
 from pipeline.runtime.settings import Range, Settings
 from pipeline.types import Batch, Phase, Shapes
 
@@ -53,12 +50,6 @@ def rank_correlation(a: Tensor, b: Tensor) -> Tensor:
     return alike / (count_a.sqrt() * count_b.sqrt()).clamp(min=1.0)
 
 
-def distillation(pupil: Tensor, source: Tensor) -> Tensor:
-    """Return KL(softmax(source) || softmax(pupil)) of each row of logits [B,C]; the source has no gradient."""
-    log_p, log_q = torch.log_softmax(pupil, dim=1), torch.log_softmax(source.detach(), dim=1)
-    return (log_q.exp() * (log_q - log_p)).sum(1)  # not F.kl_div, which torch.func cannot batch
-
-
 def without_targets(logits: Tensor, target: Tensor, is_zero: bool) -> Tensor:
     """Return logits [B,C] whose targets (1 in `target` [B,C]) have no probability or, with `is_zero`, the logit 0."""
     return logits * (1.0 - target) if is_zero else logits.masked_fill(target > 0, MASKED_LOGIT)
@@ -78,13 +69,12 @@ class Proxy(nn.Module):
         return self.classifier(F.leaky_relu(normal * self.gain + self.shift, 0.1))
 
 
-class C2KD(Method):
+class C2KD(CommonSpaceHead):
     """A text teacher is trained by itself. Then it and the image student learn together, each from a proxy of its own, and the
     proxies from each other: on non-target classes, and from samples alone in which both rank the classes alike.
     """
 
     Config = Config
-    needs = ("image", "text", "paired", "label")
     phases = (Phase("teacher", ("common.text_projector.", "text_classifier."), share=0.5), Phase("head"))
     symbols: ClassVar[Mapping[str, str]] = {"krc": "min_rank", "d": "width"}
     without_text: ClassVar[Mapping[str, Any]] = {"w_nt": 0.0}
@@ -97,21 +87,10 @@ class C2KD(Method):
     def __init__(self, config: Config, shapes: Shapes) -> None:
         super().__init__(config, shapes)
         width, self.num_classes = config.width, num_classes_in(shapes)
-        self.label_loss: LabelLoss = config.label_loss
         self.is_target_zero = config.target_logit == "zero"
-        self.common = CommonSpace(shapes, partial(LinearProjector, out_width=width), config.scale, config.dropout)
-        self.classifier, self.text_classifier = (nn.Linear(width, self.num_classes) for _ in range(2))
+        self.text_classifier = nn.Linear(width, self.num_classes)
         self.proxy, self.text_proxy = (Proxy(width, self.num_classes) for _ in range(2))
         register_hyperparameters(self, w_proxy=config.w_proxy, w_nt=config.w_nt, min_rank=config.min_rank)
-
-    @classmethod
-    def small(cls) -> dict[str, Any]:
-        """Return settings for a small and fast head."""
-        return {"width": 16}
-
-    def begin(self, phase: str, train: Callable[[], Iterator[Batch]]) -> None:
-        """Compute the statistics of the image and text features."""
-        self.common.fit(train)
 
     def loss(self, batch: Batch, phase: str) -> Batch:
         """Return the loss of a phase and its parts; samples without text enter no term of the teacher or between the proxies.
@@ -142,11 +121,3 @@ class C2KD(Method):
         target = multi_hot(label, self.num_classes)
         a, b = (without_targets(p, target, self.is_target_zero) for p in (p_s, p_t))
         return weighted_mean(kept * (distillation(b, a) + distillation(a, b)), paired), weighted_mean(kept, paired)
-
-    def predict(self, image: Tensor, rng: KeyedRNG) -> Tensor:
-        """Return the student's logits [B,C] from image features [B,Dv]."""
-        return self.classifier(self.common.image(image))
-
-    def feature(self, image: Tensor, rng: KeyedRNG) -> Tensor:
-        """Return the student's h_v [B,d] from image features [B,Dv]."""
-        return self.common.image(image)

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from pipeline.nn.common_space import CommonSpace, LinearProjector
+from pipeline.nn.common_space import CommonSpaceHead
 from pipeline.nn.feature_space import num_classes_in
 from pipeline.nn.layers import ScaleMode, register_hyperparameters
 from pipeline.nn.losses import LabelLoss, classification_loss
-from pipeline.nn.method import Method
-from pipeline.runtime.rng import KeyedRNG
 from pipeline.runtime.settings import Range, Settings
 from pipeline.types import Batch, ClassStream, Shapes
 
@@ -111,7 +108,7 @@ def intra_inter(discrepancy: Tensor, present: Tensor, num_classes: int | None = 
     return own / count.clamp(min=1.0), (both - own) / (count * (count - 1.0)).clamp(min=1.0)
 
 
-class CDD(Method):
+class CDD(CommonSpaceHead):
     """CE of the images + w_ce_text CE of the texts, by one classifier, + w_cdd (intra - inter), of embeddings and of
     probabilities: image and text of a class come together, and those of different classes go apart.
 
@@ -121,7 +118,6 @@ class CDD(Method):
     """
 
     Config = Config
-    needs = ("image", "text", "paired", "label")
     symbols: ClassVar[Mapping[str, str]] = {"lam": "w_cdd", "d": "width"}
     without_text: ClassVar[Mapping[str, Any]] = {"w_cdd": 0.0, "w_ce_text": 0.0}
     grid: ClassVar[Mapping[str, tuple[Any, ...]]] = {"w_cdd": (0.1, 0.3, 1.0, 3.0), "class_samples": (3, 6)}
@@ -132,12 +128,8 @@ class CDD(Method):
     def __init__(self, config: Config, shapes: Shapes) -> None:
         super().__init__(config, shapes)
         num_classes = num_classes_in(shapes)
-        self.label_loss: LabelLoss = config.label_loss
         self.class_stream = ClassStream(config.step_classes, config.class_samples)
         self.divisor = num_classes if config.normaliser == "all" else None
-        projector = partial(LinearProjector, out_width=config.width)
-        self.common = CommonSpace(shapes, projector, config.scale, config.dropout)
-        self.classifier = nn.Linear(config.width, num_classes)
         register_hyperparameters(self, w_cdd=config.w_cdd, w_ce_text=config.w_ce_text)
 
     @classmethod
@@ -145,14 +137,10 @@ class CDD(Method):
         """Return settings for a small and fast head."""
         return {"width": 16, "step_classes": 3, "class_samples": 2}
 
-    def begin(self, phase: str, train: Callable[[], Iterator[Batch]]) -> None:
-        """Compute the statistics of the image and text features."""
-        self.common.fit(train)
-
     def loss(self, batch: Batch, phase: str) -> Batch:
         """Return the loss and its parts."""
         label, paired = batch["label"], batch["paired"]
-        h_v, h_s = self.common.image(batch["image"]), self.common.text(batch["text"], paired)
+        h_v, h_s = self.embeddings(batch)
         z_v, z_s = self.classifier(h_v), self.classifier(h_s)
         ce = classification_loss(z_v, label, self.label_loss)
         ce_text = classification_loss(z_s, label, self.label_loss, paired)
@@ -172,14 +160,6 @@ class CDD(Method):
             each = [class_discrepancies(source.float(), target.float(), member, member) for source, target in layers]
         intra, inter = intra_inter(torch.stack(each).sum(0), (member.sum(0) > 0).to(torch.float32), self.divisor)
         return intra - inter
-
-    def predict(self, image: Tensor, rng: KeyedRNG) -> Tensor:
-        """Return logits [B,C] from image features [B,Dv]."""
-        return self.classifier(self.common.image(image))
-
-    def feature(self, image: Tensor, rng: KeyedRNG) -> Tensor:
-        """Return h_v [B,d] from image features [B,Dv]."""
-        return self.common.image(image)
 
 
 def _one_class_each(label: Tensor, paired: Tensor) -> tuple[Tensor, Tensor]:

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Annotated, Any, ClassVar
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from pipeline.nn.common_space import CommonSpace, LearnedScale, LinearProjector, scaled_phase
-from pipeline.nn.feature_space import num_classes_in
+from pipeline.nn.common_space import CommonSpaceHead, LearnedScale, LinearProjector, scaled_phase
 from pipeline.nn.layers import ScaleMode, register_hyperparameters
 from pipeline.nn.losses import LabelLoss, classification_loss, info_nce
-from pipeline.nn.method import Method
-from pipeline.runtime.rng import KeyedRNG
 from pipeline.runtime.settings import Range, Settings
 from pipeline.types import Batch, Shapes
 
@@ -31,7 +28,7 @@ class Config(Settings):
     label_loss: Annotated[LabelLoss, "for multi-label data"] = "softmax_kl"
 
 
-class CLIP(Method):
+class CLIP(CommonSpaceHead):
     """Linear projections without bias, a classifier on that of the image, and the mean of the two contrastive losses.
 
     It differs from `ema` and `ita` in three points: the temperature is learned, the two directions are averaged instead of
@@ -39,7 +36,6 @@ class CLIP(Method):
     """
 
     Config = Config
-    needs = ("image", "text", "paired", "label")
     symbols: ClassVar[Mapping[str, str]] = {"lam": "w_clip", "tau": "tau", "d": "width"}
     without_text: ClassVar[Mapping[str, Any]] = {"w_clip": 0.0}
     grid: ClassVar[Mapping[str, tuple[Any, ...]]] = {"w_clip": (0.1, 0.3, 1.0, 3.0), "tau": (0.03, 0.07, 0.2)}
@@ -48,34 +44,13 @@ class CLIP(Method):
     w_clip: Tensor
 
     def __init__(self, config: Config, shapes: Shapes) -> None:
-        super().__init__(config, shapes)
-        self.label_loss: LabelLoss = config.label_loss
-        projector = partial(LinearProjector, out_width=config.width, is_plain=True)
-        self.common = CommonSpace(shapes, projector, config.scale, config.dropout)
-        self.classifier = nn.Linear(config.width, num_classes_in(shapes))
+        super().__init__(config, shapes, partial(LinearProjector, out_width=config.width, is_plain=True))
         self.similarity_scale = LearnedScale(config.tau)
         register_hyperparameters(self, w_clip=config.w_clip)
 
-    @classmethod
-    def small(cls) -> dict[str, Any]:
-        """Return settings for a small and fast head."""
-        return {"width": 16}
-
-    def begin(self, phase: str, train: Callable[[], Iterator[Batch]]) -> None:
-        """Compute the statistics of the image and text features."""
-        self.common.fit(train)
-
     def loss(self, batch: Batch, phase: str) -> Batch:
         """Return CE + lam L_CLIP, and both parts."""
-        h_v, h_s = self.common.image(batch["image"]), self.common.text(batch["text"], batch["paired"])
+        h_v, h_s = self.embeddings(batch)
         v2s, s2v = info_nce(h_v, h_s, 1.0 / self.similarity_scale(), batch["paired"])
         ce, clip = classification_loss(self.classifier(h_v), batch["label"], self.label_loss), (v2s + s2v) / 2.0
         return {"loss": ce + self.w_clip * clip, "ce": ce, "clip": clip}
-
-    def feature(self, image: Tensor, rng: KeyedRNG) -> Tensor:
-        """Return h_v [B,d], before it is normalised, from image features [B,Dv]."""
-        return self.common.image(image)
-
-    def predict(self, image: Tensor, rng: KeyedRNG) -> Tensor:
-        """Return logits [B,C] from image features [B,Dv]."""
-        return self.classifier(self.feature(image, rng))

@@ -4,19 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import Annotated, Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pipeline.nn.common_space import CommonSpace, LinearProjector
-from pipeline.nn.feature_space import num_classes_in
+from pipeline.nn.common_space import CommonSpaceHead
 from pipeline.nn.layers import BATCH_NORM_EPSILON, ScaleMode, batch_normalise, moments, register_hyperparameters
 from pipeline.nn.losses import LabelLoss, classification_loss, info_nce, same_labels
-from pipeline.nn.method import Method
-from pipeline.runtime.rng import KeyedRNG
 from pipeline.runtime.settings import Range, Settings
 from pipeline.types import Batch, Shapes
 
@@ -72,7 +68,7 @@ class NormalisedProjector(nn.Module):
         return self.first(x - self.mean) * torch.rsqrt(variance + BATCH_NORM_EPSILON)
 
 
-class ITA(Method):
+class ITA(CommonSpaceHead):
     """MARNet's EMA with a choice of the projectors; with the defaults it is EMA, as in MARNet's tables.
 
     With native=true, the classifier reads the projector's output before the last batch normalisation, which has no parameters
@@ -80,7 +76,6 @@ class ITA(Method):
     """
 
     Config = Config
-    needs = ("image", "text", "paired", "label")
     symbols: ClassVar[Mapping[str, str]] = {"lam": "w_ita", "tau": "tau", "d": "width"}
     without_text: ClassVar[Mapping[str, Any]] = {"w_ita": 0.0}
     grid: ClassVar[Mapping[str, tuple[Any, ...]]] = {"w_ita": (0.1, 0.3, 1.0, 3.0), "tau": (0.03, 0.07, 0.2)}
@@ -89,40 +84,26 @@ class ITA(Method):
     w_ita: Tensor
 
     def __init__(self, config: Config, shapes: Shapes) -> None:
-        super().__init__(config, shapes)
-        self.label_loss: LabelLoss = config.label_loss
+        if config.native:
+            super().__init__(config, shapes, NormalisedProjector, NATIVE_WIDTH)
+        else:
+            super().__init__(config, shapes)
         self.native, self.mask_same_class = config.native, config.mask_same_class
-        projector = NormalisedProjector if config.native else partial(LinearProjector, out_width=config.width)
-        self.common = CommonSpace(shapes, projector, config.scale, config.dropout)
-        self.classifier = nn.Linear(NATIVE_WIDTH if config.native else config.width, num_classes_in(shapes))
         register_hyperparameters(self, tau=config.tau, w_ita=config.w_ita)
-
-    @classmethod
-    def small(cls) -> dict[str, Any]:
-        """Return settings for a small and fast head."""
-        return {"width": 16}
 
     def begin(self, phase: str, train: Callable[[], Iterator[Batch]]) -> None:
         """Compute the statistics of the image and text features."""
-        self.common.fit(train)
+        super().begin(phase, train)
         if isinstance(self.common.image_projector, NormalisedProjector):
             self.common.image_projector.fit(self.common.image_scale(batch["image"]) for batch in train())
 
     def loss(self, batch: Batch, phase: str) -> Batch:
         """Return CE + lam L_ITA with L_ITA = L_v2s + L_s2v (MARNet eq. 9-11), and both parts."""
         paired, label = batch["paired"], batch["label"]
-        h_v, h_s = self.common.image(batch["image"]), self.common.text(batch["text"], paired)
+        h_v, h_s = self.embeddings(batch)
         ce = classification_loss(self.classifier(h_v), label, self.label_loss)
         if self.native:
             h_v, h_s = batch_normalise(h_v, torch.ones_like(paired)), batch_normalise(h_s, paired)
         v2s, s2v = info_nce(h_v, h_s, self.tau, paired, same_labels(label) if self.mask_same_class else None)
         ita = v2s + s2v
         return {"loss": ce + self.w_ita * ita, "ce": ce, "ita": ita}
-
-    def feature(self, image: Tensor, rng: KeyedRNG) -> Tensor:
-        """Return h_v [B,d] from image features [B,Dv]."""
-        return self.common.image(image)
-
-    def predict(self, image: Tensor, rng: KeyedRNG) -> Tensor:
-        """Return logits [B,C] from image features [B,Dv]."""
-        return self.classifier(self.feature(image, rng))

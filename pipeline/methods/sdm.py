@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from pipeline.nn.common_space import CommonSpace, LinearProjector
-from pipeline.nn.feature_space import num_classes_in
+from pipeline.nn.common_space import CommonSpaceHead, LinearProjector
 from pipeline.nn.layers import ScaleMode, register_hyperparameters
 from pipeline.nn.losses import MASKED_LOGIT, LabelLoss, classification_loss, weighted_mean
-from pipeline.nn.method import Method
-from pipeline.runtime.rng import KeyedRNG
 from pipeline.runtime.settings import Range, Settings
 from pipeline.types import Batch, Shapes
 
@@ -79,13 +76,12 @@ def matching_loss(f: Tensor, g: Tensor, match: Tensor, tau: Tensor | float, weig
     return direction(similarity, match) + direction(similarity.T, match.T)
 
 
-class SDM(Method):
+class SDM(CommonSpaceHead):
     """CE of the images + w_ce_text CE of the texts, by one classifier, + w_sdm SDM. Multi-label: samples match by their Jaccard
     index. Masked language modelling, a part of IRRA, is left out: it needs words.
     """
 
     Config = Config
-    needs = ("image", "text", "paired", "label")
     symbols: ClassVar[Mapping[str, str]] = {"lam": "w_sdm", "d": "width"}
     without_text: ClassVar[Mapping[str, Any]] = {"w_sdm": 0.0, "w_ce_text": 0.0}
     grid: ClassVar[Mapping[str, tuple[Any, ...]]] = {"w_sdm": (0.1, 0.3, 1.0, 3.0), "tau": (0.02, 0.05, 0.1)}
@@ -95,37 +91,17 @@ class SDM(Method):
     w_sdm: Tensor
 
     def __init__(self, config: Config, shapes: Shapes) -> None:
-        super().__init__(config, shapes)
-        self.label_loss: LabelLoss = config.label_loss
+        is_plain = config.activation == "none"
+        super().__init__(config, shapes, partial(LinearProjector, out_width=config.width, is_plain=is_plain))
         self.by_class = config.identity == "class"
-        projector = partial(LinearProjector, out_width=config.width, is_plain=config.activation == "none")
-        self.common = CommonSpace(shapes, projector, config.scale, config.dropout)
-        self.classifier = nn.Linear(config.width, num_classes_in(shapes))
         register_hyperparameters(self, tau=config.tau, w_sdm=config.w_sdm, w_ce_text=config.w_ce_text)
-
-    @classmethod
-    def small(cls) -> dict[str, Any]:
-        """Return settings for a small and fast head."""
-        return {"width": 16}
-
-    def begin(self, phase: str, train: Callable[[], Iterator[Batch]]) -> None:
-        """Compute the statistics of the image and text features."""
-        self.common.fit(train)
 
     def loss(self, batch: Batch, phase: str) -> Batch:
         """Return the loss and its parts."""
         label, paired = batch["label"], batch["paired"]
-        h_v, h_s = self.common.image(batch["image"]), self.common.text(batch["text"], paired)
+        h_v, h_s = self.embeddings(batch)
         match = label_overlap(label if self.by_class else torch.arange(len(label), device=label.device))
         ce = classification_loss(self.classifier(h_v), label, self.label_loss)
         ce_text = classification_loss(self.classifier(h_s), label, self.label_loss, paired)
         sdm = matching_loss(h_v, h_s, match, self.tau, paired)
         return {"loss": ce + self.w_ce_text * ce_text + self.w_sdm * sdm, "ce": ce, "ce_text": ce_text, "sdm": sdm}
-
-    def predict(self, image: Tensor, rng: KeyedRNG) -> Tensor:
-        """Return logits [B,C] from image features [B,Dv]."""
-        return self.classifier(self.common.image(image))
-
-    def feature(self, image: Tensor, rng: KeyedRNG) -> Tensor:
-        """Return h_v [B,d] from image features [B,Dv]."""
-        return self.common.image(image)

@@ -112,6 +112,11 @@ class Stacked(Method):
             for choice in self.choices:
                 self.head.begin(choice.name, train)
 
+    def begin_epoch(self, phase: str, progress: float, train: Callable[[], Iterator[Batch]]) -> None:
+        """Prepare the head for an epoch of a phase of its own."""
+        if phase.startswith("head."):
+            self.head.begin_epoch(phase.removeprefix("head."), progress, train)
+
     def choose(self, candidate: int) -> None:
         """Set lambda and, within each lambda, the head's own candidate."""
         number, choice = divmod(candidate, self._choices_per_weight)

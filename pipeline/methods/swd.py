@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import Annotated, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from pipeline.nn.common_space import CommonSpace, LinearProjector
+from pipeline.nn.common_space import CommonSpaceHead
 from pipeline.nn.feature_space import num_classes_in
 from pipeline.nn.layers import ScaleMode, register_hyperparameters
 from pipeline.nn.losses import LabelLoss, classification_loss, sliced_wasserstein
-from pipeline.nn.method import Method
-from pipeline.runtime.rng import KeyedRNG
 from pipeline.runtime.settings import Range, Settings
 from pipeline.types import Batch, Shapes
 
@@ -33,7 +30,7 @@ class Config(Settings):
     label_loss: Annotated[LabelLoss, "for multi-label data"] = "softmax_kl"
 
 
-class SWD(Method):
+class SWD(CommonSpaceHead):
     """A classifier on the image, one on the text, and the discrepancy of the two sets of class probabilities in a batch.
 
     The discrepancy compares sets, not pairs. The original measures two classifiers on unlabelled data, and plays them against
@@ -41,7 +38,6 @@ class SWD(Method):
     """
 
     Config = Config
-    needs = ("image", "text", "paired", "label")
     symbols: ClassVar[Mapping[str, str]] = {"d": "width"}
     without_text: ClassVar[Mapping[str, Any]] = {"w_swd": 0.0}
     grid: ClassVar[Mapping[str, tuple[Any, ...]]] = {"w_swd": (0.1, 0.3, 1.0, 3.0)}
@@ -50,10 +46,7 @@ class SWD(Method):
 
     def __init__(self, config: Config, shapes: Shapes) -> None:
         super().__init__(config, shapes)
-        self.label_loss: LabelLoss = config.label_loss
         self.num_directions, self.detach_text = config.num_directions, config.detach_text
-        self.common = CommonSpace(shapes, partial(LinearProjector, out_width=config.width), config.scale, config.dropout)
-        self.classifier = nn.Linear(config.width, num_classes_in(shapes))
         self.text_classifier = nn.Linear(config.width, num_classes_in(shapes))
         register_hyperparameters(self, w_swd=config.w_swd)
 
@@ -61,10 +54,6 @@ class SWD(Method):
     def small(cls) -> dict[str, Any]:
         """Return settings for a small and fast head."""
         return {"width": 16, "num_directions": 8}
-
-    def begin(self, phase: str, train: Callable[[], Iterator[Batch]]) -> None:
-        """Compute the statistics of the image and text features."""
-        self.common.fit(train)
 
     def loss(self, batch: Batch, phase: str) -> Batch:
         """Return CE of the image + CE of the text + lam SWD of their class probabilities, and the three parts."""
@@ -78,11 +67,3 @@ class SWD(Method):
         p_v, p_s = z_v.softmax(1), (z_s.detach() if self.detach_text else z_s).softmax(1)
         swd = num_classes * sliced_wasserstein(p_v, p_s, directions, paired)
         return {"loss": ce + ce_text + self.w_swd * swd, "ce": ce, "ce_text": ce_text, "swd": swd}
-
-    def feature(self, image: Tensor, rng: KeyedRNG) -> Tensor:
-        """Return h_v [B,d] from image features [B,Dv]."""
-        return self.common.image(image)
-
-    def predict(self, image: Tensor, rng: KeyedRNG) -> Tensor:
-        """Return logits [B,C] from image features [B,Dv]."""
-        return self.classifier(self.feature(image, rng))

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import Annotated, Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pipeline.nn.common_space import CommonSpace, LearnedScale, LinearProjector, scaled_phase
-from pipeline.nn.feature_space import num_classes_in
+from pipeline.nn.common_space import CommonSpaceHead, LearnedScale, scaled_phase
 from pipeline.nn.layers import MLP, ChunkTokens, Dropout, ScaleMode, multi_head_attention, register_hyperparameters
 from pipeline.nn.losses import (
     MASKED_LOGIT,
@@ -22,9 +20,7 @@ from pipeline.nn.losses import (
     same_labels,
     weighted_mean,
 )
-from pipeline.nn.method import Method
 from pipeline.runtime.errors import UserError
-from pipeline.runtime.rng import KeyedRNG
 from pipeline.runtime.settings import Range, Settings
 from pipeline.types import Batch, Shapes
 
@@ -133,7 +129,7 @@ def token_loss(scores: Tensor, scale: Tensor | float, weight: Tensor | None = No
     return weighted_mean(losses.mean(0), weight)
 
 
-class TEAM(Method):
+class TEAM(CommonSpaceHead):
     """A classifier on the image's vector, CLIP's loss, and a loss on tokens, which are chunks of the vectors of both.
 
     The token loss knows each pair from two hard negatives: the text with another image and the image with another text, drawn
@@ -142,7 +138,6 @@ class TEAM(Method):
     """
 
     Config = Config
-    needs = ("image", "text", "paired", "label")
     symbols: ClassVar[Mapping[str, str]] = {"lam": "w_team", "tau": "tau", "d": "width"}
     without_text: ClassVar[Mapping[str, Any]] = {"w_team": 0.0}
     paper: ClassVar[Mapping[str, Any]] = {"num_blocks": 6}
@@ -153,9 +148,6 @@ class TEAM(Method):
 
     def __init__(self, config: Config, shapes: Shapes) -> None:
         super().__init__(config, shapes)
-        self.label_loss: LabelLoss = config.label_loss
-        self.common = CommonSpace(shapes, partial(LinearProjector, out_width=config.width), config.scale, config.dropout)
-        self.classifier = nn.Linear(config.width, num_classes_in(shapes))
         self.matching = TokenMatching(config)
         self.global_scale, self.token_scale = LearnedScale(config.tau), LearnedScale(config.tau)
         register_hyperparameters(self, w_team=config.w_team)
@@ -165,14 +157,10 @@ class TEAM(Method):
         """Return settings for a small and fast head."""
         return {"width": 16, "num_tokens": 4, "token_width": 8, "num_heads": 2, "num_blocks": 1}
 
-    def begin(self, phase: str, train: Callable[[], Iterator[Batch]]) -> None:
-        """Compute the statistics of the image and text features."""
-        self.common.fit(train)
-
     def loss(self, batch: Batch, phase: str) -> Batch:
         """Return CE + lam (L_CLIP + the mean token loss of a block), and the three parts."""
         paired, label = batch["paired"], batch["label"]
-        h_v, h_s = self.common.image(batch["image"]), self.common.text(batch["text"], paired)
+        h_v, h_s = self.embeddings(batch)
         v2s, s2v = info_nce(h_v, h_s, 1.0 / self.global_scale(), paired)
         ce, clip = classification_loss(self.classifier(h_v), label, self.label_loss), (v2s + s2v) / 2.0
         tokens = self._token_loss(h_v, h_s, paired, label)
@@ -187,11 +175,3 @@ class TEAM(Method):
         scores = self.matching(torch.cat([h_s, h_s, h_s[text]]), torch.cat([h_v, h_v[image], h_v]))
         weight = paired * allowed.any(1)
         return token_loss(scores.unflatten(1, (3, -1)).transpose(0, 1), self.token_scale(), weight)
-
-    def feature(self, image: Tensor, rng: KeyedRNG) -> Tensor:
-        """Return h_v [B,d] from image features [B,Dv]."""
-        return self.common.image(image)
-
-    def predict(self, image: Tensor, rng: KeyedRNG) -> Tensor:
-        """Return logits [B,C] from image features [B,Dv]; tokens are for training alone."""
-        return self.classifier(self.feature(image, rng))

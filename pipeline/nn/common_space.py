@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from typing import Protocol
+from functools import partial
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pipeline.nn.feature_space import paired_text
+from pipeline.nn.feature_space import num_classes_in, paired_text
 from pipeline.nn.layers import Dropout, ScaleMode, Standardise
+from pipeline.nn.losses import LabelLoss
+from pipeline.nn.method import Method
+from pipeline.runtime.rng import KeyedRNG
 from pipeline.types import Batch, Phase, Shapes
 
 LOG_SCALE_LIMIT = math.log(100.0)  # of `LearnedScale.log`
@@ -70,6 +74,52 @@ class CommonSpace(nn.Module):
     def text(self, x: Tensor, paired: Tensor) -> Tensor:
         """Return h_s [B,d] from text features [B,Ds]; where `paired` [B] is 0, there is no text."""
         return self.text_projector(self.text_scale(x), paired)
+
+
+class CommonSpaceHead(Method):
+    """The base of heads that project image and text to a common space, and classify the projected image; each adds its loss."""
+
+    needs = ("image", "text", "paired", "label")
+
+    def __init__(
+        self, config: Any, shapes: Shapes, projector: Callable[[int], Projector] | None = None, width: int | None = None
+    ) -> None:
+        """Make the common space and the classifier.
+
+        Args:
+            config: has the settings `scale`, `dropout` and `label_loss`, and `width` unless that is given.
+            shapes: see `types.Shapes`.
+            projector: see `CommonSpace`; None: `LinearProjector`.
+            width: d, what the projectors return.
+        """
+        super().__init__(config, shapes)
+        out_width: int = config.width if width is None else width
+        self.label_loss: LabelLoss = config.label_loss
+        self.common = CommonSpace(
+            shapes, projector or partial(LinearProjector, out_width=out_width), config.scale, config.dropout
+        )
+        self.classifier = nn.Linear(out_width, num_classes_in(shapes))
+
+    @classmethod
+    def small(cls) -> dict[str, Any]:
+        """Return settings for a small and fast head."""
+        return {"width": 16}
+
+    def begin(self, phase: str, train: Callable[[], Iterator[Batch]]) -> None:
+        """Compute the statistics of the image and text features."""
+        self.common.fit(train)
+
+    def embeddings(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Return h_v and h_s, [B,d] each; where `paired` is 0, h_s stands for no text."""
+        return self.common.image(batch["image"]), self.common.text(batch["text"], batch["paired"])
+
+    def feature(self, image: Tensor, rng: KeyedRNG) -> Tensor:
+        """Return h_v [B,d] from image features [B,Dv]."""
+        return self.common.image(image)
+
+    def predict(self, image: Tensor, rng: KeyedRNG) -> Tensor:
+        """Return logits [B,C] from image features [B,Dv]."""
+        return self.classifier(self.feature(image, rng))
 
 
 class LearnedScale(nn.Module):

@@ -96,6 +96,12 @@ def info_nce(
     return contrast(similarity), contrast(similarity.T)
 
 
+def distillation(pupil: Tensor, source: Tensor) -> Tensor:
+    """Return KL(softmax(source) || softmax(pupil)) of each row of logits [B,C]; the source has no gradient."""
+    log_p, log_q = torch.log_softmax(pupil, dim=1), torch.log_softmax(source.detach(), dim=1)
+    return (log_q.exp() * (log_q - log_p)).sum(1)  # not F.kl_div, which torch.func cannot batch
+
+
 def multi_hot(label: Tensor, num_classes: int) -> Tensor:
     """Return class numbers int64 [B], or labels that are multi-hot already [B,C], as a float32 matrix of 0 and 1 [B,C]."""
     if label.ndim == 1:

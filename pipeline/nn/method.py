@@ -74,6 +74,17 @@ class Method(nn.Module):
             train: starts an ordered pass over the training split; it may be called more than once.
         """
 
+    def begin_epoch(self, phase: str, progress: float, train: Callable[[], Iterator[Batch]]) -> None:
+        """Prepare for an epoch: put what depends on it into buffers, in place as in `choose`. By default, do nothing.
+
+        It has no gradients, draws no random numbers, and does not depend on the mode. Stage 3 does not call it.
+
+        Args:
+            phase: name of the phase.
+            progress: the share of the phase that is over in the middle of the epoch, from 0 to 1.
+            train: see `begin`.
+        """
+
     def choose(self, candidate: int) -> None:
         """Put a candidate of the last phase into buffers, in place; see `Phase.candidates`.
 

@@ -19,6 +19,7 @@ from pipeline.evaluation.scores import log_scores
 from pipeline.report.blocks import ClassPredictions, ExampleCard
 from pipeline.report.results import ResultRow, predictions_path
 from pipeline.runtime.errors import UserError
+from pipeline.runtime.runs import RunFolder
 
 NUM_TSNE_CLASSES = 5
 MAX_SAMPLES_PER_TSNE_CLASS = 40
@@ -51,19 +52,27 @@ class SeedPredictions:
 
 def read_predictions(row: ResultRow, seed_index: int = 0) -> SeedPredictions:
     """Read the predictions of one seed of a row; `seed_index` counts from 0 and is not the seed itself."""
-    with np.load(predictions_path(row.runs[seed_index], row.evaluation_name)) as arrays:
+    return read_run_predictions(row.runs[seed_index], row.evaluation_name, row.head.config.label_loss)
+
+
+def read_run_predictions(run: RunFolder, evaluation_name: str, label_loss: str) -> SeedPredictions:
+    """Read the predictions of an evaluation of a run; `label_loss` is that of its config."""
+    with np.load(predictions_path(run, evaluation_name)) as arrays:
         ids = [str(sample_id) for sample_id in arrays["ids"]]
         feature = arrays["feature"].astype(np.float32)
-        return SeedPredictions(ids, arrays["logits"], arrays["label"], feature, row.head.config.label_loss)
+        return SeedPredictions(ids, arrays["logits"], arrays["label"], feature, label_loss)
 
 
-def choose_tsne_samples(label: np.ndarray) -> tuple[np.ndarray, np.ndarray, list[int]]:
-    """Choose the samples of the t-SNE: the five most frequent classes, and the first 40 samples of each.
+def choose_tsne_samples(
+    label: np.ndarray, max_samples: int = MAX_SAMPLES_PER_TSNE_CLASS
+) -> tuple[np.ndarray, np.ndarray, list[int]]:
+    """Choose the samples of the t-SNE: the five most frequent classes, and the first samples of each.
 
     Samples that have two of these classes as labels are left out.
 
     Args:
         label: Labels [N], or [N,C] of 0 and 1.
+        max_samples: Of each class.
 
     Returns:
         The indices [n] of the samples, the group 0..4 [n] of each of them, and the class of each group.
@@ -73,7 +82,7 @@ def choose_tsne_samples(label: np.ndarray) -> tuple[np.ndarray, np.ndarray, list
     classes = sorted(np.argsort(-counts, kind="stable")[:NUM_TSNE_CLASSES].tolist())
     is_chosen_label = is_label[:, classes]
     has_one_label = is_chosen_label.sum(axis=1) == 1
-    indices = [np.flatnonzero(is_chosen_label[:, k] & has_one_label)[:MAX_SAMPLES_PER_TSNE_CLASS] for k in range(len(classes))]
+    indices = [np.flatnonzero(is_chosen_label[:, k] & has_one_label)[:max_samples] for k in range(len(classes))]
     return np.concatenate(indices), np.repeat(np.arange(len(classes)), [len(part) for part in indices]), classes
 
 
@@ -91,11 +100,39 @@ def mean_silhouette(vectors: np.ndarray, group: np.ndarray) -> float:
 
 def confusion_counts(row: ResultRow, num_classes: int) -> np.ndarray:
     """Count samples [C,C] by true class (rows) and predicted class (columns), summed over seeds; single-label only."""
+    return sum(
+        (count_confusions(read_predictions(row, seed_index), num_classes) for seed_index in range(len(row.runs))),
+        np.zeros((num_classes, num_classes), dtype=np.int64),
+    )
+
+
+def count_confusions(predictions: SeedPredictions, num_classes: int) -> np.ndarray:
+    """Count samples [C,C] by true class (rows) and predicted class (columns), as `confusion_counts` does, of one seed."""
     counts = np.zeros((num_classes, num_classes), dtype=np.int64)
-    for seed_index in range(len(row.runs)):
-        predictions = read_predictions(row, seed_index)
-        np.add.at(counts, (predictions.label, predictions.logits.argmax(axis=1)), 1)
+    np.add.at(counts, (predictions.label, predictions.logits.argmax(axis=1)), 1)
     return counts
+
+
+def confused_group(counts: np.ndarray, num_classes: int) -> np.ndarray:
+    """Return classes that are confused with each other: the two confused most, then one by one the most confused with these.
+
+    Confusion is counted in both directions. Of equal ones, the lower class number comes first.
+
+    Args:
+        counts: Confusion counts [C,C].
+        num_classes: How many classes; all, where there are not more.
+
+    Returns:
+        Classes [c] in ascending order.
+    """
+    errors = counts + counts.T
+    errors = errors - np.diag(np.diag(errors))
+    chosen = list(np.unravel_index(errors.argmax(), errors.shape)) if errors.any() else [0]
+    while len(chosen) < min(num_classes, len(counts)):
+        with_chosen = errors[chosen].sum(axis=0)
+        with_chosen[chosen] = -1
+        chosen.append(with_chosen.argmax())
+    return np.sort(np.array(chosen[:num_classes]))
 
 
 def most_confused_classes(before: np.ndarray, after: np.ndarray) -> np.ndarray:
@@ -125,12 +162,14 @@ def confusion_shares(counts: np.ndarray, classes: np.ndarray) -> np.ndarray:
 
 def average_precisions(row: ResultRow, classes: np.ndarray) -> np.ndarray:
     """Return the average precision [c] of classes [c] in percent, mean over seeds; multi-label only."""
-    per_seed = []
-    for seed_index in range(len(row.runs)):
-        predictions = read_predictions(row, seed_index)
-        label, scores = predictions.label, predictions.log_scores
-        per_seed.append([average_precision_score(label[:, k], scores[:, k]) for k in classes])
-    return 100.0 * np.mean(per_seed, axis=0)
+    per_seed = [class_precisions(read_predictions(row, seed_index), classes) for seed_index in range(len(row.runs))]
+    return np.mean(per_seed, axis=0)
+
+
+def class_precisions(predictions: SeedPredictions, classes: np.ndarray) -> np.ndarray:
+    """Return the average precision [c] of classes [c] in percent, of one seed; multi-label only."""
+    label, scores = predictions.label, predictions.log_scores
+    return 100.0 * np.array([average_precision_score(label[:, k], scores[:, k]) for k in classes])
 
 
 def choose_examples(right: Sequence[np.ndarray], ids: Sequence[str], max_per_case: int) -> dict[tuple[bool, ...], list[int]]:

@@ -26,6 +26,8 @@ DARK_INK = "#e3e7eb"
 COLOURS = ("#7f8a94", "#0072b2", "#e69f00", "#009e73", "#cc79a7", "#d55e00", "#56b4e9")
 MARKERS = ("o", "s", "^", "D", "P")
 FIGURE_WIDTH_INCHES = 10.0  # the same for every figure, so that all letters have one size on the page
+MAX_NUMBERED_CLASSES = 8  # a confusion matrix of at most so many classes shows its numbers
+MISSING_GLYPH = "Glyph .* missing from font"  # matplotlib's warning
 FIGURE_STYLE: Any = {
     "svg.hashsalt": "diffalign",  # without it, the ids inside the SVG would be random
     "text.parse_math": False,  # a class name may contain a dollar sign
@@ -117,33 +119,59 @@ def draw_differences(labels: Sequence[str], intervals: np.ndarray, metric_label:
 
 
 def draw_embeddings(panels: Sequence[tuple[str, np.ndarray]], group: np.ndarray, names: Sequence[str]) -> bytes:
-    """Draw positions in the plane of the same samples in every panel, marked by group.
+    """Draw what `plot_embeddings` plots."""
+    with mpl.rc_context(FIGURE_STYLE):
+        return to_svg(plot_embeddings(panels, group, names))
+
+
+def plot_embeddings(
+    panels: Sequence[tuple[str, np.ndarray]], group: np.ndarray, names: Sequence[str], width: float = FIGURE_WIDTH_INCHES
+) -> Figure:
+    """Plot positions in the plane of the same samples in every panel, marked by group.
 
     Args:
         panels: Title and positions [n,2] of each panel.
         group: The group [n] of each sample, counted from 0.
         names: Names of the groups.
+        width: Of the figure, in inches.
     """
     num_columns = min(len(panels), 3)
     num_rows = -(-len(panels) // num_columns)
-    with mpl.rc_context(FIGURE_STYLE):
-        figure = Figure(figsize=(FIGURE_WIDTH_INCHES, 0.5 + 3.1 * num_rows), layout="constrained")
-        for index, (title, positions) in enumerate(panels):
-            axes = figure.add_subplot(num_rows, num_columns, index + 1)
-            for number, name in enumerate(names):
-                x, y = positions[group == number].T
-                style = {"s": 20, "alpha": 0.85, "linewidths": 0, "color": COLOURS[1 + number], "marker": MARKERS[number]}
-                axes.scatter(x, y, label=shorten(name, 28) if index == 0 else None, **style)
-            axes.set(title=shorten(title, 50), xticks=[], yticks=[])
-            axes.grid(visible=False)
-            for spine in axes.spines.values():
-                spine.set(visible=True, alpha=0.25)
-        figure.legend(loc="outside lower center", ncols=5)
-        return to_svg(figure)
+    figure = Figure(figsize=(width, 0.5 + 3.1 * num_rows), layout="constrained")
+    for index, (title, positions) in enumerate(panels):
+        axes = figure.add_subplot(num_rows, num_columns, index + 1)
+        for number, name in enumerate(names):
+            x, y = positions[group == number].T
+            style = {"s": min(20, 4000 / len(group)), "color": COLOURS[1 + number], "marker": MARKERS[number]}
+            axes.scatter(x, y, label=shorten(name, 28) if index == 0 else None, alpha=0.85, linewidths=0, **style)
+        axes.set(title=shorten(title, 50))
+        frame_plane(axes)
+    figure.legend(loc="outside lower center", ncols=5 if width == FIGURE_WIDTH_INCHES else 3)
+    return figure
+
+
+def frame_plane(axes: Axes) -> None:
+    """Frame positions in the plane: the numbers along the axes mean nothing."""
+    axes.set(xticks=[], yticks=[])
+    axes.grid(visible=False)
+    for spine in axes.spines.values():
+        spine.set(visible=True, alpha=0.25)
 
 
 def draw_confusions(before: np.ndarray, after: np.ndarray, names: Sequence[str], titles: tuple[str, str]) -> bytes:
-    """Draw two confusion matrices and their difference.
+    """Draw what `plot_confusions` plots."""
+    with mpl.rc_context(FIGURE_STYLE | {"font.size": 7.5}):
+        return to_svg(plot_confusions(before, after, names, titles))
+
+
+def plot_confusions(
+    before: np.ndarray,
+    after: np.ndarray,
+    names: Sequence[str],
+    titles: tuple[str, str],
+    width: float = FIGURE_WIDTH_INCHES,
+) -> Figure:
+    """Plot two confusion matrices and their difference; small matrices have their numbers in percent, and no scale of colours.
 
     Args:
         before: Shares [c,k], 0..1; rows are true classes, columns are predicted classes. k is c, or c + 1 when the last
@@ -151,39 +179,62 @@ def draw_confusions(before: np.ndarray, after: np.ndarray, names: Sequence[str],
         after: The same for the second method.
         names: Names of the c classes.
         titles: Titles of the two matrices.
+        width: Of the figure, in inches.
     """
     limit = max(float(np.abs(after - before).max()), 0.01)
     panels = [(before, "Blues", 0.0, 1.0), (after, "Blues", 0.0, 1.0), (after - before, "RdBu", -limit, limit)]
     columns = [shorten(name, 20) for name in (*names, "other classes")[: before.shape[1]]]
-    with mpl.rc_context(FIGURE_STYLE | {"axes.grid": False, "font.size": 7.5}):
-        height = 1.75 + 2.6 * before.shape[0] / before.shape[1]
-        figure = Figure(figsize=(FIGURE_WIDTH_INCHES, height), layout="constrained")
-        all_axes = figure.subplots(1, 3)
-        for axes, title, (matrix, palette, low, high) in zip(all_axes, (*titles, "difference"), panels, strict=True):
-            is_first = axes is all_axes[0]
-            image = axes.imshow(matrix, cmap=palette, vmin=low, vmax=high)
-            axes.set_xticks(range(len(columns)), columns, rotation=90)
-            axes.set_yticks(range(len(names)), columns[: len(names)] if is_first else [""] * len(names))
-            axes.set(title=shorten(title, 40), xlabel="predicted", ylabel="true" if is_first else "")
-            axes.tick_params(length=0)
-            if not is_first:
-                figure.colorbar(image, ax=axes, aspect=30, pad=0.03, shrink=0.75).outline.set_visible(False)
-        return to_svg(figure)
+    has_numbers = len(names) <= MAX_NUMBERED_CLASSES
+    height = (1.35 if has_numbers else 1.75) + 0.26 * width * before.shape[0] / before.shape[1]
+    figure = Figure(figsize=(width, height), layout="constrained")
+    all_axes = figure.subplots(1, 3)
+    for axes, title, (matrix, palette, low, high) in zip(all_axes, (*titles, "difference"), panels, strict=True):
+        is_first = axes is all_axes[0]
+        image = axes.imshow(matrix, cmap=palette, vmin=low, vmax=high)
+        axes.set_xticks(range(len(columns)), columns, rotation=90)
+        axes.set_yticks(range(len(names)), columns[: len(names)] if is_first else [""] * len(names))
+        axes.set(title=shorten(title, 40), xlabel="predicted", ylabel="true" if is_first else "")
+        axes.tick_params(length=0)
+        axes.grid(visible=False)
+        if has_numbers:
+            _print_percentages(axes, matrix, high, sign="+" if low < 0 else "")
+        elif not is_first:
+            figure.colorbar(image, ax=axes, aspect=30, pad=0.03, shrink=0.75).outline.set_visible(False)
+    return figure
+
+
+def _print_percentages(axes: Axes, matrix: np.ndarray, high: float, sign: str) -> None:
+    """Write the shares that are not 0 into a matrix, in percent, in white where the colour behind them is dark."""
+    for row, column in np.argwhere(np.abs(matrix) >= 0.005):
+        colour = "#ffffff" if abs(matrix[row, column]) > 0.6 * high else "#000000"
+        text = f"{100 * matrix[row, column]:{sign}.0f}"
+        axes.text(column, row, text, ha="center", va="center", color=colour, fontsize="small")
 
 
 def draw_class_changes(before: np.ndarray, after: np.ndarray, names: Sequence[str], titles: tuple[str, str]) -> bytes:
-    """Draw one number per class, [c] in percent, of two methods, joined by a line."""
+    """Draw what `plot_class_changes` plots."""
     with mpl.rc_context(FIGURE_STYLE):
-        figure = Figure(figsize=(FIGURE_WIDTH_INCHES, 0.9 + 0.24 * len(names)), layout="constrained")
-        axes = figure.add_subplot()
-        rows = np.arange(len(names))
-        axes.hlines(rows, before, after, color=INK, alpha=0.35, linewidth=1.2)
-        axes.plot(before, rows, "o", color=COLOURS[0], markersize=5, label=shorten(titles[0], 60))
-        axes.plot(after, rows, "D", color=COLOURS[1], markersize=5, label=shorten(titles[1], 60))
-        axes.set_yticks(rows, [shorten(name, 32) for name in names])
-        axes.set(ylim=(len(names) - 0.5, -0.5), xlim=(0, 100), xlabel="average precision (%)")
-        axes.legend(loc="upper center", bbox_to_anchor=(0.5, 1.12), ncols=2)
-        return to_svg(figure)
+        return to_svg(plot_class_changes(before, after, names, titles))
+
+
+def plot_class_changes(
+    before: np.ndarray,
+    after: np.ndarray,
+    names: Sequence[str],
+    titles: tuple[str, str],
+    width: float = FIGURE_WIDTH_INCHES,
+) -> Figure:
+    """Plot one number per class, [c] in percent, of two methods, joined by a line."""
+    figure = Figure(figsize=(width, 0.9 + 0.24 * len(names)), layout="constrained")
+    axes = figure.add_subplot()
+    rows = np.arange(len(names))
+    axes.hlines(rows, before, after, color=INK, alpha=0.35, linewidth=1.2)
+    axes.plot(before, rows, "o", color=COLOURS[0], markersize=5, label=shorten(titles[0], 60))
+    axes.plot(after, rows, "D", color=COLOURS[1], markersize=5, label=shorten(titles[1], 60))
+    axes.set_yticks(rows, [shorten(name, 32) for name in names])
+    axes.set(ylim=(len(names) - 0.5, -0.5), xlim=(0, 100), xlabel="average precision (%)")
+    figure.legend(loc="outside upper center", ncols=2)
+    return figure
 
 
 def shorten(text: str, max_length: int) -> str:
@@ -193,22 +244,27 @@ def shorten(text: str, max_length: int) -> str:
 
 
 def to_svg(figure: Figure) -> bytes:
-    """Return the figure as SVG without date or creator, with text and lines in the ink of the page around it.
+    """Return the figure as SVG without date or creator, with text and lines in the ink of the page around it."""
+    style = f"<style>svg{{color:{INK}}}@media(prefers-color-scheme:dark){{svg{{color:{DARK_INK}}}}}</style>"
+    drawing = to_plain_svg(figure, is_transparent=True)
+    return drawing.replace(INK, "currentColor").replace("<defs>", f"{style}\n <defs>", 1).encode()
+
+
+def to_plain_svg(figure: Figure, is_transparent: bool = False) -> str:
+    """Return the figure as SVG without date or creator.
 
     Text becomes outlines. If the font lacks a letter, all text of the figure stays text, and the browser finds fonts for it.
     """
     buffer = io.BytesIO()
-    save: Any = {"format": "svg", "transparent": True, "metadata": {"Date": None, "Creator": None}}
+    save: Any = {"format": "svg", "transparent": is_transparent, "metadata": {"Date": None, "Creator": None}}
     with warnings.catch_warnings():
-        warnings.filterwarnings("error", "Glyph .* missing from font", UserWarning)
+        warnings.filterwarnings("error", MISSING_GLYPH, UserWarning)
         try:
             figure.savefig(buffer, **save)
         except UserWarning:
-            warnings.filterwarnings("ignore", "Glyph .* missing from font", UserWarning)
+            warnings.filterwarnings("ignore", MISSING_GLYPH, UserWarning)
             buffer = io.BytesIO()
             with mpl.rc_context({"svg.fonttype": "none"}):
                 figure.savefig(buffer, **save)
     # matplotlib repeats every text in an XML comment. Control characters of a text are not allowed in XML.
-    drawing = re.sub(r"<!--.*?-->|[\x00-\x08\x0b\x0c\x0e-\x1f\ufffe\uffff]", "", buffer.getvalue().decode(), flags=re.DOTALL)
-    style = f"<style>svg{{color:{INK}}}@media(prefers-color-scheme:dark){{svg{{color:{DARK_INK}}}}}</style>"
-    return drawing.replace(INK, "currentColor").replace("<defs>", f"{style}\n <defs>", 1).encode()
+    return re.sub(r"<!--.*?-->|[\x00-\x08\x0b\x0c\x0e-\x1f\ufffe\uffff]", "", buffer.getvalue().decode(), flags=re.DOTALL)

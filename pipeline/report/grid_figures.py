@@ -42,28 +42,35 @@ class AxisEffect:
     std: np.ndarray
     best: np.ndarray
     best_std: np.ndarray
+    runs: np.ndarray
 
 
 def draw_axis_effects(effects: Sequence[AxisEffect], metric: str) -> bytes:
-    """Draw one panel per axis; all panels have the same vertical axis."""
-    num_rows, num_columns = -(-len(effects) // MAX_PANELS_PER_ROW), min(len(effects), MAX_PANELS_PER_ROW)
+    """Draw what `plot_axis_effects` plots."""
     with mpl.rc_context(FIGURE_STYLE):
-        label_height = max(_upright_label_inches(effect.axis, num_columns) for effect in effects)
-        figure = Figure(figsize=(FIGURE_WIDTH_INCHES, 0.5 + (2.6 + label_height) * num_rows), layout="constrained")
-        first_axes: Axes | None = None
-        for index, effect in enumerate(effects):
-            axes = figure.add_subplot(num_rows, num_columns, index + 1, sharey=first_axes)
-            first_axes = first_axes or axes
-            is_ordered = effect.axis.is_ordered
-            _draw_points(axes, effect.mean, effect.std, COLOURS[1], is_ordered, "mean over everything else", -0.06)
-            _draw_points(axes, effect.best, effect.best_std, COLOURS[5], is_ordered, "best of everything else", 0.06)
-            _set_ticks(axes, effect.axis, num_columns)
-            is_leftmost = index % MAX_PANELS_PER_ROW == 0
-            axes.set(xlabel=shorten(effect.axis.name, 40), ylabel=f"validation {metric} (%)" if is_leftmost else "")
-            axes.margins(x=0.12)
-        handles, labels = figure.axes[0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside upper left", ncols=2)
-        return to_svg(figure)
+        return to_svg(plot_axis_effects(effects, metric))
+
+
+def plot_axis_effects(effects: Sequence[AxisEffect], metric: str, width: float = FIGURE_WIDTH_INCHES) -> Figure:
+    """Plot one panel per axis, in a figure of a width in inches; all panels have the same vertical axis."""
+    num_rows, num_columns = -(-len(effects) // MAX_PANELS_PER_ROW), min(len(effects), MAX_PANELS_PER_ROW)
+    panel_width = width / num_columns
+    label_height = max(_upright_label_inches(effect.axis, panel_width) for effect in effects)
+    figure = Figure(figsize=(width, 0.5 + (2.6 + label_height) * num_rows), layout="constrained")
+    first_axes: Axes | None = None
+    for index, effect in enumerate(effects):
+        axes = figure.add_subplot(num_rows, num_columns, index + 1, sharey=first_axes)
+        first_axes = first_axes or axes
+        is_ordered = effect.axis.is_ordered
+        _draw_points(axes, effect.mean, effect.std, COLOURS[1], is_ordered, "mean over everything else", -0.06)
+        _draw_points(axes, effect.best, effect.best_std, COLOURS[5], is_ordered, "best of everything else", 0.06)
+        _set_ticks(axes, effect.axis, panel_width)
+        is_leftmost = index % MAX_PANELS_PER_ROW == 0
+        axes.set(xlabel=shorten(effect.axis.name, 40), ylabel=f"validation {metric} (%)" if is_leftmost else "")
+        axes.margins(x=0.12)
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper left", ncols=2)
+    return figure
 
 
 def _draw_points(axes: Axes, mean: np.ndarray, std: np.ndarray, colour: str, is_joined: bool, label: str, shift: float) -> None:
@@ -75,17 +82,17 @@ def _draw_points(axes: Axes, mean: np.ndarray, std: np.ndarray, colour: str, is_
     )
 
 
-def _set_ticks(axes: Axes, axis: GridAxis, num_columns: int) -> None:
-    """Label the horizontal axis of one of `num_columns` panels; the labels are upright when they are too long."""
+def _set_ticks(axes: Axes, axis: GridAxis, panel_width: float) -> None:
+    """Label the horizontal axis of a panel of a width in inches; the labels are upright when they are too long."""
     positions = _tick_positions(len(axis.ticks))
     labels = [shorten(axis.ticks[position], MAX_TICK_CHARS) for position in positions]
-    axes.set_xticks(positions, labels, rotation=90 if _upright_label_inches(axis, num_columns) else 0)
+    axes.set_xticks(positions, labels, rotation=90 if _upright_label_inches(axis, panel_width) else 0)
 
 
-def _upright_label_inches(axis: GridAxis, num_columns: int) -> float:
-    """Return the height in inches of upright tick labels; 0 when the labels fit side by side."""
+def _upright_label_inches(axis: GridAxis, panel_width: float) -> float:
+    """Return the height in inches of upright tick labels; 0 when the labels fit side by side in a panel of this width."""
     lengths = [min(len(axis.ticks[position]), MAX_TICK_CHARS) for position in _tick_positions(len(axis.ticks))]
-    return 0.08 * max(lengths) if sum(lengths) + 2 * len(lengths) > 110 / num_columns else 0.0
+    return 0.08 * max(lengths) if sum(lengths) + 2 * len(lengths) > 11 * panel_width else 0.0
 
 
 def _tick_positions(num_values: int) -> range:
@@ -105,12 +112,12 @@ def draw_heat_maps(maps: Sequence[tuple[GridAxis, GridAxis, np.ndarray]], metric
     scale = Normalize(all_means.min(), max(all_means.max(), all_means.min() + 1e-9))
     with mpl.rc_context(FIGURE_STYLE | {"axes.grid": False}):
         height = min(1.0 + 0.42 * max(len(row_axis.ticks) for row_axis, _, _ in maps), 5.0)
-        height += max(_upright_label_inches(column_axis, num_columns) for _, column_axis, _ in maps)
+        height += max(_upright_label_inches(column_axis, FIGURE_WIDTH_INCHES / num_columns) for _, column_axis, _ in maps)
         figure = Figure(figsize=(FIGURE_WIDTH_INCHES, num_rows * height), layout="constrained")
         for index, (row_axis, column_axis, means) in enumerate(maps):
             axes = figure.add_subplot(num_rows, num_columns, index + 1)
             axes.imshow(means, cmap=SCORE_COLOURMAP, norm=scale, aspect="auto")
-            _set_ticks(axes, column_axis, num_columns)
+            _set_ticks(axes, column_axis, FIGURE_WIDTH_INCHES / num_columns)
             positions = _tick_positions(len(row_axis.ticks))
             axes.set_yticks(positions, [shorten(row_axis.ticks[position], MAX_TICK_CHARS) for position in positions])
             axes.set(xlabel=shorten(column_axis.name, 40), ylabel=shorten(row_axis.name, 40))

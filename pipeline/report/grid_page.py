@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -111,7 +110,8 @@ def _cell_label(grid: GridResults, cell: int) -> str:
     return " ".join(f"{grid.axis_names[field]}={value}" for field, value in grid.cell_values(cell).items())
 
 
-def _metric_label(grid: GridResults) -> str:
+def grid_metric(grid: GridResults) -> str:
+    """Return the grid's metric as figures call it."""
     return METRIC_LABELS.get(grid.metric, grid.metric)
 
 
@@ -123,7 +123,7 @@ def _winner_blocks(grid: GridResults, ranked: pd.DataFrame) -> list[Block]:
     num_near = int((ranked["score"][ranked["rank"].notna()] >= best["score"] - best["std"]).sum()) - 1
     score = format_mean_std(best["score"], best["std"])
     text = (
-        f"The best on validation is {_cell_label(grid, int(best['cell']))}: {_metric_label(grid)} {score}. "
+        f"The best on validation is {_cell_label(grid, int(best['cell']))}: {grid_metric(grid)} {score}. "
         f"It is the highest of {plural(int(ranked['rank'].notna().sum()), 'cell')}, so this number is optimistic. "
         + (f"Within one standard deviation of it: {num_near} of the others. " if num_near > 0 else "")
     )
@@ -151,7 +151,7 @@ def _describe_test_reads(grid: GridResults) -> str:
 def _cell_tables(grid: GridResults, ranked: pd.DataFrame) -> list[Block]:
     """A table of the best cells, and a collapsible table of all cells when there are more."""
     names = tuple(grid.axis_names[field] for field in grid.axes)
-    columns = ("rank", *names, f"validation {_metric_label(grid)}", "loss", "seeds", "state", "verdict")
+    columns = ("rank", *names, f"validation {grid_metric(grid)}", "loss", "seeds", "state", "verdict")
     verdicts = judge_cells(grid.by_cell_and_seed("score"), ranked)
     rows = []
     for cell, verdict in zip(ranked.to_dict("records"), verdicts, strict=True):
@@ -176,43 +176,56 @@ def _axis(grid: GridResults, field: str) -> GridAxis:
     return GridAxis(grid.axis_names[field], tuple(map(str, values)), is_ordered)
 
 
-def _axis_effect_blocks(grid: GridResults) -> list[Block]:
-    """The robustness figure, which shows the metric against each axis, and a collapsible table of its numbers."""
+def axis_effects(grid: GridResults) -> list[AxisEffect]:
+    """Return what the robustness figure shows: the validation metric against every axis with more than one value."""
+    effects = []
+    for field in robustness.varied_axes(grid):
+        table = robustness.mean_by_value(grid, field)
+        columns = (table[name].to_numpy(dtype=float) for name in ("mean", "std", "best", "best_std"))
+        effects.append(AxisEffect(_axis(grid, field), *columns, runs=table["runs"].to_numpy()))
+    return effects
+
+
+def axis_effect_caption(grid: GridResults) -> str:
+    """Return the caption of the robustness figure."""
     fields = robustness.varied_axes(grid)
-    if not fields:
-        return [Paragraph("Every axis has a single value, so there is nothing to plot.")]
-    tables = {field: robustness.mean_by_value(grid, field) for field in fields}
-    effects = [
-        AxisEffect(_axis(grid, field), *(table[name].to_numpy(dtype=float) for name in ("mean", "std", "best", "best_std")))
-        for field, table in tables.items()
-    ]
     ranges = ", ".join(f"{grid.axis_names[field]} {robustness.mean_range(grid, field):.2f}" for field in fields)
-    caption = (
-        f"Validation {_metric_label(grid)} against each axis (SeDA, Figure 3). Mean over everything else: all other values and "
+    return (
+        f"Validation {grid_metric(grid)} against each axis (SeDA, Figure 3). Mean over everything else: all other values and "
         "seeds, with their standard deviation, which is how much the choice of the rest matters. Best of everything else: the "
         "best cell with this value that has all its seeds, with its deviation over them. Values are equally far apart. Points "
         f"between the highest and the lowest mean: {ranges}."
     )
-    svg = grid_figures.draw_axis_effects(effects, _metric_label(grid))
-    alt = f"Validation {_metric_label(grid)} against {', '.join(grid.axis_names[field] for field in fields)}"
-    numbers = CollapsibleSection("The numbers of these plots", (_axis_effect_table(grid, tables),))
-    return [SvgFigure(svg, alt, caption), numbers]
 
 
-def _axis_effect_table(grid: GridResults, tables: Mapping[str, pd.DataFrame]) -> Table:
+def _axis_effect_blocks(grid: GridResults) -> list[Block]:
+    """The robustness figure, which shows the metric against each axis, and a collapsible table of its numbers."""
+    effects = axis_effects(grid)
+    if not effects:
+        return [Paragraph("Every axis has a single value, so there is nothing to plot.")]
+    svg = grid_figures.draw_axis_effects(effects, grid_metric(grid))
+    alt = f"Validation {grid_metric(grid)} against {', '.join(effect.axis.name for effect in effects)}"
+    numbers = CollapsibleSection("The numbers of these plots", (_axis_effect_table(effects),))
+    return [SvgFigure(svg, alt, axis_effect_caption(grid)), numbers]
+
+
+def _axis_effect_table(effects: Sequence[AxisEffect]) -> Table:
     rows = tuple(
-        (grid.axis_names[field], str(value), *_format_effect(numbers), str(int(numbers["runs"])))
-        for field, table in tables.items()
-        for value, numbers in zip(grid.axes[field], table.to_dict("records"), strict=True)
+        (effect.axis.name, value, *_format_effect(mean, std, best, best_std), str(runs))
+        for effect in effects
+        for value, mean, std, best, best_std, runs in zip(
+            effect.axis.ticks, effect.mean, effect.std, effect.best, effect.best_std, effect.runs, strict=True
+        )
     )
     columns = ("axis", "value", "mean over everything else", "best of everything else", "runs")
     return Table(columns, rows, "", num_text_columns=2)
 
 
-def _format_effect(numbers: Mapping[Any, float]) -> tuple[str, str]:
-    pairs = ((numbers["mean"], numbers["std"]), (numbers["best"], numbers["best_std"]))
-    mean, best = ("-" if np.isnan(middle) else format_mean_std(middle, std) for middle, std in pairs)
-    return mean, best
+def _format_effect(mean: float, std: float, best: float, best_std: float) -> tuple[str, str]:
+    first, second = (
+        "-" if np.isnan(middle) else format_mean_std(middle, off) for middle, off in ((mean, std), (best, best_std))
+    )
+    return first, second
 
 
 def _heat_map_blocks(grid: GridResults) -> list[Block]:
@@ -222,16 +235,15 @@ def _heat_map_blocks(grid: GridResults) -> list[Block]:
         return []
     maps = [(_axis(grid, row), _axis(grid, column), robustness.mean_by_pair(grid, row, column)) for row, column in pairs]
     caption = (
-        f"Mean validation {_metric_label(grid)} over all other values and seeds, for every pair of axes; empty: no finished "
-        "run."
+        f"Mean validation {grid_metric(grid)} over all other values and seeds, for every pair of axes; empty: no finished run."
     )
     if len(robustness.varied_axes(grid)) > robustness.NUM_PAIRED_AXES:
         shown = "; ".join(f"{grid.axis_names[row]} × {grid.axis_names[column]}" for row, column in pairs)
         caption += f" Shown are the pairs of the {robustness.NUM_PAIRED_AXES} axes whose means lie furthest apart: {shown}."
     if any(max(means.shape) > grid_figures.MAX_PRINTED_VALUES for _, _, means in maps):
         caption += f" Maps of more than {grid_figures.MAX_PRINTED_VALUES} values have no numbers."
-    svg = grid_figures.draw_heat_maps(maps, _metric_label(grid))
-    return [SvgFigure(svg, f"Heat maps of validation {_metric_label(grid)}", caption)]
+    svg = grid_figures.draw_heat_maps(maps, grid_metric(grid))
+    return [SvgFigure(svg, f"Heat maps of validation {grid_metric(grid)}", caption)]
 
 
 def _parallel_coordinate_blocks(grid: GridResults, ranked: pd.DataFrame) -> list[Block]:
@@ -247,10 +259,10 @@ def _parallel_coordinate_blocks(grid: GridResults, ranked: pd.DataFrame) -> list
         positions[shown["cell"].to_numpy(dtype=int)],
         shown["score"].to_numpy(dtype=float),
         winner,
-        _metric_label(grid),
+        grid_metric(grid),
     )
     caption = (
-        f"Every cell as a line through its values to its mean validation {_metric_label(grid)}, which is also its colour. At "
+        f"Every cell as a line through its values to its mean validation {grid_metric(grid)}, which is also its colour. At "
         "each value the lines lie in the order of the metric: where the upper ones gather, cells are good."
     )
     return [SvgFigure(svg, f"Parallel coordinates of {plural(len(shown), 'cell')}", caption)]

@@ -117,12 +117,21 @@ def train_epoch(trainer: Trainer, source: Source) -> list[dict[str, str | float]
     ]
 
 
-def train_phase(trainer: Trainer, until: int, source: Source, validate: Validate, bar: ProgressBar) -> None:
+def train_phase(
+    trainer: Trainer,
+    until: int,
+    source: Source,
+    train_pass: Callable[[], Iterator[Batch]],
+    validate: Validate,
+    bar: ProgressBar,
+) -> None:
     """Train the runs up to epoch `until` of their phase, or until one of them fails or stops; save them from time to time."""
     states = trainer.states
     saved_at, save_seconds = time.monotonic(), 0.0
     for _ in range(states[0].progress.epoch, until):
         started = time.monotonic()
+        for state in states:
+            state.attempt(state.start_epoch, train_pass)
         rows = try_candidate(trainer) if states[0].phase.candidates else train_epoch(trainer, source)
         for state, row in zip(states, rows, strict=True):
             state.attempt(state.record_epoch, row)

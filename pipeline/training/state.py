@@ -145,6 +145,17 @@ class TrainState:
             with torch.no_grad():
                 self.method.begin(self.phase.name, train_pass)
 
+    def start_epoch(self, train_pass: Callable[[], Iterator[Batch]]) -> None:
+        """Let the method prepare for the next epoch; a phase of candidates has none that it could prepare for.
+
+        Args:
+            train_pass: Returns one ordered pass over the training split.
+        """
+        if not self.phase.candidates:
+            num_epochs = self.epochs_per_phase()[self.progress.phase]
+            with torch.no_grad():
+                self.method.begin_epoch(self.phase.name, (self.progress.epoch + 0.5) / num_epochs, train_pass)
+
     def record_epoch(self, row: dict[str, Any]) -> None:
         """Count a finished epoch and append its row to the history.
 

@@ -60,7 +60,7 @@ def train(
             active = [state for state in together if not state.failure]
             if active:
                 trainer = Trainer(active, captures) if len(active) == 1 else EnsembleTrainer(active, captures)
-                train_phase(trainer, until, source, validate, bar)
+                train_phase(trainer, until, source, train_pass, validate, bar)
     return {state.run: state.failure for state in states if state.failure}
 
 

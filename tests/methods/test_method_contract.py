@@ -55,6 +55,7 @@ CELL = {
 }
 # parts of losses that no text of a sample without text may change
 TEXT_PARTS = {"ita", "mse", "sdm", "kd", "nt", "cdd", "clip", "swd", "ce_text", "tokens"}
+TEXT_PARTS |= {"soft", "esa", "domain", "kl", "cross", "rec_text"}
 
 
 def test_all_methods_are_found() -> None:
