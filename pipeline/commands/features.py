@@ -114,3 +114,16 @@ def encoders(
 ) -> None:
     """The encoders, or one encoder's settings."""
     show_plugin("encoders", name, as_json)
+    if not (name or as_json):
+        print("\n".join(["", "the backbones of the papers' tables: diffalign extract DATASET --encoder …", *_backbone_lines()]))
+
+
+def _backbone_lines() -> list[str]:
+    """Return a line for each backbone: its title, its encoder, and the settings that are not the encoder's defaults."""
+    from pipeline.studies.backbones import BACKBONES
+
+    width = max(len(backbone.title) for backbone in BACKBONES.values())
+    return [
+        " ".join([f"  {title:{width}}", encoder, *(f"--set {name}={value}" for name, value in settings.items())])
+        for title, encoder, settings in BACKBONES.values()
+    ]

@@ -50,6 +50,11 @@ class Encoder(nn.Module, ABC):
         super().__init__()
         self.config = config
 
+    @classmethod
+    def small(cls) -> dict[str, Any]:
+        """Return settings of a small encoder that needs no download, for tests; by default none differs from the default."""
+        return {}
+
     @abstractmethod
     def identity(self) -> dict[str, Any]:
         """Return everything that can change the features, as plain JSON values."""

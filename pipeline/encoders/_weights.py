@@ -5,6 +5,7 @@ Weights are read without ever running code.
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import copy
 import hashlib
@@ -29,13 +30,16 @@ CONFIGURATION_FILES = ("*.json", "*.txt", "*.model")  # vocabularies, too
 WEIGHT_FILES = "*.safetensors"
 _NO_CODE = " weights; other formats can carry code and are not loaded"
 _ENCODER_PREFIX = re.compile(r"^(?:(?:image|text|video)\.)*network\.")  # of tensor names in states of our own encoders
+_STATE_KEYS = ("state_dict", "model_ema", "model")  # where training programs store the state; they report the averaged one
+_PARALLEL_PREFIX = "module."  # of all tensor names, if a model was saved as it trained on several GPUs
 
 
 def read_state_dict(path: Path, modality: Literal["image", "text"] = "image") -> dict[str, Tensor]:
     """Return the tensors of a weight file (.safetensors, .pth, .pt or .bin) by name, on the CPU.
 
-    The file may also be the state of an encoder of this package, or of two encoders under the names `image` (or `video`) and
-    `text`. Then the tensors of the network inside are returned, under the network's own names.
+    The file may also be a checkpoint of a training program, with the state under "state_dict", "model_ema" or "model"; or the
+    state of an encoder of this package, or of two encoders under the names `image` (or `video`) and `text`. Then the tensors of
+    the network inside are returned, under the network's own names.
 
     Args:
         path: the file, or a folder, whose .safetensors files are all read.
@@ -50,7 +54,9 @@ def read_state_dict(path: Path, modality: Literal["image", "text"] = "image") ->
     state: dict[str, Any] = {}
     for file in files:
         state |= _read_file(file)
-    state = state.get("state_dict", state)  # many training programs store the state under this key
+    state = next((state[key] for key in _STATE_KEYS if isinstance(state.get(key), Mapping)), state)
+    if all(name.startswith(_PARALLEL_PREFIX) for name in state):
+        state = {name.removeprefix(_PARALLEL_PREFIX): tensor for name, tensor in state.items()}
     if not all(isinstance(tensor, Tensor) for tensor in state.values()):
         raise UserError(f"{path.name} holds other things than tensors; save the network's state_dict alone")
     others = ("image.", "video.") if modality == "text" else ("text.",)
@@ -65,27 +71,38 @@ def _read_file(file: Path) -> dict[str, Any]:
     try:
         if file.suffix == ".safetensors":
             return safetensors.torch.load_file(file)
-        return dict(torch.load(file, map_location="cpu", weights_only=True))
+        with torch.serialization.safe_globals([argparse.Namespace]):  # the options of a training program, which are only values
+            return dict(torch.load(file, map_location="cpu", weights_only=True))
     except (pickle.UnpicklingError, safetensors.SafetensorError, RuntimeError, EOFError, TypeError) as error:
-        raise UserError(f"{file.name} does not hold weights that can be loaded without running code") from error
+        raise UserError(
+            f"{file.name} does not hold weights that can be loaded without running code; where you trust it, save its "
+            "state_dict alone"
+        ) from error
 
 
-def load_matching_state(network: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
+def load_matching_state(
+    network: nn.Module, state: Mapping[str, Tensor], source: str, whole: tuple[str, ...] = (), remedy: str = ""
+) -> None:
     """Load a state into a network; tensors that the network does not have (a classifier) are left out.
 
     Args:
         network: the network; all its tensors must be in the state.
         state: tensors by name.
         source: where the state comes from, for messages.
+        whole: prefixes of the names of tensors of which none may be left out.
+        remedy: the end of the messages.
 
     Raises:
-        UserError: a tensor is missing or has another shape; the message names the first one.
+        UserError: a tensor is missing, has another shape, or must not be left out; the message names the first one.
     """
-    wanted = network.state_dict()
+    wanted, remedy = network.state_dict(), f"; {remedy}" if remedy else ""
     for name, tensor in wanted.items():
         if name not in state or state[name].shape != tensor.shape:
             found = f"has shape {tuple(state[name].shape)}" if name in state else "is missing"
-            raise UserError(f"{source} does not fit: {name} {tuple(tensor.shape)} {found}")
+            raise UserError(f"{source} does not fit: {name} {tuple(tensor.shape)} {found}{remedy}")
+    for name in state:
+        if name.startswith(whole) and name not in wanted:
+            raise UserError(f"{source} does not fit: the network has no {name}{remedy}")
     network.load_state_dict({name: state[name] for name in wanted})
 
 
@@ -109,7 +126,7 @@ def state_sha256(network: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def hub_folder(model: str, needed: str = WEIGHT_FILES) -> Path:
+def hub_folder(model: str, needed: str = WEIGHT_FILES, setting: str = "model") -> Path:
     """Return the folder of a model with its configuration and its weight files.
 
     A local folder is used as it is. Otherwise the local store of the hub is searched first, and the model is downloaded only if
@@ -118,6 +135,7 @@ def hub_folder(model: str, needed: str = WEIGHT_FILES) -> Path:
     Args:
         model: a local folder or an id of the Hugging Face hub.
         needed: pattern of the files that must be there.
+        setting: which setting takes a local folder, for messages.
 
     Raises:
         UserError: the files are not available; at once if there is no network, or with HF_HUB_OFFLINE=1.
@@ -130,7 +148,7 @@ def hub_folder(model: str, needed: str = WEIGHT_FILES) -> Path:
         except (OSError, ValueError) as error:
             raise UserError(
                 f"model {model!r} is neither a local folder nor available from the hub ({type(error).__name__}); download it "
-                f"where there is a network (hf download {model} --local-dir FOLDER) and give --set model=FOLDER"
+                f"where there is a network (hf download {model} --local-dir FOLDER) and give --set {setting}=FOLDER"
             ) from error
     if not list(folder.glob(needed)):
         raise UserError(f"{folder} holds no {needed.removeprefix('*')}{_NO_CODE if needed.endswith(WEIGHT_FILES[1:]) else ''}")

@@ -78,6 +78,11 @@ class Timm(Encoder):
         self.network.to(memory_format=torch.channels_last)
         self.feature_shape = probe_feature_shape(self, torch.zeros(input_size, dtype=torch.uint8))
 
+    @classmethod
+    def small(cls) -> dict[str, Any]:
+        """Return the settings of timm's smallest transformer."""
+        return {"model": "test_vit", "weights": "random"}
+
     def identity(self) -> dict[str, Any]:
         """Return architecture, a folder's arguments, weights, preprocessing, pooling, layer, tokens and compute dtype."""
         plain = {key: list(value) if isinstance(value, tuple) else value for key, value in self.preprocessing.items()}

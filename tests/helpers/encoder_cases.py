@@ -15,6 +15,8 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import AutoConfig, AutoModel, PreTrainedTokenizerFast, VideoMAEImageProcessor, ViTImageProcessor
 
+from pipeline.runtime import plugins
+
 BODY_SIZES: dict[str, Any] = {
     "hidden_size": 32,
     "num_hidden_layers": 2,
@@ -51,6 +53,9 @@ MODEL_SIZES: dict[str, dict[str, Any]] = {  # transformers' name of a model -> a
 FAMILIES = {  # every family, with every kind of network in it -> settings other than its model
     "efficientnet_lite": {},
     "frames": {"encoder": "timm", "settings": "model=test_vit", "num_frames": "3"},
+    "repmlpnet": {"side": "32"},
+    "vanillanet": {"depth": "5", "width": "0.03125", "side": "32"},
+    "wiser": {"residual": "test_resnet", "num_maps": "4", "width": "16"},
     "openclip image": {"modality": "image"},
     "openclip text": {"modality": "text"},
     "timm vit": {"model": "test_vit"},
@@ -84,11 +89,9 @@ def family_settings(case: str, folder: Path) -> tuple[str, dict[str, str]]:
     return name, {**model, **FAMILIES[case]}
 
 
-def small_settings(name: str, folder: Path) -> dict[str, str]:
-    """Return settings of a small encoder, {} for its defaults; its files, if it needs any, are written to `folder`."""
+def small_settings(name: str, folder: Path) -> dict[str, Any]:
+    """Return settings of a small encoder, its own if it needs no files; these are written to `folder`."""
     folder.mkdir(exist_ok=True)
-    if name == "timm":
-        return {"model": "test_vit", "weights": "random"}
     if name == "openclip":
         return {"model": str(openclip_folder(folder)), "weights": "random"}
     if name == "transformers_image":
@@ -97,7 +100,7 @@ def small_settings(name: str, folder: Path) -> dict[str, str]:
         return {"model": str(video_folder(folder, "videomae"))}
     if name == "frames":
         return {"encoder": "timm", "settings": "model=test_vit,weights=random,compute_dtype=float32", "num_frames": "3"}
-    return {}
+    return plugins.get("encoders", name).small()
 
 
 def openclip_folder(folder: Path) -> Path:

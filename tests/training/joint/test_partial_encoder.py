@@ -23,10 +23,14 @@ from pipeline.training.joint.inputs import TensorChunks, open_mapped
 from pipeline.training.joint.partial_encoder import PartialEncoder
 
 KINDS = ("vit", "siglip")
-IMAGES = ["efficientnet_lite", "openclip image", "timm vit", "timm resnet", *(f"transformers_image {kind}" for kind in KINDS)]
+OWN = ("efficientnet_lite", "repmlpnet", "vanillanet")
+IMAGES = [*OWN, "openclip image", "timm vit", "timm resnet", *(f"transformers_image {kind}" for kind in KINDS)]
 BLOCKS = {  # the class of a family's blocks and how many it has
     "efficientnet_lite": ("InvertedResidual", 15),
     "frames": ("Block", 6),
+    "repmlpnet": ("RepMLPUnit", 12),
+    "vanillanet": ("VanillaLayer", 3),
+    "wiser": ("BasicBlock", 3),
     "openclip image": ("ResidualAttentionBlock", 2),
     "openclip text": ("ResidualAttentionBlock", 2),
     "timm vit": ("Block", 6),
@@ -116,8 +120,8 @@ def test_stored_states_train_the_last_blocks_as_images_do(case: str, checkpointi
     torch.testing.assert_close(encoder(items), direct)  # the encoder itself has not changed
 
 
-@pytest.mark.parametrize("case", ["frames", "transformers_video xclip"])
-def test_encoders_that_combine_several_images_are_refused(case: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("case", ["frames", "transformers_video xclip", "wiser"])
+def test_encoders_that_combine_several_images_or_branches_are_refused(case: str, tmp_path: Path) -> None:
     encoder, items = built(case, tmp_path)
     with pytest.raises(ValueError, match="choose --unfreeze image"):
         PartialEncoder(encoder, find_blocks(modules_in_execution_order(encoder, items[:1])), 1, items[:1])
