@@ -63,10 +63,10 @@ def reproduce(
         list[str],
         typer.Option(
             "--backbone",
-            metavar="NAME=CACHE|ENCODER[,KEY=VALUE…]",
-            help="The image encoder for a backbone of the paper: a cache of this dataset, or an encoder with its settings, "
-            "such as resnet50=timm,model=resnet50. Rows whose backbone is not named are left out. It is tuned with a baseline "
-            "first, for every seed. May be given several times.",
+            metavar="NAME=WEIGHTS|CACHE|ENCODER[,KEY=VALUE…]",
+            help="The image encoder for a backbone of the paper: a file of its weights, or pretrained; a cache of this "
+            "dataset; or another encoder with its settings, such as resnet50=timm,model=resnet50d. Rows whose backbone is not named are "
+            "left out. It is tuned with a baseline first, for every seed. May be given several times.",
         ),
     ] = NO_PAIRS,
     frozen: Annotated[

@@ -33,7 +33,7 @@ from pipeline.studies.grid import plan_grid, read_axes
 from pipeline.studies.paper_figures import FIGURES, write_robustness
 from pipeline.studies.reproduce_cost import Cost, estimate_heads, estimate_joint
 from pipeline.studies.reproduce_plan import (
-    Backbone,
+    NamedBackbone,
     ReproduceOptions,
     RowPlan,
     TablePlan,
@@ -158,7 +158,8 @@ def _announce(home: Path, plan: TablePlan, name: str, options: ReproduceOptions)
     for sentence in describe_missing(plan.rows):
         logger.info("not had: %s", sentence)
     for backbone in plan.to_extract:
-        logger.info("first, features of %s are extracted: %s samples", backbone.encoder, len(plan.manifest.samples))
+        size = len(plan.manifest.samples)
+        logger.info("first, features for %s are extracted with %s: %s samples", backbone.name, backbone.encoder, size)
     heads, jobs = plan.heads(), plan.joint_jobs()
     left = [(head, unfreeze) for head, unfreeze in jobs if not is_tuned(home, head, unfreeze, options)]
     epochs = int(options.joint_training.get("epochs", JOINT_EPOCHS))
@@ -180,10 +181,9 @@ def _trained_caches(head: HeadPlan, unfreeze: str) -> list[Cache]:
     return [caches[key] for key in joint_config(unfreeze).trained_keys if key in caches]
 
 
-def _extract(home: Path, plan: TablePlan, backbone: Backbone) -> None:
-    encoder = backbone.encoder.partition(",")[0]
+def _extract(home: Path, plan: TablePlan, backbone: NamedBackbone) -> None:
     logger.info("features of %s for %s", backbone.encoder, backbone.name)
-    extract(plan.manifest, encoder, backbone.settings, home)
+    extract(plan.manifest, backbone.encoder, backbone.settings, home)
 
 
 def _train(heads: Sequence[HeadPlan], scored: set[Path], options: ReproduceOptions) -> dict[Path, RunFailure]:
@@ -302,7 +302,8 @@ def _reproduce_grid(
     result = run_grid(grid, options.scheduler, options.workers, read_test=options.split == "test")
     write_grid_page(result.folder)
     folder = home / "reports" / dataset
-    shown = result.ranking.astype({field: str for field in result.axes}).round(2).astype(str)
+    rounded = result.ranking.astype({field: str for field in result.axes}).round(2).astype(object)
+    shown = rounded.where(rounded.notna(), "-").map(str)
     caption = f"{artefact.title}, on {dataset}: the cells by rank on validation; the verdict compares them with the best."
     table = Table(tuple(shown.columns), tuple(tuple(row) for row in shown.itertuples(index=False)), caption)
     introduction = f"{dataset}, seeds {', '.join(map(str, grid.seeds))}, preset {preset}. Page: {result.folder / 'index.html'}."

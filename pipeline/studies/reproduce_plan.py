@@ -22,6 +22,7 @@ from pipeline.runtime.choices import unknown_choice
 from pipeline.runtime.errors import UserError
 from pipeline.runtime.runs import RunFolder
 from pipeline.runtime.settings import configure, find_settings
+from pipeline.studies.backbones import BACKBONES
 from pipeline.training.config import TrainConfig
 from pipeline.training.features import cache_names, open_features
 from pipeline.training.heads import HeadPlan, plan_head_on, resolve_head_settings
@@ -30,6 +31,7 @@ from pipeline.training.joint.plan import JointConfig, JointOptions
 from pipeline.training.tuned import has_tuned
 from pipeline.types import Split
 
+WEIGHTS_WORDS = ("pretrained", "random")
 HEAD_PRESET = "head"  # of methods without tuned settings, if no preset is named
 Heads = Mapping[int, HeadPlan]  # by seed
 
@@ -45,7 +47,7 @@ class ReproduceOptions:
     sampling: Mapping[str, Any] = field(default_factory=dict)  # settings of methods that sample, in place of the presets'
     image: str = ""  # the cache of the image features; "": that of the dataset's image encoder
     text: str = ""  # the cache of the text features; "": that of the dataset's text encoder
-    backbones: Mapping[str, str] = field(default_factory=dict)  # the paper's backbone -> a cache, or ENCODER,KEY=VALUE,…
+    backbones: Mapping[str, str] = field(default_factory=dict)  # key of `BACKBONES` -> a cache, weights, or ENCODER,KEY=VALUE,…
     tunes_backbones: bool = True  # whether these are tuned with a baseline first, each seed by itself; else they stay frozen
     split: Split = "test"  # what the table shows
     workers: int = -1  # see `num_processes`
@@ -63,7 +65,7 @@ class ReproduceOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Backbone:
+class NamedBackbone:
     """An image encoder that the user has named for one of the paper's."""
 
     name: str  # the paper's, as the tables call it
@@ -93,7 +95,7 @@ class TablePlan:
     manifest: Manifest
     rows: tuple[RowPlan, ...]
     bases: Mapping[str, Heads]  # by backbone
-    to_extract: tuple[Backbone, ...]
+    to_extract: tuple[NamedBackbone, ...]
 
     def heads(self) -> list[HeadPlan]:
         """Return all heads of stage 2 that are planned, each once."""
@@ -208,7 +210,7 @@ def _plan_row(
     dataset: str,
     artefact: Artefact,
     options: ReproduceOptions,
-    backbones: Mapping[str, Backbone],
+    backbones: Mapping[str, NamedBackbone],
     bases: Mapping[str, Heads],
     row: PaperRow,
 ) -> RowPlan:
@@ -248,7 +250,9 @@ def _plan_tuned_row(home: Path, dataset: str, options: ReproduceOptions, plan: R
     return replace(plan, heads=heads, joint=plan.row.unfreeze)
 
 
-def _resolve_backbones(home: Path, manifest: Manifest, artefact: Artefact, options: ReproduceOptions) -> Iterator[Backbone]:
+def _resolve_backbones(
+    home: Path, manifest: Manifest, artefact: Artefact, options: ReproduceOptions
+) -> Iterator[NamedBackbone]:
     """Yield the encoders that the user has named for the paper's.
 
     Raises:
@@ -263,13 +267,16 @@ def _resolve_backbones(home: Path, manifest: Manifest, artefact: Artefact, optio
         yield _resolve_backbone(home, manifest, name, place)
 
 
-def _resolve_backbone(home: Path, manifest: Manifest, name: str, place: str) -> Backbone:
+def _resolve_backbone(home: Path, manifest: Manifest, name: str, place: str) -> NamedBackbone:
     folder = Path(place)
     caches = find_caches(home, manifest.dataset)
     wanted = folder.name if (folder / "zarr.json").is_file() else place
     encoder, *pairs = place.split(",")
+    if place in WEIGHTS_WORDS or (folder.exists() and wanted == place):  # weights for the encoder that this backbone has
+        known = BACKBONES[name]
+        encoder, pairs = known.encoder, [*(f"{key}={value}" for key, value in known.settings.items()), f"weights={place}"]
     if wanted not in plugins.names("encoders") and not pairs:
-        return Backbone(name=name, cache=find_cache(home, manifest, wanted).path.name)
+        return NamedBackbone(name=name, cache=find_cache(home, manifest, wanted).path.name)
     plugins.check_name("encoders", encoder)
     settings = with_absolute_paths(parse_assignments(pairs, "--backbone"))
     config = configure(plugins.get("encoders", encoder).Config, settings)
@@ -277,7 +284,7 @@ def _resolve_backbone(home: Path, manifest: Manifest, name: str, place: str) -> 
         each.name: str(getattr(config, each.name)) for each in fields(config) if getattr(config, each.name) != each.default
     }
     cache = next(filter(None, (_complete_cache(home, manifest, path.name, encoder, chosen) for path in caches)), "")
-    return Backbone(name=name, cache=cache, encoder=encoder, settings=settings)
+    return NamedBackbone(name=name, cache=cache, encoder=encoder, settings=settings)
 
 
 def _complete_cache(home: Path, manifest: Manifest, folder: str, encoder: str, settings: Mapping[str, str]) -> str:

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 
+from pipeline.data.manifest_files import read_manifest
 from pipeline.evaluation.evaluate import evaluate
 from pipeline.evaluation.statistics import MIN_SEEDS_FOR_VERDICT, Estimate, format_seeds, paired_bootstrap
 from pipeline.report.comparison import METRIC_LABELS, format_difference, pair_scores
@@ -17,7 +18,6 @@ from pipeline.runtime import plugins
 from pipeline.runtime.errors import UserError
 from pipeline.runtime.runs import REAL_TEXT
 from pipeline.runtime.settings import name_settings
-from pipeline.data.manifest_files import read_manifest
 from pipeline.training.features import cache_names, open_features
 from pipeline.training.heads import plan_head_on, resolve_head_settings, train_head
 from pipeline.training.text_controls import TEXT_CONTROLS, is_text_of_class, join_text, parse_text
@@ -68,8 +68,8 @@ def compare_texts(
 
     Returns:
         One row per text with the mean and standard deviation over seeds of the metrics, what real texts have more than it, in
-        points with its 95 % interval, and a verdict; and a conclusion. Where the text is a function of the class, texts shuffled
-        within a class are the real ones: this control is void, and its row says so. If the method says what it is
+        points with its 95 % interval, and a verdict; and a conclusion. Where the text is a function of the class, texts
+        shuffled within a class are the real ones: this control is void, and its row says so. If the method says what it is
         `without_text`, one more row has those settings.
 
     Raises:

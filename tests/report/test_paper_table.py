@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from pipeline.report.results import SampleMetrics
 from pipeline.runtime import plugins
 from pipeline.runtime.errors import UserError
 from pipeline.runtime.settings import configure, find_settings
+from pipeline.studies.backbones import BACKBONES
 
 TABLES = [name for name in artefact_names() if read_artefact(name).kind == "table"]
 IDS = [f"sample {number}" for number in range(200)]
@@ -61,6 +63,7 @@ def test_every_row_names_settings_that_its_method_has(name: str) -> None:
             assert all(find_settings(config, key) for key in row.settings), row.title
             configure(config, row.settings)
         assert row.unfreeze in ("", "image", "both")
+        assert row.backbone in ("", *BACKBONES)
 
 
 @pytest.mark.parametrize(
@@ -100,17 +103,16 @@ def artefact() -> Artefact:
 def results(artefact: Artefact) -> list[RowResult]:
     rng = np.random.default_rng(0)
     rates = {"Baseline": 0.2, "+EMA": 0.9, "+MLP": 0.2, "+Fusion": 0.5}
-    found = {
-        title: result_of(artefact, title, 100.0 * (rng.random((5, len(IDS))) < rate)) for title, rate in rates.items()
-    }
+    found = {title: result_of(artefact, title, 100.0 * (rng.random((5, len(IDS))) < rate)) for title, rate in rates.items()}
     missing = RowResult(row=artefact.row("+CDR(MLP)"), reason="no text & 100 % <lost>")
     return [found.get(row.title, missing) for row in artefact.rows]
 
 
 def test_numbers_are_means_differences_and_verdicts(artefact: Artefact, results: list[RowResult]) -> None:
-    frame = compare_rows(artefact, results, {}, False).set_index("Module")
+    frame = compare_rows(artefact, results, {}, False)
+    rows: dict[str, dict[Any, Any]] = {each["Module"]: each for each in frame.to_dict("records")}
     for result in results:
-        row = frame.loc[result.row.title]
+        row = rows[result.row.title]
         if result.samples is None:
             assert np.isnan(row["acc1"])
             assert row["verdict"] == "not had"
@@ -123,11 +125,11 @@ def test_numbers_are_means_differences_and_verdicts(artefact: Artefact, results:
             assert base is not None
             assert row["acc1_diff"] == pytest.approx(values.mean() - base.by_metric["acc1"].mean())
             assert row["acc1_low"] < row["acc1_diff"] < row["acc1_high"]
-    verdicts = frame["verdict"].to_dict()
+    verdicts = {title: row["verdict"] for title, row in rows.items()}
     assert verdicts["Baseline"] == "the base"
     assert verdicts["+EMA"] == verdicts["+Fusion"] == "above Baseline"
     assert verdicts["+MLP"] == "not distinguishable"
-    assert frame.loc["+EMA", "ingredients101 acc5"] == 97.8
+    assert rows["+EMA"]["ingredients101 acc5"] == 97.8
 
 
 def test_a_verdict_takes_five_seeds(artefact: Artefact, results: list[RowResult]) -> None:
@@ -188,7 +190,7 @@ def test_latex_says_what_the_cells_say() -> None:
         found = []
         for cell in re.split(r"(?<!\\)&", line.strip().removesuffix(r"\\")):
             tokens = re.findall(r"\\text\w+\{\}|\$\\pm\$|\\.|.", cell.strip())
-            found.append("".join(names.get(token, token.removeprefix("\\")) for token in tokens))
+            found.append("".join(names.get(token) or token.removeprefix("\\") for token in tokens))
         assert tuple(found) == row
     assert escape_latex("two\nlines") == "two lines"
 

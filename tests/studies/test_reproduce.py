@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -58,9 +58,9 @@ def home(tiny_home: Path, tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def messages(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixture]:
+def messages(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
     monkeypatch.setattr(logging.getLogger("pipeline"), "propagate", True)
-    yield caplog
+    return caplog
 
 
 def test_rows_are_runs_and_nothing_is_trained_twice(
@@ -116,12 +116,12 @@ def test_an_interrupted_table_goes_on(home: Path, monkeypatch: pytest.MonkeyPatc
 
 
 def test_a_head_that_fails_costs_its_row_only(home: Path) -> None:
-    artefact = table(row("+EMA", "ema", settings={"w_ce": 1e30}), row("good", "ema"))
-    result = study.reproduce(home, "tiny", artefact, options(home, training={**TRAINING, "lr": 1e3, "grad_clip": 1e30}))
+    artefact = table(row("+EMA", "ema", settings={"w_ce": 3e38}), row("good", "ema"))
+    result = study.reproduce(home, "tiny", artefact, options(home))
     rows = {each["Row"]: each for each in result.numbers.to_dict("records")}
     assert rows["+EMA"]["verdict"] == "not had"
     assert rows["+EMA"]["reason"]
-    assert len(result.failed) >= 2
+    assert len(result.failed) == 2
     assert not result.bugs
     assert rows["Base"]["seeds"] == 2
 
@@ -135,7 +135,6 @@ def test_mistakes_of_the_user_are_no_missing_rows(home: Path) -> None:
         ({"backbones": {"vit": "timm"}}, "name the same features"),
         ({"image": "nowhere"}, "named 'nowhere'"),
         ({"training": {"lr": -1.0}}, "lr"),
-        ({"preset": "tuned"}, "tuned settings"),
     ):
         with pytest.raises(UserError, match=message):
             plan_table(home, "tiny", artefact, options(home, **change))
@@ -160,9 +159,7 @@ def encoders_home(tiny_manifest: Manifest, tmp_path_factory: pytest.TempPathFact
     return joint_home.make_home(tiny_manifest, tmp_path_factory.mktemp("reproduce") / "home")
 
 
-def test_backbones_are_tuned_with_a_baseline_of_every_seed(
-    encoders_home: Path, messages: pytest.LogCaptureFixture
-) -> None:
+def test_backbones_are_tuned_with_a_baseline_of_every_seed(encoders_home: Path, messages: pytest.LogCaptureFixture) -> None:
     home, caches = encoders_home, joint_home.caches(encoders_home)
     spec = ",".join(["timm", *(f"{key}={value}" for key, value in joint_home.IMAGE.items())])
     artefact = table(
@@ -249,6 +246,29 @@ def test_the_command_lists_plans_and_writes(
     assert find_runs(home, "tiny") == []
     assert run_command([*common, "--quick", "--seeds", "0", "--json"], monkeypatch) == 0
     printed = json.loads(capsys.readouterr().out)
-    assert [Path(path).name for path in printed["files"]] == [f"marnet-table2-quick.{suffix}" for suffix in ("md", "tex", "csv")]
+    assert [Path(path).name for path in printed["files"]] == [
+        f"marnet-table2-quick.{suffix}" for suffix in ("md", "tex", "csv")
+    ]
     assert [each["Module"] for each in printed["rows"]] == ["Baseline", "+EMA", "+MLP", "+CDR(MLP)", "+Fusion"]
     assert all(each["seeds"] == 1 for each in printed["rows"])
+
+
+def test_a_backbone_is_a_cache_weights_or_an_encoder(tiny_home: Path, tmp_path: Path) -> None:
+    artefact, weights = table(row("other", "baseline", backbone="resnet50")), tmp_path / "weights.pth"
+    weights.touch()
+    cache = caches_by_key(tiny_home)["image"]
+    for place, expected in (
+        (cache, (cache, "", {})),
+        (str(tiny_home / "caches" / "tiny" / cache), (cache, "", {})),
+        ("pretrained", ("", "timm", {"model": "resnet50", "weights": "pretrained"})),
+        (str(weights), ("", "timm", {"model": "resnet50", "weights": str(weights)})),
+        ("timm,model=resnet50d", ("", "timm", {"model": "resnet50d"})),
+        ("random_projection,modality=image,width=32", (cache, "random_projection", {"modality": "image", "width": "32"})),
+    ):
+        chosen = options(tiny_home, backbones={"resnet50": place}, tunes_backbones=False)
+        plan = plan_table(tiny_home, "tiny", artefact, chosen)
+        other = plan.rows[1]
+        named = plan.to_extract[0] if plan.to_extract else None
+        assert (other.features if not named else "", named.encoder if named else expected[1]) == expected[:2], place
+        assert named is None or named.settings == expected[2]
+        assert other.is_waiting == (named is not None)
