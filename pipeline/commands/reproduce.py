@@ -36,7 +36,9 @@ PRESETS = ("head", "paper", "tuned")
 
 
 def reproduce(
-    artefact: Annotated[str, typer.Argument(help="A table or figure of the papers; --list names them.")] = "",
+    artefact: Annotated[
+        str, typer.Argument(help="A table or figure of the papers; --list names them. Or a YAML file of your own.")
+    ] = "",
     dataset: PreparedDataset = "openmoji",
     list_artefacts: Annotated[bool, typer.Option("--list", help="List the tables and figures, and exit.")] = False,
     only_plan: Annotated[
@@ -65,8 +67,8 @@ def reproduce(
             "--backbone",
             metavar="NAME=WEIGHTS|CACHE|ENCODER[,KEY=VALUE…]",
             help="The image encoder for a backbone of the paper: a file of its weights, or pretrained; a cache of this "
-            "dataset; or another encoder with its settings, such as resnet50=timm,model=resnet50d. Rows whose backbone is not named are "
-            "left out. It is tuned with a baseline first, for every seed. May be given several times.",
+            "dataset; or another encoder with its settings, such as resnet50=timm,model=resnet50d. Rows whose backbone is not "
+            "named are left out. It is tuned with a baseline first, for every seed. May be given several times.",
         ),
     ] = NO_PAIRS,
     frozen: Annotated[

@@ -76,19 +76,25 @@ def artefact_names(folder: Path = PAPERS_FOLDER) -> list[str]:
 def read_artefact(name: str, folder: Path = PAPERS_FOLDER) -> Artefact:
     """Return an artefact.
 
+    Args:
+        name: The name of one in the folder, or the path of a YAML file of the same form.
+        folder: The folder.
+
     Raises:
         UserError: there is none of this name, or its file has another form; the message says where.
     """
-    if name not in artefact_names(folder):
-        raise unknown_choice(name, f"unknown artefact {name!r}", artefact_names(folder))
-    file = folder / f"{name}.yaml"
+    file = Path(name) if name.endswith(".yaml") else folder / f"{name}.yaml"
+    if not file.is_file():
+        raise unknown_choice(
+            name, f"unknown artefact {name!r}", artefact_names(folder), hint="or a file of your own, NAME.yaml"
+        )
     content = parse_spec(file)
     try:
         datasets = {key: PaperDataset(name=each["name"], metrics=tuple(each["metrics"])) for key, each in
                     content.pop("datasets", {}).items()}  # fmt: skip
         rows = tuple(_read_row(each) for each in content.pop("rows", ()))
         lists = {key: tuple(content.pop(key, ())) for key in ("heads", "notes")}
-        artefact = Artefact(name=name, datasets=datasets, rows=rows, **lists, **content)
+        artefact = Artefact(name=file.stem, datasets=datasets, rows=rows, **lists, **content)
     except (TypeError, KeyError, ValueError, AttributeError) as error:
         raise UserError(f"{file}: not an artefact: {error}") from error
     problem = _find_problem(artefact)
