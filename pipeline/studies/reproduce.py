@@ -108,6 +108,10 @@ def reproduce(
         UserError: an option is wrong, the dataset is not prepared, or nothing can be compared with anything.
     """
     check_single_process("reproduce")
+    if options.scheduler != "local" and options.workers >= 0:
+        raise UserError("--workers are processes of this machine, --scheduler has its own: give one of them")
+    if options.backbones and artefact.kind != "table":
+        raise UserError(f"{artefact.name} has no rows of backbones: name its image features with --image")
     home = home.absolute()
     make = {"table": _reproduce_table, "grid": _reproduce_grid, "figure": _reproduce_figure}[artefact.kind]
     return make(home, dataset, artefact, options, f"{artefact.name}{suffix}", only_plan)
@@ -270,7 +274,8 @@ def _describe_setting(plan: TablePlan, options: ReproduceOptions) -> list[str]:
             by_preset.setdefault(row.preset, set()).add(row.row.method)
     common = max(by_features, key=lambda name: len(by_features[name]))
     texts = {cache.path.name for head in plan.heads() for key, cache in head.features.caches.items() if key == "text"}
-    sentences = [f"Image features: {common}; the paper's are of {plan.artefact.backbone}. Text features: {', '.join(texts)}."]
+    sentences = [f"Image features: {common}; the paper's are of {plan.artefact.backbone}."]
+    sentences += [f"Text features: {', '.join(sorted(texts))}."] if texts else []
     sentences += [f"Other image features: {name} ({', '.join(rows)})." for name, rows in by_features.items() if name != common]
     presets = "; ".join(f"{name} for {', '.join(sorted(methods))}" for name, methods in sorted(by_preset.items()))
     return [*sentences, f"Settings, where a row names none: {presets}."]

@@ -61,7 +61,7 @@ class ReproduceOptions:
     @property
     def joint_options(self) -> JointOptions:
         """How joint training is carried out."""
-        return JointOptions(workers=min(self.workers, -1) if self.workers else 0)
+        return JointOptions(workers=self.workers)
 
 
 @dataclass(frozen=True, kw_only=True)
