@@ -87,7 +87,7 @@ def reproduce(
     The files are HOME/reports/DATASET/ARTEFACT.md, .tex and .csv; of figures SVG and PDF. The same command goes on after an
     interruption.
     """
-    from pipeline.report.artefacts import artefact_names, read_artefact
+    from pipeline.data.artefacts import artefact_names, read_artefact
 
     if list_artefacts:
         titles = {name: read_artefact(name).title for name in artefact_names()}

@@ -10,6 +10,7 @@ from typing import Any
 
 import pandas as pd
 
+from pipeline.data.artefacts import Artefact, PaperRow
 from pipeline.evaluation.statistics import (
     MIN_SEEDS_FOR_INTERVAL,
     MIN_SEEDS_FOR_VERDICT,
@@ -21,7 +22,6 @@ from pipeline.evaluation.statistics import (
     paired_bootstrap,
     sample_std,
 )
-from pipeline.report.artefacts import Artefact, PaperRow
 from pipeline.report.blocks import BulletList, Paragraph, Table
 from pipeline.report.comparison import METRIC_LABELS, adjust_p_values, deciding_metric, format_difference, pair_scores
 from pipeline.report.latex import render_latex

@@ -16,10 +16,10 @@ import numpy as np
 import pandas as pd
 
 from pipeline.cache.reader import Cache
+from pipeline.data.artefacts import Artefact
 from pipeline.data.manifest_files import read_manifest
 from pipeline.evaluation.evaluate import evaluate, read_metrics
 from pipeline.extraction.extract import extract
-from pipeline.report.artefacts import Artefact
 from pipeline.report.blocks import Table
 from pipeline.report.grid_page import write_grid_page
 from pipeline.report.paper_table import RowResult, compare_rows, describe_order, paper_table, write_table_files

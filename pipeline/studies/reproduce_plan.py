@@ -11,10 +11,10 @@ from typing import Any
 import torch
 
 from pipeline.cache.reader import find_cache, find_caches
+from pipeline.data.artefacts import Artefact, PaperRow
 from pipeline.data.manifest import Manifest
 from pipeline.data.manifest_files import load_dataset_spec, read_manifest
 from pipeline.encoders._factory import with_absolute_paths
-from pipeline.report.artefacts import Artefact, PaperRow
 from pipeline.report.results import BASELINE
 from pipeline.runtime import plugins
 from pipeline.runtime.assignments import parse_assignments

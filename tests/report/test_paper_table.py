@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from scipy.stats import kendalltau
 
-from pipeline.report.artefacts import Artefact, artefact_names, read_artefact
+from pipeline.data.artefacts import Artefact, artefact_names, read_artefact
 from pipeline.report.blocks import Table
 from pipeline.report.latex import escape_latex, render_latex
 from pipeline.report.paper_table import RowResult, compare_rows, describe_order, paper_table, write_table_files

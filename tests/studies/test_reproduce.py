@@ -15,9 +15,9 @@ from helpers import joint_home
 from helpers.command_line import run as run_command
 from helpers.tiny_heads import FAST_TRAINING, caches_by_key, small_settings
 
+from pipeline.data.artefacts import Artefact, PaperDataset, PaperRow, read_artefact
 from pipeline.data.manifest import Manifest
 from pipeline.evaluation.evaluate import evaluate
-from pipeline.report.artefacts import Artefact, PaperDataset, PaperRow, read_artefact
 from pipeline.runtime.errors import UserError
 from pipeline.runtime.runs import RunFolder, find_runs
 from pipeline.studies import reproduce as study

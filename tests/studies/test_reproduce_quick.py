@@ -10,7 +10,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from pipeline.report.artefacts import artefact_names, read_artefact
+from pipeline.data.artefacts import artefact_names, read_artefact
 from pipeline.studies.reproduce import QUICK_SUFFIX, quick_options, reproduce
 from pipeline.studies.reproduce_plan import ReproduceOptions
 from pipeline.workspace import Workspace

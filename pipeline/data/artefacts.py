@@ -20,7 +20,7 @@ class PaperDataset:
     """A data set that a table of a paper has columns of."""
 
     name: str  # as the paper writes it
-    metrics: tuple[str, ...]  # of its columns, by the names that `METRIC_LABELS` has
+    metrics: tuple[str, ...]  # of its columns, by the names that evaluations have
 
 
 @dataclass(frozen=True, kw_only=True)
