@@ -6,7 +6,7 @@ DATASET ?= openmoji
 METHOD ?= seda
 ARGS ?=
 
-.PHONY: help setup demo test check docs extract train-head grid finetune demo-joint report bench lock clean
+.PHONY: help setup demo test check docs extract train-head grid finetune demo-joint reproduce report bench lock clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
@@ -49,6 +49,9 @@ finetune: setup ## stage 3: make finetune INIT=artifacts/runs/openmoji/ema-.../s
 
 demo-joint: setup ## two generations of a cache: heads, joint training, heads on the tuned encoder
 	$(RUN)diffalign demo-joint $(ARGS)
+
+reproduce: setup ## a table or figure of the papers: make reproduce ARTEFACT=marnet-table2 DATASET=openmoji
+	$(RUN)diffalign reproduce $(ARTEFACT) --dataset $(DATASET) $(ARGS)
 
 report: setup ## tables and pictures of all runs of DATASET
 	$(RUN)diffalign report $(DATASET) $(ARGS)

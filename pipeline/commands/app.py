@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from pipeline.commands import cache, data, doctor, features, finetune, grid, heads, report, studies, tune
+from pipeline.commands import cache, data, doctor, features, finetune, grid, heads, report, reproduce, studies, tune
 from pipeline.commands.options import CommandGroup
 from pipeline.runtime.environment import set_environment
 from pipeline.runtime.errors import UserError, describe_error, is_out_of_memory, traceback_file
@@ -38,6 +38,7 @@ for command in (
     tune.tune,
     finetune.finetune,
     report.report,
+    reproduce.reproduce,
     doctor.doctor,
     studies.demo,
     studies.demo_joint,

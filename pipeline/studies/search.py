@@ -29,12 +29,10 @@ from pipeline.studies.grid import Grid
 from pipeline.studies.halving import Halving, validations_until
 from pipeline.studies.leaderboard import Leaderboard, RunOutcome
 from pipeline.studies.search_worker import (
-    FeatureRef,
-    GroupJob,
-    PlannedRun,
     RunFailure,
     SearchOptions,
     evaluate_run,
+    group_job,
     split_evenly,
     train_group,
 )
@@ -153,7 +151,8 @@ class GridTrainer:
                 leaderboard.add(*pair, leaderboard.read_outcome(*pair))
         leaderboard.save()
         groups = self._group(pending)
-        jobs = [self._job(group, last_epoch) for group in groups]
+        heads = leaderboard.grid.heads
+        jobs = [group_job([heads[pair] for pair in group], last_epoch, self.options) for group in groups]
         title = "grid" if last_epoch == math.inf else f"to epoch {last_epoch}"
         with ProgressBar(label=title, total=len(pairs), initial=len(pairs) - len(pending), unit="run") as bar:
             bar.set_postfix_str(leaderboard.describe_best())
@@ -204,19 +203,6 @@ class GridTrainer:
             for alike in by_structure.values()
             for group in split_evenly(alike, min(max_size, math.ceil(len(alike) / num_workers)))
         ]
-
-    def _job(self, pairs: Sequence[tuple[int, int]], last_epoch: float) -> GroupJob:
-        grid = self.leaderboard.grid
-        heads = [grid.heads[pair] for pair in pairs]
-        features_ref = FeatureRef(
-            home=grid.features.home,
-            dataset=grid.features.manifest.dataset,
-            manifest=grid.features.manifest.fingerprint(),
-            caches=tuple(grid.features.references.items()),
-            aggregate=grid.features.aggregate,
-        )
-        runs = tuple(PlannedRun(head.settings, head.training, head.run.path) for head in heads)
-        return GroupJob(features_ref, grid.method, pairs[0][1], runs, last_epoch, self.options)
 
     def run_halving(self) -> list[tuple[int, int]]:
         """Train the first seed of all cells by successive halving, and record the cells that are given up as pruned.

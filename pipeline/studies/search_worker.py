@@ -1,4 +1,4 @@
-"""What a worker of a grid does: train a group of runs as one model, or evaluate one run on the test split.
+"""What a worker of a grid does: train a group of runs as one model, or evaluate one run on a split.
 
 A worker is this process, another process of this machine, or a dask worker. It gets only names, settings and paths, opens the
 features itself, and writes its results into the folders of the runs.
@@ -20,6 +20,7 @@ from pipeline.runtime.runs import RunFolder
 from pipeline.training.config import TrainConfig
 from pipeline.training.features import FeatureSet, open_features
 from pipeline.training.heads import HeadPlan, head_capacity, out_of_memory_error, plan_head_on, train_heads
+from pipeline.types import Split
 
 ItemT = TypeVar("ItemT")
 _ONE_JOB = Lock()  # the generator that initialises weights and the number of threads belong to the whole process
@@ -70,6 +71,20 @@ class GroupJob:
     runs: tuple[PlannedRun, ...]
     last_epoch: float  # training pauses when this epoch of the last phase is validated; inf: train to the end
     options: SearchOptions
+
+
+def group_job(heads: Sequence[HeadPlan], last_epoch: float, options: SearchOptions) -> GroupJob:
+    """Return the job that trains heads of one structure and seed on the same features until an epoch; see `GroupJob`."""
+    features, run = heads[0].features, heads[0].run
+    features_ref = FeatureRef(
+        home=features.home,
+        dataset=features.manifest.dataset,
+        manifest=features.manifest.fingerprint(),
+        caches=tuple(features.references.items()),
+        aggregate=features.aggregate,
+    )
+    runs = tuple(PlannedRun(head.settings, head.training, head.run.path) for head in heads)
+    return GroupJob(features_ref, heads[0].config.method, run.seed, runs, last_epoch, options)
 
 
 def train_group(job: GroupJob) -> dict[Path, RunFailure]:
@@ -158,16 +173,17 @@ def _open_features(features_ref: FeatureRef, method: str) -> FeatureSet:
     return open_features(features_ref.home, features_ref.dataset, method, dict(features_ref.caches), features_ref.aggregate)
 
 
-def evaluate_run(job: tuple[Path, Path]) -> dict[str, float] | RunFailure:
-    """Return the metrics of a run on the test split, or why there are none.
+def evaluate_run(job: tuple[Path, Path], split: Split = "test") -> dict[str, float] | RunFailure:
+    """Return the metrics of a run on a split, or why there are none.
 
     Args:
         job: The home folder, and the folder of the run.
+        split: The split; every read of "test" is logged.
     """
     home, path = job
     with _ONE_JOB:
         try:
-            metrics = evaluate(home, RunFolder.at(path), "test", {})["metrics"]
+            metrics = evaluate(home, RunFolder.at(path), split, {})["metrics"]
         except Exception as error:
             if isinstance(error, (UserError, OSError)):
                 raise

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 
+from pipeline.data.manifest_files import read_manifest
 from pipeline.evaluation.evaluate import evaluate
 from pipeline.evaluation.statistics import MIN_SEEDS_FOR_VERDICT, Estimate, format_seeds, paired_bootstrap
 from pipeline.report.comparison import METRIC_LABELS, format_difference, pair_scores
@@ -20,11 +21,12 @@ from pipeline.runtime.runs import REAL_TEXT
 from pipeline.runtime.settings import name_settings
 from pipeline.training.features import cache_names, open_features
 from pipeline.training.heads import plan_head_on, resolve_head_settings, train_head
-from pipeline.training.text_controls import TEXT_CONTROLS, join_text, parse_text
+from pipeline.training.text_controls import TEXT_CONTROLS, is_text_of_class, join_text, parse_text
 from pipeline.types import Split
 
 logger = logging.getLogger(__name__)
 NO_TEXT_TERM = "no text term"
+WITHIN, ACROSS = "shuffled-within", "shuffled-across"
 ABOVE, BELOW = f"above {REAL_TEXT}", f"below {REAL_TEXT}"  # the verdicts on a control
 
 
@@ -68,8 +70,9 @@ def compare_texts(
 
     Returns:
         One row per text with the mean and standard deviation over seeds of the metrics, what real texts have more than it, in
-        points with its 95 % interval, and a verdict; and a conclusion. If the method says what it is `without_text`, one more
-        row has those settings.
+        points with its 95 % interval, and a verdict; and a conclusion. Where the text is a function of the class, texts
+        shuffled within a class are the real ones: this control is void, and its row says so. If the method says what it is
+        `without_text`, one more row has those settings.
 
     Raises:
         UserError: the method reads no text, or a control is named in `caches`.
@@ -80,7 +83,8 @@ def compare_texts(
     text, control = parse_text(caches.get("text", ""))
     if control != REAL_TEXT:
         raise UserError(f"this study trains on every control: name the text cache alone, not {caches['text']!r}")
-    variants = {name: (name, settings) for name in (REAL_TEXT, *TEXT_CONTROLS)}
+    void = {WITHIN} if is_text_of_class(read_manifest(home, dataset)) else set()
+    variants = {name: (name, settings) for name in (REAL_TEXT, *TEXT_CONTROLS) if name not in void}
     if without_text := getattr(plugin, "without_text", {}):
         variants[NO_TEXT_TERM] = (REAL_TEXT, {**name_settings(plugin.Config, settings, plugin.symbols), **without_text})
     scored = {}
@@ -118,6 +122,9 @@ def _summarise(method: str, scored: Mapping[str, _Scored], groups: Mapping[str, 
         }
         for title, each in scored.items()
     )
+    if WITHIN not in scored:
+        void = {"text": WITHIN, "verdict": "void: the text is a function of the class"}
+        table = pd.concat([table, pd.DataFrame([void])], ignore_index=True).fillna("-")
     return TextAblation(table, explain(method, metric, judged, len(real.seeds)))
 
 
@@ -139,19 +146,23 @@ def explain(method: str, metric: str, judged: Mapping[str, Judged], num_seeds: i
         num_seeds: The number of seeds of every row.
     """
     points = {name: f"{_gain(each).value:+.2f} points" for name, each in judged.items()}
-    within, across = (f"{points[f'shuffled-{name}']} of {metric}" for name in ("within", "across"))
+    across = f"{points[ACROSS]} of {metric}"
+    if WITHIN not in judged:
+        first = _explain_class_texts(method, across, judged, num_seeds)
+        return first if num_seeds < MIN_SEEDS_FOR_VERDICT else f"{first}{_explain_text_term(method, metric, judged, points)}"
+    within = f"{points[WITHIN]} of {metric}"
     if num_seeds < MIN_SEEDS_FOR_VERDICT:
         return (
             f"Nothing is claimed: there are {num_seeds} of {MIN_SEEDS_FOR_VERDICT} seeds. So far real texts are {within} "
             f"above texts of other pictures of the same class, and {across} above texts of any other picture."
         )
     is_below = {name: each.verdict == BELOW for name, each in judged.items()}
-    if is_below["shuffled-within"] and is_below["shuffled-across"]:
+    if is_below[WITHIN] and is_below[ACROSS]:
         first = (
             f"The texts help {method}: with each picture's own text it is {within} above the same head with texts of other "
             f"pictures of its class, and {across} above it with texts of any other picture."
         )
-    elif is_below["shuffled-across"]:
+    elif is_below[ACROSS]:
         first = (
             f"{method} gains from the class that a text belongs to ({across} above texts of any other picture), but nothing "
             "shows that what a text says of its own picture helps: real texts are not shown to be better than texts of other "
@@ -163,6 +174,18 @@ def explain(method: str, metric: str, judged: Mapping[str, Judged], num_seeds: i
             f"other picture ({across}; than texts of other pictures of the same class: {within})."
         )
     return f"{first}{_explain_text_term(method, metric, judged, points)}"
+
+
+def _explain_class_texts(method: str, across: str, judged: Mapping[str, Judged], num_seeds: int) -> str:
+    """Return what `explain` says where the text is a function of the class, but for the text term."""
+    void = "The text is a function of the class, so it says nothing of its own picture: the control within a class is void."
+    if num_seeds < MIN_SEEDS_FOR_VERDICT:
+        claim = f"Nothing is claimed: there are {num_seeds} of {MIN_SEEDS_FOR_VERDICT} seeds. So far real texts are {across}"
+    elif judged[ACROSS].verdict == BELOW:
+        claim = f"{method} gains from the class that a text belongs to: real texts are {across}"
+    else:
+        claim = f"Nothing shows that what the texts say helps {method}: real texts are {across}"
+    return f"{claim} above texts of any other picture. {void}"
 
 
 def _explain_text_term(method: str, metric: str, judged: Mapping[str, Judged], points: Mapping[str, str]) -> str:

@@ -95,6 +95,20 @@ def project_labels(label: Tensor, vectors: Tensor) -> Tensor:
     return vectors[label] if label.ndim == 1 else label @ vectors
 
 
+def is_text_of_class(manifest: Manifest) -> bool:
+    """Whether the texts of the training split are a function of the labels: the same for all samples with the same labels.
+
+    Then a text says nothing of its own sample, and to shuffle texts within a class changes nothing.
+    """
+    texts_by_labels: dict[Hashable, set[tuple[str, ...]]] = defaultdict(set)
+    num_texts = 0
+    for sample in split_samples(manifest, "train"):
+        if sample.texts:
+            texts_by_labels[sample.labels].add(sample.texts)
+            num_texts += 1
+    return num_texts > len(texts_by_labels) and all(len(texts) == 1 for texts in texts_by_labels.values())
+
+
 @dataclass(frozen=True, slots=True)
 class ShuffledTexts:
     """A reader that gives a sample the texts of its donor."""

@@ -36,6 +36,15 @@ def read_tuned(dataset: str, method: str, home: Path | None) -> tuple[Mapping[st
     return entry.get("settings", {}), entry.get("training", {})
 
 
+def has_tuned(dataset: str, method: str, home: Path) -> bool:
+    """Whether the home, or else the dataset's own yaml, has tuned settings of a method.
+
+    Raises:
+        UserError: a file is damaged.
+    """
+    return method in read_tuned_file(home, dataset) or method in load_spec(read_plugin(home, dataset)).get("tuned", {})
+
+
 def read_tuned_entry(dataset: str, method: str, home: Path | None) -> Mapping[str, Any]:
     """Return the tuned entry of a method.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,12 +13,15 @@ import pytest
 from helpers.command_line import run as run_command
 from helpers.tiny_heads import FAST_TRAINING, caches_by_key, small_settings
 
+from pipeline.data.manifest_files import read_manifest, write_manifest
 from pipeline.evaluation.evaluate import evaluate
 from pipeline.evaluation.statistics import Estimate
+from pipeline.extraction.extract import ExtractOptions, extract
 from pipeline.report.pairs import Judged
 from pipeline.report.results import collect_results
 from pipeline.runtime.runs import find_runs
 from pipeline.studies.text_ablation import compare_texts, explain
+from pipeline.training.text_controls import is_text_of_class
 
 ROWS = ["real", "shuffled-within", "shuffled-across", "noise", "label"]
 TRAINING = {**FAST_TRAINING, "epochs": 2}
@@ -125,6 +129,32 @@ def test_the_sentence_says_what_the_verdicts_say(
     sentence = explain("ema", "Acc-1", judged(**{name: (-2.0, verdict) for name, verdict in verdicts.items()}), 5)
     for part in expected:
         assert part in sentence
+
+
+def test_the_control_within_a_class_is_void_where_the_text_is_a_function_of_the_class(home: Path) -> None:
+    """Of Ingredient-101, for example: every picture of a class has the texts of the class."""
+    manifest = read_manifest(home, "tiny")
+    assert not is_text_of_class(manifest)
+    samples = tuple(replace(sample, texts=(manifest.class_names[sample.labels[0]],)) for sample in manifest.samples)
+    of_class = replace(manifest, samples=samples, rows=(), meta={**manifest.meta, "texts_recur": True})
+    assert is_text_of_class(of_class)
+    write_manifest(of_class, home)
+    quiet = ExtractOptions(progress=False, workers=0)
+    widths = {"image": 32, "text": 24}
+    caches = {key: extract(of_class, "random_projection", {"modality": key, "width": width}, home, options=quiet).name
+              for key, width in widths.items()}  # fmt: skip
+    settings = small_settings("ema")
+    table, conclusion = compare_texts(
+        home, "tiny", "ema", "head", [0, 1], caches, settings, {**TRAINING, "epochs": 1}, progress=False
+    )
+    rows = dict(zip(table["text"], table["verdict"], strict=True))
+    assert rows["shuffled-within"] == "void: the text is a function of the class"
+    assert rows["shuffled-across"] == "2 of 5 seeds"
+    assert "the control within a class is void" in conclusion
+    verdicts = judged(shuffled_across=(-2.0, "below real"), noise=(0.0, SAME), label=(0.0, SAME), no_term=(-1.0, "below real"))
+    sentence = explain("ema", "Acc-1", verdicts, 5)
+    assert sentence.startswith("ema gains from the class that a text belongs to: real texts are +2.00 points of Acc-1 above")
+    assert "Its text term helps by +1.00 points" in sentence
 
 
 def test_without_a_text_term_nothing_is_said_of_it() -> None:

@@ -95,8 +95,7 @@ def finetune(home: Path, init: RunFolder, joint: JointConfig, training: TrainCon
         raise UserError(f"{init.path} was trained on text={init_config.text_control}; joint training reads real texts alone")
     if init_config.setting("crossfit"):
         raise UserError("joint training trains all parts of a head at once, none out of fold; train the head with crossfit=0")
-    changes = {"stage": "joint", **joint.identity(), "init": init_config.fingerprint()[:12]}
-    config = replace(init_config, training={**asdict(training), **changes}, recipe=RECIPE)
+    config = _joint_config(init_config, joint, training)
     run, earlier = (_joint_run(home, each, init) for each in (config, replace(config, recipe=init_config.recipe)))
     if earlier.path != run.path and earlier.is_done and not run.path.exists():
         logger.warning("%s has these settings (an earlier version trained it); this trains %s", earlier.path, run.path)
@@ -112,6 +111,17 @@ def finetune(home: Path, init: RunFolder, joint: JointConfig, training: TrainCon
         if context.rank:
             return FinetuneResult(init, "", 0.0, 0.0, {})
     return _compare_and_publish(home, init, run, config, features, joint, options)
+
+
+def joint_run(home: Path, init: RunFolder, joint: JointConfig, training: TrainConfig) -> RunFolder:
+    """Return the folder of the joint run that `finetune` makes, finished or not, without making it."""
+    return _joint_run(home, _joint_config(init.config(), joint, training), init)
+
+
+def _joint_config(init: RunConfig, joint: JointConfig, training: TrainConfig) -> RunConfig:
+    """Return the config of joint training that starts from a run of this config."""
+    changes = {"stage": "joint", **joint.identity(), "init": init.fingerprint()[:12]}
+    return replace(init, training={**asdict(training), **changes}, recipe=RECIPE)
 
 
 def _joint_run(home: Path, config: RunConfig, init: RunFolder) -> RunFolder:
