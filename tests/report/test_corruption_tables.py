@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -61,7 +60,7 @@ def test_means_differences_and_intervals_are_those_of_the_samples(home: ReportHo
     base, ema = (add_head(home, method, strength, 5, NOISY) for method, strength in (("baseline", 2.0), ("ema", 3.5)))
     results = collect_results(home.path, "toy", "test")
     heads = collect_corrupted(results)
-    rows: list[dict[str, Any]] = robustness_results(heads, results).to_dict("records")
+    rows = robustness_results(heads, results).to_dict("records")
     mean_base, mean_ema = (values[1:].mean(axis=0) for values in (base, ema))
     row = rows[1]
     assert [each["method"] for each in rows] == ["baseline", "ema"]
