@@ -64,6 +64,7 @@ def test_small_networks_of_our_own_are_extracted_and_tuned(name: str, tiny_manif
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("name", BACKBONES)
 def test_every_backbone_is_extracted_and_tuned(name: str, tiny_manifest: Manifest, home: Path) -> None:
     backbone = BACKBONES[name]

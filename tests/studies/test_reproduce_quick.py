@@ -21,6 +21,7 @@ STAND_IN = "resnet50"  # no weights of the papers' backbones are at hand: this o
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_every_artefact_on_openmoji(tmp_path: Path) -> None:
     workspace = Workspace(tmp_path)
     workspace.prepare("openmoji")
