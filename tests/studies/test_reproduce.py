@@ -168,9 +168,9 @@ def test_backbones_are_tuned_with_a_baseline_of_every_seed(encoders_home: Path, 
         row("both", "ema", unfreeze="both"),
     )
     artefact = replace(artefact, rows=tuple(replace(each, settings=_only_of_texts(each)) for each in artefact.rows))
-    joint = {"epochs": 2, "batch_size": 8, "lr": 1e-3}
+    joint = {"epochs": 1, "batch_size": 8, "lr": 1e-3}
     chosen = ReproduceOptions(
-        seeds=SEEDS, preset="head", training=TRAINING, joint_training=joint, workers=0,
+        seeds=SEEDS, preset="head", training={**TRAINING, "epochs": 1}, joint_training=joint, workers=0,
         image=caches["image"], text=caches["text"], backbones={"resnet50": spec}, split="val",
     )  # fmt: skip
     result = study.reproduce(home, "tiny", artefact, chosen)
@@ -233,10 +233,14 @@ def test_a_figure_gets_the_runs_of_its_methods(home: Path, monkeypatch: pytest.M
 
 
 def test_the_command_lists_plans_and_writes(
-    home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    caches = caches_by_key(home)
-    common = ["reproduce", "marnet-table2", "tiny", "--home", str(home), "--preset", "head", "--workers", "0"]
+    caches, file = caches_by_key(home), tmp_path / "mine.yaml"
+    file.write_text(
+        "{kind: table, title: Mine, heads: [Row], base: Base, backbone: vit_b16, rows: "
+        "[{name: [Base], method: baseline}, {name: [+EMA], method: ema, settings: {width: 16}}]}"
+    )
+    common = ["reproduce", str(file), "tiny", "--home", str(home), "--preset", "head", "--workers", "0"]
     common += ["--image", caches["image"], "--text", caches["text"], "--train", "epochs=1"]
     assert run_command(["reproduce", "--list"], monkeypatch) == 0
     assert "seda-table3: SeDA, Table 3" in capsys.readouterr().out
@@ -246,10 +250,8 @@ def test_the_command_lists_plans_and_writes(
     assert find_runs(home, "tiny") == []
     assert run_command([*common, "--quick", "--seeds", "0", "--json"], monkeypatch) == 0
     printed = json.loads(capsys.readouterr().out)
-    assert [Path(path).name for path in printed["files"]] == [
-        f"marnet-table2-quick.{suffix}" for suffix in ("md", "tex", "csv")
-    ]
-    assert [each["Module"] for each in printed["rows"]] == ["Baseline", "+EMA", "+MLP", "+CDR(MLP)", "+Fusion"]
+    assert [Path(path).name for path in printed["files"]] == [f"mine-quick.{suffix}" for suffix in ("md", "tex", "csv")]
+    assert [each["Row"] for each in printed["rows"]] == ["Base", "+EMA"]
     assert all(each["seeds"] == 1 for each in printed["rows"])
 
 
