@@ -210,8 +210,12 @@ def test_halving_lists_the_points_that_it_gave_up(home: Path, tmp_path: Path) ->
 def test_the_code_as_it_stands_reproduces_the_score_of_tuned_settings(
     folds: int, home: Path, tiny_home: Path, space: TuningSpace, tmp_path: Path
 ) -> None:
-    """A home without runs takes the tuned file of another one, trains with --preset tuned, and gets the same score."""
+    """A home without runs takes the tuned file of another one, trains with --preset tuned, and gets the same score.
+
+    Every method with text has settings of its own to be written and read; folds are the same for all.
+    """
     methods = [name for name in plugins.names("methods") if "text" in plugins.get("methods", name).needs or name == "baseline"]
+    methods = ["baseline", "ema", "seda"] if folds else methods
     result = tune_tiny(home, space, methods, points=2, folds=folds)
     other = Path(shutil.copytree(tiny_home, tmp_path / "other"))
     write_tuned(other, "tiny", yaml.safe_load(result.tuned_file.read_text())["tuned"])
