@@ -313,7 +313,7 @@ def _reproduce_grid(
     table = Table(tuple(shown.columns), tuple(tuple(row) for row in shown.itertuples(index=False)), caption)
     introduction = f"{dataset}, seeds {', '.join(map(str, grid.seeds))}, preset {preset}. Page: {result.folder / 'index.html'}."
     files = write_table_files(folder, name, artefact.title, table, result.ranking, introduction, artefact.notes)
-    files += write_robustness(result.folder, folder)
+    files += write_robustness(result.folder, folder / name, artefact.name)
     return Reproduction(files=files, table=shown, numbers=result.ranking, failed=result.failed, bugs=result.bugs)
 
 

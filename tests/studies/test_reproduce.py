@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 from helpers import joint_home
 from helpers.command_line import run as run_command
@@ -216,6 +217,14 @@ def test_the_robustness_figure_is_a_grid(home: Path) -> None:
     assert len(result.numbers) == 2
     assert (home / "reports" / "tiny" / "seda-fig3.md").is_file()
     assert {path.suffix for path in result.files} >= {".md", ".tex", ".csv", ".svg", ".pdf"}
+    reports, contents = home / "reports" / "tiny", {path: path.read_bytes() for path in result.files}
+    assert len(contents) == len(result.files)  # the numbers of the figure do not replace the ranking of the cells
+    assert pd.read_csv(reports / "seda-fig3.csv")["w_ce_dst"].tolist() == result.numbers["w_ce_dst"].tolist()
+    assert pd.read_csv(reports / "seda-fig3" / "seda-fig3.csv")["axis"].tolist() == ["gamma", "gamma"]
+    quick = replace(options(home, seeds=(0,)), training={**TRAINING, "epochs": 1})
+    trial = study.reproduce(home, "tiny", artefact, quick, study.QUICK_SUFFIX)
+    assert not set(trial.files) & set(result.files)
+    assert {path: path.read_bytes() for path in result.files} == contents
 
 
 def test_a_figure_gets_the_runs_of_its_methods(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
