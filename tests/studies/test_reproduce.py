@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -24,7 +25,7 @@ from pipeline.runtime.runs import RunFolder, find_runs
 from pipeline.studies import reproduce as study
 from pipeline.studies.paper_figures import FIGURES, PaperFigure
 from pipeline.studies.reproduce_cost import estimate_heads
-from pipeline.studies.reproduce_plan import ReproduceOptions, plan_heads, plan_table
+from pipeline.studies.reproduce_plan import ReproduceOptions, TablePlan, plan_heads, plan_table
 from pipeline.training.heads import train_head
 from pipeline.training.joint.finetune import finetune, resolve_joint_settings
 from pipeline.training.joint.plan import JointConfig, JointOptions
@@ -125,6 +126,34 @@ def test_a_head_that_fails_costs_its_row_only(home: Path) -> None:
     assert len(result.failed) == 2
     assert not result.bugs
     assert rows["Base"]["seeds"] == 2
+
+
+def test_a_head_that_failed_is_not_trained_again_for_rows_that_waited(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    artefact, trained = table(row("+EMA", "ema", settings={"w_ce": 3e38})), []
+    train, plan = study.train_and_score, study.plan_table
+
+    def count(job: study._ScoredJob) -> dict[Path, study.RunFailure]:  # pyright: ignore[reportPrivateUsage]
+        trained.extend(run.path for run in job.group.runs)
+        return train(job)
+
+    def plan_with_waiting_row(*arguments: Any) -> TablePlan:
+        found = plan(*arguments)
+        return replace(found, rows=(*found.rows[:-1], replace(found.rows[-1], is_waiting=True)))
+
+    monkeypatch.setattr(study, "train_and_score", count)
+    monkeypatch.setattr(study, "plan_table", plan_with_waiting_row)
+    result = study.reproduce(home, "tiny", artefact, options(home))
+    assert len(result.failed) == 2
+    assert len(trained) == len(set(trained)) == 4
+
+
+def test_files_of_ones_own_that_cannot_be_made_are_refused_before_the_training(home: Path) -> None:
+    wrong = {"vireo172": PaperDataset(name="Vireo", metrics=("acc2",))}
+    with pytest.raises(UserError, match="own: unknown metric 'acc2'; choose one of: acc1"):
+        study.reproduce(home, "tiny", replace(table(), datasets=wrong), options(home))
+    with pytest.raises(UserError, match="nothing draws a figure 'own'; choose one of: marnet-fig3"):
+        study.reproduce(home, "tiny", Artefact(name="own", kind="figure", title="A figure"), options(home))
+    assert find_runs(home, "tiny") == []
 
 
 def test_mistakes_of_the_user_are_no_missing_rows(home: Path) -> None:
