@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+import timm
+import torch
 from helpers import joint_home
 from helpers.command_line import run as run_command
 from helpers.tiny_heads import FAST_TRAINING, caches_by_key, small_settings
@@ -20,6 +22,7 @@ from helpers.tiny_heads import FAST_TRAINING, caches_by_key, small_settings
 from pipeline.data.artefacts import Artefact, PaperDataset, PaperRow, read_artefact
 from pipeline.data.manifest import Manifest
 from pipeline.evaluation.evaluate import evaluate
+from pipeline.extraction.extract import ExtractOptions, extract
 from pipeline.runtime.errors import UserError
 from pipeline.runtime.runs import RunFolder, find_runs
 from pipeline.studies import reproduce as study
@@ -291,6 +294,19 @@ def test_the_command_lists_plans_and_writes(
     assert [Path(path).name for path in printed["files"]] == [f"mine-quick.{suffix}" for suffix in ("md", "tex", "csv")]
     assert [each["Row"] for each in printed["rows"]] == ["Base", "+EMA"]
     assert all(each["seeds"] == 1 for each in printed["rows"])
+
+
+def test_features_of_weights_that_were_replaced_are_not_taken(home: Path, tiny_manifest: Manifest, tmp_path: Path) -> None:
+    weights = tmp_path / "weights.pth"
+    state = timm.create_model("test_vit", num_classes=0).state_dict()
+    torch.save(state, weights)
+    settings = {"model": "test_vit", "weights": str(weights)}
+    extract(tiny_manifest, "timm", settings, home, options=ExtractOptions(progress=False, workers=0))
+    chosen = options(home, backbones={"resnet50": f"timm,model=test_vit,weights={weights}"}, tunes_backbones=False)
+    artefact = table(row("other", "baseline", backbone="resnet50"))
+    assert plan_table(home, "tiny", artefact, chosen).to_extract == ()
+    torch.save({name: 2 * tensor for name, tensor in state.items()}, weights)
+    assert [each.name for each in plan_table(home, "tiny", artefact, chosen).to_extract] == ["resnet50"]
 
 
 def test_a_backbone_is_a_cache_weights_or_an_encoder(tiny_home: Path, tmp_path: Path) -> None:
