@@ -113,6 +113,8 @@ def _find_problem(artefact: Artefact) -> str:
     if artefact.kind not in get_args(ArtefactKind):
         return f"kind is {artefact.kind!r}; choose one of: {', '.join(get_args(ArtefactKind))}"
     titles = [row.title for row in artefact.rows]
+    if artefact.kind == "grid" and not (artefact.method and artefact.axes):
+        return "a grid needs a method and axes"
     if len(set(titles)) < len(titles):
         return "two rows have the same name"
     for row in artefact.rows:
@@ -123,4 +125,8 @@ def _find_problem(artefact: Artefact) -> str:
         for key, numbers in row.paper.items():
             if key not in artefact.datasets or len(numbers) != len(artefact.datasets[key].metrics):
                 return f"row {row.title!r} does not have the columns of {key}"
+            if not all(number is None or type(number) in (int, float) for number in numbers):
+                return f"row {row.title!r} has other things than numbers for {key}; ~ stands for an unknown one"
+    if artefact.kind == "table" and artefact.base not in titles:
+        return f"its base is {artefact.base!r}, which is no row"
     return ""

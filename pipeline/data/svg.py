@@ -29,6 +29,7 @@ XML_STARTS = {  # byte order marks, longer ones first, and "<" without one
     b"<\0": "utf-16-le",
     b"\0<": "utf-16-be",
 }
+NO_CHARSETS = ("idna", "punycode", "raw-unicode-escape", "unicode-escape")  # of Python; some take the square of the time
 _SUCCESS = b"+"  # first byte of a reply with a PNG; any other reply is the reason why there is none
 
 
@@ -77,6 +78,8 @@ def decode_xml(data: bytes) -> str:
             return data.decode(encoding)
     found = XML_ENCODING.match(data)
     declared = found[1].decode() if found else "utf-8"
+    if codecs.lookup(declared).name in NO_CHARSETS:
+        raise LookupError(f"unknown encoding: {declared}")
     return data.decode("utf-8" if declared.lower().startswith(("utf-16", "utf-32")) else declared)  # that would be no ASCII
 
 

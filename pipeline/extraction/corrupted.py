@@ -1,8 +1,8 @@
 """Caches of corrupted copies: the pictures of one split, each with the same corruption, through the encoder of a clean cache.
 
-Such a cache lies in a folder of its own, <home>/caches/<dataset>.<split>.<kind><strength>/, and its identity names the
-corruption. That is the name of no prepared dataset, and no clean cache is looked for there, so nothing can be trained on it.
-The copies are nowhere on disk: a picture is corrupted when it is read.
+Such a cache lies in a folder of its own, <home>/caches/<dataset>~<split>~<kind><strength>/, and its identity names the
+corruption. No dataset can have that name (see `manifest.DATASET_NAME`), and no clean cache is looked for there, so nothing can
+be trained on it. The copies are nowhere on disk: a picture is corrupted when it is read.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from pipeline.cache import Cache, layout, open_cache
+from pipeline.cache import Cache, layout, open_cache, verify
 from pipeline.cache.reader import identity_differences, is_of_text
 from pipeline.data.corruptions import Corruption
 from pipeline.data.manifest import Manifest
@@ -24,6 +24,8 @@ from pipeline.runtime import plugins
 from pipeline.runtime.errors import UserError
 from pipeline.types import Split
 
+SEPARATOR = "~"  # a character that names of datasets do not have
+
 
 @dataclass(frozen=True)
 class CorruptedCopies:
@@ -31,7 +33,7 @@ class CorruptedCopies:
 
     home: Path
     cache: Cache  # of the clean pictures
-    manifest: Manifest  # of the split alone and without texts; its dataset is "<dataset>.<split>"
+    manifest: Manifest  # of the split alone and without texts; its dataset is "<dataset>~<split>"
 
     @staticmethod
     def of_split(home: Path, manifest: Manifest, split: Split, cache: Cache) -> CorruptedCopies:
@@ -50,7 +52,7 @@ class CorruptedCopies:
             raise UserError(f"{manifest.dataset} has no samples in split {split!r}")
         copies = replace(
             manifest,
-            dataset=f"{manifest.dataset}.{split}",
+            dataset=f"{manifest.dataset}{SEPARATOR}{split}",
             samples=tuple(replace(manifest.samples[position], texts=()) for position in positions),
             rows=tuple(manifest.rows[position] if manifest.rows else position for position in positions),
             extra={},
@@ -63,11 +65,12 @@ class CorruptedCopies:
         return {**self._clean_identity(self._dataset(corruption)), "corruption": corruption.identity()}
 
     def find(self, corruption: Corruption) -> Cache | None:
-        """Open the cache of one corruption; None if it is not there, or not complete."""
+        """Open the cache of one corruption; None if it is not there, not complete, or damaged."""
         try:
-            return self.open(corruption)
+            cache = self.open(corruption)
         except UserError:
             return None
+        return None if verify(cache.path) else cache
 
     def open(self, corruption: Corruption) -> Cache:
         """Open the cache of one corruption.
@@ -98,7 +101,7 @@ class CorruptedCopies:
             run_extraction(replace(self._corrupt(plain, corruption), part=part), self.cache.failed_ids)
 
     def _dataset(self, corruption: Corruption) -> str:
-        return f"{self.manifest.dataset}.{corruption.name}"
+        return f"{self.manifest.dataset}{SEPARATOR}{corruption.name}"
 
     def _path(self, corruption: Corruption) -> Path:
         encoder = self.cache.identity["encoder"]["name"]
@@ -127,7 +130,7 @@ class CorruptedCopies:
 
     def _corrupt(self, plain: ExtractionTask, corruption: Corruption) -> ExtractionTask:
         """Return the extraction of the copies with one corruption."""
-        split = self.manifest.dataset.rpartition(".")[2]
+        split = self.manifest.dataset.rpartition(SEPARATOR)[2]
         kind, strength = corruption.kind, corruption.strength
         command = f"diffalign evaluate RUN --split {split} --corrupt {kind} --strengths {strength}"
         target = replace(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from pipeline.report.blocks import Table
 
 _ESCAPED = {
@@ -22,6 +24,12 @@ def escape_latex(text: str) -> str:
     return "".join(_ESCAPED.get(character, character) for character in " ".join(text.split()))
 
 
+def _render_row(cells: Sequence[str]) -> str:
+    """Return a line of a `tabular`; after the end of the line before it, "[" or "*" would be read as its option."""
+    line = " & ".join(map(escape_latex, cells))
+    return f"    {'{}' if line.startswith(('[', '*')) else ''}{line} \\\\"
+
+
 def render_latex(table: Table, label: str) -> str:
     """Return a table as a floating `table` with a `tabular`; it needs \\usepackage{booktabs}.
 
@@ -30,7 +38,7 @@ def render_latex(table: Table, label: str) -> str:
         label: The name for \\ref.
     """
     alignment = "".join("l" if column < table.num_text_columns else "r" for column in range(len(table.columns)))
-    head, *body = (f"    {' & '.join(map(escape_latex, row))} \\\\" for row in (table.columns, *table.rows))
+    head, *body = (_render_row(row) for row in (table.columns, *table.rows))
     lines = [
         r"\begin{table}",
         r"  \centering",

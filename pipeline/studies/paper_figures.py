@@ -80,8 +80,8 @@ class PaperFigure:
         return self.draw(home, dataset, chosen, folder, split)
 
 
-def write_robustness(grid_folder: Path, folder: Path) -> list[Path]:
-    """Write SeDA's Figure 3, the validation metric against every axis of a grid, and return the files.
+def write_robustness(grid_folder: Path, folder: Path, name: str) -> list[Path]:
+    """Write SeDA's Figure 3, the validation metric against every axis of a grid, and return the files `<name>.…`.
 
     Raises:
         UserError: The folder is no grid, or no axis of it has two values with finished runs.
@@ -96,7 +96,7 @@ def write_robustness(grid_folder: Path, folder: Path) -> list[Path]:
         for each in effects
     )
     plot = partial(plot_axis_effects, effects, grid_metric(grid), PRINT_WIDTH_INCHES)
-    return write_printed(folder, "seda-fig3", plot, numbers, f"{grid.dataset}: {axis_effect_caption(grid)}")
+    return write_printed(folder, name, plot, numbers, f"{grid.dataset}: {axis_effect_caption(grid)}")
 
 
 def write_feature_space(

@@ -21,9 +21,11 @@ from pipeline.data.manifest_files import read_manifest
 from pipeline.evaluation.evaluate import evaluate, read_metrics
 from pipeline.extraction.extract import extract
 from pipeline.report.blocks import Table
+from pipeline.report.comparison import METRIC_LABELS
 from pipeline.report.grid_page import write_grid_page
 from pipeline.report.paper_table import RowResult, compare_rows, describe_order, paper_table, write_table_files
 from pipeline.report.results import read_groups, read_sample_metrics
+from pipeline.runtime.choices import unknown_choice
 from pipeline.runtime.errors import UserError
 from pipeline.runtime.executor import num_processes, open_executor
 from pipeline.runtime.logs import ProgressBar
@@ -112,6 +114,11 @@ def reproduce(
         raise UserError("--workers are processes of this machine, --scheduler has its own: give one of them")
     if options.backbones and artefact.kind != "table":
         raise UserError(f"{artefact.name} has no rows of backbones: name its image features with --image")
+    if artefact.kind == "figure" and artefact.name not in FIGURES:
+        raise unknown_choice(artefact.name, f"nothing draws a figure {artefact.name!r}", list(FIGURES))
+    for metric in (metric for own in artefact.datasets.values() for metric in own.metrics):
+        if metric not in METRIC_LABELS:
+            raise unknown_choice(metric, f"{artefact.name}: unknown metric {metric!r}", list(METRIC_LABELS))
     home = home.absolute()
     make = {"table": _reproduce_table, "grid": _reproduce_grid, "figure": _reproduce_figure}[artefact.kind]
     return make(home, dataset, artefact, options, f"{artefact.name}{suffix}", only_plan)
@@ -130,7 +137,7 @@ def _reproduce_table(
     for _ in range(2):  # rows on tuned encoders can be planned when these are there
         plan = plan_table(home, dataset, artefact, options)
         scored = {head.run.path for row in plan.rows if not row.joint for head in row.heads.values()}
-        failed |= _train(plan.heads(), scored, options)
+        failed |= _train([head for head in plan.heads() if head.run.path not in failed], scored, options)
         failed |= _tune(home, plan, options, failed)
         if not any(row.is_waiting for row in plan.rows):
             break
@@ -313,7 +320,7 @@ def _reproduce_grid(
     table = Table(tuple(shown.columns), tuple(tuple(row) for row in shown.itertuples(index=False)), caption)
     introduction = f"{dataset}, seeds {', '.join(map(str, grid.seeds))}, preset {preset}. Page: {result.folder / 'index.html'}."
     files = write_table_files(folder, name, artefact.title, table, result.ranking, introduction, artefact.notes)
-    files += write_robustness(result.folder, folder)
+    files += write_robustness(result.folder, folder / name, artefact.name)
     return Reproduction(files=files, table=shown, numbers=result.ranking, failed=result.failed, bugs=result.bugs)
 
 

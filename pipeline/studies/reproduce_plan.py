@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
@@ -10,16 +11,17 @@ from typing import Any
 
 import torch
 
-from pipeline.cache.reader import find_cache, find_caches
+from pipeline.cache.reader import Cache, find_cache, find_caches
 from pipeline.data.artefacts import Artefact, PaperRow
 from pipeline.data.manifest import Manifest
 from pipeline.data.manifest_files import load_dataset_spec, read_manifest
-from pipeline.encoders._factory import with_absolute_paths
+from pipeline.encoders._factory import build_encoder, encoder_identity, with_absolute_paths
 from pipeline.report.results import BASELINE
 from pipeline.runtime import plugins
 from pipeline.runtime.assignments import parse_assignments
 from pipeline.runtime.choices import unknown_choice
 from pipeline.runtime.errors import UserError
+from pipeline.runtime.files import canonical_json
 from pipeline.runtime.runs import RunFolder
 from pipeline.runtime.settings import configure, find_settings
 from pipeline.studies.backbones import BACKBONES
@@ -295,7 +297,16 @@ def _complete_cache(home: Path, manifest: Manifest, folder: str, encoder: str, s
         cache = find_cache(home, manifest, folder)
     except UserError:
         return ""
-    return folder if dict(cache.provenance.get("settings", {})) == settings else ""
+    is_of_encoder = dict(cache.provenance.get("settings", {})) == settings and _has_weights_of(cache, encoder, settings)
+    return folder if is_of_encoder else ""
+
+
+def _has_weights_of(cache: Cache, encoder: str, settings: Mapping[str, str]) -> bool:
+    """Whether a file of weights is still the one whose features a cache has: another one may have taken its place."""
+    if not Path(settings.get("weights", "")).is_absolute():
+        return True
+    identity = encoder_identity(encoder, build_encoder(encoder, settings))
+    return json.loads(canonical_json(identity)) == cache.identity["encoder"]
 
 
 def describe_missing(rows: Sequence[RowPlan]) -> list[str]:

@@ -17,7 +17,7 @@ from PIL import Image
 from pipeline.cache import find_caches, info, open_cache, verify
 from pipeline.cache.reader import Cache, find_cache
 from pipeline.data.corruptions import Corruption, corrupt
-from pipeline.data.manifest import Manifest
+from pipeline.data.manifest import DATASET_NAME, Manifest
 from pipeline.data.manifest_files import write_manifest
 from pipeline.encoders._encoder import Encoder
 from pipeline.encoders.random_projection import Config, RandomProjection
@@ -87,11 +87,12 @@ def test_a_corrupted_cache_has_an_identity_and_a_folder_of_its_own(copies: Corru
     caches = [copies.open(each) for each in others]
     assert len({cache.fingerprint for cache in [copies.cache, *caches]}) == 4
     assert find_caches(home, "tiny") == before
-    assert caches[0].path.parent == home / "caches" / "tiny.test.noise2"
+    assert caches[0].path.parent == home / "caches" / "tiny~test~noise2"
     assert caches[0].identity["encoder"] == copies.cache.identity["encoder"]
     assert caches[0].identity["corruption"] == {"kind": "noise", "strength": 2, "level": 0.1, "recipe": 1}
     assert caches[0].provenance["command"] == "diffalign evaluate RUN --split test --corrupt noise --strengths 2"
     assert info(caches[0].path)["samples"] == 12
+    assert not DATASET_NAME.fullmatch(caches[0].path.parent.name)  # so that nobody prepares a dataset whose caches lie there
     for name in (caches[0].path.name, caches[0].fingerprint):
         with pytest.raises(UserError, match=f"no cache of tiny named '{name}'"):
             find_cache(home, tiny_manifest, name)
@@ -105,8 +106,8 @@ def test_nothing_is_trained_on_corrupted_copies(
     given = ["train-head", "--method", "baseline", "--home", str(copies.home), "--text", names["text"]]
     assert run_cli([*given, "--dataset", "tiny", "--image", copies.open(NOISE).path.name], monkeypatch) == 2
     assert "no cache of tiny named" in capsys.readouterr().err
-    assert run_cli([*given, "--dataset", "tiny.test.noise2"], monkeypatch) == 2
-    assert "unknown dataset 'tiny.test.noise2'" in capsys.readouterr().err
+    assert run_cli([*given, "--dataset", "tiny~test~noise2"], monkeypatch) == 2
+    assert "unknown dataset 'tiny~test~noise2'" in capsys.readouterr().err
 
 
 def test_no_text_is_read(copies: CorruptedCopies, tiny_manifest: Manifest) -> None:

@@ -78,6 +78,13 @@ def test_every_row_names_settings_that_its_method_has(name: str) -> None:
             "does not have the columns of d",
         ),
         ("kind: table\ntitel: x", "titel"),
+        ("kind: table\ntitle: x\nheads: [A]\nbase: b", "its base is 'b', which is no row"),
+        ("kind: grid\ntitle: x\naxes: {w_sc: [0, 1]}", "a grid needs a method and axes"),
+        (
+            "kind: table\ntitle: x\nheads: [A]\nbase: b\ndatasets: {d: {name: D, metrics: [acc1]}}\n"
+            "rows: [{name: [b], method: baseline, paper: {d: ['85.4 %']}}]",
+            "other things than numbers for d",
+        ),
     ],
 )
 def test_a_wrong_file_is_refused_by_name(text: str, message: str, tmp_path: Path) -> None:
@@ -193,6 +200,8 @@ def test_latex_says_what_the_cells_say() -> None:
             found.append("".join(names.get(token) or token.removeprefix("\\") for token in tokens))
         assert tuple(found) == row
     assert escape_latex("two\nlines") == "two lines"
+    bracketed = render_latex(Table(("a",), (("[1pt]",), ("*",)), "b"), "own")  # would be options of the line's end before them
+    assert not re.search(r"(\\\\|rule)\s*[\[*]", bracketed)
 
 
 def test_rows_on_other_samples_are_not_compared(artefact: Artefact, results: list[RowResult]) -> None:

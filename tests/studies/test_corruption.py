@@ -104,6 +104,17 @@ def test_nothing_is_computed_twice_and_every_read_of_test_is_logged(home: Path, 
     assert (runs[0].path / "test_reads.jsonl").read_text().count("test~noise5") == 2
 
 
+def test_copies_that_are_damaged_are_made_again_by_the_same_call(home: Path) -> None:
+    runs = runs_of(home, "baseline")
+    evaluate_corrupted(home, runs[:1], "test", [NOISE], {}, QUIET)
+    path = copies_in(home).open(NOISE).path
+    chunk = next(path.glob("features/c/*/*"))
+    whole = chunk.read_bytes()
+    chunk.write_bytes(whole[:-50] + bytes(50))
+    evaluate_corrupted(home, runs[1:], "test", [NOISE], {}, QUIET)
+    assert chunk.read_bytes() == whole
+
+
 def test_other_settings_of_prediction_are_other_evaluations(home: Path) -> None:
     (run,) = runs_of(home, "cdr")
     (done,) = evaluate_corrupted(home, [run], "val", [NOISE], {"draws": "3"}, QUIET)

@@ -175,7 +175,7 @@ def test_multi_label_data_show_the_classes_that_are_hardest_on_validation(tmp_pa
 
 def test_robustness_is_that_of_the_grid(tmp_path: Path) -> None:
     folder = write_grid(tmp_path, {"num_steps": [900, 1200], "w_ce_dst": [0.5, 1.0, 2.0]})
-    write_robustness(folder, tmp_path / "out")
+    write_robustness(folder, tmp_path / "out", "seda-fig3")
     cells = pd.read_csv(folder / "cells.csv")
     found = read(tmp_path / "out", "seda-fig3").set_index(["axis", "value"])
     for letter, field in (("T", "num_steps"), ("gamma", "w_ce_dst")):
@@ -185,7 +185,7 @@ def test_robustness_is_that_of_the_grid(tmp_path: Path) -> None:
         best = cells.groupby([field, "cell"])["val_acc1"].mean().groupby(field).max()
         np.testing.assert_allclose(found["best"][letter], best)
     with pytest.raises(UserError, match="nothing to plot"):
-        write_robustness(write_grid(tmp_path, {"num_steps": [900]}, name="1" * 12), tmp_path / "out")
+        write_robustness(write_grid(tmp_path, {"num_steps": [900]}, name="1" * 12), tmp_path / "out", "seda-fig3")
 
 
 def test_what_is_missing_is_said_with_the_remedy(home: Path, tmp_path: Path) -> None:

@@ -8,9 +8,13 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
+import timm
+import torch
 from helpers import joint_home
 from helpers.command_line import run as run_command
 from helpers.tiny_heads import FAST_TRAINING, caches_by_key, small_settings
@@ -18,12 +22,13 @@ from helpers.tiny_heads import FAST_TRAINING, caches_by_key, small_settings
 from pipeline.data.artefacts import Artefact, PaperDataset, PaperRow, read_artefact
 from pipeline.data.manifest import Manifest
 from pipeline.evaluation.evaluate import evaluate
+from pipeline.extraction.extract import ExtractOptions, extract
 from pipeline.runtime.errors import UserError
 from pipeline.runtime.runs import RunFolder, find_runs
 from pipeline.studies import reproduce as study
 from pipeline.studies.paper_figures import FIGURES, PaperFigure
 from pipeline.studies.reproduce_cost import estimate_heads
-from pipeline.studies.reproduce_plan import ReproduceOptions, plan_heads, plan_table
+from pipeline.studies.reproduce_plan import ReproduceOptions, TablePlan, plan_heads, plan_table
 from pipeline.training.heads import train_head
 from pipeline.training.joint.finetune import finetune, resolve_joint_settings
 from pipeline.training.joint.plan import JointConfig, JointOptions
@@ -126,6 +131,34 @@ def test_a_head_that_fails_costs_its_row_only(home: Path) -> None:
     assert rows["Base"]["seeds"] == 2
 
 
+def test_a_head_that_failed_is_not_trained_again_for_rows_that_waited(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    artefact, trained = table(row("+EMA", "ema", settings={"w_ce": 3e38})), []
+    train, plan = study.train_and_score, study.plan_table
+
+    def count(job: study._ScoredJob) -> dict[Path, study.RunFailure]:  # pyright: ignore[reportPrivateUsage]
+        trained.extend(run.path for run in job.group.runs)
+        return train(job)
+
+    def plan_with_waiting_row(*arguments: Any) -> TablePlan:
+        found = plan(*arguments)
+        return replace(found, rows=(*found.rows[:-1], replace(found.rows[-1], is_waiting=True)))
+
+    monkeypatch.setattr(study, "train_and_score", count)
+    monkeypatch.setattr(study, "plan_table", plan_with_waiting_row)
+    result = study.reproduce(home, "tiny", artefact, options(home))
+    assert len(result.failed) == 2
+    assert len(trained) == len(set(trained)) == 4
+
+
+def test_files_of_ones_own_that_cannot_be_made_are_refused_before_the_training(home: Path) -> None:
+    wrong = {"vireo172": PaperDataset(name="Vireo", metrics=("acc2",))}
+    with pytest.raises(UserError, match="own: unknown metric 'acc2'; choose one of: acc1"):
+        study.reproduce(home, "tiny", replace(table(), datasets=wrong), options(home))
+    with pytest.raises(UserError, match="nothing draws a figure 'own'; choose one of: marnet-fig3"):
+        study.reproduce(home, "tiny", Artefact(name="own", kind="figure", title="A figure"), options(home))
+    assert find_runs(home, "tiny") == []
+
+
 def test_mistakes_of_the_user_are_no_missing_rows(home: Path) -> None:
     artefact = table(row("other", "baseline", backbone="resnet50"))
     for change, message in (
@@ -216,6 +249,14 @@ def test_the_robustness_figure_is_a_grid(home: Path) -> None:
     assert len(result.numbers) == 2
     assert (home / "reports" / "tiny" / "seda-fig3.md").is_file()
     assert {path.suffix for path in result.files} >= {".md", ".tex", ".csv", ".svg", ".pdf"}
+    reports, contents = home / "reports" / "tiny", {path: path.read_bytes() for path in result.files}
+    assert len(contents) == len(result.files)  # the numbers of the figure do not replace the ranking of the cells
+    assert pd.read_csv(reports / "seda-fig3.csv")["w_ce_dst"].tolist() == result.numbers["w_ce_dst"].tolist()
+    assert pd.read_csv(reports / "seda-fig3" / "seda-fig3.csv")["axis"].tolist() == ["gamma", "gamma"]
+    quick = replace(options(home, seeds=(0,)), training={**TRAINING, "epochs": 1})
+    trial = study.reproduce(home, "tiny", artefact, quick, study.QUICK_SUFFIX)
+    assert not set(trial.files) & set(result.files)
+    assert {path: path.read_bytes() for path in result.files} == contents
 
 
 def test_a_figure_gets_the_runs_of_its_methods(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -253,6 +294,19 @@ def test_the_command_lists_plans_and_writes(
     assert [Path(path).name for path in printed["files"]] == [f"mine-quick.{suffix}" for suffix in ("md", "tex", "csv")]
     assert [each["Row"] for each in printed["rows"]] == ["Base", "+EMA"]
     assert all(each["seeds"] == 1 for each in printed["rows"])
+
+
+def test_features_of_weights_that_were_replaced_are_not_taken(home: Path, tiny_manifest: Manifest, tmp_path: Path) -> None:
+    weights = tmp_path / "weights.pth"
+    state = timm.create_model("test_vit", num_classes=0).state_dict()
+    torch.save(state, weights)
+    settings = {"model": "test_vit", "weights": str(weights)}
+    extract(tiny_manifest, "timm", settings, home, options=ExtractOptions(progress=False, workers=0))
+    chosen = options(home, backbones={"resnet50": f"timm,model=test_vit,weights={weights}"}, tunes_backbones=False)
+    artefact = table(row("other", "baseline", backbone="resnet50"))
+    assert plan_table(home, "tiny", artefact, chosen).to_extract == ()
+    torch.save({name: 2 * tensor for name, tensor in state.items()}, weights)
+    assert [each.name for each in plan_table(home, "tiny", artefact, chosen).to_extract] == ["resnet50"]
 
 
 def test_a_backbone_is_a_cache_weights_or_an_encoder(tiny_home: Path, tmp_path: Path) -> None:
