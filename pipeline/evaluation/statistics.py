@@ -6,6 +6,7 @@ have been in the split. `paired_bootstrap` draws both anew. It does not import t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -31,6 +32,9 @@ class Estimate(NamedTuple):
     low: float
     high: float
     p: float
+
+
+NO_ESTIMATE = Estimate(math.nan, math.nan, math.nan, math.nan)
 
 
 class Scores(NamedTuple):

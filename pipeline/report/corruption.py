@@ -12,7 +12,15 @@ import numpy as np
 import pandas as pd
 
 from pipeline.data.corruptions import CORRUPTION_LEVELS, STRENGTHS, Corruption, all_corruptions
-from pipeline.evaluation.statistics import Estimate, find_verdict, format_mean_std, format_seeds, paired_bootstrap, sample_std
+from pipeline.evaluation.statistics import (
+    NO_ESTIMATE,
+    Estimate,
+    find_verdict,
+    format_mean_std,
+    format_seeds,
+    paired_bootstrap,
+    sample_std,
+)
 from pipeline.report.blocks import Block, Heading, Paragraph, Table
 from pipeline.report.comparison import (
     METRIC_LABELS,
@@ -34,7 +42,6 @@ from pipeline.report.results import (
 from pipeline.runtime.runs import RunFolder
 
 ALL_KINDS = "all"  # the last row of a table: the mean over kinds
-NO_ESTIMATE = Estimate(np.nan, np.nan, np.nan, np.nan)
 
 
 class CorruptedHead(NamedTuple):

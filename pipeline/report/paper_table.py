@@ -14,6 +14,7 @@ from pipeline.data.artefacts import Artefact, PaperRow
 from pipeline.evaluation.statistics import (
     MIN_SEEDS_FOR_INTERVAL,
     MIN_SEEDS_FOR_VERDICT,
+    NO_ESTIMATE,
     NUM_RESAMPLES,
     Estimate,
     find_verdict,
@@ -31,7 +32,6 @@ from pipeline.runtime.files import write_atomic
 
 SINGLE_LABEL_METRICS = ("acc1", "acc5")
 MULTI_LABEL_METRICS = ("pre1", "pre5", "rec1", "rec5")
-NO_ESTIMATE = Estimate(math.nan, math.nan, math.nan, math.nan)
 NOT_HAD = "not had"  # instead of a verdict, in rows that could not be trained
 
 
