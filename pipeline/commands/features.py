@@ -102,7 +102,7 @@ def next_command(home: Path, dataset: str, extracted: Mapping[str, Cache]) -> st
     for key, default in defaults.items():
         new = [name for name, cache in extracted.items() if is_of_text(cache.identity) == (key == "text")]
         if default in there or new:
-            options[key] = "" if default in there else f" --{key} {new[0]}"
+            options[key] = f" --{key} {new[0]}" if new and default not in new else ""
     if "image" not in options:
         return f"diffalign extract {dataset}"
     method = "ema" if "text" in options else "baseline"

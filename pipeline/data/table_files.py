@@ -102,7 +102,8 @@ def find_columns(spec: Mapping[str, Any], record: Mapping[str, Any], table: Path
         found = next((name for name in names if name in record), "")
         if not found and (spec[f"{role}_column"] or role == "media"):
             shown = ", ".join(name if name == name.strip() else repr(name) for name in record)
-            raise UserError(f"{table} has no column {' or '.join(names)}; choose one of: {shown}")
+            option = "" if spec[f"{role}_column"] else f", with --{role}-column NAME"
+            raise UserError(f"{table} has no column {' or '.join(names)}; choose one of: {shown}{option}")
         if found:
             columns[role] = found
     return columns

@@ -14,8 +14,9 @@ from helpers.tiny_heads import FAST_TRAINING, caches_by_key, train_tiny
 from PIL import Image
 
 from pipeline import Workspace
-from pipeline.cache import find_caches
+from pipeline.cache import find_caches, open_cache
 from pipeline.commands import doctor
+from pipeline.commands.features import next_command
 from pipeline.commands.options import with_home
 from pipeline.data.manifest import Manifest
 from pipeline.data.manifest_files import write_manifest
@@ -141,6 +142,15 @@ def test_prepare_and_extract_name_the_next_step(tmp_path: Path, monkeypatch: pyt
     assert run([*extract, "--json"], monkeypatch) == 0
     assert json.loads(capsys.readouterr().out).keys() == {"random_projection"}
     assert run([*following.split(), "--train", "epochs=1"], monkeypatch) == 0  # what is advised works
+
+
+def test_the_next_step_reads_what_was_just_extracted(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = {"encoders": {"image": "random_projection", "text": "random_projection"}}
+    monkeypatch.setattr("pipeline.data.manifest_files.load_dataset_spec", lambda *_: spec)
+    images = open_cache(home / "caches" / "tiny" / caches_by_key(home)["image"])
+    command = "train-head --dataset tiny --method ema"
+    assert next_command(home, "tiny", {"random_projection": images}) == f"diffalign {command}"
+    assert next_command(home, "tiny", {"vanillanet": images}) == f"diffalign {command} --image vanillanet"
 
 
 def test_evaluate_takes_several_heads_and_tells_the_diagnostic_apart(
