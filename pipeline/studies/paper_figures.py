@@ -197,9 +197,9 @@ def _write_examples(
         for rank, (k, p, is_label) in enumerate(each.top_classes, start=1)
     )
     caption = (
-        f"{manifest.dataset}, {split} split: the five best classes of {' and '.join(predictions)} with their confidence; true "
-        "classes are bold. Nobody picked these samples: of every case, it is the first one in the order of the SHA-256 of the "
-        "ids. How common a case is stands in brackets."
+        f"{manifest.dataset}, {split} split: the best classes, five at most, of {' and '.join(predictions)} with their "
+        "confidence; true classes are bold. Nobody picked these samples: of every case, it is the first one in the order of "
+        "the SHA-256 of the ids. How common a case is stands in brackets."
     )
     return write_printed(folder, name, partial(plot_examples, cards), numbers, caption)
 
