@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from pathlib import Path
 
@@ -52,6 +53,12 @@ def tiny_home(tiny_manifest: Manifest, tmp_path_factory: pytest.TempPathFactory)
     )
     extract(tiny_manifest, "random_projection", {"modality": "text", "width": 24}, home, options=ExtractOptions(progress=False))
     return home
+
+
+@pytest.fixture(autouse=True)
+def usual_messages() -> None:
+    """Let each test see the messages that a user sees by default, whatever the test before has asked a command for."""
+    logging.getLogger("pipeline").setLevel(logging.INFO)
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -25,6 +25,7 @@ from pipeline.types import Batch, Predictor, Source
 STATE_SECONDS = 20.0
 SAVE_COST_FACTOR = 10
 Validate = Callable[[Predictor], Sequence[Score]]  # returns one score for each method in the model
+TrainPass = Callable[[], Iterator[Batch]]  # starts an ordered pass over the training split
 
 
 class Trainer:
@@ -111,23 +112,15 @@ def train_epoch(trainer: Trainer, source: Source) -> list[dict[str, str | float]
         total, step = values if step == 0 else total + values, step + 1
     means = (total / step).reshape(len(names), -1).T.tolist()
     rates = [rate for optimizer in trainer.optimizers for rate in optimizer.end_epoch()]
-    return [
-        {"phase": phase, "epoch": epoch, "lr": rate, **dict(zip(names, row, strict=True))}
-        for rate, row in zip(rates, means, strict=True)
-    ]
+    parts = [dict(zip(names, row, strict=True)) for row in means]
+    return [dict(phase=phase, epoch=epoch, lr=rate, **row) for rate, row in zip(rates, parts, strict=True)]
 
 
 def train_phase(
-    trainer: Trainer,
-    until: int,
-    source: Source,
-    train_pass: Callable[[], Iterator[Batch]],
-    validate: Validate,
-    bar: ProgressBar,
+    trainer: Trainer, until: int, source: Source, train_pass: TrainPass, validate: Validate, bar: ProgressBar
 ) -> None:
     """Train the runs up to epoch `until` of their phase, or until one of them fails or stops; save them from time to time."""
-    states = trainer.states
-    saved_at, save_seconds = time.monotonic(), 0.0
+    states, saved_at, save_seconds = trainer.states, time.monotonic(), 0.0
     for _ in range(states[0].progress.epoch, until):
         started = time.monotonic()
         for state in states:
@@ -149,11 +142,9 @@ def train_phase(
         if time.monotonic() - saved_at > STATE_SECONDS + SAVE_COST_FACTOR * save_seconds:
             started = time.monotonic()
             trainer.store_state()
-            for state in states:
-                if not state.failure:
-                    state.save()
-            saved_at = time.monotonic()
-            save_seconds = saved_at - started
+            for state in (each for each in states if not each.failure):
+                state.save()
+            saved_at, save_seconds = time.monotonic(), time.monotonic() - started
         if any(state.failure or state.is_stopped for state in states):
             break
     trainer.store_state()

@@ -18,6 +18,12 @@ from pipeline.training.heads import plan_head, resolve_head_settings, train_head
 FAST_TRAINING: dict[str, object] = {"epochs": 4, "batch_size": 8, "lr_step": 1}
 
 
+def papers_methods_or_all() -> list[Any]:
+    """Return parameters of a dear test: the papers' methods and `stacked`, and all others if exhaustive tests are asked for."""
+    usual, dear = ("baseline", "ema", "cdr", "marnet", "seda", "stacked"), [pytest.mark.slow, pytest.mark.exhaustive]
+    return [pytest.param(name, marks=[] if name in usual else dear) for name in plugins.names("methods")]
+
+
 def small_settings(method: str) -> dict[str, Any]:
     """Return the settings of a small head, as the method itself gives them."""
     return plugins.get("methods", method).small()

@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from helpers.pool_tasks import kill_first_attempt, square
 from helpers.tiny_grids import short_grid
-from helpers.tiny_heads import caches_by_key, train_tiny
+from helpers.tiny_heads import caches_by_key, papers_methods_or_all, train_tiny
 from safetensors.torch import load_file
 
 from pipeline.cache.table import load_split
@@ -96,7 +96,7 @@ def results_of_single_heads(grid: Grid, home: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", plugins.names("methods"))
+@pytest.mark.parametrize("method", papers_methods_or_all())
 def test_every_method_and_field_over_dask_equals_the_heads_alone(method: str, home: Path, tmp_path: Path, address: str) -> None:
     expected: dict[str, bytes] = {}
     for pair in axes_of(method):

@@ -17,7 +17,7 @@ import pytest
 import torch
 from helpers.method_cases import another_value, changeable, trained_phases, with_settings
 from helpers.tiny_grids import tiny_grid
-from helpers.tiny_heads import FAST_TRAINING, caches_by_key, small_settings
+from helpers.tiny_heads import FAST_TRAINING, caches_by_key, papers_methods_or_all, small_settings
 from torch._dynamo.utils import counters
 
 from pipeline.evaluation.evaluate import evaluate
@@ -33,9 +33,9 @@ from pipeline.training.history import read_validations
 from pipeline.training.state import TrainState
 
 # Products of stacked matrices are summed in another order. Over all heads of these tests, the float32 logits differ by up to
-# 9e-7. With bfloat16 products they differ by up to 0.05. For comparison: the logits of a single head with bfloat16 products
-# differ from those with float32 products by 0.02.
-TOLERANCE = {"float32": 1e-5, "mixed": 0.1}
+# 9e-7. With bfloat16 products they differ by up to 0.05, those of momke, trained with a large learning rate, by 0.13. For
+# comparison: logits of a single head with bfloat16 products differ from those with float32 products by 0.03, of momke by 0.10.
+TOLERANCE = {"float32": 1e-5, "mixed": 0.15}
 # Tolerance of a metric in percentage points. A product that is rounded to bfloat16 may turn a near tie of one sample of four.
 POINTS = {"float32": 0.1, "mixed": 25.0}
 OTHER_TRAINING: dict[str, Any] = {
@@ -377,7 +377,7 @@ def test_an_ensemble_that_does_not_fit_in_memory_is_halved(home: Path, monkeypat
     assert all(head.run.is_done for head in grid.heads.values())
 
 
-@pytest.mark.parametrize("method", plugins.names("methods"))
+@pytest.mark.parametrize("method", papers_methods_or_all())
 def test_a_compiled_loss_equals_the_loss(method: str, home: Path, other_home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The loss is one graph, compiled once for all steps. The backend here uses torch's kernels and needs no C++ compiler."""
     monkeypatch.setattr("pipeline.training.compiled.COMPILE_BACKEND", "aot_eager")

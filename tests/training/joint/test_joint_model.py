@@ -68,6 +68,9 @@ def test_the_first_loss_is_that_of_stage_2(method: str, home: Path) -> None:
     loss.backward()
     for key in ("image", "text")[: 1 + ("text" in plugins.get("methods", method).needs)]:
         grads = [parameter.grad for parameter in getattr(model, key).parameters() if parameter.grad is not None]
+        if (method, key) == ("l2", "text"):  # its target is data: the text encoder has no loss
+            assert not grads
+            continue
         assert grads
         assert all(grad.isfinite().all() for grad in grads)
         assert any(grad.abs().max() > 0 for grad in grads)
