@@ -35,7 +35,8 @@ from pipeline.training.state import TrainState
 # Products of stacked matrices are summed in another order. Over all heads of these tests, the float32 logits differ by up to
 # 9e-7. With bfloat16 products they differ by up to 0.05, those of momke, trained with a large learning rate, by 0.13. For
 # comparison: logits of a single head with bfloat16 products differ from those with float32 products by 0.03, of momke by 0.10.
-TOLERANCE = {"float32": 1e-5, "mixed": 0.15}
+TOLERANCE = {"float32": 1e-5, "mixed": 0.1}
+MIXED_TOLERANCE_OF_MOMKE = 0.15
 # Tolerance of a metric in percentage points. A product that is rounded to bfloat16 may turn a near tie of one sample of four.
 POINTS = {"float32": 0.1, "mixed": 25.0}
 OTHER_TRAINING: dict[str, Any] = {
@@ -80,6 +81,8 @@ def assert_same(head: HeadPlan, home: Path, other_home: Path) -> None:
     """Check that a run has the same predictions, metrics and history in both homes."""
     run_path = head.run.path.relative_to(head.features.home)
     tolerance = TOLERANCE[head.training.precision]
+    if head.training.precision == "mixed" and run_path.parent.name.startswith("momke-"):
+        tolerance = MIXED_TOLERANCE_OF_MOMKE
     (ours, our_metrics), (theirs, their_metrics) = evaluated(home, run_path), evaluated(other_home, run_path)
     np.testing.assert_allclose(ours, theirs, atol=tolerance, rtol=0)
     points = POINTS[head.training.precision]
