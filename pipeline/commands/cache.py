@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from pipeline.commands.checks import check_dataset
+from pipeline.commands.checks import check_dataset, check_unused
 from pipeline.commands.options import DEFAULT_HOME, AsJson, CommandGroup, Home, Processes, show, show_table, with_home
 from pipeline.runtime.errors import UserError
 
@@ -163,6 +163,8 @@ def import_file(
 
     if dataset:
         check_dataset(dataset, home)
+    given = {"--modality": modality != "media", "--store-dtype": store_dtype != "same", "--max-failures": max_failures != 0.05}
+    check_unused({} if name else given, "is for features computed elsewhere: give their --name, too, or leave it out")
 
     from pipeline.cache import open_cache
     from pipeline.cache.transfer import import_features

@@ -94,6 +94,20 @@ def check_file(path: Path | None, option: str) -> None:
         raise UserError(f"{option}: {path} is no file")
 
 
+def check_unused(given: Mapping[str, bool], reason: str) -> None:
+    """Refuse options that would change nothing.
+
+    Args:
+        given: Whether an option was given, by its name.
+        reason: What the option belongs to, and the remedy.
+
+    Raises:
+        UserError: one of them was given; the message names it.
+    """
+    for option in (option for option, is_given in given.items() if is_given):
+        raise UserError(f"{option} {reason}")
+
+
 def check_setting_names(config_type: type[Any], names: Iterable[str], letters: Mapping[str, str] = NO_LETTERS) -> None:
     """Check the names of settings of a config; their values are checked later, before a cache is opened.
 

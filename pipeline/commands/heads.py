@@ -8,7 +8,14 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from pipeline.commands.checks import check_dataset, check_method, check_method_settings, check_setting_names, check_split
+from pipeline.commands.checks import (
+    check_dataset,
+    check_method,
+    check_method_settings,
+    check_setting_names,
+    check_split,
+    check_unused,
+)
 from pipeline.commands.options import (
     DEFAULT_HOME,
     NO_PAIRS,
@@ -34,6 +41,8 @@ if TYPE_CHECKING:
     from pipeline.types import Split
 
 logger = logging.getLogger(__name__)
+
+ALL_STRENGTHS = "1,2,3,4,5"
 
 
 def train_head(
@@ -103,7 +112,7 @@ def evaluate(
             "noise, blur, brightness, contrast, jpeg, occlusion (--corrupt noise,blur). See docs/robustness.md.",
         ),
     ] = False,
-    strengths: Annotated[str, typer.Option(help="Strengths of --corrupt, some of 1 to 5.")] = "1,2,3,4,5",
+    strengths: Annotated[str, typer.Option(help="Strengths of --corrupt, some of 1 to 5.")] = ALL_STRENGTHS,
     workers: Annotated[
         int, typer.Option(min=-1, help="Processes of --corrupt that read pictures; -1: one per core, 0: only this process.")
     ] = -1,
@@ -120,6 +129,8 @@ def evaluate(
         asked = choose_corruptions(kinds, parse_integers(strengths, "--strengths"))
         print_robustness(home, folders, chosen, asked, given, workers, as_json)
         return
+    given_besides = {"--strengths": strengths != ALL_STRENGTHS, "--workers": workers != -1}
+    check_unused(given_besides, "belongs to --corrupt: give that too, or leave it out")
     folders = [run for path in runs for run in _runs_in(path)]
     if sampler_curve:
         _print_sampler_curves(home, folders, chosen, given, as_json)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pipeline.commands.checks import check_dataset, check_setting_names
+from pipeline.commands.checks import check_dataset, check_setting_names, check_unused
 from pipeline.commands.options import (
     DEFAULT_HOME,
     NO_PAIRS,
@@ -102,6 +102,9 @@ def reproduce(
     chosen_seeds = tuple(parse_integers(seeds, "--seeds"))
     given, given_joint = parse_assignments(training, "--train"), parse_assignments(joint_training, "--joint-train")
     places = parse_assignments(backbones, "--backbone")
+    check_unused({"--frozen": frozen and not places}, "keeps backbones as they are: name one, --backbone, or leave it out")
+    is_joint = any(row.unfreeze for row in chosen.rows) or (places and not frozen)
+    check_unused({"--joint-train": bool(given_joint) and not is_joint}, f"changes nothing: no encoder is trained in {artefact}")
 
     from pipeline.training.config import TrainConfig
 

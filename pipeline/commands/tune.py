@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from pipeline.commands.checks import check_dataset, check_file, check_method
+from pipeline.commands.checks import check_dataset, check_file, check_method, check_unused
 from pipeline.commands.options import (
     DEFAULT_HOME,
     AsJson,
@@ -28,6 +28,7 @@ from pipeline.runtime.errors import UserError
 if TYPE_CHECKING:
     import pandas as pd
 
+DEFAULT_POINTS, DEFAULT_SEEDS = 12, "0"
 SAME_SCORE = 0.005  # points; two scores that are printed with two decimals are the same
 
 
@@ -42,8 +43,8 @@ def tune(
             min=1,
             help="Points for each method: its defaults, then random points of its space; more include fewer.",
         ),
-    ] = 12,
-    seeds: Annotated[str, typer.Option(help="Comma-separated seeds; each point is trained with all of them.")] = "0",
+    ] = DEFAULT_POINTS,
+    seeds: Annotated[str, typer.Option(help="Comma-separated seeds; each point is trained with all of them.")] = DEFAULT_SEEDS,
     folds: Annotated[
         int,
         typer.Option(
@@ -100,6 +101,12 @@ def tune(
     from pipeline.training.tuned import format_tuned
 
     if check:
+        of_a_search = {
+            "--points": points != DEFAULT_POINTS, "--seeds": seeds != DEFAULT_SEEDS, "--folds": folds > 0,
+            "--space": space is not None, "--search": search != "all", "--scheduler": scheduler != "local",
+            "--image": bool(image), "--text": bool(text),
+        }  # fmt: skip
+        check_unused(of_a_search, "belongs to a search, and --check repeats one as it was recorded: give one of them")
         table = study.reproduce_scores(home, dataset, names, workers)
         show_table(table, as_json)
         _check_scores(table)

@@ -44,6 +44,26 @@ def error_of(arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: Prin
 
 
 @pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("evaluate run --strengths 1", "--strengths belongs to --corrupt: give that too, or leave it out"),
+        ("evaluate run --workers 0 --sampler-curve", "--workers belongs to --corrupt"),
+        ("tune tiny --check --points 3", "--points belongs to a search, and --check repeats one as it was recorded"),
+        ("tune tiny --check --space SPACE", "--space belongs to a search"),
+        ("reproduce marnet-table2 tiny --frozen", "--frozen keeps backbones as they are: name one, --backbone"),
+        ("reproduce marnet-table2 tiny --joint-train epochs=3", "no encoder is trained in marnet-table2"),
+        ("reproduce seda-fig3 tiny --joint-train epochs=3", "no encoder is trained in seda-fig3"),
+        ("cache import x.npy --modality text", "--modality is for features computed elsewhere: give their --name, too"),
+    ],
+)
+def test_options_that_would_change_nothing_are_refused(
+    command: str, message: str, tiny_home: Path, monkeypatch: pytest.MonkeyPatch, capsys: Printed
+) -> None:
+    file = str(Path(__file__))
+    assert message in error_of([*command.replace("SPACE", file).split(), "--home", str(tiny_home)], monkeypatch, capsys)
+
+
+@pytest.mark.parametrize(
     ("text", "expected"),
     [
         ("none; make one with: diffalign extract photos", "none; make one with: diffalign extract photos --home h"),
