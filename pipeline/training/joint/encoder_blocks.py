@@ -11,6 +11,8 @@ from torch.utils.checkpoint import checkpoint
 
 from pipeline.runtime.errors import UserError
 
+MIN_CHANNELS_WITH_STRIDE = 16  # see `avoid_strided_convolutions`
+
 
 def modules_in_execution_order(encoder: nn.Module, prepared: Tensor) -> list[nn.Module]:
     """Run the encoder and return its modules in the order in which they start.
@@ -75,3 +77,22 @@ def enable_checkpointing(blocks: Sequence[nn.Module]) -> None:
     """Let blocks store only their inputs and run again in the backward pass, which needs less memory but more time."""
     for block in blocks:
         block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+
+
+def avoid_strided_convolutions(encoder: nn.Module) -> None:
+    """Let 1x1 convolutions with a stride read the positions that they use, without a stride; they compute the same.
+
+    On x86 processors oneDNN (of torch 2.15; its #6035) writes the gradient of such weights past the end of its memory if there
+    are fewer than 16 input channels, channels last, and the process crashes later, anywhere. RepVGG has such a convolution.
+    """
+    for module in encoder.modules():
+        if not isinstance(module, nn.Conv2d) or module.kernel_size != (1, 1) or module.padding != (0, 0):
+            continue
+        if module.stride != (1, 1) and module.in_channels // module.groups < MIN_CHANNELS_WITH_STRIDE:
+            module.register_forward_pre_hook(partial(_skip_positions, stride=module.stride))
+            module.stride = (1, 1)
+
+
+def _skip_positions(module: nn.Module, inputs: tuple[Tensor], stride: tuple[int, int]) -> tuple[Tensor]:
+    """Return the inputs of a convolution [B,C,H,W] at every `stride`-th position."""
+    return (inputs[0][..., :: stride[0], :: stride[1]],)

@@ -20,6 +20,7 @@ from pipeline.runtime.logs import ProgressBar
 from pipeline.training.features import FeatureSet
 from pipeline.training.joint.ddp import DistributedContext
 from pipeline.training.joint.encoder_blocks import (
+    avoid_strided_convolutions,
     enable_checkpointing,
     find_blocks,
     modules_in_execution_order,
@@ -55,6 +56,7 @@ def open_trainable_encoder(plan: JointPlan, key: str, options: JointOptions, con
         UserError: the encoder cannot be tuned, or an item cannot be prepared any more.
     """
     joint, encoder = plan.joint, rebuild_encoder(plan.features.caches[key]).encoder
+    avoid_strided_convolutions(encoder)
     rows, text_index = _text_rows(plan.features) if key == "text" else (_media_rows(plan.features), None)
     (sample, text) = rows["train"][0]
     first_item = encoder.prepare(text if key == "text" else plan.features.manifest.media_path(sample))[None]
