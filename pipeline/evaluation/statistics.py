@@ -7,7 +7,7 @@ have been in the split. `paired_bootstrap` draws both anew. It does not import t
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -221,6 +221,13 @@ def sample_std(values: np.ndarray) -> float:
 def format_mean_std(mean: float, std: float) -> str:
     """Return "mean ± standard deviation", or the mean alone when the standard deviation is NaN."""
     return f"{mean:.2f}" if np.isnan(std) else f"{mean:.2f} ± {std:.2f}"
+
+
+def describe_spread(seed_counts: Iterable[int]) -> str:
+    """Return what the numbers of `format_mean_std` are in a table whose rows have these numbers of seeds."""
+    counts = {count for count in seed_counts if count}
+    what = "Mean ± standard deviation over seeds" if counts - {1} else "Of one seed"
+    return f"{what}; a row with one seed has no spread" if 1 in counts else what
 
 
 def format_seeds(values: Sequence[float] | np.ndarray) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from pipeline.evaluation.statistics import format_seeds
+from pipeline.evaluation.statistics import describe_spread, format_seeds
 from pipeline.report.blocks import Block, BulletList, Heading, Paragraph, Table
 from pipeline.report.results import HeadRuns
 
@@ -23,10 +23,11 @@ def alignment_blocks(heads: Iterable[HeadRuns]) -> list[Block]:
 
     A head aligns to the text when its squared error is below that of the mean text, the best single vector for all samples.
     """
-    rows, sentences = [], []
+    rows, sentences, num_seeds = [], [], []
     for head in heads:
         facts = [found for run in head.runs if (found := run.read_alignment())]
         if facts:
+            num_seeds.append(len(facts))
             rows.append((head.label, *(format_seeds([each[name] for each in facts]) for name in COLUMNS)))
             sentences.append(_judge(head.label, [each["text_mse"] / each["mean_text_mse"] for each in facts]))
     if not rows:
@@ -36,7 +37,7 @@ def alignment_blocks(heads: Iterable[HeadRuns]) -> list[Block]:
         "validation samples, whose texts no prediction reads. If its error is not below that of the mean text, the head has "
         "learned no text, whatever its accuracy: then it is a network on image features."
     )
-    caption = "Mean ± standard deviation over seeds; MSE: squared error per dimension, in the head's standardised space."
+    caption = f"{describe_spread(num_seeds)}; MSE: squared error per dimension, in the head's standardised space."
     table = Table(("method", *COLUMNS.values()), tuple(rows), caption)
     return [Heading("Alignment to the text"), Paragraph(text), table, BulletList(tuple(sentences))]
 

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+TEXT_HEADS = ("verdict", "state", "reason")  # heads of columns that hold text wherever they stand
+
 
 @dataclass(frozen=True, slots=True)
 class Heading:
@@ -31,12 +33,16 @@ class BulletList:
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """A table of strings: the first `num_text_columns` columns hold text, the others hold numbers."""
+    """A table of strings: the first `num_text_columns` columns and those of `TEXT_HEADS` hold text, the others numbers."""
 
     columns: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
     caption: str
     num_text_columns: int = 1
+
+    def is_text(self, column: int) -> bool:
+        """Whether a column holds text, by its number from 0."""
+        return column < self.num_text_columns or self.columns[column] in TEXT_HEADS
 
 
 @dataclass(frozen=True, slots=True)

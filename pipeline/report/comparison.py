@@ -23,7 +23,7 @@ from pipeline.evaluation.statistics import (
     paired_bootstrap,
     sample_std,
 )
-from pipeline.report.results import BASELINE, DatasetResults, ResultRow, SampleMetrics, collect_results
+from pipeline.report.results import BASELINE, DatasetResults, ResultRow, SampleMetrics, collect_results, is_informative
 
 METRIC_LABELS = {
     "acc1": "Acc-1",
@@ -36,6 +36,8 @@ METRIC_LABELS = {
     "rec1": "Rec-1",
     "rec5": "Rec-5",
 }
+
+COLUMNS_WITHOUT_METRICS = ["method", "kind", "seeds", "train_seconds", "p_holm", "verdict", "reason"]
 
 
 def find_baseline(row: ResultRow, results: DatasetResults) -> ResultRow | None:
@@ -101,8 +103,9 @@ def adjust_p_values(estimates: Sequence[Estimate | None], num_seeds: Sequence[in
 
 
 def list_metrics(results: DatasetResults) -> list[str]:
-    """Return the metrics of all rows: first those of `METRIC_LABELS` in that order, then the others by name."""
-    found = {name for row in results.rows for record in row.records for name in record["metrics"]}
+    """Return the informative metrics of all rows: first those of `METRIC_LABELS` in that order, then the others by name."""
+    names = {name for row in results.rows for record in row.records for name in record["metrics"]}
+    found = {name for name in names if is_informative(name, results.num_classes)}
     return [name for name in METRIC_LABELS if name in found] + sorted(found - set(METRIC_LABELS))
 
 
@@ -115,10 +118,9 @@ def results_frame(home: Path, dataset: str, split: str = "test") -> pd.DataFrame
     """Return the results of a dataset on a split as numbers, one row per method and evaluation, metrics in percent.
 
     Returns:
-        Columns: method, kind, seeds; for each metric m: m, m_std, and m_vs_baseline, m_low, m_high (NaN where there is no
-        baseline or no interval); train_seconds; p_holm (adjusted p-value of the deciding metric); verdict; reason (why nothing
-        is claimed). There are no rows when nothing has
-        been evaluated on the split.
+        Columns: method, kind, seeds; for each metric m of `list_metrics`: m, m_std, and m_vs_baseline, m_low, m_high (NaN where
+        there is no baseline or no interval); train_seconds; p_holm (adjusted p-value of the deciding metric); verdict; reason
+        (why nothing is claimed). There are no rows when nothing has been evaluated on the split.
 
     Raises:
         UserError: The dataset has no runs.
@@ -145,7 +147,7 @@ def compare_results(results: DatasetResults) -> pd.DataFrame:
         verdict, reason = _explain_verdict(row, results, baseline, deciding[index], adjusted[index])
         numbers = _compare_row(row, baseline, differences[index], metrics)
         frame.append({**numbers, "p_holm": adjusted[index], "verdict": verdict, "reason": reason})
-    return pd.DataFrame(frame)
+    return pd.DataFrame(frame, columns=None if frame else COLUMNS_WITHOUT_METRICS)
 
 
 def _compare_row(

@@ -15,6 +15,7 @@ from pipeline.data.corruptions import CORRUPTION_LEVELS, STRENGTHS, Corruption, 
 from pipeline.evaluation.statistics import (
     NO_ESTIMATE,
     Estimate,
+    describe_spread,
     find_verdict,
     format_mean_std,
     format_seeds,
@@ -268,7 +269,8 @@ def corruption_blocks(results: DatasetResults) -> list[Block]:
         "up to five strengths, the same copies for all heads. Change: corrupted minus clean; a change above the baseline's "
         "means that less is lost."
     )
-    caption = f"Mean over all corruptions, {label} in percent, mean ± standard deviation over seeds; 95 % intervals."
+    spread = describe_spread(len(head.clean.seeds) for head in heads)
+    caption = f"{label} in percent, the mean over all corruptions. {spread}; 95 % intervals."
     return [
         Heading("Robustness to visual noise"),
         Paragraph(text),

@@ -13,7 +13,7 @@ import pandas as pd
 
 from pipeline.data.manifest import Manifest
 from pipeline.data.manifest_files import read_manifest
-from pipeline.evaluation.statistics import MIN_SEEDS_FOR_INTERVAL, MIN_SEEDS_FOR_VERDICT, NUM_RESAMPLES
+from pipeline.evaluation.statistics import MIN_SEEDS_FOR_INTERVAL, MIN_SEEDS_FOR_VERDICT, NUM_RESAMPLES, describe_spread
 from pipeline.report import html, markdown
 from pipeline.report.across import across_blocks
 from pipeline.report.alignment import alignment_blocks
@@ -185,8 +185,7 @@ def _claim(row: Mapping[Any, Any], metric: str) -> str:
 
 
 def _results_caption(results: DatasetResults) -> str:
-    seed_counts = {len(row.runs) for row in results.rows}
-    spread = "Mean ± standard deviation over seeds" + ("; a row with one seed has no spread" if 1 in seed_counts else "")
+    spread = describe_spread(len(row.runs) for row in results.rows)
     text = f"{spread}; metrics in percent. train s: seconds of training per seed, features already cached."
     if "ece" in list_metrics(results):
         text += (

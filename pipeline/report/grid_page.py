@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from pipeline.evaluation.statistics import format_mean_std, judge_cells
+from pipeline.evaluation.statistics import describe_spread, format_mean_std, judge_cells
 from pipeline.report import grid_figures, html, robustness
 from pipeline.report.blocks import Block, BulletList, CollapsibleSection, Heading, Paragraph, SvgFigure, Table
 from pipeline.report.comparison import METRIC_LABELS
@@ -161,7 +161,7 @@ def _cell_tables(grid: GridResults, ranked: pd.DataFrame) -> list[Block]:
         rank = "-" if pd.isna(cell["rank"]) else str(cell["rank"])
         rows.append((rank, *values, *numbers, str(cell["seeds"]), shorten(str(cell["state"]), 60), verdict or "-"))
     caption = (
-        "Mean ± standard deviation over seeds, in percent; of equal cells the one with the lower validation loss is better. "
+        f"{describe_spread(ranked['seeds'])}; in percent. Of equal cells the one with the lower validation loss is better. "
         "The verdict compares a cell with the best one over seeds alone (Holm over the cells): it is no claim on other samples."
     )
     top = Table(columns, tuple(rows[:NUM_TOP_CELLS]), caption)

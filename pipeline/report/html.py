@@ -134,7 +134,7 @@ def _render_block(block: Block) -> Markup:
 
 def _render_table(table: Table) -> Markup:
     def render_row(cell_tag: str, values: Sequence[str]) -> Markup:
-        css_classes = ["word" if column < table.num_text_columns else "number" for column in range(len(values))]
+        css_classes = ["word" if table.is_text(column) else "number" for column in range(len(values))]
         return tag("tr", *(tag(cell_tag, value, class_=name) for value, name in zip(values, css_classes, strict=True)))
 
     body = tag("tbody", *(render_row("td", values) for values in table.rows))

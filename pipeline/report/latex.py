@@ -37,7 +37,7 @@ def render_latex(table: Table, label: str) -> str:
         table: The table; its caption becomes that of the float.
         label: The name for \\ref.
     """
-    alignment = "".join("l" if column < table.num_text_columns else "r" for column in range(len(table.columns)))
+    alignment = "".join("l" if table.is_text(column) else "r" for column in range(len(table.columns)))
     head, *body = (_render_row(row) for row in (table.columns, *table.rows))
     lines = [
         r"\begin{table}",

@@ -39,7 +39,7 @@ def _render_block(block: Block) -> str:
 
 
 def _render_table(table: Table) -> str:
-    alignment = ["---" if column < table.num_text_columns else "---:" for column in range(len(table.columns))]
+    alignment = ["---" if table.is_text(column) else "---:" for column in range(len(table.columns))]
     rows = [table.columns, *table.rows]
     lines = [f"| {' | '.join(escape_markdown(cell) for cell in row)} |" for row in rows]
     lines.insert(1, f"| {' | '.join(alignment)} |")

@@ -11,12 +11,14 @@ from typing import Any
 import pandas as pd
 
 from pipeline.data.artefacts import Artefact, PaperRow
+from pipeline.data.manifest import Manifest
 from pipeline.evaluation.statistics import (
     MIN_SEEDS_FOR_INTERVAL,
     MIN_SEEDS_FOR_VERDICT,
     NO_ESTIMATE,
     NUM_RESAMPLES,
     Estimate,
+    describe_spread,
     find_verdict,
     format_mean_std,
     mean_of_finite,
@@ -27,7 +29,7 @@ from pipeline.report.blocks import BulletList, Paragraph, Table
 from pipeline.report.comparison import METRIC_LABELS, adjust_p_values, deciding_metric, format_difference, pair_scores
 from pipeline.report.latex import render_latex
 from pipeline.report.markdown import render_markdown
-from pipeline.report.results import SampleMetrics
+from pipeline.report.results import SampleMetrics, is_informative
 from pipeline.runtime.files import write_atomic
 
 SINGLE_LABEL_METRICS = ("acc1", "acc5")
@@ -47,21 +49,28 @@ class RowResult:
     reason: str = ""  # why there are no runs, or fewer than planned
 
 
-def compare_rows(artefact: Artefact, results: Sequence[RowResult], groups: Mapping[str, str], is_multi: bool) -> pd.DataFrame:
+def table_metrics(manifest: Manifest) -> list[str]:
+    """Return the metrics that a table on these data has."""
+    metrics = MULTI_LABEL_METRICS if manifest.label_kind == "multi" else SINGLE_LABEL_METRICS
+    return [metric for metric in metrics if is_informative(metric, len(manifest.class_names))]
+
+
+def compare_rows(
+    artefact: Artefact, results: Sequence[RowResult], groups: Mapping[str, str], metrics: Sequence[str]
+) -> pd.DataFrame:
     """Return a table of numbers, one row per row of the paper, metrics in percent.
 
     Args:
         artefact: The table of the paper.
         results: Its rows in order.
         groups: The group of each sample that has one; see `pair_scores`.
-        is_multi: Whether the data are multi-label.
+        metrics: See `table_metrics`.
 
     Returns:
         Columns: the heads of the paper; method, settings, preset, features, seeds; for each metric m: m, m_std and the
         difference m_diff to the row `against` with its interval m_low, m_high; p_holm and verdict on the deciding metric;
         reason; and the paper's numbers, "<dataset> <metric>". NaN where there is no number.
     """
-    metrics = MULTI_LABEL_METRICS if is_multi else SINGLE_LABEL_METRICS
     deciding = deciding_metric(metrics)
     by_title = {result.row.title: result for result in results}
     references = [_reference(artefact, result, by_title) for result in results]
@@ -147,7 +156,7 @@ def paper_table(artefact: Artefact, frame: pd.DataFrame, dataset: str, split: st
         cells.append([format_difference(*each) for each in frame[_difference_columns(metric)].itertuples(index=False)])
     columns, cells = [*columns, "verdict"], [*cells, frame["verdict"].tolist()]
     rows = tuple(zip(*cells, strict=True))
-    return Table(tuple(columns), rows, f"{artefact.title}. {_caption(artefact, metrics, split)}", len(artefact.heads))
+    return Table(tuple(columns), rows, f"{artefact.title}. {_caption(artefact, frame, metrics, split)}", len(artefact.heads))
 
 
 def _difference_columns(metric: str) -> list[str]:
@@ -167,11 +176,12 @@ def _paper_cells(artefact: Artefact, frame: pd.DataFrame, column: str) -> list[s
     return cells
 
 
-def _caption(artefact: Artefact, metrics: Sequence[str], split: str) -> str:
+def _caption(artefact: Artefact, frame: pd.DataFrame, metrics: Sequence[str], split: str) -> str:
     named = {row.title: row.against for row in artefact.rows if row.against}
+    spread = describe_spread(frame["seeds"])
     others = "".join(f", of {title} to {against}" for title, against in named.items())
     return (
-        f"The paper's columns come first; ours are mean ± standard deviation over seeds on the {split} split, in percent. "
+        f"The paper's columns come first; ours are of the {split} split, in percent. {spread}. "
         f"Differences are to the row {artefact.base}{others}: in brackets the paper's; ours with the 95 % interval of a paired "
         f"bootstrap of seeds and examples ({NUM_RESAMPLES:,} resamples), from {MIN_SEEDS_FOR_INTERVAL} seeds on. The verdict "
         f"is on {METRIC_LABELS[deciding_metric(metrics)]}, after Holm over the rows; it takes {MIN_SEEDS_FOR_VERDICT} seeds."

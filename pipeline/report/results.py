@@ -17,6 +17,7 @@ import pandas as pd
 
 from pipeline.cache import find_caches, info
 from pipeline.cache.reader import is_of_text, read_zarr_attributes
+from pipeline.data.manifest import Manifest
 from pipeline.data.manifest_files import read_manifest
 from pipeline.runtime.errors import UserError
 from pipeline.runtime.files import canonical_json
@@ -27,6 +28,7 @@ FeatureKind = Literal["image", "text", "unknown"]
 
 BASELINE = "baseline"
 TEXT_ONLY_LABEL = "text only (diagnostic: reads test text)"
+NUM_BEST = 5  # classes that the metrics acc5, pre5 and rec5 are of
 HISTORY_COLUMNS = ["phase", "epoch", "candidate", "loss", "val_metric", "val_loss"]
 # Arrays of predictions-<evaluation>.npz that are no metric; every other array is a metric's value of each sample.
 NON_METRIC_ARRAYS = {"ids", "logits", "label", "feature"}
@@ -86,6 +88,7 @@ class DatasetResults:
     caches: tuple[Mapping[str, Any], ...]  # `cache.info` of every readable cache of the dataset
     notes: tuple[str, ...]  # what is missing, one sentence each
     groups: Mapping[str, str]  # sample id -> group, of the samples that have a group
+    num_classes: int
     not_evaluated: tuple[RunFolder, ...] = ()  # finished runs that are left out, because other runs are evaluated on the split
 
 
@@ -151,7 +154,11 @@ def collect_results(home: Path, dataset: str, split: str) -> DatasetResults:
         notes.append(f"Left out as not evaluated on {split}: {missing}; searches are judged on validation alone.")
     heads = _group_by_config(evaluated or done, caches)
     rows = tuple(row for head in heads for row in _result_rows(head, split))
-    return DatasetResults(dataset, split, heads, rows, tuple(caches), tuple(notes), read_groups(home, dataset), left_out)
+    manifest = read_manifest(home, dataset)
+    num_classes = len(manifest.class_names)
+    notes += describe_uninformative(num_classes)
+    groups = _groups_of(manifest)
+    return DatasetResults(dataset, split, heads, rows, tuple(caches), tuple(notes), groups, num_classes, left_out)
 
 
 def read_groups(home: Path, dataset: str) -> dict[str, str]:
@@ -160,12 +167,29 @@ def read_groups(home: Path, dataset: str) -> dict[str, str]:
     Raises:
         UserError: The dataset has no manifest.
     """
-    return {sample.id: sample.group for sample in read_manifest(home, dataset).samples if sample.group}
+    return _groups_of(read_manifest(home, dataset))
 
 
-def plural(count: int, noun: str) -> str:
-    """Return a count with its noun: "1 run", "2 runs"."""
-    return f"{count} {noun}{'' if count == 1 else 's'}"
+def _groups_of(manifest: Manifest) -> dict[str, str]:
+    return {sample.id: sample.group for sample in manifest.samples if sample.group}
+
+
+def is_informative(metric: str, num_classes: int) -> bool:
+    """Whether a metric can differ between methods: one of the five best classes cannot where these are all classes."""
+    return num_classes > NUM_BEST or not metric.endswith(str(NUM_BEST))
+
+
+def describe_uninformative(num_classes: int) -> list[str]:
+    """Return a sentence for the notes of a table that leaves metrics out, see `is_informative`; empty if it has all."""
+    if num_classes > NUM_BEST:
+        return []
+    classes = plural(num_classes, "class", "classes")
+    return [f"Metrics of the {NUM_BEST} best classes are left out: of {classes} in all, they are the same for every method."]
+
+
+def plural(count: int, noun: str, nouns: str = "") -> str:
+    """Return a count with its noun: "1 run", "2 runs"; `nouns` is a plural of another form."""
+    return f"{count} {noun if count == 1 else nouns or f'{noun}s'}"
 
 
 def _read_cache_infos(home: Path, dataset: str) -> tuple[list[Mapping[str, Any]], list[str]]:

@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullLocator
 
-from pipeline.evaluation.statistics import format_mean_std
+from pipeline.evaluation.statistics import describe_spread, format_mean_std
 from pipeline.report.blocks import Block, Heading, SvgFigure, Table
 from pipeline.report.comparison import METRIC_LABELS
 from pipeline.report.figures import COLOURS, FIGURE_STYLE, FIGURE_WIDTH_INCHES, to_svg
@@ -101,7 +101,7 @@ def _curve_blocks(head: HeadRuns, split: str) -> list[Block]:
     means = statistics.xs("mean", axis=1, level=1).reset_index()
     columns = (*POINT_COLUMNS, f"{split} {metric_label}", "ms per sample")
     figure = SvgFigure(draw_sampler_curve(means), f"{metric_label} and time of {head.label} against steps", caption)
-    return [figure, Table(columns, rows, "Mean ± standard deviation over seeds.")]
+    return [figure, Table(columns, rows, f"{describe_spread([len(curves)])}.")]
 
 
 def _describe_timing(curve: pd.DataFrame) -> str:

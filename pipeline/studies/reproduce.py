@@ -23,8 +23,8 @@ from pipeline.extraction.extract import extract
 from pipeline.report.blocks import Table
 from pipeline.report.comparison import METRIC_LABELS
 from pipeline.report.grid_page import write_grid_page
-from pipeline.report.paper_table import RowResult, compare_rows, describe_order, paper_table, write_table_files
-from pipeline.report.results import read_groups, read_sample_metrics
+from pipeline.report.paper_table import RowResult, compare_rows, describe_order, paper_table, table_metrics, write_table_files
+from pipeline.report.results import describe_uninformative, read_groups, read_sample_metrics
 from pipeline.runtime.choices import unknown_choice
 from pipeline.runtime.errors import UserError
 from pipeline.runtime.executor import num_processes, open_executor
@@ -143,10 +143,11 @@ def _reproduce_table(
             break
     results = [_collect(home, row, options, failed) for row in plan.rows]
     manifest = plan.manifest
-    frame = compare_rows(artefact, results, read_groups(home, dataset), manifest.label_kind == "multi")
+    frame = compare_rows(artefact, results, read_groups(home, dataset), table_metrics(manifest))
     table = paper_table(artefact, frame, dataset, options.split)
     notes = [*_describe_setting(plan, options), *artefact.notes, *describe_order(artefact, frame)]
     notes += [f"Not had: {result.row.title}: {result.reason}." for result in results if result.reason]
+    notes += describe_uninformative(len(manifest.class_names))
     if is_text_of_class(manifest):
         notes.append(
             f"The texts of {dataset} are a function of the class: they say nothing of a single picture, so a control that "

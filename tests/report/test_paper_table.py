@@ -12,9 +12,18 @@ import pytest
 from scipy.stats import kendalltau
 
 from pipeline.data.artefacts import Artefact, artefact_names, read_artefact
+from pipeline.data.manifest import Manifest
 from pipeline.report.blocks import Table
 from pipeline.report.latex import escape_latex, render_latex
-from pipeline.report.paper_table import RowResult, compare_rows, describe_order, paper_table, write_table_files
+from pipeline.report.paper_table import (
+    SINGLE_LABEL_METRICS,
+    RowResult,
+    compare_rows,
+    describe_order,
+    paper_table,
+    table_metrics,
+    write_table_files,
+)
 from pipeline.report.results import SampleMetrics
 from pipeline.runtime import plugins
 from pipeline.runtime.errors import UserError
@@ -116,7 +125,7 @@ def results(artefact: Artefact) -> list[RowResult]:
 
 
 def test_numbers_are_means_differences_and_verdicts(artefact: Artefact, results: list[RowResult]) -> None:
-    frame = compare_rows(artefact, results, {}, False)
+    frame = compare_rows(artefact, results, {}, SINGLE_LABEL_METRICS)
     rows: dict[str, dict[Any, Any]] = {each["Module"]: each for each in frame.to_dict("records")}
     for result in results:
         row = rows[result.row.title]
@@ -143,8 +152,23 @@ def test_a_verdict_takes_five_seeds(artefact: Artefact, results: list[RowResult]
     first = results[1].samples
     assert first is not None
     few = result_of(artefact, "+EMA", first.by_metric["acc1"][:3])
-    frame = compare_rows(artefact, [results[0], few, *results[2:]], {}, False)
+    frame = compare_rows(artefact, [results[0], few, *results[2:]], {}, SINGLE_LABEL_METRICS)
     assert frame["verdict"][1] == "3 of 5 seeds"
+
+
+def test_one_seed_has_no_spread_and_five_classes_no_best_five(
+    artefact: Artefact, tiny_manifest: Manifest, results: list[RowResult]
+) -> None:
+    assert table_metrics(tiny_manifest) == ["acc1"]  # it has four classes
+    assert table_metrics(replace(tiny_manifest, class_names=tuple("abcdef"))) == ["acc1", "acc5"]
+    alone = [replace(each, samples=None, metrics=None) for each in results]
+    first = results[0].samples
+    assert first is not None
+    alone[0] = result_of(artefact, "Baseline", first.by_metric["acc1"][:1])
+    shown = paper_table(artefact, compare_rows(artefact, alone, {}, ["acc1"]), "tiny", "test")
+    assert not any("±" in cell for row in (*shown.rows, (shown.caption,)) for cell in row)
+    assert "Of one seed" in shown.caption
+    assert shown.columns[5:] == ("ours, tiny: Acc-1", "Acc-1 vs Baseline", "verdict")
 
 
 def test_a_row_is_compared_with_the_row_that_it_names() -> None:
@@ -153,10 +177,11 @@ def test_a_row_is_compared_with_the_row_that_it_names() -> None:
     rates = {"ViT-B/16": 0.9, "ResNet-50": 0.1, "SeDA_RN50": 0.5}
     found = {name: result_of(table, name, 100.0 * (rng.random((5, len(IDS))) < rate)) for name, rate in rates.items()}
     results = [found.get(row.title, RowResult(row=row, reason="not tried")) for row in table.rows]
-    frame = compare_rows(table, results, {}, False).set_index("Model")
+    frame = compare_rows(table, results, {}, SINGLE_LABEL_METRICS).set_index("Model")
     assert frame.loc["SeDA_RN50", "verdict"] == "above ResNet-50"
     assert frame.loc["ResNet-50", "verdict"] == "below ViT-B/16"
     shown = paper_table(table, frame.reset_index(), "tiny", "test")
+    assert [shown.is_text(number) for number in range(len(shown.columns))] == [True] * 2 + [False] * 12 + [True]
     row = next(row for row in shown.rows if row[1] == "SeDA_RN50")
     assert row[2] == "86.01 (+4.43)"  # of the paper, to its ResNet-50
     assert "of SeDA_RN50 to ResNet-50" in shown.caption
@@ -165,7 +190,7 @@ def test_a_row_is_compared_with_the_row_that_it_names() -> None:
 def test_the_page_has_the_papers_numbers_ours_and_what_is_missing(
     artefact: Artefact, results: list[RowResult], tmp_path: Path
 ) -> None:
-    frame = compare_rows(artefact, results, {}, False)
+    frame = compare_rows(artefact, results, {}, SINGLE_LABEL_METRICS)
     table = paper_table(artefact, frame, "tiny", "test")
     assert table.columns[:3] == ("Module", "Vireo-Food172 Acc-1", "Vireo-Food172 Acc-5")
     by_title = {row[0]: row for row in table.rows}
@@ -208,6 +233,6 @@ def test_rows_on_other_samples_are_not_compared(artefact: Artefact, results: lis
     first = results[1]
     assert first.samples is not None
     other = replace(first, samples=first.samples._replace(ids=[f"other {number}" for number in range(len(IDS))]))
-    frame = compare_rows(artefact, [results[0], other, *results[2:]], {}, False)
+    frame = compare_rows(artefact, [results[0], other, *results[2:]], {}, SINGLE_LABEL_METRICS)
     assert frame["verdict"][1] == "no claim"
     assert np.isnan(frame["acc1_diff"][1])

@@ -316,6 +316,15 @@ def test_metrics_that_an_earlier_evaluation_of_one_seed_does_not_have_are_left_o
     assert np.isnan(row["acc5_low"])
 
 
+def test_the_five_best_of_five_classes_are_left_out(tmp_path: Path) -> None:
+    for count in (5, 6):
+        home = make_home(tmp_path / str(count), CLASSES[:count])
+        add_runs(home, "baseline", 1.0, seeds=1)
+        assert ("Acc-5" in results_table(tmp_path / str(count), "toy")) == (count == 6)
+        notes = " ".join(collect_results(tmp_path / str(count), "toy", "test").notes)
+        assert ("the 5 best classes are left out: of 5 classes in all" in notes) == (count == 5)
+
+
 def test_table_shows_spread_only_where_there_is_one(tmp_path: Path) -> None:
     home = make_home(tmp_path, CLASSES)
     add_runs(home, "baseline", 1.0, seeds=1)

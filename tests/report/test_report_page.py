@@ -104,7 +104,8 @@ def test_without_a_baseline_or_a_second_seed_the_page_says_so(tmp_path: Path) ->
     parsed = Page(write_report(tmp_path, "toy")[0])
     assert "nothing is claimed" in parsed.text
     assert "no baseline on these features; train one with: diffalign train-head --dataset toy --method baseline" in parsed.text
-    assert "a row with one seed has no spread" in parsed.text
+    assert "Of one seed; a row with one seed has no spread" in parsed.text
+    assert "Mean ±" not in parsed.text
     assert "needs an evaluated baseline and one more evaluated method" in parsed.text
 
 
@@ -114,6 +115,8 @@ def test_before_any_evaluation_there_are_curves_and_a_command(tmp_path: Path) ->
     home.train(home.config("ema", {}), 0).path.joinpath("done").unlink()
     parsed = Page(write_report(tmp_path, "toy")[0])
     assert "Nothing has been evaluated on the test split yet" in parsed.text
+    header = (tmp_path / "reports" / "toy" / "results.csv").read_text()
+    assert header == "method,kind,seeds,train_seconds,p_holm,verdict,reason\n"
     assert "These runs have never read the test split." in parsed.text
     assert "Left out as not finished: 1 run;" in parsed.text
     assert len(parsed.drawings) == 1
@@ -305,9 +308,11 @@ def test_report_reads_what_the_stages_write(tiny_home: Path, tmp_path: Path) -> 
             expected.setdefault(label, []).append(evaluate(home, run, "test", {})["metrics"])
     frame = results_frame(home, "tiny").set_index("method")
     assert set(frame.index) == set(expected)
+    assert "acc5" not in frame
     for label, records in expected.items():
         assert list(records[0]) == ["acc1", "acc5", "macro_acc", "ece"]
-        means = {name: np.mean([record[name] for record in records]) for name in records[0]}
+        assert records[0]["acc5"] == 100.0  # of four classes, so that it is no column
+        means = {name: np.mean([record[name] for record in records]) for name in records[0] if name != "acc5"}
         assert frame.loc[label, list(means)].to_dict() == pytest.approx(means)
     parsed = Page(write_report(home, "tiny")[0])
     assert len(parsed.drawings) == 4
