@@ -39,6 +39,7 @@ class Table:
     rows: tuple[tuple[str, ...], ...]
     caption: str
     num_text_columns: int = 1
+    groups: tuple[str, ...] = ()  # for print: the head above each column, shared by neighbours; "": none
 
     def is_text(self, column: int) -> bool:
         """Whether a column holds text, by its number from 0."""

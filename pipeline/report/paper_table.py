@@ -140,31 +140,53 @@ def _paper_numbers(artefact: Artefact, row: PaperRow) -> dict[str, float]:
     }
 
 
-def paper_table(artefact: Artefact, frame: pd.DataFrame, dataset: str, split: str) -> Table:
-    """Return the table to read: the paper's columns, each number with its difference to the base, then ours."""
-    texts = [frame[head].tolist() for head in artefact.heads]
-    columns, cells = list(artefact.heads), [list(map(str, each)) for each in texts]
+def paper_table(artefact: Artefact, frame: pd.DataFrame, dataset: str, split: str, is_narrow: bool = False) -> Table:
+    """Return the table to read: the paper's columns, each number with its difference to the base, then ours.
+
+    Args:
+        artefact: The table of the paper.
+        frame: The numbers, see `compare_rows`.
+        dataset: The name of our data set.
+        split: The split of our numbers.
+        is_narrow: Whether it is for print: without the paper's differences, and with the interval of the deciding metric alone.
+    """
+    metrics = [metric for metric in METRIC_LABELS if metric in frame]
+    columns = [("", head, list(map(str, frame[head]))) for head in artefact.heads]
     for key, own in artefact.datasets.items():
         for metric in own.metrics:
-            columns.append(f"{own.name} {METRIC_LABELS[metric]}")
-            cells.append(_paper_cells(artefact, frame, f"{key} {metric}"))
-    metrics = [metric for metric in METRIC_LABELS if metric in frame]
+            cells = _paper_cells(artefact, frame, f"{key} {metric}", with_differences=not is_narrow)
+            columns.append((own.name, METRIC_LABELS[metric], cells))
     for metric in metrics:
-        columns += [f"ours, {dataset}: {METRIC_LABELS[metric]}", f"{METRIC_LABELS[metric]} vs {artefact.base}"]
+        label = METRIC_LABELS[metric]
+        differences = list(frame[_difference_columns(metric)].itertuples(index=False))
         values = zip(frame[metric], frame[f"{metric}_std"], strict=True)
-        cells.append(["-" if math.isnan(mean) else format_mean_std(mean, std) for mean, std in values])
-        cells.append([format_difference(*each) for each in frame[_difference_columns(metric)].itertuples(index=False)])
-    columns, cells = [*columns, "verdict"], [*cells, frame["verdict"].tolist()]
-    rows = tuple(zip(*cells, strict=True))
-    return Table(tuple(columns), rows, f"{artefact.title}. {_caption(artefact, frame, metrics, split)}", len(artefact.heads))
+        means = ["-" if math.isnan(mean) else format_mean_std(mean, std) for mean, std in values]
+        if not is_narrow:
+            columns.append(("", f"ours, {dataset}: {label}", means))
+            columns.append(("", f"{label} vs {artefact.base}", [format_difference(*each) for each in differences]))
+            continue
+        ours = f"ours: {label}"
+        columns.append((ours, "mean", means))
+        columns.append((ours, "Δ", [format_difference(value, math.nan, math.nan) for value, _, _ in differences]))
+        if metric == deciding_metric(metrics):
+            intervals = ["-" if math.isnan(low) else f"{low:+.2f} to {high:+.2f}" for _, low, high in differences]
+            columns.append((ours, "95 % interval", intervals))
+    verdicts = zip(frame["verdict"], frame["against"], strict=True)
+    columns.append(("", "verdict", [verdict.removesuffix(f" {other}" * is_narrow) for verdict, other in verdicts]))
+    rows = tuple(zip(*(cells for _, _, cells in columns), strict=True))
+    caption = f"{artefact.title}. {_caption(artefact, frame, metrics, f'the {split} split of {dataset}', is_narrow)}"
+    if is_narrow:
+        groups, heads, _ = zip(*columns, strict=True)
+        return Table(heads, rows, caption, len(artefact.heads), groups)
+    return Table(tuple(f"{group} {head}".strip() for group, head, _ in columns), rows, caption, len(artefact.heads))
 
 
 def _difference_columns(metric: str) -> list[str]:
     return [f"{metric}_{part}" for part in ("diff", "low", "high")]
 
 
-def _paper_cells(artefact: Artefact, frame: pd.DataFrame, column: str) -> list[str]:
-    """Return the numbers of a column of the paper as it writes them, with the difference to the row compared with."""
+def _paper_cells(artefact: Artefact, frame: pd.DataFrame, column: str, with_differences: bool) -> list[str]:
+    """Return the numbers of a column of the paper as it writes them; also with the difference to the row compared with."""
     values = dict(zip((row.title for row in artefact.rows), frame[column], strict=True))
     decimals = max(len(str(value).partition(".")[2]) for value in values.values())
     cells = []
@@ -172,17 +194,18 @@ def _paper_cells(artefact: Artefact, frame: pd.DataFrame, column: str) -> list[s
         value, reference = values[row.title], artefact.reference(row)
         gain = value - values[reference.title] if reference else math.nan
         shown = "-" if math.isnan(value) else f"{value:.{decimals}f}"
-        cells.append(shown if math.isnan(gain) else f"{shown} ({gain:+.{decimals}f})")
+        cells.append(shown if math.isnan(gain) or not with_differences else f"{shown} ({gain:+.{decimals}f})")
     return cells
 
 
-def _caption(artefact: Artefact, frame: pd.DataFrame, metrics: Sequence[str], split: str) -> str:
+def _caption(artefact: Artefact, frame: pd.DataFrame, metrics: Sequence[str], place: str, is_narrow: bool) -> str:
     named = {row.title: row.against for row in artefact.rows if row.against}
     spread = describe_spread(frame["seeds"])
+    brackets = "Δ is ours," if is_narrow else "in brackets the paper's; ours"
     others = "".join(f", of {title} to {against}" for title, against in named.items())
     return (
-        f"The paper's columns come first; ours are of the {split} split, in percent. {spread}. "
-        f"Differences are to the row {artefact.base}{others}: in brackets the paper's; ours with the 95 % interval of a paired "
+        f"The paper's columns come first; ours are of {place}, in percent. {spread}. "
+        f"Differences are to the row {artefact.base}{others}: {brackets} with the 95 % interval of a paired "
         f"bootstrap of seeds and examples ({NUM_RESAMPLES:,} resamples), from {MIN_SEEDS_FOR_INTERVAL} seeds on. The verdict "
         f"is on {METRIC_LABELS[deciding_metric(metrics)]}, after Holm over the rows; it takes {MIN_SEEDS_FOR_VERDICT} seeds."
     )
@@ -204,7 +227,14 @@ def describe_order(artefact: Artefact, frame: pd.DataFrame) -> list[str]:
 
 
 def write_table_files(
-    folder: Path, name: str, title: str, table: Table, frame: pd.DataFrame, introduction: str, notes: Sequence[str]
+    folder: Path,
+    name: str,
+    title: str,
+    table: Table,
+    frame: pd.DataFrame,
+    introduction: str,
+    notes: Sequence[str],
+    printed: Table | None = None,
 ) -> list[Path]:
     """Write a table as <name>.md, .tex and .csv into a folder, and return the three files.
 
@@ -216,9 +246,14 @@ def write_table_files(
         frame: The numbers, for the CSV file.
         introduction: The first paragraph of the page.
         notes: One sentence each, under the table.
+        printed: The table for LaTeX, if it is another one.
     """
     blocks = [Paragraph(introduction), table, *([BulletList(tuple(notes))] if notes else [])]
-    contents = {"md": render_markdown(title, blocks), "tex": render_latex(table, name), "csv": frame.to_csv(index=False)}
+    contents = {
+        "md": render_markdown(title, blocks),
+        "tex": render_latex(printed or table, name),
+        "csv": frame.to_csv(index=False),
+    }
     for suffix, content in contents.items():
         write_atomic(folder / f"{name}.{suffix}", content)
     return [folder / f"{name}.{suffix}" for suffix in contents]

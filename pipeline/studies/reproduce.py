@@ -144,7 +144,7 @@ def _reproduce_table(
     results = [_collect(home, row, options, failed) for row in plan.rows]
     manifest = plan.manifest
     frame = compare_rows(artefact, results, read_groups(home, dataset), table_metrics(manifest))
-    table = paper_table(artefact, frame, dataset, options.split)
+    table, printed = (paper_table(artefact, frame, dataset, options.split, is_narrow) for is_narrow in (False, True))
     notes = [*_describe_setting(plan, options), *artefact.notes, *describe_order(artefact, frame)]
     notes += [f"Not had: {result.row.title}: {result.reason}." for result in results if result.reason]
     notes += describe_uninformative(len(manifest.class_names))
@@ -154,7 +154,8 @@ def _reproduce_table(
             "shuffles texts within a class is void here."
         )
     title = f"{artefact.title}, on {dataset}"
-    files = write_table_files(home / "reports" / dataset, name, title, table, frame, _introduce(dataset, plan, options), notes)
+    introduction = _introduce(dataset, plan, options)
+    files = write_table_files(home / "reports" / dataset, name, title, table, frame, introduction, notes, printed)
     reasons = {str(path): failure.reason for path, failure in failed.items()}
     bugs = frozenset(str(path) for path, failure in failed.items() if failure.is_bug)
     return Reproduction(files=files, table=_as_frame(table), numbers=frame, failed=reasons, bugs=bugs)

@@ -229,6 +229,38 @@ def test_latex_says_what_the_cells_say() -> None:
     assert not re.search(r"(\\\\|rule)\s*[\[*]", bracketed)
 
 
+def test_printed_tables_are_no_wider_than_a_page(tmp_path: Path) -> None:
+    """Every part has the names of the rows and whole groups; together they have all columns, in order, with their heads."""
+    artefact = read_artefact("seda-table1")
+    rng = np.random.default_rng(0)
+    results = [result_of(artefact, row.title, 100.0 * (rng.random((5, len(IDS))) < 0.5)) for row in artefact.rows]
+    frame = compare_rows(artefact, results, {}, SINGLE_LABEL_METRICS)
+    wide, narrow = (paper_table(artefact, frame, "emoji_vendors", "test", is_narrow) for is_narrow in (False, True))
+    write_table_files(tmp_path, "own", artefact.title, wide, frame, "", [], narrow)
+    text = (tmp_path / "own.tex").read_text()
+    tabulars = re.findall(r"\\begin\{tabular\}(.*?)\\end\{tabular\}", text, re.DOTALL)
+    heads, titles = [], [row.title for row in artefact.rows]
+    for tabular in tabulars:
+        lines = [line.strip().removesuffix(r"\\").split("&") for line in tabular.splitlines() if "&" in line]
+        _, head, *rows = [[cell.strip() for cell in cells] for cells in lines]
+        assert [cells[0].replace("\\", "") for cells in rows] == titles
+        assert max(sum(map(len, cells)) for cells in rows) <= 75  # of digits of 4.6 points, 345 points
+        heads += head[1:]
+        assert r"\multicolumn{" + str(len(head)) + r"}{l}{\emph{Visual Modal Backbone}}" in tabular
+    labels = {"acc1": "Acc-1", "acc5": "Acc-5", "pre1": "Pre-1", "pre5": "Pre-5", "rec1": "Rec-1", "rec5": "Rec-5"}
+    papers = [labels[metric] for own in artefact.datasets.values() for metric in own.metrics]
+    assert heads == [*papers, "mean", r"$\Delta$", r"95 \% interval", "mean", r"$\Delta$", "verdict"]
+    assert r"\multicolumn{4}{c}{NUS-WIDE}" in text
+    assert r"\cmidrule(lr){4-7}" in text
+    assert text.count(r"\label{tab:own}") == 1
+
+
+def test_labels_have_no_characters_of_latex() -> None:
+    table = Table(("a",), (("b",),), "c")
+    assert r"\label{tab:my-table-1}" in render_latex(table, "my_table%}1")
+    assert r"\label{tab:t-2}" in render_latex(table, "t é\\2")
+
+
 def test_rows_on_other_samples_are_not_compared(artefact: Artefact, results: list[RowResult]) -> None:
     first = results[1]
     assert first.samples is not None
