@@ -102,11 +102,22 @@ def next_command(home: Path, dataset: str, extracted: Mapping[str, Cache]) -> st
     for key, default in defaults.items():
         new = [name for name, cache in extracted.items() if is_of_text(cache.identity) == (key == "text")]
         if default in there or new:
-            options[key] = f" --{key} {new[0]}" if new and default not in new else ""
+            encoder = default if default in new or not new else new[0]
+            argument = _name_of(home, dataset, encoder, extracted[encoder]) if new else default
+            options[key] = f" --{key} {argument}" if argument != default else ""
     if "image" not in options:
         return f"diffalign extract {dataset}"
     method = "ema" if "text" in options else "baseline"
     return f"diffalign train-head --dataset {dataset} --method {method}{''.join(options.values())}"
+
+
+def _name_of(home: Path, dataset: str, encoder: str, cache: Cache) -> str:
+    """Return what names a cache: its encoder, or its folder where the encoder has made several."""
+    from pipeline.cache.reader import find_caches, is_of_text, read_attributes
+
+    made = [path for path in find_caches(home, dataset) if path.name.rpartition("-")[0] == encoder]
+    alike = [path for path in made if is_of_text(read_attributes(path)["identity"]) == is_of_text(cache.identity)]
+    return cache.path.name if len(alike) > 1 else encoder
 
 
 def encoders(

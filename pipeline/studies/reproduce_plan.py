@@ -285,20 +285,21 @@ def _resolve_backbone(home: Path, manifest: Manifest, name: str, place: str) -> 
     chosen = {
         each.name: str(getattr(config, each.name)) for each in fields(config) if getattr(config, each.name) != each.default
     }
-    cache = next(filter(None, (_complete_cache(home, manifest, path.name, encoder, chosen) for path in caches)), "")
-    return NamedBackbone(name=name, cache=cache, encoder=encoder, settings=settings)
+    complete = [path.name for path in caches if _is_complete(home, manifest, path.name, encoder, chosen)]
+    if len(complete) > 1:
+        raise UserError(f"several caches fit --backbone {name}={place} ({', '.join(complete)}); give the name of one of them")
+    return NamedBackbone(name=name, cache="".join(complete), encoder=encoder, settings=settings)
 
 
-def _complete_cache(home: Path, manifest: Manifest, folder: str, encoder: str, settings: Mapping[str, str]) -> str:
-    """Return the name of a cache if an encoder with these settings has made all of it from this manifest, else ""."""
+def _is_complete(home: Path, manifest: Manifest, folder: str, encoder: str, settings: Mapping[str, str]) -> bool:
+    """Whether an encoder with these settings has made all of a cache from this manifest."""
     if folder.rpartition("-")[0] != encoder:
-        return ""
+        return False
     try:
         cache = find_cache(home, manifest, folder)
     except UserError:
-        return ""
-    is_of_encoder = dict(cache.provenance.get("settings", {})) == settings and _has_weights_of(cache, encoder, settings)
-    return folder if is_of_encoder else ""
+        return False
+    return dict(cache.provenance.get("settings", {})) == settings and _has_weights_of(cache, encoder, settings)
 
 
 def _has_weights_of(cache: Cache, encoder: str, settings: Mapping[str, str]) -> bool:

@@ -164,13 +164,19 @@ def test_prepare_and_extract_name_the_next_step(tmp_path: Path, monkeypatch: pyt
     assert run([*following.split(), "--train", "epochs=1"], monkeypatch) == 0  # what is advised works
 
 
-def test_the_next_step_reads_what_was_just_extracted(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_next_step_reads_what_was_just_extracted(
+    home: Path, tiny_manifest: Manifest, monkeypatch: pytest.MonkeyPatch
+) -> None:
     spec = {"encoders": {"image": "random_projection", "text": "random_projection"}}
     monkeypatch.setattr("pipeline.data.manifest_files.load_dataset_spec", lambda *_: spec)
     images = open_cache(home / "caches" / "tiny" / caches_by_key(home)["image"])
     command = "train-head --dataset tiny --method ema"
     assert next_command(home, "tiny", {"random_projection": images}) == f"diffalign {command}"
     assert next_command(home, "tiny", {"vanillanet": images}) == f"diffalign {command} --image vanillanet"
+    settings, quick = {"modality": "image", "width": 32}, ExtractOptions(progress=False, workers=0)
+    extract(tiny_manifest, "random_projection", settings, home, store_dtype="float32", options=quick)
+    expected = f"diffalign {command} --image {images.path.name}"
+    assert next_command(home, "tiny", {"random_projection": images}) == expected
 
 
 def test_evaluate_takes_several_heads_and_tells_the_diagnostic_apart(

@@ -309,6 +309,18 @@ def test_features_of_weights_that_were_replaced_are_not_taken(home: Path, tiny_m
     assert [each.name for each in plan_table(home, "tiny", artefact, chosen).to_extract] == ["resnet50"]
 
 
+def test_one_of_several_caches_of_a_backbone_is_named_by_the_user(home: Path, tiny_manifest: Manifest) -> None:
+    cache, artefact = caches_by_key(home)["image"], table(row("other", "baseline", backbone="resnet50"))
+    chosen = options(home, tunes_backbones=False)
+    settings, quick = {"modality": "image", "width": 32}, ExtractOptions(progress=False, workers=0)
+    second = extract(tiny_manifest, "random_projection", settings, home, store_dtype="float32", options=quick).name
+    place = "random_projection,modality=image,width=32"
+    with pytest.raises(UserError, match=f"several caches fit --backbone resnet50={place} .*{second}.*give the name of one"):
+        plan_table(home, "tiny", artefact, replace(chosen, backbones={"resnet50": place}))
+    named = plan_table(home, "tiny", artefact, replace(chosen, backbones={"resnet50": cache}))
+    assert named.rows[1].features == cache
+
+
 def test_a_backbone_is_a_cache_weights_or_an_encoder(tiny_home: Path, tmp_path: Path) -> None:
     artefact, weights = table(row("other", "baseline", backbone="resnet50")), tmp_path / "weights.pth"
     weights.touch()
