@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -73,6 +74,15 @@ def test_every_row_names_settings_that_its_method_has(name: str) -> None:
             configure(config, row.settings)
         assert row.unfreeze in ("", "image", "both")
         assert row.backbone in ("", *BACKBONES)
+
+
+def test_every_cell_of_a_figure_is_possible_with_any_tuned_settings() -> None:
+    figure = read_artefact("seda-fig3")
+    config = plugins.get("methods", figure.method).Config
+    for tuned in ({}, {"stage_order": "reverse", "train_min_step": 0.5}, {"stage_order": "literal", "train_min_step": 0.5}):
+        for values in itertools.product(*figure.axes.values()):
+            cell = dict(zip(figure.axes, values, strict=True))
+            assert configure(config, {**tuned, **figure.settings, **cell}).stage_order == "literal"
 
 
 @pytest.mark.parametrize(
