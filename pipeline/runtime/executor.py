@@ -30,6 +30,7 @@ from pipeline.runtime.errors import UserError
 from pipeline.runtime.logs import set_up_logging
 
 EXECUTOR_MEMORY_SHARE = 0.8  # share of the memory that all processes together may use
+START_SECONDS = 8.0  # until processes of this machine have started and imported what a job needs, roughly
 PROCESS_BYTES = 2**30  # memory of a process without data, roughly
 CONNECT_SECONDS = 15  # time that a scheduler has to answer
 SCHEDULER_LOST = (CancelledError, asyncio.CancelledError, OSError)  # OSError: a closed connection or a timeout

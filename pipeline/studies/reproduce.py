@@ -40,7 +40,7 @@ from pipeline.studies.reproduce_plan import (
     RowPlan,
     TablePlan,
     choose_preset,
-    describe_missing,
+    find_joint_run,
     is_tuned,
     joint_config,
     plan_heads,
@@ -48,7 +48,15 @@ from pipeline.studies.reproduce_plan import (
     tune_encoders,
 )
 from pipeline.studies.search import run_grid
-from pipeline.studies.search_worker import GroupJob, RunFailure, SearchOptions, evaluate_run, group_job, train_group
+from pipeline.studies.search_worker import (
+    GroupJob,
+    RunFailure,
+    SearchOptions,
+    evaluate_run,
+    group_job,
+    run_failure,
+    train_group,
+)
 from pipeline.training.heads import HeadPlan
 from pipeline.training.joint.ddp import check_single_process
 from pipeline.training.text_controls import is_text_of_class
@@ -168,8 +176,14 @@ def _as_frame(table: Table) -> pd.DataFrame:
 
 def _announce(home: Path, plan: TablePlan, name: str, options: ReproduceOptions) -> None:
     """Log what a table costs, and which rows cannot be had."""
-    for sentence in describe_missing(plan.rows):
-        logger.info("not had: %s", sentence)
+    missing = [row for row in plan.rows if row.reason]
+    for row in missing:
+        logger.debug("not had: %s: %s", row.row.title, row.reason)
+    if missing:
+        titles = ", ".join(row.row.title for row in missing)
+        logger.info(
+            "not had: %s of %s rows, %s; --verbose says why, and so does the page", len(missing), len(plan.rows), titles
+        )
     for backbone in plan.to_extract:
         size = len(plan.manifest.samples)
         logger.info("first, features for %s are extracted with %s: %s samples", backbone.name, backbone.encoder, size)
@@ -232,15 +246,22 @@ def train_and_score(job: _ScoredJob) -> dict[Path, RunFailure]:
 
 
 def _tune(home: Path, plan: TablePlan, options: ReproduceOptions, failed: Mapping[Path, RunFailure]) -> dict[Path, RunFailure]:
-    """Train the encoders of all rows that need it, one after the other, and return the heads for which it failed."""
+    """Train the encoders of all rows that need it, one after the other, and return the joint runs that failed.
+
+    One head may be trained on with its image encoder and with both encoders: the joint runs are two.
+    """
     found: dict[Path, RunFailure] = {}
-    jobs = [job for job in plan.joint_jobs() if job[0].run.path not in failed and not is_tuned(home, *job, options)]
-    for number, (head, unfreeze) in enumerate(jobs, start=1):
+    runs = [(head, unfreeze, find_joint_run(home, head, unfreeze, options)) for head, unfreeze in plan.joint_jobs()]
+    jobs = [(head, unfreeze, run) for head, unfreeze, run in runs if run and not run.is_done and run.path not in failed]
+    for number, (head, unfreeze, run) in enumerate(jobs, start=1):
         logger.info("joint training %d of %d: %s, seed %d, %s", number, len(jobs), head.config.method, head.run.seed, unfreeze)
         try:
             tune_encoders(home, head, unfreeze, options)
-        except UserError as error:
-            found[head.run.path] = RunFailure(f"joint training of {unfreeze}: {error}")
+        except Exception as error:
+            if isinstance(error, OSError):
+                raise
+            failure = RunFailure(str(error)) if isinstance(error, UserError) else run_failure(run, error)
+            found[run.path] = failure._replace(reason=f"joint training of {unfreeze}: {failure.reason}")
     return found
 
 
@@ -250,8 +271,9 @@ def _collect(home: Path, plan: RowPlan, options: ReproduceOptions, failed: Mappi
     runs: list[RunFolder] = []
     reasons = [plan.reason] if plan.reason else []
     for head in plan.heads.values():
-        if not head.run.is_done or (plan.joint and not is_tuned(home, head, plan.joint, options)):
-            reasons.append(failed[head.run.path].reason if head.run.path in failed else f"{head.run.path} is not trained")
+        run = (find_joint_run(home, head, plan.joint, options) if plan.joint else None) or head.run
+        if not run.is_done or (plan.joint and not head.run.is_done):
+            reasons.append(failed[run.path].reason if run.path in failed else f"{run.path} is not trained")
         else:
             runs.append(tune_encoders(home, head, plan.joint, options) if plan.joint else head.run)
     if plan.is_waiting:

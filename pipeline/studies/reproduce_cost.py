@@ -20,8 +20,7 @@ import numpy as np
 from pipeline.cache import info
 from pipeline.cache.reader import Cache
 from pipeline.evaluation.evaluate import evaluate, read_metrics
-from pipeline.runtime.errors import UserError
-from pipeline.runtime.executor import num_processes
+from pipeline.runtime.executor import START_SECONDS, num_processes
 from pipeline.runtime.logs import ProgressBar
 from pipeline.runtime.runs import RunFolder
 from pipeline.training.heads import HeadPlan, plan_head_on, train_head
@@ -56,7 +55,7 @@ def _describe_seconds(seconds: float) -> str:
 
 
 def estimate_heads(home: Path, heads: Sequence[HeadPlan], workers: int, is_alike: bool = False) -> float:
-    """Return about how many seconds the unfinished heads take on this machine.
+    """Return about how many seconds the unfinished heads take on this machine, with the start of its processes.
 
     Args:
         home: The folder of all caches and runs.
@@ -79,7 +78,8 @@ def estimate_heads(home: Path, heads: Sequence[HeadPlan], workers: int, is_alike
     if is_alike and unknown:
         recorded |= dict.fromkeys(unknown, recorded[probed[0]])
     total = sum(seconds * len(by_folder[folder]) for folder, seconds in recorded.items() if not math.isnan(seconds))
-    return total / max(1, num_processes(workers, len(left), left[0].features.num_bytes))
+    number = num_processes(workers, len(left), left[0].features.num_bytes)
+    return total / max(1, number) + START_SECONDS * (number > 0)
 
 
 def _recorded_seconds(folder: Path) -> float:
@@ -109,8 +109,10 @@ def _probe_seconds(head: HeadPlan, scratch: Path) -> float:
     try:
         run = train_head(probe, progress=False)
         prediction = evaluate(scratch, run, "val", {})["seconds"]
-    except UserError:
-        return math.nan  # what it is, the run itself will say
+    except Exception as error:
+        if isinstance(error, OSError):
+            raise
+        return math.nan  # what it is, the run itself will say, and become a row that could not be had
     epoch = max(0.0, run.read_done()["seconds"] - prediction) / fraction
     num_validations = math.ceil(head.training.epochs / head.training.validate_every)
     splits = {split: len(features.manifest.split(split)) for split in ("val", "test")}

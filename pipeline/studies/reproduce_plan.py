@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
@@ -20,7 +20,7 @@ from pipeline.report.results import BASELINE
 from pipeline.runtime import plugins
 from pipeline.runtime.assignments import parse_assignments
 from pipeline.runtime.choices import unknown_choice
-from pipeline.runtime.errors import UserError
+from pipeline.runtime.errors import UserError, is_bug
 from pipeline.runtime.files import canonical_json
 from pipeline.runtime.runs import RunFolder
 from pipeline.runtime.settings import configure, find_settings
@@ -172,9 +172,18 @@ def plan_heads(
         heads[seed] = plan_head_on(open_features(home, dataset, method, names), method, config, training, seed)
     new = next((head for head in heads.values() if not head.run.is_done), None)
     if new:
-        with torch.random.fork_rng([]):
-            plugins.get("methods", method)(config, new.features.shapes)
+        _try_to_build(new)
     return heads
+
+
+def _try_to_build(head: HeadPlan) -> None:
+    """Build a head, so that settings that do not fit the features are found; a bug is met again and recorded in training."""
+    try:
+        with torch.random.fork_rng([]):
+            plugins.get("methods", head.config.method)(head.settings, head.features.shapes)
+    except Exception as error:
+        if not is_bug(error):
+            raise
 
 
 def plan_table(home: Path, dataset: str, artefact: Artefact, options: ReproduceOptions) -> TablePlan:
@@ -308,8 +317,3 @@ def _has_weights_of(cache: Cache, encoder: str, settings: Mapping[str, str]) -> 
         return True
     identity = encoder_identity(encoder, build_encoder(encoder, settings))
     return json.loads(canonical_json(identity)) == cache.identity["encoder"]
-
-
-def describe_missing(rows: Sequence[RowPlan]) -> list[str]:
-    """Return one sentence for each row that cannot be had."""
-    return [f"{plan.row.title}: {plan.reason}." for plan in rows if plan.reason]

@@ -103,7 +103,7 @@ def train_group(job: GroupJob) -> dict[Path, RunFailure]:
         except Exception as error:
             if isinstance(error, (UserError, OSError)):
                 raise
-            return {run.path: _failure(RunFolder(run.path, job.seed), error) for run in job.runs}
+            return {run.path: run_failure(RunFolder(run.path, job.seed), error) for run in job.runs}
         return _train_ensembles(split_evenly(heads, size), job)
 
 
@@ -150,11 +150,11 @@ def _train_ensembles(ensembles: Sequence[Sequence[HeadPlan]], job: GroupJob) -> 
             if len(heads) > 1:
                 pending[:0] = split_evenly(heads, math.ceil(len(heads) / 2))
             else:
-                failed[heads[0].run.path] = _failure(heads[0].run, error)
+                failed[heads[0].run.path] = run_failure(heads[0].run, error)
     return failed
 
 
-def _failure(run: RunFolder, error: Exception) -> RunFailure:
+def run_failure(run: RunFolder, error: Exception) -> RunFailure:
     """Return the failure of a run as one line; the traceback of a bug is written to `error.txt` of the run."""
     if is_out_of_memory(error):
         return RunFailure(str(out_of_memory_error(run, error)))
@@ -187,6 +187,6 @@ def evaluate_run(job: tuple[Path, Path], split: Split = "test") -> dict[str, flo
         except Exception as error:
             if isinstance(error, (UserError, OSError)):
                 raise
-            return _failure(RunFolder.at(path), error)
+            return run_failure(RunFolder.at(path), error)
         RunFolder.at(path).delete_traceback()
         return metrics

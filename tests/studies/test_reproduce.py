@@ -24,6 +24,7 @@ from pipeline.data.manifest import Manifest
 from pipeline.evaluation.evaluate import evaluate
 from pipeline.extraction.extract import ExtractOptions, extract
 from pipeline.runtime.errors import UserError
+from pipeline.runtime.executor import START_SECONDS
 from pipeline.runtime.runs import RunFolder, find_runs
 from pipeline.studies import reproduce as study
 from pipeline.studies.paper_figures import FIGURES, PaperFigure
@@ -77,6 +78,8 @@ def test_rows_are_runs_and_nothing_is_trained_twice(
     )  # fmt: skip
     result = study.reproduce(home, "tiny", artefact, options(home))
     assert "own on tiny: 6 runs, 0 are there already, 6 are left, about" in messages.text
+    assert messages.text.count("not had") == 1
+    assert "not had: 3 of 6 rows, later, other, U-Net; --verbose says why" in messages.text
     found: dict[tuple[str, str], list[RunFolder]] = {}
     for run in find_runs(home, "tiny"):
         found.setdefault((run.config().method, str(run.config().setting("stages"))), []).append(run)
@@ -131,6 +134,37 @@ def test_a_head_that_fails_costs_its_row_only(home: Path) -> None:
     assert rows["Base"]["seeds"] == 2
 
 
+def test_a_bug_of_a_method_costs_its_row_only(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise KeyError("a bug")
+
+    monkeypatch.setattr("pipeline.methods.ema.EMA.loss", fail)  # met by the probe of its time, too
+    result = study.reproduce(home, "tiny", table(row("+EMA", "ema")), options(home, seeds=(0,)))
+    assert result.numbers["verdict"].tolist() == ["the base", "not had"]
+    assert "KeyError: 'a bug'" in result.numbers["reason"][1]
+    assert len(result.failed) == len(result.bugs) == 1
+
+
+def test_joint_trainings_of_one_head_fail_each_for_its_own_reason(
+    encoders_home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(home: Path, head: object, unfreeze: str, options: ReproduceOptions) -> None:
+        raise KeyError("a bug") if unfreeze == "both" else UserError("too little memory")
+
+    home = Path(shutil.copytree(encoders_home, tmp_path / "home"))
+    caches = joint_home.caches(home)
+    monkeypatch.setattr(study, "tune_encoders", fail)
+    artefact = table(row("alone", "ema"), row("image", "ema", unfreeze="image"), row("both", "ema", unfreeze="both"))
+    chosen = options(home, seeds=(0,), image=caches["image"], text=caches["text"], training={**TRAINING, "epochs": 1})
+    result = study.reproduce(home, "tiny", artefact, chosen)
+    rows = {each["Row"]: each for each in result.numbers.to_dict("records")}
+    assert rows["alone"]["seeds"] == 1
+    assert rows["image"]["reason"] == "joint training of image: too little memory"
+    assert rows["both"]["reason"].startswith("joint training of both: KeyError: 'a bug'; a bug, its traceback is in ")
+    assert len(result.failed) == 2
+    assert len(result.bugs) == 1
+
+
 def test_a_head_that_failed_is_not_trained_again_for_rows_that_waited(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     artefact, trained = table(row("+EMA", "ema", settings={"w_ce": 3e38})), []
     train, plan = study.train_and_score, study.plan_table
@@ -183,7 +217,7 @@ def test_time_is_that_of_finished_runs_or_of_a_probe_that_leaves_nothing(home: P
     facts = json.loads((run.path / "done").read_text())
     (run.path / "done").write_text(json.dumps({**facts, "seconds": 50.0}))
     assert estimate_heads(home, heads, workers=0) == pytest.approx(2 * 50.0)
-    assert estimate_heads(home, heads, workers=2) == pytest.approx(2 * 50.0 / 2)
+    assert estimate_heads(home, heads, workers=2) == pytest.approx(2 * 50.0 / 2 + START_SECONDS)
     assert estimate_heads(home, heads[:1], workers=0) == 0
 
 
