@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import os
 import pickle
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -83,18 +84,24 @@ def num_processes(workers: int, num_jobs: int, num_bytes: int = 0) -> int:
 
 
 @contextmanager
-def open_executor(scheduler: str, number: int) -> Iterator[Executor]:
+def open_executor(scheduler: str, number: int, starts_late: bool = False) -> Iterator[Executor]:
     """Start the processes that run jobs, or connect to them; those that were started end with the block.
 
     Args:
         scheduler: "local" for this machine, or the address of a dask scheduler, tcp://host:port.
         number: processes to start on this machine, with one thread each; 0: only this process.
+        starts_late: Whether this process runs the first jobs itself, and starts the others when that saves time. For jobs of
+            which one takes no more than seconds.
 
     Raises:
         UserError: no scheduler answers, or the scheduler has no workers.
     """
     if scheduler == "local" and number == 0:
         yield Executor(run_here, 1, _has_gpu())
+        return
+    if scheduler == "local" and starts_late:
+        with ExitStack() as stack:
+            yield Executor(partial(_run_here_first, stack, [], number), number, False)
         return
     with (
         dask_config.set({"logging.distributed": "critical"}),  # messages of the processes
@@ -104,6 +111,31 @@ def open_executor(scheduler: str, number: int) -> Iterator[Executor]:
     ):
         gpus: Any = client.run(_has_gpu)  # address of a worker -> whether it has a GPU
         yield Executor(partial(run_on_cluster, client), len(gpus), all(gpus.values()))
+
+
+def _run_here_first(
+    stack: ExitStack, started: list[Executor], number: int, task: Callable[[JobT], ResultT], jobs: Sequence[JobT]
+) -> Iterator[tuple[int, Callable[[], ResultT]]]:
+    """Run jobs in this process, as `MapJobs`, until it saves time to start processes: they run the others, and later jobs.
+
+    Args:
+        stack: What ends the processes.
+        started: Holds the executor of the processes as soon as they are started.
+        number: Processes to start.
+        task: The function to call.
+        jobs: Its arguments.
+    """
+    done, fastest = 0, math.inf
+    while done < len(jobs) and not started:
+        begun = time.process_time()
+        yield done, partial(task, jobs[done])
+        done, seconds = done + 1, time.process_time() - begun
+        fastest = min(fastest, seconds)  # of this processor, whatever else it does; the first may also read features
+        is_timed = done > 1 or seconds > START_SECONDS
+        if is_timed and fastest * (len(jobs) - done) * (1 - 1 / number) > START_SECONDS:
+            started.append(stack.enter_context(open_executor("local", number)))
+    for position, get_result in started[0].map(task, jobs[done:]) if started else ():
+        yield done + position, get_result
 
 
 def _has_gpu() -> bool:

@@ -54,6 +54,7 @@ from pipeline.studies.search_worker import (
     SearchOptions,
     evaluate_run,
     group_job,
+    is_brief,
     run_failure,
     train_group,
 )
@@ -221,7 +222,8 @@ def _train(heads: Sequence[HeadPlan], scored: set[Path], options: ReproduceOptio
         return {}
     failed: dict[Path, RunFailure] = {}
     number = num_processes(options.workers, len(left), max(head.features.num_bytes for head in left))
-    with open_executor(options.scheduler, number) as executor:
+    starts_late = options.workers < 0 and number > 1 and all(map(is_brief, left))
+    with open_executor(options.scheduler, number, starts_late) as executor:
         how = SearchOptions(max_ensemble_size=1, num_local_workers=executor.num_workers, progress=False)
         jobs = [_ScoredJob(group_job([head], math.inf, how), split if head.run.path in scored else None) for head in left]
         with ProgressBar(label="heads", total=len(heads), initial=len(heads) - len(left), unit="run") as bar:

@@ -33,6 +33,7 @@ from pipeline.studies.search_worker import (
     SearchOptions,
     evaluate_run,
     group_job,
+    is_brief,
     split_evenly,
     train_group,
 )
@@ -88,12 +89,13 @@ def run_grid(
     leaderboard = Leaderboard(grid, folder)
     num_unfinished = sum(not head.run.is_done for head in grid.heads.values())
     number = num_processes(workers, num_unfinished, grid.features.num_bytes)
-    with open_executor(scheduler if num_unfinished else "local", number) as executor:
+    starts_late = workers < 0 and number > 1 and all(map(is_brief, grid.heads.values()))
+    with open_executor(scheduler if num_unfinished else "local", number, starts_late) as executor:
         is_stacked = strategy == "stacked" or (strategy == "auto" and executor.on_gpu)
         logger.info(
             "%s: %s, %s, %s",
             _describe_size(grid, num_unfinished),
-            _describe_workers(scheduler, executor),
+            _describe_workers(scheduler, executor, starts_late),
             _describe_strategy(strategy, scheduler, is_stacked),
             _describe_precision(grid),
         )
@@ -295,10 +297,12 @@ def _describe_size(grid: Grid, num_unfinished: int) -> str:
     return f"{size}, {num_runs - num_unfinished} of {num_runs} runs are there already"
 
 
-def _describe_workers(scheduler: str, executor: Executor) -> str:
+def _describe_workers(scheduler: str, executor: Executor, starts_late: bool) -> str:
     if scheduler != "local":
         return f"the {executor.num_workers} workers of {scheduler}"
-    return "this process alone" if executor.map is run_here else f"{executor.num_workers} single-threaded processes"
+    if executor.map is run_here:
+        return "this process alone"
+    return f"{'this process, or if it saves time ' * starts_late}{executor.num_workers} single-threaded processes"
 
 
 def _describe_strategy(strategy: GridStrategy, scheduler: str, is_stacked: bool) -> str:

@@ -23,6 +23,7 @@ from pipeline.training.heads import HeadPlan, head_capacity, out_of_memory_error
 from pipeline.types import Split
 
 ItemT = TypeVar("ItemT")
+BRIEF_SAMPLES = 100_000  # that a brief training reads
 _ONE_JOB = Lock()  # the generator that initialises weights and the number of threads belong to the whole process
 
 
@@ -71,6 +72,11 @@ class GroupJob:
     runs: tuple[PlannedRun, ...]
     last_epoch: float  # training pauses when this epoch of the last phase is validated; inf: train to the end
     options: SearchOptions
+
+
+def is_brief(head: HeadPlan) -> bool:
+    """Whether training a head takes seconds, so that starting a process for it may take longer."""
+    return head.training.epochs * head.features.num_train <= BRIEF_SAMPLES
 
 
 def group_job(heads: Sequence[HeadPlan], last_epoch: float, options: SearchOptions) -> GroupJob:
