@@ -93,6 +93,6 @@ def avoid_strided_convolutions(encoder: nn.Module) -> None:
             module.stride = (1, 1)
 
 
-def _skip_positions(module: nn.Module, inputs: tuple[Tensor], stride: tuple[int, int]) -> tuple[Tensor]:
+def _skip_positions(module: nn.Module, inputs: tuple[Tensor], stride: tuple[int, ...]) -> tuple[Tensor]:
     """Return the inputs of a convolution [B,C,H,W] at every `stride`-th position."""
     return (inputs[0][..., :: stride[0], :: stride[1]],)

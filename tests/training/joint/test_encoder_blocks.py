@@ -14,8 +14,9 @@ from pipeline.training.joint.encoder_blocks import MIN_CHANNELS_WITH_STRIDE, avo
 
 def has_stride(module: nn.Module) -> bool:
     """Whether it is a 1x1 convolution of few channels with a stride, whose gradient can damage memory."""
-    is_pointwise = isinstance(module, nn.Conv2d) and module.kernel_size == (1, 1)
-    return is_pointwise and module.stride != (1, 1) and module.in_channels < MIN_CHANNELS_WITH_STRIDE
+    if not isinstance(module, nn.Conv2d) or module.kernel_size != (1, 1):
+        return False
+    return module.stride != (1, 1) and module.in_channels < MIN_CHANNELS_WITH_STRIDE
 
 
 @pytest.mark.parametrize(("stride", "side"), [((2, 2), 8), ((3, 2), 7)])
