@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from pipeline.runtime.assignments import merge_settings, setting_text
-from pipeline.runtime.errors import UserError
 from pipeline.runtime.files import check_local
+from pipeline.runtime.head_names import HeadFolder, check_name_is_free, find_run
 from pipeline.runtime.plugins import load_file
 from pipeline.studies.runs import Run, Runs, list_runs, load_run
 
@@ -145,22 +145,14 @@ class Workspace:
             UserError: there is no such encoder or setting, the dataset is not prepared, or too many samples fail.
         """
         from pipeline.cache.reader import open_cache
-        from pipeline.encoders._factory import with_absolute_paths
         from pipeline.extraction.distributed import dispatch_extraction
         from pipeline.extraction.extract import ExtractOptions
-        from pipeline.extraction.inputs import default_encoders
-        from pipeline.runtime import plugins
-        from pipeline.runtime.settings import configure
+        from pipeline.extraction.inputs import check_encoders, default_encoders
 
         given = {key: setting_text(value) for key, value in merge_settings(settings, more_settings).items()}
         chosen = [encoder] if isinstance(encoder, str) else list(encoder)
         chosen = chosen or default_encoders(self.home, self.manifest(dataset))
-        if given and len(chosen) > 1:
-            raise UserError("settings belong to one encoder: name it (--encoder)")
-        for name in chosen:  # refuses an unknown name or setting before the first encoder runs
-            plugins.check_name("encoders", name)
-        for name in chosen:
-            configure(plugins.get("encoders", name).Config, with_absolute_paths(given))
+        check_encoders(chosen, given)
         options = ExtractOptions(
             batch_size=batch_size, workers=workers, shard_rows=shard_rows, max_failures=max_failures, retry_failed=retry_failed
         )
@@ -221,6 +213,7 @@ class Workspace:
         text: str = "",
         aggregate: Aggregate = "",
         fraction: float = 1.0,
+        name: str = "",
         settings: Mapping[str, Any] = NO_SETTINGS,
         **more_settings: Any,
     ) -> Run:
@@ -238,6 +231,7 @@ class Workspace:
                 the texts' mean and variance, or the "label"; "CACHE:noise" names both.
             aggregate: How several texts of a sample become one vector; "": as the dataset says.
             fraction: The share of each class of the training split to train on; the samples of a smaller share are in a larger.
+            name: A name for the head, which no other head has; `diffalign runs tag` gives more.
             settings: Settings of the method, by name (of a part: "ema.tau"), alias or the papers' letter, as a mapping.
             more_settings: The same as keyword arguments: T=1200, gamma=1.5.
 
@@ -246,7 +240,8 @@ class Workspace:
         """
         caches: dict[str, Any] = {"image": image, "text": text, "aggregate": aggregate, "fraction": fraction}
         given = merge_settings(settings, more_settings)
-        return self.train_heads(dataset, method, seeds=(seed,), preset=preset, train=train, **caches, settings=given)[0]
+        more: dict[str, Any] = {"preset": preset, "train": train, "name": name, **caches}
+        return self.train_heads(dataset, method, seeds=(seed,), **more, settings=given)[0]
 
     def train_heads(
         self,
@@ -260,6 +255,7 @@ class Workspace:
         text: str = "",
         aggregate: Aggregate = "",
         fraction: float = 1.0,
+        name: str = "",
         settings: Mapping[str, Any] = NO_SETTINGS,
         **more_settings: Any,
     ) -> Runs:
@@ -276,9 +272,13 @@ class Workspace:
         features.warn_about_images()
         heads = [plan_head_on(features, method, config, training, seed) for seed in seeds]
         log_earlier_runs(heads)
+        if name:
+            check_name_is_free(self.home, name, HeadFolder(heads[0].run.path.parent))
         runs = tuple(Run(self.home, train_head(head, progress=True).path) for head in heads)
         for run in runs:
             run.evaluate("val")
+        if name:
+            HeadFolder(runs[0].path.parent).change_tags(add=[name])
         return Runs(self.home, dataset, runs)
 
     def grid(
@@ -377,8 +377,8 @@ class Workspace:
         return finetune(self.home, folder, joint, resolve_joint_settings(folder, train), options)
 
     def run(self, run: Run | str | Path) -> Run:
-        """Return a run whose manifest and caches are in this home, from its folder."""
-        return load_run(run.path if isinstance(run, Run) else run, self.home)
+        """Return a run whose manifest and caches are in this home: by its folder, or "HEAD/seed0" as in `diffalign runs ls`."""
+        return load_run(run.path if isinstance(run, Run) else find_run(self.home, str(run)).path, self.home)
 
     def evaluate(self, run: Run | str | Path, split: str = "val", **overrides: Any) -> dict[str, float]:
         """Return the metrics of a run, or of a run's folder, on a split, in percent; see `Run.evaluate`."""
