@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -126,15 +125,14 @@ def test_classes_of_multi_label_data_are_compared_by_average_precision(tmp_path:
             trained = home.train(home.config(method, {}), seed)
             value = np.zeros(len(home.label))
             home.evaluate(trained, home.logits(strength, seed), per_sample={"pre1": value})
-        head = HeadFolder(trained.path.parent)
-        predictions.append(read_head_predictions(head.runs, "test"))
-    table = class_differences(*predictions, CLASSES, {}).set_index("class")
-    first: Any = predictions[0]
+        predictions.append(read_head_predictions(HeadFolder(trained.path.parent).runs, "test"))
+    first, second = predictions
+    table = class_differences(first, second, CLASSES, {}).set_index("class")
     for index, name in enumerate(CLASSES):
         member = home.label[:, index] > 0
         oracle = np.mean([average_precision_score(member, scores[:, index]) for scores in first.log_scores])
         assert table.loc[name, "a"] == pytest.approx(100 * oracle)
-    changed = changed_samples(*predictions, CLASSES)
+    changed = changed_samples(first, second, CLASSES)
     assert set(changed["right"]) <= {"a", "b"}
     assert changed["labels"].str.len().gt(0).all()
 
