@@ -9,7 +9,7 @@ import typer
 
 from pipeline.commands.checks import check_setting_names
 from pipeline.commands.joint_options import Accumulate, Augment, Checkpointing, EncoderLr, LayerDecay, Workers
-from pipeline.commands.options import DEFAULT_HOME, NO_PAIRS, AsJson, Home, show
+from pipeline.commands.options import DEFAULT_HOME, NO_PAIRS, AsJson, Home, Log, show
 from pipeline.runtime.assignments import parse_assignments
 from pipeline.runtime.errors import UserError
 from pipeline.runtime.head_names import find_run
@@ -45,6 +45,7 @@ def finetune(
     accumulate: Accumulate = 1,
     checkpointing: Checkpointing = False,
     workers: Workers = -1,
+    log: Log = NO_PAIRS,
     home: Home = DEFAULT_HOME,
     as_json: AsJson = False,
 ) -> None:
@@ -76,6 +77,7 @@ def finetune(
         accumulate=accumulate,
         checkpointing=checkpointing,
         workers=workers,
+        log=log,
     )
     if not is_first_process():
         return

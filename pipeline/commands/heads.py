@@ -16,6 +16,7 @@ from pipeline.commands.options import (
     AsJson,
     Home,
     ImageCache,
+    Log,
     PreparedDataset,
     Seeds,
     SettingOptions,
@@ -66,6 +67,7 @@ def train_head(
         str,
         typer.Option(help="A name for the head, which commands take in place of its folder; `diffalign runs tag` gives more."),
     ] = "",
+    log: Log = NO_PAIRS,
     home: Home = DEFAULT_HOME,
     as_json: AsJson = False,
 ) -> None:
@@ -86,7 +88,7 @@ def train_head(
 
     caches: dict[str, Any] = {"image": image, "text": text, "aggregate": aggregate, "fraction": fraction}
     runs = Workspace(home).train_heads(
-        dataset, method, seeds=chosen, preset=preset, train=given_training, name=name, **caches, settings=given
+        dataset, method, seeds=chosen, preset=preset, train=given_training, name=name, log=log, **caches, settings=given
     )
     show_runs([{"run": str(run.path), "split": "val", **run.evaluate("val")} for run in runs], as_json)
 

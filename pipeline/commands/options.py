@@ -87,6 +87,14 @@ Text = Annotated[
         "the texts: shuffled-within, shuffled-across, noise or label; real: none; CACHE:CONTROL names both."
     ),
 ]
+Log = Annotated[
+    list[str],
+    typer.Option(
+        "--log",
+        help="Beside history.csv, tell the epochs to: tensorboard (tensorboard --logdir HOME/runs), or a class of your own, "
+        "FILE.py:CLASS, whose code is run (examples/trackers.py has W&B and MLflow). May be given several times.",
+    ),
+]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Show more messages.")]
 PluginFiles = Annotated[
     list[Path],

@@ -9,11 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.runtime.choices import unknown_choice
 from pipeline.runtime.errors import UserError
-from pipeline.runtime.head_names import HeadFolder, find_head
+from pipeline.runtime.head_names import HeadFolder, check_name_is_free, find_head
 from pipeline.runtime.runs import RunConfig, RunFolder, find_runs
 
 if TYPE_CHECKING:
     import pandas as pd
+
+    from pipeline.training.heads import HeadPlan
+    from pipeline.training.tracking import MakeTracker
 
 
 @dataclass(frozen=True)
@@ -232,3 +235,32 @@ class Runs(Sequence[Run]):
         if not head.finished:
             raise UserError(f"{head.name} has no finished run: run its command again to complete it")
         return head.name
+
+
+def train_runs(home: Path, heads: Sequence[HeadPlan], name: str, log: Sequence[str | MakeTracker]) -> Runs:
+    """Train the seeds of a head one after another, evaluate each on validation, and return the runs.
+
+    Args:
+        home: the folder of all artifacts.
+        heads: the plans of the seeds.
+        name: the head gets this tag, which no other head has; "": none.
+        log: see `find_tracker`.
+
+    Raises:
+        UserError: another head has the name, there is no such tracker, or a run fails.
+    """
+    from pipeline.training.earlier_runs import log_earlier_runs
+    from pipeline.training.heads import train_head
+    from pipeline.training.tracking import find_tracker
+
+    head = HeadFolder(heads[0].run.path.parent)
+    if name:
+        check_name_is_free(home, name, head)
+    trackers = [find_tracker(word) for word in log]
+    log_earlier_runs(heads)
+    runs = Runs(home, head.dataset, tuple(Run(home, train_head(each, True, trackers=trackers).path) for each in heads))
+    for run in runs:
+        run.evaluate("val")
+    if name:
+        head.change_tags(add=[name])
+    return runs
