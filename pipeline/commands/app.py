@@ -29,6 +29,7 @@ for command in (
     data.fetch,
     data.prepare,
     data.datasets,
+    data.card,
     features.extract,
     features.encoders,
     heads.train_head,
