@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from pipeline.runtime.assignments import merge_settings, setting_text
-from pipeline.runtime.errors import UserError
 from pipeline.runtime.files import check_local
+from pipeline.runtime.head_names import find_run
 from pipeline.runtime.plugins import load_file
-from pipeline.studies.runs import Run, Runs, list_runs, load_run
+from pipeline.studies.runs import Run, Runs, list_runs, load_run, train_runs
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from pipeline.studies.grid import PrecisionChoice
     from pipeline.studies.search import GridResult, GridStrategy
     from pipeline.training.joint.finetune import FinetuneResult
+    from pipeline.training.tracking import MakeTracker
 
 Aggregate = Literal["", "mean", "first", "random"]
 NO_SETTINGS: Mapping[str, Any] = {}
@@ -145,22 +146,14 @@ class Workspace:
             UserError: there is no such encoder or setting, the dataset is not prepared, or too many samples fail.
         """
         from pipeline.cache.reader import open_cache
-        from pipeline.encoders._factory import with_absolute_paths
         from pipeline.extraction.distributed import dispatch_extraction
         from pipeline.extraction.extract import ExtractOptions
-        from pipeline.extraction.inputs import default_encoders
-        from pipeline.runtime import plugins
-        from pipeline.runtime.settings import configure
+        from pipeline.extraction.inputs import check_encoders, default_encoders
 
         given = {key: setting_text(value) for key, value in merge_settings(settings, more_settings).items()}
         chosen = [encoder] if isinstance(encoder, str) else list(encoder)
         chosen = chosen or default_encoders(self.home, self.manifest(dataset))
-        if given and len(chosen) > 1:
-            raise UserError("settings belong to one encoder: name it (--encoder)")
-        for name in chosen:  # refuses an unknown name or setting before the first encoder runs
-            plugins.check_name("encoders", name)
-        for name in chosen:
-            configure(plugins.get("encoders", name).Config, with_absolute_paths(given))
+        check_encoders(chosen, given)
         options = ExtractOptions(
             batch_size=batch_size, workers=workers, shard_rows=shard_rows, max_failures=max_failures, retry_failed=retry_failed
         )
@@ -221,6 +214,8 @@ class Workspace:
         text: str = "",
         aggregate: Aggregate = "",
         fraction: float = 1.0,
+        name: str = "",
+        log: Sequence[str | MakeTracker] = (),
         settings: Mapping[str, Any] = NO_SETTINGS,
         **more_settings: Any,
     ) -> Run:
@@ -238,6 +233,8 @@ class Workspace:
                 the texts' mean and variance, or the "label"; "CACHE:noise" names both.
             aggregate: How several texts of a sample become one vector; "": as the dataset says.
             fraction: The share of each class of the training split to train on; the samples of a smaller share are in a larger.
+            name: A name for the head, which no other head has; `diffalign runs tag` gives more.
+            log: Who is told the epochs as they come: "tensorboard", or classes of your own, see `training.tracking.Tracker`.
             settings: Settings of the method, by name (of a part: "ema.tau"), alias or the papers' letter, as a mapping.
             more_settings: The same as keyword arguments: T=1200, gamma=1.5.
 
@@ -246,7 +243,8 @@ class Workspace:
         """
         caches: dict[str, Any] = {"image": image, "text": text, "aggregate": aggregate, "fraction": fraction}
         given = merge_settings(settings, more_settings)
-        return self.train_heads(dataset, method, seeds=(seed,), preset=preset, train=train, **caches, settings=given)[0]
+        more: dict[str, Any] = {"preset": preset, "train": train, "name": name, "log": log, **caches}
+        return self.train_heads(dataset, method, seeds=(seed,), **more, settings=given)[0]
 
     def train_heads(
         self,
@@ -260,13 +258,14 @@ class Workspace:
         text: str = "",
         aggregate: Aggregate = "",
         fraction: float = 1.0,
+        name: str = "",
+        log: Sequence[str | MakeTracker] = (),
         settings: Mapping[str, Any] = NO_SETTINGS,
         **more_settings: Any,
     ) -> Runs:
         """Train one head per seed on features that are opened once; see `train_head` for the arguments."""
-        from pipeline.training.earlier_runs import log_earlier_runs
         from pipeline.training.features import cache_names, open_features
-        from pipeline.training.heads import plan_head_on, resolve_head_settings, train_head
+        from pipeline.training.heads import plan_head_on, resolve_head_settings
 
         config, training = resolve_head_settings(
             dataset, method, preset, merge_settings(settings, more_settings), train, self.home
@@ -275,11 +274,7 @@ class Workspace:
         features = open_features(self.home, dataset, method, names, aggregate, fraction)
         features.warn_about_images()
         heads = [plan_head_on(features, method, config, training, seed) for seed in seeds]
-        log_earlier_runs(heads)
-        runs = tuple(Run(self.home, train_head(head, progress=True).path) for head in heads)
-        for run in runs:
-            run.evaluate("val")
-        return Runs(self.home, dataset, runs)
+        return train_runs(self.home, heads, name, log)
 
     def grid(
         self,
@@ -347,6 +342,7 @@ class Workspace:
         accumulate: int = 1,
         checkpointing: bool = False,
         workers: int = -1,
+        log: Sequence[str | MakeTracker] = (),
     ) -> FinetuneResult:
         """Stage 3: train the encoders together with a head of stage 2, and extract the tuned encoders' features.
 
@@ -361,6 +357,7 @@ class Workspace:
             accumulate: Parts in which a batch goes through the encoders; more need less memory.
             checkpointing: Recompute blocks in the backward pass, to need less memory.
             workers: Processes that decode media; -1: one per core, 0: only this process.
+            log: As in `train_head`.
 
         Returns:
             run, the folder of the better run on validation (`load_run(result.run.path)`); metric with its values before and
@@ -369,16 +366,18 @@ class Workspace:
         from pipeline.runtime.settings import configure
         from pipeline.training.joint.finetune import finetune, resolve_joint_settings
         from pipeline.training.joint.plan import JointConfig, JointOptions
+        from pipeline.training.tracking import find_tracker
 
         folder = self.run(run).folder
         given = {"train": unfreeze, "encoder_lr": encoder_lr, "layer_decay": layer_decay, "augment": augment}
-        options = JointOptions(accumulate=accumulate, checkpointing=checkpointing, workers=workers)
+        trackers = tuple(map(find_tracker, log))
+        options = JointOptions(accumulate=accumulate, checkpointing=checkpointing, workers=workers, trackers=trackers)
         joint = configure(JointConfig, given)
         return finetune(self.home, folder, joint, resolve_joint_settings(folder, train), options)
 
     def run(self, run: Run | str | Path) -> Run:
-        """Return a run whose manifest and caches are in this home, from its folder."""
-        return load_run(run.path if isinstance(run, Run) else run, self.home)
+        """Return a run whose manifest and caches are in this home: by its folder, or "HEAD/seed0" as in `diffalign runs ls`."""
+        return load_run(run.path if isinstance(run, Run) else find_run(self.home, str(run)).path, self.home)
 
     def evaluate(self, run: Run | str | Path, split: str = "val", **overrides: Any) -> dict[str, float]:
         """Return the metrics of a run, or of a run's folder, on a split, in percent; see `Run.evaluate`."""

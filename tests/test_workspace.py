@@ -145,9 +145,9 @@ def test_a_comparison_needs_names_of_two_heads(photos: PhotoHome, heads: dict[st
     assert runs.table.set_index(["name", "seed"])["val acc1"].notna().all()
     with pytest.raises(da.UserError, match="at least two heads"):
         runs.compare("ema")
-    with pytest.raises(da.UserError, match="no head that is evaluated on val begins with 'cdr'; choose one of: baseline-"):
+    with pytest.raises(da.UserError, match="no head of photos that is called 'cdr'; choose one of: baseline-"):
         runs.compare("ema", "cdr")
-    with pytest.raises(da.UserError, match="several heads begin with ''"):
+    with pytest.raises(da.UserError, match="no head of photos that is called ''"):
         runs.compare("", "ema")
 
 

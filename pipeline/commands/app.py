@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from pipeline.commands import cache, data, doctor, features, finetune, grid, heads, report, reproduce, studies, tune
+from pipeline.commands import cache, data, doctor, features, finetune, grid, heads, report, reproduce, runs, studies, tune
 from pipeline.commands.options import CommandGroup
 from pipeline.runtime.environment import set_environment
 from pipeline.runtime.errors import UserError, describe_error, is_out_of_memory, traceback_file
@@ -29,6 +29,7 @@ for command in (
     data.fetch,
     data.prepare,
     data.datasets,
+    data.card,
     features.extract,
     features.encoders,
     heads.train_head,
@@ -37,6 +38,7 @@ for command in (
     grid.grid,
     tune.tune,
     finetune.finetune,
+    runs.compare,
     report.report,
     reproduce.reproduce,
     doctor.doctor,
@@ -44,6 +46,7 @@ for command in (
     studies.demo_joint,
 ):
     app.command()(command)
+app.add_typer(runs.runs_commands, name="runs")
 app.add_typer(cache.cache_commands, name="cache")
 app.add_typer(studies.ablate_commands, name="ablate")
 

@@ -117,3 +117,20 @@ def datasets(
     plugin = read_plugin(home, name)
     about = " ".join(plugins.documentation("datasets", plugin).split())
     show({"about": about, **changeable_settings(load_spec(plugin))}, as_json)
+
+
+def card(
+    dataset: Dataset,
+    out: Annotated[Path, typer.Option(help="Folder to write; default: HOME/reports/DATASET/card.")] = Path(),
+    home: Home = DEFAULT_HOME,
+    as_json: AsJson = False,
+) -> None:
+    """Metadata of a prepared dataset for others: Croissant JSON-LD and a dataset card, beside the manifest's table."""
+    check_dataset(dataset, home)
+
+    from pipeline.data.card import write_card
+    from pipeline.data.manifest_files import read_manifest
+
+    folder = home / "reports" / dataset / "card" if out == Path() else out
+    files = write_card(read_manifest(home, dataset), home, folder)
+    show({file.name: str(file) for file in files}, as_json)

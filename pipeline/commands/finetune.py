@@ -3,22 +3,29 @@
 from __future__ import annotations
 
 import logging
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from pipeline.commands.checks import check_setting_names
 from pipeline.commands.joint_options import Accumulate, Augment, Checkpointing, EncoderLr, LayerDecay, Workers
-from pipeline.commands.options import DEFAULT_HOME, NO_PAIRS, AsJson, Home, show
+from pipeline.commands.options import DEFAULT_HOME, NO_PAIRS, AsJson, Home, Log, show
 from pipeline.runtime.assignments import parse_assignments
 from pipeline.runtime.errors import UserError
+from pipeline.runtime.head_names import find_run
 
 logger = logging.getLogger(__name__)
 
 
 def finetune(
-    init: Annotated[Path, typer.Option(help="Run of stage 2 to start from, …/seed<k>; it decides the head and the encoders.")],
+    init: Annotated[
+        str,
+        typer.Option(
+            metavar="RUN",
+            help="Run of stage 2 to start from: a folder …/seed<k>, or HEAD/seed<k> (diffalign runs ls); HEAD alone if it has "
+            "one seed. It decides the head and the encoders.",
+        ),
+    ],
     method: Annotated[str, typer.Option(help="Method of that run; another one is refused. Default: that of the run.")] = "",
     dataset: Annotated[str, typer.Option(help="Dataset of that run; another one is refused. Default: that of the run.")] = "",
     unfreeze: Annotated[
@@ -38,6 +45,7 @@ def finetune(
     accumulate: Accumulate = 1,
     checkpointing: Checkpointing = False,
     workers: Workers = -1,
+    log: Log = NO_PAIRS,
     home: Home = DEFAULT_HOME,
     as_json: AsJson = False,
 ) -> None:
@@ -45,10 +53,10 @@ def finetune(
 
     Several GPUs: torchrun --nproc-per-node N -m pipeline finetune …; an interrupted run goes on where it was.
     """
-    from pipeline.runtime.runs import RunFolder
     from pipeline.training.config import TrainConfig
 
-    config = RunFolder.at(init).config()
+    run = find_run(home, init)
+    config = run.config()
     for option, given, found in (("--method", method, config.method), ("--dataset", dataset, config.dataset)):
         if given not in ("", found):
             raise UserError(f"{option} is {given}, but {init} is a run of {found}")
@@ -60,7 +68,7 @@ def finetune(
     from pipeline.workspace import Workspace
 
     outcome = Workspace(home).finetune(
-        init,
+        run.path,
         unfreeze=unfrozen,
         encoder_lr=encoder_lr,
         layer_decay=layer_decay,
@@ -69,6 +77,7 @@ def finetune(
         accumulate=accumulate,
         checkpointing=checkpointing,
         workers=workers,
+        log=log,
     )
     if not is_first_process():
         return

@@ -19,9 +19,11 @@ from pipeline.commands.checks import (
 from pipeline.commands.options import (
     DEFAULT_HOME,
     NO_PAIRS,
+    RUN_HELP,
     AsJson,
     Home,
     ImageCache,
+    Log,
     PreparedDataset,
     Seeds,
     SettingOptions,
@@ -32,9 +34,10 @@ from pipeline.commands.options import (
     show_table,
 )
 from pipeline.commands.plugin_table import show_plugin, show_settings
-from pipeline.commands.robustness import choose_corruptions, print_robustness
+from pipeline.commands.robustness import choose_corruptions, is_corruption, print_robustness
 from pipeline.runtime.assignments import parse_assignments
 from pipeline.runtime.errors import UserError
+from pipeline.runtime.head_names import find_head_runs
 
 if TYPE_CHECKING:
     from pipeline.runtime.runs import RunFolder
@@ -69,6 +72,11 @@ def train_head(
     fraction: Annotated[
         float, typer.Option(help="Share of each class of the training split to train on, above 0 and at most 1.")
     ] = 1.0,
+    name: Annotated[
+        str,
+        typer.Option(help="A name for the head, which commands take in place of its folder; `diffalign runs tag` gives more."),
+    ] = "",
+    log: Log = NO_PAIRS,
     home: Home = DEFAULT_HOME,
     as_json: AsJson = False,
 ) -> None:
@@ -89,13 +97,13 @@ def train_head(
 
     caches: dict[str, Any] = {"image": image, "text": text, "aggregate": aggregate, "fraction": fraction}
     runs = Workspace(home).train_heads(
-        dataset, method, seeds=chosen, preset=preset, train=given_training, **caches, settings=given
+        dataset, method, seeds=chosen, preset=preset, train=given_training, name=name, log=log, **caches, settings=given
     )
     show_runs([{"run": str(run.path), "split": "val", **run.evaluate("val")} for run in runs], as_json)
 
 
 def evaluate(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN", help="Folders of runs, …/seed<k>, or of all seeds of a head.")],
+    runs: Annotated[list[str], typer.Argument(metavar="RUN", help=f"{RUN_HELP} May be given several times.")],
     split: Annotated[
         str,
         typer.Option(help="train, val or test; every read of test is logged in the run. Default: val; with --corrupt test."),
@@ -124,14 +132,14 @@ def evaluate(
     if corrupt:
         if sampler_curve:
             raise UserError("--corrupt and --sampler-curve are two questions: ask one at a time")
-        kinds = [str(word) for word in runs if len(word.parts) == 1 and not word.exists()]  # the others are runs
-        folders = [run for path in runs if str(path) not in kinds for run in _runs_in(path)]
+        kinds = [word for word in runs if is_corruption(home, word)]  # the others are runs
+        folders = [run for word in runs if word not in kinds for run in find_head_runs(home, word)]
         asked = choose_corruptions(kinds, parse_integers(strengths, "--strengths"))
         print_robustness(home, folders, chosen, asked, given, workers, as_json)
         return
     given_besides = {"--strengths": strengths != ALL_STRENGTHS, "--workers": workers != -1}
     check_unused(given_besides, "belongs to --corrupt: give that too, or leave it out")
-    folders = [run for path in runs for run in _runs_in(path)]
+    folders = [run for word in runs for run in find_head_runs(home, word)]
     if sampler_curve:
         _print_sampler_curves(home, folders, chosen, given, as_json)
         return
@@ -151,14 +159,6 @@ def evaluate(
     for warning in sorted(left_out):
         logger.warning(warning)
     show_runs(results, as_json)
-
-
-def _runs_in(path: Path) -> list[RunFolder]:
-    """Return the run in a folder, or those of all seeds of the head in it."""
-    from pipeline.runtime.runs import RunFolder
-
-    is_run = (path / "config.json").is_file()
-    return [RunFolder.at(folder) for folder in ([path] if is_run else sorted(path.glob("seed*")) or [path])]
 
 
 def _print_sampler_curves(home: Path, runs: list[RunFolder], split: Split, settings: dict[str, str], as_json: bool) -> None:

@@ -20,6 +20,7 @@ from pipeline.runtime import plugins
 from pipeline.runtime.errors import UserError
 from pipeline.runtime.files import check_local
 from pipeline.runtime.logs import set_up_logging
+from pipeline.runtime.terminal import printable
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -64,6 +65,10 @@ Scheduler = Annotated[
         help="local, or the address of a dask scheduler, tcp://host:port; its workers see the same files.",
     ),
 ]
+RUN_HELP = (
+    "A trained head: latest, a name or tag, the name of its folder or the beginning of that (diffalign runs ls), or a path; "
+    "all its seeds, or with /seed<k> at the end that one."
+)
 Dataset = Annotated[str, typer.Argument(help="Name of a dataset; `diffalign datasets` lists them.")]
 PreparedDataset = Annotated[str, typer.Option(help="Name of a prepared and extracted dataset.")]
 SettingOptions = Annotated[list[str], typer.Option("--set", help="A setting, KEY=VALUE; may be given several times.")]
@@ -80,6 +85,14 @@ Text = Annotated[
     typer.Option(
         help="Cache of the text features; default: the dataset's text encoder. Or a control that training reads in place of "
         "the texts: shuffled-within, shuffled-across, noise or label; real: none; CACHE:CONTROL names both."
+    ),
+]
+Log = Annotated[
+    list[str],
+    typer.Option(
+        "--log",
+        help="Beside history.csv, tell the epochs to: tensorboard (tensorboard --logdir HOME/runs), or a class of your own, "
+        "FILE.py:CLASS, whose code is run (examples/trackers.py has W&B and MLflow). May be given several times.",
     ),
 ]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Show more messages.")]
@@ -161,8 +174,17 @@ def show(value: Any, as_json: bool) -> None:
 
 
 def show_table(table: pd.DataFrame, as_json: bool) -> None:
-    """Print a table on stdout, as text or with its rows as JSON."""
-    print(table.to_json(orient="records", indent=1) if as_json else table.to_string(index=False))
+    """Print a table on stdout, as text or with its rows as JSON; text stands at the left, numbers at the right."""
+    if as_json:
+        print(table.to_json(orient="records", indent=1))
+        return
+    shown = table.copy()
+    for name in table.select_dtypes(exclude=["number", "bool"]):
+        cells = [printable(str(cell)) for cell in table[name]]
+        width = max(map(len, [str(name), *cells]))
+        shown[name] = [cell.ljust(width) for cell in cells]
+        shown = shown.rename(columns={name: str(name).ljust(width)})
+    print(shown.to_string(index=False, na_rep="-"))
 
 
 def show_runs(rows: list[dict[str, Any]], as_json: bool) -> None:

@@ -9,12 +9,28 @@ from typing import TYPE_CHECKING
 
 from pipeline.commands.options import show, show_table
 from pipeline.runtime.errors import UserError
+from pipeline.runtime.head_names import find_head
 
 if TYPE_CHECKING:
     from pipeline.data.corruptions import Corruption
     from pipeline.report.corruption import Robustness
     from pipeline.runtime.runs import RunFolder
     from pipeline.types import Split
+
+
+def is_corruption(home: Path, word: str) -> bool:
+    """Whether a word after --corrupt is meant to name kinds of corruption: it does, or it is neither a path nor a head."""
+    from pipeline.data.corruptions import CORRUPTION_LEVELS
+
+    if any(kind.strip() in CORRUPTION_LEVELS for kind in word.split(",")):
+        return True
+    if "/" in word or Path(word).exists():
+        return False
+    try:
+        find_head(home, word)
+    except UserError:
+        return True
+    return False
 
 
 def choose_corruptions(words: Sequence[str], strengths: Sequence[int]) -> list[Corruption]:

@@ -58,11 +58,11 @@ def write_manifest(manifest: Manifest, home: Path) -> Path:
     """
     check_manifest(manifest)
     sidecar = _sidecar(manifest)
-    path = _manifest_path(home, manifest.dataset, "parquet")
+    path = manifest_path(home, manifest.dataset, "parquet")
     location = {"media_root": str(manifest.media_root.resolve())}
-    write_atomic(_manifest_path(home, manifest.dataset, "location.json"), _indented_json(location))
-    _write_tables(manifest, path, _manifest_path(home, manifest.dataset, "csv"))
-    write_atomic(_manifest_path(home, manifest.dataset, "meta.json"), _indented_json(sidecar))
+    write_atomic(manifest_path(home, manifest.dataset, "location.json"), _indented_json(location))
+    _write_tables(manifest, path, manifest_path(home, manifest.dataset, "csv"))
+    write_atomic(manifest_path(home, manifest.dataset, "meta.json"), _indented_json(sidecar))
     return path
 
 
@@ -104,7 +104,7 @@ def read_manifest(home: Path, dataset: str) -> Manifest:
         UserError: a file is missing or does not fit the others (with the remedy), or a row is faulty (with the row).
     """
     remedy = f"run: {prepare_command(dataset, read_plugin(home, dataset))}"
-    paths = [_manifest_path(home, dataset, suffix) for suffix in ("parquet", "meta.json", "location.json")]
+    paths = [manifest_path(home, dataset, suffix) for suffix in ("parquet", "meta.json", "location.json")]
     for path in paths:
         if not path.is_file():
             raise UserError(f"{path} is missing{_what_else_is_prepared(home, dataset)}; {remedy}")
@@ -134,7 +134,7 @@ def read_plugin(home: Path, dataset: str) -> str:
 
 def _read_meta(home: Path, dataset: str) -> dict[str, Any]:
     """Return the meta of a manifest from its small sidecar alone; empty if it cannot be read."""
-    path = _manifest_path(home, dataset, "meta.json")
+    path = manifest_path(home, dataset, "meta.json")
     try:
         return dict(json.loads(path.read_text(encoding="utf-8"))["meta"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError):  # `read_manifest` says what is wrong with it
@@ -186,7 +186,7 @@ def _read_rows(path: Path) -> dict[str, Any]:
     }
 
 
-def _manifest_path(home: Path, dataset: str, suffix: str) -> Path:
+def manifest_path(home: Path, dataset: str, suffix: str) -> Path:
     if not DATASET_NAME.fullmatch(dataset):
         raise UserError(f"dataset name {dataset!r} may hold only letters, digits, '_', '-' and '.'")
     return home / "manifests" / f"{dataset}.{suffix}"

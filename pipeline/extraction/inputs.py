@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -22,8 +22,11 @@ from pipeline.data.corruptions import Corruption, corrupt
 from pipeline.data.manifest import Manifest, has_text, is_blank
 from pipeline.data.manifest_files import load_dataset_spec
 from pipeline.encoders._encoder import Encoder
+from pipeline.encoders._factory import with_absolute_paths
+from pipeline.runtime import plugins
 from pipeline.runtime.device import default_device
 from pipeline.runtime.errors import UserError
+from pipeline.runtime.settings import configure
 from pipeline.types import Sample
 
 logger = logging.getLogger(__name__)
@@ -211,6 +214,20 @@ def default_encoders(home: Path, manifest: Manifest) -> list[str]:
             encoders.pop("text"),
         )
     return list(encoders.values())
+
+
+def check_encoders(names: Sequence[str], settings: Mapping[str, str]) -> None:
+    """Check the names of encoders and the settings for them, before the first one runs.
+
+    Raises:
+        UserError: there is no such encoder or setting, or settings are given for several encoders.
+    """
+    if settings and len(names) > 1:
+        raise UserError("settings belong to one encoder: name it (--encoder)")
+    for name in names:
+        plugins.check_name("encoders", name)
+    for name in names:
+        configure(plugins.get("encoders", name).Config, with_absolute_paths(settings))
 
 
 def make_input_rows(manifest: Manifest, modality: str) -> InputRows:

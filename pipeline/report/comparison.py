@@ -76,13 +76,18 @@ def pair_scores(a: SampleMetrics, b: SampleMetrics, groups: Mapping[str, str]) -
         return {}
     positions = {sample_id: index for index, sample_id in enumerate(b.ids)}
     aligned = np.array([positions[sample_id] for sample_id in a.ids])
-    names = [("group", groups[sample_id]) if sample_id in groups else ("sample", sample_id) for sample_id in a.ids]
-    clusters = pd.factorize(pd.Series(names))[0]
+    clusters = clusters_of(a.ids, groups)
     return {
         name: Scores(a.by_metric[name], b.by_metric[name][:, aligned], clusters, a.seeds == b.seeds)
         for name in a.by_metric
         if name in b.by_metric
     }
+
+
+def clusters_of(ids: Sequence[str], groups: Mapping[str, str]) -> np.ndarray:
+    """Return the number of the cluster of each sample [N]: its group, or a cluster of its own."""
+    names = [("group", groups[sample_id]) if sample_id in groups else ("sample", sample_id) for sample_id in ids]
+    return pd.factorize(pd.Series(names))[0]
 
 
 def bootstrap_differences(row: ResultRow, baseline: ResultRow, groups: Mapping[str, str]) -> dict[str, Estimate]:

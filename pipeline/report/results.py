@@ -223,7 +223,7 @@ def read_history(run: RunFolder) -> pd.DataFrame:
     return pd.read_csv(run.path / "history.csv").reindex(columns=HISTORY_COLUMNS)
 
 
-def _kept_val_metric(run: RunFolder, select: str) -> float:
+def kept_val_metric(run: RunFolder, select: str) -> float:
     """Return the validation metric of the epoch that training kept under the rule `select`, or of the best candidate."""
     epochs = read_history(run).dropna(subset=["val_metric"])
     if epochs["candidate"].notna().any():
@@ -249,7 +249,7 @@ def _group_by_config(runs: Sequence[RunFolder], caches: Sequence[Mapping[str, An
             tuple(group),
             kinds.get(config.caches["image"], "unknown"),
             label,
-            float(np.mean([_kept_val_metric(run, config.training["select"]) for run in group])),
+            float(np.mean([kept_val_metric(run, config.training["select"]) for run in group])),
         )
         for config, group, label in zip(configs, groups.values(), labels, strict=True)
     ]
@@ -279,7 +279,7 @@ def label_configs(configs: Sequence[RunConfig], is_text_only: Sequence[bool], ca
         for name, config in zip(names, configs, strict=True)
     ]
     folders = {cache["fingerprint"]: Path(cache["path"]).name for cache in caches}
-    settings_by_config = [_distinguishing_settings(config, folders) for config in configs]
+    settings_by_config = [distinguishing_settings(config, folders) for config in configs]
     labels = []
     for name, config, settings in zip(names, configs, settings_by_config, strict=True):
         peers = [other for other_name, other in zip(names, settings_by_config, strict=True) if other_name == name]
@@ -307,7 +307,7 @@ def _describe_fraction(config: RunConfig) -> str:
     return "" if config.train_fraction == 1 else f" · {100 * config.train_fraction:g} % of the training data"
 
 
-def _distinguishing_settings(config: RunConfig, folders: Mapping[str, str]) -> dict[str, Any]:
+def distinguishing_settings(config: RunConfig, folders: Mapping[str, str]) -> dict[str, Any]:
     """Return everything in which a configuration can differ from another, under names that readers know."""
     caches = {f"{key} features": folders.get(digest, digest[:12]) for key, digest in config.caches.items()}
     settings = flatten(config.settings)

@@ -4,23 +4,24 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import traceback
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass
 from operator import index
 from pathlib import Path
 from typing import Any, SupportsIndex
 
 from pipeline.runtime.errors import UserError, note_traceback_file
-from pipeline.runtime.files import fingerprint, sha256, write_atomic
+from pipeline.runtime.files import fingerprint, lock, sha256, sync_folder, write_atomic
 from pipeline.runtime.settings import flatten
 
 MAX_SEED = 2**63 - 1
 REAL_TEXT = "real"  # `RunConfig.text_control` of a run that was trained on the texts of its own samples
 RECIPE = 3  # of runs that are trained now; 1 drew the random numbers of training by sample id, 2 rounded losses otherwise
-_SEED_FOLDER = re.compile("seed[0-9]+")
-_HEAD_FOLDER = re.compile(".+-[0-9a-f]{12}")
+SEED_FOLDER = re.compile("seed[0-9]+")
+HEAD_FOLDER = re.compile(".+-[0-9a-f]{12}")
 
 
 def check_seed(seed: SupportsIndex) -> int:
@@ -98,7 +99,7 @@ class RunFolder:
         """
         if not (path / "config.json").is_file():
             raise UserError(f"{path} is not a run: give a folder …/runs/<dataset>/<method>-<fingerprint>/seed<k>")
-        if not _SEED_FOLDER.fullmatch(path.name):
+        if not SEED_FOLDER.fullmatch(path.name):
             raise UserError(f"{path} holds the files of a run, and its name should say the seed: call the folder seed<k> again")
         return RunFolder(path, int(path.name.removeprefix("seed")))
 
@@ -232,6 +233,31 @@ class RunFolder:
 def find_runs(home: Path, dataset: str) -> list[RunFolder]:
     """Return all runs of a dataset, finished or not, sorted by name and seed. Other folders, such as copies, are no runs."""
     folders = [config.parent for config in (home / "runs" / dataset).glob("*-*/seed*/config.json")]
-    named = [each for each in folders if _HEAD_FOLDER.fullmatch(each.parent.name) and _SEED_FOLDER.fullmatch(each.name)]
+    named = [each for each in folders if HEAD_FOLDER.fullmatch(each.parent.name) and SEED_FOLDER.fullmatch(each.name)]
     runs = [RunFolder.at(folder) for folder in named]
     return sorted(runs, key=lambda run: (run.path.parent.name, run.seed))
+
+
+def disk_usage(folders: Sequence[Path]) -> int:
+    """Return the bytes of all files below some folders."""
+    files = [file for folder in folders for file in folder.rglob("*") if not file.is_symlink()]
+    return sum(file.stat().st_size for file in files if file.is_file())
+
+
+def remove_runs(folders: Sequence[Path]) -> None:
+    """Remove the folders of runs, and the folders of heads that have no run left. If it is killed, a run is whole or gone.
+
+    Raises:
+        UserError: another process writes to one of them; nothing is removed then.
+    """
+    with ExitStack() as locks:
+        for folder in sorted(folders):
+            locks.enter_context(lock(folder))
+        for folder in folders:  # no run has such a name, so what a kill leaves is none
+            folder.rename(folder.with_name(f".{folder.name}.removed"))
+    for head in {folder.parent for folder in folders}:
+        sync_folder(head)
+        for leftover in head.glob(".seed*.removed"):
+            shutil.rmtree(leftover)
+        if not any(head.glob("seed*")):
+            shutil.rmtree(head)

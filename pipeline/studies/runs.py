@@ -9,10 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.runtime.choices import unknown_choice
 from pipeline.runtime.errors import UserError
+from pipeline.runtime.head_names import HeadFolder, check_name_is_free, find_head
 from pipeline.runtime.runs import RunConfig, RunFolder, find_runs
 
 if TYPE_CHECKING:
     import pandas as pd
+
+    from pipeline.training.heads import HeadPlan
+    from pipeline.training.tracking import MakeTracker
 
 
 @dataclass(frozen=True)
@@ -195,7 +199,7 @@ class Runs(Sequence[Run]):
         takes three seeds of both heads, a verdict five. Finished runs that lack an evaluation on the split are evaluated.
 
         Args:
-            first: `Run.name` of a head, "seda-1f…", or a beginning of it that fits no other head.
+            first: `Run.name` of a head, "seda-1f…", a beginning of it that fits no other head, its tag, or "latest".
             others: The same, of at least one other head.
             split: "val"; or "test" once all choices are made, because its reads are logged.
 
@@ -212,21 +216,51 @@ class Runs(Sequence[Run]):
 
         if split not in SPLITS:
             raise unknown_choice(split, f"unknown split {split!r}", SPLITS)
-        names = [self._find_head(name, split) for name in (first, *others)]
+        names = [self._find_head(name) for name in (first, *others)]
         for run in self.items:
             if others and run.is_done and run.name in names:
                 run.evaluate(split)
         return compare_pairs(self.home, self.dataset, names, split)
 
-    def _find_head(self, name: str, split: str) -> str:
-        """Return the name of the finished head that begins with a name. Nothing is evaluated: reads of "test" are logged."""
-        finished = sorted({run.name for run in self.items if run.is_done})
-        found = [each for each in finished if each == name] or [each for each in finished if each.startswith(name)]
-        if len(found) != 1:
+    def _find_head(self, name: str) -> str:
+        """Return the name of the head that a word means. Nothing is evaluated: reads of "test" are logged."""
+
+        def describe(head: HeadFolder) -> str:
             from pipeline.report.results import name_head
 
-            problem = "several heads begin" if found else f"no head that is evaluated on {split} begins"
-            labels = {run.name: name_head(run.home, run.config) for run in self.items if run.name in (found or finished)}
-            choices = [each if each.startswith(f"{label}-") else f"{each} ({label})" for each, label in sorted(labels.items())]
-            raise UserError(f"{problem} with {name!r}; choose one of: {', '.join(choices) or 'none'}")
-        return found[0]
+            label = name_head(self.home, head.runs[0].config())
+            return head.name if head.name.startswith(f"{label}-") else f"{head.name} ({label})"
+
+        head = find_head(self.home, name, self.dataset, describe)
+        if not head.finished:
+            raise UserError(f"{head.name} has no finished run: run its command again to complete it")
+        return head.name
+
+
+def train_runs(home: Path, heads: Sequence[HeadPlan], name: str, log: Sequence[str | MakeTracker]) -> Runs:
+    """Train the seeds of a head one after another, evaluate each on validation, and return the runs.
+
+    Args:
+        home: the folder of all artifacts.
+        heads: the plans of the seeds.
+        name: the head gets this tag, which no other head has; "": none.
+        log: see `find_tracker`.
+
+    Raises:
+        UserError: another head has the name, there is no such tracker, or a run fails.
+    """
+    from pipeline.training.earlier_runs import log_earlier_runs
+    from pipeline.training.heads import train_head
+    from pipeline.training.tracking import find_tracker
+
+    head = HeadFolder(heads[0].run.path.parent)
+    if name:
+        check_name_is_free(home, name, head)
+    trackers = [find_tracker(word) for word in log]
+    log_earlier_runs(heads)
+    runs = Runs(home, head.dataset, tuple(Run(home, train_head(each, True, trackers=trackers).path) for each in heads))
+    for run in runs:
+        run.evaluate("val")
+    if name:
+        head.change_tags(add=[name])
+    return runs

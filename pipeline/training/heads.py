@@ -33,6 +33,7 @@ from pipeline.training.captured import is_captured
 from pipeline.training.config import TRAINING_PRESETS, TrainConfig
 from pipeline.training.features import FeatureSet, open_features
 from pipeline.training.state import Score, StopCheck, TrainState, delete_saved_state, never_stop
+from pipeline.training.tracking import MakeTracker, RunTrackers, replay
 from pipeline.training.train import train
 from pipeline.training.tuned import read_tuned
 from pipeline.types import Predictor
@@ -135,20 +136,23 @@ def plan_head(
     return plan_head_on(open_features(home, dataset, method, encoders, aggregate), method, settings, training, seed)
 
 
-def train_head(head: HeadPlan, progress: bool, should_stop: StopCheck = never_stop) -> RunFolder:
+def train_head(
+    head: HeadPlan, progress: bool, should_stop: StopCheck = never_stop, trackers: Sequence[MakeTracker] = ()
+) -> RunFolder:
     """Train a head and return its run. A finished run is not repeated, and an interrupted one resumes.
 
     Args:
         head: The plan of the run.
         progress: Whether to show a progress bar.
         should_stop: Called after each validation; training stops early when it returns True.
+        trackers: What is told the epochs of the run as they come; of a finished run, all at once.
 
     Raises:
         UserError: the run fails, for example because it diverges or because memory runs out.
         Exception: there is a bug; its traceback is in `error.txt` of the run until a later attempt ends without a bug.
     """
     try:
-        failed = train_heads([head], progress, should_stop)
+        failed = train_heads([head], progress, should_stop, trackers)
     except Exception as error:
         if is_out_of_memory(error):
             raise out_of_memory_error(head.run, error) from error
@@ -165,13 +169,19 @@ def out_of_memory_error(run: RunFolder, error: Exception) -> UserError:
     return UserError(f"{run.path}: memory ran out ({describe_error(error)}); take a smaller batch_size, or a window")
 
 
-def train_heads(heads: Sequence[HeadPlan], progress: bool, should_stop: StopCheck = never_stop) -> dict[RunFolder, UserError]:
+def train_heads(
+    heads: Sequence[HeadPlan],
+    progress: bool,
+    should_stop: StopCheck = never_stop,
+    trackers: Sequence[MakeTracker] = (),
+) -> dict[RunFolder, UserError]:
     """Train heads on the same features as one model; see `train_head`.
 
     Args:
         heads: The plans of the runs, with equal `structure_key`s, one seed and equal `SHARED_SETTINGS`.
         progress: Whether to show a progress bar.
         should_stop: Called for each run after each of its validations.
+        trackers: See `train_head`.
 
     Returns:
         The runs that failed, and why. A failed run does not disturb the others. A bug is raised, and ends them all.
@@ -185,6 +195,7 @@ def train_heads(heads: Sequence[HeadPlan], progress: bool, should_stop: StopChec
                 logger.debug("%s is trained already", head.run.path)
                 delete_saved_state(head.run)
                 head.run.delete_traceback()
+                replay(head.run, trackers)
                 continue
             method = _build_method(head, device)
             folder_lock = all_locks.enter_context(ExitStack())
@@ -194,7 +205,14 @@ def train_heads(heads: Sequence[HeadPlan], progress: bool, should_stop: StopChec
                 continue
             head.run.create(head.config)
             states.append(
-                TrainState(method=method, run=head.run, config=head.training, should_stop=should_stop, folder_lock=folder_lock)
+                TrainState(
+                    method=method,
+                    run=head.run,
+                    config=head.training,
+                    should_stop=should_stop,
+                    trackers=RunTrackers(trackers),
+                    folder_lock=folder_lock,
+                )
             )
         failed = _train_states(heads[0], states, progress) if states else {}
         for state in states:

@@ -135,7 +135,7 @@ def train_phase(
         elif any(state.is_phase_over for state in states):
             trainer.swap_averages()  # candidates are tried on the averages
         for state in states:
-            state.progress.seconds += (time.monotonic() - started) / len(states)
+            state.end_epoch((time.monotonic() - started) / len(states))
         if not states[0].phase.candidates:
             bar.set_postfix(loss=f"{min(float(row['loss']) for row in rows):.3f}", refresh=False)
         bar.update(len(states))

@@ -23,6 +23,7 @@ from pipeline.runtime.runs import RunFolder
 from pipeline.runtime.version import code_version
 from pipeline.training.config import TrainConfig
 from pipeline.training.history import Validation
+from pipeline.training.tracking import RunTrackers
 from pipeline.types import Batch, Phase
 
 DIVERGED = "not finite"  # part of the error message of every run that diverged: such a run would diverge again
@@ -69,6 +70,7 @@ class TrainState:
     config: TrainConfig
     should_stop: StopCheck = never_stop
     measure: Measure = measure_nothing
+    trackers: RunTrackers = field(default_factory=RunTrackers)
     folder_lock: ExitStack = field(default_factory=ExitStack)  # holds the lock of the run's folder; closed when the run ends
     progress: RunProgress = field(default_factory=RunProgress)
     optimizer_state: dict[str, Any] = field(default_factory=dict)  # on the CPU; empty at the start of a phase
@@ -168,6 +170,12 @@ class TrainState:
         self.progress.epoch += 1
         self.progress.history.append(row)
 
+    def end_epoch(self, seconds: float) -> None:
+        """Count the time of a finished epoch, and tell the trackers its row."""
+        self.progress.seconds += seconds
+        if not self.failure:
+            self.trackers.log(len(self.progress.history), self.progress.history[-1])
+
     def is_validation_due(self) -> bool:
         """Return whether the epoch that was recorded last is one to validate; every candidate is."""
         is_chosen = self.progress.epoch % self.config.validate_every == 0 or self.phase.candidates > 0
@@ -224,6 +232,7 @@ class TrainState:
         seconds = round(self.progress.seconds, 3)
         self.run.write_done({"seconds": seconds, "checkpoint_sha256": sha256(weights), "code": code_version()})
         delete_saved_state(self.run)
+        self.trackers.close(self.run)
 
     def _write_history(self) -> None:
         write_atomic(self.run.path / "history.csv", pd.DataFrame(self.progress.history).to_csv(index=False))

@@ -44,6 +44,7 @@ def train(
     remaining = list(states)
     for state in states:
         state.attempt(state.resume)
+        state.trackers.open(state.run, state.progress.history)
     gpus = [torch.cuda.current_device()] if torch.cuda.is_available() else []
     with _progress_bar(states, progress) as bar, torch.random.fork_rng(gpus):
         while remaining := [state for state in remaining if _advance_or_finish(state)]:
@@ -73,6 +74,7 @@ def _advance_or_finish(state: TrainState) -> bool:
             return True
         else:
             state.finish()
+    state.trackers.close()
     state.folder_lock.close()
     return False
 

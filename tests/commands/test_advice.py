@@ -202,7 +202,7 @@ def test_evaluate_takes_several_heads_and_tells_the_diagnostic_apart(
     assert names == {scores["image"]: "baseline", scores["text"]: "text only (diagnostic: reads test text)"}
     runs = Workspace(home).runs("tiny")
     assert dict(zip(runs.table["name"], runs.table["method"], strict=True)) == names
-    with pytest.raises(UserError, match=rf"several heads begin .*{scores['text']} \(text only"):
+    with pytest.raises(UserError, match=rf"several heads are called .*{scores['text']} \(text only"):
         runs.compare("base", "base")
 
 

@@ -13,6 +13,7 @@ from pipeline.runtime.runs import RunConfig, RunFolder
 from pipeline.runtime.settings import POSITIVE, Range, Settings
 from pipeline.training.config import TrainConfig
 from pipeline.training.features import FeatureSet
+from pipeline.training.tracking import MakeTracker
 
 NO_ENCODER = "none"  # the control of joint training: the head alone is trained on, as long and in the same way
 ENCODERS_BY_OPTION: Mapping[str, tuple[str, ...]] = {
@@ -71,6 +72,7 @@ class JointOptions:
     checkpointing: bool = False  # store only the inputs of blocks, and run the blocks again in the backward pass
     workers: int = -1  # processes that decode; -1: one per core
     progress: bool = True  # show progress bars
+    trackers: tuple[MakeTracker, ...] = ()  # are told the epochs of the run as they come
 
     def __post_init__(self) -> None:
         if self.accumulate < 1 or self.workers < -1:

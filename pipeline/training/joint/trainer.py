@@ -31,6 +31,7 @@ from pipeline.training.joint.model import EncodeFn, JointMethod
 from pipeline.training.joint.plan import JointOptions, JointPlan
 from pipeline.training.joint.trainable_encoder import TrainableEncoder, build_joint_method, open_trainable_encoder
 from pipeline.training.state import Score, TrainState
+from pipeline.training.tracking import RunTrackers
 from pipeline.training.train import train
 from pipeline.types import Batch, Predictor, Source
 
@@ -61,7 +62,8 @@ def train_joint(plan: JointPlan, options: JointOptions, context: DistributedCont
         encoders = {key: open_trainable_encoder(plan, key, options, context) for key in plan.joint.trained_keys}
         model = build_joint_method(plan, encoders, context)
         progress = options.progress and not context.rank
-        state = TrainState(method=model, run=run, config=plan.training)
+        trackers = RunTrackers(() if context.rank else options.trackers)
+        state = TrainState(method=model, run=run, config=plan.training, trackers=trackers)
         validate = partial(validate_joint, plan, encoders, context)
         source = joint_source(plan, model, encoders, context, progress)
         resources.enter_context(deterministic_algorithms(default_device()))
