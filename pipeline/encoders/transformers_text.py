@@ -34,6 +34,7 @@ class Config(Settings):
     )
     pooling: Annotated[Literal["mean", "cls"], "over the tokens of the layer"] = "mean"
     layer: Annotated[int, "hidden state: 0 is the embeddings, 1, 2, … the blocks, -1 the last one after the final norm"] = -1
+    tokens: Annotated[bool, "all tokens [max_tokens,D] of a text instead of one vector; zeros behind its last one"] = False
     max_tokens: Annotated[int, Range(2, MAX_TOKENS), "longer texts are cut; at most the positions of the model"] = 64
     normalize: Annotated[bool, "scale features to length 1"] = False
     compute_dtype: Annotated[ComputeDtype, "texts are cheap; in float32 a feature does not depend on its batch"] = "float32"
@@ -62,14 +63,15 @@ class TransformersText(Encoder):
             raise UserError(f"model {config.model!r} has layers 0 to {depth}, or -1 for the final one; found {config.layer}")
         if config.max_tokens > (most := max_positions(self.network)):
             raise UserError(f"model {config.model!r} reads {most} tokens at most, max_tokens is {config.max_tokens}")
-        self.feature_shape = (int(self.network.config.hidden_size),)
+        width = int(self.network.config.hidden_size)
+        self.feature_shape = (config.max_tokens, width) if config.tokens else (width,)
 
     def identity(self) -> dict[str, Any]:
-        """Return configuration, weights, SHA-256 of the tokenizer files, pooling, layer, length, scaling and compute dtype."""
+        """Return configuration, weights, digest of the tokenizer, pooling, layer, tokens, length, scaling and compute dtype."""
         return {
             **self.architecture,
             "tokenizer": self.tokenizer_files,
-            "pooling": self.config.pooling,
+            "pooling": "none" if self.config.tokens else self.config.pooling,
             "layer": self.config.layer,
             "max_tokens": self.config.max_tokens,
             "normalize": self.config.normalize,
@@ -92,19 +94,24 @@ class TransformersText(Encoder):
         return torch.stack([pad(ids_T, padding, value=self.padding_id), pad(torch.ones_like(ids_T), padding)])
 
     def forward(self, prepared: Tensor) -> Tensor:
-        """Return features float32 [B,D] of tokens [B, 2, max_tokens]."""
+        """Return features float32 [B,D] or [B,max_tokens,D] of tokens [B, 2, max_tokens]."""
         longest = int(prepared[:, 1].sum(dim=1).max())
         ids_BT, mask_BT = prepared[:, :, :longest].to(self.device, torch.long).unbind(dim=1)
         layer = self.config.layer
         with use_precision(self.compute_dtype, self.device):
             output = self.network(input_ids=ids_BT, attention_mask=mask_BT, output_hidden_states=layer != -1)
-        hidden_BTD = hidden_states(output, layer)
+        features = self._pool(hidden_states(output, layer), mask_BT.bool())
+        return nn.functional.normalize(features, dim=-1) if self.config.normalize else features
+
+    def _pool(self, hidden_BTD: Tensor, mask_BT: Tensor) -> Tensor:
+        """Return vectors [B,D], or all tokens [B,max_tokens,D], of hidden states; the mask says which tokens are no padding."""
+        if self.config.tokens:
+            words_BTD = hidden_BTD.masked_fill(~mask_BT.unsqueeze(-1), 0.0)
+            return nn.functional.pad(words_BTD, (0, 0, 0, self.config.max_tokens - words_BTD.shape[1]))
         if self.config.pooling == "cls":
-            features_BD = hidden_BTD[:, 0]
-        else:
-            weights_BT1 = mask_BT.unsqueeze(-1).to(hidden_BTD.dtype)
-            features_BD = (hidden_BTD * weights_BT1).sum(dim=1) / weights_BT1.sum(dim=1)
-        return nn.functional.normalize(features_BD, dim=-1) if self.config.normalize else features_BD
+            return hidden_BTD[:, 0]
+        weights_BT1 = mask_BT.unsqueeze(-1).to(hidden_BTD.dtype)
+        return (hidden_BTD * weights_BT1).sum(dim=1) / weights_BT1.sum(dim=1)
 
 
 def max_positions(network: Any) -> int:

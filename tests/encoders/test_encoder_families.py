@@ -113,6 +113,14 @@ def test_openclip_equals_openclip(picture: Path, tmp_path: Path) -> None:
     assert isinstance(positions, nn.Module)
     positions.get_submodule("network.visual.transformer.resblocks.0").register_forward_hook(lambda *call: seen.append(call[2]))
     torch.testing.assert_close(encode(positions, picture), seen[0][:, 1:].cpu())
+    words = encode(build("openclip", model=folder, modality="text", tokens="true"), *TEXTS)
+    tokenizer: Any = open_clip.get_tokenizer(f"local-dir:{folder}")
+    with torch.inference_mode():
+        for text, found, vector in zip(TEXTS, words, expected[1], strict=True):
+            length = len(tokenizer.encode(text)) + 2  # with begin and end
+            torch.testing.assert_close(found[length - 1] @ model.text_projection, vector, rtol=1e-4, atol=1e-5)
+            assert found[:length].any(dim=1).all()
+            assert not found[length:].any()
 
 
 @pytest.mark.parametrize("pooling", ["cls", "mean", "pooler"])

@@ -43,11 +43,18 @@ def test_texts_of_any_length_equal_the_unpadded_model(model: str, tokenizer: dic
     """On whichever side the tokenizer pads, and also if it cannot pad."""
     folder = encoder_cases.text_folder(tmp_path, model, **tokenizer)
     network, words = AutoModel.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
-    found = encode(build("transformers_text", model=folder, max_tokens=8), *TEXTS)
-    for text, vector in zip(TEXTS, found, strict=True):
+    settings = {"model": folder, "max_tokens": 8}
+    found = encode(build("transformers_text", **settings), *TEXTS)
+    of_words = build("transformers_text", **settings, tokens="true")
+    assert of_words.feature_shape == (8, 32)
+    assert of_words.identity()["pooling"] == "none"
+    for text, vector, tokens in zip(TEXTS, found, encode(of_words, *TEXTS), strict=True):
         with torch.inference_mode():
             hidden = network(input_ids=torch.tensor([words(text)["input_ids"][:8]])).last_hidden_state[0]
         torch.testing.assert_close(vector, hidden.mean(dim=0), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(tokens[: len(hidden)], hidden, rtol=1e-4, atol=1e-5)
+        assert tokens[: len(hidden)].any(dim=1).all()  # no word is zeros alone, which mark the padding
+        assert not tokens[len(hidden) :].any()
 
 
 def test_the_side_that_is_cut_is_the_tokenizers_own(tmp_path: Path) -> None:

@@ -265,7 +265,7 @@ def test_random_projection_follows_its_formula(tmp_path: Path) -> None:
         ("transformers_text", {"max_tokens": 1}),
         ("transformers_text", {"layer": 7}),
         ("timm", {"layer": 3}),
-        ("openclip", {"modality": "text", "tokens": "true"}),
+        ("openclip", {"modality": "text", "layer": 0, "tokens": "true"}),
         ("transformers_image", {"pooling": "pooler", "layer": 1}),
         ("transformers_video", {"pooling": "pooler", "tokens": "true"}),
         ("frames", {"num_frames": 0}),
