@@ -57,6 +57,33 @@ def test_texts_of_any_length_equal_the_unpadded_model(model: str, tokenizer: dic
         assert not tokens[len(hidden) :].any()
 
 
+@pytest.mark.parametrize("model", ["bert", "gpt2"])
+@pytest.mark.parametrize("layer", [-1, 1])
+def test_the_words_that_are_kept_are_those_attended_to_most(model: str, layer: int, tmp_path: Path) -> None:
+    """By the first token or, where no token sees those after it, by the last, which themselves are not kept."""
+    folder = encoder_cases.text_folder(tmp_path, model)
+    network, words = (
+        AutoModel.from_pretrained(folder, attn_implementation="eager").eval(),
+        AutoTokenizer.from_pretrained(folder),
+    )
+    encoder = build("transformers_text", model=folder, max_tokens=8, tokens="true", keep=0.4, layer=layer)
+    assert encoder.feature_shape == (3, 32)
+    assert encoder.identity()["keep"] == 0.4
+    texts = (*TEXTS, "fox")
+    for text, found in zip(texts, encode(encoder, *texts), strict=True):
+        ids = words(text)["input_ids"][:8]
+        with torch.inference_mode():
+            output = network(input_ids=torch.tensor([ids]), output_attentions=True, output_hidden_states=True)
+        summary = len(ids) - 1 if model == "gpt2" else 0
+        attention = output.attentions[layer if layer == -1 else 0][0].mean(0)[summary].numpy()
+        others = [row for row in range(len(ids)) if row != summary] or [summary]
+        count = max(1, round(0.4 * (len(ids) - 1)))
+        kept = sorted(sorted(others, key=lambda row: -attention[row])[:count])
+        hidden = output.last_hidden_state if layer == -1 else output.hidden_states[layer]
+        torch.testing.assert_close(found[:count], hidden[0, kept], rtol=1e-4, atol=1e-5)
+        assert not found[count:].any()
+
+
 def test_the_side_that_is_cut_is_the_tokenizers_own(tmp_path: Path) -> None:
     folder = encoder_cases.text_folder(tmp_path, "bert", truncation_side="left", pad_token="[PAD]")
     encoder = build("transformers_text", model=folder, max_tokens=3)

@@ -271,6 +271,8 @@ def test_random_projection_follows_its_formula(tmp_path: Path) -> None:
         ("frames", {"num_frames": 0}),
         ("frames", {"settings": "weights"}),
         ("transformers_text", {"pooling": "max"}),
+        ("transformers_text", {"keep": 0.5}),
+        ("transformers_text", {"keep": 0.5, "tokens": "true", "layer": 0}),
     ],
 )
 def test_settings_out_of_range_are_named(name: str, settings: dict[str, object]) -> None:
