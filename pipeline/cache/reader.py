@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import math
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -25,7 +26,8 @@ from pipeline.runtime.files import fingerprint
 
 logger = logging.getLogger(__name__)
 
-SAMPLES_PER_READ = 8192  # samples whose rows are read and aggregated at a time
+MAX_SAMPLES_PER_READ = 8192  # samples whose rows are read and aggregated at a time
+BYTES_PER_READ = 2**27  # that their features take, if each sample has one row
 
 
 @dataclass(frozen=True)
@@ -58,13 +60,14 @@ class Cache:
         if self.kind == "dense":
             return self.read_rows(ids)[0]
         result = np.full((len(ids), *self.feature_shape), np.nan, dtype=np.float32)
-        for start in range(0, len(ids), SAMPLES_PER_READ):  # memory holds only the rows of these samples
-            features, counts = self.read_rows(ids[start : start + SAMPLES_PER_READ], first_only=aggregate == "first")
+        block_size = samples_per_read(self.feature_shape)
+        for start in range(0, len(ids), block_size):  # memory holds only the rows of these samples
+            features, counts = self.read_rows(ids[start : start + block_size], first_only=aggregate == "first")
             has_rows = counts > 0
             if has_rows.any():
                 sums = np.add.reduceat(features, (np.cumsum(counts) - counts)[has_rows], axis=0)
                 divisors = counts[has_rows].reshape(-1, *(1 for _ in self.feature_shape))
-                result[start : start + SAMPLES_PER_READ][has_rows] = sums / divisors
+                result[start : start + block_size][has_rows] = sums / divisors
         return result
 
     def read_rows(self, ids: Sequence[str], first_only: bool = False) -> tuple[np.ndarray, np.ndarray]:
@@ -116,6 +119,11 @@ class Cache:
 
     def _damage_error(self, file: Path, reason: object) -> UserError:
         return UserError(f"{file} is damaged or missing ({reason}); to redo it, run: {self.provenance['command']}")
+
+
+def samples_per_read(*shapes: tuple[int, ...]) -> int:
+    """Return how many samples are read at a time, for features of these shapes of each."""
+    return max(1, min(MAX_SAMPLES_PER_READ, BYTES_PER_READ // sum(4 * math.prod(shape) for shape in shapes)))
 
 
 def open_cache(path: Path, expect: Mapping[str, Any] | None = None) -> Cache:

@@ -19,7 +19,7 @@ from pipeline.types import Batch, ClassStream, Sample, Source, Split
 
 @dataclass(frozen=True, slots=True)
 class Captions:
-    """All text features of the samples of a split, [M,D]. Those of sample i are offsets[i] .. offsets[i+1]."""
+    """All text features of the samples of a split, [M,*shape]. Those of sample i are offsets[i] .. offsets[i+1]."""
 
     features: Tensor
     offsets: Tensor
@@ -32,17 +32,22 @@ class Captions:
             keys: their random stream keys [B].
             seed: the seed of the run.
             epoch: the epoch.
-            mean: [B,D]: taken for a sample without a usable text.
+            mean: [B,*shape]: taken for a sample without a usable text.
 
         Returns:
-            Text features [B,D].
+            Text features [B,*shape].
         """
         counts = (self.offsets[1:] - self.offsets[:-1])[rows]
         uniform = KeyedRNG.seeded(seed, keys).at("caption", epoch).uniform()
         chosen = self.offsets[rows] + torch.floor(uniform * counts).long()
         drawn = self.features[chosen.clamp(max=len(self.features) - 1)]
-        usable = (counts > 0) & torch.isfinite(drawn).all(dim=1)
-        return torch.where(usable[:, None], drawn, mean)
+        usable = (counts > 0) & torch.isfinite(drawn).flatten(1).all(dim=1)
+        return _where_rows(usable, drawn, mean)
+
+
+def _where_rows(condition: Tensor, rows: Tensor, others: Tensor) -> Tensor:
+    """Return rows [B,*shape] where the condition [B] holds, and elsewhere the others, [B,*shape] or [*shape]."""
+    return torch.where(condition.reshape(-1, *(1 for _ in rows.shape[1:])), rows, others)
 
 
 class FeatureReader(Protocol):
@@ -189,7 +194,7 @@ def read_table(
         paired = torch.isfinite(columns["text"]).flatten(1).all(dim=1)
         if not paired.all():
             mean = columns["text"][paired].mean(dim=0) if mean_text is None else mean_text
-            columns["text"] = torch.where(paired[:, None], columns["text"], mean)
+            columns["text"] = _where_rows(paired, columns["text"], mean)
         columns["paired"] = paired.float()
     if "text" in columns and aggregate == "random":
         features, counts = caches["text"].read_rows(kept_ids)

@@ -92,8 +92,8 @@ def _page(kind: str, name: str, width: int) -> list[str]:
     if aliases:
         wrapped = textwrap.wrap("; ".join(aliases), width, initial_indent="  ", subsequent_indent="  ")
         lines += ["", "other names of these settings:", *(line.replace(NO_BREAK, " ") for line in wrapped)]
-    if kind == "methods" and plugin.paper:
-        listed = ", ".join(f"{key}={value}" for key, value in plugin.paper.items())
+    if kind == "methods" and (of_paper := {**plugin.paper, **getattr(plugin, "paper_training", {})}):
+        listed = ", ".join(f"{key}={value}" for key, value in of_paper.items())
         lines += ["", f"as in the paper, where the default is another (--preset paper): {listed}"]
     if kind == "methods" and plugin.grid:
         lines += ["", "the papers' grid (diffalign grid --grid papers):"]

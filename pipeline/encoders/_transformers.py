@@ -78,12 +78,11 @@ class TransformersVision(Encoder):
             "compute_dtype": self.compute_dtype,
         }
 
-    def run_network(self, prepared: Tensor) -> Any:
+    def run_network(self, prepared: Tensor, **options: Any) -> Any:
         """Return the output of the network for prepared pixels, with its hidden states if a layer is asked for."""
+        options |= {"output_hidden_states": self.config.layer != -1}
         with use_precision(self.compute_dtype, self.device):
-            return self.network(
-                pixel_values=prepared.to(self.device, self.input_dtype), output_hidden_states=self.config.layer != -1
-            )
+            return self.network(pixel_values=prepared.to(self.device, self.input_dtype), **options)
 
     def token_features(self, output: Any) -> Tensor:
         """Return the features float32 [B,D] or [B,T,D] from the tokens of the layer that the config names."""
@@ -174,6 +173,40 @@ def pool_tokens(states_BTD: Tensor, pooling: str, tokens: bool) -> Tensor:
     if tokens:
         return states_BTD
     return states_BTD[:, 0] if pooling == "cls" else states_BTD.mean(dim=1)
+
+
+def check_keep(keep: float, tokens: bool, layer: int) -> None:
+    """Raise `UserError` if a share of tokens is to be kept where there are no tokens, or no attention that made them."""
+    if keep < 1 and not (tokens and layer):
+        raise UserError(
+            f"keep={keep:g} chooses among tokens by the attention that made them; set tokens=true, and a layer but 0"
+        )
+
+
+def num_kept(keep: float, count: Tensor) -> Tensor:
+    """Return how many of `count` tokens [B] are kept, a share of them but at least one, int64 [B]."""
+    return (keep * count.double()).round().long().clamp(min=1)
+
+
+def given_attention(output: Any, layer: int, row_B: Tensor) -> Tensor:
+    """Return the attention that one token of each item gives to all, in the block that made a layer: a mean over heads [B,T].
+
+    Args:
+        output: of a transformers model, with its attentions.
+        layer: see `hidden_states`, but not 0.
+        row_B: the token of each item.
+    """
+    attention_BTT = output.attentions[layer if layer == -1 else layer - 1].float().mean(dim=1)
+    return attention_BTT[torch.arange(len(row_B), device=row_B.device), row_B]
+
+
+def keep_most_attended(tokens_BTD: Tensor, attention_BT: Tensor, count_B: Tensor, most: int) -> Tensor:
+    """Return the tokens of each item that get most attention, so many of each, in their order [B,most,D]; then come zeros."""
+    rank_BT = attention_BT.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
+    is_kept_BT = rank_BT < count_B.unsqueeze(1)
+    order_BT = (~is_kept_BT).to(torch.int8).argsort(dim=1, stable=True)[:, :most]
+    kept_BTD = tokens_BTD.masked_fill(~is_kept_BT.unsqueeze(-1), 0.0)
+    return kept_BTD.gather(1, order_BT.unsqueeze(-1).expand(-1, -1, tokens_BTD.shape[-1]))
 
 
 def check_class_token(network: nn.Module) -> None:

@@ -52,18 +52,17 @@ class Config(Settings):
         "native"
     )
     layer: Annotated[int, "block of the image tower whose output is used: 0, 1, … or, from the end, -1, -2, …"] = -1
-    tokens: Annotated[bool, "all patches [T,D] of an image instead of one vector"] = False
+    tokens: Annotated[bool, "all patches [T,D] of an image, or tokens of a text, instead of one vector"] = False
     compute_dtype: Annotated[ComputeDtype, "auto: bfloat16 if the processor supports it; mixed keeps float32 parameters"] = (
         "auto"
     )
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        native = self.pooling == "native" and not self.tokens
-        if self.layer != -1 and native:
+        if self.modality == "text" and (self.pooling != "native" or self.layer != -1):
+            raise UserError("modality=text has native pooling or tokens; for layers of a text model take transformers_text")
+        if self.layer != -1 and self.pooling == "native" and not self.tokens:
             raise UserError(f"layer {self.layer} has no native pooling; set pooling=mean or tokens=true")
-        if self.modality == "text" and not native:
-            raise UserError("modality=text has native pooling only; for layers of a text model take transformers_text")
 
 
 class OpenClip(Encoder):
@@ -83,6 +82,8 @@ class OpenClip(Encoder):
         self.drawing_side = max(preprocessing.input_size)
         self.resize, self.normalize = split_transform(image_transform_v2(preprocessing, is_train=False))
         self.move_for_inference(config.compute_dtype)
+        if config.modality == "text" and config.tokens:
+            _check_end_token(self.network, config.model)
         image = config.modality == "image"
         blank = torch.zeros(preprocessing.input_size, dtype=torch.uint8) if image else self.prepare("a")
         self.feature_shape = probe_feature_shape(self, blank)
@@ -119,11 +120,11 @@ class OpenClip(Encoder):
         return image_to_uint8(self.resize(image))
 
     def forward(self, prepared: Tensor) -> Tensor:
-        """Return features float32 [B,D] or [B,T,D] of pixels uint8 [B,3,H,W], or [B,D] of token ids [B,L]."""
+        """Return features float32 [B,D] or [B,T,D] of pixels uint8 [B,3,H,W], or [B,D] or [B,L,D] of token ids [B,L]."""
         config, prepared = self.config, prepared.to(self.device)
         with use_precision(self.compute_dtype, self.device):
             if self.modality == "text":
-                return self.network.encode_text(prepared).float()
+                return self._encode_tokens(prepared) if config.tokens else self.network.encode_text(prepared).float()
             images = self.normalize(prepared.to(torch.float32) / 255).to(self.input_dtype)
             if config.pooling == "native" and not config.tokens:
                 return self.network.encode_image(images).float()
@@ -136,6 +137,21 @@ class OpenClip(Encoder):
             )["image_intermediates"]
         tokens_BTD = map_BDHW.float().flatten(2).transpose(1, 2)
         return tokens_BTD if config.tokens else tokens_BTD.mean(dim=1)
+
+    def _encode_tokens(self, ids_BL: Tensor) -> Tensor:
+        """Return the last hidden states of all tokens of texts, after the final norm [B,L,D]; behind the end token, zeros."""
+        (hidden_BLD,) = self.network.forward_intermediates(
+            text=ids_BL, text_indices=[-1], normalize_intermediates=True, intermediates_only=True
+        )["text_intermediates"]
+        is_padding_BL = torch.arange(ids_BL.shape[1], device=ids_BL.device) > ids_BL.argmax(dim=1, keepdim=True)
+        return hidden_BLD.float().masked_fill(is_padding_BL.unsqueeze(-1), 0.0)
+
+
+def _check_end_token(network: Any, model: str) -> None:
+    """Raise `UserError` if the text's vector is not that of its end token, the largest id: nothing else says where it ends."""
+    tower = getattr(network, "text", None)
+    if (getattr(network, "text_pool_type", "") or getattr(tower, "pool_type", "")) != "argmax":
+        raise UserError(f"the text tower of {model!r} does not say where a text ends; for tokens=true take transformers_text")
 
 
 def _load_model(config: Config) -> tuple[dict[str, Any], Any, Any]:

@@ -14,15 +14,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pipeline.nn.feature_space import num_classes_in, paired_text
+from pipeline.nn.feature_space import num_classes_in
 from pipeline.nn.layers import Dropout, ScaleMode, Standardise, batch_normalise, register_hyperparameters
 from pipeline.nn.losses import LabelLoss, classification_loss, distillation, mse_loss, weighted_mean
 from pipeline.nn.method import Method
+from pipeline.nn.tokens import paired_words, pooled, token_mean, word_mask
 from pipeline.runtime.rng import KeyedRNG
 from pipeline.runtime.settings import Range, Settings
 from pipeline.types import Batch, Phase, Shapes
 
 CROSS_LAYERS = 8  # of the network from the latent of images to that of texts
+WORDS_BY_CROSS = 2.0  # weight of the prediction of words, divided by w_cross: 10 and 5 in the published code
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,6 +84,19 @@ class CrossNetwork(nn.Module):
         return last(x)
 
 
+class WordDecoder(nn.Module):
+    """Gives the words of a text from its latent: all places share two layers, and each has a vector of its own between them."""
+
+    def __init__(self, width: int, num_tokens: int, token_width: int) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(width, width), nn.Linear(width, token_width)
+        self.places = nn.Parameter(torch.randn(num_tokens, width) * width**-0.5)
+
+    def forward(self, latent: Tensor) -> Tensor:
+        """Map [B,L] to [B,T,Ds]."""
+        return self.last(F.relu(self.first(latent).unsqueeze(1) + self.places))
+
+
 class ATNet(Method):
     """Latents of image and text, of which the first 3/8 are aligned with the text's in two steps and then classified by one
     classifier. The rest of the latents serves the reconstruction of both features and the prediction of the text's latent.
@@ -91,6 +106,11 @@ class ATNet(Method):
     teacher: KL, MSE and cross have no gradient into its branch. Before, a warm-up of 3 of 20 epochs trains reconstructions and
     texts alone, for the first stages of the original. Features stand for its pictures and lists of ingredients. The last ReLU
     can die, and a v_2 of zeros costs little where t_2 is small: the part "zeros" is the share of zeros in v_2.
+
+    With words, of a text cache with tokens=true, the text's encoder has a mean over them between its layers, and its decoder
+    gives them one by one. Then the loss has the prediction of the words from the image, the part "words": the decoder reads
+    cross(v), and the weight is that of the published code, 2 w_cross. Its decoder is recurrent and names words; ours gives all
+    their vectors at once. Patches are pooled.
     """
 
     Config = Config
@@ -108,6 +128,8 @@ class ATNet(Method):
     without_text: ClassVar[Mapping[str, Any]] = {"w_ce_text": 0.0, "w_kl": 0.0, "w_mse": 0.0, "w_cross": 0.0}
     grid: ClassVar[Mapping[str, tuple[Any, ...]]] = {"w_kl": (0.2, 0.65, 2.0), "w_mse": (0.15, 0.5, 1.5)}
 
+    reads_tokens = True
+
     w_ce_text: Tensor
     w_cross: Tensor
     w_kl: Tensor
@@ -116,14 +138,14 @@ class ATNet(Method):
 
     def __init__(self, config: Config, shapes: Shapes) -> None:
         super().__init__(config, shapes)
-        (image_width,), (text_width,) = shapes["image"], shapes["text"]
+        image_width, (*num_tokens, text_width) = shapes["image"][-1], shapes["text"]
         width, self.block = config.width, config.block
         self.label_loss: LabelLoss = config.label_loss
         self.image_scale, self.text_scale = Standardise(config.scale, image_width), Standardise(config.scale, text_width)
         self.dropout = Dropout(config.dropout)
         self.image_encoder, self.image_decoder = nn.Linear(image_width, width), nn.Linear(width, image_width)
         self.text_encoder = nn.Sequential(nn.Linear(text_width, width), nn.ReLU(), nn.Linear(width, width))
-        self.text_decoder = nn.Linear(width, text_width)
+        self.text_decoder = WordDecoder(width, num_tokens[0], text_width) if num_tokens else nn.Linear(width, text_width)
         self.image_alignment, self.text_alignment = (AlignmentNetwork(self.block) for _ in range(2))
         self.cross = CrossNetwork(width)
         self.classifier = nn.Linear(self.block, num_classes_in(shapes))
@@ -137,8 +159,8 @@ class ATNet(Method):
 
     def begin(self, phase: str, train: Callable[[], Iterator[Batch]]) -> None:
         """Compute the statistics of the image and text features."""
-        self.image_scale.fit(batch["image"] for batch in train())
-        self.text_scale.fit(paired_text(batch) for batch in train())
+        self.image_scale.fit(pooled(batch["image"]) for batch in train())
+        self.text_scale.fit(paired_words(batch) for batch in train())
 
     def loss(self, batch: Batch, phase: str) -> Batch:
         """Return the loss of a phase and its parts; samples without text enter no term of the text.
@@ -148,10 +170,10 @@ class ATNet(Method):
             phase: "warm_up" has both reconstructions and the cross-entropy of the texts, "head" all terms.
         """
         label, paired = batch["label"], batch["paired"]
-        x_v, x_s = self.image_scale(batch["image"]), self.text_scale(batch["text"])
-        v, t = self.image_encoder(self.dropout(x_v)), self.text_encoder(x_s)
+        x_v, x_s, is_word = self.image_scale(pooled(batch["image"])), self.text_scale(batch["text"]), word_mask(batch["text"])
+        v, t = self.image_encoder(self.dropout(x_v)), self._encode_text(x_s, is_word)
         rec = mse_loss(self.image_decoder(v), x_v.detach())
-        rec_text = mse_loss(self.text_decoder(t), x_s.detach(), weight=paired)
+        rec_text = self._text_error(t, x_s.detach(), is_word, paired)
         t_1, t_2 = self.text_alignment(t[:, : self.block])
         ce_text = classification_loss(self.classifier(t_2), label, self.label_loss, paired)
         loss = self.w_rec * (rec + rec_text) + self.w_ce_text * ce_text
@@ -162,16 +184,34 @@ class ATNet(Method):
         ce = classification_loss(self.classifier(v_2), label, self.label_loss)
         kl = weighted_mean(distillation(v_1, t_1), paired)
         mse = mse_loss(v_2, t_2.detach(), weight=paired)
-        cross = mse_loss(self.cross(v, paired), t.detach(), weight=paired)
+        crossed = self.cross(v, paired)
+        cross = mse_loss(crossed, t.detach(), weight=paired)
         loss = ce + self.w_kl * kl + self.w_mse * mse + self.w_cross * cross + loss
+        if is_word is not None:
+            parts["words"] = self._text_error(crossed, x_s.detach(), is_word, paired)
+            loss = loss + WORDS_BY_CROSS * self.w_cross * parts["words"]
         zeros = (v_2.detach() == 0).float().mean()
         return {"loss": loss, "ce": ce, "kl": kl, "mse": mse, "cross": cross, "zeros": zeros, **parts}
 
+    def _encode_text(self, x_s: Tensor, is_word: Tensor | None) -> Tensor:
+        """Return the latent t [B,L] of texts [B,Ds], or of their words [B,T,Ds]."""
+        if is_word is None:
+            return self.text_encoder(x_s)
+        *first, last = self.text_encoder
+        return last(token_mean(nn.Sequential(*first)(x_s), is_word))
+
+    def _text_error(self, latent: Tensor, x_s: Tensor, is_word: Tensor | None, paired: Tensor) -> Tensor:
+        """Return the squared error (mean) of what the decoder makes of latents [B,L], of texts [B,Ds] or words [B,T,Ds]."""
+        decoded = self.text_decoder(latent)
+        if is_word is None:
+            return mse_loss(decoded, x_s, weight=paired)
+        return weighted_mean(token_mean((decoded - x_s).square(), is_word), paired)
+
     def feature(self, image: Tensor, rng: KeyedRNG) -> Tensor:
-        """Return v_2 [B, 3L/8] from image features [B,Dv]."""
-        latent = self.image_encoder(self.dropout(self.image_scale(image)))
+        """Return v_2 [B, 3L/8] from image features [B,Dv] or [B,T,Dv]."""
+        latent = self.image_encoder(self.dropout(self.image_scale(pooled(image))))
         return self.image_alignment(latent[:, : self.block])[1]
 
     def predict(self, image: Tensor, rng: KeyedRNG) -> Tensor:
-        """Return logits [B,C] from image features [B,Dv]."""
+        """Return logits [B,C] from image features [B,Dv] or [B,T,Dv]."""
         return self.classifier(self.feature(image, rng))

@@ -72,12 +72,16 @@ class Proxy(nn.Module):
 class C2KD(CommonSpaceHead):
     """A text teacher is trained by itself. Then it and the image student learn together, each from a proxy of its own, and the
     proxies from each other: on non-target classes, and from samples alone in which both rank the classes alike.
+
+    The published weights and batch size are the defaults. --preset paper has the published 100 epochs, with Adam at the papers'
+    learning rate, halved every 20 epochs, in place of SGD with a polynomial decay.
     """
 
     Config = Config
     phases = (Phase("teacher", ("common.text_projector.", "text_classifier."), share=0.5), Phase("head"))
     symbols: ClassVar[Mapping[str, str]] = {"krc": "min_rank", "d": "width"}
     without_text: ClassVar[Mapping[str, Any]] = {"w_nt": 0.0}
+    paper_training: ClassVar[Mapping[str, Any]] = {"lr_step": 20, "epochs": 100}
     grid: ClassVar[Mapping[str, tuple[Any, ...]]] = {"w_nt": (0.1, 0.3, 1.0, 3.0), "w_proxy": (0.3, 1.0)}
 
     min_rank: Tensor

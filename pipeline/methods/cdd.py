@@ -115,6 +115,8 @@ class CDD(CommonSpaceHead):
     Every step compares samples that are drawn by class, see `ClassStream`, because in a shuffled batch most classes have one.
     Stage 3 draws none: there the classes of the batch that have two samples or more are compared. Multi-label: a sample stands
     for the class that it was drawn for or, in stage 3, for a random one of its labels. The clustering of CAN is left out.
+
+    The published weight, kernels and draws are the defaults, so that --preset paper changes the learning rate alone.
     """
 
     Config = Config

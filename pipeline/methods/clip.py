@@ -33,6 +33,9 @@ class CLIP(CommonSpaceHead):
 
     It differs from `ema` and `ita` in three points: the temperature is learned, the two directions are averaged instead of
     added, and the projections are linear. The scale 1/tau has no weight decay, and a step leaves it at most at 100.
+
+    Scale, average and projections are the original's; its batches and rates are those of two encoders that learn from nothing,
+    so that --preset paper changes the learning rate alone.
     """
 
     Config = Config

@@ -73,11 +73,15 @@ class ITA(CommonSpaceHead):
 
     With native=true, the classifier reads the projector's output before the last batch normalisation, which has no parameters
     and belongs to the contrastive loss. MGCA's token-wise and prototype alignments are left out, as in both papers.
+
+    --preset paper has MGCA's projectors. Its learning rate of 2e-5 is one of whole encoders, and its weight decay of 0.05 that
+    of another optimiser: the head keeps those of the papers.
     """
 
     Config = Config
     symbols: ClassVar[Mapping[str, str]] = {"lam": "w_ita", "tau": "tau", "d": "width"}
     without_text: ClassVar[Mapping[str, Any]] = {"w_ita": 0.0}
+    paper: ClassVar[Mapping[str, Any]] = {"native": True}
     grid: ClassVar[Mapping[str, tuple[Any, ...]]] = {"w_ita": (0.1, 0.3, 1.0, 3.0), "tau": (0.03, 0.07, 0.2)}
 
     tau: Tensor

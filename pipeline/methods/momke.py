@@ -10,11 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pipeline.nn.feature_space import num_classes_in, paired_text
+from pipeline.nn.feature_space import num_classes_in
 from pipeline.nn.layers import MLP, Dropout, ScaleMode, Standardise, multi_head_attention, register_hyperparameters
 from pipeline.nn.losses import LabelLoss, classification_loss
 from pipeline.nn.method import Method
-from pipeline.nn.tokens import pooled, pooled_shapes
+from pipeline.nn.tokens import paired_words, pooled_shapes, token_mean, word_mask
 from pipeline.runtime.errors import UserError
 from pipeline.runtime.rng import KeyedRNG
 from pipeline.runtime.settings import Range, Settings
@@ -29,7 +29,7 @@ class Config(Settings):
 
     width: Annotated[int, Range(1, 65_536), "D_e, width of the experts"] = 256
     depth: Annotated[int, Range(1, 64), "layers of an expert"] = 4
-    num_heads: Annotated[int, Range(1, 64), "heads of the attention among image tokens; it divides width"] = 2
+    num_heads: Annotated[int, Range(1, 64), "heads of the attention among tokens; it divides width"] = 2
     condition: Annotated[
         Literal["image", "mixed"],
         "what the second phase sees: images alone, as prediction does, or the texts of a random half of the samples, too",
@@ -55,13 +55,23 @@ class ExpertLayer(nn.Module):
         self.value, self.mlp = nn.Linear(width, width), MLP([width, width, width])
         self.query_key = nn.Linear(width, 2 * width) if num_heads else None
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Map tokens [B,T,D] or vectors [B,D] to as many."""
+    def forward(self, x: Tensor, is_token: Tensor | None = None) -> Tensor:
+        """Map tokens [B,T,D] or vectors [B,D] to as many; nobody attends to tokens that `is_token` [B,T] does not mark."""
         value = self.value(x)
         if self.query_key is not None:
             query, key = self.query_key(x).chunk(2, dim=-1)
-            value = multi_head_attention(query, torch.cat([key, value], dim=-1), self.num_heads)
+            value = multi_head_attention(query, torch.cat([key, value], dim=-1), self.num_heads, is_token)
         return x + value + self.mlp(value)
+
+
+class Expert(nn.Sequential):
+    """Layers of one kind, one after another."""
+
+    def forward(self, input: Tensor, is_token: Tensor | None = None) -> Tensor:
+        """See `ExpertLayer`."""
+        for layer in self:
+            input = layer(input, is_token)
+        return input
 
 
 class ExpertMixture(nn.Module):
@@ -69,21 +79,22 @@ class ExpertMixture(nn.Module):
 
     def __init__(self, width: int, depth: int, num_experts: int, num_heads: int = 0) -> None:
         super().__init__()
-        self.experts = nn.ModuleList(
-            nn.Sequential(*(ExpertLayer(width, num_heads) for _ in range(depth))) for _ in range(num_experts)
-        )
+        self.experts = nn.ModuleList(Expert(*(ExpertLayer(width, num_heads) for _ in range(depth))) for _ in range(num_experts))
 
-    def forward(self, x: Tensor, router: nn.Module) -> Tensor:
-        """Map [..., D] to the sum of the experts' outputs [..., D], weighted by the softmax of the router's [..., experts]."""
+    def forward(self, x: Tensor, router: nn.Module, is_token: Tensor | None = None) -> Tensor:
+        """Map [..., D] to the sum of the experts' outputs [..., D], weighted by the softmax of the router's [..., experts].
+
+        Nobody attends to tokens that `is_token` [B,T] does not mark.
+        """
         weight = torch.softmax(router(x), dim=-1)
-        return (weight.unsqueeze(-1) * torch.stack([expert(x) for expert in self.experts], dim=-2)).sum(-2)
+        return (weight.unsqueeze(-1) * torch.stack([expert(x, is_token) for expert in self.experts], dim=-2)).sum(-2)
 
 
 class MoMKE(Method):
     """An expert of images and one of texts learn by themselves, each with a classifier of its own. Then every modality that is
     there goes through both experts, weighted by its router, and a classifier reads the two results side by side.
 
-    Image features that are tokens, of a cache with tokens=true, attend to each other; a mean follows the experts.
+    Features that are tokens, patches or words of a cache with tokens=true, attend to each other; a mean follows the experts.
     Prediction has no text, whose place is 0. What it knows of texts is what their expert has learned; all goes on learning in
     the second phase, as in the original. The epoch is chosen on validation, the original's on test.
     """
@@ -101,7 +112,8 @@ class MoMKE(Method):
 
     def __init__(self, config: Config, shapes: Shapes) -> None:
         super().__init__(config, shapes)
-        self.has_tokens, shapes = len(shapes["image"]) > 1, pooled_shapes(shapes)
+        self.has_tokens = any(len(shapes[key]) > 1 for key in ("image", "text"))
+        shapes = pooled_shapes(shapes)
         (image_width,), (text_width,) = shapes["image"], shapes["text"]
         width, num_classes = config.width, num_classes_in(shapes)
         self.label_loss: LabelLoss = config.label_loss
@@ -129,7 +141,7 @@ class MoMKE(Method):
     def begin(self, phase: str, train: Callable[[], Iterator[Batch]]) -> None:
         """Compute the statistics of the image and text features."""
         self.image_scale.fit(batch["image"].flatten(0, -2) for batch in train())
-        self.text_scale.fit(paired_text(batch) for batch in train())
+        self.text_scale.fit(paired_words(batch) for batch in train())
 
     def loss(self, batch: Batch, phase: str) -> Batch:
         """Return the loss of a phase and its parts.
@@ -142,33 +154,44 @@ class MoMKE(Method):
         x_v = self._project_image(batch["image"])
         if phase == "head" and not self.reads_texts:
             return {"loss": classification_loss(self.classifier(self.fuse(x_v)), label, self.label_loss)}
-        x_s = self._project_text(batch["text"])
+        x_s, is_word = self._project_text(batch["text"]), word_mask(batch["text"])
         if phase == "head":
             is_there = paired * (torch.rand_like(paired) < 0.5)
-            return {"loss": classification_loss(self.classifier(self.fuse(x_v, x_s, is_there)), label, self.label_loss)}
+            joint = self.fuse(x_v, x_s, is_there, is_word)
+            return {"loss": classification_loss(self.classifier(joint), label, self.label_loss)}
         image_expert, text_expert = self.mixture.experts
-        ce = classification_loss(self.image_classifier(pooled(image_expert(x_v))), label, self.label_loss)
-        ce_text = classification_loss(self.text_classifier(pooled(text_expert(x_s))), label, self.label_loss, paired)
+        v, s = self._pool(image_expert(x_v)), self._pool(text_expert(x_s, is_word), is_word)
+        ce = classification_loss(self.image_classifier(v), label, self.label_loss)
+        ce_text = classification_loss(self.text_classifier(s), label, self.label_loss, paired)
         return {"loss": ce + self.w_ce_text * ce_text, "ce": ce, "ce_text": ce_text}
 
-    def fuse(self, x_v: Tensor, x_s: Tensor | None = None, is_there: Tensor | None = None) -> Tensor:
+    def fuse(
+        self, x_v: Tensor, x_s: Tensor | None = None, is_there: Tensor | None = None, is_word: Tensor | None = None
+    ) -> Tensor:
         """Return what the classifier reads [B,2D] of projected images and texts, vectors [B,D] or tokens [B,T,D].
 
-        Without texts, or where `is_there` [B] is 0 and not 1, their half is 0 before the fusion.
+        Without texts, or where `is_there` [B] is 0 and not 1, their half is 0 before the fusion. Of their tokens, those count
+        that `is_word` [B,T] marks.
         """
-        image = pooled(self.mixture(x_v, self.image_router))
+        image = self._pool(self.mixture(x_v, self.image_router))
         text = torch.zeros_like(image)
         if x_s is not None and is_there is not None:
-            text = is_there.unsqueeze(1) * pooled(self.mixture(x_s, self.text_router))
+            text = is_there.unsqueeze(1) * self._pool(self.mixture(x_s, self.text_router, is_word), is_word)
         joint = torch.cat([image, text], dim=1)
         return joint + self.dropout(F.relu(self.fusion(joint)))
 
+    def _pool(self, x: Tensor, is_token: Tensor | None = None) -> Tensor:
+        return token_mean(x, is_token) if self.has_tokens else x
+
     def _project_image(self, image: Tensor) -> Tensor:
-        return self.dropout(self.image_projector(self.image_scale(image)))
+        return self._as_tokens(self.dropout(self.image_projector(self.image_scale(image))))
 
     def _project_text(self, text: Tensor) -> Tensor:
-        x_s = self.dropout(self.text_projector(self.text_scale(text)))
-        return x_s.unsqueeze(1) if self.has_tokens else x_s
+        return self._as_tokens(self.dropout(self.text_projector(self.text_scale(text))))
+
+    def _as_tokens(self, x: Tensor) -> Tensor:
+        """Return vectors [B,D] as one token each [B,1,D], if the other modality has tokens."""
+        return x.unsqueeze(1) if self.has_tokens and x.ndim == 2 else x
 
     def feature(self, image: Tensor, rng: KeyedRNG) -> Tensor:
         """Return what the classifier reads [B,2D] from image features [B,Dv] or [B,T,Dv]."""

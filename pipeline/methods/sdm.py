@@ -78,12 +78,17 @@ def matching_loss(f: Tensor, g: Tensor, match: Tensor, tau: Tensor | float, weig
 
 class SDM(CommonSpaceHead):
     """CE of the images + w_ce_text CE of the texts, by one classifier, + w_sdm SDM. Multi-label: samples match by their Jaccard
-    index. Masked language modelling, a part of IRRA, is left out: it needs words.
+    index. Masked language modelling, a part of IRRA, is left out: it needs the words' numbers and a text encoder that learns.
+
+    --preset paper has IRRA's weights (twice those of SDM + (CE + CE of the texts) / 2), its 60 epochs, and its learning rate,
+    which is one of whole encoders; a head would learn nothing if it fell as well, and so it stays what it is.
     """
 
     Config = Config
     symbols: ClassVar[Mapping[str, str]] = {"lam": "w_sdm", "d": "width"}
     without_text: ClassVar[Mapping[str, Any]] = {"w_sdm": 0.0, "w_ce_text": 0.0}
+    paper: ClassVar[Mapping[str, Any]] = {"w_sdm": 2.0, "w_ce_text": 1.0}
+    paper_training: ClassVar[Mapping[str, Any]] = {"lr": 1e-5, "lr_gamma": 1.0, "epochs": 60}
     grid: ClassVar[Mapping[str, tuple[Any, ...]]] = {"w_sdm": (0.1, 0.3, 1.0, 3.0), "tau": (0.02, 0.05, 0.1)}
 
     tau: Tensor

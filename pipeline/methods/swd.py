@@ -34,7 +34,8 @@ class SWD(CommonSpaceHead):
     """A classifier on the image, one on the text, and the discrepancy of the two sets of class probabilities in a batch.
 
     The discrepancy compares sets, not pairs. The original measures two classifiers on unlabelled data, and plays them against
-    the features; where all samples have labels there is no such play.
+    the features; where all samples have labels there is no such play. The number of directions is the original's; its weights
+    and rates belong to that play, so that --preset paper changes the learning rate alone.
     """
 
     Config = Config

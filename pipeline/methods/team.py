@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipeline.nn.common_space import CommonSpaceHead, LearnedScale, scaled_phase
-from pipeline.nn.layers import MLP, ChunkTokens, Dropout, ScaleMode, multi_head_attention, register_hyperparameters
+from pipeline.nn.layers import MLP, Dropout, ScaleMode, multi_head_attention, register_hyperparameters
 from pipeline.nn.losses import (
     MASKED_LOGIT,
     LabelLoss,
@@ -20,7 +20,16 @@ from pipeline.nn.losses import (
     same_labels,
     weighted_mean,
 )
-from pipeline.nn.tokens import PatchTokens, make_image_tokens, pooled, pooled_batches, pooled_shapes
+from pipeline.nn.tokens import (
+    fit_token_layers,
+    make_token_layer,
+    pooled,
+    pooled_batches,
+    pooled_shapes,
+    pooled_text,
+    token_mean,
+    word_mask,
+)
 from pipeline.runtime.errors import UserError
 from pipeline.runtime.rng import KeyedRNG
 from pipeline.runtime.settings import Range, Settings
@@ -31,7 +40,7 @@ SCORE_WIDTH = 512  # of the space in which retrieved tokens are compared with th
 
 @dataclass(frozen=True, kw_only=True)
 class Config(Settings):
-    """Settings of TEAM. The original has real words, and 6 blocks; the other defaults are ours."""
+    """Settings of TEAM. The original has words and patches, and 6 blocks; the other defaults are ours."""
 
     width: Annotated[int, Range(1, 65_536), "d, width of the common space"] = 768
     w_team: Annotated[float, Range(0), "lam, weight of the contrastive loss and of the mean token loss of a block"] = 1.0
@@ -59,10 +68,10 @@ class Attention(nn.Module):
         self.num_heads = num_heads
         self.query, self.key, self.value, self.out = (nn.Linear(width, width) for _ in range(4))
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """Map [B,Tq,D], [B,Tk,D] and [B,Tk,D] to [B,Tq,D]."""
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, is_key: Tensor | None = None) -> Tensor:
+        """Map [B,Tq,D], [B,Tk,D] and [B,Tk,D] to [B,Tq,D]; `is_key` [B,Tk] says which keys count."""
         key_value = torch.cat([self.key(key), self.value(value)], dim=-1)
-        return self.out(multi_head_attention(self.query(query), key_value, self.num_heads))
+        return self.out(multi_head_attention(self.query(query), key_value, self.num_heads, is_key))
 
 
 class RetrievalBlock(nn.Module):
@@ -75,11 +84,14 @@ class RetrievalBlock(nn.Module):
         self.mlp = MLP([width, 2 * width, width], dropout)
         self.dropout = Dropout(dropout)
 
-    def forward(self, retrieved: Tensor, text: Tensor, image: Tensor) -> Tensor:
-        """Return what is retrieved now, [B,T,D], from what was [B,T,D] and the tokens of text [B,T,D] and image [B,Ti,D]."""
+    def forward(self, retrieved: Tensor, text: Tensor, image: Tensor, is_word: Tensor | None = None) -> Tensor:
+        """Return what is retrieved now, [B,T,D], from what was [B,T,D] and the tokens of text [B,T,D] and image [B,Ti,D].
+
+        Of the text's tokens, only those that `is_word` [B,T] marks count; None: all.
+        """
         norm_own, norm_cross, norm_mlp = self.norms
         r = norm_own(retrieved)
-        retrieved = retrieved + self.dropout(self.own(text + r, text + r, r))
+        retrieved = retrieved + self.dropout(self.own(text + r, text + r, r, is_word))
         retrieved = retrieved + self.dropout(self.cross(text + norm_cross(retrieved), image, image))
         return retrieved + self.dropout(self.mlp(norm_mlp(retrieved)))
 
@@ -87,11 +99,12 @@ class RetrievalBlock(nn.Module):
 class TokenMatching(nn.Module):
     """Scores pairs of a text and an image, once after each block: do the text's tokens retrieve themselves from the image?"""
 
-    def __init__(self, config: Config, image_shape: tuple[int, ...]) -> None:
+    def __init__(self, config: Config, shapes: Shapes) -> None:
         super().__init__()
-        width, num_tokens = config.token_width, config.num_tokens
-        self.text_tokens = ChunkTokens(config.width, num_tokens, width)
-        self.image_tokens = make_image_tokens(image_shape, config.width, num_tokens, width, config.scale)
+        width = config.token_width
+        self.text_tokens, self.image_tokens = (
+            make_token_layer(shapes[key], config.width, config.num_tokens, width, config.scale) for key in ("text", "image")
+        )
         self.blocks = nn.ModuleList(
             RetrievalBlock(width, config.num_heads, config.dropout_tokens) for _ in range(config.num_blocks)
         )
@@ -101,14 +114,14 @@ class TokenMatching(nn.Module):
         """Return scores from -1 to 1, [num_blocks,B], of pairs.
 
         Args:
-            text: vectors h_s [B,d].
+            text: vectors h_s [B,d], or features that are tokens [B,T,Ds].
             image: vectors h_v [B,d], or features that are tokens [B,T,Dv].
         """
-        text_tokens, image_tokens = self.text_tokens(text), self.image_tokens(image)
+        text_tokens, image_tokens, is_word = self.text_tokens(text), self.image_tokens(image), word_mask(text)
         wanted, retrieved, scores = self.text_layer(text_tokens), torch.zeros_like(text_tokens), []
         for block in self.blocks:
-            retrieved = block(retrieved, text_tokens, image_tokens)
-            scores.append(F.cosine_similarity(self.retrieved_layer(retrieved), wanted, dim=-1).mean(-1))
+            retrieved = block(retrieved, text_tokens, image_tokens, is_word)
+            scores.append(token_mean(F.cosine_similarity(self.retrieved_layer(retrieved), wanted, dim=-1), is_word))
         return torch.stack(scores)
 
 
@@ -140,7 +153,7 @@ def token_loss(scores: Tensor, scale: Tensor | float, weight: Tensor | None = No
 class TEAM(CommonSpaceHead):
     """A classifier on the image's vector, CLIP's loss, and a loss on tokens, which are chunks of the vectors of both.
 
-    Image features that are tokens, of a cache with tokens=true, are the image's tokens, and their mean is its vector.
+    Features that are tokens, patches or words of a cache with tokens=true, are the tokens, and their mean is the vector.
     The token loss knows each pair from two hard negatives: the text with another image and the image with another text, drawn
     where the global similarity is high. A sample with the same labels, or without text, is no negative. A sample that has no
     negative in its batch does not count.
@@ -158,7 +171,7 @@ class TEAM(CommonSpaceHead):
 
     def __init__(self, config: Config, shapes: Shapes) -> None:
         super().__init__(config, pooled_shapes(shapes))
-        self.matching = TokenMatching(config, shapes["image"])
+        self.matching = TokenMatching(config, shapes)
         self.global_scale, self.token_scale = LearnedScale(config.tau), LearnedScale(config.tau)
         register_hyperparameters(self, w_team=config.w_team)
 
@@ -170,28 +183,28 @@ class TEAM(CommonSpaceHead):
     def begin(self, phase: str, train: Callable[[], Iterator[Batch]]) -> None:
         """Compute the statistics of the image and text features."""
         self.common.fit(pooled_batches(train))
-        if isinstance(self.matching.image_tokens, PatchTokens):
-            self.matching.image_tokens.fit(batch["image"] for batch in train())
+        fit_token_layers(self.matching.image_tokens, self.matching.text_tokens, train)
 
     def loss(self, batch: Batch, phase: str) -> Batch:
         """Return CE + lam (L_CLIP + the mean token loss of a block), and the three parts."""
-        image, paired, label = batch["image"], batch["paired"], batch["label"]
-        h_v, h_s = self.common.image(pooled(image)), self.common.text(batch["text"], paired)
+        image, text, paired, label = batch["image"], batch["text"], batch["paired"], batch["label"]
+        h_v, h_s = self.common.image(pooled(image)), self.common.text(pooled_text(text), paired)
         v2s, s2v = info_nce(h_v, h_s, 1.0 / self.global_scale(), paired)
         ce, clip = classification_loss(self.classifier(h_v), label, self.label_loss), (v2s + s2v) / 2.0
-        tokens = self._token_loss(h_v, h_s, image if image.ndim > 2 else h_v, paired, label)
+        allowed = (paired > 0) & ~same_labels(label)
+        other_image, other_text = self._draw_negatives(h_v, h_s, allowed)
+        image, text = image if image.ndim > 2 else h_v, text if text.ndim > 2 else h_s
+        scores = self.matching(torch.cat([text, text, text[other_text]]), torch.cat([image, image[other_image], image]))
+        scores = scores.unflatten(1, (3, -1)).transpose(0, 1)
+        tokens = token_loss(scores, self.token_scale(), paired * allowed.any(1))
         return {"loss": ce + self.w_team * (clip + tokens), "ce": ce, "clip": clip, "tokens": tokens}
 
-    def _token_loss(self, h_v: Tensor, h_s: Tensor, source: Tensor, paired: Tensor, label: Tensor) -> Tensor:
-        """Return the loss of vectors h_v and h_s [B,d]; the source is what `TokenMatching` takes of an image."""
-        allowed = (paired > 0) & ~same_labels(label)
+    def _draw_negatives(self, h_v: Tensor, h_s: Tensor, allowed: Tensor) -> tuple[Tensor, Tensor]:
+        """Return for each text another image and for each image another text, int64 [B] each, of those allowed [B,B]."""
         with torch.no_grad(), torch.autocast(h_v.device.type, enabled=False):
             a, b = (F.normalize(h.float(), dim=1) for h in (h_s, h_v))
             similarity = self.global_scale() * (a @ b.T)
-        image, text = draw_negatives(similarity, allowed), draw_negatives(similarity.T, allowed)
-        scores = self.matching(torch.cat([h_s, h_s, h_s[text]]), torch.cat([source, source[image], source]))
-        weight = paired * allowed.any(1)
-        return token_loss(scores.unflatten(1, (3, -1)).transpose(0, 1), self.token_scale(), weight)
+        return draw_negatives(similarity, allowed), draw_negatives(similarity.T, allowed)
 
     def feature(self, image: Tensor, rng: KeyedRNG) -> Tensor:
         """Return h_v [B,d] from image features [B,Dv] or [B,T,Dv]."""

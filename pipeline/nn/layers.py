@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pipeline.nn.losses import MASKED_LOGIT
 from pipeline.runtime.errors import UserError
 
 ScaleMode = Literal["per_dim", "global", "l2sqrtd"]  # see `Standardise`
@@ -254,22 +255,26 @@ class ChunkTokens(nn.Module):
         return torch.baddbmm(self.bias.unsqueeze(1), chunks, self.weight).transpose(0, 1)
 
 
-def multi_head_attention(query: Tensor, key_value: Tensor, num_heads: int) -> Tensor:
+def multi_head_attention(query: Tensor, key_value: Tensor, num_heads: int, is_key: Tensor | None = None) -> Tensor:
     """Return softmax(Q K^T / sqrt(d_k)) V of each head (SeDA eq. 2), among the tokens of one sample.
 
     Args:
         query: [B,Tq,D].
         key_value: keys and values side by side, [B,Tk,2D].
         num_heads: divides D.
+        is_key: which keys count, bool [B,Tk]; None: all. Where none does, all count alike.
 
     Returns:
         The outputs of the heads side by side, [B,Tq,D].
     """
     q = query.unflatten(-1, (num_heads, -1)).transpose(1, 2)
     k, v = key_value.unflatten(-1, (2, num_heads, -1)).permute(2, 0, 3, 1, 4)
+    bias = None  # added to the logits of all heads and queries
+    if is_key is not None:
+        bias = torch.zeros_like(is_key, dtype=q.dtype).masked_fill(~is_key, MASKED_LOGIT)[:, None, None]
     # torch turns autocast off inside attention, but not under vmap; there, on a GPU, the softmax has no gradient in bfloat16
     with torch.autocast("cuda", enabled=False):
-        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        return F.scaled_dot_product_attention(q, k, v, bias).transpose(1, 2).flatten(2)
 
 
 class SelfAttention(nn.Module):

@@ -35,6 +35,7 @@ class Method(nn.Module):
     symbols: ClassVar[Mapping[str, str]] = {}  # letters of the papers -> settings
     grid: ClassVar[Mapping[str, tuple[Any, ...]]] = {}  # the grid of the paper: settings -> values
     paper: ClassVar[Mapping[str, Any]] = {}  # settings of --preset paper where the default is another one
+    paper_training: ClassVar[Mapping[str, Any]] = {}  # and training settings, where the preset's are others
     without_text: ClassVar[Mapping[str, Any]] = {}  # a head without a loss against the text, for `diffalign ablate text`
     prediction: ClassVar[tuple[str, ...]] = ()  # settings that may change after training
     reads_tokens: ClassVar[bool] = False  # features may be tokens, [B,T,D]; else `open_features` refuses all but vectors [B,D]

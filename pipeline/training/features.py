@@ -10,6 +10,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Literal, TypeVar
 
+import numpy as np
+
 from pipeline.cache import Cache
 from pipeline.cache.near_duplicates import near_duplicate_warning
 from pipeline.cache.reader import find_cache, is_of_text
@@ -178,7 +180,7 @@ def open_features(
 
     Raises:
         UserError: the dataset is not prepared, there is no such cache, control or aggregate, a cache holds tokens instead of
-            vectors, or the method reads no texts that a control could replace.
+            vectors, or several texts of a sample as tokens, or the method reads no texts that a control could replace.
     """
     manifest = read_manifest(home, dataset)
     if aggregate not in ("", *AGGREGATES, manifest.meta["text"]["aggregate"]):
@@ -194,6 +196,8 @@ def open_features(
         for cache in caches.values():
             _check_vectors(cache, method)
     chosen = aggregate or manifest.meta["text"]["aggregate"]
+    if "text" in caches:
+        _check_aggregate(caches["text"], chosen)
     return FeatureSet(home=home, manifest=manifest, caches=caches, aggregate=chosen, text_control=control, fraction=fraction)
 
 
@@ -221,6 +225,14 @@ def _check_vectors(cache: Cache, method: str) -> None:
             f"{cache.path} holds tokens, {size} of each item, and {method} wants one vector of each: extract without "
             "--set tokens=true, and name that cache with --image or --text; the cache of tokens was made by: "
             f"{cache.provenance['command']}"
+        )
+
+
+def _check_aggregate(texts: Cache, aggregate: str) -> None:
+    """Refuse a mean of several texts whose features are tokens: the first words of two texts have nothing in common."""
+    if len(texts.feature_shape) > 1 and aggregate not in ("first", "random") and np.diff(texts.offsets).max() > 1:
+        raise UserError(
+            f"{texts.path} holds tokens of several texts of a sample, which have no mean: give --aggregate first or random"
         )
 
 

@@ -59,8 +59,8 @@ def resolve_head_settings(
     Args:
         dataset: The dataset, for its tuned settings.
         method: The name of a method.
-        preset: "head", the defaults; "paper", the learning rate of the papers and the method's `paper` settings; or "tuned",
-            settings that were chosen on validation, see `read_tuned`.
+        preset: "head", the defaults; "paper", the learning rate of the papers and the method's `paper` and `paper_training`; or
+            "tuned", settings that were chosen on validation, see `read_tuned`.
         settings: Given settings of the method, by name, alias or the papers' letter.
         training: Given settings of `TrainConfig`.
         home: Where the dataset is prepared: it may have tuned settings of its own, or another name for the dataset.
@@ -74,7 +74,7 @@ def resolve_head_settings(
     if preset == "tuned":
         chosen, base = read_tuned(dataset, method, home)
     elif preset == "paper":
-        chosen = getattr(module, "paper", {})
+        chosen, base = getattr(module, "paper", {}), {**base, **getattr(module, "paper_training", {})}
     elif preset not in TRAINING_PRESETS:
         raise unknown_choice(preset, f"unknown preset {preset!r}", [*TRAINING_PRESETS, "tuned"])
     given = flatten(settings)  # by the words of the user, which messages repeat

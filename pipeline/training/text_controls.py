@@ -2,7 +2,8 @@
 
 A control stands where the text cache stands when the training split is read, so it works with windows and with texts that are
 drawn anew in every epoch. It is a function of the seed of the run and of the training split. A sample without a text keeps
-none. Validation, test and prediction read no text, with a control or without.
+none; of tokens, each word is replaced and the padding stays. Validation, test and prediction read no text, with a control or
+without.
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ import logging
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from math import prod
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,9 +19,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pipeline.cache.reader import SAMPLES_PER_READ
+from pipeline.cache.reader import samples_per_read
 from pipeline.cache.table import FeatureReader, label_tensor, split_samples
 from pipeline.data.manifest import Manifest
+from pipeline.nn.tokens import word_mask
 from pipeline.runtime.choices import unknown_choice
 from pipeline.runtime.errors import UserError
 from pipeline.runtime.rng import KeyedRNG, sample_keys
@@ -36,7 +37,7 @@ TEXT_CONTROLS: Mapping[str, str] = {
     "noise": "Gaussian noise with the mean and variance of the texts in every dimension",
     "label": "the labels as text: an upper control",
 }
-MakeTexts = Callable[[Sequence[str], Sequence[int]], np.ndarray]  # ids, numbers of the texts of each -> [len(ids), *shape]
+MakeTexts = Callable[[Sequence[str], Sequence[int]], Tensor]  # ids, numbers of the texts of each -> [len(ids), *shape]
 
 
 def parse_text(text: str) -> tuple[str, str]:
@@ -125,7 +126,7 @@ class ShuffledTexts:
 
 @dataclass(frozen=True, slots=True)
 class MadeTexts:
-    """A reader that puts made vectors in the place of texts; what is missing stays missing."""
+    """A reader that puts made vectors in the place of texts or of their words; what is missing stays missing."""
 
     texts: FeatureReader
     make: MakeTexts
@@ -140,11 +141,12 @@ class MadeTexts:
         return self._replace(rows, owners, numbers.tolist()), counts
 
     def _replace(self, real: np.ndarray, ids: Sequence[str], numbers: Sequence[int]) -> np.ndarray:
-        made = np.full_like(real, np.nan)
-        for start in range(0, len(ids), SAMPLES_PER_READ):
-            block = slice(start, start + SAMPLES_PER_READ)
-            has_text = np.isfinite(real[block]).reshape(len(real[block]), -1).all(axis=1)
-            made[block][has_text] = self.make(ids[block], numbers[block])[has_text]
+        made, block_size = np.full_like(real, np.nan), samples_per_read(real.shape[1:])
+        for start in range(0, len(ids), block_size):
+            block = slice(start, start + block_size)
+            has_text, is_padding = _is_finite(real[block]), ~_is_word(real[block])
+            made[block][has_text] = self.make(ids[block], numbers[block]).numpy()[has_text]
+            made[block][is_padding] = 0.0
         return made
 
 
@@ -164,22 +166,23 @@ def control_texts(
         UserError: the control would leave every sample its own text.
     """
     texts, samples = caches["text"], split_samples(manifest, "train")
+    shape = texts.read([samples[0].id]).shape[1:]
     if control == "label":
         row_of = {sample.id: row for row, sample in enumerate(samples)}
-        label, shape = label_tensor([sample.labels for sample in samples], manifest), texts.read([samples[0].id]).shape[1:]
-        vectors = draw_class_vectors(len(manifest.class_names), prod(shape), seed)
+        label = label_tensor([sample.labels for sample in samples], manifest)
+        vectors = draw_class_vectors(len(manifest.class_names), shape[-1], seed)
 
-        def make_labels(ids: Sequence[str], numbers: Sequence[int]) -> np.ndarray:
-            rows = label[[row_of[each] for each in ids]]
-            return project_labels(rows, vectors).reshape(-1, *shape).numpy()
+        def make_labels(ids: Sequence[str], numbers: Sequence[int]) -> Tensor:
+            projected = project_labels(label[[row_of[each] for each in ids]], vectors)
+            return projected.reshape(len(ids), *(1 for _ in shape[:-1]), -1).expand(-1, *shape)  # the same for every word
 
         return MadeTexts(texts, make_labels)
     real = _read_real_texts(samples, caches, aggregate)
     if control == "noise":
 
-        def make_noise(ids: Sequence[str], numbers: Sequence[int]) -> np.ndarray:
+        def make_noise(ids: Sequence[str], numbers: Sequence[int]) -> Tensor:
             keys = sample_keys(f"{each}\n{number}" for each, number in zip(ids, numbers, strict=True))
-            return draw_noise(real.mean, real.std, keys, seed).numpy()
+            return draw_noise(real.mean.expand(shape), real.std.expand(shape), keys, seed)
 
         return MadeTexts(texts, make_noise)
     groups = [sample.labels if control == "shuffled-within" else () for sample in real.samples]
@@ -199,7 +202,7 @@ class _RealTexts(NamedTuple):
 
     samples: list[Sample]
     hashes: list[int]  # of the text of each sample
-    mean: Tensor  # of every dimension; of single texts if one of them is drawn in every epoch, else of the samples' vectors
+    mean: Tensor  # of every dimension; of words or of single texts, if the batches have these, else of the samples' vectors
     std: Tensor
 
 
@@ -207,19 +210,27 @@ def _read_real_texts(samples: Sequence[Sample], caches: Mapping[str, FeatureRead
     kept: list[Sample] = []
     hashes: list[int] = []
     num_rows, total, square = 0, np.zeros(()), np.zeros(())
-    for start in range(0, len(samples), SAMPLES_PER_READ):
-        block = samples[start : start + SAMPLES_PER_READ]
+    block_size = samples_per_read(*(cache.read([samples[0].id]).shape[1:] for cache in caches.values()))
+    for start in range(0, len(samples), block_size):
+        block = samples[start : start + block_size]
         ids = [sample.id for sample in block]
         image, text = caches["image"].read(ids), caches["text"].read(ids, "first" if aggregate == "first" else "mean")
         usable = np.flatnonzero(_is_finite(image) & _is_finite(text)).tolist()
         kept += [block[row] for row in usable]
         hashes += [hash(text[row].tobytes()) for row in usable]
         rows = caches["text"].read_rows([ids[row] for row in usable])[0] if aggregate == "random" else text[usable]
-        finite = rows[_is_finite(rows)].astype(np.float64)
+        finite = rows[_is_finite(rows)]
+        finite = finite[_is_word(finite)].astype(np.float64)
         num_rows, total, square = num_rows + len(finite), total + finite.sum(axis=0), square + (finite**2).sum(axis=0)
     mean = total / max(1, num_rows)
     std = np.sqrt(np.maximum(0.0, square / max(1, num_rows) - mean**2))
     return _RealTexts(kept, hashes, torch.from_numpy(mean).float(), torch.from_numpy(std).float())
+
+
+def _is_word(texts: np.ndarray) -> np.ndarray:
+    """Return which tokens of texts [N,T,D] are words and no padding, bool [N,T]; of vectors [N,D], all [N]."""
+    mask = word_mask(torch.from_numpy(texts))
+    return np.ones(len(texts), dtype=bool) if mask is None else mask.numpy()
 
 
 def _is_finite(array: np.ndarray) -> np.ndarray:

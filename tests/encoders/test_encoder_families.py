@@ -113,6 +113,14 @@ def test_openclip_equals_openclip(picture: Path, tmp_path: Path) -> None:
     assert isinstance(positions, nn.Module)
     positions.get_submodule("network.visual.transformer.resblocks.0").register_forward_hook(lambda *call: seen.append(call[2]))
     torch.testing.assert_close(encode(positions, picture), seen[0][:, 1:].cpu())
+    words = encode(build("openclip", model=folder, modality="text", tokens="true"), *TEXTS)
+    tokenizer: Any = open_clip.get_tokenizer(f"local-dir:{folder}")
+    with torch.inference_mode():
+        for text, found, vector in zip(TEXTS, words, expected[1], strict=True):
+            length = len(tokenizer.encode(text)) + 2  # with begin and end
+            torch.testing.assert_close(found[length - 1] @ model.text_projection, vector, rtol=1e-4, atol=1e-5)
+            assert found[:length].any(dim=1).all()
+            assert not found[length:].any()
 
 
 @pytest.mark.parametrize("pooling", ["cls", "mean", "pooler"])
@@ -129,6 +137,14 @@ def test_image_models_equal_transformers(picture: Path, tmp_path: Path, pooling:
     if pooling == "mean":
         layer = build("transformers_image", model=folder, tokens="true", layer=1)
         torch.testing.assert_close(encode(layer, picture), output.hidden_states[1], rtol=1e-4, atol=1e-5)
+        model.set_attn_implementation("eager")
+        with torch.inference_mode():
+            output = model(**processor(Image.open(picture), return_tensors="pt"), output_attentions=True)
+        attention = output.attentions[-1][0].mean(0)[0, 1:]  # of the class token, to the 16 patches
+        kept = 1 + attention.topk(5).indices.sort().values
+        encoder = build("transformers_image", model=folder, tokens="true", keep=0.3)
+        assert encoder.feature_shape == (5, 32)
+        torch.testing.assert_close(encode(encoder, picture), output.last_hidden_state[:, kept], rtol=1e-4, atol=1e-5)
 
 
 def test_pooling_cls_without_a_class_token_is_refused(picture: Path, tmp_path: Path) -> None:

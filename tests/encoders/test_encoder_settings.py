@@ -43,11 +43,45 @@ def test_texts_of_any_length_equal_the_unpadded_model(model: str, tokenizer: dic
     """On whichever side the tokenizer pads, and also if it cannot pad."""
     folder = encoder_cases.text_folder(tmp_path, model, **tokenizer)
     network, words = AutoModel.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
-    found = encode(build("transformers_text", model=folder, max_tokens=8), *TEXTS)
-    for text, vector in zip(TEXTS, found, strict=True):
+    settings = {"model": folder, "max_tokens": 8}
+    found = encode(build("transformers_text", **settings), *TEXTS)
+    of_words = build("transformers_text", **settings, tokens="true")
+    assert of_words.feature_shape == (8, 32)
+    assert of_words.identity()["pooling"] == "none"
+    for text, vector, tokens in zip(TEXTS, found, encode(of_words, *TEXTS), strict=True):
         with torch.inference_mode():
             hidden = network(input_ids=torch.tensor([words(text)["input_ids"][:8]])).last_hidden_state[0]
         torch.testing.assert_close(vector, hidden.mean(dim=0), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(tokens[: len(hidden)], hidden, rtol=1e-4, atol=1e-5)
+        assert tokens[: len(hidden)].any(dim=1).all()  # no word is zeros alone, which mark the padding
+        assert not tokens[len(hidden) :].any()
+
+
+@pytest.mark.parametrize("model", ["bert", "gpt2"])
+@pytest.mark.parametrize("layer", [-1, 1])
+def test_the_words_that_are_kept_are_those_attended_to_most(model: str, layer: int, tmp_path: Path) -> None:
+    """By the first token or, where no token sees those after it, by the last, which themselves are not kept."""
+    folder = encoder_cases.text_folder(tmp_path, model)
+    network, words = (
+        AutoModel.from_pretrained(folder, attn_implementation="eager").eval(),
+        AutoTokenizer.from_pretrained(folder),
+    )
+    encoder = build("transformers_text", model=folder, max_tokens=8, tokens="true", keep=0.4, layer=layer)
+    assert encoder.feature_shape == (3, 32)
+    assert encoder.identity()["keep"] == 0.4
+    texts = (*TEXTS, "fox")
+    for text, found in zip(texts, encode(encoder, *texts), strict=True):
+        ids = words(text)["input_ids"][:8]
+        with torch.inference_mode():
+            output = network(input_ids=torch.tensor([ids]), output_attentions=True, output_hidden_states=True)
+        summary = len(ids) - 1 if model == "gpt2" else 0
+        attention = output.attentions[layer if layer == -1 else 0][0].mean(0)[summary].numpy()
+        others = [row for row in range(len(ids)) if row != summary] or [summary]
+        count = max(1, round(0.4 * (len(ids) - 1)))
+        kept = sorted(sorted(others, key=lambda row: -attention[row])[:count])
+        hidden = output.last_hidden_state if layer == -1 else output.hidden_states[layer]
+        torch.testing.assert_close(found[:count], hidden[0, kept], rtol=1e-4, atol=1e-5)
+        assert not found[count:].any()
 
 
 def test_the_side_that_is_cut_is_the_tokenizers_own(tmp_path: Path) -> None:

@@ -265,12 +265,14 @@ def test_random_projection_follows_its_formula(tmp_path: Path) -> None:
         ("transformers_text", {"max_tokens": 1}),
         ("transformers_text", {"layer": 7}),
         ("timm", {"layer": 3}),
-        ("openclip", {"modality": "text", "tokens": "true"}),
+        ("openclip", {"modality": "text", "layer": 0, "tokens": "true"}),
         ("transformers_image", {"pooling": "pooler", "layer": 1}),
         ("transformers_video", {"pooling": "pooler", "tokens": "true"}),
         ("frames", {"num_frames": 0}),
         ("frames", {"settings": "weights"}),
         ("transformers_text", {"pooling": "max"}),
+        ("transformers_text", {"keep": 0.5}),
+        ("transformers_text", {"keep": 0.5, "tokens": "true", "layer": 0}),
     ],
 )
 def test_settings_out_of_range_are_named(name: str, settings: dict[str, object]) -> None:

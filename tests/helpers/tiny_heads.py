@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch import Tensor
 
 from pipeline.cache import find_caches, open_cache
 from pipeline.data.manifest_files import read_manifest
@@ -42,16 +44,23 @@ def train_tiny(home: Path, method: str, seed: int = 0, training: dict[str, objec
     return train_head(plan_head(home, "tiny", method, settings, config, seed, caches_by_key(home)), progress=False)
 
 
-def extract_tokens(home: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Extract a cache of the tiny dataset with 8 tokens of width 4 for each image, and return it."""
+def extract_tokens(home: Path, modality: str = "image") -> Path:
+    """Extract a cache of the tiny dataset with 8 tokens of width 4 for each image, or for each text 2 to 8, and return it."""
     make, encode = RandomProjection.__init__, RandomProjection.forward
 
     def make_tokens(self: RandomProjection, config: Any) -> None:
         make(self, config)
         self.feature_shape = (8, 4)
 
-    with monkeypatch.context() as patch:
+    def encode_tokens(self: RandomProjection, prepared: Tensor) -> Tensor:
+        tokens = encode(self, prepared).reshape(-1, 8, 4)
+        if modality == "text":  # how many is a function of the text
+            tokens[torch.arange(8) > 1 + ((prepared > 0).sum(1, keepdim=True) % 7)] = 0.0
+        return tokens
+
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(RandomProjection, "__init__", make_tokens)
-        patch.setattr(RandomProjection, "forward", lambda self, prepared: encode(self, prepared).reshape(-1, 8, 4))
+        patch.setattr(RandomProjection, "forward", encode_tokens)
+        settings = {"modality": modality, "width": 32, "seed": 1}
         options = ExtractOptions(progress=False, workers=0)
-        return extract(read_manifest(home, "tiny"), "random_projection", {"width": 32, "seed": 1}, home, options=options)
+        return extract(read_manifest(home, "tiny"), "random_projection", settings, home, options=options)

@@ -2,16 +2,32 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers.method_cases import LABEL_KINDS, ROWS, WIDTH, cross_entropy, fitted, make_rng, seeded_loss, to_numpy
+from helpers.method_cases import (
+    LABEL_KINDS,
+    ROWS,
+    WIDTH,
+    batches_of,
+    cross_entropy,
+    fitted,
+    make_batch,
+    make_rng,
+    seeded_loss,
+    settings,
+    shapes,
+    to_numpy,
+)
 from scipy.special import rel_entr, softmax
 from torch import Tensor, nn
 
 from pipeline.methods.atnet import Config, CrossNetwork
 from pipeline.nn.losses import distillation
+from pipeline.runtime import plugins
 
 TEXT_BRANCH = ("text_encoder.", "text_alignment.", "text_decoder.")
 
@@ -70,6 +86,35 @@ def test_objective(kind: str) -> None:
     assert seeded_loss(method, batch, "warm_up")["loss"].item() == pytest.approx(warm, rel=1e-4)
     assert 0 < expected["zeros"] < 1
     np.testing.assert_allclose(to_numpy(method.feature(batch["image"], make_rng())), v_2, atol=1e-4)
+
+
+def test_words_are_reconstructed_and_predicted() -> None:
+    """Written a second time, word by word; what stands behind the last word of a text is not read."""
+    torch.manual_seed(0)
+    method: Any = plugins.get("methods", "atnet")(settings("atnet", w_rec=0.2, w_cross=0.4), {**shapes(), "text": (4, 9)})
+    batch, generator = make_batch(), torch.Generator().manual_seed(1)
+    words, lengths = 2.0 * torch.randn(ROWS, 4, 9, generator=generator) + 1.0, torch.arange(ROWS) % 4 + 1
+    batch["text"] = words.masked_fill((torch.arange(4) >= lengths.unsqueeze(1)).unsqueeze(-1), 0.0)
+    method.begin("warm_up", batches_of(batch))
+    parts = seeded_loss(method.train(False), batch)
+    rows = np.flatnonzero(batch["paired"].numpy())
+    of_texts = [to_numpy(words[row, : lengths[row]]) for row in rows]
+    every = np.concatenate(of_texts)
+    first, _, last = method.text_encoder
+    decoder, errors = method.text_decoder, {"rec_text": [], "words": []}
+    v = method.image_encoder(method.image_scale(batch["image"]))
+    crossed = to_numpy(method.cross(v, batch["paired"]))
+    for row, own in zip(rows, of_texts, strict=True):
+        x = (own - every.mean(0)) / every.std(0)
+        latent = linear(relu(linear(x, first)).mean(0), last)
+        for name, source in (("rec_text", latent), ("words", crossed[row])):
+            found = [linear(relu(linear(source, decoder.first) + place), decoder.last) for place in to_numpy(decoder.places)]
+            errors[name].append(np.mean([(a - b) ** 2 for a, b in zip(found, x, strict=False)]))
+    for name, values in errors.items():
+        assert parts[name].item() == pytest.approx(np.mean(values), rel=1e-4), name
+    warm = 0.2 * (parts["rec"] + parts["rec_text"]) + 0.25 * parts["ce_text"]
+    total = warm + parts["ce"] + 0.65 * parts["kl"] + 0.5 * parts["mse"] + 0.4 * (parts["cross"] + 2 * parts["words"])
+    torch.testing.assert_close(parts["loss"], total)
 
 
 def test_equal_branches_have_no_divergence_and_no_distance() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from dataclasses import fields
+from dataclasses import asdict, fields
 from itertools import chain
 from typing import Any
 
@@ -35,7 +35,9 @@ from torch import Tensor
 from pipeline.runtime import plugins
 from pipeline.runtime.rng import KeyedRNG
 from pipeline.runtime.settings import aliases_of, configure, field_types
+from pipeline.training.config import TrainConfig
 from pipeline.training.ensemble import ModelEnsemble, structure_key
+from pipeline.training.heads import resolve_head_settings
 from pipeline.types import Batch, Phase
 
 VARIANTS = variants()
@@ -75,6 +77,17 @@ def test_symbols_and_grid_name_settings(name: str) -> None:
     for field, values in module.grid.items():
         for value in values:
             assert value_of(configure(module.Config, {field: str(value)}), field) == value
+
+
+@for_all_methods
+def test_the_paper_s_preset_is_of_settings_that_differ_from_the_defaults(name: str) -> None:
+    module = plugins.get("methods", name)
+    of_paper, training = resolve_head_settings("openmoji", name, "paper", {}, {})
+    default = configure(module.Config, {})
+    assert all(value_of(of_paper, key) == value != value_of(default, key) for key, value in module.paper.items())
+    assert of_paper != default or not module.paper
+    assert asdict(training) == {**asdict(TrainConfig()), "lr": 1e-4, **module.paper_training}
+    assert all(asdict(TrainConfig())[key] != value for key, value in module.paper_training.items())
 
 
 @for_all_label_kinds

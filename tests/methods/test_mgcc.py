@@ -29,6 +29,8 @@ def weighted(x: np.ndarray, matrix: np.ndarray) -> float:
 def four(layer: Any, image: np.ndarray, text: np.ndarray, patches: np.ndarray, words: np.ndarray) -> list[float]:
     """Return the four similarities of one image and one text."""
     matrix = {name: to_numpy(value) for name, value in layer.named_parameters()}
+    for name in ("image_words.matrix", "words_first.matrix", "words_last.matrix"):
+        matrix[name] = matrix[name][: len(words), : len(words)]
     image_words = weighted(np.array([image @ w for w in words]), matrix["image_words.matrix"])
     patches_text = weighted(np.array([p @ text for p in patches]), matrix["patches_text.matrix"])
     tokens = np.array([[p @ matrix["of_tokens"] @ w for w in words] for p in patches])
@@ -38,15 +40,20 @@ def four(layer: Any, image: np.ndarray, text: np.ndarray, patches: np.ndarray, w
     return [float(image @ matrix["of_vectors"] @ text), image_words, patches_text, sum(both) / 2]
 
 
-def test_the_four_similarities() -> None:
+@pytest.mark.parametrize("lengths", [(4, 4, 4, 4, 4), (1, 4, 2, 3, 4)])
+def test_the_four_similarities(lengths: tuple[int, ...]) -> None:
+    """What stands behind the last word of a text changes nothing."""
     layer = GranularSimilarities(6, 3, 4, has_matrices=True)
     with torch.no_grad():
         for number, weight in enumerate(layer.parameters()):
             weight.add_(0.3 * units(*weight.shape, seed=number))
     parts = units(5, 6), units(5, 6, seed=1), units(5, 3, 6, seed=2), units(5, 4, 6, seed=3)
     image, text, patches, words = map(to_numpy, parts)
-    expected = [[four(layer, image[i], text[j], patches[i], words[j]) for j in range(5)] for i in range(5)]
-    np.testing.assert_allclose(np.moveaxis(to_numpy(layer(*parts, T)), 0, 2), expected, atol=1e-5)
+    of_texts = [each[:length] for each, length in zip(words, lengths, strict=True)]
+    expected = [[four(layer, image[i], text[j], patches[i], of_texts[j]) for j in range(5)] for i in range(5)]
+    is_word = torch.arange(4) < torch.tensor(lengths).unsqueeze(1)
+    found = layer(*parts, T, None if is_word.all() else is_word)
+    np.testing.assert_allclose(np.moveaxis(to_numpy(found), 0, 2), expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", LABEL_KINDS)

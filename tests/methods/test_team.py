@@ -8,7 +8,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers.method_cases import CLASSES, LABEL_KINDS, ROWS, cross_entropy, fitted, make_rng, seeded_loss, to_numpy
+from helpers.method_cases import (
+    CLASSES,
+    LABEL_KINDS,
+    ROWS,
+    cross_entropy,
+    fitted,
+    make_rng,
+    seeded_loss,
+    settings,
+    shapes,
+    to_numpy,
+)
 from scipy.special import log_softmax, ndtr, softmax
 from scipy.stats import chisquare
 from torch import Tensor
@@ -40,6 +51,9 @@ def attention(layer: Any, query: np.ndarray, key: np.ndarray, value: np.ndarray)
 
 
 def tokens(layer: Any, x: np.ndarray) -> np.ndarray:
+    """Return the tokens of a vector, or of words or patches."""
+    if x.ndim == 2:
+        return linear(layer.layer, (x - to_numpy(layer.scale.mean)) / to_numpy(layer.scale.std))
     chunks = np.split(x, len(layer.weight))
     return np.stack([chunk @ w + b for chunk, w, b in zip(chunks, to_numpy(layer.weight), to_numpy(layer.bias), strict=True)])
 
@@ -87,6 +101,21 @@ def test_objective(kind: str) -> None:
     assert parts["clip"].item() == pytest.approx(contrast, rel=1e-4)
     ce = cross_entropy(method.predict(batch["image"], make_rng()), batch["label"])
     assert parts["loss"].item() == pytest.approx(ce + 1.3 * (contrast + expected), rel=1e-4)
+
+
+def test_words_and_patches_are_scored_without_the_padding() -> None:
+    changes, generator = {"text": (5, 6), "image": (3, 7)}, torch.Generator().manual_seed(0)
+    method: Any = plugins.get("methods", "team")(settings("team", num_blocks=2), {**shapes(), **changes})
+    matching = method.matching.train(False)
+    words, patches = torch.randn(4, 5, 6, generator=generator), torch.randn(4, 3, 7, generator=generator)
+    lengths = (1, 5, 3, 4)
+    for each, length in zip(words, lengths, strict=True):
+        each[length:] = 0.0
+    for layer, tensor in ((matching.text_tokens, words), (matching.image_tokens, patches)):
+        layer.fit([tensor])
+    pairs = zip(to_numpy(words), to_numpy(patches), lengths, strict=True)
+    expected = [scores_of_a_pair(matching, text[:length], image) for text, image, length in pairs]
+    np.testing.assert_allclose(to_numpy(matching(words, patches)).T, expected, atol=1e-5)
 
 
 @pytest.mark.parametrize(("scale", "gap"), [(1.0, 0.0), (50.0, 0.0), (14.3, 0.1), (100.0, 0.5), (3.0, -0.7)])

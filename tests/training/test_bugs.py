@@ -245,7 +245,7 @@ def test_a_cache_of_tokens_is_refused_with_the_remedy(
     home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     text = caches_by_key(home)["text"]
-    path = extract_tokens(home, monkeypatch)
+    path = extract_tokens(home)
     caches = {"image": path.name, "text": text}
     with pytest.raises(UserError, match="holds tokens, 8×4 of each item, and seda wants one vector of each: extract without"):
         open_features(home, "tiny", "seda", caches)

@@ -148,8 +148,8 @@ class JointMethod(Method):
         # The mean is a matrix product, whose order of summation is fixed; a scattered addition on a GPU has no fixed order.
         # It is not autocast, so that the mean has the precision of stage 2.
         with torch.autocast(column.device.type, enabled=False):
-            means = is_owned / counts.clamp(min=1) @ texts
-        return torch.where(counts > 0, means, column)
+            means = is_owned / counts.clamp(min=1) @ texts.flatten(1)
+        return torch.where(counts > 0, means, column.flatten(1)).reshape(column.shape)
 
     @torch.no_grad()
     def update_statistics(self, batches: Iterable[Batch]) -> dict[str, float]:
