@@ -183,7 +183,7 @@ def test_the_old_form_of_unfreeze_works_and_says_what_to_write(
     assert run([*common, "--train", "text", "--unfreeze", "image"], monkeypatch) == 2
     assert "--unfreeze takes one of image, text, both and last:K, not image and text" in capsys.readouterr().err
     with pytest.raises(UserError, match="--unfreeze takes image, text, both or last:K, not 'everything'"):
-        finetune(init=init.path, home=joint, unfreeze="everything")
+        finetune(init=str(init.path), home=joint, unfreeze="everything")
 
 
 def test_the_shell_completes_commands() -> None:
