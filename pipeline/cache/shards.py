@@ -86,7 +86,7 @@ class StoredFeatures:
 
         Args:
             num_rows: rows of the shard; the last one has fewer than the others.
-            fill_rows: called with rows and an array for them, as stored; for all rows, in order.
+            fill_rows: called with some rows and an array for them, as stored; once for each row, in order.
         """
         index = np.full((self.chunks_per_shard, 2), NO_CHUNK, "<u8")
         buffers = itertools.cycle([self._piece_buffer() for _ in range(WRITE_PIECES)])
@@ -96,7 +96,8 @@ class StoredFeatures:
             for piece in self._pieces():
                 start, stop = (min(chunk * self.chunk_rows + row, num_rows) for row in (piece.start, piece.stop))
                 block = next(buffers)[: piece.stop - piece.start]
-                fill_rows(slice(start, stop), block[: stop - start])
+                if start < stop:
+                    fill_rows(slice(start, stop), block[: stop - start])
                 block[stop - start :] = self.fill_value
                 crc = google_crc32c.extend(crc, _as_bytes(block))
                 yield _as_bytes(block).data

@@ -245,12 +245,11 @@ def encode_missing_shards(task: ExtractionTask, writer: Writer, commits: dict[in
     shards = [shard for shard in range(writer.num_shards) if shard not in commits]
     if not shards:
         return
-    show = task.target.options.progress
+    show, label = task.target.options.progress, task.part or f"extracting {task.target.path.name}"
     meter = ThroughputMeter(allowed_workers(_num_workers(task)), default_device().type)
     num_done = sum(commit.rows for commit in commits.values())
     writing: list[Future[Commit]] = []
     stamps = {shard: media_stamp(task.target, writer.rows(shard)) for shard in shards}
-    label = task.part or f"extracting {task.target.path.name}"
     bar = ProgressBar(total=len(task.inputs), initial=num_done, unit=" items", label=label, show=show)
 
     def on_batch(batch: EncodedBatch) -> None:
