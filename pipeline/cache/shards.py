@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from io import FileIO
 from pathlib import Path
 
@@ -25,7 +26,7 @@ from dask.system import CPU_COUNT
 from pipeline.cache import layout
 from pipeline.runtime.errors import UserError
 
-PIECE_BYTES = 2**19  # of rows that are read, checked and converted at a time
+PIECE_BYTES = 2**20  # of rows that are read, checked and converted at a time
 WRITE_PIECES = 8  # that are in memory while a shard is written
 PART_CHUNKS = 4  # that a thread reads at a time
 READ_THREADS = min(4, CPU_COUNT)
@@ -93,7 +94,7 @@ class StoredFeatures:
         for chunk in range(-(-num_rows // self.chunk_rows)):
             index[chunk] = chunk * (self.chunk_bytes + CRC_BYTES), self.chunk_bytes + CRC_BYTES
             crc = 0
-            for piece in self._pieces():
+            for piece in self._pieces:
                 start, stop = (min(chunk * self.chunk_rows + row, num_rows) for row in (piece.start, piece.stop))
                 block = next(buffers)[: piece.stop - piece.start]
                 if start < stop:
@@ -106,8 +107,9 @@ class StoredFeatures:
 
     def _piece_buffer(self) -> np.ndarray:
         """Return an array for the rows of a piece, as stored. To use it again is cheaper than to get memory from the system."""
-        return np.empty((self._pieces()[0].stop, *self.shape[1:]), self.dtype)
+        return np.empty((self._pieces[0].stop, *self.shape[1:]), self.dtype)
 
+    @cached_property
     def _pieces(self) -> list[slice]:
         """Return the rows of each piece of a chunk, counted from the first row of the chunk."""
         piece_rows = max(1, PIECE_BYTES * self.chunk_rows // self.chunk_bytes)
@@ -131,7 +133,7 @@ class StoredFeatures:
 
     def _read(self, rows: np.ndarray, dtype: np.dtype) -> np.ndarray:
         result = np.empty((len(rows), *self.shape[1:]), dtype)
-        order = None if (np.diff(rows) >= 0).all() else np.argsort(rows, kind="stable")
+        order = None if (np.diff(rows) > 0).all() else np.argsort(rows, kind="stable")
         ascending = rows if order is None else rows[order]
         chunks = ascending // self.chunk_rows
         starts = [0, *(np.flatnonzero(np.diff(chunks)) + 1).tolist()] if len(rows) else []
@@ -193,7 +195,7 @@ class StoredFeatures:
             entry: of the index.
             wanted: the rows, counted from the first row of the chunk, ascending.
             result: gets the rows.
-            places: where they go in the result.
+            places: where they go in the result; a slice only if no row is wanted twice.
             buffer: for a piece.
 
         Raises:
@@ -202,24 +204,25 @@ class StoredFeatures:
         offset, num_bytes = entry.tolist()
         if num_bytes != self.chunk_bytes + CRC_BYTES:
             raise ValueError("a chunk is not there")
-        pieces = self._pieces()
-        is_run = isinstance(places, slice) and bool((np.diff(wanted) == 1).all())
+        is_run = isinstance(places, slice) and int(wanted[-1] - wanted[0]) == len(wanted) - 1
         is_as_stored = is_run and len(wanted) == self.chunk_rows and result.dtype == self.dtype
-        stops = np.searchsorted(wanted, [piece.stop for piece in pieces]).tolist()
+        chunk_rows = result[places] if is_as_stored else None
         crc = done = 0
-        for piece, stop in zip(pieces, stops, strict=True):
-            block = result[places][piece] if is_as_stored else buffer[: piece.stop - piece.start]
+        for piece in self._pieces:
+            block = buffer[: piece.stop - piece.start] if chunk_rows is None else chunk_rows[piece]
             crc = _fill(block, file, offset, crc)
             offset += block.nbytes
-            if done < stop and not is_as_stored:
-                picked = wanted[done:stop] - piece.start
-                rows = block[picked[0] : picked[-1] + 1] if is_run else block[picked]
-                if isinstance(places, slice):
-                    layout.copy_values(rows, result[places][done:stop])
-                elif result.dtype == self.dtype:
-                    result[places[done:stop]] = rows
-                else:
-                    result[places[done:stop]] = layout.from_stored(rows, self.store_dtype)
+            if chunk_rows is not None:
+                continue
+            stop = int(np.searchsorted(wanted, piece.stop))
+            picked = wanted[done:stop] - piece.start
+            rows = block[picked[0] : picked[-1] + 1] if is_run and len(picked) else block[picked]
+            if isinstance(places, slice):
+                layout.copy_values(rows, result[places][done:stop])
+            elif result.dtype == self.dtype:
+                result[places[done:stop]] = rows
+            else:
+                result[places[done:stop]] = layout.from_stored(rows, self.store_dtype)
             done = stop
         _check_crc(crc, file, offset)
 

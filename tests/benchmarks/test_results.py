@@ -10,7 +10,7 @@ import pytest
 import results
 
 LINES = [
-    "store, write pooled: MB/s 612 (580 to 640, 9 rounds) (wanted >= 500); over write and fsync alone 0.6 (0.5 to 0.7, 9 rounds)",
+    "store, write pooled: MB/s 612 (580 to 640, 9 rounds) (wanted >= 500); over write and fsync alone 0.6 (0.5 to 0.7)",
     "opening 10,000,000 rows: seconds 2.5 (2.1 to 3.0, 9 rounds) (wanted < 2); of the processor 0.8 (0.7 to 0.9, 9 rounds)",
     "store, read from disk by id as float32 over numpy.fromfile: ratio 0.3 (0.2 to 0.4, 9 rounds); 900 MB/s over 3000",
 ]
