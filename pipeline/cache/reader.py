@@ -41,7 +41,7 @@ class Cache:
     identity: Mapping[str, Any]
     fingerprint: str  # SHA-256 of the identity
     provenance: Mapping[str, Any]
-    stored: StoredFeatures
+    stored: StoredFeatures  # the rows as they are on the disk
     failed_ids: frozenset[str]
     offsets: np.ndarray  # rows of sample i: offsets[i] .. offsets[i+1]
 
@@ -50,9 +50,13 @@ class Cache:
         """The shape of one row."""
         return self.stored.shape[1:]
 
-    @cached_property
+    @property
     def ids(self) -> list[str]:
         """The ids of the samples, in row order. They are read when they are first asked for: millions take seconds."""
+        return self._ids
+
+    @cached_property
+    def _ids(self) -> list[str]:
         return np.asarray(zarr.open_array(self.path / "ids", mode="r")[:]).tolist()
 
     def read(self, ids: Sequence[str], aggregate: Literal["mean", "first"] = "mean") -> np.ndarray:
