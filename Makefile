@@ -56,9 +56,8 @@ reproduce: setup ## a table or figure of the papers: make reproduce ARTEFACT=mar
 report: setup ## tables and pictures of all runs of DATASET
 	$(RUN)diffalign report $(DATASET) $(ARGS)
 
-bench: setup ## the ratios of benchmarks/RESULTS.md, on a machine with nothing else to do
-	$(RUN)python benchmarks/extract.py
-	$(RUN)python benchmarks/grid.py
+bench: setup ## the tables of benchmarks/RESULTS.md, on a machine with nothing else to do: make bench ARGS="--parts stores"
+	$(RUN)python benchmarks/results.py $(ARGS)
 
 docs: setup ## draw the rooms from the import contract, write the API page from the docstrings
 	$(RUN)python docs/draw_rooms.py

@@ -1,11 +1,12 @@
 """Compare the speed of extraction with what the machine can do, as ratios measured in one run; results are in RESULTS.md.
 
-    python benchmarks/extract.py [--parts bound,loop,store,overhead,identity,memory] [--images 384]
+    python benchmarks/extract.py [--parts bound,loop,store,opening,overhead,identity,memory] [--images 384]
     python benchmarks/extract.py --parts peer --peer PYTHON     # PYTHON of an environment with clip-retrieval and setuptools<70
 
 bound     wall time over the lower bound max(decode alone, forward alone, core-seconds / cores)
 loop      images per second over those of the loop in timm's documentation: float32, one image at a time, DataLoader(workers=0)
 store     MB/s of writing a cache, and of reading all of it over numpy.fromfile on the same bytes, from the disk and from memory
+opening   seconds of opening a cache of ten million rows
 overhead  share of an extraction's time that sha256 and fsync take
 identity  processor time of an extraction with the digests of its media over that without, in turns
 memory    peak memory with ten times as many rows over that with the smaller number
@@ -23,7 +24,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
@@ -33,14 +34,14 @@ import numpy as np
 import timm
 import torch
 import torch.utils.data
-import zarr
 from dask.system import CPU_COUNT
 from PIL import Image
+from stores import opening, store
 from timm.data.config import resolve_data_config
 from timm.data.transforms_factory import create_transform
 from torch import nn
 
-from pipeline.cache import Writer, layout, open_cache
+from pipeline.cache import layout
 from pipeline.cache.shard_media import ShardMedia
 from pipeline.data.manifest import Manifest
 from pipeline.encoders.efficientnet_lite import load_weights
@@ -165,59 +166,6 @@ def loop(folder: Path, home: Path, count: int) -> None:
     print(f"loop: {ours:.0f} images/s over {plain_rate:.0f}: ratio {ours / plain_rate:.2f} (wanted >= 3)", flush=True)
 
 
-def store(folder: Path, home: Path, count: int) -> None:
-    """Print MB/s of writing and reading 65,536 rows of 2,048 float16 numbers, with and without the page cache of the system."""
-    rows, width = 8 * layout.SHARD_ROWS, 2048
-    ids = [str(row) for row in range(rows)]
-    identity = {"store_dtype": "float16"}
-    path = layout.cache_path(home, "bench", "store", identity)
-    writer = Writer.open(path, ids, np.zeros(0, np.int64), (width,), identity, {"command": "none"})
-    block = np.random.default_rng(0).standard_normal((layout.SHARD_ROWS, width)).astype(np.float32)
-    commits = {}
-
-    def write() -> None:
-        for shard in range(writer.num_shards):
-            commits[shard] = writer.commit(shard, block, [], seconds=0, batch_size=0, device="cpu")
-
-    write_seconds = seconds(write)
-    writer.finish(commits)
-    num_bytes = sum(commit.num_bytes for commit in commits.values())
-    (home / "plain.bin").write_bytes(block.astype(np.float16).tobytes() * 8)
-    cache = open_cache(path)
-
-    def read_plain() -> None:
-        np.fromfile(home / "plain.bin", np.float16).reshape(rows, width)
-
-    def read_stored() -> None:
-        np.asarray(zarr.open_array(path / "features", mode="r")[:])
-
-    print(f"store: write {num_bytes / write_seconds / 1e6:.0f} MB/s (wanted >= 500)", flush=True)
-    for place, is_cold in (("disk", True), ("memory", False)):
-        read_seconds = []
-        for read in (read_plain, read_stored, lambda: cache.read(ids)):
-            repeats = []
-            for _ in range(3):
-                if is_cold:
-                    drop_from_page_cache([home / "plain.bin", *path.rglob("*")])
-                repeats.append(seconds(read))
-            read_seconds.append(min(repeats))
-        plain_rate, raw_rate, read_rate = (num_bytes / each / 1e6 for each in read_seconds)
-        print(
-            f"store: read from {place} {raw_rate:.0f} MB/s as stored over {plain_rate:.0f} by numpy.fromfile: "
-            f"ratio {raw_rate / plain_rate:.2f} (wanted >= 0.6); by id as float32 {read_rate:.0f} MB/s",
-            flush=True,
-        )
-
-
-def drop_from_page_cache(files: Iterable[Path]) -> None:
-    """Ask the system to drop files from its page cache."""
-    for file in files:
-        if file.is_file():
-            with file.open("rb") as handle:
-                os.fsync(handle.fileno())
-                os.posix_fadvise(handle.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-
-
 def overhead(folder: Path, home: Path, count: int) -> None:
     """Print the time of the checksum and the fsync of a full shard, over the time that encoding the rows of a shard takes."""
     encode_seconds = seconds(lambda: extract(make_manifest(folder, count), "efficientnet_lite", {}, home / "o", options=QUIET))
@@ -256,7 +204,7 @@ def identity(folder: Path, home: Path, count: int) -> None:
             ratios.append(with_digests / run(encoder, f"without{number}"))
             ShardMedia.digests = digests
         low, middle, high = min(ratios), statistics.median(ratios), max(ratios)
-        print(f"identity {encoder}: ratio {middle:.4f} ({low:.4f} to {high:.4f}, {rounds} rounds; wanted < 1.03)", flush=True)
+        print(f"identity {encoder}: ratio {middle:.4f} ({low:.4f} to {high:.4f}, {rounds} rounds) (wanted < 1.03)", flush=True)
 
 
 def memory(folder: Path, home: Path, count: int) -> None:
@@ -312,14 +260,14 @@ def peer(folder: Path, home: Path, count: int, python: Path) -> None:
 def main() -> None:
     """Run the parts that are asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--parts", default="bound,loop,store,overhead,identity,memory")
+    parser.add_argument("--parts", default="bound,loop,store,opening,overhead,identity,memory")
     parser.add_argument("--images", type=int, default=384)
     parser.add_argument("--peer", type=Path, help="python of an environment with clip-retrieval")
     arguments = parser.parse_args()
     parts: dict[str, Callable[[Path, Path, int], None]] = {
-        "bound": bound, "loop": loop, "store": store, "overhead": overhead, "identity": identity, "memory": memory,
+        **{part.__name__: part for part in (bound, loop, store, opening, overhead, identity, memory)},
         "peer": lambda folder, home, count: peer(folder, home, count, arguments.peer),
-    }  # fmt: skip
+    }
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{CPU_COUNT} cores, {platform.machine()}"
     print(f"torch {torch.__version__}, {device}", flush=True)
     with tempfile.TemporaryDirectory() as scratch:

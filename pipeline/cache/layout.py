@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
@@ -28,8 +29,9 @@ SHARD_ROWS = 8192
 MAX_SHARD_BYTES = 2**28  # a shard is encoded, converted and written in memory
 CHUNK_ROWS = 512
 BFLOAT16_NAN = 0x7FC0
-# Values whose norms are computed at a time. They stay in the processor's cache, and torch starts no threads for so few.
-NORM_BLOCK_VALUES = 2**15
+# Values that are converted, or whose norms are computed, at a time. They stay in the processor's cache, and torch starts no
+# threads for so few.
+BLOCK_VALUES = 2**15
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,19 +106,42 @@ def to_stored(features: np.ndarray, dtype: str) -> np.ndarray:
 
     Values beyond the range of float16 become infinite.
     """
-    if dtype == "bfloat16":  # round to nearest, ties to even
-        bits = np.ascontiguousarray(features, dtype=np.float32).view(np.uint32)
-        rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
-        return np.where(np.isnan(features), np.uint16(BFLOAT16_NAN), rounded)
-    with np.errstate(over="ignore"):
-        return features.astype(dtype)
+    stored = np.empty(features.shape, "uint16" if dtype == "bfloat16" else dtype)
+    copy_values(features, stored)
+    return stored
 
 
 def from_stored(stored: np.ndarray, dtype: str) -> np.ndarray:
     """Convert stored features, of the number format `dtype`, to float32."""
-    if dtype == "bfloat16":
-        return (stored.astype(np.uint32) << 16).view(np.float32)
-    return stored.astype(np.float32)
+    features = np.empty(stored.shape, np.float32)
+    copy_values(stored, features)
+    return features
+
+
+def copy_values(source: np.ndarray, target: np.ndarray) -> None:
+    """Copy features in row order, and convert them to the number format of the target. An array of uint16 has bfloat16.
+
+    Args:
+        source: of any shape.
+        target: as many numbers, contiguous in memory.
+    """
+    import torch  # several times as fast as NumPy here; imported late, so that listing caches does not wait for it
+
+    if target.dtype == np.uint16 and source.dtype != np.uint16:
+        target.reshape(-1)[:] = _round_to_bfloat16(source).reshape(-1)
+        return
+    numbers = torch.from_numpy(np.require(source, requirements=["C", "W"]).reshape(-1))
+    if source.dtype == np.uint16 and target.dtype != np.uint16:
+        numbers = numbers.view(torch.bfloat16)
+    for part, copied in zip(torch.from_numpy(target.reshape(-1)).split(BLOCK_VALUES), numbers.split(BLOCK_VALUES), strict=True):
+        part.copy_(copied)
+
+
+def _round_to_bfloat16(features: np.ndarray) -> np.ndarray:
+    """Return float32 numbers as the bits of bfloat16: rounded to nearest, ties to even; every NaN has the same bits."""
+    bits = np.ascontiguousarray(features, dtype=np.float32).view(np.uint32)
+    rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
+    return np.where(np.isnan(features), np.uint16(BFLOAT16_NAN), rounded)
 
 
 def row_norms(stored: np.ndarray, dtype: str) -> np.ndarray:
@@ -124,11 +149,11 @@ def row_norms(stored: np.ndarray, dtype: str) -> np.ndarray:
 
     A norm is not finite where a feature of the row is not finite.
     """
-    import torch  # several times as fast as NumPy here; imported late, so that listing caches does not wait for it
+    import torch
 
     rows = torch.from_numpy(stored.reshape(len(stored), -1))
     rows = rows.view(torch.bfloat16) if dtype == "bfloat16" else rows
-    blocks = rows.split(max(1, NORM_BLOCK_VALUES // max(1, rows.shape[1])))
+    blocks = rows.split(max(1, BLOCK_VALUES // max(1, rows.shape[1])))
     return torch.cat([torch.linalg.vector_norm(block.float(), dim=1, dtype=torch.float64) for block in blocks]).numpy()
 
 
@@ -219,9 +244,15 @@ def dataclass_from_json(kind: type[_RecordT], values: Mapping[str, Any]) -> _Rec
         TypeError: a field is missing, unknown, or not of its type.
     """
     record = kind(**values)
-    for name, hint in get_type_hints(kind).items():
-        value, expected_type = getattr(record, name), get_origin(hint) or hint
+    for name, expected_type in _field_types(kind).items():
+        value = getattr(record, name)
         is_right_type = isinstance(value, (int, float) if expected_type is float else expected_type)
         if not is_right_type or isinstance(value, bool):
             raise TypeError(f"{name} is {str(value)[:40]!r}")
     return record
+
+
+@cache
+def _field_types(kind: type) -> dict[str, type]:
+    """Return the type of each field; they are looked up once, because a large cache has a thousand records."""
+    return {name: get_origin(hint) or hint for name, hint in get_type_hints(kind).items()}

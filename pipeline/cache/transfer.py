@@ -17,7 +17,6 @@ from types import ModuleType
 from typing import Literal
 
 import numpy as np
-import zarr
 
 from pipeline.cache import layout
 from pipeline.cache.exchange import NO_OFFSETS, FeatureFile, block_ranges, check_feature_file, make_block_ends
@@ -155,22 +154,18 @@ def _open_stored(cache: Cache, order: Sequence[int]) -> tuple[FeatureFile, int, 
     Returns:
         The features; the rows per shard of the cache; and, for each row of the cache, its row in the wanted order.
     """
-    array = zarr.open_array(cache.path / "features", mode="r")
-    assert array.shards is not None
     counts = np.diff(cache.offsets)[order]
     ends = np.cumsum(counts)
-    rows = np.arange(array.shape[0]) + np.repeat(cache.offsets[order] - (ends - counts), counts)
+    rows = np.arange(cache.stored.shape[0]) + np.repeat(cache.offsets[order] - (ends - counts), counts)
 
     def read_blocks(block_ends: Sequence[int]) -> Iterator[np.ndarray]:
         for start, stop in block_ranges(block_ends):
-            picked = rows[start:stop]
-            is_slice = (np.diff(picked) == 1).all()  # of which Zarr copies less
-            yield np.asarray(array[picked[0] : picked[0] + len(picked)] if len(picked) and is_slice else array.oindex[picked])
+            yield cache.stored.read(rows[start:stop])
 
     offsets = np.concatenate([[0], ends]).astype(np.int64) if cache.kind == "ragged" else NO_OFFSETS
     ids = [cache.ids[position] for position in order]
-    features = FeatureFile(ids, offsets, array.shape, cache.identity["store_dtype"], {}, read_blocks)
-    return features, array.shards[0], np.argsort(rows)
+    features = FeatureFile(ids, offsets, cache.stored.shape, cache.identity["store_dtype"], {}, read_blocks)
+    return features, cache.stored.shard_rows, np.argsort(rows)
 
 
 def _write_cache(plan: ImportPlan, home: Path) -> ImportResult:

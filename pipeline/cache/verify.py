@@ -7,13 +7,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-import zarr
 
 from pipeline.cache import layout
 from pipeline.cache.layout import Commit
 from pipeline.cache.reader import open_cache, read_attributes, read_commits
 from pipeline.cache.samples import read_cache_manifest
 from pipeline.cache.shard_media import ShardMedia
+from pipeline.cache.shards import StoredFeatures
 from pipeline.runtime.errors import UserError
 from pipeline.runtime.files import file_sha256
 
@@ -29,9 +29,9 @@ def verify(path: Path) -> list[str]:
     except UserError as error:
         return [str(error)]
     commits, problems = read_commits(path)
-    array = zarr.open_array(path / "features", mode="r")
+    stored = StoredFeatures.open(path)
     for commit in commits:
-        problems += _check_shard(path, commit, array)
+        problems += _check_shard(stored, commit)
     return problems or layout.file_problems(path, "failures") or _media_problems(path, commits)
 
 
@@ -51,16 +51,17 @@ def _media_problems(path: Path, commits: Sequence[Commit]) -> list[str]:
     return [problem for problem in problems if problem]
 
 
-def _check_shard(path: Path, commit: Commit, array: zarr.Array) -> list[str]:
+def _check_shard(stored: StoredFeatures, commit: Commit) -> list[str]:
     """Compare a shard with its SHA-256, and its rows that are not finite with the failures of its record."""
-    file = layout.shard_path(path, commit.shard, array.ndim)
-    name = file.relative_to(path)
+    file = layout.shard_path(stored.path, commit.shard, len(stored.shape))
+    name = file.relative_to(stored.path)
     if file_sha256(file) != commit.sha256:
         return [f"{name} is damaged (its sha256 does not fit)"]
-    assert array.shards is not None
-    start = commit.shard * array.shards[0]
-    stored = np.asarray(array[start : start + commit.rows])
-    features = layout.from_stored(stored, str(array.attrs["store_dtype"])).reshape(len(stored), -1)
+    start = commit.shard * stored.shard_rows
+    try:
+        features = stored.read_float32(np.arange(start, start + commit.rows)).reshape(commit.rows, -1)
+    except UserError as error:  # it was damaged before its SHA-256 was taken
+        return [str(error)]
     empty_rows = (start + np.flatnonzero(~np.isfinite(features).all(axis=1))).tolist()
     failed_rows = sorted(failure.row for failure in commit.failures)
     if empty_rows != failed_rows or commit.finite != commit.rows - len(empty_rows):

@@ -1,15 +1,17 @@
-"""Write a cache shard by shard. If the process is killed, at most the shard that it was writing is lost."""
+"""Write a cache shard by shard. If the process is killed, at most the shards that it was writing are lost."""
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import io
 import json
-from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -17,16 +19,17 @@ import pyarrow.parquet as pq
 import zarr
 from zarr.abc.buffer import Buffer
 from zarr.abc.codec import BytesBytesCodec
-from zarr.buffer import cpu
 from zarr.codecs import Crc32cCodec
 from zarr.storage import MemoryStore
 
 from pipeline.cache import layout
 from pipeline.cache.layout import Commit, Failure
+from pipeline.cache.shards import WRITE_PIECES, StoredFeatures
 from pipeline.runtime.errors import UserError
 from pipeline.runtime.files import file_sha256, sha256, write_atomic
 
 TEMPORARY_FILE_PATTERN = ".*.tmp"  # files that `write_atomic` has not finished
+_PieceT = TypeVar("_PieceT", bound=bytes | memoryview)
 FAILURE_COLUMNS = pa.schema([("id", pa.string()), ("stage", pa.string()), ("error", pa.string())])
 
 
@@ -35,10 +38,7 @@ class Writer:
     """Writes the shards of one cache. The caller must hold the `lock` of the folder."""
 
     path: Path
-    num_rows: int
-    shard_rows: int
-    feature_shape: tuple[int, ...]
-    store_dtype: str
+    stored: StoredFeatures
     array_files: Mapping[str, bytes]  # metadata, ids and offsets as Zarr writes them; by path in the cache
 
     @staticmethod
@@ -100,9 +100,22 @@ class Writer:
         Several processes may write at the same time, each of them other shards. They then hold `lock_shared`.
         """
         array_files = {name: (path / name).read_bytes() for name in layout.read_record(path / "commits" / "arrays.json")}
-        array = zarr.open_array(path / "features", mode="r")
-        assert array.shards is not None
-        return Writer(path, array.shape[0], array.shards[0], array.shape[1:], str(array.attrs["store_dtype"]), array_files)
+        return Writer(path, StoredFeatures.open(path), array_files)
+
+    @property
+    def num_rows(self) -> int:
+        """The number of rows of the whole cache."""
+        return self.stored.shape[0]
+
+    @property
+    def shard_rows(self) -> int:
+        """The number of rows of every shard but the last."""
+        return self.stored.shard_rows
+
+    @property
+    def feature_shape(self) -> tuple[int, ...]:
+        """The shape of one row."""
+        return self.stored.shape[1:]
 
     @property
     def provenance(self) -> Mapping[str, Any]:
@@ -163,23 +176,25 @@ class Writer:
             media_digests: digests of the media files, see `Commit`; "": not known.
         """
         (self.path / "commits" / "failures.json").unlink(missing_ok=True)
-        stored = layout.to_stored(features, self.store_dtype)
-        all_norms = layout.row_norms(stored, self.store_dtype)
-        finite = np.isfinite(all_norms)
-        norms = all_norms[finite] if finite.any() else np.zeros(1)
-        data = self._encode_shard(shard, stored)
-        with ThreadPoolExecutor(1) as executor:  # hash while the disk is busy
-            digest = executor.submit(sha256, data)
-            write_atomic(self._shard_path(shard), data)
+        norms, digest = np.empty(len(features)), hashlib.sha256()
+
+        def fill_rows(rows: slice, stored: np.ndarray) -> None:
+            layout.copy_values(features[rows], stored)
+            norms[rows] = layout.row_norms(stored, self.stored.store_dtype)
+
+        pieces = self.stored.encode_shard(len(features), fill_rows)
+        write_atomic(self._shard_path(shard), hash_beside(pieces, digest))
+        finite = np.isfinite(norms)
+        finite_norms = norms[finite] if finite.any() else np.zeros(1)
         commit = Commit(
             shard=shard,
-            rows=len(stored),
-            num_bytes=len(data),
-            sha256=digest.result(),
+            rows=len(features),
+            num_bytes=self.stored.shard_bytes(len(features)),
+            sha256=digest.hexdigest(),
             finite=int(finite.sum()),
-            norm_min=float(norms.min()),
-            norm_mean=float(norms.mean()),
-            norm_max=float(norms.max()),
+            norm_min=float(finite_norms.min()),
+            norm_mean=float(finite_norms.mean()),
+            norm_max=float(finite_norms.max()),
             seconds=round(seconds, 3),
             batch_size=batch_size,
             device=device,
@@ -200,15 +215,7 @@ class Writer:
         layout.write_digests(self.path, "failures", ["failures.parquet"])
 
     def _shard_path(self, shard: int) -> Path:
-        return layout.shard_path(self.path, shard, 1 + len(self.feature_shape))
-
-    def _encode_shard(self, shard: int, stored: np.ndarray) -> memoryview:
-        """Return the bytes that Zarr writes for a shard."""
-        start = self.rows(shard).start
-        store = _memory_store({"features/zarr.json": self.array_files["features/zarr.json"]})
-        with zarr.config.set({"array.write_empty_chunks": True}):  # a shard that holds only failures has a file too
-            zarr.open_array(MemoryStore(store), path="features", mode="r+")[start : start + len(stored)] = stored
-        return store[self._shard_path(shard).relative_to(self.path).as_posix()].as_numpy_array().data
+        return layout.shard_path(self.path, shard, len(self.stored.shape))
 
 
 def remove_temporary_files(path: Path) -> None:
@@ -218,6 +225,20 @@ def remove_temporary_files(path: Path) -> None:
     """
     for file in path.rglob(TEMPORARY_FILE_PATTERN):
         file.unlink(missing_ok=True)
+
+
+def hash_beside(pieces: Iterable[_PieceT], digest: hashlib._Hash) -> Iterator[_PieceT]:
+    """Yield pieces of a file, and hash them on a thread, which may be `WRITE_PIECES` - 1 pieces behind.
+
+    The digest is complete when there are no more pieces.
+    """
+    with ThreadPoolExecutor(1) as thread:
+        hashing: deque[Future[None]] = deque()
+        for piece in pieces:
+            if len(hashing) == WRITE_PIECES - 1:
+                hashing.popleft().result()
+            hashing.append(thread.submit(digest.update, piece))
+            yield piece
 
 
 def _encode_failures(commits: Sequence[Commit]) -> bytes:
@@ -282,7 +303,3 @@ def _encode_arrays(
     if len(offsets):
         group.create_array("offsets", data=offsets, chunks=(len(offsets),), compressors=checksum)
     return {name: buffer.to_bytes() for name, buffer in store.items()}
-
-
-def _memory_store(files: Mapping[str, bytes]) -> dict[str, Buffer]:
-    return {name: cpu.Buffer.from_bytes(data) for name, data in files.items()}

@@ -33,6 +33,7 @@ logger = logging.getLogger(__name__)
 
 DEFAULT_BATCH_SIZES = {"cpu": 16, "cuda": 256}  # items per batch by device; on a GPU the most
 GPU_BATCH_BYTES = 2**29  # most bytes of a batch on a GPU: every worker holds some batches, and video clips are large
+SHARDS_IN_WRITING = 2  # so that one is encoded for the disk while the disk takes the other
 NO_SAMPLE_IDS: frozenset[str] = frozenset()
 
 
@@ -203,11 +204,9 @@ def start_or_resume(target: ExtractionTarget) -> tuple[Writer, dict[int, Commit]
     Raises:
         UserError: the media have changed since the existing shards were written.
     """
-    ids, options = [sample.id for sample in target.input_rows.manifest.samples], target.options
-    shape, provenance = target.feature_shape, target.provenance
-    writer = Writer.open(
-        target.path, ids, target.input_rows.offsets, shape, target.identity, provenance, provenance["shard_rows"]
-    )
+    inputs, options, provenance = target.input_rows, target.options, target.provenance
+    ids, shape = [sample.id for sample in inputs.manifest.samples], target.feature_shape
+    writer = Writer.open(target.path, ids, inputs.offsets, shape, target.identity, provenance, provenance["shard_rows"])
     _check_media(target, writer)
     commits = writer.verified_commits()
     if options.retry_failed:
@@ -242,36 +241,38 @@ def _shard_media(target: ExtractionTarget, rows: range, failures: Sequence[Failu
 
 
 def encode_missing_shards(task: ExtractionTask, writer: Writer, commits: dict[int, Commit], budget: FailureBudget) -> None:
-    """Encode every shard that has no commit, and add its commit; one shard is written while the next is encoded."""
+    """Encode every shard that has no commit, and add its commit. Two shards may be written while the next is encoded."""
     shards = [shard for shard in range(writer.num_shards) if shard not in commits]
     if not shards:
         return
-    options = task.target.options
+    show, label = task.target.options.progress, task.part or f"extracting {task.target.path.name}"
     meter = ThroughputMeter(allowed_workers(_num_workers(task)), default_device().type)
     num_done = sum(commit.rows for commit in commits.values())
-    writing: Future[Commit] | None = None
+    writing: list[Future[Commit]] = []
     stamps = {shard: media_stamp(task.target, writer.rows(shard)) for shard in shards}
-    label = task.part or f"extracting {task.target.path.name}"
-    bar = ProgressBar(total=len(task.inputs), initial=num_done, unit=" items", label=label, show=options.progress)
+    bar = ProgressBar(total=len(task.inputs), initial=num_done, unit=" items", label=label, show=show)
 
     def on_batch(batch: EncodedBatch) -> None:
         meter.add(batch)
         budget.add(batch.failures)
         bar.update(len(batch.rows))
-        if writing and writing.done():
-            writing.result()  # raises at once, e.g. for a full disk, instead of after the next shard
+        if writing and writing[0].done():
+            writing[0].result()  # raises at once, e.g. for a full disk, instead of after the next shard
 
-    with bar, ThreadPoolExecutor(1) as thread:
+    def add_commit() -> None:
+        with meter.waiting("disk"):
+            commit = writing.pop(0).result()
+        commits[commit.shard] = commit
+
+    with bar, ThreadPoolExecutor(SHARDS_IN_WRITING) as threads:
         for shard, features, failures, seconds in encode_shards(task, writer, shards, meter, on_batch):
-            if writing:
-                with meter.waiting("disk"):
-                    commit = writing.result()
-                commits[commit.shard] = commit
-            writing = thread.submit(commit_shard, task, writer, shard, features, failures, seconds, stamps[shard])
+            if len(writing) == SHARDS_IN_WRITING:
+                add_commit()
+            writing.append(threads.submit(commit_shard, task, writer, shard, features, failures, seconds, stamps[shard]))
             del features  # frees the memory once the shard is written, while the next one is computed
-        if writing:
-            commits[shards[-1]] = writing.result()
-    if options.progress and not task.part:
+        while writing:
+            add_commit()
+    if show and not task.part:
         meter.log_summary()
 
 

@@ -61,11 +61,17 @@ def check_local(path: str | Path, label: str) -> Path:
     return Path(path)
 
 
-def write_atomic(path: Path, data: bytes | memoryview | str) -> None:
-    """Write a whole file at once: a reader sees the old content or the new content, even if this process is killed."""
+def write_atomic(path: Path, data: bytes | memoryview | str | Iterator[bytes | memoryview]) -> None:
+    """Write a whole file at once: a reader sees the old content or the new content, even if this process is killed.
+
+    Data that come in pieces are never together in memory.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with written_aside(path) as aside:
-        aside.write_bytes(data.encode() if isinstance(data, str) else data)
+    with written_aside(path) as aside, aside.open("wb") as file:
+        if isinstance(data, str):
+            file.write(data.encode())
+        else:
+            file.writelines([data] if isinstance(data, bytes | memoryview) else data)
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from helpers.tiny_heads import caches_by_key
 from PIL import Image
 
 from pipeline.cache import find_caches, info, open_cache, verify
-from pipeline.cache.reader import Cache, find_cache
+from pipeline.cache.reader import find_cache
 from pipeline.data.corruptions import Corruption, corrupt
 from pipeline.data.manifest import DATASET_NAME, Manifest
 from pipeline.data.manifest_files import write_manifest
@@ -174,14 +174,14 @@ def test_what_cannot_be_corrupted_is_refused_before_anything_is_written(
     home, cache = copies.home, copies.cache
     with pytest.raises(UserError, match="has features of texts: there is no picture to corrupt"):
         copies_in(home, tiny_manifest, "text")
-    elsewhere = Cache(**{**vars(cache), "identity": {**cache.identity, "encoder": {"name": "theirs"}}})
+    elsewhere = replace(cache, identity={**cache.identity, "encoder": {"name": "theirs"}})
     with pytest.raises(UserError, match="was computed elsewhere"):
         CorruptedCopies.of_split(home, tiny_manifest, "test", elsewhere)
     only_train = replace(tiny_manifest, samples=tuple(each for each in tiny_manifest.samples if each.split == "train"))
     with pytest.raises(UserError, match="tiny has no samples in split 'test'"):
         CorruptedCopies.of_split(home, only_train, "test", cache)
     changed = {**cache.identity, "encoder": {**cache.identity["encoder"], "width": 33}}
-    other = replace(copies, cache=Cache(**{**vars(cache), "identity": changed}))
+    other = replace(copies, cache=replace(cache, identity=changed))
     with pytest.raises(UserError, match=r"was made with encoder\.width = 33, which is 32 now; bring that back"):
         other.extract([NOISE], QUIET)
     monkeypatch.setattr(Encoder, "open_pictures", lambda self, path: [Image.new("RGB", (3, 3))])
