@@ -12,6 +12,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
@@ -125,7 +126,11 @@ def copy_values(source: np.ndarray, target: np.ndarray) -> None:
         source: of any shape.
         target: as many numbers, contiguous in memory.
     """
-    import torch  # several times as fast as NumPy here; imported late, so that listing caches does not wait for it
+    if "torch" not in sys.modules and target.dtype == np.float32:  # a report reads features and never waits for torch
+        is_bits = source.dtype == np.uint16
+        target.reshape(-1)[:] = ((source.astype(np.uint32) << 16).view(np.float32) if is_bits else source).reshape(-1)
+        return
+    import torch  # several times as fast as NumPy here
 
     if target.dtype == np.uint16 and source.dtype != np.uint16:
         target.reshape(-1)[:] = _round_to_bfloat16(source).reshape(-1)

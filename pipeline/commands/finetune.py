@@ -12,7 +12,6 @@ from pipeline.commands.joint_options import Accumulate, Augment, Checkpointing, 
 from pipeline.commands.options import DEFAULT_HOME, NO_PAIRS, AsJson, Home, Log, show
 from pipeline.runtime.assignments import parse_assignments
 from pipeline.runtime.errors import UserError
-from pipeline.runtime.head_names import find_run
 
 logger = logging.getLogger(__name__)
 
@@ -53,6 +52,7 @@ def finetune(
 
     Several GPUs: torchrun --nproc-per-node N -m pipeline finetune …; an interrupted run goes on where it was.
     """
+    from pipeline.runtime.head_names import find_run
     from pipeline.training.config import TrainConfig
 
     run = find_run(home, init)

@@ -37,7 +37,6 @@ from pipeline.commands.plugin_table import show_plugin, show_settings
 from pipeline.commands.robustness import choose_corruptions, is_corruption, print_robustness
 from pipeline.runtime.assignments import parse_assignments
 from pipeline.runtime.errors import UserError
-from pipeline.runtime.head_names import find_head_runs
 
 if TYPE_CHECKING:
     from pipeline.runtime.runs import RunFolder
@@ -128,6 +127,8 @@ def evaluate(
     as_json: AsJson = False,
 ) -> None:
     """Metrics of finished runs on a split, from image features alone; --set changes settings of prediction (draws=8)."""
+    from pipeline.runtime.head_names import find_head_runs
+
     chosen, given = check_split(split or ("test" if corrupt else "val")), parse_assignments(settings)
     if corrupt:
         if sampler_curve:

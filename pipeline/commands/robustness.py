@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 
 from pipeline.commands.options import show, show_table
 from pipeline.runtime.errors import UserError
-from pipeline.runtime.head_names import find_head
 
 if TYPE_CHECKING:
     from pipeline.data.corruptions import Corruption
@@ -21,6 +20,7 @@ if TYPE_CHECKING:
 def is_corruption(home: Path, word: str) -> bool:
     """Whether a word after --corrupt is meant to name kinds of corruption: it does, or it is neither a path nor a head."""
     from pipeline.data.corruptions import CORRUPTION_LEVELS
+    from pipeline.runtime.head_names import find_head
 
     if any(kind.strip() in CORRUPTION_LEVELS for kind in word.split(",")):
         return True

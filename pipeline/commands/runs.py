@@ -10,11 +10,11 @@ import typer
 from pipeline.commands.checks import check_reported_dataset
 from pipeline.commands.options import DEFAULT_HOME, AsJson, CommandGroup, EvaluatedSplit, Home, show, show_table
 from pipeline.runtime.errors import UserError
-from pipeline.runtime.head_names import HeadFolder, find_head, find_head_runs, list_heads
 
 if TYPE_CHECKING:
     import pandas as pd
 
+    from pipeline.runtime.head_names import HeadFolder
     from pipeline.studies.head_comparison import HeadComparison
 
 runs_commands = CommandGroup("List, show, name and remove trained heads.")
@@ -38,6 +38,7 @@ def ls(
 ) -> None:
     """All trained heads, the latest first: tags, seeds, metrics on validation and, where it was read, on test."""
     from pipeline.report.head_facts import describe_head
+    from pipeline.runtime.head_names import list_heads
 
     if dataset:
         check_reported_dataset(dataset, home)
@@ -58,6 +59,7 @@ def ls(
 def show_head(head: Head, home: Home = DEFAULT_HOME, as_json: AsJson = False) -> None:
     """What a head is: its settings, where they differ from the method's defaults, its features, and all its evaluations."""
     from pipeline.report.head_facts import explain_head
+    from pipeline.runtime.head_names import HeadFolder, find_head_runs
 
     facts = explain_head(HeadFolder(find_head_runs(home, head)[0].path.parent))
     if as_json:
@@ -82,6 +84,7 @@ def rm(
     as_json: AsJson = False,
 ) -> None:
     """Remove trained heads, or single seeds of them. Caches stay."""
+    from pipeline.runtime.head_names import find_head_runs
     from pipeline.runtime.runs import disk_usage, remove_runs
 
     chosen = list(dict.fromkeys(run.path for head in heads for run in find_head_runs(home, head)))
@@ -106,6 +109,8 @@ def tag(
     as_json: AsJson = False,
 ) -> None:
     """Give a head tags; a tag that no other head has can be used in place of its name."""
+    from pipeline.runtime.head_names import HeadFolder, find_head_runs
+
     found = HeadFolder(find_head_runs(home, head)[0].path.parent)
     now = found.change_tags(remove=tags) if remove else found.change_tags(add=tags)
     show({"head": found.full_name, "tags": list(now) if as_json else ", ".join(now) or "-"}, as_json)
@@ -139,6 +144,8 @@ def compare(
 
 def _whole_head(home: Path, word: str) -> HeadFolder:
     """Return the head that a word means; a path to it or to one of its seeds is taken, too."""
+    from pipeline.runtime.head_names import HeadFolder, find_head, find_head_runs
+
     return HeadFolder(find_head_runs(home, word)[0].path.parent) if Path(word).is_dir() else find_head(home, word)
 
 

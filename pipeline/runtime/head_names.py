@@ -141,7 +141,9 @@ def find_head(
         return fits[0]
     where = f"{home} has" + (f" no head of {dataset or dataset_named}" if dataset or dataset_named else " no head")
     if not heads:
-        raise UserError(f"{where}: train one with `diffalign train-head`, or say where yours are with --home")
+        raise UserError(
+            f"{word} is not a run, and {where}: train one with: diffalign train-head, or say with --home where it is"
+        )
     if not fits:
         tags = sorted({tag for head in heads for tag in head.tags})
         more = ["…"] if len(heads) > MAX_LISTED else []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -129,3 +130,12 @@ def test_a_piece_is_hashed_before_it_is_overwritten(tmp_path: Path, monkeypatch:
     written = b"".join(map(bytes, hash_beside(cache.stored.encode_shard(1024, fill_rows), digest)))
     assert digest.data == written == layout.shard_path(cache.path, 0, 2).read_bytes()
     assert cache.stored.shard_bytes(1024) == len(written)
+
+
+@pytest.mark.parametrize("dtype", layout.STORE_DTYPES)
+def test_features_are_the_same_where_torch_is_not_loaded(dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    stored = layout.to_stored(stored_numbers(np.random.default_rng(1), (30, 4), dtype), dtype)[::2]
+    with_torch = layout.from_stored(stored, dtype)
+    monkeypatch.delitem(sys.modules, "torch")
+    np.testing.assert_array_equal(layout.from_stored(stored, dtype), with_torch)
+    assert "torch" not in sys.modules

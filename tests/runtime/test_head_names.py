@@ -56,7 +56,7 @@ def test_a_word_that_fits_no_head_or_several_lists_the_choices(home: Path) -> No
     head_of(home, OTHER).change_tags(add=["best"])
     with pytest.raises(UserError, match=r"no head that is called 'bset'; choose one of: birds/seda.*did you mean 'best'"):
         find_head(home, "bset")
-    with pytest.raises(UserError, match="no head of cats: train one"):
+    with pytest.raises(UserError, match=r"cats/latest is not a run, and .* has no head of cats: train one"):
         find_head(home, "cats/latest")
     with pytest.raises(UserError, match="is called ''"):
         find_head(home, "")

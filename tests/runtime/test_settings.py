@@ -245,6 +245,7 @@ RUNS = {
     "marnet": "c8d63144b2ab575350e4dba175fbba998bf17418d6749b3d640306ce1a397000",
     "seda": "422de10f3246d195e375666b810bc1a6f744f62241a15a28358831669cc23924",
 }
+# The identity of a cache leaves out settings that are not used: `keep` and `tokens` of the transformers came later.
 ENCODERS = {
     "efficientnet_lite": "e147c7877f8fbc43fa7b3e38ed31a3fa985bb319dc50a5f9d0f22ddbccc913be",
     "frames": "ff60cb03689c52efd2867aa6a4c1d37e8489242fb0704667dfd9d05a08c47a41",
@@ -252,8 +253,8 @@ ENCODERS = {
     "random_projection": "2f42f3590fe387d5550c8b479701be1692f0714fb5d73353b95b246cba0f960e",
     "repmlpnet": "e2ed9f19c683705ac687c7f667f6d69fbf08b486d12ef43b0ca6c9ff3c833728",
     "timm": "420d5ca554c5b9a9654a810a58343a472593da1785b52249cd647874b252bb13",
-    "transformers_image": "4e67eb55683ccd74c3389072556363bfd0d36f64f24de21cc5ef8a9e798d7144",
-    "transformers_text": "d298250a151b688c47e2ab5f4cc53a56b2bfbca039627c259967c08259ab3d02",
+    "transformers_image": "616fe6a1564830819ce3a2f6ac571d3006f4774a4c9d1ffaa9a2fff2b47f7d0d",
+    "transformers_text": "ce529c13dc30dd7e8a452f0e9a43fe318511e59234aa528f11a04fadd2baa91b",
     "transformers_video": "f613c157669603e8aca0479a367679d3ed0a75f52a68ecd0da03bdd2044a361a",
     "vanillanet": "95d56695a3f2c2f9fcf08213997de8dad14406f47305518c8aa4eb3ddcd5eee6",
     "wiser": "50b2cfd50af5040deda71a3fb9e20715058a40a3148e5bf43b9a3482f7c4c399",
