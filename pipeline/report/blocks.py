@@ -5,16 +5,20 @@ Blocks hold plain text and no markup. The HTML and Markdown renderers escape eve
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
+
+from pipeline.report.figures import SvgDrawing
 
 TEXT_HEADS = ("verdict", "state", "reason")  # heads of columns that hold text wherever they stand
 
 
 @dataclass(frozen=True, slots=True)
 class Heading:
-    """The heading of a section."""
+    """The heading of a section (level 2), or of a part of one (level 3)."""
 
     text: str
+    level: int = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +44,8 @@ class Table:
     caption: str
     num_text_columns: int = 1
     groups: tuple[str, ...] = ()  # for print: the head above each column, shared by neighbours; "": none
+    row_details: tuple[str, ...] = ()  # of each row, what the HTML page shows when its first cell is opened
+    files: tuple[str, ...] = ()  # the same table in files beside the page, relative to it
 
     def is_text(self, column: int) -> bool:
         """Whether a column holds text, by its number from 0."""
@@ -50,9 +56,10 @@ class Table:
 class SvgFigure:
     """An SVG figure with a caption, and a text (`alt`) for readers who cannot see the figure."""
 
-    svg: bytes
+    svg: SvgDrawing
     alt: str
     caption: str
+    files: tuple[str, ...] = ()  # the same figure in files beside the page, relative to it
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,3 +97,16 @@ class CollapsibleSection:
 
 
 Block = Heading | Paragraph | BulletList | Table | SvgFigure | ExampleGroup | CollapsibleSection
+
+# Control characters, and marks that turn the direction of the text around them.
+_INVISIBLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff]")
+
+
+def without_controls(text: str) -> str:
+    """Return a text without control characters, but for tabs and ends of lines, and without marks of direction."""
+    return _INVISIBLE.sub(" ", text)
+
+
+def on_one_line(text: str) -> str:
+    """Return a text on one line, without control characters and marks of direction."""
+    return " ".join(without_controls(text).split())

@@ -12,7 +12,7 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import ListedColormap, Normalize
 from matplotlib.figure import Figure
 
-from pipeline.report.figures import COLOURS, FIGURE_STYLE, FIGURE_WIDTH_INCHES, INK, shorten, to_svg
+from pipeline.report.figures import COLOURS, FIGURE_STYLE, FIGURE_WIDTH_INCHES, INK, SvgDrawing, shorten, to_svg
 
 MAX_PANELS_PER_ROW = 3
 # The middle of viridis: its ends are hard to see on a dark or a light page.
@@ -45,7 +45,7 @@ class AxisEffect:
     runs: np.ndarray
 
 
-def draw_axis_effects(effects: Sequence[AxisEffect], metric: str) -> bytes:
+def draw_axis_effects(effects: Sequence[AxisEffect], metric: str) -> SvgDrawing:
     """Draw what `plot_axis_effects` plots."""
     with mpl.rc_context(FIGURE_STYLE):
         return to_svg(plot_axis_effects(effects, metric))
@@ -100,7 +100,7 @@ def _tick_positions(num_values: int) -> range:
     return range(0, num_values, -(-num_values // MAX_TICKS))
 
 
-def draw_heat_maps(maps: Sequence[tuple[GridAxis, GridAxis, np.ndarray]], metric: str) -> bytes:
+def draw_heat_maps(maps: Sequence[tuple[GridAxis, GridAxis, np.ndarray]], metric: str) -> SvgDrawing:
     """Draw one heat map per pair of axes, all on one scale of colours; a cell without runs is empty.
 
     Args:
@@ -141,7 +141,7 @@ def _print_values(axes: Axes, means: np.ndarray, scale: Normalize) -> None:
 
 def draw_parallel_coordinates(
     grid_axes: Sequence[GridAxis], positions: np.ndarray, scores: np.ndarray, winner: int, metric: str
-) -> bytes:
+) -> SvgDrawing:
     """Draw one line per cell, through its value on each axis to its score.
 
     The lines through one value lie side by side in the order of their scores.

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import base64
+from collections.abc import Sequence
 from html.parser import HTMLParser
 from pathlib import Path
+
+from pipeline.report import write_report
 
 HOSTILE_TEXT = "<script>alert(1)</script>\"'><img src=x onerror=alert(1)>|$\\frac$ --> ]]> {x}"
 
@@ -30,3 +33,8 @@ class Page(HTMLParser):
         start = "data:image/svg+xml;base64,"
         sources = [attributes["src"] or "" for tag, attributes in self.elements if tag == "img"]
         return [base64.b64decode(source.removeprefix(start)) for source in sources if source.startswith(start)]
+
+
+def write_page(home: Path, dataset: str, across: Sequence[str] = ()) -> tuple[Path, Path]:
+    """Write a report without the files beside it, most of whose time is that of PDF, and return HTML and Markdown."""
+    return write_report(home, dataset, across=across, with_files=False)

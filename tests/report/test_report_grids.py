@@ -13,11 +13,11 @@ import pandas as pd
 import pytest
 from helpers.command_line import run
 from helpers.grid_folders import write_grid, write_winner
-from helpers.pages import HOSTILE_TEXT, Page
+from helpers.pages import HOSTILE_TEXT, Page, write_page
 from helpers.report_home import make_home
 from helpers.tiny_heads import caches_by_key
 
-from pipeline.report import robustness, write_grid_page, write_report
+from pipeline.report import robustness, write_grid_page
 from pipeline.report.grid_results import find_grids, read_grid
 
 AXES = {"w_ce_dst": (2.0, 0.5, 1.0), "num_steps": (900, 1200), "stage_step": (0, 300, 500, 700)}
@@ -188,7 +188,7 @@ def test_nothing_in_a_grid_becomes_markup(tmp_path: Path) -> None:
     home.evaluate(home.train(home.config("baseline", {}), 0), home.logits(2.0, 1))
     axes = {f"kind{HOSTILE_TEXT}": (f"a{HOSTILE_TEXT}", f"b{HOSTILE_TEXT}"), "tau": (0.1, 0.2)}
     folder = write_grid(tmp_path, axes, method="ema", states={(0, 0): HOSTILE_TEXT}, search=HOSTILE_TEXT)
-    page, text = write_report(tmp_path, "toy")
+    page, text = write_page(tmp_path, "toy")
     for path in (page, write_grid_page(folder)):
         parsed = Page(path)
         assert f"b{HOSTILE_TEXT}" in parsed.text
@@ -221,7 +221,7 @@ def test_the_report_has_a_section_per_grid_and_names_a_damaged_one(tmp_path: Pat
         *(("grid.json", c) for c in contents),
     ]:
         (damaged / name).write_text(content)
-        parsed = Page(write_report(tmp_path, "toy")[0])
+        parsed = Page(write_page(tmp_path, "toy")[0])
         assert f"A grid cannot be read: {damaged} is damaged" in parsed.text
         assert "Grid of ema over tau" in parsed.text
         assert "Grid of seda over gamma, T, t" in parsed.text
