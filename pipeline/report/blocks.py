@@ -6,7 +6,10 @@ Blocks hold plain text and no markup. The HTML and Markdown renderers escape eve
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
+
+import numpy as np
 
 from pipeline.report.figures import SvgDrawing
 
@@ -89,6 +92,31 @@ class ExampleGroup:
 
 
 @dataclass(frozen=True, slots=True)
+class MappedMethod:
+    """What one method predicts for the n examples of a map."""
+
+    name: str
+    predicted: np.ndarray  # [n] class numbers
+    confidence: np.ndarray  # [n] 0..1
+    is_right: np.ndarray  # [n] bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SampleMap:
+    """n test examples in the plane with their pictures and the predictions of every method, for readers to explore."""
+
+    ids: tuple[str, ...]
+    pictures: tuple[bytes, ...]  # small JPEG files; empty when a file cannot be shown
+    labels: tuple[tuple[int, ...], ...]  # class numbers
+    class_names: tuple[str, ...]
+    spaces: Mapping[str, Mapping[str, np.ndarray]]  # name of the features -> name of the projection -> positions [n,2]
+    methods: tuple[MappedMethod, ...]
+    baseline: str  # the name of the method that others are compared with; "" when there is none
+    shown_first: str  # the name of the method whose predictions are shown at first
+    caption: str
+
+
+@dataclass(frozen=True, slots=True)
 class CollapsibleSection:
     """Details that few readers need; on the HTML page they are hidden until the reader opens them."""
 
@@ -96,7 +124,7 @@ class CollapsibleSection:
     blocks: tuple[Block, ...]
 
 
-Block = Heading | Paragraph | BulletList | Table | SvgFigure | ExampleGroup | CollapsibleSection
+Block = Heading | Paragraph | BulletList | Table | SvgFigure | ExampleGroup | SampleMap | CollapsibleSection
 
 # Control characters, and marks that turn the direction of the text around them.
 _INVISIBLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff]")

@@ -30,6 +30,7 @@ from pipeline.report.page_files import write_page_files
 from pipeline.report.provenance import provenance_blocks
 from pipeline.report.results import DatasetResults, collect_results
 from pipeline.report.results_section import results_blocks
+from pipeline.report.sample_map import sample_map_blocks
 from pipeline.report.sampler import sampler_curve_blocks
 from pipeline.runtime.files import write_atomic
 
@@ -102,6 +103,7 @@ def _figure_sections(results: DatasetResults, manifest: Manifest, shown_heads: S
         training_curve_figure(shown_heads, manifest),
         Heading("Feature space"),
         *feature_space_blocks(results, manifest, shown_heads),
+        *sample_map_blocks(results, manifest, shown_heads),
         Heading("What changes between classes"),
         *class_change_blocks(manifest, shown_heads),
         *class_table_blocks(manifest, shown_heads),

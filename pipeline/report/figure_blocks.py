@@ -109,7 +109,7 @@ def feature_space_blocks(results: DatasetResults, manifest: Manifest, shown_head
         return [Paragraph("There are too few examples of the most frequent classes for a t-SNE.")]
     shown_ids = [ids[index] for index in indices]
     try:
-        vectors = {"image features": _read_image_features(results, shown_heads.rows[0].head, shown_ids)}
+        vectors = {"image features": read_image_features(results, shown_heads.rows[0].head, shown_ids)}
     except UserError as error:
         return [Paragraph(f"The image features cannot be read, so there is no t-SNE: {error}.")]
     stored = {row.label: _read_stored_features(row, shown_ids) for row in shown_heads.rows}
@@ -144,7 +144,7 @@ def _read_stored_features(row: ResultRow, ids: Sequence[str]) -> np.ndarray:
     return predictions.feature[[index_of[sample_id] for sample_id in ids if sample_id in index_of]]
 
 
-def _read_image_features(results: DatasetResults, head: HeadRuns, ids: Sequence[str]) -> np.ndarray:
+def read_image_features(results: DatasetResults, head: HeadRuns, ids: Sequence[str]) -> np.ndarray:
     """Read the image features of the samples from the head's cache, flattened to [n,D]."""
     (path,) = (cache["path"] for cache in results.caches if cache["fingerprint"] == head.config.caches["image"])
     return open_cache(Path(path)).read(ids).reshape(len(ids), -1)

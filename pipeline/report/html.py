@@ -7,10 +7,12 @@ the page does not need. Every string is escaped.
 from __future__ import annotations
 
 import base64
+import hashlib
 import html
 from collections.abc import Iterable, Mapping, Sequence
 from types import MappingProxyType
 
+from pipeline.report import explorer
 from pipeline.report.blocks import (
     Block,
     BulletList,
@@ -20,13 +22,15 @@ from pipeline.report.blocks import (
     ExampleGroup,
     Heading,
     Paragraph,
+    SampleMap,
     SvgFigure,
     Table,
     without_controls,
 )
 from pipeline.report.page_style import PAGE_STYLE
 
-# A second protection: if a string were ever written without escaping, the page could still not run or load anything.
+# A second protection: if a string were ever written without escaping, the page could still not load anything, and run nothing
+# but the scripts whose hashes are added. Bokeh compiles the templates and callbacks that `explorer` gives it.
 CONTENT_SECURITY_POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 
 
@@ -65,18 +69,27 @@ def inline_image(data: bytes, media_type: str, alt: str) -> Markup:
 
 
 def render_html(title: str, blocks: Sequence[Block]) -> str:
-    """Return the report as one HTML document."""
+    """Return the report as one HTML document, with at most one map of samples."""
+    scripts = explorer.page_scripts() if any(isinstance(block, SampleMap) for block in blocks) else []
     head = [
         Markup('<meta charset="utf-8">'),
-        Markup(f'<meta http-equiv="Content-Security-Policy" content="{html.escape(CONTENT_SECURITY_POLICY)}">'),
+        Markup(f'<meta http-equiv="Content-Security-Policy" content="{html.escape(_policy(scripts))}">'),
         Markup('<meta name="viewport" content="width=device-width, initial-scale=1">'),
         tag("title", title),
         tag("style", Markup(PAGE_STYLE)),
+        *(tag("script", Markup(script)) for script in scripts),
     ]
     headings = [block for block in blocks if isinstance(block, Heading)]
     anchors = {id(block): f"section-{number}" for number, block in enumerate(headings, 1)}
     body = tag("body", tag("h1", title), _render_contents(blocks, anchors), *(_render_block(each, anchors) for each in blocks))
     return f"<!doctype html>\n{tag('html', tag('head', *head), Markup(chr(10)), body, lang='en')}\n"
+
+
+def _policy(scripts: Sequence[str]) -> str:
+    """The content security policy of a page with these scripts."""
+    digests = [base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in scripts]
+    allowed = " ".join(["'unsafe-eval'", *(f"'sha256-{digest}'" for digest in digests)])
+    return f"{CONTENT_SECURITY_POLICY}; script-src {allowed}" if scripts else CONTENT_SECURITY_POLICY
 
 
 def _render_contents(blocks: Sequence[Block], anchors: Mapping[int, str]) -> Markup:
@@ -103,6 +116,11 @@ def _render_block(block: Block, anchors: Mapping[int, str] = MappingProxyType({}
             return tag("figure", tag("div", image, class_="wide"), _render_caption(block))
         case ExampleGroup(title, cards):
             return join_markup([tag("h3", title), tag("div", *(_render_card(card) for card in cards), class_="examples")])
+        case SampleMap():
+            data = tag("script", Markup(explorer.map_data(block)), type="application/json", id=explorer.DATA_ID)
+            place = tag("div", id=explorer.PLACE_ID, class_="explorer screen")
+            caption = tag("figcaption", f"{block.caption} {explorer.library_note()}")
+            return tag("figure", place, data, caption)
         case CollapsibleSection(summary, blocks):
             return tag("details", tag("summary", summary), *(_render_block(inner) for inner in blocks))
 

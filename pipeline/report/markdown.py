@@ -12,6 +12,7 @@ from pipeline.report.blocks import (
     ExampleGroup,
     Heading,
     Paragraph,
+    SampleMap,
     SvgFigure,
     Table,
     on_one_line,
@@ -42,6 +43,8 @@ def _render_block(block: Block) -> str:
             return _render_table(block)
         case SvgFigure():
             return f"*{escape_markdown(block.caption)} (The picture is in index.html.)*"
+        case SampleMap():
+            return f"*{escape_markdown(block.caption)} (The map is in index.html.)*"
         case ExampleGroup(title, cards):
             return f"{escape_markdown(title)}: " + ", ".join(escape_markdown(card.id) for card in cards)
         case CollapsibleSection(summary, blocks):

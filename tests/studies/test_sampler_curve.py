@@ -145,7 +145,7 @@ def test_the_command_prints_a_table_or_one_object_and_the_report_shows_the_curve
     page, text = write_report(home, "tiny")
     assert "Steps of the sampler" in Page(page).text
     assert "The head's own: ddim, 5 steps, 1 draw." in Page(page).text
-    assert len(Page(page).drawings) == 3
+    assert len(Page(page).drawings) == 4  # training, classes, calibration, and the curve
     for sampler, steps, draws in means.index:
         assert f"| {sampler} | {steps} | {draws} | {means[sampler, steps, draws]:.2f} ±" in text.read_text()
 
