@@ -78,9 +78,10 @@ def page_scripts() -> list[str]:
 
 def map_data(block: SampleMap) -> str:
     """Return the map as JSON, without a letter that could end the element around it."""
+    from bokeh.core.types import ID
     from bokeh.embed import json_item
 
-    item: Any = json_item(_build(block), PLACE_ID)
+    item: Any = json_item(_build(block), ID(PLACE_ID))
     return json.dumps(_number_ids(item, {})).replace("<", "\\u003c")
 
 
@@ -137,7 +138,7 @@ def _build(block: SampleMap) -> Any:
     return column(controls, count, plane, _gallery(source, view), sizing_mode="stretch_width")
 
 
-def _options(names: list[str]) -> list[tuple[str, str]]:
+def _options(names: list[str]) -> Any:
     return [(str(number), name) for number, name in enumerate(names)]
 
 
@@ -183,9 +184,8 @@ def _plane(source: Any, view: Any, positions: np.ndarray) -> Any:
 
     tools = ["pan", "wheel_zoom", "box_zoom", "box_select", "lasso_select", "reset", HoverTool(tooltips=TOOLTIP)]
     low, high = positions.min(axis=0), positions.max(axis=0)
-    x_range, y_range = (
-        Range1d(*map(float, ends)) for ends in zip(low - MARGIN * (high - low), high + MARGIN * (high - low), strict=True)
-    )
+    starts, ends = low - MARGIN * (high - low), high + MARGIN * (high - low)
+    x_range, y_range = (Range1d(start=float(start), end=float(end)) for start, end in zip(starts, ends, strict=True))
     plane = figure(
         x_range=x_range,
         y_range=y_range,

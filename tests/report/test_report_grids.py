@@ -18,6 +18,8 @@ from helpers.report_home import make_home
 from helpers.tiny_heads import caches_by_key
 
 from pipeline.report import robustness, write_grid_page
+from pipeline.report.grid_figures import plot_axis_effects
+from pipeline.report.grid_page import axis_effects
 from pipeline.report.grid_results import find_grids, read_grid
 
 AXES = {"w_ce_dst": (2.0, 0.5, 1.0), "num_steps": (900, 1200), "stage_step": (0, 300, 500, 700)}
@@ -181,6 +183,17 @@ def test_axes_of_any_kind_and_number(axes: dict[str, tuple[object, ...]], num_dr
         assert sorted({field for pair in robustness.axis_pairs(grid) for field in pair}) == kept
         assert len(robustness.axis_pairs(grid)) == 6
         assert f"Shown are the pairs of the 4 axes whose means lie furthest apart: {kept[0]} × {kept[1]}; " in parsed.text
+
+
+def test_a_few_cells_have_their_numbers_in_panels_of_a_third_of_the_page(tmp_path: Path) -> None:
+    grid = read_grid(write_grid(tmp_path, {"tau": (0.1, 0.2), "stages": ("dst", "dsl", "both", "none", "all")}))
+    figure = plot_axis_effects(axis_effects(grid), "Acc-1")
+    few, many = figure.axes
+    numbers = robustness.mean_by_value(grid, "tau")[["mean", "best"]].to_numpy().T.ravel()
+    assert [text.get_text() for text in few.texts] == [f"{number:.1f}" for number in numbers]
+    assert list(many.texts) == []
+    figure.canvas.draw()
+    assert all(axes.get_position().width < 0.34 for axes in figure.axes)
 
 
 def test_nothing_in_a_grid_becomes_markup(tmp_path: Path) -> None:
