@@ -119,7 +119,7 @@ def test_before_any_evaluation_there_are_curves_and_a_command(tmp_path: Path) ->
     parsed = Page(write_page(tmp_path, "toy")[0])
     assert "Nothing has been evaluated on the test split yet" in parsed.text
     header = (tmp_path / "reports" / "toy" / "results.csv").read_text()
-    assert header == "method,kind,seeds,train_seconds,p_holm,verdict,reason\n"
+    assert header == "method,kind,group,name,seeds,train_seconds,params,p_holm,verdict,reason\n"
     assert "These runs have never read the test split." in parsed.text
     assert "Left out as not finished: 1 run;" in parsed.text
     assert len(parsed.drawings) == 1

@@ -58,8 +58,9 @@ def test_slow_points_are_measured_only_when_they_are_asked_for() -> None:
     assert [point for point in usual if point.steps * point.draws > 400] == [SamplerPoint("ancestral", 1500, 1)]
     assert sum(point.steps * point.draws for point in usual) == 9 * (1 + 2 + 5 + 10 + 20 + 50) + 1500
     assert parse_points("", 20) == curve_points(20)
-    chosen = [("ddim", 5, 1), ("ddim", 20, 8), ("ancestral", 1500, 1), ("ancestral", 1500, 2)]
-    assert parse_points("5, 20x8,ancestral,5,ancestralx2", 1500) == [SamplerPoint(*each) for each in chosen]
+    chosen = [SamplerPoint("ddim", 5, 1), SamplerPoint("ddim", 20, 8)]
+    chosen += [SamplerPoint("ancestral", 1500, 1), SamplerPoint("ancestral", 1500, 2)]
+    assert parse_points("5, 20x8,ancestral,5,ancestralx2", 1500) == chosen
 
 
 @pytest.mark.parametrize("text", ["0", "1501", "5x0", "x", "five", "1,,2", "5x8x2", "²", "-1"])
