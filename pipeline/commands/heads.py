@@ -111,6 +111,13 @@ def evaluate(
     sampler_curve: Annotated[
         bool, typer.Option("--sampler-curve", help="Metrics and time against the steps and draws of a method that samples.")
     ] = False,
+    points: Annotated[
+        str,
+        typer.Option(
+            help="Points of --sampler-curve: all, or a list of S, SxK and ancestral (1,5,20x8,ancestral). Default: those of "
+            "few steps, and the ancestral chain with one draw."
+        ),
+    ] = "",
     corrupt: Annotated[
         bool,
         typer.Option(
@@ -129,6 +136,8 @@ def evaluate(
     """Metrics of finished runs on a split, from image features alone; --set changes settings of prediction (draws=8)."""
     from pipeline.runtime.head_names import find_head_runs
 
+    if not sampler_curve:
+        check_unused({"--points": bool(points)}, "belongs to --sampler-curve: give that too, or leave it out")
     chosen, given = check_split(split or ("test" if corrupt else "val")), parse_assignments(settings)
     if corrupt:
         if sampler_curve:
@@ -142,7 +151,7 @@ def evaluate(
     check_unused(given_besides, "belongs to --corrupt: give that too, or leave it out")
     folders = [run for word in runs for run in find_head_runs(home, word)]
     if sampler_curve:
-        _print_sampler_curves(home, folders, chosen, given, as_json)
+        _print_sampler_curves(home, folders, chosen, given, points, as_json)
         return
 
     from pipeline.evaluation.evaluate import evaluate as run_evaluate
@@ -162,11 +171,13 @@ def evaluate(
     show_runs(results, as_json)
 
 
-def _print_sampler_curves(home: Path, runs: list[RunFolder], split: Split, settings: dict[str, str], as_json: bool) -> None:
+def _print_sampler_curves(
+    home: Path, runs: list[RunFolder], split: Split, settings: dict[str, str], points: str, as_json: bool
+) -> None:
     """Write the sampler curve of every run, and print the points and the paths of the files."""
     from pipeline.studies.sampler_curve import write_sampler_curve
 
-    curves = [write_sampler_curve(home, run, split, settings) for run in runs]
+    curves = [write_sampler_curve(home, run, split, settings, points=points) for run in runs]
     if as_json:
         described = [
             {"run": str(curve.run), "split": split, "table": str(curve.table), "picture": str(curve.picture)}

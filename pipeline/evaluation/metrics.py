@@ -13,10 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.evaluation.scores import log_scores
+from pipeline.evaluation.scores import NUM_CALIBRATION_BINS, log_scores
 from pipeline.runtime.errors import UserError
-
-NUM_CALIBRATION_BINS = 15
 
 
 def top_classes(logits: Tensor, k: int) -> Tensor:

@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+NUM_CALIBRATION_BINS = 15  # of the expected calibration error and of reliability plots, all of one width
+
 
 def log_scores(logits: NDArray[Any], label: NDArray[Any], label_loss: str) -> NDArray[np.float64]:
     """Return the log of each class's confidence, float64 [N,C]: log_softmax of the logits, or log of their sigmoid.

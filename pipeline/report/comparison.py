@@ -23,7 +23,16 @@ from pipeline.evaluation.statistics import (
     paired_bootstrap,
     sample_std,
 )
-from pipeline.report.results import BASELINE, DatasetResults, ResultRow, SampleMetrics, collect_results, is_informative
+from pipeline.report.results import (
+    BASELINE,
+    DatasetResults,
+    ResultRow,
+    SampleMetrics,
+    collect_results,
+    count_parameters,
+    is_informative,
+)
+from pipeline.report.row_groups import NamedRow, name_rows
 
 METRIC_LABELS = {
     "acc1": "Acc-1",
@@ -37,7 +46,7 @@ METRIC_LABELS = {
     "rec5": "Rec-5",
 }
 
-COLUMNS_WITHOUT_METRICS = ["method", "kind", "seeds", "train_seconds", "p_holm", "verdict", "reason"]
+COLUMNS_WITHOUT_METRICS = ["method", "kind", "group", "name", "seeds", "train_seconds", "params", "p_holm", "verdict", "reason"]
 
 
 def find_baseline(row: ResultRow, results: DatasetResults) -> ResultRow | None:
@@ -123,9 +132,10 @@ def results_frame(home: Path, dataset: str, split: str = "test") -> pd.DataFrame
     """Return the results of a dataset on a split as numbers, one row per method and evaluation, metrics in percent.
 
     Returns:
-        Columns: method, kind, seeds; for each metric m of `list_metrics`: m, m_std, and m_vs_baseline, m_low, m_high (NaN where
-        there is no baseline or no interval); train_seconds; p_holm (adjusted p-value of the deciding metric); verdict; reason
-        (why nothing is claimed). There are no rows when nothing has been evaluated on the split.
+        Columns: method, kind, group and name (see `name_rows`), seeds; for each metric m of `list_metrics`: m, m_std, and
+        m_vs_baseline, m_low, m_high (NaN where there is no baseline or no interval); train_seconds; params (see
+        `count_parameters`); p_holm (adjusted p-value of the deciding metric); verdict; reason (why nothing is claimed). There
+        are no rows when nothing has been evaluated on the split.
 
     Raises:
         UserError: The dataset has no runs.
@@ -148,18 +158,18 @@ def compare_results(results: DatasetResults) -> pd.DataFrame:
     num_seeds = [count_seeds(row, other or row) for row, other in pairs]
     adjusted = adjust_p_values(deciding, num_seeds)
     frame = []
-    for index, (row, baseline) in enumerate(pairs):
+    for index, ((row, baseline), place) in enumerate(zip(pairs, name_rows(results), strict=True)):
         verdict, reason = _explain_verdict(row, results, baseline, deciding[index], adjusted[index])
-        numbers = _compare_row(row, baseline, differences[index], metrics)
+        numbers = _compare_row(row, place, baseline, differences[index], metrics)
         frame.append({**numbers, "p_holm": adjusted[index], "verdict": verdict, "reason": reason})
     return pd.DataFrame(frame, columns=None if frame else COLUMNS_WITHOUT_METRICS)
 
 
 def _compare_row(
-    row: ResultRow, baseline: ResultRow | None, differences: Mapping[str, Estimate], metrics: Sequence[str]
+    row: ResultRow, place: NamedRow, baseline: ResultRow | None, differences: Mapping[str, Estimate], metrics: Sequence[str]
 ) -> dict[str, Any]:
     """Return the numbers of a row by column."""
-    columns: dict[str, Any] = {"method": row.label, "kind": row.head.feature_kind, "seeds": len(row.runs)}
+    columns: dict[str, Any] = {"method": row.label, "kind": row.head.feature_kind, **place._asdict(), "seeds": len(row.runs)}
     for metric in metrics:
         values = row.metric_values(metric)
         columns[metric], columns[f"{metric}_std"] = mean_of_finite(values), sample_std(values[np.isfinite(values)])
@@ -167,6 +177,7 @@ def _compare_row(
         without_interval = Estimate(difference, np.nan, np.nan, np.nan)
         columns |= dict(zip(_difference_columns(metric), differences.get(metric, without_interval), strict=False))
     columns["train_seconds"] = float(np.mean([record["train_seconds"] for record in row.records]))
+    columns["params"] = count_parameters(row.runs[0])
     return columns
 
 
@@ -229,6 +240,8 @@ def format_results(frame: pd.DataFrame) -> pd.DataFrame:
         shown = shown.join(format_means(frame, [metric]))
         if metric in compared:
             shown = shown.join(format_differences(frame, [metric]))
+    if "params" in frame and frame["params"].notna().any():
+        shown["params"] = ["-" if np.isnan(count) else f"{count:,.0f}" for count in frame["params"]]
     shown["train s"] = [f"{seconds:.1f}" for seconds in frame["train_seconds"]]
     shown["verdict"] = frame["verdict"]
     return shown

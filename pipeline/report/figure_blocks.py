@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +13,7 @@ from pipeline.data.manifest import Manifest
 from pipeline.report import figure_data, figures
 from pipeline.report.blocks import Block, ExampleGroup, Paragraph, SvgFigure
 from pipeline.report.figures import TrainingCurve
-from pipeline.report.results import BASELINE, DatasetResults, HeadRuns, ResultRow, read_history
+from pipeline.report.results import BASELINE, DatasetResults, HeadRuns, ResultRow, label_configs, read_history
 from pipeline.runtime.errors import UserError
 from pipeline.runtime.runs import REAL_TEXT
 
@@ -59,35 +59,43 @@ def choose_shown_heads(results: DatasetResults, manifest: Manifest) -> ShownHead
     methods = sorted(best_by_method, key=lambda method: (method != BASELINE, method))
     shown = tuple(best_by_method[method] for method in methods)
     rows = {id(row.head): row for row in results.rows if row.evaluation_name == results.split}
-    return ShownHeads(shown, tuple(rows[id(head)] for head in shown if id(head) in rows))
+    labels = label_configs([head.config for head in shown], [False] * len(shown), results.caches)  # the names of the methods
+    named = [replace(head, label=label) for head, label in zip(shown, labels, strict=True)]
+    evaluated = [(head, rows[id(own)]) for head, own in zip(named, shown, strict=True) if id(own) in rows]
+    return ShownHeads(tuple(named), tuple(replace(row, head=head, label=head.label) for head, row in evaluated))
 
 
 def training_curve_figure(shown_heads: ShownHeads, manifest: Manifest) -> Block:
     """Return the figure of training loss and validation metric by epoch."""
     if not shown_heads.heads:
         return Paragraph("There is no finished run on image features of the current manifest, so there are no curves.")
-    curves = [_training_curve(head, figures.head_colour(index)) for index, head in enumerate(shown_heads.heads)]
+    curves = [training_curve(head, figures.head_colour(index)) for index, head in enumerate(shown_heads.heads)]
     metric_label = "Acc-1" if manifest.label_kind == "single" else "mAP"
     caption = (
         "Mean over seeds; the band is the range between the lowest and the highest seed. Above, the validation metric of every "
-        "method; below, the training loss of each with an axis of its own, because losses of different methods have different "
-        "parts and cannot be compared. A dotted line starts a new training phase; only the last phase is validated. In a "
-        "phase that tries candidates, each is an epoch without training loss."
+        "method, from the begin to the end of its last phase, the only one that is validated: epochs of different numbers can "
+        "so be compared. Below, the training loss of each, all its phases side by side, each as wide as the others; the loss "
+        "has an axis of its own, because losses of different methods have different parts. In a phase that tries candidates, "
+        "each is an epoch without training loss."
     )
     alt = "Training curves of " + ", ".join(curve.label for curve in curves)
     return SvgFigure(figures.draw_training_curves(curves, metric_label), alt, caption)
 
 
-def _training_curve(head: HeadRuns, colour: str) -> TrainingCurve:
+def training_curve(head: HeadRuns, colour: str) -> TrainingCurve:
+    """Return the history of a head, cut to the epochs that all its seeds have."""
     histories = [read_history(run) for run in head.runs]
     num_epochs = min(map(len, histories))
     loss, val_metric = (
         np.stack([history[column].to_numpy(dtype=float)[:num_epochs] for history in histories])
         for column in ("loss", "val_metric")
     )
-    phase = histories[0]["phase"].to_numpy()[:num_epochs]
-    phase_starts = tuple((np.flatnonzero(phase[1:] != phase[:-1]) + 1).tolist())
-    return TrainingCurve(head.label, colour, loss, val_metric, phase_starts)
+    phase = histories[0]["phase"].astype(str).to_numpy()[:num_epochs]
+    is_start = np.append(True, phase[1:] != phase[:-1])
+    number = is_start.cumsum() - 1
+    lengths, starts = np.bincount(number), np.flatnonzero(is_start)
+    position = number + (np.arange(1, num_epochs + 1) - starts[number]) / lengths[number]
+    return TrainingCurve(head.label, colour, loss, val_metric, position, tuple(phase[starts].tolist()))
 
 
 def feature_space_blocks(results: DatasetResults, manifest: Manifest, shown_heads: ShownHeads) -> list[Block]:
@@ -101,7 +109,7 @@ def feature_space_blocks(results: DatasetResults, manifest: Manifest, shown_head
         return [Paragraph("There are too few examples of the most frequent classes for a t-SNE.")]
     shown_ids = [ids[index] for index in indices]
     try:
-        vectors = {"image features": _read_image_features(results, shown_heads.rows[0].head, shown_ids)}
+        vectors = {"image features": read_image_features(results, shown_heads.rows[0].head, shown_ids)}
     except UserError as error:
         return [Paragraph(f"The image features cannot be read, so there is no t-SNE: {error}.")]
     stored = {row.label: _read_stored_features(row, shown_ids) for row in shown_heads.rows}
@@ -136,7 +144,7 @@ def _read_stored_features(row: ResultRow, ids: Sequence[str]) -> np.ndarray:
     return predictions.feature[[index_of[sample_id] for sample_id in ids if sample_id in index_of]]
 
 
-def _read_image_features(results: DatasetResults, head: HeadRuns, ids: Sequence[str]) -> np.ndarray:
+def read_image_features(results: DatasetResults, head: HeadRuns, ids: Sequence[str]) -> np.ndarray:
     """Read the image features of the samples from the head's cache, flattened to [n,D]."""
     (path,) = (cache["path"] for cache in results.caches if cache["fingerprint"] == head.config.caches["image"])
     return open_cache(Path(path)).read(ids).reshape(len(ids), -1)

@@ -16,7 +16,6 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 
 # Colour of text and lines. `to_svg` replaces it by currentColor: INK on a light page, DARK_INK on a dark page.
 INK = "#1f2933"
@@ -46,6 +45,13 @@ FIGURE_STYLE: Any = {
 }
 
 
+class SvgDrawing(bytes):
+    """A figure as SVG for a page, in the colours of the page."""
+
+    figure: Figure  # with the layout of the drawing; for other formats
+    plain: str  # the same SVG in ink
+
+
 @dataclass(frozen=True, slots=True)
 class TrainingCurve:
     """The training history of one head: S seeds, E epochs."""
@@ -54,7 +60,8 @@ class TrainingCurve:
     colour: str
     loss: np.ndarray  # [S,E]
     val_metric: np.ndarray  # [S,E]; NaN in epochs without validation
-    phase_starts: tuple[int, ...]  # epochs at which a training phase after the first one starts
+    position: np.ndarray  # [E] phases before the epoch plus the share of its own phase that is over at its end
+    phases: tuple[str, ...]  # names of the P phases; phase p reaches from p to p + 1
 
 
 def head_colour(index: int) -> str:
@@ -62,7 +69,7 @@ def head_colour(index: int) -> str:
     return COLOURS[0] if index == 0 else COLOURS[1 + (index - 1) % (len(COLOURS) - 1)]
 
 
-def draw_training_curves(curves: Sequence[TrainingCurve], metric_label: str) -> bytes:
+def draw_training_curves(curves: Sequence[TrainingCurve], metric_label: str) -> SvgDrawing:
     """Draw the validation metric of all heads in one panel, and below it the loss of each head in its own panel."""
     num_columns = min(len(curves), 5)
     num_rows = -(-len(curves) // num_columns)
@@ -71,29 +78,32 @@ def draw_training_curves(curves: Sequence[TrainingCurve], metric_label: str) -> 
         layout = figure.add_gridspec(1 + num_rows, num_columns, height_ratios=[3.2, *([1.7] * num_rows)])
         axes = figure.add_subplot(layout[0, :])
         for curve in curves:
-            _draw_mean_and_range(axes, curve.val_metric, curve)
-        axes.set(title="Validation", xlabel="epoch", ylabel=f"{metric_label} (%)")
+            _draw_mean_and_range(axes, curve.val_metric, curve, curve.position - len(curve.phases) + 1)
+        axes.set(title="Validation", xlabel="share of the validated phase", xlim=(0, 1.02), ylabel=f"{metric_label} (%)")
         axes.legend(loc="lower right", ncols=2)
         for index, curve in enumerate(curves):
             row, column = divmod(index, num_columns)
             axes = figure.add_subplot(layout[1 + row, column])
-            _draw_mean_and_range(axes, curve.loss, curve)
-            for start in curve.phase_starts:
-                axes.axvline(start + 0.5, color=INK, alpha=0.4, linewidth=0.8, linestyle=":")
-            axes.set(title=shorten(curve.label, 26), xlabel="epoch", ylabel="training loss" if column == 0 else "")
+            _draw_mean_and_range(axes, curve.loss, curve, curve.position)
+            for border in range(1, len(curve.phases)):
+                axes.axvline(border, color=INK, alpha=0.4, linewidth=0.8, linestyle=":")
+            names = [shorten(name, 34 // len(curve.phases)) for name in curve.phases]
+            axes.set_xticks(np.arange(len(names)) + 0.5, names)
+            axes.tick_params(axis="x", length=0)
+            axes.set(title=shorten(curve.label, 26), xlim=(0, len(names)), ylabel="training loss" if column == 0 else "")
         return to_svg(figure)
 
 
-def _draw_mean_and_range(axes: Axes, values: np.ndarray, curve: TrainingCurve) -> None:
-    """Draw the mean over seeds of values [S,E], and the range from the smallest to the largest; skip epochs with NaN."""
+def _draw_mean_and_range(axes: Axes, values: np.ndarray, curve: TrainingCurve, position: np.ndarray) -> None:
+    """Draw the mean over seeds of values [S,E] at positions [E], and the range of the seeds; skip epochs with NaN."""
     epochs = np.flatnonzero(np.isfinite(values).all(axis=0))
-    finite = values[:, epochs]
-    axes.plot(epochs + 1, finite.mean(axis=0), color=curve.colour, linewidth=1.5, label=shorten(curve.label, 60))
-    axes.fill_between(epochs + 1, finite.min(axis=0), finite.max(axis=0), color=curve.colour, alpha=0.18, linewidth=0)
-    axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
+    finite, x = values[:, epochs], position[epochs]
+    marker = {"marker": "o", "markersize": 3} if len(epochs) == 1 else {}
+    axes.plot(x, finite.mean(axis=0), color=curve.colour, linewidth=1.5, label=shorten(curve.label, 60), **marker)
+    axes.fill_between(x, finite.min(axis=0), finite.max(axis=0), color=curve.colour, alpha=0.18, linewidth=0)
 
 
-def draw_differences(labels: Sequence[str], intervals: np.ndarray, metric_label: str) -> bytes:
+def draw_differences(labels: Sequence[str], intervals: np.ndarray, metric_label: str) -> SvgDrawing:
     """Draw the points above the baseline, one line per row; the baseline is at zero.
 
     Args:
@@ -118,7 +128,7 @@ def draw_differences(labels: Sequence[str], intervals: np.ndarray, metric_label:
         return to_svg(figure)
 
 
-def draw_embeddings(panels: Sequence[tuple[str, np.ndarray]], group: np.ndarray, names: Sequence[str]) -> bytes:
+def draw_embeddings(panels: Sequence[tuple[str, np.ndarray]], group: np.ndarray, names: Sequence[str]) -> SvgDrawing:
     """Draw what `plot_embeddings` plots."""
     with mpl.rc_context(FIGURE_STYLE):
         return to_svg(plot_embeddings(panels, group, names))
@@ -158,7 +168,7 @@ def frame_plane(axes: Axes) -> None:
         spine.set(visible=True, alpha=0.25)
 
 
-def draw_confusions(before: np.ndarray, after: np.ndarray, names: Sequence[str], titles: tuple[str, str]) -> bytes:
+def draw_confusions(before: np.ndarray, after: np.ndarray, names: Sequence[str], titles: tuple[str, str]) -> SvgDrawing:
     """Draw what `plot_confusions` plots."""
     with mpl.rc_context(FIGURE_STYLE | {"font.size": 7.5}):
         return to_svg(plot_confusions(before, after, names, titles))
@@ -211,7 +221,7 @@ def _print_percentages(axes: Axes, matrix: np.ndarray, high: float, sign: str) -
         axes.text(column, row, text, ha="center", va="center", color=colour, fontsize="small")
 
 
-def draw_class_changes(before: np.ndarray, after: np.ndarray, names: Sequence[str], titles: tuple[str, str]) -> bytes:
+def draw_class_changes(before: np.ndarray, after: np.ndarray, names: Sequence[str], titles: tuple[str, str]) -> SvgDrawing:
     """Draw what `plot_class_changes` plots."""
     with mpl.rc_context(FIGURE_STYLE):
         return to_svg(plot_class_changes(before, after, names, titles))
@@ -243,11 +253,14 @@ def shorten(text: str, max_length: int) -> str:
     return line if len(line) <= max_length else f"{line[: max_length - 1]}…"
 
 
-def to_svg(figure: Figure) -> bytes:
+def to_svg(figure: Figure) -> SvgDrawing:
     """Return the figure as SVG without date or creator, with text and lines in the ink of the page around it."""
     style = f"<style>svg{{color:{INK}}}@media(prefers-color-scheme:dark){{svg{{color:{DARK_INK}}}}}</style>"
-    drawing = to_plain_svg(figure, is_transparent=True)
-    return drawing.replace(INK, "currentColor").replace("<defs>", f"{style}\n <defs>", 1).encode()
+    plain = to_plain_svg(figure, is_transparent=True)
+    drawing = SvgDrawing(plain.replace(INK, "currentColor").replace("<defs>", f"{style}\n <defs>", 1).encode())
+    figure.set_layout_engine("none")
+    drawing.figure, drawing.plain = figure, plain
+    return drawing
 
 
 def to_plain_svg(figure: Figure, is_transparent: bool = False) -> str:

@@ -12,12 +12,13 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import ListedColormap, Normalize
 from matplotlib.figure import Figure
 
-from pipeline.report.figures import COLOURS, FIGURE_STYLE, FIGURE_WIDTH_INCHES, INK, shorten, to_svg
+from pipeline.report.figures import COLOURS, FIGURE_STYLE, FIGURE_WIDTH_INCHES, INK, SvgDrawing, shorten, to_svg
 
 MAX_PANELS_PER_ROW = 3
 # The middle of viridis: its ends are hard to see on a dark or a light page.
 SCORE_COLOURMAP = ListedColormap(mpl.colormaps["viridis"](np.linspace(0.28, 0.9, 256)))
 MAX_PRINTED_VALUES = 12  # a heat map with more rows or columns shows no numbers, because they could not be read
+MAX_WRITTEN_MEANS = 4  # a panel of at most so many values shows their numbers
 MAX_TICKS = 16  # labels along an axis
 MAX_TICK_CHARS = 18
 # In parallel coordinates, the lines through one value are spread over this share of the space between two values.
@@ -45,7 +46,7 @@ class AxisEffect:
     runs: np.ndarray
 
 
-def draw_axis_effects(effects: Sequence[AxisEffect], metric: str) -> bytes:
+def draw_axis_effects(effects: Sequence[AxisEffect], metric: str) -> SvgDrawing:
     """Draw what `plot_axis_effects` plots."""
     with mpl.rc_context(FIGURE_STYLE):
         return to_svg(plot_axis_effects(effects, metric))
@@ -53,7 +54,7 @@ def draw_axis_effects(effects: Sequence[AxisEffect], metric: str) -> bytes:
 
 def plot_axis_effects(effects: Sequence[AxisEffect], metric: str, width: float = FIGURE_WIDTH_INCHES) -> Figure:
     """Plot one panel per axis, in a figure of a width in inches; all panels have the same vertical axis."""
-    num_rows, num_columns = -(-len(effects) // MAX_PANELS_PER_ROW), min(len(effects), MAX_PANELS_PER_ROW)
+    num_rows, num_columns = -(-len(effects) // MAX_PANELS_PER_ROW), _num_columns(len(effects), width)
     panel_width = width / num_columns
     label_height = max(_upright_label_inches(effect.axis, panel_width) for effect in effects)
     figure = Figure(figsize=(width, 0.5 + (2.6 + label_height) * num_rows), layout="constrained")
@@ -65,12 +66,35 @@ def plot_axis_effects(effects: Sequence[AxisEffect], metric: str, width: float =
         _draw_points(axes, effect.mean, effect.std, COLOURS[1], is_ordered, "mean over everything else", -0.06)
         _draw_points(axes, effect.best, effect.best_std, COLOURS[5], is_ordered, "best of everything else", 0.06)
         _set_ticks(axes, effect.axis, panel_width)
+        _write_means(axes, effect)
         is_leftmost = index % MAX_PANELS_PER_ROW == 0
         axes.set(xlabel=shorten(effect.axis.name, 40), ylabel=f"validation {metric} (%)" if is_leftmost else "")
-        axes.margins(x=0.12)
+        axes.margins(x=0.12 if len(effect.mean) > MAX_WRITTEN_MEANS else 0.3)
     handles, labels = figure.axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper left", ncols=2)
     return figure
+
+
+def _num_columns(num_panels: int, width: float) -> int:
+    """Return how many panels stand side by side; on a page few panels are no wider than many, with room beside them."""
+    return MAX_PANELS_PER_ROW if width == FIGURE_WIDTH_INCHES else min(num_panels, MAX_PANELS_PER_ROW)
+
+
+def _write_means(axes: Axes, effect: AxisEffect) -> None:
+    """Write the numbers beside the points of an axis with few values: on the left the means, on the right the best."""
+    if len(effect.mean) > MAX_WRITTEN_MEANS:
+        return
+    for values, side, colour in ((effect.mean, -1, COLOURS[1]), (effect.best, 1, COLOURS[5])):
+        for position in np.flatnonzero(np.isfinite(values)):
+            place = {
+                "xytext": (5 * side, 5),
+                "textcoords": "offset points",
+                "va": "bottom",
+                "ha": "right" if side < 0 else "left",
+            }
+            axes.annotate(
+                f"{values[position]:.1f}", (position + 0.06 * side, values[position]), color=colour, fontsize=7.5, **place
+            )
 
 
 def _draw_points(axes: Axes, mean: np.ndarray, std: np.ndarray, colour: str, is_joined: bool, label: str, shift: float) -> None:
@@ -100,18 +124,18 @@ def _tick_positions(num_values: int) -> range:
     return range(0, num_values, -(-num_values // MAX_TICKS))
 
 
-def draw_heat_maps(maps: Sequence[tuple[GridAxis, GridAxis, np.ndarray]], metric: str) -> bytes:
+def draw_heat_maps(maps: Sequence[tuple[GridAxis, GridAxis, np.ndarray]], metric: str) -> SvgDrawing:
     """Draw one heat map per pair of axes, all on one scale of colours; a cell without runs is empty.
 
     Args:
         maps: For each pair the axis of the rows, the axis of the columns, and the mean scores [R,C].
         metric: Name of the metric.
     """
-    num_rows, num_columns = -(-len(maps) // MAX_PANELS_PER_ROW), min(len(maps), MAX_PANELS_PER_ROW)
+    num_rows, num_columns = -(-len(maps) // MAX_PANELS_PER_ROW), _num_columns(len(maps), FIGURE_WIDTH_INCHES)
     all_means = np.concatenate([means[np.isfinite(means)] for _, _, means in maps])
     scale = Normalize(all_means.min(), max(all_means.max(), all_means.min() + 1e-9))
     with mpl.rc_context(FIGURE_STYLE | {"axes.grid": False}):
-        height = min(1.0 + 0.42 * max(len(row_axis.ticks) for row_axis, _, _ in maps), 5.0)
+        height = min(1.2 + 0.42 * max(len(row_axis.ticks) for row_axis, _, _ in maps), 5.0)
         height += max(_upright_label_inches(column_axis, FIGURE_WIDTH_INCHES / num_columns) for _, column_axis, _ in maps)
         figure = Figure(figsize=(FIGURE_WIDTH_INCHES, num_rows * height), layout="constrained")
         for index, (row_axis, column_axis, means) in enumerate(maps):
@@ -141,7 +165,7 @@ def _print_values(axes: Axes, means: np.ndarray, scale: Normalize) -> None:
 
 def draw_parallel_coordinates(
     grid_axes: Sequence[GridAxis], positions: np.ndarray, scores: np.ndarray, winner: int, metric: str
-) -> bytes:
+) -> SvgDrawing:
     """Draw one line per cell, through its value on each axis to its score.
 
     The lines through one value lie side by side in the order of their scores.

@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from itertools import groupby
 
-from pipeline.report.blocks import Table
+from pipeline.report.blocks import Table, on_one_line
 
 PAGE_WIDTH = 337.0  # points: the text of LaTeX's article has 345
 MAX_TEXT = 110.0  # points: a longer text of a table with groups is wrapped
@@ -31,7 +31,7 @@ _ESCAPED = {
 
 def escape_latex(text: str) -> str:
     """Return plain text as LaTeX on one line: nothing in it is read as a command."""
-    return "".join(_ESCAPED.get(character, character) for character in " ".join(text.split()))
+    return "".join(_ESCAPED.get(character, character) for character in on_one_line(text))
 
 
 def _render_row(cells: Sequence[str]) -> str:

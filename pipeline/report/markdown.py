@@ -5,7 +5,18 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from pipeline.report.blocks import Block, BulletList, CollapsibleSection, ExampleGroup, Heading, Paragraph, SvgFigure, Table
+from pipeline.report.blocks import (
+    Block,
+    BulletList,
+    CollapsibleSection,
+    ExampleGroup,
+    Heading,
+    Paragraph,
+    SampleMap,
+    SvgFigure,
+    Table,
+    on_one_line,
+)
 
 
 def render_markdown(title: str, blocks: Sequence[Block]) -> str:
@@ -15,15 +26,15 @@ def render_markdown(title: str, blocks: Sequence[Block]) -> str:
 
 def escape_markdown(text: str) -> str:
     """Return plain text as Markdown on one line: nothing in it is read as markup, as HTML or as the border of a table cell."""
-    line = " ".join(text.split())
+    line = on_one_line(text)
     line = line.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     return re.sub(r"([\\`*_\[\]|~#])", r"\\\1", line)
 
 
 def _render_block(block: Block) -> str:
     match block:
-        case Heading(text):
-            return f"## {escape_markdown(text)}"
+        case Heading(text, level):
+            return f"{'#' * level} {escape_markdown(text)}"
         case Paragraph(text):
             return escape_markdown(text)
         case BulletList(items):
@@ -32,6 +43,8 @@ def _render_block(block: Block) -> str:
             return _render_table(block)
         case SvgFigure():
             return f"*{escape_markdown(block.caption)} (The picture is in index.html.)*"
+        case SampleMap():
+            return f"*{escape_markdown(block.caption)} (The map is in index.html.)*"
         case ExampleGroup(title, cards):
             return f"{escape_markdown(title)}: " + ", ".join(escape_markdown(card.id) for card in cards)
         case CollapsibleSection(summary, blocks):

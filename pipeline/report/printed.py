@@ -54,7 +54,7 @@ def write_printed(folder: Path, name: str, plot: Callable[[], Figure], numbers: 
         figure = plot()
         contents: dict[str, str | bytes] = {"svg": to_plain_svg(figure)}
         figure.set_layout_engine("none")  # both files have the layout that was just found
-        contents["pdf"] = _to_pdf(figure)
+        contents["pdf"] = to_pdf(figure)
     contents |= {"csv": numbers.to_csv(index=False), "txt": f"{caption}\n"}
     paths = [folder / f"{name}.{suffix}" for suffix in contents]
     for path, content in zip(paths, contents.values(), strict=True):
@@ -62,7 +62,7 @@ def write_printed(folder: Path, name: str, plot: Callable[[], Figure], numbers: 
     return paths
 
 
-def _to_pdf(figure: Figure) -> bytes:
+def to_pdf(figure: Figure) -> bytes:
     """Return the figure as PDF without dates; a letter that the font lacks becomes a box, which is logged."""
     buffer = io.BytesIO()
     with warnings.catch_warnings(record=True) as caught:

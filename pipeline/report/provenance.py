@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -39,27 +40,43 @@ def _read_lines(path: Path) -> list[str]:
 
 def provenance_blocks(results: DatasetResults, manifest: Manifest) -> list[Block]:
     """Return the section about data, caches, versions and settings."""
-    meta = {key: _format_value(value) for key, value in sorted(manifest.meta.items())}
     counts = ", ".join(f"{count} {split}" for split, count in split_counts(manifest).items())
     data = {"dataset": manifest.dataset, "classes": str(len(manifest.class_names)), "samples": counts}
-    rows = tuple({**data, **meta, "manifest": manifest.fingerprint()}.items())
-    blocks: list[Block] = [
+    rows = {**data, **_flat_values(dict(sorted(manifest.meta.items()))), "manifest": manifest.fingerprint()}
+    caption = "Licence and attribution as in the manifest."
+    return [
         Heading("Provenance"),
-        Table(("field", "value"), rows, "Licence and attribution as in the manifest.", num_text_columns=2),
+        _fields(rows, caption),
+        *_versions(results),
+        *_cache_sections(results),
+        *_settings_sections(results),
     ]
-    return [*blocks, _package_versions(results), *_cache_sections(results), *_settings_sections(results)]
 
 
-def _package_versions(results: DatasetResults) -> Block:
-    versions_by_library: dict[str, set[str]] = {}
+def _fields(rows: Mapping[str, str], caption: str = "") -> Table:
+    return Table(("field", "value"), tuple(rows.items()), caption, num_text_columns=2)
+
+
+def _flat_values(values: Mapping[str, Any], name: str = "") -> dict[str, str]:
+    """Return nested facts as one line each: the names of what they are inside of, and the value as text."""
+    rows = {}
+    for key, value in values.items():
+        own = f"{name} · {key}" if name else str(key)
+        rows |= _flat_values(value, own) if isinstance(value, Mapping) and value else {own: _format_value(value)}
+    return rows
+
+
+def _versions(results: DatasetResults) -> list[Block]:
+    found: dict[str, set[str]] = {}
     sources = [record["versions"] for row in results.rows for record in row.records]
     for versions in [*sources, *(cache["provenance"].get("versions", {}) for cache in results.caches)]:
         for library, version in versions.items():
-            versions_by_library.setdefault(str(library), set()).add(str(version))
-    shown = ", ".join(
-        f"{library} {' and '.join(sorted(versions))}" for library, versions in sorted(versions_by_library.items())
-    )
-    return Paragraph(f"Versions: {shown}." if shown else "Versions: none recorded.")
+            found.setdefault(str(library), set()).add(str(version))
+    if not found:
+        return [Paragraph("Versions: none recorded.")]
+    rows = {library: " and ".join(sorted(versions)) for library, versions in sorted(found.items())}
+    table = Table(("library", "version"), tuple(rows.items()), "Of all extractions and evaluations.", num_text_columns=2)
+    return [CollapsibleSection(f"Versions: {', '.join(map(' '.join, rows.items()))}", (table,))]
 
 
 def _cache_sections(results: DatasetResults) -> list[Block]:
@@ -68,8 +85,7 @@ def _cache_sections(results: DatasetResults) -> list[Block]:
     blocks: list[Block] = []
     for cache in (cache for cache in results.caches if cache["fingerprint"] in used):
         keys = ("samples", "rows", "feature_shape", "store_dtype", "failed", "fingerprint", "identity")
-        rows = tuple((key, _format_value(cache[key])) for key in keys)
-        table = Table(("field", "value"), rows, "", num_text_columns=2)
+        table = _fields(_flat_values({key: cache[key] for key in keys}))
         blocks.append(CollapsibleSection(f"Features: {Path(cache['path']).name}", (table,)))
     gone = sorted(used - {cache["fingerprint"] for cache in results.caches})
     return [*blocks, *(Paragraph(f"The feature cache {digest} is not in this home any more.") for digest in gone)]

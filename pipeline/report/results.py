@@ -6,9 +6,10 @@ A configuration is one method with one set of settings; its runs differ only in 
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -54,6 +55,11 @@ class ResultRow:
     label: str
     runs: tuple[RunFolder, ...]  # the runs of the head that have this evaluation
     records: tuple[Mapping[str, Any], ...]  # the entry of this evaluation in each run's metrics.json
+
+    @property
+    def overrides(self) -> str:
+        """The settings that were changed for this evaluation, "a=1, b=2"; "" when none were."""
+        return self.evaluation_name.partition("@")[2].replace(",", ", ")
 
     @property
     def folder(self) -> str:
@@ -203,6 +209,16 @@ def _read_cache_infos(home: Path, dataset: str) -> tuple[list[Mapping[str, Any]]
     return caches, notes
 
 
+def count_parameters(run: RunFolder) -> float:
+    """Return how many numbers the checkpoint of a run holds, statistics of its features included; NaN without a checkpoint."""
+    path = run.path / "checkpoint.safetensors"
+    if not path.is_file():
+        return np.nan
+    with path.open("rb") as file:
+        tensors = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+    return float(sum(math.prod(each["shape"]) for name, each in tensors.items() if name != "__metadata__"))
+
+
 def read_evaluations(run: RunFolder) -> dict[str, Any]:
     """Return the entries of a run's metrics.json by evaluation; empty when nothing is evaluated."""
     path = run.path / "metrics.json"
@@ -278,8 +294,7 @@ def label_configs(configs: Sequence[RunConfig], is_text_only: Sequence[bool], ca
         + (f" · trained on with --unfreeze {config.training.get('train')}" if config.is_continued else "")
         for name, config in zip(names, configs, strict=True)
     ]
-    folders = {cache["fingerprint"]: Path(cache["path"]).name for cache in caches}
-    settings_by_config = [distinguishing_settings(config, folders) for config in configs]
+    settings_by_config = [distinguishing_settings(config, cache_folders(caches)) for config in configs]
     labels = []
     for name, config, settings in zip(names, configs, settings_by_config, strict=True):
         peers = [other for other_name, other in zip(names, settings_by_config, strict=True) if other_name == name]
@@ -295,6 +310,11 @@ def label_configs(configs: Sequence[RunConfig], is_text_only: Sequence[bool], ca
         f"{label} · {config.fingerprint()[:8]}" if repeated[label] > 1 else label
         for config, label in zip(configs, labels, strict=True)
     ]
+
+
+def cache_folders(caches: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """Return the name of the folder of each cache, by fingerprint; `caches` are `cache.info` of each."""
+    return {cache["fingerprint"]: Path(cache["path"]).name for cache in caches}
 
 
 def name_head(home: Path, config: RunConfig) -> str:
@@ -325,7 +345,6 @@ def _result_rows(head: HeadRuns, split: str) -> list[ResultRow]:
     rows = []
     for name in sorted({name for run in head.runs for name in _evaluation_names(run, split)}):
         runs = tuple(run for run in head.runs if name in records[run])
-        overrides = name.partition("@")[2].replace(",", ", ")
-        label = f"{head.label} · {overrides}" if overrides else head.label
-        rows.append(ResultRow(head, name, label, runs, tuple(records[run][name] for run in runs)))
+        row = ResultRow(head, name, head.label, runs, tuple(records[run][name] for run in runs))
+        rows.append(replace(row, label=f"{head.label} · {row.overrides}") if row.overrides else row)
     return rows

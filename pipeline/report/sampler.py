@@ -16,7 +16,7 @@ from matplotlib.ticker import FuncFormatter, NullLocator
 from pipeline.evaluation.statistics import describe_spread, format_mean_std
 from pipeline.report.blocks import Block, Heading, SvgFigure, Table
 from pipeline.report.comparison import METRIC_LABELS
-from pipeline.report.figures import COLOURS, FIGURE_STYLE, FIGURE_WIDTH_INCHES, to_svg
+from pipeline.report.figures import COLOURS, FIGURE_STYLE, FIGURE_WIDTH_INCHES, SvgDrawing, to_svg
 from pipeline.report.results import DatasetResults, HeadRuns, plural
 from pipeline.types import SPLITS
 
@@ -33,7 +33,7 @@ def curve_metric(curve: pd.DataFrame) -> str:
     return "acc1" if "acc1" in curve else "map"
 
 
-def draw_sampler_curve(curve: pd.DataFrame) -> bytes:
+def draw_sampler_curve(curve: pd.DataFrame) -> SvgDrawing:
     """Draw the metric and the milliseconds per sample against the number of steps S, as SVG.
 
     There is one line per number of draws. The ancestral chain is drawn as a star.

@@ -31,6 +31,8 @@ from pipeline.types import Split
 
 CURVE_STEPS = (1, 2, 5, 10, 20, 50)  # S of DDIM; T is added to them
 CURVE_DRAWS = (1, 8)  # K
+MAX_USUAL_STEPS = 400  # S * K of a point that is measured unless it is asked for; the ancestral chain with one draw always is
+ALL_POINTS, ANCESTRAL = "all", "ancestral"  # words of --points
 VARIED_SETTINGS = ("sampler", "sample_steps", "draws")  # settings of prediction that the curve varies
 TIMED_BATCH_ROWS = {"cpu": 256, "cuda": 1024}  # samples of the timed batch, by kind of device
 MIN_PASSES = 5  # timed predictions for the batch, unless they take too long
@@ -74,8 +76,41 @@ def curve_points(num_steps: int) -> list[SamplerPoint]:
     return [SamplerPoint(sampler, count, draws) for sampler, count in samplers for draws in CURVE_DRAWS]
 
 
+def parse_points(text: str, num_steps: int) -> list[SamplerPoint]:
+    """Return the points that a user asks for.
+
+    Args:
+        text: "" for those of `curve_points` that are not slow: up to 400 evaluations of the network per sample, and the
+            ancestral chain with one draw. "all" for all of them. Else a list of S, SxK, ancestral and ancestralxK, such as
+            "1,5,20x8,ancestral".
+        num_steps: T, the number of diffusion steps in training.
+
+    Raises:
+        UserError: a word is no point, or S is above T.
+    """
+    points = curve_points(num_steps)
+    if text == ALL_POINTS:
+        return points
+    if not text:
+        chain = SamplerPoint("ancestral", num_steps, 1)
+        return [point for point in points if point.steps * point.draws <= MAX_USUAL_STEPS or point == chain]
+    return list(dict.fromkeys(_parse_point(word.strip(), num_steps) for word in text.split(",")))
+
+
+def _parse_point(word: str, num_steps: int) -> SamplerPoint:
+    name, times, draws = word.partition("x")
+    steps = str(num_steps) if name == ANCESTRAL else name
+    numbers = [int(number) if number.isascii() and number.isdigit() else 0 for number in (steps, draws if times else "1")]
+    if not 1 <= numbers[0] <= num_steps or numbers[1] < 1:
+        raise UserError(
+            f"--points {word!r}: give all, or a list of S, SxK, {ANCESTRAL} and {ANCESTRAL}xK with S steps, 1 to {num_steps}, "
+            f"and K draws, such as 1,5,20x8,{ANCESTRAL}"
+        )
+    return SamplerPoint("ancestral" if name == ANCESTRAL else "ddim", *numbers)
+
+
 def write_sampler_curve(
-    home: Path, run: RunFolder, split: Split, overrides: Mapping[str, Any], progress: bool = True
+    home: Path, run: RunFolder, split: Split, overrides: Mapping[str, Any], progress: bool = True, points: str = ""
 ) -> SamplerCurve:
     """Evaluate and time a run at every point, and write `sampler-curve-<split>.csv` and `.svg` into its folder.
 
@@ -85,21 +120,24 @@ def write_sampler_curve(
         split: The split of the accuracies.
         overrides: Other settings of prediction (eta, zero_start …).
         progress: Whether to show a progress bar.
+        points: Which points, see `parse_points`.
 
     Raises:
-        UserError: the head does not sample, the run is not finished, or `overrides` has a setting that the curve varies.
+        UserError: the head does not sample, the run is not finished, `overrides` has a setting that the curve varies, or
+            `points` are none.
     """
     config = run.config()
     _, changes = apply_overrides(config, overrides)
     _check_run(run, config, overrides)
-    points = curve_points(int(config.setting("num_steps")))
+    chosen = parse_points(points, int(config.setting("num_steps")))
     batch = _timed_batch(home, config)
-    total = sum(point.steps * point.draws for point in points)
+    total = 2 * sum(point.steps * point.draws for point in chosen)  # of the evaluation, and of its timing
     rows = []
     with ProgressBar(label="sampler curve", total=total, unit="step", show=progress) as bar:
-        for number, point in enumerate(points):
+        for number, point in enumerate(chosen):
             bar.set_postfix_str(f"{point.sampler} S={point.steps} K={point.draws}")
             record = evaluate(home, run, split, {**overrides, **point.overrides})
+            bar.update(point.steps * point.draws)
             if number == 0:
                 _time_passes(run, config, overrides, point, batch)  # the first use of every kernel is slow
             times = _time_passes(run, config, overrides, point, batch)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -37,6 +38,9 @@ def test_a_report_does_not_import_torch(tmp_path: Path) -> None:
     page = (tmp_path / "reports" / "toy" / "index.html").read_text(encoding="utf-8")
     assert "t-SNE of the same" in page
     assert "Grid of ema over tau" in page
+    links = set(re.findall(r'href="(files/[^"]*)"', page))
+    assert links == {f"files/{path.name}" for path in (tmp_path / "reports" / "toy" / "files").iterdir()}
+    assert {name.rpartition(".")[2] for name in links} == {"csv", "tex", "svg", "pdf"}
 
 
 def test_a_grid_page_does_not_import_torch(tmp_path: Path) -> None:

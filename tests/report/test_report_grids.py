@@ -13,11 +13,13 @@ import pandas as pd
 import pytest
 from helpers.command_line import run
 from helpers.grid_folders import write_grid, write_winner
-from helpers.pages import HOSTILE_TEXT, Page
+from helpers.pages import HOSTILE_TEXT, Page, write_page
 from helpers.report_home import make_home
 from helpers.tiny_heads import caches_by_key
 
-from pipeline.report import robustness, write_grid_page, write_report
+from pipeline.report import robustness, write_grid_page
+from pipeline.report.grid_figures import plot_axis_effects
+from pipeline.report.grid_page import axis_effects
 from pipeline.report.grid_results import find_grids, read_grid
 
 AXES = {"w_ce_dst": (2.0, 0.5, 1.0), "num_steps": (900, 1200), "stage_step": (0, 300, 500, 700)}
@@ -183,16 +185,27 @@ def test_axes_of_any_kind_and_number(axes: dict[str, tuple[object, ...]], num_dr
         assert f"Shown are the pairs of the 4 axes whose means lie furthest apart: {kept[0]} × {kept[1]}; " in parsed.text
 
 
+def test_a_few_cells_have_their_numbers_in_panels_of_a_third_of_the_page(tmp_path: Path) -> None:
+    grid = read_grid(write_grid(tmp_path, {"tau": (0.1, 0.2), "stages": ("dst", "dsl", "both", "none", "all")}))
+    figure = plot_axis_effects(axis_effects(grid), "Acc-1")
+    few, many = figure.axes
+    numbers = robustness.mean_by_value(grid, "tau")[["mean", "best"]].to_numpy().T.ravel()
+    assert [text.get_text() for text in few.texts] == [f"{number:.1f}" for number in numbers]
+    assert list(many.texts) == []
+    figure.canvas.draw()
+    assert all(axes.get_position().width < 0.34 for axes in figure.axes)
+
+
 def test_nothing_in_a_grid_becomes_markup(tmp_path: Path) -> None:
     home = make_home(tmp_path, [f"class {k}" for k in range(8)])
     home.evaluate(home.train(home.config("baseline", {}), 0), home.logits(2.0, 1))
     axes = {f"kind{HOSTILE_TEXT}": (f"a{HOSTILE_TEXT}", f"b{HOSTILE_TEXT}"), "tau": (0.1, 0.2)}
     folder = write_grid(tmp_path, axes, method="ema", states={(0, 0): HOSTILE_TEXT}, search=HOSTILE_TEXT)
-    page, text = write_report(tmp_path, "toy")
+    page, text = write_page(tmp_path, "toy")
     for path in (page, write_grid_page(folder)):
         parsed = Page(path)
         assert f"b{HOSTILE_TEXT}" in parsed.text
-        assert "script" not in {tag for tag, _ in parsed.elements}
+        assert parsed.foreign_scripts == []
         assert not [key for _, attributes in parsed.elements for key in attributes if key.startswith("on")]
         for drawing in parsed.drawings:
             assert b"alert" not in drawing
@@ -221,7 +234,7 @@ def test_the_report_has_a_section_per_grid_and_names_a_damaged_one(tmp_path: Pat
         *(("grid.json", c) for c in contents),
     ]:
         (damaged / name).write_text(content)
-        parsed = Page(write_report(tmp_path, "toy")[0])
+        parsed = Page(write_page(tmp_path, "toy")[0])
         assert f"A grid cannot be read: {damaged} is damaged" in parsed.text
         assert "Grid of ema over tau" in parsed.text
         assert "Grid of seda over gamma, T, t" in parsed.text

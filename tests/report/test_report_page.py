@@ -10,14 +10,14 @@ from xml.etree import ElementTree
 
 import numpy as np
 import pytest
-from helpers.pages import HOSTILE_TEXT, Page
+from helpers.pages import HOSTILE_TEXT, Page, write_page
 from helpers.report_home import ReportHome, make_home
 from scipy.special import expit, softmax
 from sklearn.metrics import confusion_matrix
 
 from pipeline.cache import find_caches, open_cache
 from pipeline.evaluation.evaluate import evaluate
-from pipeline.report import figure_data, results_frame, write_report
+from pipeline.report import figure_data, results_frame
 from pipeline.report.figures import draw_confusions
 from pipeline.report.markdown import escape_markdown
 from pipeline.report.results import TEXT_ONLY_LABEL, collect_results
@@ -42,18 +42,21 @@ def fill(home: ReportHome, hostile: str = "") -> None:
 
 def test_page_is_complete_and_needs_no_other_file(tmp_path: Path) -> None:
     fill(make_home(tmp_path, CLASSES))
-    page, text = write_report(tmp_path, "toy")
+    page, text = write_page(tmp_path, "toy")
     assert (page, text) == (tmp_path / "reports" / "toy" / "index.html", tmp_path / "reports" / "toy" / "report.md")
     parsed = Page(page)
     sections = ["Results on the test split", "Training", "Feature space", "What changes between classes", "Single examples"]
     facts = ["CC BY 4.0", "somebody", "reads test text", "The test split was read 13 times", "torch 2.11"]
     for words in [*sections, "Provenance", *facts]:
         assert words in parsed.text
-    assert len(parsed.drawings) == 4
+    assert len(parsed.drawings) == 5
     tags = {tag for tag, _ in parsed.elements}
-    assert not tags & {"script", "link", "iframe", "object", "svg", "a"}
+    assert not tags & {"link", "iframe", "object", "svg"}
+    assert parsed.foreign_scripts == []
+    places = {f"#{attributes['id']}" for _, attributes in parsed.elements if "id" in attributes}
     for _, attributes in parsed.elements:
-        assert not [key for key in attributes if key.startswith("on") or key == "href"]
+        assert not [key for key in attributes if key.startswith("on")]
+        assert attributes.get("href", "#section-1") in places  # the list of contents, and nothing outside of the page
         assert (attributes.get("src") or "data:").startswith("data:")
     assert "url(" not in parsed.text
     assert "@import" not in parsed.text
@@ -64,9 +67,9 @@ def test_nothing_in_the_data_becomes_markup(tmp_path: Path) -> None:
     meta = {"media_type": "image", "licence": HOSTILE_TEXT, HOSTILE_TEXT: {"nested": HOSTILE_TEXT}}
     home = make_home(tmp_path, classes, meta=meta)
     fill(home, HOSTILE_TEXT)
-    page, text = write_report(tmp_path, "toy")
+    page, text = write_page(tmp_path, "toy")
     parsed = Page(page)
-    assert "script" not in {tag for tag, _ in parsed.elements}
+    assert parsed.foreign_scripts == []
     assert not [key for _, attributes in parsed.elements for key in attributes if key.startswith("on")]
     assert HOSTILE_TEXT in parsed.text
     for drawing in parsed.drawings:
@@ -83,10 +86,10 @@ def test_nothing_in_the_data_becomes_markup(tmp_path: Path) -> None:
 def test_sample_ids_are_escaped(tmp_path: Path) -> None:
     home = make_home(tmp_path, CLASSES, id_prefix=HOSTILE_TEXT)
     fill(home)
-    page, text = write_report(tmp_path, "toy")
+    page, text = write_page(tmp_path, "toy")
     parsed = Page(page)
     assert f"{HOSTILE_TEXT} 0" in parsed.text
-    assert "script" not in {tag for tag, _ in parsed.elements}
+    assert parsed.foreign_scripts == []
     assert "<" not in text.read_text(encoding="utf-8")
 
 
@@ -94,14 +97,14 @@ def test_same_runs_give_the_same_bytes(tmp_path: Path) -> None:
     pages = []
     for name in ("one", "two"):
         fill(make_home(tmp_path / name, CLASSES))
-        pages.append([path.read_bytes() for path in write_report(tmp_path / name, "toy")])
+        pages.append([path.read_bytes() for path in write_page(tmp_path / name, "toy")])
     assert pages[0] == pages[1]
 
 
 def test_without_a_baseline_or_a_second_seed_the_page_says_so(tmp_path: Path) -> None:
     home = make_home(tmp_path, CLASSES)
     home.evaluate(home.train(home.config("ema", {}), 0), home.logits(2.0, 1))
-    parsed = Page(write_report(tmp_path, "toy")[0])
+    parsed = Page(write_page(tmp_path, "toy")[0])
     assert "nothing is claimed" in parsed.text
     assert "no baseline on these features; train one with: diffalign train-head --dataset toy --method baseline" in parsed.text
     assert "Of one seed; a row with one seed has no spread" in parsed.text
@@ -113,10 +116,10 @@ def test_before_any_evaluation_there_are_curves_and_a_command(tmp_path: Path) ->
     home = make_home(tmp_path, CLASSES)
     home.train(home.config("baseline", {}), 0)
     home.train(home.config("ema", {}), 0).path.joinpath("done").unlink()
-    parsed = Page(write_report(tmp_path, "toy")[0])
+    parsed = Page(write_page(tmp_path, "toy")[0])
     assert "Nothing has been evaluated on the test split yet" in parsed.text
     header = (tmp_path / "reports" / "toy" / "results.csv").read_text()
-    assert header == "method,kind,seeds,train_seconds,p_holm,verdict,reason\n"
+    assert header == "method,kind,group,name,seeds,train_seconds,params,p_holm,verdict,reason\n"
     assert "These runs have never read the test split." in parsed.text
     assert "Left out as not finished: 1 run;" in parsed.text
     assert len(parsed.drawings) == 1
@@ -129,7 +132,7 @@ def test_missing_media_and_damaged_caches_are_reported_and_not_fatal(tmp_path: P
         file.unlink()
     for file in (tmp_path / "caches").glob("*/image-*/features/c/0/0"):
         file.unlink()
-    parsed = Page(write_report(tmp_path, "toy")[0])
+    parsed = Page(write_page(tmp_path, "toy")[0])
     assert "not available" in parsed.text
     assert "The image features cannot be read, so there is no t-SNE" in parsed.text
 
@@ -141,9 +144,9 @@ def test_features_that_overflowed_are_left_out_by_name(tmp_path: Path) -> None:
     with np.load(path) as arrays:
         changed = {**arrays, "feature": np.full_like(arrays["feature"], np.inf)}
     np.savez_compressed(path, **changed)
-    parsed = Page(write_report(tmp_path, "toy")[0])
+    parsed = Page(write_page(tmp_path, "toy")[0])
     assert "Left out, for their stored features are not finite or of other examples: ema." in parsed.text
-    assert len(parsed.drawings) == 4
+    assert len(parsed.drawings) == 5
 
 
 def test_runs_of_an_older_manifest_are_named_and_in_no_picture(tmp_path: Path) -> None:
@@ -151,7 +154,7 @@ def test_runs_of_an_older_manifest_are_named_and_in_no_picture(tmp_path: Path) -
     make_home(tmp_path / "new", [*CLASSES, "a new class"])
     (tmp_path / "old" / "manifests").rename(tmp_path / "gone")
     (tmp_path / "new" / "manifests").rename(tmp_path / "old" / "manifests")
-    parsed = Page(write_report(tmp_path / "old", "toy")[0])
+    parsed = Page(write_page(tmp_path / "old", "toy")[0])
     assert "Trained on another version of the manifest, and therefore in no picture: baseline, ema, seda" in parsed.text
     assert "there are no curves" in parsed.text
 
@@ -164,7 +167,7 @@ def test_multi_label_data_shows_average_precision_per_class(tmp_path: Path) -> N
             hit = home.label[np.arange(len(logits)), logits.argmax(axis=1)]
             per_sample = {"pre1": 100.0 * hit, "rec1": 100.0 * hit / home.label.sum(axis=1)}
             home.evaluate(home.train(home.config(method, {"label_loss": "bce"}), seed), logits, per_sample=per_sample)
-    parsed = Page(write_report(tmp_path, "toy")[0])
+    parsed = Page(write_page(tmp_path, "toy")[0])
     assert "ema beats the baseline (Pre-1" in parsed.text
     assert "overall_pre1" in parsed.text
     assert "a metric that is no mean over examples has none" in parsed.text
@@ -182,7 +185,7 @@ def test_every_table_of_results_has_verdicts(tmp_path: Path, page: str) -> None:
             hit = home.label[np.arange(len(logits)), logits.argmax(axis=1)]
             per_sample = {"pre1": 100.0 * hit, "rec1": 100.0 * hit / home.label.sum(axis=1)}
             home.evaluate(home.train(home.config(method, {}, image), seed), logits, per_sample=per_sample)
-    html, text = write_report(tmp_path, "toy")
+    html, text = write_page(tmp_path, "toy")
     if page == "html":
         headers = re.findall(r"<thead>.*?</thead>", html.read_text(encoding="utf-8"))
         verdicts = [header.endswith("verdict</th></tr></thead>") for header in headers if ">method<" in header]
@@ -217,7 +220,7 @@ def test_methods_are_compared_across_data_sets(tmp_path: Path) -> None:
         for method, strength in zip(("baseline", "ema"), strengths, strict=True):
             for seed in range(5):
                 home.evaluate(home.train(home.config(method, {}), seed), home.logits(strength, seed + len(method)))
-    html, markdown = write_report(tmp_path, "toy", across=["other", "toy"])
+    html, markdown = write_page(tmp_path, "toy", across=["other", "toy"])
     (line,) = [line for line in markdown.read_text(encoding="utf-8").splitlines() if line.startswith("| ema | toy, other |")]
     frames = [results_frame(tmp_path, name).set_index("method") for name in ("toy", "other")]
     gains = [frame["acc1"]["ema"] - frame["acc1"]["baseline"] for frame in frames]
@@ -226,7 +229,7 @@ def test_methods_are_compared_across_data_sets(tmp_path: Path) -> None:
     assert shown[1] == 1.0
     assert line.endswith("| beats the baseline |")
     assert "Across data sets: toy, other" in Page(html).text
-    assert "Across data sets" not in Page(write_report(tmp_path, "toy")[0]).text
+    assert "Across data sets" not in Page(write_page(tmp_path, "toy")[0]).text
 
 
 def test_confusion_counts_every_seed_and_shares_add_up(tmp_path: Path) -> None:
@@ -314,6 +317,6 @@ def test_report_reads_what_the_stages_write(tiny_home: Path, tmp_path: Path) -> 
         assert records[0]["acc5"] == 100.0  # of four classes, so that it is no column
         means = {name: np.mean([record[name] for record in records]) for name in records[0] if name != "acc5"}
         assert frame.loc[label, list(means)].to_dict() == pytest.approx(means)
-    parsed = Page(write_report(home, "tiny")[0])
-    assert len(parsed.drawings) == 4
+    parsed = Page(write_page(home, "tiny")[0])
+    assert len(parsed.drawings) == 5
     assert "The test split was read 9 times" in parsed.text

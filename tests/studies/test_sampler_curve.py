@@ -21,8 +21,9 @@ from torch import Tensor
 from pipeline.evaluation.evaluate import evaluate, read_metrics
 from pipeline.nn.denoisers import PFIN
 from pipeline.report import write_report
+from pipeline.runtime.errors import UserError
 from pipeline.runtime.runs import RunFolder
-from pipeline.studies.sampler_curve import SamplerPoint, curve_points, write_sampler_curve
+from pipeline.studies.sampler_curve import SamplerPoint, curve_points, parse_points, write_sampler_curve
 
 
 @pytest.fixture
@@ -49,6 +50,35 @@ def test_points_are_every_s_up_to_t_once_and_the_ancestral_chain(num_steps: int,
         assert [point for point in points if point.sampler == "ancestral" and point.draws == draws] == [
             SamplerPoint("ancestral", num_steps, draws)
         ]
+
+
+def test_slow_points_are_measured_only_when_they_are_asked_for() -> None:
+    usual = parse_points("", 1500)
+    assert set(usual) < set(parse_points("all", 1500)) == set(curve_points(1500))
+    assert [point for point in usual if point.steps * point.draws > 400] == [SamplerPoint("ancestral", 1500, 1)]
+    assert sum(point.steps * point.draws for point in usual) == 9 * (1 + 2 + 5 + 10 + 20 + 50) + 1500
+    assert parse_points("", 20) == curve_points(20)
+    chosen = [SamplerPoint("ddim", 5, 1), SamplerPoint("ddim", 20, 8)]
+    chosen += [SamplerPoint("ancestral", 1500, 1), SamplerPoint("ancestral", 1500, 2)]
+    assert parse_points("5, 20x8,ancestral,5,ancestralx2", 1500) == chosen
+
+
+@pytest.mark.parametrize("text", ["0", "1501", "5x0", "x", "five", "1,,2", "5x8x2", "²", "-1"])
+def test_words_that_are_no_points_are_refused(text: str) -> None:
+    with pytest.raises(UserError, match=r"give all, or a list of S, SxK, ancestral and ancestralxK with S steps, 1 to 1500"):
+        parse_points(text, 1500)
+
+
+def test_the_command_measures_the_points_that_it_is_given(
+    home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = train_tiny(home, "cdr")
+    arguments = ["evaluate", str(run.path), "--home", str(home), "--points", "2,5x3"]
+    assert run_cli([*arguments, "--sampler-curve"], monkeypatch) == 0
+    _, *rows, _ = capsys.readouterr().out.splitlines()
+    assert [row.split()[:3] for row in rows] == [["ddim", "2", "1"], ["ddim", "5", "3"]]
+    assert run_cli(arguments, monkeypatch) == 2
+    assert "--points belongs to --sampler-curve: give that too, or leave it out" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("method", ["cdr", "marnet", "seda"])
@@ -145,7 +175,7 @@ def test_the_command_prints_a_table_or_one_object_and_the_report_shows_the_curve
     page, text = write_report(home, "tiny")
     assert "Steps of the sampler" in Page(page).text
     assert "The head's own: ddim, 5 steps, 1 draw." in Page(page).text
-    assert len(Page(page).drawings) == 3
+    assert len(Page(page).drawings) == 4  # training, classes, calibration, and the curve
     for sampler, steps, draws in means.index:
         assert f"| {sampler} | {steps} | {draws} | {means[sampler, steps, draws]:.2f} ±" in text.read_text()
 

@@ -1,0 +1,221 @@
+"""The first section of a report: the reference, the methods and what is claimed of them, and apart from these the rest."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import pandas as pd
+
+from pipeline.evaluation.statistics import (
+    MIN_SEEDS_FOR_INTERVAL,
+    MIN_SEEDS_FOR_VERDICT,
+    NUM_RESAMPLES,
+    describe_spread,
+    format_seeds,
+)
+from pipeline.report.blocks import Block, BulletList, Heading, Paragraph, SvgFigure, Table
+from pipeline.report.comparison import (
+    METRIC_LABELS,
+    compared_metrics,
+    deciding_metric,
+    find_baseline,
+    format_differences,
+    format_means,
+    format_results,
+    list_metrics,
+)
+from pipeline.report.figures import draw_differences
+from pipeline.report.provenance import split_read_blocks
+from pipeline.report.results import DatasetResults, ResultRow, cache_folders, plural
+from pipeline.report.row_groups import ROW_GROUPS
+from pipeline.runtime.settings import flatten
+
+SELECTION_RULES = {
+    "metric": "highest validation metric, then lowest validation loss",
+    "loss": "lowest validation loss",
+    "last": "the last one, without a choice",
+}
+
+
+def results_blocks(results: DatasetResults, frame: pd.DataFrame) -> list[Block]:
+    """Return the section; `frame` is the table of `compare_results`."""
+    blocks: list[Block] = [Paragraph(_introduction(results)), Heading(f"Results on the {results.split} split")]
+    if frame.empty:
+        command = f"diffalign evaluate <run folder> --split {results.split}"
+        text = f"Nothing has been evaluated on the {results.split} split yet; for every finished run: {command}"
+        blocks.append(Paragraph(text))
+    else:
+        blocks += _group_blocks(results, frame)
+    if results.notes:
+        blocks.append(BulletList(results.notes))
+    return [*blocks, *_selection_blocks(results)]
+
+
+def _introduction(results: DatasetResults) -> str:
+    methods = sorted({head.config.method for head in results.heads})
+    sizes = sorted({record["n"] for row in results.rows for record in row.records})
+    examples = f" The {results.split} split has {' or '.join(map(str, sizes))} usable examples." if sizes else ""
+    left_out = {(record.get("excluded", 0), record["n"]) for row in results.rows for record in row.records}
+    examples += "".join(
+        f" {excluded} of {excluded + used} are left out: they have no image feature."
+        for excluded, used in sorted(left_out)
+        if excluded
+    )
+    return (
+        f"Methods: {', '.join(methods)}. Text is seen in training only; every prediction reads the image features "
+        f"and nothing else.{examples}"
+    )
+
+
+def _group_blocks(results: DatasetResults, frame: pd.DataFrame) -> list[Block]:
+    """The reference and the methods, how to read their numbers, and then the other groups, each under a heading of its own."""
+    details = [_describe_row(row, results) for row in results.rows]
+    found = [group for group in ROW_GROUPS if (frame["group"] == group).any()]
+    blocks: list[Block] = [] if set(found) - {"diagnostics"} else [Paragraph("There is nothing to compare but diagnostics.")]
+    for number, group in enumerate(found):
+        own = frame[frame["group"] == group]
+        own_details = [text for text, name in zip(details, frame["group"], strict=True) if name == group]
+        if group != "methods":
+            blocks.append(Heading(ROW_GROUPS[group], level=3))
+        if group == "diagnostics":
+            blocks.append(_to_table(_named(format_results(own), own), "", own_details))
+            continue
+        blocks += [_reference(results)] if number == 0 else []
+        blocks += _comparison_blocks(results, own, own_details, with_guide=number == 0)
+    return blocks
+
+
+def _reference(results: DatasetResults) -> Paragraph:
+    """Say which baseline the rows are compared with; there is one for each set of image features and share of the data."""
+    baselines = {id(found): found for row in results.rows if (found := find_baseline(row, results))}
+    if not baselines:
+        return Paragraph("Reference: none. No row has an evaluated baseline on the same image features to be compared with.")
+    metric = deciding_metric(list_metrics(results))
+    named = [
+        f"{row.label} ({row.folder}, {plural(len(row.runs), 'seed')}, image features "
+        f"{cache_folders(results.caches).get(row.head.config.caches['image'], 'unknown')}, {METRIC_LABELS[metric]} "
+        f"{format_seeds(row.metric_values(metric))})"
+        for row in baselines.values()
+    ]
+    text = (
+        "every difference, interval and verdict is to it" if len(named) == 1 else "a row is compared with that on its features"
+    )
+    return Paragraph(f"Reference: {'; '.join(named)}. It is the baseline that is best on validation; {text}.")
+
+
+def _describe_row(row: ResultRow, results: DatasetResults) -> str:
+    """The settings of a row in one paragraph, for readers who ask for them."""
+    config = row.head.config
+    pairs = {**flatten(config.settings), **{f"training {key}": value for key, value in sorted(config.training.items())}}
+    features = cache_folders(results.caches).get(config.caches["image"], config.caches["image"][:12])
+    seeds = ", ".join(str(run.seed) for run in row.runs)
+    settings = ", ".join(f"{key}={value}" for key, value in pairs.items())
+    changed = f" Changed for this evaluation: {row.overrides}." if row.overrides else ""
+    return f"{row.folder}; seeds {seeds}; image features {features}. {settings}.{changed}"
+
+
+def _named(table: pd.DataFrame, frame: pd.DataFrame) -> pd.DataFrame:
+    """Return a table with the names of the rows inside their group in place of their labels."""
+    return table.assign(method=frame["name"])
+
+
+def _comparison_blocks(
+    results: DatasetResults, frame: pd.DataFrame, details: Sequence[str], with_guide: bool = True
+) -> list[Block]:
+    """The table of a group, a figure of the differences to the baseline, and one sentence per row."""
+    metric = deciding_metric(list_metrics(results))
+    metric_label = METRIC_LABELS[metric]
+    sentences = [_claim(row, metric) for row in frame.to_dict("records") if row["verdict"] != "the baseline"]
+    caption = _results_caption(results, frame) if with_guide else "Columns as in the first table."
+    blocks: list[Block] = [_to_table(_named(format_results(frame), frame), caption, details), *_further_metrics(results, frame)]
+    compared = frame.dropna(subset=[f"{metric}_low"])
+    if len(compared):
+        intervals = compared[[f"{metric}_vs_baseline", f"{metric}_low", f"{metric}_high"]].to_numpy(dtype=float)
+        caption = (
+            f"Difference to the baseline in {metric_label}, with its 95 % interval. Filled: the interval leaves out zero. "
+            "Open and grey: this many examples and seeds cannot tell the two apart."
+        )
+        svg = draw_differences(compared["name"].tolist(), intervals, metric_label)
+        blocks.append(SvgFigure(svg, "; ".join(sentences), caption))
+    elif sentences or with_guide:
+        text = f"No row has a baseline and {MIN_SEEDS_FOR_INTERVAL} seeds of both, so nothing is claimed."
+        blocks.append(Paragraph(text))
+    blocks += [BulletList(tuple(sentences))] if sentences else []
+    return [*blocks, Paragraph(_reading_guide(results, metric_label))] if with_guide else blocks
+
+
+def _further_metrics(results: DatasetResults, frame: pd.DataFrame) -> list[Block]:
+    """What the first table leaves out when there are many metrics: the other differences, then the other metrics."""
+    metrics = list_metrics(results)
+    main = [metric for metric in metrics if metric in METRIC_LABELS]
+    others = [metric for metric in metrics if metric not in METRIC_LABELS]
+    label = METRIC_LABELS[deciding_metric(metrics)]
+    names = frame[["name"]].set_axis(["method"], axis=1)
+    blocks: list[Block] = []
+    if "acc1" not in main and set(main) > set(compared_metrics(main)):
+        caption = "Points above the baseline with 95 % intervals; a metric that is no mean over examples has none."
+        table = names.join(format_differences(frame, main)).join(frame["verdict"])
+        blocks.append(_to_table(table, f"{caption} The verdict is that on {label}."))
+    if others:
+        table = names.join(format_means(frame, others)).join(frame["verdict"])
+        blocks.append(_to_table(table, f"More metrics, in percent. The verdict is that on {label}."))
+    return blocks
+
+
+def _claim(row: Mapping[Any, Any], metric: str) -> str:
+    """A sentence with the verdict on a row of the frame and its numbers, or with the reason why nothing is claimed."""
+    difference, low, high, p_holm = *(row[f"{metric}_{part}"] for part in ("vs_baseline", "low", "high")), row["p_holm"]
+    if math.isnan(low):
+        return f"{row['name']}: no claim, {row['reason']}."
+    numbers = f"{METRIC_LABELS[metric]} {difference:+.2f} points, 95 % interval {low:+.2f} to {high:+.2f}"
+    if math.isnan(p_holm):
+        return f"{row['name']}: no verdict, {row['reason']} ({numbers})."
+    verdict = "is not distinguishable from the baseline" if row["verdict"] == "not distinguishable" else row["verdict"]
+    return f"{row['name']} {verdict} ({numbers}, p = {p_holm:.2g} after Holm)."
+
+
+def _results_caption(results: DatasetResults, frame: pd.DataFrame) -> str:
+    spread = describe_spread(len(row.runs) for row in results.rows)
+    text = f"{spread}; metrics in percent. train s: seconds of training per seed, features already cached."
+    if frame["params"].notna().any():
+        text += " params: numbers in the checkpoint of one seed, statistics of its features included."
+    if "ece" in list_metrics(results):
+        text += (
+            " Macro Acc: mean over classes of the share of their examples that is right. ECE: expected calibration error in 15 "
+            "bins of equal width; lower is better. A dash: the evaluation is older than the metric."
+        )
+    return f"{text} A method with several settings stands here with those that are best on validation."
+
+
+def _reading_guide(results: DatasetResults, metric_label: str) -> str:
+    clusters = "groups of examples" if results.groups else "examples"
+    text = (
+        f"How to read this: a method beats the baseline when its {metric_label} difference is above zero, with p below 0.05 "
+        f"after Holm's correction for all rows of this page that get a verdict. A verdict takes {MIN_SEEDS_FOR_VERDICT} seeds "
+        f"of both, and an interval {MIN_SEEDS_FOR_INTERVAL}. Intervals and p come from a paired bootstrap on two levels "
+        f"({NUM_RESAMPLES:,} resamples): {clusters} are drawn anew, the same for both methods, and so are seeds; it covers the "
+        "choice of both. The intervals themselves are not corrected for the number of rows."
+    )
+    if results.split == "val":
+        return f"{text} The validation split has also chosen the epochs and settings, so these numbers are optimistic."
+    return text
+
+
+def _to_table(frame: pd.DataFrame, caption: str, details: Sequence[str] = ()) -> Table:
+    rows = tuple(tuple(map(str, row)) for row in frame.itertuples(index=False))
+    return Table(tuple(frame.columns), rows, caption, row_details=tuple(details))
+
+
+def _selection_blocks(results: DatasetResults) -> list[Block]:
+    """How the epoch of each run was selected, and how often the test split was read."""
+    rules = Counter(str(head.config.training["select"]) for head in results.heads)
+    chosen = "; ".join(f"{SELECTION_RULES[rule]} ({plural(count, 'configuration')})" for rule, count in sorted(rules.items()))
+    text = (
+        f"Selection happens on the validation split. The epoch that is kept: {chosen}. Of candidates, such as k of knn, the "
+        "one with the highest validation metric is kept. Where a method has several configurations, the pictures show the one "
+        "with the best mean validation metric."
+    )
+    return [Paragraph(text), *split_read_blocks(results)]
