@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal
 
 from pipeline.cache.reader import Cache, find_cache, identity_differences
@@ -25,7 +26,8 @@ from pipeline.runtime.errors import UserError
 from pipeline.runtime.files import canonical_json, write_atomic
 from pipeline.runtime.runs import RunFolder
 
-FILE_NAME = "predict.json"
+NO_CHANGES: Mapping[str, str] = MappingProxyType({})
+SPEC_FILE = "predict.json"
 ENCODER_FOLDER = "encoder"  # in a run: files of its encoder, such as tuned weights, that are on no hub
 
 
@@ -63,10 +65,14 @@ class InferenceSpec:
 
     def write(self, run: RunFolder) -> None:
         """Write the spec into a run."""
-        write_atomic(run.path / FILE_NAME, json.dumps(asdict(self), indent=1, ensure_ascii=False))
+        write_atomic(run.path / SPEC_FILE, json.dumps(asdict(self), indent=1, ensure_ascii=False))
 
-    def build_encoder(self, run: RunFolder) -> Encoder:
+    def build_encoder(self, run: RunFolder, changed: Mapping[str, str] = NO_CHANGES) -> Encoder:
         """Return the encoder of the run, ready to encode new media.
+
+        Args:
+            run: the run.
+            changed: settings to replace, such as the format that it computes in.
 
         Raises:
             UserError: the features were not made here from media, the weights are not found, or it has become another encoder.
@@ -78,7 +84,7 @@ class InferenceSpec:
                 f"{run.path} was trained on features of {self.encoder}, which were computed elsewhere or by a plug-in: load "
                 "that with --plugin, or predict from a cache of such features, --cache"
             )
-        settings = with_files_of(self.encoder_settings, run.path / ENCODER_FOLDER)
+        settings = with_files_of({**self.encoder_settings, **changed}, run.path / ENCODER_FOLDER)
         encoder = build_encoder(self.encoder, settings)
         found = json.loads(canonical_json(encoder_identity(self.encoder, encoder)))
         for field, wanted, have in self.differences(found):
@@ -100,7 +106,7 @@ def read_inference_spec(run: RunFolder, home: Path) -> InferenceSpec:
     Raises:
         UserError: the file is damaged, or the run has none, and the home has not what it was trained on.
     """
-    path, config = run.path / FILE_NAME, run.config()
+    path, config = run.path / SPEC_FILE, run.config()
     if path.is_file():
         try:
             fields = json.loads(path.read_text(encoding="utf-8"))
@@ -112,7 +118,7 @@ def read_inference_spec(run: RunFolder, home: Path) -> InferenceSpec:
         spec = InferenceSpec.of(manifest, find_cache(home, manifest, config.caches["image"]))
     except UserError as error:
         raise UserError(
-            f"{run.path} was trained by an earlier version and has no {FILE_NAME}, and its data are not in {home} ({error}); "
+            f"{run.path} was trained by an earlier version and has no {SPEC_FILE}, and its data are not in {home} ({error}); "
             "predict once where the home of the run is (--home), and copy the run again"
         ) from error
     with suppress(OSError):

@@ -148,6 +148,23 @@ def test_files_of_the_encoder_may_lie_in_the_run(tmp_path: Path) -> None:
     assert moved == {"weights": str(carried), "settings": f"model={carried},layer=3"}
 
 
+def test_clips_are_classified_by_their_frames(seda: da.Run, tmp_path: Path) -> None:
+    """An animation of one colour has the features of a picture of that colour."""
+    frames = [Image.new("RGB", (16, 16), colour) for colour in ((200, 30, 30), (200, 30, 31))]
+    frames[0].save(tmp_path / "still.png")
+    frames[0].save(tmp_path / "clip.gif", save_all=True, append_images=frames[1:])
+    classifier = Classifier.of(seda.folder, seda.home)
+    settings = {"encoder": "random_projection", "settings": "width=32", "num_frames": "2"}
+    image = {"name": "random_projection", **classifier.spec.encoder_identity}
+    identity = {"name": "frames", "modality": "video", "image": image, "num_frames": 2}
+    spec = replace(classifier.spec, encoder="frames", encoder_settings=settings, encoder_identity=identity)
+    (clip,) = encode_files([str(tmp_path / "clip.gif")], spec.build_encoder(seda.folder), spec.store_dtype)
+    (still,) = encode_files([str(tmp_path / "still.png")], classifier.spec.build_encoder(seda.folder), spec.store_dtype)
+    np.testing.assert_allclose(clip.features, still.features, atol=0.02)
+    (rows,) = replace(classifier, spec=spec).classify_files([str(tmp_path / "clip.gif"), str(tmp_path / "still.png")])
+    assert [bool(error) for error in rows.errors] == [False, False]  # a picture is a clip of one frame, as in `extract`
+
+
 def test_results_come_while_files_are_read(seda: da.Run, monkeypatch: pytest.MonkeyPatch) -> None:
     tried: list[int] = []
     prepare = EncoderInputs._prepare
