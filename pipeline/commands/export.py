@@ -8,13 +8,14 @@ from typing import Annotated
 
 import typer
 
-from pipeline.commands.options import DEFAULT_HOME, AsJson, Home, show
+from pipeline.commands.options import DEFAULT_HOME, RUN_HELP, AsJson, Home, show
+from pipeline.runtime.head_names import find_run
 
 logger = logging.getLogger(__name__)
 
 
 def export(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run, …/seed<k>; it may be a copy, without its home.")],
+    run: Annotated[str, typer.Argument(metavar="RUN", help=f"{RUN_HELP} A folder may be a copy, without its home.")],
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder to make.")],
     push: Annotated[
         str,
@@ -30,9 +31,7 @@ def export(
     as_json: AsJson = False,
 ) -> None:
     """Encoder and head as one graph (torch.export and ONNX), weights, labels, preprocessing and a model card in one folder."""
-    from pipeline.runtime.runs import RunFolder
-
-    found = RunFolder.at(run)
+    found = find_run(home, run)
 
     from pipeline.studies.export_folder import export_run, push_folder
 

@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from pipeline.commands.checks import check_split
-from pipeline.commands.options import DEFAULT_HOME, AsJson, Home, Processes
+from pipeline.commands.options import DEFAULT_HOME, RUN_HELP, AsJson, Home, Processes
 from pipeline.runtime.errors import UserError
+from pipeline.runtime.head_names import find_run
 from pipeline.runtime.logs import inert
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ Write = Callable[[Sequence[Mapping[str, Any]]], None]
 
 
 def predict(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run, …/seed<k>; it may be a copy, without its home.")],
+    run: Annotated[str, typer.Argument(metavar="RUN", help=f"{RUN_HELP} A folder may be a copy, without its home.")],
     paths: Annotated[
         list[str] | None,
         typer.Argument(
@@ -49,9 +50,8 @@ def predict(
 ) -> None:
     """Classify pictures or clips, or the samples of a cache, with calibrated probabilities; what cannot be read is listed."""
     from pipeline.evaluation.prediction_files import check_suffix, open_prediction_file, prediction_columns, prediction_rows
-    from pipeline.runtime.runs import RunFolder
 
-    folder = RunFolder.at(run)
+    folder = find_run(home, run)
     if out:
         check_suffix(out)
     if bool(paths) == bool(cache):
@@ -87,7 +87,7 @@ def predict(
             write(prediction_rows(classified, class_names, columns))
             counts.add(classified)
     if as_json:
-        about = {"run": str(run), "calibration": classifier.calibration.describe(), **counts.facts()}
+        about = {"run": str(folder.path), "calibration": classifier.calibration.describe(), **counts.facts()}
         print(json.dumps({**about, **({"file": str(out)} if out else {"rows": kept})}, indent=1))
     elif out:
         print(f"file: {inert(str(out))}")
