@@ -21,7 +21,10 @@ INTRODUCTION = """# The public API
 `import pipeline as da` gives these names; everything else is internal and may change. Written by `make docs` from the code:
 change the docstrings, not this page. Letters of shapes: B batch, N samples, T tokens, D width, C classes.
 [quickstart.ipynb](../examples/quickstart.ipynb) shows them at work."""
-ORDER = ("Workspace", "load_run", "Run", "Runs", "Features", "Manifest", "Cache", "Method", "Encoder", "Dataset", "UserError")
+ORDER = (
+    *("Workspace", "load_run", "Run", "Runs", "Features", "Manifest", "Cache", "Method", "Encoder", "Dataset", "UserError"),
+    *("load_export", "ExportedClassifier"),
+)
 
 
 def public_members(owner: type[Any]) -> Iterator[tuple[str, Any]]:

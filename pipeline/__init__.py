@@ -19,16 +19,32 @@ if TYPE_CHECKING:
     from pipeline.encoders._encoder import Encoder
     from pipeline.nn.method import Method
     from pipeline.runtime.errors import UserError
+    from pipeline.studies.exported import ExportedClassifier, load_export
     from pipeline.studies.runs import Run, Runs, load_run
     from pipeline.workspace import Workspace
 
-__all__ = ["Cache", "Dataset", "Encoder", "Features", "Manifest", "Method", "Run", "Runs", "UserError", "Workspace", "load_run"]
+__all__ = [
+    "Cache",
+    "Dataset",
+    "Encoder",
+    "ExportedClassifier",
+    "Features",
+    "Manifest",
+    "Method",
+    "Run",
+    "Runs",
+    "UserError",
+    "Workspace",
+    "load_export",
+    "load_run",
+]
 
 # The public API. Everything else is internal. A name is imported at its first use, so that `import pipeline` is instant.
 _MODULES = {
     "Cache": "pipeline.cache.reader",
     "Dataset": "pipeline.data.dataset",
     "Encoder": "pipeline.encoders._encoder",
+    "ExportedClassifier": "pipeline.studies.exported",
     "Features": "pipeline.cache.arrays",
     "Manifest": "pipeline.data.manifest",
     "Method": "pipeline.nn.method",
@@ -36,6 +52,7 @@ _MODULES = {
     "Runs": "pipeline.studies.runs",
     "UserError": "pipeline.runtime.errors",
     "Workspace": "pipeline.workspace",
+    "load_export": "pipeline.studies.exported",
     "load_run": "pipeline.studies.runs",
 }
 

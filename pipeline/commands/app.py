@@ -12,11 +12,26 @@ from typing import Annotated
 
 import typer
 
-from pipeline.commands import cache, data, doctor, features, finetune, grid, heads, report, reproduce, runs, studies, tune
+from pipeline.commands import (
+    cache,
+    data,
+    doctor,
+    export,
+    features,
+    finetune,
+    grid,
+    heads,
+    predict,
+    report,
+    reproduce,
+    runs,
+    studies,
+    tune,
+)
 from pipeline.commands.options import CommandGroup
 from pipeline.runtime.environment import set_environment
 from pipeline.runtime.errors import UserError, describe_error, is_out_of_memory, traceback_file
-from pipeline.runtime.logs import set_up_logging
+from pipeline.runtime.logs import inert, set_up_logging
 from pipeline.runtime.plugins import failed_file
 from pipeline.runtime.version import DISTRIBUTION, program_version
 
@@ -34,6 +49,8 @@ for command in (
     features.encoders,
     heads.train_head,
     heads.evaluate,
+    predict.predict,
+    export.export,
     heads.methods,
     grid.grid,
     tune.tune,
@@ -103,7 +120,7 @@ def main() -> None:
         if message.startswith("Usage:"):  # `diffalign` without a command asks for help
             print(message)
             sys.exit(0)
-        print(f"diffalign: {' '.join(message.split())}", file=sys.stderr)
+        print(f"diffalign: {inert(' '.join(message.split()))}", file=sys.stderr)
         sys.exit(2)
     except (KeyboardInterrupt, typer.Abort):
         print("diffalign: interrupted; the same command goes on from here", file=sys.stderr)

@@ -41,7 +41,7 @@ def read_class_folders(spec: Mapping[str, Any], media_root: Path, root: Path) ->
     rows: list[TableRow] = []
     left_out: list[Path] = []
     depth = _split_depth(media_root)
-    for path in _walk(media_root, frozenset(), left_out):
+    for path in walk_media(media_root, left_out):
         line = len(rows) + 1
         media = readers.parse_media_path(path.relative_to(media_root).as_posix(), media_root, line)
         parts = media.split("/")
@@ -55,10 +55,10 @@ def read_class_folders(spec: Mapping[str, Any], media_root: Path, root: Path) ->
     return rows, _warn_about_left_out(left_out, media_root)
 
 
-def _walk(folder: Path, above: frozenset[str], left_out: list[Path]) -> Iterator[Path]:
+def walk_media(folder: Path, left_out: list[Path], above: frozenset[str] = frozenset()) -> Iterator[Path]:
     """Yield the media files below a folder, sorted, and add the other files to `left_out`, but for hidden ones and notes.
 
-    Links to folders are followed, and refused if they form a circle.
+    Links to folders are followed, and refused if they form a circle; `above` are the folders that this one lies in.
     """
     real = os.path.realpath(folder)
     if real in above:
@@ -75,7 +75,7 @@ def _walk(folder: Path, above: frozenset[str], left_out: list[Path]) -> Iterator
     stores = _HUB_CACHE - {"snapshots"} if is_folder.keys() >= _HUB_CACHE else set()
     for name in sorted(is_folder.keys() - stores):
         if is_folder[name]:
-            yield from _walk(folder / name, above | {real}, left_out)
+            yield from walk_media(folder / name, left_out, above | {real})
 
 
 def _is_media(path: Path) -> bool:

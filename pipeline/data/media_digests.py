@@ -54,6 +54,12 @@ def media_digests(files: Sequence[str], home: Path) -> list[bytes]:
     return [entries[path].digest if path in entries else NO_DIGEST for path in paths]
 
 
+def read_digest(path: Path) -> bytes:
+    """Return the digest of one file that belongs to no home; see `media_digests`."""
+    entry = _digest(os.fsencode(path), {})
+    return entry.digest if entry else NO_DIGEST
+
+
 def _digest(path: bytes, remembered: Mapping[bytes, _Entry]) -> _Entry | None:
     """Return the entry of a regular file that can be read; it is read only when the remembered one has another stamp."""
     try:

@@ -54,6 +54,29 @@ def with_absolute_paths(settings: Mapping[str, Any]) -> dict[str, Any]:
     return {**settings, **paths, **inner}
 
 
+def with_files_of(settings: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """Return the settings of an encoder with files of a folder in place of absolute paths that are not on this machine.
+
+    Raises:
+        UserError: the folder has no file of that name either.
+    """
+    moved = {key: _found(str(settings[key]), folder) for key in _PATH_SETTINGS if key in settings}
+    if settings.get("settings"):
+        pairs = with_files_of(parse_settings(settings["settings"]), folder)
+        moved["settings"] = ",".join(f"{key}={value}" for key, value in pairs.items())
+    return {**settings, **moved}
+
+
+def _found(value: str, folder: Path) -> str:
+    """Return a path that exists on this machine, for the value of a setting that may be one."""
+    path = Path(value)
+    if not path.is_absolute() or path.exists():
+        return value
+    if (folder / path.name).exists():
+        return str((folder / path.name).absolute())
+    raise UserError(f"{value} of the encoder is not on this machine: copy it to {folder / path.name}")
+
+
 def _is_existing_path(value: Any) -> bool:
     return str(value) not in ("", *_PATH_KEYWORDS) and os.path.exists(value)
 

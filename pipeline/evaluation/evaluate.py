@@ -26,6 +26,7 @@ from pipeline.cache.table import FeatureSource
 from pipeline.data.corruptions import Corruption
 from pipeline.data.manifest_files import read_manifest
 from pipeline.evaluation import metrics
+from pipeline.evaluation.calibration import read_calibration
 from pipeline.nn.method import Method
 from pipeline.runtime import plugins
 from pipeline.runtime.device import Precision, default_device, reproducible
@@ -158,6 +159,8 @@ def evaluate(
             corruption = {"corruption": corrupted.identity["corruption"]} if corrupted else {}
             records[name] = {**record, "caches": caches, **corruption}
             write_atomic(run.path / "metrics.json", json.dumps(records, indent=1, sort_keys=True))
+            if name == "val":
+                read_calibration(run, config.is_multi_label)
     return records[name]
 
 

@@ -74,6 +74,12 @@ def paired_bootstrap(scores: Scores, num_resamples: int = NUM_RESAMPLES, seed: i
     return _summarise(difference, np.sum([part.mean(axis=1) for part in drawn], axis=0), 0.0)
 
 
+def mean_interval(values: Values) -> Estimate:
+    """Return the mean of a metric of one run over its samples [N], with the percentile interval of a bootstrap of these."""
+    means = _resampled_means(np.asarray(values, dtype=np.float64)[None], None, NUM_RESAMPLES, (0,))
+    return _summarise(float(np.mean(values)), means[:, 0], 0.0)
+
+
 def _summarise(value: float, resampled: Values, null: float) -> Estimate:
     """Return the percentile interval of resampled values, and the p-value of the level at which it would touch `null`."""
     low, high = np.quantile(resampled, [0.025, 0.975])

@@ -23,7 +23,7 @@ from pipeline.encoders._encoder import Encoder
 from pipeline.encoders._factory import build_encoder, encoder_identity
 from pipeline.extraction.inputs import EncodedBatch, EncoderInputs, InputRows, MemorySafeEncoder, make_input_rows
 from pipeline.extraction.throughput import ThroughputMeter
-from pipeline.extraction.workers import allowed_workers, encode_batches
+from pipeline.extraction.workers import choose_workers, encode_batches
 from pipeline.runtime.device import default_device
 from pipeline.runtime.errors import UserError
 from pipeline.runtime.files import canonical_json, label_os_errors, lock
@@ -171,7 +171,7 @@ def plan_extraction(
     config = encoder.config
     input_rows = make_input_rows(manifest, encoder.modality)
     inputs = EncoderInputs(manifest, encoder, input_rows.items, store_dtype)
-    values, on_gpu = asdict(config), default_device().type == "cuda"
+    values = asdict(config)
     provenance = make_provenance(
         dataset=manifest.dataset,
         encoder=encoder_name,
@@ -179,13 +179,19 @@ def plan_extraction(
         store_dtype=store_dtype,
         compiled=compiled,
         shard_rows=options.shard_rows or (CHUNK_ROWS if encoder.modality == "video" else 0),
-        batch_size=options.batch_size or (gpu_batch_size(inputs.item_bytes()) if on_gpu else DEFAULT_BATCH_SIZES["cpu"]),
+        batch_size=options.batch_size or default_batch_size(inputs),
     )
     identity = _identity(manifest, encoder_name, encoder, store_dtype, compiled)
     path = cache_path(home, manifest.dataset, encoder_name, identity)
     forward: Any = torch.compile(encoder) if compiled else encoder
     target = ExtractionTarget(path, input_rows, encoder.feature_shape, identity, provenance, options)
     return ExtractionTask(target, inputs, MemorySafeEncoder(forward))
+
+
+def default_batch_size(inputs: EncoderInputs) -> int:
+    """Return the number of items per batch that suits the device."""
+    on_gpu = default_device().type == "cuda"
+    return gpu_batch_size(inputs.item_bytes()) if on_gpu else DEFAULT_BATCH_SIZES["cpu"]
 
 
 def gpu_batch_size(item_bytes: int) -> int:
@@ -246,7 +252,7 @@ def encode_missing_shards(task: ExtractionTask, writer: Writer, commits: dict[in
     if not shards:
         return
     show, label = task.target.options.progress, task.part or f"extracting {task.target.path.name}"
-    meter = ThroughputMeter(allowed_workers(_num_workers(task)), default_device().type)
+    meter = ThroughputMeter(choose_workers(task.target.options.workers, len(task.inputs)), default_device().type)
     num_done = sum(commit.rows for commit in commits.values())
     writing: list[Future[Commit]] = []
     stamps = {shard: media_stamp(task.target, writer.rows(shard)) for shard in shards}
@@ -371,15 +377,6 @@ def commit_shard(
         device=default_device().type,
         media_digests=media_digests,
     )
-
-
-def _num_workers(task: ExtractionTask) -> int:
-    """Return the number of worker processes beside this one."""
-    if task.target.options.workers >= 0:
-        return task.target.options.workers
-    num_cores = ThroughputMeter(0, "cpu").num_cores
-    is_short = len(task.inputs) < 64 * num_cores  # done before the workers would have started
-    return 0 if is_short or num_cores == 1 else num_cores
 
 
 def _identity(manifest: Manifest, encoder_name: str, encoder: Encoder, store_dtype: str, compiled: bool) -> dict[str, Any]:

@@ -102,6 +102,15 @@ def allowed_workers(wanted: int) -> int:
     return 0 if multiprocessing.current_process().daemon else wanted
 
 
+def choose_workers(wanted: int, num_items: int) -> int:
+    """Return the number of worker processes beside this one; -1 of them stands for one per core, if there is work for them."""
+    if wanted >= 0:
+        return allowed_workers(wanted)
+    num_cores = ThroughputMeter(0, "cpu").num_cores
+    is_short = num_items < 64 * num_cores  # done before the workers would have started
+    return 0 if is_short or num_cores == 1 else allowed_workers(num_cores)
+
+
 def encode_batches(
     inputs: EncoderInputs, batches: Sequence[np.ndarray], encoder: MemorySafeEncoder, meter: ThroughputMeter
 ) -> Iterator[EncodedBatch]:

@@ -104,7 +104,9 @@ class Sampler(nn.Module):
         """
         context = denoiser.image_context(x_v)
         step_table = denoiser.embed_step(self.steps)
-        start = torch.zeros(len(x_v), text_width, device=x_v.device) if self.zero_start else rng.at("start").normal(text_width)
+        start = (
+            torch.zeros(x_v.shape[0], text_width, device=x_v.device) if self.zero_start else rng.at("start").normal(text_width)
+        )
 
         def model(x: Tensor, k: int) -> Tensor:
             return denoiser(x, step_table[k], context)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import logging
+import re
 import sys
 import time
 from collections.abc import Iterable
@@ -12,6 +13,14 @@ from typing import Any
 from tqdm import tqdm
 
 SPARSE_SECONDS = 10.0  # between two lines of progress, if standard error is not a terminal
+
+
+_ACTIVE = re.compile(r"[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def inert(text: str) -> str:
+    """Return a text of others as a terminal may show it: what could move the cursor, or turn the direction, is spelled out."""
+    return _ACTIVE.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
 class _Handler(logging.Handler):

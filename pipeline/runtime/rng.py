@@ -34,6 +34,11 @@ def sample_keys(ids: Iterable[str]) -> Tensor:
     return torch.tensor([int.from_bytes(digest, "little", signed=True) for digest in digests], dtype=torch.int64)
 
 
+def content_keys(digests: Iterable[bytes]) -> Tensor:
+    """Return one int64 per digest of 8 bytes [N], for media that are no samples: the numbers depend on the content alone."""
+    return torch.tensor([int.from_bytes(digest, "little", signed=True) for digest in digests], dtype=torch.int64)
+
+
 def _wrapped(value: Word) -> Word:
     """Wrap an int to a signed 64-bit value; int64 tensors do this by themselves."""
     return value if isinstance(value, Tensor) else (value + 2**63) % 2**64 - 2**63

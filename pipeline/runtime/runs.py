@@ -72,6 +72,11 @@ class RunConfig:
         """The loss of multi-label data, which says how logits become scores; methods without this setting have a softmax."""
         return str(self.setting("label_loss") or "softmax_kl")
 
+    @property
+    def is_multi_label(self) -> bool:
+        """Whether a sample may have several labels."""
+        return bool(self.shapes["label"])
+
     def fingerprint(self) -> str:
         """Return the SHA-256 of the canonical JSON of the config."""
         return fingerprint(self.as_json())

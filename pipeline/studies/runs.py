@@ -128,6 +128,41 @@ class Run:
         parts = [pd.DataFrame(values, columns=[f"{kind} {name}" for name in class_names]) for kind, values in named.items()]
         return pd.concat([table, *parts], axis=1)
 
+    def predict(self, paths: str | Path | Sequence[str | Path], top: int = 5, workers: int = -1) -> pd.DataFrame:
+        """Classify new pictures or clips. No text is read, and no home is needed: a run carries what it takes.
+
+        The probabilities are calibrated on the validation split; `frame.attrs["calibration"]` says how. Random numbers of heads
+        that sample depend on the content of a file, not on its name or on the other files.
+
+        Args:
+            paths: Files, folders, patterns such as "photos/**/*.jpg", or several of them.
+            top: How many of the most probable classes are told.
+            workers: Processes that read files; -1: one per core, 0: only this process.
+
+        Returns:
+            One row per file, in the order of the paths. Columns: file; class_1, probability_1 (0..1), class_2, …, up to `top`
+            or the number of classes; error, why a file could not be read, with None for its classes; else "".
+
+        Raises:
+            UserError: a folder or a pattern has no file, the run has not finished, or the encoder's weights are not found.
+        """
+        import pandas as pd
+
+        from pipeline.data.media_files import find_media
+        from pipeline.evaluation.classify import Classifier
+        from pipeline.evaluation.prediction_files import prediction_columns, prediction_rows
+
+        files = find_media([paths] if isinstance(paths, str | Path) else paths)
+        classifier = Classifier.of(self.folder, self.home)
+        class_names = classifier.spec.class_names
+        columns = prediction_columns("file", len(class_names), top)
+        results = classifier.classify_files(files, workers)
+        table = pd.DataFrame(
+            [row for each in results for row in prediction_rows(each, class_names, columns)], columns=list(columns)
+        )
+        table.attrs["calibration"] = classifier.calibration.describe()
+        return table
+
     @property
     def folder(self) -> RunFolder:
         """The folder with its files, as the stages take it."""
@@ -139,13 +174,15 @@ def load_run(path: str | Path, home: str | Path | None = None) -> Run:
 
     Args:
         path: The folder of the run.
-        home: The folder that has the manifest and the caches; None: the one that the run lies in.
+        home: The folder that has the manifest and the caches; None: the one that the run lies in. A run that was copied without
+            its home can still `predict`.
 
     Raises:
         UserError: the folder holds no run.
     """
     folder = RunFolder.at(Path(path).absolute())
-    return Run(Path(home).absolute() if home else folder.path.parents[3], folder.path)
+    above = folder.path.parents
+    return Run(Path(home).absolute() if home else above[min(3, len(above) - 1)], folder.path)
 
 
 def list_runs(home: Path, dataset: str) -> Runs:

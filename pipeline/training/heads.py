@@ -19,6 +19,7 @@ from pipeline.cache.table import ordered_batches, shuffled_batches
 from pipeline.evaluation import metrics
 from pipeline.evaluation.alignment import measure_alignment
 from pipeline.evaluation.evaluate import PREDICTION_BATCH_SIZE, predict
+from pipeline.evaluation.inference_spec import InferenceSpec
 from pipeline.nn import losses
 from pipeline.nn.method import Method
 from pipeline.runtime import plugins
@@ -204,6 +205,7 @@ def train_heads(
                 folder_lock.close()
                 continue
             head.run.create(head.config)
+            InferenceSpec.of(head.features.manifest, head.features.caches["image"]).write(head.run)
             states.append(
                 TrainState(
                     method=method,

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from pipeline.evaluation.alignment import measure_alignment
 from pipeline.evaluation.evaluate import evaluate, load_method
+from pipeline.evaluation.inference_spec import InferenceSpec, carry_encoder_file
 from pipeline.extraction.extract import ExtractOptions
 from pipeline.runtime import plugins
 from pipeline.runtime.device import default_device
@@ -161,22 +162,33 @@ def _compare_and_publish(
     if not after > metrics[metric]:
         return FinetuneResult(init, metric, metrics[metric], after, weights)
     extract_options = ExtractOptions(workers=options.workers, progress=options.progress)
-    caches = dict(config.caches)
+    caches = dict(features.caches)
     for key, path in weights.items():
-        cache = features.caches[key]
-        rebuilt = rebuild_encoder(cache)
-        tuned = extract_tuned_features(rebuilt, path, cache, features.manifest, home, extract_options)
-        caches[key] = tuned.fingerprint
-    published = _publish(home, run, replace(config, caches=caches))
+        rebuilt = rebuild_encoder(caches[key])
+        caches[key] = extract_tuned_features(rebuilt, path, caches[key], features.manifest, home, extract_options)
+    fingerprints = dict(config.caches) | {key: cache.fingerprint for key, cache in caches.items()}
+    spec = InferenceSpec.of(features.manifest, caches["image"])
+    published = _publish(home, run, replace(config, caches=fingerprints), spec, weights.get("image"))
     return FinetuneResult(published, metric, metrics[metric], after, weights)
 
 
-def _publish(home: Path, joint: RunFolder, config: RunConfig) -> RunFolder:
-    """Write the joint head as an ordinary run on the features of the tuned encoders, and return that run."""
+def _publish(home: Path, joint: RunFolder, config: RunConfig, spec: InferenceSpec, image_weights: Path | None) -> RunFolder:
+    """Write the joint head as an ordinary run on the features of the tuned encoders, and return that run.
+
+    Args:
+        home: The folder of all runs.
+        joint: The finished joint run.
+        config: The config of the ordinary run.
+        spec: What the run needs to classify new media.
+        image_weights: The tuned weights of the image encoder, which the run then carries; None: it is not tuned.
+    """
     run = RunFolder.of(home, config, joint.seed)
     with lock(run.path, wait=True):
         if not run.is_done:
             run.create(config)
+            spec.write(run)
+            if image_weights:
+                carry_encoder_file(run, image_weights)
             state = load_joint_weights(joint, "head")
             weights = safetensors.torch.save(state)
             write_atomic(run.path / "checkpoint.safetensors", weights)

@@ -24,11 +24,15 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from pipeline.cache import find_caches, open_cache
+from pipeline.cache.reader import find_cache
 from pipeline.cache.table import shuffled_batches
 from pipeline.data.manifest import Manifest
+from pipeline.data.manifest_files import read_manifest
 from pipeline.data.media_digests import STORE_NAME
 from pipeline.encoders.timm import Timm
 from pipeline.evaluation.evaluate import evaluate
+from pipeline.evaluation.inference_spec import read_inference_spec
+from pipeline.extraction.new_media import encode_files
 from pipeline.runtime.errors import traceback_file
 from pipeline.runtime.rng import KeyedRNG, sample_keys
 from pipeline.runtime.runs import RECIPE, RunFolder
@@ -77,7 +81,21 @@ def test_the_traceback_of_a_bug_is_kept_until_an_attempt_ends_without_one(home: 
     assert not file.exists()
 
 
-def test_tuned_encoders_make_caches_that_the_joint_head_reads(home: Path) -> None:
+def check_it_carries_its_encoder(run: RunFolder, home: Path, copied: Path) -> None:
+    """Check that a copy of the run encodes pictures with the tuned weights, wherever these were."""
+    shutil.copytree(run.path, copied)
+    spec = json.loads((copied / "predict.json").read_text())
+    spec["encoder_settings"]["weights"] = str(copied / "gone" / "image.safetensors")
+    (copied / "predict.json").write_text(json.dumps(spec))
+    encoder = read_inference_spec(RunFolder.at(copied), copied).build_encoder(RunFolder.at(copied))
+    manifest = read_manifest(home, "tiny")
+    cache = find_cache(home, manifest, run.config().caches["image"])
+    files = [str(manifest.media_path(sample)) for sample in manifest.samples[:20]]
+    found = np.concatenate([each.features for each in encode_files(files, encoder, "float32", workers=0)])
+    np.testing.assert_allclose(found, cache.read([sample.id for sample in manifest.samples[:20]]), rtol=1e-4, atol=1e-4)
+
+
+def test_tuned_encoders_make_caches_that_the_joint_head_reads(home: Path, tmp_path: Path) -> None:
     """The joint method predicts from pixels what its head predicts from the caches of the tuned encoders."""
     init = joint_home.train_small_head(home, "ema", epochs=1)
     outcome = joint_home.finetune_briefly(home, init, BOTH, epochs="4")
@@ -103,6 +121,7 @@ def test_tuned_encoders_make_caches_that_the_joint_head_reads(home: Path) -> Non
     assert joint_home.finetune_briefly(home, init, BOTH, epochs="4") == outcome  # a finished run is not repeated
     written = {path for path in home.rglob("*") if path.is_file() and before.get(path) != path.stat().st_mtime_ns}
     assert {path.name for path in written} <= {".lock"}
+    check_it_carries_its_encoder(outcome.run, home, tmp_path / "seed0")
 
 
 def test_killed_and_resumed_it_ends_in_the_same_bits(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

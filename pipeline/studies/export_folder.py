@@ -1,0 +1,194 @@
+"""`diffalign export`: a finished run as a folder that needs nothing else, in the layout of the Hugging Face hub."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import json
+import logging
+import os
+import tempfile
+import warnings
+from collections.abc import Mapping
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+from torch import Tensor
+
+from pipeline.encoders._encoder import Encoder
+from pipeline.encoders._factory import parse_settings
+from pipeline.evaluation.classify import Classifier
+from pipeline.evaluation.inference_spec import InferenceSpec
+from pipeline.runtime import plugins
+from pipeline.runtime.errors import UserError, describe_error
+from pipeline.runtime.runs import RunFolder
+from pipeline.runtime.version import program_version
+from pipeline.studies.export_graph import NUM_EXAMPLES, OPTIONAL_PACKAGES, ClassifierGraph, run_noise, trace, used_weights
+from pipeline.studies.export_inputs import write_preprocessing
+from pipeline.studies.model_card import NO_LICENCE, model_card
+
+logger = logging.getLogger(__name__)
+
+PROGRAM, ONNX, WEIGHTS, LABELS, CONFIG, CARD = (
+    *("model.pt2", "model.onnx", "model.safetensors"),
+    *("labels.json", "config.json", "README.md"),
+)
+ONNX_TOLERANCE = 1e-3  # of logits, between both graphs
+
+
+def export_run(run: RunFolder, folder: Path, home: Path, weights_licence: str = "", overwrite: bool = False) -> list[str]:
+    """Write a run as a folder of its own, and return the names of its files; the folder is there when all of them are.
+
+    Args:
+        run: a finished run.
+        folder: the folder to make.
+        home: where the data of a run of an earlier version are.
+        weights_licence: the licence of the encoder's weights, for the model card; "": what the encoder's library says.
+        overwrite: replace an earlier export.
+
+    Raises:
+        UserError: the folder is there, the run cannot classify new media, or it cannot be traced.
+    """
+    is_export = (folder / CONFIG).is_file() and (folder / PROGRAM).is_file()
+    if folder.exists() and not (overwrite and is_export) and not (folder.is_dir() and not any(folder.iterdir())):
+        raise UserError(f"{folder} is there: take another folder" + (", or --overwrite this export" if is_export else ""))
+    classifier = Classifier.of(run, home)
+    encoder = classifier.spec.build_encoder(run, _in_float32(classifier.spec))
+    folder.absolute().parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.absolute().parent, prefix=f".{folder.name}.") as aside:
+        made = Path(aside) / "made"
+        made.mkdir()
+        _write(classifier, encoder, made, weights_licence or _known_licence(encoder))
+        if folder.exists():
+            os.replace(folder, Path(aside) / "old")
+        made.chmod(0o755)
+        os.replace(made, folder)
+    return sorted(path.name for path in folder.iterdir())
+
+
+def _in_float32(spec: InferenceSpec) -> dict[str, str]:
+    """Return the settings with which the encoder of a run computes in float32, as every program can."""
+    name = str(spec.encoder_identity.get("image", {}).get("name", spec.encoder))
+    config = plugins.get("encoders", name).Config if name in plugins.names("encoders") else None
+    if config is None or "compute_dtype" not in {field.name for field in fields(config)}:
+        return {}
+    if name == spec.encoder:
+        return {"compute_dtype": "float32"}
+    pairs = parse_settings(spec.encoder_settings.get("settings", "")) | {"compute_dtype": "float32"}
+    return {"settings": ",".join(f"{key}={value}" for key, value in pairs.items())}
+
+
+def _known_licence(encoder: Encoder) -> str:
+    image: Any = getattr(encoder, "image", encoder)
+    recorded = getattr(getattr(image, "network", None), "pretrained_cfg", None)
+    return str(recorded.get("license") or NO_LICENCE) if isinstance(recorded, Mapping) else NO_LICENCE
+
+
+def _write(classifier: Classifier, encoder: Encoder, folder: Path, weights_licence: str) -> None:
+    if encoder.modality == "video" and not hasattr(encoder, "image"):
+        raise UserError(f"{classifier.spec.encoder} cannot be exported: of the encoders of clips, only frames can")
+    spec = classifier.spec
+    write_preprocessing(encoder, folder)
+    graph = ClassifierGraph(encoder, classifier.method, spec.store_dtype)
+    pixels = _example_pixels(encoder)
+    graph.record_draws(pixels)
+    noise = run_noise(graph.draws, classifier.run.seed, torch.arange(1, NUM_EXAMPLES + 1))
+    examples = (pixels, noise) if graph.draws else (pixels,)
+    logger.info("tracing the encoder and the head")
+    program = trace(graph, examples)
+    with warnings.catch_warnings(action="ignore"):  # of buffers that share their memory
+        torch.export.save(program, folder / PROGRAM)
+    weights = used_weights(program)
+    save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
+    differs = _write_onnx(program, graph, examples, folder / ONNX)
+    facts = {
+        "version": program_version(),
+        "dataset": spec.dataset,
+        "media_type": encoder.modality,
+        "method": classifier.run.config().method,
+        "seed": classifier.run.seed,
+        "encoder": spec.encoder,
+        "encoder_settings": {
+            key: Path(value).name if os.path.isabs(value) else value for key, value in spec.encoder_settings.items()
+        },
+        "encoder_identity": dict(spec.encoder_identity),
+        "weights_licence": weights_licence,
+        "pixels": f"{str(pixels.dtype).removeprefix('torch.')} [B,{','.join(map(str, pixels.shape[1:]))}]",
+        "noise": [{"names": list(draw.names), "shape": list(draw.shape)} for draw in graph.draws],
+        "noise_size": sum(draw.size for draw in graph.draws),
+        "calibration": asdict(classifier.calibration),
+        "onnx_differs_by": differs,
+    }
+    names = list(spec.class_names)
+    config = {
+        "model_type": "diffalign",
+        "architectures": [type(classifier.method).__name__],
+        "problem_type": "multi_label_classification" if spec.is_multi_label else "single_label_classification",
+        "id2label": {str(number): name for number, name in enumerate(names)},
+        "label2id": {name: number for number, name in enumerate(names)},
+        "diffalign": facts,
+    }
+    for file, content in ((CONFIG, config), (LABELS, names)):
+        (folder / file).write_text(json.dumps(content, indent=1, ensure_ascii=False), encoding="utf-8")
+    graphs = [name for name in (PROGRAM, ONNX) if (folder / name).is_file()]
+    (folder / CARD).write_text(model_card(classifier, facts, graphs), encoding="utf-8")
+
+
+def _example_pixels(encoder: Encoder) -> Tensor:
+    """Return a batch of prepared noise pictures, or clips."""
+    rng = np.random.default_rng(0)
+    num_frames = getattr(encoder.config, "num_frames", 1) if encoder.modality == "video" else 1
+    pictures = [
+        [Image.fromarray(rng.integers(0, 256, (96, 128, 3), dtype=np.uint8)) for _ in range(num_frames)]
+        for _ in range(NUM_EXAMPLES)
+    ]
+    return torch.stack([encoder.prepare_pictures(each) for each in pictures])
+
+
+def _write_onnx(program: Any, graph: ClassifierGraph, examples: tuple[Tensor, ...], path: Path) -> float | None:
+    """Write the program as ONNX where its operators allow, and return how far its logits are from those of the graph."""
+    if not all(importlib.util.find_spec(name) for name in ("onnx", "onnxruntime", "onnxscript")):
+        logger.warning("no %s: the packages are missing; %s", path.name, OPTIONAL_PACKAGES)
+        return None
+    onnxruntime: Any = importlib.import_module("onnxruntime")
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            made: Any = torch.onnx.export(program, dynamo=True, output_names=["logits"], verbose=False)
+            made.save(path)
+        session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+        names = [each.name for each in session.get_inputs()]
+        found: Any = session.run(None, dict(zip(names, (each.numpy() for each in examples), strict=True)))[0]
+    except Exception as error:  # the exporter and the runtime raise errors of many kinds, and each means the same
+        path.unlink(missing_ok=True)
+        logger.warning("no %s: the graph has operators that ONNX lacks (%s)", path.name, describe_error(error)[:200])
+        return None
+    with torch.no_grad():
+        differs = float(np.abs(found - graph(*examples).numpy()).max())
+    if not differs <= ONNX_TOLERANCE:
+        logger.warning("%s: logits differ by %.2g from those of %s", path.name, differs, PROGRAM)
+    return differs
+
+
+def push_folder(folder: Path, repository: str, private: bool = False) -> str:
+    """Upload an exported folder to a model repository of the Hugging Face hub, and return its address.
+
+    Raises:
+        UserError: the hub cannot be reached, or refuses.
+    """
+    from huggingface_hub import HfApi
+
+    api = HfApi(endpoint=os.environ.get("HF_ENDPOINT"))
+    try:
+        made = api.create_repo(repository, private=private, exist_ok=True, repo_type="model")
+        api.upload_folder(repo_id=made.repo_id, folder_path=folder, commit_message=f"Upload {folder.name} from diffalign")
+    except Exception as error:  # the client raises errors of several libraries, for a bad name, no login or no network
+        raise UserError(
+            f"{folder} is written, but it could not be uploaded to {repository!r} "
+            f"({describe_error(error).splitlines()[0][:200]}); log in, `hf auth login` or HF_TOKEN, and repeat with --overwrite"
+        ) from error
+    return str(made)

@@ -1,0 +1,102 @@
+"""The model card of an exported run: README.md as the Hugging Face hub reads it. Names of others cannot become markup in it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import yaml
+
+from pipeline.evaluation.classify import Classifier
+from pipeline.evaluation.evaluate import read_metrics
+from pipeline.evaluation.statistics import mean_interval
+from pipeline.report.markdown import escape_markdown
+from pipeline.runtime.version import DISTRIBUTION, program_version
+from pipeline.types import SPLITS
+
+MAX_NAMED_CLASSES = 20  # that the card names
+NO_LICENCE = "not known here; see where the weights of the encoder come from"
+
+
+def model_card(classifier: Classifier, facts: dict[str, Any], files: list[str]) -> str:
+    """Return the text of README.md.
+
+    Args:
+        classifier: the run.
+        facts: of config.json, the part "diffalign".
+        files: names of the graphs: model.pt2, model.onnx.
+    """
+    spec, run = classifier.spec, classifier.run
+    kind = "video-classification" if facts["media_type"] == "video" else "image-classification"
+    head = {
+        "library_name": DISTRIBUTION,
+        "pipeline_tag": kind,
+        "tags": [DISTRIBUTION, facts["method"]],
+        "datasets": [spec.dataset],
+    }
+    names = ", ".join(map(escape_markdown, spec.class_names[:MAX_NAMED_CLASSES]))
+    more = f" and {len(spec.class_names) - MAX_NAMED_CLASSES} more" if len(spec.class_names) > MAX_NAMED_CLASSES else ""
+    noise = f"float32 [B,{facts['noise_size']}], standard normal" if facts["noise_size"] else "none: this head draws no numbers"
+    lines = [
+        f"# {escape_markdown(facts['method'])} on {escape_markdown(spec.dataset)}",
+        "",
+        f"A classifier of {facts['media_type']}s in {len(spec.class_names)} classes: {names}{more}.",
+        "It was trained with the help of texts, and reads none.",
+        "",
+        *_table(
+            ("", ""),
+            [
+                ("data set", spec.dataset),
+                ("licence of the data", spec.licence or "not known"),
+                ("licence of the encoder's weights", facts["weights_licence"]),
+                ("encoder", f"{spec.encoder}, {', '.join(f'{k}={v}' for k, v in facts['encoder_settings'].items())}"),
+                ("head", f"{facts['method']}, seed {run.seed}, run {run.path.parent.name}"),
+                ("labels", "several per sample" if spec.is_multi_label else "one per sample"),
+                ("probabilities", classifier.calibration.describe()),
+                ("program", f"{DISTRIBUTION} {program_version()}"),
+            ],
+        ),
+        "",
+        "## Metrics",
+        "",
+        *_metrics(classifier),
+        "",
+        "## Use",
+        "",
+        f"```python\nimport pipeline as da  # pip install {DISTRIBUTION}\n\n"
+        'model = da.load_export(".")\nprint(model.predict(["picture.jpg"], top=3))\n```',
+        "",
+        f"Graphs: {', '.join(f'`{each}`' for each in files)}. "
+        f"Input `pixel_values`: {facts['pixels']}, prepared as `preprocessor_config.json` says. "
+        f"Input `noise`: {noise}. Output: logits float32 [B,{len(spec.class_names)}] of the classes in `labels.json`. "
+        "`model.safetensors` has the weights of the graphs, `config.json` the names of the noise's streams.",
+    ]
+    return f"---\n{yaml.safe_dump(head, sort_keys=False, allow_unicode=True)}---\n\n" + "\n".join(lines) + "\n"
+
+
+def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> list[str]:
+    shown = [head, ("---",) * len(head), *(tuple(map(escape_markdown, row)) for row in rows)]
+    return [f"| {' | '.join(row)} |" for row in shown]
+
+
+def _metrics(classifier: Classifier) -> list[str]:
+    """Return a table of the run's own evaluations, with intervals over samples for means over samples."""
+    rows = list(_metric_rows(classifier))
+    if not rows:
+        return ["The run has not been evaluated."]
+    note = "In percent. Intervals are of 95 % over samples, for one seed. Settings were chosen on val."
+    return [*_table(("split", "samples", "metric", "value", "interval"), rows), "", note]
+
+
+def _metric_rows(classifier: Classifier) -> Iterator[tuple[str, ...]]:
+    records = read_metrics(classifier.run)
+    for split in SPLITS:
+        path = classifier.run.path / f"predictions-{split}.npz"
+        if split not in records:
+            continue
+        arrays = dict(np.load(path)) if path.is_file() else {}
+        for name, value in records[split]["metrics"].items():
+            estimate = mean_interval(arrays[name]) if name in arrays else None
+            interval = f"{estimate.low:.2f} to {estimate.high:.2f}" if estimate else ""
+            yield split, str(records[split]["n"]), name, f"{value:.2f}", interval
