@@ -9,7 +9,6 @@ from typing import Annotated
 import typer
 
 from pipeline.commands.options import DEFAULT_HOME, RUN_HELP, AsJson, Home, show
-from pipeline.runtime.head_names import find_run
 
 logger = logging.getLogger(__name__)
 
@@ -31,6 +30,8 @@ def export(
     as_json: AsJson = False,
 ) -> None:
     """Encoder and head as one graph (torch.export and ONNX), weights, labels, preprocessing and a model card in one folder."""
+    from pipeline.runtime.head_names import find_run
+
     found = find_run(home, run)
 
     from pipeline.studies.export_folder import export_run, push_folder

@@ -19,8 +19,7 @@ from pipeline.commands.signatures import accept_dataset_both_ways
 from pipeline.runtime import plugins
 from pipeline.runtime.errors import UserError
 from pipeline.runtime.files import check_local
-from pipeline.runtime.logs import set_up_logging
-from pipeline.runtime.terminal import printable
+from pipeline.runtime.logs import inert, set_up_logging
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -180,7 +179,7 @@ def show_table(table: pd.DataFrame, as_json: bool) -> None:
         return
     shown = table.copy()
     for name in table.select_dtypes(exclude=["number", "bool"]):
-        cells = [printable(str(cell)) for cell in table[name]]
+        cells = [inert(str(cell)) for cell in table[name]]
         width = max(map(len, [str(name), *cells]))
         shown[name] = [cell.ljust(width) for cell in cells]
         shown = shown.rename(columns={name: str(name).ljust(width)})

@@ -15,7 +15,6 @@ import typer
 from pipeline.commands.checks import check_split
 from pipeline.commands.options import DEFAULT_HOME, RUN_HELP, AsJson, Home, Processes
 from pipeline.runtime.errors import UserError
-from pipeline.runtime.head_names import find_run
 from pipeline.runtime.logs import inert
 
 if TYPE_CHECKING:
@@ -50,6 +49,7 @@ def predict(
 ) -> None:
     """Classify pictures or clips, or the samples of a cache, with calibrated probabilities; what cannot be read is listed."""
     from pipeline.evaluation.prediction_files import check_suffix, open_prediction_file, prediction_columns, prediction_rows
+    from pipeline.runtime.head_names import find_run
 
     folder = find_run(home, run)
     if out:
