@@ -10,14 +10,13 @@ import sys
 from pathlib import Path
 from urllib.parse import urlsplit
 
-import pytest
 from helpers.pages import Page
 
-
 ROOT = Path(__file__).parents[2]
+BOX = re.compile(r'<rect class="box \w*" x="(\d+)" y="(\d+)" width="(\d+)" height="(\d+)"')
+TEXT = re.compile(r'<text(?: class="(\w+)")? x="(\d+)" y="(\d+)"(?: text-anchor="middle")?>([^<]+)<')
 
 
-@pytest.mark.slow
 def test_the_site_is_built_and_loads_nothing_from_a_network(tmp_path: Path) -> None:
     """Every link and anchor leads somewhere (--strict), and what a page loads lies in the folder."""
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path / "site")]
@@ -55,9 +54,9 @@ def test_the_pictures_are_those_of_the_script() -> None:
 def test_the_texts_of_the_pictures_fit_into_their_boxes() -> None:
     for path in (ROOT / "docs").glob("concepts-*.svg"):
         svg = path.read_text(encoding="utf-8")
-        boxes = [tuple(map(int, box)) for box in re.findall(r'<rect class="box \w*" x="(\d+)" y="(\d+)" width="(\d+)" height="(\d+)"', svg)]
+        boxes = [tuple(map(int, box)) for box in BOX.findall(svg)]
         assert len(boxes) >= 5
-        for kind, x, y, text in re.findall(r'<text(?: class="(\w+)")? x="(\d+)" y="(\d+)"(?: text-anchor="middle")?>([^<]+)<', svg):
+        for kind, x, y, text in TEXT.findall(svg):
             width = len(text) * (7.9 if kind == "name" else 6.9 if not kind else 6.4)
             inside = [box for box in boxes if box[0] <= int(x) <= box[0] + box[2] and box[1] <= int(y) <= box[1] + box[3]]
             room = inside[0][0] + inside[0][2] - int(x) if inside else 860 - int(x)
