@@ -28,7 +28,7 @@ ALL_BUT_ONE = (
 SMALL: dict[tuple[Literal["encoders", "methods"], str], dict[str, Any]] = {
     ("encoders", "efficientnet_lite"): {"side": 64},
     ("methods", "ema"): {"width": 32},
-    ("methods", "cdr"): {"sample_steps": 2},
+    ("methods", "cdr"): {"sample_steps": 2, "hidden": 64},
     ("methods", "seda"): {"sample_steps": 2, "width": 32, "num_tokens": 4, "token_width": 8, "num_heads": 2},
 }
 HEADS = ("baseline", "ema", "seda")
@@ -88,6 +88,9 @@ def make_docs_folder(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Write the pictures, and a home with the features of openmoji and three heads."""
     write_captioned_photos(folder / "my_photos")
     write_listed_photos(folder / "my_birds")
+    for name in ("cat.png", "more/dog.png"):  # new pictures, to be classified
+        (folder / "new" / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (32, 32), (90, 90, 200)).save(folder / "new" / name)
     (folder / "photos").mkdir()
     write_photos(folder / "photos")
     monkeypatch.chdir(folder)
