@@ -16,9 +16,9 @@ from pipeline.commands import app as cli
 
 ROOT = Path(__file__).parents[2]
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
-# A fence, and what a comment directly before it says: <!-- needs: a GPU -->, <!-- part: … -->.
+# A fence, and what a comment directly before it says: <!-- needs: a GPU -->, <!-- run by: tests/… -->, <!-- part: … -->.
 _BLOCK = re.compile(
-    r"(?:<!-- (?P<mark>needs|part): (?P<why>[^\n]+) -->\n)?^```(?P<language>\w*)\n(?P<text>.*?)^```$", re.M | re.S
+    r"(?:<!-- (?P<mark>needs|part|run by): (?P<why>[^\n]+) -->\n)?^```(?P<language>\w*)\n(?P<text>.*?)^```$", re.M | re.S
 )
 _TEMPLATES = {"finetune.sbatch": "finetune", "extract.sbatch": "extract"}  # what the templates of examples/slurm/ run
 
@@ -29,19 +29,25 @@ class Block:
 
     language: str
     text: str
-    needs: str  # what it needs that a test cannot have, or why it is no program by itself; "": it can be run
+    needs: str  # what it needs that a test cannot have, or the test that runs it; "": it can be run
 
     def commands(self) -> Iterator[list[str]]:
         """Yield the words of each command of a block of `bash`."""
         for line in self.text.replace("\\\n", " ").splitlines():
-            if words := shlex.split(line, comments=True):
+            words = shlex.split(line, comments=True)
+            while "|" in words:  # a pipe is two commands
+                yield words[: words.index("|")]
+                words = words[words.index("|") + 1 :]
+            if words:
                 yield words
 
 
 def blocks_of(page: Path) -> list[Block]:
     """Return the blocks of a page in their order."""
     text = page.read_text(encoding="utf-8")
-    return [Block(found["language"], found["text"], found["why"] or "") for found in _BLOCK.finditer(text)]
+    blocks = list(_BLOCK.finditer(text))
+    assert all((ROOT / found["why"]).is_file() for found in blocks if found["mark"] == "run by")
+    return [Block(found["language"], found["text"], found["why"] or "") for found in blocks]
 
 
 def arguments_of(words: list[str]) -> list[str] | None:

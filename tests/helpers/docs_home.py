@@ -88,9 +88,6 @@ def make_docs_folder(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Write the pictures, and a home with the features of openmoji and three heads."""
     write_captioned_photos(folder / "my_photos")
     write_listed_photos(folder / "my_birds")
-    for name in ("cat.png", "more/dog.png"):  # new pictures, to be classified
-        (folder / "new" / name).parent.mkdir(parents=True, exist_ok=True)
-        Image.new("RGB", (32, 32), (90, 90, 200)).save(folder / "new" / name)
     (folder / "photos").mkdir()
     write_photos(folder / "photos")
     monkeypatch.chdir(folder)
