@@ -59,9 +59,12 @@ report: setup ## tables and pictures of all runs of DATASET
 bench: setup ## the tables of benchmarks/RESULTS.md, on a machine with nothing else to do: make bench ARGS="--parts stores"
 	$(RUN)python benchmarks/results.py $(ARGS)
 
-docs: setup ## draw the rooms from the import contract, write the API page from the docstrings
+docs: setup ## the pictures, the API page, and the documentation site in build/site
 	$(RUN)python docs/draw_rooms.py
+	$(RUN)python docs/draw_concepts.py
 	$(RUN)python docs/write_api.py
+	NO_MKDOCS_2_WARNING=1 $(RUN)mkdocs build --strict --quiet --config-file docs/site/mkdocs.yml
+	@echo build/site/index.html
 
 lock: ## renew requirements.lock from pyproject.toml
 	$(RUN)uv pip compile pyproject.toml --all-extras --universal --python-version 3.11 --no-emit-index-url --no-header --no-annotate --quiet --upgrade -o requirements.lock

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers.photos import write_photos
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 NOTEBOOK = EXAMPLES / "quickstart.ipynb"
@@ -48,19 +46,3 @@ assert comparison["a_mean"].gt(20).all()  # percent of 67 classes; chance is bel
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == "1473 (1473, 1280) 3 ['acc1', 'acc5'] 2"
     assert len(list((tmp_path / "artifacts" / "runs" / "openmoji").glob("*/seed*/done"))) == 6
-
-
-@pytest.mark.slow
-def test_the_python_of_the_readme_runs_as_written(tmp_path: Path) -> None:
-    """On folders of a user's own; the paths in it are below the folder that it runs in."""
-    readme = (EXAMPLES.parent / "README.md").read_text(encoding="utf-8")
-    (block,) = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
-    (tmp_path / "photos").mkdir()
-    write_photos(tmp_path / "photos")
-    checks = """
-assert len(run.history) >= 20 and len(run.predictions("val")) == 9
-"""
-    environment = {**os.environ, "PYTHONPATH": str(EXAMPLES.parent)}
-    command = [sys.executable, "-c", block + checks]
-    done = subprocess.run(command, check=False, cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
+from functools import lru_cache
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -72,8 +74,7 @@ def parse_spec(path: Path) -> dict[str, Any]:
         raise UserError(f"{path} is larger than {LINE_LIMIT} bytes")
     text = "".join(text_lines(path))
     try:
-        refused = _first_refused_token(text)
-        spec = None if refused else yaml.safe_load(text)
+        refused, spec = _read_yaml(text)
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
         raise line_error(path, line, f"not YAML: {error.problem}") from error
@@ -86,7 +87,14 @@ def parse_spec(path: Path) -> dict[str, Any]:
         raise line_error(path, refused.start_mark.line + 1, message)
     if not isinstance(spec, dict):
         raise line_error(path, 1, "not a mapping of keys to values")
-    return spec
+    return deepcopy(spec)
+
+
+@lru_cache(maxsize=64)
+def _read_yaml(text: str) -> tuple[yaml.Token | None, Any]:
+    """Return the first refused token, or None, and the value; kept, because a command may ask a hundred times."""
+    refused = _first_refused_token(text)
+    return refused, None if refused else yaml.safe_load(text)
 
 
 def _first_refused_token(text: str) -> yaml.Token | None:

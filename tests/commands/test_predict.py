@@ -270,7 +270,7 @@ def test_the_commands_of_the_page_run(
         (tmp_path / name).parent.mkdir(exist_ok=True)
         shutil.copyfile(pictures_of(photos) / "red-1.png", name)
     (tmp_path / "copied").mkdir()
-    lines = [line for block in re.findall(r"```sh\n(.*?)```", page, re.DOTALL) for line in block.splitlines()]
+    lines = [line for block in re.findall(r"```bash\n(.*?)```", page, re.DOTALL) for line in block.splitlines()]
     for line in lines:
         before, _, command = line.rpartition(" | ")
         if before:

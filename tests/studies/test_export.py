@@ -135,7 +135,7 @@ def test_both_graphs_give_what_the_run_gives(
     for name in ("new/cat.png", "new/more/dog.png"):
         shutil.copyfile(files_of_test(photos)[0], tmp_path / name)
     monkeypatch.chdir(tmp_path)
-    lines = [line for block in re.findall(r"```sh\n(.*?)```", page, re.DOTALL) for line in block.splitlines()]
+    lines = [line for block in re.findall(r"```bash\n(.*?)```", page, re.DOTALL) for line in block.splitlines()]
     assert [line.split()[:2] for line in lines] == [["pip", "install"], ["diffalign", "export"], ["diffalign", "export"]]
     assert lines[2].startswith(lines[1])
     with hub(monkeypatch) as received:
