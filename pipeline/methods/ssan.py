@@ -146,7 +146,6 @@ class SSAN(CommonSpaceHead):
     def __init__(self, config: Config, shapes: Shapes) -> None:
         super().__init__(config, shapes, partial(UnitProjector, out_width=config.width) if config.native else None)
         self.num_classes, self.native = num_classes_in(shapes), config.native
-        self.begun_with: list[Tensor] = []  # the weights of `begin`, until the first epoch
         self.has_three, self.has_split = config.centres == "three", config.text_classes == "split"
         self.discriminator = nn.Linear(config.width, 1)
         if config.native:
@@ -165,15 +164,11 @@ class SSAN(CommonSpaceHead):
         """Compute the statistics of the image and text features."""
         super().begin(phase, train)
         self._update_text_classes(train)
-        self.begun_with = [weight.detach().clone() for weight in self.parameters()] if self.has_split else []
 
     def begin_epoch(self, phase: str, progress: float, train: Callable[[], Iterator[Batch]]) -> None:
         """Store the progress, and compute soft labels and centres if they are those of all texts."""
         self.progress.fill_(progress)
-        is_same = bool(self.begun_with) and all(map(torch.equal, self.begun_with, self.parameters()))
-        if not is_same:  # else `begin` has just computed them
-            self._update_text_classes(train)
-        self.begun_with = []
+        self._update_text_classes(train)
 
     @torch.no_grad()
     def _update_text_classes(self, train: Callable[[], Iterator[Batch]]) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -27,7 +26,6 @@ from torch import Tensor, nn
 
 from pipeline.methods.ssan import centre_distance, reversal_strength, reverse_gradient, soft_label_loss
 from pipeline.nn.losses import class_sums
-from pipeline.types import Batch
 
 for_all_label_kinds = pytest.mark.parametrize("kind", LABEL_KINDS)
 
@@ -196,23 +194,6 @@ def test_classes_of_all_texts_follow_the_weights_and_hold_in_a_small_batch() -> 
     distance = method.text_centres[0] - nn.functional.normalize(method.common.image(one["image"]), dim=1)[0]
     torch.testing.assert_close(parts["esa"], 1.5 * distance.square().sum())
     assert parts["soft"] > 0
-
-
-def test_classes_of_all_texts_take_one_pass_before_the_first_epoch() -> None:
-    method, batch = build("ssan", text_classes="split"), make_batch("single")
-    passes = []
-
-    def train() -> Iterator[Batch]:
-        passes.append(method.text_soft.clone())
-        return iter([batch])
-
-    method.begin("head", train)
-    num_passes, soft = len(passes), method.text_soft.clone()
-    method.begin_epoch("head", 0.1, train)
-    assert len(passes) == num_passes
-    method.begin_epoch("head", 0.3, train)  # of a second epoch
-    assert len(passes) == num_passes + 1
-    assert torch.equal(method.text_soft, soft)
 
 
 def test_every_flag_changes_the_loss() -> None:
