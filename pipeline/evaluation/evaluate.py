@@ -158,9 +158,9 @@ def evaluate(
             record = _evaluate(home, run, config, settings, split, name, corrupted)
             corruption = {"corruption": corrupted.identity["corruption"]} if corrupted else {}
             records[name] = {**record, "caches": caches, **corruption}
-            write_atomic(run.path / "metrics.json", json.dumps(records, indent=1, sort_keys=True))
-            if name == "val":
+            if name == "val":  # before the record, so that a run with the record has it
                 read_calibration(run, config.is_multi_label)
+            write_atomic(run.path / "metrics.json", json.dumps(records, indent=1, sort_keys=True))
     return records[name]
 
 

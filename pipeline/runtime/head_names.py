@@ -126,6 +126,10 @@ def find_head(
         UserError: no head fits, or several do; the message lists the choices.
     """
     dataset_named, _, rest = word.rpartition("/")
+    if dataset_named and not _TAG.fullmatch(dataset_named):
+        raise UserError(
+            f"{word} is not a run: give a folder …/runs/<dataset>/<method>-<fingerprint>/seed<k>, or a word of: diffalign runs ls"
+        )
     heads = list_heads(home, dataset or dataset_named)
     fits: list[HeadFolder] = []
     if rest == LATEST:
