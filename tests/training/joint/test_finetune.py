@@ -120,7 +120,7 @@ def test_tuned_encoders_make_caches_that_the_joint_head_reads(home: Path, tmp_pa
     before = {path: path.stat().st_mtime_ns for path in home.rglob("*") if path.is_file()}
     assert joint_home.finetune_briefly(home, init, BOTH, epochs="4") == outcome  # a finished run is not repeated
     written = {path for path in home.rglob("*") if path.is_file() and before.get(path) != path.stat().st_mtime_ns}
-    assert {path.name for path in written} <= {".lock", "media.sqlite"}  # digests of files that were too new to be kept before
+    assert {path.name for path in written} <= {".lock", "media.sqlite"}
     check_it_carries_its_encoder(outcome.run, home, tmp_path / "seed0")
 
 
