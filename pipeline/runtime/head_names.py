@@ -128,7 +128,7 @@ def find_head(
     dataset_named, _, rest = word.rpartition("/")
     if dataset_named and not _TAG.fullmatch(dataset_named):
         raise UserError(
-            f"{word} is not a run: give a folder …/runs/<dataset>/<method>-<fingerprint>/seed<k>, or a word of: diffalign runs ls"
+            f"{word} is not a run: give the folder of a run or a head, or one of those that diffalign runs ls shows"
         )
     heads = list_heads(home, dataset or dataset_named)
     fits: list[HeadFolder] = []
