@@ -85,12 +85,14 @@ def rm(
 ) -> None:
     """Remove trained heads, or single seeds of them. Caches stay."""
     from pipeline.runtime.head_names import find_head_runs
-    from pipeline.runtime.runs import disk_usage, remove_runs
+    from pipeline.runtime.runs import check_removable, disk_usage, remove_runs
 
     chosen = list(dict.fromkeys(run.path for head in heads for run in find_head_runs(home, head)))
+    for path in chosen:
+        check_removable(home, path)
     size = disk_usage(chosen)
     if yes:
-        remove_runs(chosen)
+        remove_runs(home, chosen)
     if as_json:
         show({"runs": [str(path) for path in chosen], "bytes": size, "removed": yes}, as_json)
         return

@@ -139,13 +139,15 @@ def _average_precision(head: HeadPredictions, index: int, is_member: np.ndarray)
 def changed_samples(a: HeadPredictions, b: HeadPredictions, class_names: Sequence[str]) -> pd.DataFrame:
     """Return the samples that one head predicts rightly and the other wrongly: in more than half of its seeds each.
 
+    Samples of which a head gets half of its seeds right are left out.
+
     Returns:
         Columns: sample_id; labels; right ("a" or "b"); a, b (the class that most of the head's seeds predict);
         a_right, b_right (share of its seeds that are right, 0..1). Those on which the heads differ most come first.
     """
     _check_same_samples(a, b)
     share_a, share_b = (head.is_right.mean(axis=0) for head in (a, b))
-    changed = np.flatnonzero((share_a > 0.5) != (share_b > 0.5))
+    changed = np.flatnonzero(((share_a > 0.5) & (share_b < 0.5)) | ((share_a < 0.5) & (share_b > 0.5)))
     changed = changed[np.argsort(-np.abs(share_a - share_b)[changed], kind="stable")]
     predicted = [[class_names[index] for index in head.predicted.tolist()] for head in (a, b)]
     rows = [

@@ -12,7 +12,7 @@ import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from pipeline.runtime.errors import UserError
 
@@ -147,19 +147,33 @@ def lock_file(path: Path, busy: str, wait: bool = False, shared: bool = False) -
         shared: other processes may hold the lock at the same time, if they also ask for a shared lock.
     """
     mode = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
-    with path.open("a+") as file:  # NFS wants a readable file for a shared lock, a writable one for an exclusive lock
-        try:
-            fcntl.flock(file, mode | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            if not wait:
-                raise UserError(busy) from error
-            logger.info("waiting for the process that writes to %s", path.parent)
-            fcntl.flock(file, mode)
+    with _open_locked(path, mode, busy, wait) as file:
         logger.debug("locked %s%s", path, " together with others" if shared else "")
         try:
             yield
         finally:
             fcntl.flock(file, fcntl.LOCK_UN)  # closing the file is not enough: a forked process may still have it open
+
+
+def _open_locked(path: Path, mode: int, busy: str, wait: bool) -> IO[str]:
+    """Open a file and lock it; if its folder was removed in the meantime, so that nobody else would see the lock, again."""
+    while True:
+        file = path.open("a+")  # NFS wants a readable file for a shared lock, a writable one for an exclusive lock
+        try:
+            try:
+                fcntl.flock(file, mode | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                if not wait:
+                    raise UserError(busy) from error
+                logger.info("waiting for the process that writes to %s", path.parent)
+                fcntl.flock(file, mode)
+            if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                return file
+        except BaseException:
+            file.close()
+            raise
+        file.close()
+        path.parent.mkdir(parents=True, exist_ok=True)
 
 
 @contextmanager

@@ -94,7 +94,7 @@ def check_tag(tag: str) -> str:
     Raises:
         UserError: it is reserved, or has signs other than letters, digits and . _ + -
     """
-    if tag == LATEST or SEED_FOLDER.fullmatch(tag):
+    if tag == LATEST or SEED_FOLDER.fullmatch(tag) or HEAD_FOLDER.fullmatch(tag):
         raise UserError(f"{tag!r} has a meaning of its own; take another word")
     if not _TAG.fullmatch(tag):
         raise UserError(
@@ -137,8 +137,8 @@ def find_head(
         fits = [max(done, key=lambda head: head.finished)] if done else []
     elif rest:
         fits = (
-            [head for head in heads if rest in head.tags]
-            or [head for head in heads if head.name == rest]
+            [head for head in heads if head.name == rest]
+            or [head for head in heads if rest in head.tags]
             or [head for head in heads if head.name.startswith(rest)]
         )
     if len(fits) == 1:

@@ -249,12 +249,15 @@ def disk_usage(folders: Sequence[Path]) -> int:
     return sum(file.stat().st_size for file in files if file.is_file())
 
 
-def remove_runs(folders: Sequence[Path]) -> None:
-    """Remove the folders of runs, and the folders of heads that have no run left. If it is killed, a run is whole or gone.
+def remove_runs(home: Path, folders: Sequence[Path]) -> None:
+    """Remove runs of a home, and the folders of heads that have no run left. If it is killed, a run is whole or gone.
 
     Raises:
-        UserError: another process writes to one of them; nothing is removed then.
+        UserError: a folder is no run of this home, or is reached by a link, or another process writes to one of them; nothing
+            is removed then.
     """
+    for folder in folders:
+        check_removable(home, folder)
     with ExitStack() as locks:
         for folder in sorted(folders):
             locks.enter_context(lock(folder))
@@ -264,5 +267,27 @@ def remove_runs(folders: Sequence[Path]) -> None:
         sync_folder(head)
         for leftover in head.glob(".seed*.removed"):
             shutil.rmtree(leftover)
-        if not any(head.glob("seed*")):
-            shutil.rmtree(head)
+        _remove_empty_head(head)
+
+
+def check_removable(home: Path, folder: Path) -> None:
+    """Check that a folder is a run of a home, `<home>/runs/<dataset>/<method>-<fingerprint12>/seed<k>`, without a link.
+
+    Raises:
+        UserError: it is not: a copy of a run, for example, beside which other files may lie.
+    """
+    parts = folder.absolute().parts[-2:]
+    is_run = len(parts) == 2 and HEAD_FOLDER.fullmatch(parts[0]) and SEED_FOLDER.fullmatch(parts[1])
+    root = home.resolve() / "runs"
+    if not is_run or folder.resolve() != root / folder.absolute().parts[-3] / parts[0] / parts[1]:
+        raise UserError(f"{folder} is no run in {home / 'runs'}, or is reached by a link: delete it by hand if you want to")
+
+
+def _remove_empty_head(head: Path) -> None:
+    """Remove the folder of a head in which no run is left; a folder that holds anything else stays."""
+    if any(head.glob("seed*")):
+        return
+    for name in ("tags.json", ".tags.lock"):
+        (head / name).unlink(missing_ok=True)
+    with suppress(OSError):  # a run has just begun there, or somebody keeps other files in it
+        head.rmdir()

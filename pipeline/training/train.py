@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import astuple
 
 import torch
@@ -46,7 +47,7 @@ def train(
         state.attempt(state.resume)
         state.trackers.open(state.run, state.progress.history)
     gpus = [torch.cuda.current_device()] if torch.cuda.is_available() else []
-    with _progress_bar(states, progress) as bar, torch.random.fork_rng(gpus):
+    with _closed_trackers(states), _progress_bar(states, progress) as bar, torch.random.fork_rng(gpus):
         while remaining := [state for state in remaining if _advance_or_finish(state)]:
             # The runs that are behind catch up first, so that as many as possible are trained together.
             first = min(state.position for state in remaining)
@@ -63,6 +64,16 @@ def train(
                 trainer = Trainer(active, captures) if len(active) == 1 else EnsembleTrainer(active, captures)
                 train_phase(trainer, until, source, train_pass, validate, bar)
     return {state.run: state.failure for state in states if state.failure}
+
+
+@contextmanager
+def _closed_trackers(states: Sequence[TrainState]) -> Iterator[None]:
+    """Tell the trackers the end, whatever ends the training: Ctrl-C, a bug, lack of memory."""
+    try:
+        yield
+    finally:
+        for state in states:
+            state.trackers.close()
 
 
 def _advance_or_finish(state: TrainState) -> bool:

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from threading import Event
 
 import pytest
 
@@ -68,7 +72,7 @@ def test_a_word_that_fits_no_head_or_several_lists_the_choices(home: Path) -> No
         find_head(home / "nothing", "latest")
 
 
-@pytest.mark.parametrize("word", ["latest", "seed0", "a b", "../up", "-x", "", "ä" * 65, "\x1b[31m"])
+@pytest.mark.parametrize("word", ["latest", "seed0", "a b", "../up", "-x", "", "ä" * 65, "\x1b[31m", "ema-aaaaaaaaaaaa"])
 def test_words_that_could_be_mistaken_are_no_tags(home: Path, word: str) -> None:
     with pytest.raises(UserError):
         head_of(home, ONE).change_tags(add=[word])
@@ -93,12 +97,47 @@ def test_removing_takes_whole_runs_and_empty_heads(home: Path) -> None:
     one, two = head_of(home, ONE), head_of(home, TWO)
     two.change_tags(add=["gone"])
     with lock(one.path / "seed1"), pytest.raises(UserError, match="another process is writing"):
-        remove_runs([one.path / "seed0", one.path / "seed1"])
+        remove_runs(home, [one.path / "seed0", one.path / "seed1"])
     assert len(one.runs) == 2
-    remove_runs([one.path / "seed0"])
+    remove_runs(home, [one.path / "seed0"])
     assert [run.seed for run in one.runs] == [1]
     (two.path / ".seed9.removed").mkdir()  # left by a removal that was killed
-    remove_runs([run.path for run in two.runs])
+    remove_runs(home, [run.path for run in two.runs])
     assert not two.path.exists()
     assert list_heads(home) == [one, head_of(home, OTHER)]
     assert json.loads((RunFolder.of(home, ONE, 1).path / "config.json").read_text())["method"] == "seda"
+
+
+def test_nothing_outside_of_the_home_is_removed(home: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    one = head_of(home, ONE)
+    (one.path / "notes.txt").write_text("mine")
+    elsewhere = tmp_path_factory.mktemp("documents")
+    copy = Path(shutil.copytree(one.path / "seed0", elsewhere / "seed0"))
+    (one.path / "seed7").symlink_to(copy)
+    for folder in (copy, one.path / "seed7", one.path / ".." / one.name / ".." / "seed0"):
+        with pytest.raises(UserError, match="is no run in"):
+            remove_runs(home, [one.path / "seed0", folder])
+    assert sorted(path.name for path in elsewhere.rglob("*")) == ["config.json", "done", "seed0"]
+    (one.path / "seed7").unlink()
+    remove_runs(home, [run.path for run in one.runs])
+    assert [path.name for path in one.path.iterdir()] == ["notes.txt"]
+
+
+def test_a_lock_is_not_taken_in_a_folder_that_has_been_removed(home: Path) -> None:
+    """Who waits for a run that is removed meanwhile starts in a new folder, and is alone there."""
+    folder = head_of(home, ONE).path / "seed0"
+    entered = Event()
+
+    def wait_for_it() -> None:
+        with lock(folder, wait=True):
+            entered.set()
+            with pytest.raises(UserError, match="another process is writing"), lock(folder):
+                pass
+
+    with ThreadPoolExecutor(1) as thread:
+        with lock(folder):
+            waiting = thread.submit(wait_for_it)
+            time.sleep(0.2)
+            assert not entered.is_set()
+            shutil.move(folder, folder.with_name("gone"))
+        waiting.result(timeout=20)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -95,6 +96,24 @@ def test_a_tracker_that_fails_costs_nothing_but_itself(
     assert run.is_done
     assert capsys.readouterr().err.count("the tracker Failing has failed (ConnectionError: no network); training goes on") == 1
     assert listener.told[-1]["val_metric"] > 0
+
+
+def test_ctrl_c_ends_the_trackers_and_changes_no_bit(
+    home: Path, listener: type[Listener], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(self: Listener, epoch: int, row: Mapping[str, Any]) -> None:
+        self.told.append(epoch)
+        if epoch == 2:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Listener, "log", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            train_head(plan(home, "baseline", 39), False, trackers=[listener])
+    assert listener.told == ["start baseline 39", 1, 2, {}]
+    tracked = train_head(plan(home, "baseline", 39), False, trackers=[listener]).read_checkpoint()
+    alone = Path(shutil.copytree(home, home.with_name("alone"), ignore=shutil.ignore_patterns("runs")))
+    assert train_head(plan(alone, "baseline", 39), False).read_checkpoint() == tracked
 
 
 def test_tensorboard_has_each_epoch_once_after_an_interruption(home: Path) -> None:
