@@ -67,6 +67,9 @@ def model_card(classifier: Classifier, facts: dict[str, Any], files: list[str]) 
         f"```python\nimport pipeline as da  # pip install {DISTRIBUTION}\n\n"
         'model = da.load_export(".")\nprint(model.predict(["picture.jpg"], top=3))\n```',
         "",
+        '`load_export` runs `model.onnx`. To load `model.pt2`, `backend="torch"`, can run code: '
+        "do so only with folders that you trust.",
+        "",
         f"Graphs: {', '.join(f'`{each}`' for each in files)}. "
         f"Input `pixel_values`: {facts['pixels']}, prepared as `preprocessor_config.json` says. "
         f"Input `noise`: {noise}. Output: logits float32 [B,{len(spec.class_names)}] of the classes in `labels.json`. "

@@ -277,6 +277,15 @@ def test_preprocessing_is_read_back(transform: Any, tmp_path: Path) -> None:
     assert torch.equal(read_preprocessing(tmp_path)(tmp_path / "picture.png"), expected)
 
 
+def test_a_program_of_torch_is_not_loaded_unasked(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"diffalign": {"calibration": {"kind": "softmax"}}}))
+    (tmp_path / "labels.json").write_text('["a", "b"]')
+    (tmp_path / "model.pt2").write_bytes(b"code of strangers")
+    for chosen in ({}, {"backend": "auto"}, {"backend": "onnx"}):
+        with pytest.raises(da.UserError, match=r'has no model.onnx, .* pass backend="torch", only for folders that you trust'):
+            da.load_export(tmp_path, **chosen)
+
+
 def test_what_cannot_be_exported_says_why(photos: PhotoHome, tmp_path: Path) -> None:
     with pytest.raises(da.UserError, match="RandomProjection prepares images in a way of its own"):
         write_preprocessing(build_encoder("random_projection", {}), tmp_path)
