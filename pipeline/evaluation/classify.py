@@ -156,7 +156,7 @@ class Classifier:
             manifest = read_manifest(home, dataset)
             if manifest.features_of != (dataset, cache.identity["manifest"]):
                 raise UserError(
-                    f"{cache.path} was made from another manifest than that of {dataset} in {home}, with other splits, perhaps; "
+                    f"{cache.path} was made from another manifest than that of {dataset} in {home}; "
                     f"extract a cache of it: diffalign extract {dataset}"
                 )
             ids = [sample.id for sample in manifest.split(split)]

@@ -81,6 +81,9 @@ class ExportedClassifier:
         probabilities = np.full((len(files), len(self.class_names)), np.nan)
         if pixels:
             logits = self.graph(np.stack(pixels), self.noise(digests))
+            if logits.shape[1:] != (len(self.class_names),):
+                num_classes = len(self.class_names)
+                raise UserError(f"{self.folder} is damaged: its graph has not the {num_classes} classes of labels.json")
             probabilities[[not error for error in errors]] = self.calibration.probabilities(logits)
         return ClassifiedRows(files, probabilities, errors)
 
@@ -102,7 +105,7 @@ def load_export(folder: str | Path, backend: Backend = "auto") -> ExportedClassi
     try:
         facts = json.loads((folder / "config.json").read_text(encoding="utf-8"))["diffalign"]
         names = tuple(map(str, json.loads((folder / "labels.json").read_text(encoding="utf-8"))))
-        calibration = Calibration(**facts["calibration"])
+        calibration = Calibration.of(facts["calibration"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{folder} is no folder of `diffalign export`, or it is damaged ({error})") from error
     has_onnx = (folder / "model.onnx").is_file() and importlib.util.find_spec("onnxruntime") is not None

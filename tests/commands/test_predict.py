@@ -27,6 +27,7 @@ from scipy.special import softmax
 
 import pipeline as da
 from pipeline.data.folds import write_folds
+from pipeline.data.media_files import manifest_of_files
 from pipeline.encoders._factory import with_files_of
 from pipeline.evaluation.classify import ROWS_AT_ONCE, Classifier, find_any_cache
 from pipeline.evaluation.inference_spec import ENCODER_FOLDER
@@ -189,6 +190,35 @@ def test_other_caches_are_refused(photos: PhotoHome, seda: da.Run) -> None:
         next(classifier.classify_cache(other["random_projection"], home))
     with pytest.raises(da.UserError, match="which were computed elsewhere or by a plug-in"):
         replace(classifier.spec, encoder="imported").build_encoder(seda.folder)
+
+
+@pytest.mark.parametrize(
+    ("file", "changed", "message"),
+    [
+        (
+            "predict.json",
+            {"class_names": ["blue"]},
+            r"is damaged \(it names 1 classes, and the head has 3\); delete",
+        ),
+        ("predict.json", {"label_kind": "x"}, r"label_kind is 'x'"),
+        ("calibration.json", {"temperature": 0}, r"calibration.json is damaged .*temperature is not above 0\); delete it"),
+    ],
+)
+def test_records_that_do_not_fit_are_refused(copied: Path, file: str, changed: dict[str, Any], message: str) -> None:
+    recorded = json.loads((copied / file).read_text()) if (copied / file).is_file() else {"kind": "softmax"}
+    (copied / file).write_text(json.dumps(recorded | changed))
+    with pytest.raises(da.UserError, match=message):
+        Classifier.of(da.load_run(copied).folder, copied)
+
+
+def test_the_file_that_is_read_is_the_one_that_is_named(tmp_path: Path) -> None:
+    """A folder above a link is that of its target."""
+    (tmp_path / "target" / "inner").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "target" / "inner")
+    (tmp_path / "target" / "a.png").write_bytes(b"right")
+    (tmp_path / "a.png").write_bytes(b"wrong")
+    manifest = manifest_of_files([str(tmp_path / "link" / ".." / "a.png")], "image")
+    assert manifest.media_path(manifest.samples[0]).read_bytes() == b"right"
 
 
 def test_texts_and_features_of_another_manifest_are_refused(photos: PhotoHome, copied: Path) -> None:

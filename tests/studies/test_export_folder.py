@@ -284,6 +284,9 @@ def test_a_program_of_torch_is_not_loaded_unasked(tmp_path: Path) -> None:
     for chosen in ({}, {"backend": "auto"}, {"backend": "onnx"}):
         with pytest.raises(da.UserError, match=r'has no model.onnx, .* pass backend="torch", only for folders that you trust'):
             da.load_export(tmp_path, **chosen)
+    (tmp_path / "config.json").write_text(json.dumps({"diffalign": {"calibration": {"kind": "softmax", "temperature": 0}}}))
+    with pytest.raises(da.UserError, match=r"is damaged .*temperature is not above 0"):
+        da.load_export(tmp_path)
 
 
 def test_what_cannot_be_exported_says_why(photos: PhotoHome, tmp_path: Path) -> None:
