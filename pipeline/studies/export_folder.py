@@ -29,7 +29,7 @@ from pipeline.runtime.errors import UserError, describe_error
 from pipeline.runtime.runs import RunFolder
 from pipeline.runtime.version import program_version
 from pipeline.studies.export_graph import NUM_EXAMPLES, OPTIONAL_PACKAGES, ClassifierGraph, run_noise, trace, used_weights
-from pipeline.studies.export_inputs import write_preprocessing
+from pipeline.studies.export_inputs import PREPROCESSING, write_preprocessing
 from pipeline.studies.model_card import NO_LICENCE, model_card
 
 logger = logging.getLogger(__name__)
@@ -38,6 +38,7 @@ PROGRAM, ONNX, WEIGHTS, LABELS, CONFIG, CARD = (
     *("model.pt2", "model.onnx", "model.safetensors"),
     *("labels.json", "config.json", "README.md"),
 )
+FILES = {PROGRAM, ONNX, f"{ONNX}.data", WEIGHTS, LABELS, CONFIG, CARD, PREPROCESSING}
 ONNX_TOLERANCE = 1e-3  # of logits, between both graphs
 
 
@@ -54,21 +55,45 @@ def export_run(run: RunFolder, folder: Path, home: Path, weights_licence: str = 
     Raises:
         UserError: the folder is there, the run cannot classify new media, or it cannot be traced.
     """
-    is_export = (folder / CONFIG).is_file() and (folder / PROGRAM).is_file()
-    if folder.exists() and not (overwrite and is_export) and not (folder.is_dir() and not any(folder.iterdir())):
-        raise UserError(f"{folder} is there: take another folder" + (", or --overwrite this export" if is_export else ""))
+    folder = folder.resolve()  # of a link, what it leads to
+    _check_target(folder, overwrite)
     classifier = Classifier.of(run, home)
     encoder = classifier.spec.build_encoder(run, _in_float32(classifier.spec))
-    folder.absolute().parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.absolute().parent, prefix=f".{folder.name}.") as aside:
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as aside:
         made = Path(aside) / "made"
         made.mkdir()
         _write(classifier, encoder, made, weights_licence or _known_licence(encoder))
-        if folder.exists():
-            os.replace(folder, Path(aside) / "old")
         made.chmod(0o755)
-        os.replace(made, folder)
+        _put_in_place(made, folder, Path(aside) / "old")
     return sorted(path.name for path in folder.iterdir())
+
+
+def _check_target(folder: Path, overwrite: bool) -> None:
+    """Refuse a folder that cannot be made, or has anything but an export that may be replaced."""
+    if Path.cwd().is_relative_to(folder):
+        raise UserError(f"{folder} is the current folder or has it inside: take another folder")
+    if not folder.exists():
+        return
+    names = {path.name for path in folder.iterdir()} if folder.is_dir() else {folder.name}
+    is_export = {CONFIG, PROGRAM} <= names
+    if names and not (overwrite and is_export):
+        raise UserError(f"{folder} is there: take another folder" + (", or --overwrite this export" if is_export else ""))
+    if foreign := sorted(names - FILES):
+        raise UserError(f"{folder} has {foreign[0]!r}, which is no file of an export: take it away, or take another folder")
+
+
+def _put_in_place(made: Path, folder: Path, old: Path) -> None:
+    """Rename `made` to `folder`; what was there becomes `old`, and comes back if the renaming fails."""
+    is_there = folder.exists()
+    if is_there:
+        os.replace(folder, old)
+    try:
+        os.replace(made, folder)
+    except OSError:
+        if is_there:
+            os.replace(old, folder)
+        raise
 
 
 def _in_float32(spec: InferenceSpec) -> dict[str, str]:

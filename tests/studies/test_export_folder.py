@@ -35,7 +35,7 @@ from pipeline.encoders._weights import image_to_uint8, split_transform
 from pipeline.evaluation.classify import Classifier
 from pipeline.runtime import plugins
 from pipeline.runtime.rng import KeyedRNG, content_keys
-from pipeline.studies.export_folder import export_run, push_folder
+from pipeline.studies.export_folder import FILES, _put_in_place, export_run, push_folder
 from pipeline.studies.export_graph import ClassifierGraph, Draw, NoiseInput, run_noise
 from pipeline.studies.export_inputs import read_preprocessing, write_preprocessing
 
@@ -287,6 +287,26 @@ def test_a_program_of_torch_is_not_loaded_unasked(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"diffalign": {"calibration": {"kind": "softmax", "temperature": 0}}}))
     with pytest.raises(da.UserError, match=r"is damaged .*temperature is not above 0"):
         da.load_export(tmp_path)
+
+
+def test_what_is_no_export_is_never_replaced(
+    photos: PhotoHome, seda: da.Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "exported"
+    (folder / "inner").mkdir(parents=True)
+    monkeypatch.chdir(folder / "inner")
+    for here in (Path(), folder, Path("..")):
+        with pytest.raises(da.UserError, match="is the current folder or has it inside"):
+            export_run(seda.folder, here, seda.home, overwrite=True)
+    monkeypatch.chdir(tmp_path)
+    (folder / "inner").rmdir()
+    for name in (*FILES, "thesis.tex"):
+        (folder / name).touch()
+    with pytest.raises(da.UserError, match=r"has 'thesis.tex', which is no file of an export"):
+        export_run(seda.folder, folder, seda.home, overwrite=True)
+    with pytest.raises(FileNotFoundError):  # the new folder cannot be renamed
+        _put_in_place(tmp_path / "missing", folder, tmp_path / "old")
+    assert {path.name for path in folder.iterdir()} == {*FILES, "thesis.tex"}
 
 
 def test_what_cannot_be_exported_says_why(photos: PhotoHome, tmp_path: Path) -> None:
