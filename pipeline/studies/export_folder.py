@@ -7,6 +7,7 @@ import importlib.util
 import json
 import logging
 import os
+import re
 import tempfile
 import warnings
 from collections.abc import Mapping
@@ -138,10 +139,8 @@ def _write(classifier: Classifier, encoder: Encoder, folder: Path, weights_licen
         "method": classifier.run.config().method,
         "seed": classifier.run.seed,
         "encoder": spec.encoder,
-        "encoder_settings": {
-            key: Path(value).name if os.path.isabs(value) else value for key, value in spec.encoder_settings.items()
-        },
-        "encoder_identity": dict(spec.encoder_identity),
+        "encoder_settings": _without_folders(spec.encoder_settings),
+        "encoder_identity": _without_folders(spec.encoder_identity),
         "weights_licence": weights_licence,
         "pixels": f"{str(pixels.dtype).removeprefix('torch.')} [B,{','.join(map(str, pixels.shape[1:]))}]",
         "noise": [{"names": list(draw.names), "shape": list(draw.shape)} for draw in graph.draws],
@@ -162,6 +161,17 @@ def _write(classifier: Classifier, encoder: Encoder, folder: Path, weights_licen
         (folder / file).write_text(json.dumps(content, indent=1, ensure_ascii=False), encoding="utf-8")
     graphs = [name for name in (PROGRAM, ONNX) if (folder / name).is_file()]
     (folder / CARD).write_text(model_card(classifier, facts, graphs), encoding="utf-8")
+
+
+def _without_folders(value: Any) -> Any:
+    """Return a JSON value whose absolute paths, also those inside "key=path,key=path", are cut to the names of the files."""
+    if isinstance(value, Mapping):
+        return {key: _without_folders(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_folders(each) for each in value]
+    if not isinstance(value, str):
+        return value
+    return "".join(Path(part).name if os.path.isabs(part) else part for part in re.split("([,;=])", value))
 
 
 def _example_pixels(encoder: Encoder) -> Tensor:

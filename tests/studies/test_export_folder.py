@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import base64
+import io
 import json
+import os
 import re
 import shlex
 import shutil
@@ -35,8 +37,8 @@ from pipeline.encoders._weights import image_to_uint8, split_transform
 from pipeline.evaluation.classify import Classifier
 from pipeline.runtime import plugins
 from pipeline.runtime.rng import KeyedRNG, content_keys
-from pipeline.studies.export_folder import FILES, _put_in_place, export_run, push_folder
-from pipeline.studies.export_graph import ClassifierGraph, Draw, NoiseInput, run_noise
+from pipeline.studies.export_folder import FILES, _put_in_place, _without_folders, export_run, push_folder
+from pipeline.studies.export_graph import ClassifierGraph, Draw, NoiseInput, run_noise, trace
 from pipeline.studies.export_inputs import read_preprocessing, write_preprocessing
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -153,6 +155,8 @@ def test_both_graphs_give_what_the_run_gives(
     for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL):
         exec(block, names)
     assert names["logits"].shape == (2, 3)
+    for path in made.values():
+        assert not [each for each in (tmp_path, seda.home, DOCS.parent) if os.fsencode(each) in path.read_bytes()], path
     assert run(["export", str(seda.path), "exported"], monkeypatch) == 2
     assert "exported is there: take another folder, or --overwrite this export" in capsys.readouterr().err
     check_graphs(seda, Path("exported"), files_of_test(photos))
@@ -287,6 +291,20 @@ def test_a_program_of_torch_is_not_loaded_unasked(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"diffalign": {"calibration": {"kind": "softmax", "temperature": 0}}}))
     with pytest.raises(da.UserError, match=r"is damaged .*temperature is not above 0"):
         da.load_export(tmp_path)
+
+
+def test_exports_name_no_folder_of_this_machine() -> None:
+    class Doubled(torch.nn.Module):
+        def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+            return torch.relu(2 * pixel_values)
+
+    file = io.BytesIO()
+    graph: Any = Doubled()
+    torch.export.save(trace(graph, (torch.ones(2, 3),)), file)
+    assert os.fsencode(DOCS.parent) not in file.getvalue()
+    nested = {"weights": "/home/me/x.pth", "settings": "weights=/home/me/x.pth,layer=3", "mean": [0.5, "a/b"]}
+    cut = {"weights": "x.pth", "settings": "weights=x.pth,layer=3", "mean": [0.5, "a/b"]}
+    assert _without_folders(nested) == cut
 
 
 def test_what_is_no_export_is_never_replaced(
