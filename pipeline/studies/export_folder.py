@@ -64,7 +64,7 @@ def export_run(run: RunFolder, folder: Path, home: Path, weights_licence: str = 
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as aside:
         made = Path(aside) / "made"
         made.mkdir()
-        _write(classifier, encoder, made, weights_licence or _known_licence(encoder))
+        _write(classifier, encoder, made, weights_licence or _known_licence(encoder), home)
         made.chmod(0o755)
         _put_in_place(made, folder, Path(aside) / "old")
     return sorted(path.name for path in folder.iterdir())
@@ -115,7 +115,7 @@ def _known_licence(encoder: Encoder) -> str:
     return str(recorded.get("license") or NO_LICENCE) if isinstance(recorded, Mapping) else NO_LICENCE
 
 
-def _write(classifier: Classifier, encoder: Encoder, folder: Path, weights_licence: str) -> None:
+def _write(classifier: Classifier, encoder: Encoder, folder: Path, weights_licence: str, home: Path) -> None:
     if encoder.modality == "video" and not hasattr(encoder, "image"):
         raise UserError(f"{classifier.spec.encoder} cannot be exported: of the encoders of clips, only frames can")
     spec = classifier.spec
@@ -160,7 +160,7 @@ def _write(classifier: Classifier, encoder: Encoder, folder: Path, weights_licen
     for file, content in ((CONFIG, config), (LABELS, names)):
         (folder / file).write_text(json.dumps(content, indent=1, ensure_ascii=False), encoding="utf-8")
     graphs = [name for name in (PROGRAM, ONNX) if (folder / name).is_file()]
-    (folder / CARD).write_text(model_card(classifier, facts, graphs), encoding="utf-8")
+    (folder / CARD).write_text(model_card(classifier, facts, graphs, home), encoding="utf-8")
 
 
 def _without_folders(value: Any) -> Any:

@@ -9,8 +9,10 @@ import os
 import re
 import shlex
 import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from glob import glob
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -31,6 +33,7 @@ from safetensors.torch import load_file
 from timm.data.transforms_factory import create_transform
 
 import pipeline as da
+from pipeline.data.manifest_files import write_manifest
 from pipeline.data.media_digests import read_digest
 from pipeline.encoders._factory import build_encoder
 from pipeline.encoders._weights import image_to_uint8, split_transform
@@ -40,6 +43,7 @@ from pipeline.runtime.rng import KeyedRNG, content_keys
 from pipeline.studies.export_folder import FILES, _put_in_place, _without_folders, export_run, push_folder
 from pipeline.studies.export_graph import ClassifierGraph, Draw, NoiseInput, run_noise, trace
 from pipeline.studies.export_inputs import read_preprocessing, write_preprocessing
+from pipeline.studies.model_card import _metrics
 
 DOCS = Path(__file__).parents[2] / "docs"
 VIT: dict[str, Any] = {"model": "test_vit", "weights": "random", "compute_dtype": "float32"}
@@ -156,7 +160,9 @@ def test_both_graphs_give_what_the_run_gives(
         exec(block, names)
     assert names["logits"].shape == (2, 3)
     for path in made.values():
-        assert not [each for each in (tmp_path, seda.home, DOCS.parent) if os.fsencode(each) in path.read_bytes()], path
+        assert not [
+            each for each in (tmp_path, seda.home, DOCS.parent, sys.prefix) if os.fsencode(each) in path.read_bytes()
+        ], path
     assert run(["export", str(seda.path), "exported"], monkeypatch) == 2
     assert "exported is there: take another folder, or --overwrite this export" in capsys.readouterr().err
     check_graphs(seda, Path("exported"), files_of_test(photos))
@@ -285,9 +291,10 @@ def test_a_program_of_torch_is_not_loaded_unasked(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"diffalign": {"calibration": {"kind": "softmax"}}}))
     (tmp_path / "labels.json").write_text('["a", "b"]')
     (tmp_path / "model.pt2").write_bytes(b"code of strangers")
-    for chosen in ({}, {"backend": "auto"}, {"backend": "onnx"}):
+    backends: tuple[Any, ...] = ("auto", "onnx")
+    for backend in backends:
         with pytest.raises(da.UserError, match=r'has no model.onnx, .* pass backend="torch", only for folders that you trust'):
-            da.load_export(tmp_path, **chosen)
+            da.load_export(tmp_path, backend)
     (tmp_path / "config.json").write_text(json.dumps({"diffalign": {"calibration": {"kind": "softmax", "temperature": 0}}}))
     with pytest.raises(da.UserError, match=r"is damaged .*temperature is not above 0"):
         da.load_export(tmp_path)
@@ -305,6 +312,19 @@ def test_exports_name_no_folder_of_this_machine() -> None:
     nested = {"weights": "/home/me/x.pth", "settings": "weights=/home/me/x.pth,layer=3", "mean": [0.5, "a/b"]}
     cut = {"weights": "x.pth", "settings": "weights=x.pth,layer=3", "mean": [0.5, "a/b"]}
     assert _without_folders(nested) == cut
+
+
+def test_intervals_of_the_card_are_over_groups(photos: PhotoHome, seda: da.Run, tmp_path: Path) -> None:
+    seda.evaluate("test")
+    home, manifest = photos.workspace.home, photos.workspace.manifest("photos")
+    classifier = Classifier.of(seda.folder, home)
+    grouped = tuple(replace(each, group=each.id.partition("-")[0] + each.split) for each in manifest.samples)
+    write_manifest(replace(manifest, samples=grouped), tmp_path)
+    (independent, *_), (of_groups, *_) = (_metrics(classifier, each)[2:] for each in (home, tmp_path))
+    assert independent.rpartition("|")[0].split("|")[:5] == of_groups.split("|")[:5]
+    assert independent != of_groups
+    for folder, said in ((home, "over samples,"), (tmp_path, "over groups of samples,"), (tmp_path / "x", "as independent,")):
+        assert said in _metrics(classifier, folder)[-1]
 
 
 def test_what_is_no_export_is_never_replaced(
