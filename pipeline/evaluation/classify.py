@@ -162,16 +162,15 @@ class Classifier:
             ids = [sample.id for sample in manifest.split(split)]
         if not ids:
             raise UserError(f"the {split} split of {dataset} is empty")
-        if split in (None, "test") and dataset in self._datasets(home):
+        if split in (None, "test") and (dataset == self.spec.dataset or dataset == self._whole_dataset(home)):
             log_test_read(self.run, f"predict {cache.path.name}")
         return ids
 
-    def _datasets(self, home: Path) -> set[str]:
-        """Return the run's dataset and, where the home knows it, the one whose features that has: of a fold, the whole."""
-        names = {self.spec.dataset}
+    def _whole_dataset(self, home: Path) -> str:
+        """Return the dataset whose features the run's dataset has: of a fold, the whole; "" where the home does not know it."""
         with suppress(UserError):
-            names.add(read_manifest(home, self.spec.dataset).features_of[0])
-        return names
+            return read_manifest(home, self.spec.dataset).features_of[0]
+        return ""
 
 
 def _joined(blocks: Iterator[_Block]) -> Iterator[_Block]:

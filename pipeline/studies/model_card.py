@@ -43,6 +43,7 @@ def model_card(classifier: Classifier, facts: dict[str, Any], files: list[str], 
     names = ", ".join(map(escape_markdown, spec.class_names[:MAX_NAMED_CLASSES]))
     more = f" and {len(spec.class_names) - MAX_NAMED_CLASSES} more" if len(spec.class_names) > MAX_NAMED_CLASSES else ""
     noise = f"float32 [B,{facts['noise_size']}], standard normal" if facts["noise_size"] else "none: this head draws no numbers"
+    backend = "" if "model.onnx" in files else ', backend="torch"'
     lines = [
         f"# {escape_markdown(facts['method'])} on {escape_markdown(spec.dataset)}",
         "",
@@ -70,9 +71,9 @@ def model_card(classifier: Classifier, facts: dict[str, Any], files: list[str], 
         "## Use",
         "",
         f"```python\nimport pipeline as da  # pip install {DISTRIBUTION}\n\n"
-        'model = da.load_export(".")\nprint(model.predict(["picture.jpg"], top=3))\n```',
+        f'model = da.load_export("."{backend})\nprint(model.predict(["picture.jpg"], top=3))\n```',
         "",
-        '`load_export` runs `model.onnx`. To load `model.pt2`, `backend="torch"`, can run code: '
+        '`load_export` runs `model.onnx`, and with `backend="torch"` `model.pt2`. To load that can run code: '
         "do so only with folders that you trust.",
         "",
         f"Graphs: {', '.join(f'`{each}`' for each in files)}. "
