@@ -132,7 +132,8 @@ class _Counts:
         """
         if self.num_failed == self.num_items:
             raise UserError(f"none of {self.num_items} could be classified; the first: {self.first}")
-        logger.info("%d classified; probabilities: %s", self.num_items - self.num_failed, classifier.calibration.describe())
+        probabilities = inert(classifier.calibration.describe())
+        logger.info("%d classified; probabilities: %s", self.num_items - self.num_failed, probabilities)
         if self.num_failed:
             logger.warning("%d of %d failed; the first: %s", self.num_failed, self.num_items, inert(self.first))
 

@@ -81,14 +81,16 @@ def write_card(manifest: Manifest, home: Path, folder: Path) -> list[Path]:
         The three files.
 
     Raises:
-        UserError: the folder has a README.md that is no card of this program.
+        UserError: the folder has a README.md that is no card of this program, or is that of the manifests.
     """
     card = folder / "README.md"
     if card.is_file() and "diffalign" not in card.read_text(encoding="utf-8", errors="replace"):
         raise UserError(f"{card} is there already and was written by somebody else: give another folder")
-    table = folder / f"{manifest.dataset}.parquet"
+    table, source = folder / f"{manifest.dataset}.parquet", manifest_path(home, manifest.dataset, "parquet")
+    if table.exists() and table.samefile(source):
+        raise UserError(f"{folder} is the folder of the manifests: give another folder")
     folder.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(manifest_path(home, manifest.dataset, "parquet"), table)
+    shutil.copyfile(source, table)
     croissant = folder / "croissant.json"
     write_atomic(croissant, json.dumps(describe_as_croissant(manifest, table), indent=2, ensure_ascii=False) + "\n")
     write_atomic(card, write_dataset_card(manifest))

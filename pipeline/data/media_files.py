@@ -50,7 +50,7 @@ def _find(path: str) -> list[str]:
 
 def manifest_of_files(files: Iterable[str], media_type: str) -> Manifest:
     """Return a manifest, without texts and labels, by which files anywhere on this machine are read; the ids are positions."""
-    paths = [Path(os.path.abspath(file)) for file in files]
+    paths = [Path(os.path.realpath(os.path.dirname(file))) / os.path.basename(file) for file in files]  # "link/.." is no "."
     samples = (Sample(str(row), "", path.relative_to(path.anchor), (), (), "") for row, path in enumerate(paths))
     return Manifest(
         dataset="files",

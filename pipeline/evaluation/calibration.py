@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
+import sys
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
@@ -40,6 +41,25 @@ class Calibration:
     num_samples: int = 0  # validation samples that T and b were chosen on; 0: they were not chosen
     nll_before: float = 0.0  # mean NLL of these samples, in nats, with T = 1 and b = 0
     nll: float = 0.0  # with T and b
+
+    @staticmethod
+    def of(recorded: Any) -> Calibration:
+        """Return a calibration from its fields in a JSON file, which may be of others.
+
+        Raises:
+            ValueError: a field has no such value.
+            TypeError: there are no such fields.
+        """
+        found = Calibration(**recorded)
+        numbers = (found.temperature, found.bias, found.num_samples, found.nll_before, found.nll)
+        if found.kind not in ("softmax", "sigmoid"):
+            raise ValueError(f"kind is {found.kind!r}, neither softmax nor sigmoid")
+        if (
+            not all(type(each) in (int, float) and abs(each) <= sys.float_info.max for each in numbers)
+            or found.temperature <= 0
+        ):
+            raise ValueError("a number is not finite, or the temperature is not above 0")
+        return found
 
     def probabilities(self, logits: NDArray[Any]) -> Array:
         """Return the probabilities of the classes, float64 [N,C], of logits [N,C]."""
@@ -142,7 +162,7 @@ def read_calibration(run: RunFolder, is_multi_label: bool) -> Calibration:
     path, predictions = run.path / "calibration.json", run.path / "predictions-val.npz"
     if path.is_file():
         try:
-            return Calibration(**json.loads(path.read_text()))
+            return Calibration.of(json.loads(path.read_text()))
         except (ValueError, TypeError) as error:
             raise UserError(f"{path} is damaged ({error}); delete it: it is made again from {predictions.name}") from error
     if predictions.is_file():

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pipeline.cache.reader import Cache, find_caches, open_cache, read_attributes, read_commits
+from pipeline.cache.reader import Cache, find_caches, is_of_text, open_cache, read_attributes, read_commits
 from pipeline.data.manifest_files import read_manifest
 from pipeline.data.media_digests import NO_DIGEST
 from pipeline.evaluation.calibration import Calibration, read_calibration
@@ -144,16 +145,32 @@ class Classifier:
             raise UserError(
                 f"{cache.path} has features of shape {list(cache.feature_shape)}, and {self.run.path} reads {shape}"
             )
+        if is_of_text(cache.identity):
+            raise UserError(
+                f"{cache.path} has features of texts, and texts cannot be classified: give a cache of pictures or clips"
+            )
         for field, wanted, found in self.spec.differences(cache.identity["encoder"]):
             raise UserError(f"{cache.path} was made with {field} = {found!r}, and {self.run.path} was trained with {wanted!r}")
         dataset, ids = cache.identity["dataset"], cache.ids
         if split:
-            ids = [sample.id for sample in read_manifest(home, dataset).split(split)]
+            manifest = read_manifest(home, dataset)
+            if manifest.features_of != (dataset, cache.identity["manifest"]):
+                raise UserError(
+                    f"{cache.path} was made from another manifest than that of {dataset} in {home}; "
+                    f"extract a cache of it: diffalign extract {dataset}"
+                )
+            ids = [sample.id for sample in manifest.split(split)]
         if not ids:
             raise UserError(f"the {split} split of {dataset} is empty")
-        if dataset == self.spec.dataset and split in (None, "test"):
+        if split in (None, "test") and (dataset == self.spec.dataset or dataset == self._whole_dataset(home)):
             log_test_read(self.run, f"predict {cache.path.name}")
         return ids
+
+    def _whole_dataset(self, home: Path) -> str:
+        """Return the dataset whose features the run's dataset has: of a fold, the whole; "" where the home does not know it."""
+        with suppress(UserError):
+            return read_manifest(home, self.spec.dataset).features_of[0]
+        return ""
 
 
 def _joined(blocks: Iterator[_Block]) -> Iterator[_Block]:

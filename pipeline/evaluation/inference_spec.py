@@ -110,7 +110,7 @@ def read_inference_spec(run: RunFolder, home: Path) -> InferenceSpec:
     if path.is_file():
         try:
             fields = json.loads(path.read_text(encoding="utf-8"))
-            return InferenceSpec(**{**fields, "class_names": tuple(fields["class_names"])})
+            return _checked_spec(fields, *config.shapes["classes"])
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{path} is damaged ({error}); delete it, and predict once where the home of the run is") from error
     try:
@@ -123,6 +123,16 @@ def read_inference_spec(run: RunFolder, home: Path) -> InferenceSpec:
         ) from error
     with suppress(OSError):
         spec.write(run)
+    return spec
+
+
+def _checked_spec(fields: Mapping[str, Any], num_classes: int) -> InferenceSpec:
+    """Return the spec of these fields, which may be of others; a ValueError says which is wrong."""
+    spec = InferenceSpec(**{**fields, "class_names": tuple(map(str, fields["class_names"]))})
+    if len(spec.class_names) != num_classes:
+        raise ValueError(f"it names {len(spec.class_names)} classes, and the head has {num_classes}")
+    if spec.label_kind not in ("single", "multi"):
+        raise ValueError(f"label_kind is {spec.label_kind!r}, neither single nor multi")
     return spec
 
 

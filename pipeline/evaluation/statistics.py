@@ -74,9 +74,14 @@ def paired_bootstrap(scores: Scores, num_resamples: int = NUM_RESAMPLES, seed: i
     return _summarise(difference, np.sum([part.mean(axis=1) for part in drawn], axis=0), 0.0)
 
 
-def mean_interval(values: Values) -> Estimate:
-    """Return the mean of a metric of one run over its samples [N], with the percentile interval of a bootstrap of these."""
-    means = _resampled_means(np.asarray(values, dtype=np.float64)[None], None, NUM_RESAMPLES, (0,))
+def mean_interval(values: Values, clusters: NDArray[Any] | None = None) -> Estimate:
+    """Return the mean of a metric of one run over its samples [N], with the percentile interval of a bootstrap of these.
+
+    Args:
+        values: the metric of each sample.
+        clusters: [N], equal for samples that are drawn together; None: each by itself.
+    """
+    means = _resampled_means(np.asarray(values, dtype=np.float64)[None], clusters, NUM_RESAMPLES, (0,))
     return _summarise(float(np.mean(values)), means[:, 0], 0.0)
 
 

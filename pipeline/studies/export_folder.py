@@ -7,6 +7,7 @@ import importlib.util
 import json
 import logging
 import os
+import re
 import tempfile
 import warnings
 from collections.abc import Mapping
@@ -29,7 +30,7 @@ from pipeline.runtime.errors import UserError, describe_error
 from pipeline.runtime.runs import RunFolder
 from pipeline.runtime.version import program_version
 from pipeline.studies.export_graph import NUM_EXAMPLES, OPTIONAL_PACKAGES, ClassifierGraph, run_noise, trace, used_weights
-from pipeline.studies.export_inputs import write_preprocessing
+from pipeline.studies.export_inputs import PREPROCESSING, write_preprocessing
 from pipeline.studies.model_card import NO_LICENCE, model_card
 
 logger = logging.getLogger(__name__)
@@ -38,6 +39,7 @@ PROGRAM, ONNX, WEIGHTS, LABELS, CONFIG, CARD = (
     *("model.pt2", "model.onnx", "model.safetensors"),
     *("labels.json", "config.json", "README.md"),
 )
+FILES = {PROGRAM, ONNX, f"{ONNX}.data", WEIGHTS, LABELS, CONFIG, CARD, PREPROCESSING}
 ONNX_TOLERANCE = 1e-3  # of logits, between both graphs
 
 
@@ -54,21 +56,45 @@ def export_run(run: RunFolder, folder: Path, home: Path, weights_licence: str = 
     Raises:
         UserError: the folder is there, the run cannot classify new media, or it cannot be traced.
     """
-    is_export = (folder / CONFIG).is_file() and (folder / PROGRAM).is_file()
-    if folder.exists() and not (overwrite and is_export) and not (folder.is_dir() and not any(folder.iterdir())):
-        raise UserError(f"{folder} is there: take another folder" + (", or --overwrite this export" if is_export else ""))
+    folder = folder.resolve()  # of a link, what it leads to
+    _check_target(folder, overwrite)
     classifier = Classifier.of(run, home)
     encoder = classifier.spec.build_encoder(run, _in_float32(classifier.spec))
-    folder.absolute().parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.absolute().parent, prefix=f".{folder.name}.") as aside:
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as aside:
         made = Path(aside) / "made"
         made.mkdir()
-        _write(classifier, encoder, made, weights_licence or _known_licence(encoder))
-        if folder.exists():
-            os.replace(folder, Path(aside) / "old")
+        _write(classifier, encoder, made, weights_licence or _known_licence(encoder), home)
         made.chmod(0o755)
-        os.replace(made, folder)
+        _put_in_place(made, folder, Path(aside) / "old")
     return sorted(path.name for path in folder.iterdir())
+
+
+def _check_target(folder: Path, overwrite: bool) -> None:
+    """Refuse a folder that cannot be made, or has anything but an export that may be replaced."""
+    if Path.cwd().is_relative_to(folder):
+        raise UserError(f"{folder} is the current folder or has it inside: take another folder")
+    if not folder.exists():
+        return
+    names = {path.name for path in folder.iterdir()} if folder.is_dir() else {folder.name}
+    is_export = {CONFIG, PROGRAM} <= names
+    if names and not (overwrite and is_export):
+        raise UserError(f"{folder} is there: take another folder" + (", or --overwrite this export" if is_export else ""))
+    if foreign := sorted(names - FILES):
+        raise UserError(f"{folder} has {foreign[0]!r}, which is no file of an export: take it away, or take another folder")
+
+
+def _put_in_place(made: Path, folder: Path, old: Path) -> None:
+    """Rename `made` to `folder`; what was there becomes `old`, and comes back if the renaming fails."""
+    is_there = folder.exists()
+    if is_there:
+        os.replace(folder, old)
+    try:
+        os.replace(made, folder)
+    except OSError:
+        if is_there:
+            os.replace(old, folder)
+        raise
 
 
 def _in_float32(spec: InferenceSpec) -> dict[str, str]:
@@ -89,7 +115,7 @@ def _known_licence(encoder: Encoder) -> str:
     return str(recorded.get("license") or NO_LICENCE) if isinstance(recorded, Mapping) else NO_LICENCE
 
 
-def _write(classifier: Classifier, encoder: Encoder, folder: Path, weights_licence: str) -> None:
+def _write(classifier: Classifier, encoder: Encoder, folder: Path, weights_licence: str, home: Path) -> None:
     if encoder.modality == "video" and not hasattr(encoder, "image"):
         raise UserError(f"{classifier.spec.encoder} cannot be exported: of the encoders of clips, only frames can")
     spec = classifier.spec
@@ -113,10 +139,8 @@ def _write(classifier: Classifier, encoder: Encoder, folder: Path, weights_licen
         "method": classifier.run.config().method,
         "seed": classifier.run.seed,
         "encoder": spec.encoder,
-        "encoder_settings": {
-            key: Path(value).name if os.path.isabs(value) else value for key, value in spec.encoder_settings.items()
-        },
-        "encoder_identity": dict(spec.encoder_identity),
+        "encoder_settings": _without_folders(spec.encoder_settings),
+        "encoder_identity": _without_folders(spec.encoder_identity),
         "weights_licence": weights_licence,
         "pixels": f"{str(pixels.dtype).removeprefix('torch.')} [B,{','.join(map(str, pixels.shape[1:]))}]",
         "noise": [{"names": list(draw.names), "shape": list(draw.shape)} for draw in graph.draws],
@@ -136,7 +160,18 @@ def _write(classifier: Classifier, encoder: Encoder, folder: Path, weights_licen
     for file, content in ((CONFIG, config), (LABELS, names)):
         (folder / file).write_text(json.dumps(content, indent=1, ensure_ascii=False), encoding="utf-8")
     graphs = [name for name in (PROGRAM, ONNX) if (folder / name).is_file()]
-    (folder / CARD).write_text(model_card(classifier, facts, graphs), encoding="utf-8")
+    (folder / CARD).write_text(model_card(classifier, facts, graphs, home), encoding="utf-8")
+
+
+def _without_folders(value: Any) -> Any:
+    """Return a JSON value whose absolute paths, also those inside "key=path,key=path", are cut to the names of the files."""
+    if isinstance(value, Mapping):
+        return {key: _without_folders(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_folders(each) for each in value]
+    if not isinstance(value, str):
+        return value
+    return "".join(Path(part).name if os.path.isabs(part) else part for part in re.split("([,;=])", value))
 
 
 def _example_pixels(encoder: Encoder) -> Tensor:

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, NoReturn
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torchvision.transforms import Normalize
 
 from pipeline.encoders._encoder import Encoder
@@ -138,12 +138,16 @@ def trace(graph: ClassifierGraph, examples: tuple[Tensor, ...]) -> torch.export.
     shapes = dict(zip(("pixel_values", "noise"), ({0: batch} for _ in examples), strict=False))
     try:
         with torch.no_grad():
-            return torch.export.export(graph, examples, dynamic_shapes=shapes, strict=False)
+            program = torch.export.export(graph, examples, dynamic_shapes=shapes, strict=False)
     except Exception as error:  # torch.export raises errors of many kinds, and each means the same
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(
             f"this run cannot be exported: {type(graph.head).__name__} or its encoder cannot be traced ({first})"
         ) from error
+    for module in program.graph_module.modules():
+        for node in module.graph.nodes if isinstance(module, fx.GraphModule) else ():
+            node.meta.pop("stack_trace", None)  # it names source files of this machine
+    return program
 
 
 def used_weights(program: torch.export.ExportedProgram) -> dict[str, Tensor]:

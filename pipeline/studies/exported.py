@@ -81,6 +81,9 @@ class ExportedClassifier:
         probabilities = np.full((len(files), len(self.class_names)), np.nan)
         if pixels:
             logits = self.graph(np.stack(pixels), self.noise(digests))
+            if logits.shape[1:] != (len(self.class_names),):
+                num_classes = len(self.class_names)
+                raise UserError(f"{self.folder} is damaged: its graph has not the {num_classes} classes of labels.json")
             probabilities[[not error for error in errors]] = self.calibration.probabilities(logits)
         return ClassifiedRows(files, probabilities, errors)
 
@@ -90,8 +93,8 @@ def load_export(folder: str | Path, backend: Backend = "auto") -> ExportedClassi
 
     Args:
         folder: The folder.
-        backend: "onnx" runs model.onnx with ONNX Runtime, "torch" model.pt2; "auto": the former if both are there. Take "torch"
-            for folders that you trust: a program of torch is no format for files of strangers.
+        backend: "onnx" and "auto" run model.onnx with ONNX Runtime, "torch" runs model.pt2. Take "torch" only for folders
+            that you trust: to load a program of torch can run code of whoever wrote it.
 
     Raises:
         UserError: the folder is no export, is damaged, or lacks the graph.
@@ -102,13 +105,16 @@ def load_export(folder: str | Path, backend: Backend = "auto") -> ExportedClassi
     try:
         facts = json.loads((folder / "config.json").read_text(encoding="utf-8"))["diffalign"]
         names = tuple(map(str, json.loads((folder / "labels.json").read_text(encoding="utf-8"))))
-        calibration = Calibration(**facts["calibration"])
+        calibration = Calibration.of(facts["calibration"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{folder} is no folder of `diffalign export`, or it is damaged ({error})") from error
     has_onnx = (folder / "model.onnx").is_file() and importlib.util.find_spec("onnxruntime") is not None
-    if backend == "onnx" and not has_onnx:
-        raise UserError(f"{folder} has no model.onnx, or ONNX Runtime is missing: pip install 'diffalign[export]'")
-    graph = _onnx_graph(folder) if has_onnx and backend != "torch" else _torch_graph(folder)
+    if backend != "torch" and not has_onnx:
+        raise UserError(
+            f"{folder} has no model.onnx, or ONNX Runtime is missing: pip install 'diffalign[export]', or pass "
+            'backend="torch", only for folders that you trust: a program of torch can run code'
+        )
+    graph = _torch_graph(folder) if backend == "torch" else _onnx_graph(folder)
     return ExportedClassifier(folder, names, facts, calibration, graph)
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,10 @@ import yaml
 from pipeline.evaluation.classify import Classifier
 from pipeline.evaluation.evaluate import read_metrics
 from pipeline.evaluation.statistics import mean_interval
+from pipeline.report.comparison import clusters_of
 from pipeline.report.markdown import escape_markdown
+from pipeline.report.results import read_groups
+from pipeline.runtime.errors import UserError
 from pipeline.runtime.version import DISTRIBUTION, program_version
 from pipeline.types import SPLITS
 
@@ -19,13 +23,14 @@ MAX_NAMED_CLASSES = 20  # that the card names
 NO_LICENCE = "not known here; see where the weights of the encoder come from"
 
 
-def model_card(classifier: Classifier, facts: dict[str, Any], files: list[str]) -> str:
+def model_card(classifier: Classifier, facts: dict[str, Any], files: list[str], home: Path) -> str:
     """Return the text of README.md.
 
     Args:
         classifier: the run.
         facts: of config.json, the part "diffalign".
         files: names of the graphs: model.pt2, model.onnx.
+        home: where the manifest may be, which knows the groups of samples.
     """
     spec, run = classifier.spec, classifier.run
     kind = "video-classification" if facts["media_type"] == "video" else "image-classification"
@@ -38,6 +43,7 @@ def model_card(classifier: Classifier, facts: dict[str, Any], files: list[str]) 
     names = ", ".join(map(escape_markdown, spec.class_names[:MAX_NAMED_CLASSES]))
     more = f" and {len(spec.class_names) - MAX_NAMED_CLASSES} more" if len(spec.class_names) > MAX_NAMED_CLASSES else ""
     noise = f"float32 [B,{facts['noise_size']}], standard normal" if facts["noise_size"] else "none: this head draws no numbers"
+    backend = "" if "model.onnx" in files else ', backend="torch"'
     lines = [
         f"# {escape_markdown(facts['method'])} on {escape_markdown(spec.dataset)}",
         "",
@@ -60,12 +66,15 @@ def model_card(classifier: Classifier, facts: dict[str, Any], files: list[str]) 
         "",
         "## Metrics",
         "",
-        *_metrics(classifier),
+        *_metrics(classifier, home),
         "",
         "## Use",
         "",
         f"```python\nimport pipeline as da  # pip install {DISTRIBUTION}\n\n"
-        'model = da.load_export(".")\nprint(model.predict(["picture.jpg"], top=3))\n```',
+        f'model = da.load_export("."{backend})\nprint(model.predict(["picture.jpg"], top=3))\n```',
+        "",
+        '`load_export` runs `model.onnx`, and with `backend="torch"` `model.pt2`. To load that can run code: '
+        "do so only with folders that you trust.",
         "",
         f"Graphs: {', '.join(f'`{each}`' for each in files)}. "
         f"Input `pixel_values`: {facts['pixels']}, prepared as `preprocessor_config.json` says. "
@@ -80,23 +89,29 @@ def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> list[str]:
     return [f"| {' | '.join(row)} |" for row in shown]
 
 
-def _metrics(classifier: Classifier) -> list[str]:
-    """Return a table of the run's own evaluations, with intervals over samples for means over samples."""
-    rows = list(_metric_rows(classifier))
+def _metrics(classifier: Classifier, home: Path) -> list[str]:
+    """Return a table of the run's own evaluations, with intervals over samples, or groups of these, for means over samples."""
+    try:
+        groups, drawn = read_groups(home, classifier.spec.dataset), "samples"
+    except UserError:  # a run may be exported without its home
+        groups, drawn = {}, "samples taken as independent"
+    drawn = "groups of samples" if groups else drawn
+    rows = list(_metric_rows(classifier, groups))
     if not rows:
         return ["The run has not been evaluated."]
-    note = "In percent. Intervals are of 95 % over samples, for one seed. Settings were chosen on val."
+    note = f"In percent. Intervals are of 95 % over {drawn}, for one seed. Settings were chosen on val."
     return [*_table(("split", "samples", "metric", "value", "interval"), rows), "", note]
 
 
-def _metric_rows(classifier: Classifier) -> Iterator[tuple[str, ...]]:
+def _metric_rows(classifier: Classifier, groups: Mapping[str, str]) -> Iterator[tuple[str, ...]]:
     records = read_metrics(classifier.run)
     for split in SPLITS:
         path = classifier.run.path / f"predictions-{split}.npz"
         if split not in records:
             continue
         arrays = dict(np.load(path)) if path.is_file() else {}
+        clusters = clusters_of(arrays["ids"].tolist(), groups) if groups and arrays else None
         for name, value in records[split]["metrics"].items():
-            estimate = mean_interval(arrays[name]) if name in arrays else None
+            estimate = mean_interval(arrays[name], clusters) if name in arrays else None
             interval = f"{estimate.low:.2f} to {estimate.high:.2f}" if estimate else ""
             yield split, str(records[split]["n"]), name, f"{value:.2f}", interval

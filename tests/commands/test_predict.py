@@ -26,6 +26,8 @@ from PIL import Image
 from scipy.special import softmax
 
 import pipeline as da
+from pipeline.data.folds import write_folds
+from pipeline.data.media_files import manifest_of_files
 from pipeline.encoders._factory import with_files_of
 from pipeline.evaluation.classify import ROWS_AT_ONCE, Classifier, find_any_cache
 from pipeline.evaluation.inference_spec import ENCODER_FOLDER
@@ -188,6 +190,58 @@ def test_other_caches_are_refused(photos: PhotoHome, seda: da.Run) -> None:
         next(classifier.classify_cache(other["random_projection"], home))
     with pytest.raises(da.UserError, match="which were computed elsewhere or by a plug-in"):
         replace(classifier.spec, encoder="imported").build_encoder(seda.folder)
+
+
+@pytest.mark.parametrize(
+    ("file", "changed", "message"),
+    [
+        (
+            "predict.json",
+            {"class_names": ["blue"]},
+            r"is damaged \(it names 1 classes, and the head has 3\); delete",
+        ),
+        ("predict.json", {"label_kind": "x"}, r"label_kind is 'x'"),
+        ("calibration.json", {"temperature": 0}, r"calibration.json is damaged .*temperature is not above 0\); delete it"),
+    ],
+)
+def test_records_that_do_not_fit_are_refused(copied: Path, file: str, changed: dict[str, Any], message: str) -> None:
+    recorded = json.loads((copied / file).read_text()) if (copied / file).is_file() else {"kind": "softmax"}
+    (copied / file).write_text(json.dumps(recorded | changed))
+    with pytest.raises(da.UserError, match=message):
+        Classifier.of(da.load_run(copied).folder, copied)
+
+
+def test_the_file_that_is_read_is_the_one_that_is_named(tmp_path: Path) -> None:
+    """A folder above a link is that of its target."""
+    (tmp_path / "target" / "inner").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "target" / "inner")
+    (tmp_path / "target" / "a.png").write_bytes(b"right")
+    (tmp_path / "a.png").write_bytes(b"wrong")
+    manifest = manifest_of_files([str(tmp_path / "link" / ".." / "a.png")], "image")
+    assert manifest.media_path(manifest.samples[0]).read_bytes() == b"right"
+
+
+def test_texts_and_features_of_another_manifest_are_refused(photos: PhotoHome, copied: Path) -> None:
+    home = photos.workspace.home
+    classifier = Classifier.of(da.load_run(copied).folder, home)
+    cache = find_any_cache(home, "photos/random_projection", classifier.spec)
+    texts = replace(cache, identity={**cache.identity, "text": {}})
+    with pytest.raises(da.UserError, match="texts cannot be classified"):
+        next(classifier.classify_cache(texts, home))
+    stale = replace(cache, identity={**cache.identity, "manifest": "0" * 64})
+    with pytest.raises(da.UserError, match=r"made from another manifest than that of photos .*: diffalign extract photos"):
+        next(classifier.classify_cache(stale, home, "val"))
+
+
+def test_a_run_of_a_fold_logs_reads_of_the_test_split_of_the_whole(photos: PhotoHome, copied: Path) -> None:
+    home = photos.workspace.home
+    (copied / "test_reads.jsonl").unlink(missing_ok=True)
+    classifier = Classifier.of(da.load_run(copied).folder, home)
+    cache = find_any_cache(home, "photos/random_projection", classifier.spec)
+    of_fold = replace(classifier, spec=replace(classifier.spec, dataset=write_folds(home, "photos", 2)[0]))
+    for split in ("val", "test", None):
+        next(of_fold.classify_cache(cache, home, split))
+    assert len((copied / "test_reads.jsonl").read_text().splitlines()) == 2
 
 
 @pytest.mark.parametrize(

@@ -77,6 +77,8 @@ def test_the_card_of_somebody_else_is_kept(
     with pytest.raises(UserError, match="give another folder"):
         write_card(manifest, tmp_path, tmp_path / "mine")
     assert (tmp_path / "mine" / "README.md").read_text() == "my notes"
+    with pytest.raises(UserError, match="is the folder of the manifests: give another folder"):
+        write_card(manifest, tmp_path, tmp_path / "manifests")
     assert run(["card", "toy", "--home", str(tmp_path)], monkeypatch) == 0
     capsys.readouterr()
     assert run(["card", "toy", "--home", str(tmp_path), "--json"], monkeypatch) == 0  # again over its own

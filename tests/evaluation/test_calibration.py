@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 from scipy.special import expit, log_softmax, softmax
 from sklearn.linear_model import LogisticRegression
 
-from pipeline.evaluation.calibration import LOG_TEMPERATURES, calibrate, plain_calibration
+from pipeline.evaluation.calibration import LOG_TEMPERATURES, Calibration, calibrate, plain_calibration
 
 RNG = np.random.default_rng(0)
 
@@ -65,6 +67,20 @@ def test_a_head_without_a_mistake_keeps_its_temperature_and_a_useless_one_become
         assert calibrate(10 * np.eye(3)[label] - 5, labels, loss) == plain_calibration(labels.ndim == 2, loss)
     useless = calibrate(-4 * np.eye(3)[label], label, "softmax_kl")
     np.testing.assert_allclose(useless.probabilities(np.eye(3)), 1 / 3, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        *({"kind": "\x1b[2J"}, {"temperature": 0.0}, {"temperature": float("nan")}, {"temperature": "1"}, {"temperature": -1}),
+        *({"bias": float("inf")}, {"num_samples": "\x1b"}, {"nll": None}, {"other": 1}),
+    ],
+)
+def test_what_others_recorded_is_checked(changed: dict[str, Any]) -> None:
+    recorded: dict[str, Any] = {"kind": "sigmoid", "temperature": 2, "bias": -0.5}
+    assert Calibration.of(recorded) == Calibration("sigmoid", temperature=2.0, bias=-0.5)
+    with pytest.raises((ValueError, TypeError)):
+        Calibration.of(recorded | changed)
 
 
 def test_of_many_logits_some_are_read(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import base64
+import io
 import json
+import os
 import re
 import shlex
 import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from glob import glob
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -29,15 +33,17 @@ from safetensors.torch import load_file
 from timm.data.transforms_factory import create_transform
 
 import pipeline as da
+from pipeline.data.manifest_files import write_manifest
 from pipeline.data.media_digests import read_digest
 from pipeline.encoders._factory import build_encoder
 from pipeline.encoders._weights import image_to_uint8, split_transform
 from pipeline.evaluation.classify import Classifier
 from pipeline.runtime import plugins
 from pipeline.runtime.rng import KeyedRNG, content_keys
-from pipeline.studies.export_folder import export_run, push_folder
-from pipeline.studies.export_graph import ClassifierGraph, Draw, NoiseInput, run_noise
+from pipeline.studies.export_folder import FILES, _put_in_place, _without_folders, export_run, push_folder
+from pipeline.studies.export_graph import ClassifierGraph, Draw, NoiseInput, run_noise, trace
 from pipeline.studies.export_inputs import read_preprocessing, write_preprocessing
+from pipeline.studies.model_card import _metrics
 
 DOCS = Path(__file__).parents[2] / "docs"
 VIT: dict[str, Any] = {"model": "test_vit", "weights": "random", "compute_dtype": "float32"}
@@ -153,6 +159,10 @@ def test_both_graphs_give_what_the_run_gives(
     for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL):
         exec(block, names)
     assert names["logits"].shape == (2, 3)
+    for path in made.values():
+        assert not [
+            each for each in (tmp_path, seda.home, DOCS.parent, sys.prefix) if os.fsencode(each) in path.read_bytes()
+        ], path
     assert run(["export", str(seda.path), "exported"], monkeypatch) == 2
     assert "exported is there: take another folder, or --overwrite this export" in capsys.readouterr().err
     check_graphs(seda, Path("exported"), files_of_test(photos))
@@ -275,6 +285,66 @@ def test_preprocessing_is_read_back(transform: Any, tmp_path: Path) -> None:
     Image.fromarray(pixels).save(tmp_path / "picture.png")
     expected = built.prepare_image(Image.fromarray(pixels))
     assert torch.equal(read_preprocessing(tmp_path)(tmp_path / "picture.png"), expected)
+
+
+def test_a_program_of_torch_is_not_loaded_unasked(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"diffalign": {"calibration": {"kind": "softmax"}}}))
+    (tmp_path / "labels.json").write_text('["a", "b"]')
+    (tmp_path / "model.pt2").write_bytes(b"code of strangers")
+    backends: tuple[Any, ...] = ("auto", "onnx")
+    for backend in backends:
+        with pytest.raises(da.UserError, match=r'has no model.onnx, .* pass backend="torch", only for folders that you trust'):
+            da.load_export(tmp_path, backend)
+    (tmp_path / "config.json").write_text(json.dumps({"diffalign": {"calibration": {"kind": "softmax", "temperature": 0}}}))
+    with pytest.raises(da.UserError, match=r"is damaged .*temperature is not above 0"):
+        da.load_export(tmp_path)
+
+
+def test_exports_name_no_folder_of_this_machine() -> None:
+    class Doubled(torch.nn.Module):
+        def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+            return torch.relu(2 * pixel_values)
+
+    file = io.BytesIO()
+    graph: Any = Doubled()
+    torch.export.save(trace(graph, (torch.ones(2, 3),)), file)
+    assert os.fsencode(DOCS.parent) not in file.getvalue()
+    nested = {"weights": "/home/me/x.pth", "settings": "weights=/home/me/x.pth,layer=3", "mean": [0.5, "a/b"]}
+    cut = {"weights": "x.pth", "settings": "weights=x.pth,layer=3", "mean": [0.5, "a/b"]}
+    assert _without_folders(nested) == cut
+
+
+def test_intervals_of_the_card_are_over_groups(photos: PhotoHome, seda: da.Run, tmp_path: Path) -> None:
+    seda.evaluate("test")
+    home, manifest = photos.workspace.home, photos.workspace.manifest("photos")
+    classifier = Classifier.of(seda.folder, home)
+    grouped = tuple(replace(each, group=each.id.partition("-")[0] + each.split) for each in manifest.samples)
+    write_manifest(replace(manifest, samples=grouped), tmp_path)
+    (independent, *_), (of_groups, *_) = (_metrics(classifier, each)[2:] for each in (home, tmp_path))
+    assert independent.rpartition("|")[0].split("|")[:5] == of_groups.split("|")[:5]
+    assert independent != of_groups
+    for folder, said in ((home, "over samples,"), (tmp_path, "over groups of samples,"), (tmp_path / "x", "as independent,")):
+        assert said in _metrics(classifier, folder)[-1]
+
+
+def test_what_is_no_export_is_never_replaced(
+    photos: PhotoHome, seda: da.Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "exported"
+    (folder / "inner").mkdir(parents=True)
+    monkeypatch.chdir(folder / "inner")
+    for here in (Path(), folder, Path("..")):
+        with pytest.raises(da.UserError, match="is the current folder or has it inside"):
+            export_run(seda.folder, here, seda.home, overwrite=True)
+    monkeypatch.chdir(tmp_path)
+    (folder / "inner").rmdir()
+    for name in (*FILES, "thesis.tex"):
+        (folder / name).touch()
+    with pytest.raises(da.UserError, match=r"has 'thesis.tex', which is no file of an export"):
+        export_run(seda.folder, folder, seda.home, overwrite=True)
+    with pytest.raises(FileNotFoundError):  # the new folder cannot be renamed
+        _put_in_place(tmp_path / "missing", folder, tmp_path / "old")
+    assert {path.name for path in folder.iterdir()} == {*FILES, "thesis.tex"}
 
 
 def test_what_cannot_be_exported_says_why(photos: PhotoHome, tmp_path: Path) -> None:
