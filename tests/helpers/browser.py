@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -51,6 +52,14 @@ class Browser:
         self.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
         features = [{"name": "prefers-color-scheme", "value": scheme}]
         self.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": media, "features": features})
+        self._settle()
+
+    def _settle(self, times: int = 3, pause: float = 0.15, timeout: float = 20.0) -> None:
+        """Wait until the sizes of all elements have been the same several times: Bokeh lays its figures out in steps."""
+        seen, end = list[Any](), time.monotonic() + timeout
+        while time.monotonic() < end and not (len(seen) >= times and seen.count(seen[-1]) == times):
+            seen = [*seen, self.run("return deep(document).map((e) => e.scrollWidth).join()")][-times:]
+            time.sleep(pause)
 
     def move_to(self, x: float, y: float) -> None:
         """Move the pointer to a place of the window."""
