@@ -22,10 +22,10 @@ class _Recomputed(torch.autograd.Function):
         ctx.save_for_backward(*inputs[1:])
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        with torch.autocast(gradient.device.type, enabled=False):
-            _, pull_back = torch.func.vjp(ctx.function, *ctx.saved_tensors)
-            return None, *pull_back(gradient)
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        with torch.autocast(grad_outputs[0].device.type, enabled=False):
+            pull_back = torch.func.vjp(ctx.function, *ctx.saved_tensors)[1]
+            return None, *pull_back(*grad_outputs)
 
 
 def recomputed(function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
