@@ -157,12 +157,16 @@ class TEAM(CommonSpaceHead):
     The token loss knows each pair from two hard negatives: the text with another image and the image with another text, drawn
     where the global similarity is high. A sample with the same labels, or without text, is no negative. A sample that has no
     negative in its batch does not count.
+
+    --preset paper has the published 6 blocks and batches of 240, and a rate that falls to a tenth every 10 epochs: that of the
+    papers, with Adam in place of LAMB. The token loss stays a mean over the blocks, where the published code has their sum.
     """
 
     Config = Config
     symbols: ClassVar[Mapping[str, str]] = {"lam": "w_team", "tau": "tau", "d": "width"}
     without_text: ClassVar[Mapping[str, Any]] = {"w_team": 0.0}
     paper: ClassVar[Mapping[str, Any]] = {"num_blocks": 6}
+    paper_training: ClassVar[Mapping[str, Any]] = {"lr_step": 10, "lr_gamma": 0.1, "batch_size": 240}
     grid: ClassVar[Mapping[str, tuple[Any, ...]]] = {"w_team": (0.1, 0.3, 1.0, 3.0), "tau": (0.03, 0.07, 0.2)}
     phases = (scaled_phase("global_scale", "token_scale"),)
     reads_tokens = True
