@@ -24,6 +24,7 @@ from pipeline.nn.tokens import (
     pooled_batches,
     pooled_shapes,
     pooled_text,
+    token_source,
     word_mask,
 )
 from pipeline.runtime.rng import KeyedRNG
@@ -200,7 +201,7 @@ class MGCC(Method):
         """Return CE + lam (L_i2t + L_t2i) / 2, and both parts."""
         image, text, paired = batch["image"], batch["text"], batch["paired"]
         h_v, h_s = self.common.image(pooled(image)), self.common.text(pooled_text(text), paired)
-        similarity = self.similarity(h_v, h_s, image if image.ndim > 2 else h_v, text if text.ndim > 2 else h_s)
+        similarity = self.similarity(h_v, h_s, token_source(image, h_v), token_source(text, h_s))
         v2s, s2v = contrastive_losses(self.similarity_scale() * similarity, paired)
         ce, mgcc = classification_loss(self.classifier(h_v), batch["label"], self.label_loss), (v2s + s2v) / 2.0
         return {"loss": ce + self.w_mgcc * mgcc, "ce": ce, "mgcc": mgcc}

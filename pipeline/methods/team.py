@@ -28,6 +28,7 @@ from pipeline.nn.tokens import (
     pooled_shapes,
     pooled_text,
     token_mean,
+    token_source,
     word_mask,
 )
 from pipeline.runtime.errors import UserError
@@ -197,7 +198,7 @@ class TEAM(CommonSpaceHead):
         ce, clip = classification_loss(self.classifier(h_v), label, self.label_loss), (v2s + s2v) / 2.0
         allowed = (paired > 0) & ~same_labels(label)
         other_image, other_text = self._draw_negatives(h_v, h_s, allowed)
-        image, text = image if image.ndim > 2 else h_v, text if text.ndim > 2 else h_s
+        image, text = token_source(image, h_v), token_source(text, h_s)
         scores = self.matching(torch.cat([text, text, text[other_text]]), torch.cat([image, image[other_image], image]))
         scores = scores.unflatten(1, (3, -1)).transpose(0, 1)
         tokens = token_loss(scores, self.token_scale(), paired * allowed.any(1))
