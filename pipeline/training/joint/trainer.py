@@ -6,10 +6,9 @@ import resource
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -30,6 +29,7 @@ from pipeline.training.joint.inputs import augment_images, prefetch_items, selec
 from pipeline.training.joint.model import EncodeFn, JointMethod
 from pipeline.training.joint.plan import JointOptions, JointPlan
 from pipeline.training.joint.trainable_encoder import TrainableEncoder, build_joint_method, open_trainable_encoder
+from pipeline.training.seeds import Feed
 from pipeline.training.state import Score, TrainState
 from pipeline.training.tracking import RunTrackers
 from pipeline.training.train import train
@@ -64,11 +64,14 @@ def train_joint(plan: JointPlan, options: JointOptions, context: DistributedCont
         progress = options.progress and not context.rank
         trackers = RunTrackers(() if context.rank else options.trackers)
         state = TrainState(method=model, run=run, config=plan.training, trackers=trackers)
-        validate = partial(validate_joint, plan, encoders, context)
+
+        def validate(predictor: Predictor, seeds: Sequence[int]) -> list[Score]:
+            return validate_joint(plan, encoders, context, predictor)
+
         source = joint_source(plan, model, encoders, context, progress)
         resources.enter_context(deterministic_algorithms(default_device()))
         # The head brings its statistics, so it needs no pass over the training split.
-        for error in train([state], source, lambda: iter(()), validate, progress).values():
+        for error in train([state], {run.seed: Feed(source, lambda: iter(()))}, validate, progress).values():
             raise error
 
 
