@@ -188,12 +188,12 @@ class BucketStore:
         return sorted(prefix.rpartition("/")[2] for prefix in found["common_prefixes"])
 
     def delete(self, place: Address) -> None:
-        with _labelled(place) as obstore:
-            with suppress(obstore.exceptions.NotFoundError):  # S3 says nothing in this case, others do
-                obstore.delete(self.bucket, place.key)
+        with suppress(FileNotFoundError), _labelled(place) as obstore:  # S3 says nothing in this case, others do
+            obstore.delete(self.bucket, place.key)
 
 
 _FILES = FileStore()
+_users: dict[str, int] = {}  # "process": the first that has used an object store
 
 
 def store_of(place: Place) -> Store:
@@ -261,8 +261,19 @@ def zarr_source(place: Place) -> Any:
     return StorePath(ObjectStore(bucket, read_only=True), place.key)
 
 
-@cache
 def _bucket_store(bucket: str) -> BucketStore:
+    return _open_bucket(bucket, os.getpid())
+
+
+@cache
+def _open_bucket(bucket: str, process: int) -> BucketStore:
+    """Return the store of a bucket for one process.
+
+    Raises:
+        OSError: the process was forked from one that uses object stores: the threads of the library are not in it.
+    """
+    if _users.setdefault("process", process) != process:
+        raise OSError(errno.EIO, "a forked process cannot use an object store that its parent uses", bucket)
     return BucketStore(bucket)
 
 
