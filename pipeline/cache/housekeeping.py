@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 from dataclasses import dataclass
@@ -55,8 +56,8 @@ def preview_removal(path: Place) -> RemovalSummary:
         if not objects:
             raise UserError(f"{path} is not a feature cache; diffalign cache ls shows them")
         return RemovalSummary(path, len(objects), sum(found.num_bytes for found in objects))
-    absolute = path.absolute()  # "." has no name
-    folder = cache_home(path) / "caches" / absolute.parent.name / absolute.name
+    cache_home(path)  # only a folder in a place of caches is removed
+    folder = Path(os.path.abspath(path))  # "." has no name
     if path.is_symlink() or folder.parent.is_symlink():
         raise UserError(f"{path} is reached by a symbolic link; give the folder itself")
     is_cache = bool(_CACHE_NAME.search(folder.name)) and (folder / "zarr.json").exists()

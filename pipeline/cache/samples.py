@@ -19,10 +19,10 @@ def cache_home(path: Place) -> Path:
     Raises:
         UserError: the folder is not at such a place.
     """
-    if isinstance(path, Address):
-        return home_of_caches(path.parent.parent)
-    absolute = Path(os.path.abspath(path))  # symbolic links are not resolved
-    if absolute.parent.parent.name != "caches":
+    absolute = Path(os.path.abspath(path)) if isinstance(path, Path) else path  # symbolic links are not resolved
+    if home := home_of_caches(absolute.parent.parent):
+        return home
+    if isinstance(absolute, Address) or absolute.parent.parent.name != "caches":
         raise UserError(f"{path} is not in <home>/caches/<dataset>/, where feature caches lie; diffalign cache ls shows them")
     return absolute.parents[2]
 

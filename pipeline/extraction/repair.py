@@ -16,7 +16,7 @@ from pipeline.extraction.extract import NO_SAMPLE_IDS, ExtractionTask, ExtractOp
 from pipeline.runtime.claims import hold
 from pipeline.runtime.errors import UserError
 from pipeline.runtime.files import fingerprint
-from pipeline.runtime.places import Place
+from pipeline.runtime.places import Address, Place, caches_at
 from pipeline.runtime.stores import exists
 
 
@@ -71,11 +71,12 @@ def _plan_repair(
         UserError: that extraction would fill another cache today.
     """
     home = cache_home(path)
-    settings, compiled = provenance["settings"], identity.get("compiled", False)
+    settings, compiled, store_dtype = provenance["settings"], identity.get("compiled", False), identity["store_dtype"]
     recorded = {"shard_rows": provenance["shard_rows"], "batch_size": provenance.get("batch_size", 0)}
     options = ExtractOptions(**{**vars(options), **recorded})
     manifest = read_manifest(home, identity["dataset"])
-    task = plan_extraction(manifest, identity["encoder"]["name"], settings, home, identity["store_dtype"], compiled, options)
+    with caches_at(str(path.parent.parent) if isinstance(path, Address) else ""):
+        task = plan_extraction(manifest, identity["encoder"]["name"], settings, home, store_dtype, compiled, options)
     target = task.target
     for field, wanted, found in identity_differences(identity, target.identity):
         raise UserError(f"it was made with {field} = {wanted!r}, which is {found!r} now; bring that back")

@@ -113,19 +113,23 @@ def caches_place(home: Path) -> Place:
     From then on `home_of_caches` knows the home.
     """
     place = parse_place(os.environ.get(CACHES_VARIABLE) or home / "caches")
-    _homes[place.absolute()] = home
+    _homes[place.absolute()] = home.absolute()
     return place
 
 
-def home_of_caches(place: Place) -> Path:
-    """Return the home whose caches are at a place outside of it; of a place that is not known, that of the environment."""
-    return _homes.get(place.absolute()) or Path(os.environ.get(HOME_VARIABLE) or DEFAULT_HOME)
+def home_of_caches(place: Place) -> Path | None:
+    """Return the home whose caches are at a place; of an address that was not asked for, that of the environment."""
+    if isinstance(place, Address):
+        return _homes.get(place) or Path(os.environ.get(HOME_VARIABLE) or DEFAULT_HOME)
+    return _homes.get(place.absolute())
 
 
 def place_with_home(text: str, home: Path) -> Place:
     """Return the place of a cache that a user has written, and remember the home that has its manifest."""
     place = parse_place(text)
-    _homes[place.absolute().parent.parent] = home
+    caches_place(home)
+    if isinstance(place, Address):
+        _homes[place.parent.parent] = home.absolute()
     return place
 
 

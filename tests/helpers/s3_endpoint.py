@@ -15,7 +15,7 @@ import threading
 import time
 import urllib.request
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -55,8 +55,9 @@ class DisturbedApp:
     def _ask(self, environ: dict[str, Any], body: bytes) -> list[Any]:
         """Return status, headers and the content of the answer."""
         answer: list[Any] = []
-        with self.lock if "HTTP_IF_NONE_MATCH" in environ else suppress():
-            content = b"".join(self.app({**environ, "wsgi.input": io.BytesIO(body)}, lambda *head, **_: answer.extend(head[:2])))
+        request = {**environ, "wsgi.input": io.BytesIO(body)}
+        with self.lock if "HTTP_IF_NONE_MATCH" in environ else nullcontext():
+            content = b"".join(self.app(request, lambda *head, **_: answer.extend(head[:2])))
         return [*answer, content]
 
 
@@ -104,6 +105,19 @@ def run_endpoint() -> Iterator[Endpoint]:
     finally:
         process.kill()
         process.wait()
+
+
+@contextmanager
+def use_endpoint() -> Iterator[Endpoint]:
+    """Start an endpoint, and let this process use it."""
+    earlier = dict(os.environ)
+    with run_endpoint() as endpoint:
+        os.environ.update(endpoint.environment)
+        try:
+            yield endpoint
+        finally:
+            os.environ.clear()
+            os.environ.update(earlier)
 
 
 def serve(port: int) -> None:

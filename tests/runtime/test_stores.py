@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers.s3_endpoint import CREDENTIALS, Endpoint, run_endpoint
+from helpers.s3_endpoint import CREDENTIALS, Endpoint, use_endpoint
 
 from pipeline.runtime import claims
 from pipeline.runtime.claims import check_held, hold
@@ -20,9 +21,7 @@ from pipeline.runtime.stores import FileStore, exists, object_sha256, remove_obj
 
 @pytest.fixture(scope="module")
 def endpoint() -> Iterator[Endpoint]:
-    with run_endpoint() as endpoint, pytest.MonkeyPatch.context() as environment:
-        for name, value in endpoint.environment.items():
-            environment.setenv(name, value)
+    with use_endpoint() as endpoint:
         yield endpoint
 
 
@@ -93,7 +92,6 @@ def test_requests_that_fail_are_repeated(endpoint: Endpoint) -> None:
 
 def test_a_claim_keeps_others_out_and_a_dead_one_is_taken_over(endpoint: Endpoint, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DIFFALIGN_LEASE_SECONDS", "1")
-    monkeypatch.setattr(claims, "lease_seconds", lambda: 1.0)
     place = parse_place("s3://bucket/claims-test")
     store = store_of(place)
     with hold(place, "1"):
@@ -140,6 +138,7 @@ def test_caches_have_a_place_of_their_own(tmp_path: Path) -> None:
     assert "DIFFALIGN_CACHES" not in os.environ
     assert home_of_caches(Address("gs://bucket", "x")) == tmp_path
     assert home_of_caches(Address("gs://other", "x")) == Path("artifacts")
+    assert home_of_caches(Path("elsewhere")) is None
 
 
 def test_a_store_that_refuses_or_is_silent_says_so_without_credentials(
@@ -153,7 +152,7 @@ def test_a_store_that_refuses_or_is_silent_says_so_without_credentials(
 
 
 def test_without_the_library_the_message_names_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "obstore.store", None)
+    monkeypatch.setitem(sys.modules, "obstore.store", None)
     place: Any = parse_place("s3://never-opened/x")
     with pytest.raises(UserError, match=r"pip install 'diffalign\[object-storage\]'"):
         store_of(place)
