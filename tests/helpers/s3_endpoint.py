@@ -36,8 +36,9 @@ class DisturbedApp:
             self.share = float(body)
             start_response("200 OK", [("Content-Length", "0")])
             return []
+        is_of_a_test = "urllib" in environ.get("HTTP_USER_AGENT", "")
         with self.lock:
-            fault = self.rng.choice(FAULTS) if self.rng.random() < self.share else ""
+            fault = self.rng.choice(FAULTS) if self.rng.random() < self.share and not is_of_a_test else ""
         if fault == "delay":
             time.sleep(0.1)
         if fault == "refuse":
