@@ -213,6 +213,7 @@ class Writer:
             failures=tuple(failures),
             media_digests=media_digests,
         )
+        check_held(self.path, part_of(shard))
         layout.write_commit(self.path, commit)
         return commit
 

@@ -56,7 +56,7 @@ def remote(texts: Manifest, on_disk: Place, endpoint: Endpoint) -> Iterator[Addr
     """The same cache, extracted into a bucket while a quarter of the requests is disturbed."""
     endpoint.disturb(0.25)
     with caches_at("s3://bucket/whole"):
-        path = extract_texts(texts, texts.media_root)
+        path = extract_texts(texts, texts.media_root, workers=1)
         endpoint.disturb(0)
         assert isinstance(path, Address)
         yield path
