@@ -16,13 +16,14 @@ import secrets
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import NamedTuple
 
 from pipeline.runtime.errors import UserError
 from pipeline.runtime.files import lock, lock_shared
 from pipeline.runtime.places import Address, Place
-from pipeline.runtime.stores import StoredObject, exists, store_of
+from pipeline.runtime.stores import StoredObject, store_of
 
 logger = logging.getLogger(__name__)
 
@@ -31,7 +32,23 @@ DEFAULT_LEASE = 60.0
 RENEWALS_PER_LEASE = 5
 CLAIMS = "claims"
 EVERYTHING = "all"  # the part that overlaps with every other one
-_held: dict[tuple[Address, str], Address] = {}  # (place, part) -> the claim that this process holds
+
+
+class Claim(NamedTuple):
+    """A claim of this process."""
+
+    place: Address
+    holder: bytes  # the random name that is written in it
+
+    def is_ours(self) -> bool:
+        """Whether no other process has taken it over."""
+        try:
+            return store_of(self.place).get(self.place) == self.holder
+        except FileNotFoundError:
+            return False
+
+
+_held: dict[tuple[Address, str], Claim] = {}  # by place and part
 
 
 def lease_seconds() -> float:
@@ -71,8 +88,10 @@ def hold(place: Place, part: str = EVERYTHING, wait: float = 0.0) -> Iterator[No
     finally:
         stopped.set()
         thread.join()
-        if _held.pop((place, part), None) and exists(claim):
-            store_of(claim).delete(claim)
+        del _held[place, part]
+        with suppress(OSError):  # a claim that cannot be removed ends with its lease
+            if claim.is_ours():
+                store_of(place).delete(claim.place)
 
 
 def check_held(place: Place, part: str) -> None:
@@ -84,14 +103,14 @@ def check_held(place: Place, part: str) -> None:
     if isinstance(place, Path):
         return
     claims = [claim for key in ((place, EVERYTHING), (place, part)) if (claim := _held.get(key))]
-    if claims and not any(map(exists, claims)):
+    if claims and not any(claim.is_ours() for claim in claims):
         raise UserError(
             f"{place}: this process gave no sign of life for {lease_seconds():g} seconds, and another one writes part {part} "
             "in its place; run the same command again"
         )
 
 
-def _acquire(place: Address, part: str, deadline: float) -> Address:
+def _acquire(place: Address, part: str, deadline: float) -> Claim:
     """Put a claim on a part of a place, and return it when no other claim overlaps with it.
 
     Who puts a claim lists all of them afterwards. So of two that overlap, at least one sees the other and withdraws.
@@ -99,12 +118,12 @@ def _acquire(place: Address, part: str, deadline: float) -> Address:
     Raises:
         UserError: another process holds an overlapping claim when the time is over.
     """
-    store, folder, name = store_of(place), place / CLAIMS, secrets.token_hex(8).encode()
+    store, folder, holder = store_of(place), place / CLAIMS, secrets.token_hex(8).encode()
     is_told = False
     while True:
         numbers = [int(found.place.name) for found in store.list(folder / part)]
         mine = folder / part / f"{max(numbers, default=-1) + 1:06d}"
-        if store.put_if_absent(mine, name):
+        if store.put_if_absent(mine, holder):
             claims = store.list(folder)
             now = max(found.modified for found in claims)  # that of the claim that was just put, or later
             others = [found for found in claims if found.place != mine]
@@ -113,7 +132,7 @@ def _acquire(place: Address, part: str, deadline: float) -> Address:
                 for found in dead:
                     logger.info("%s: taking over from a process that has died", found.place)
                     store.delete(found.place)
-                return mine
+                return Claim(mine, holder)
             store.delete(mine)
         if time.monotonic() > deadline:
             raise UserError(f"another process is writing to {place}; wait until it has ended")
@@ -128,14 +147,13 @@ def _overlaps(found: StoredObject, part: str) -> bool:
     return other == part or EVERYTHING in (other, part)
 
 
-def _renew(place: Address, part: str, claim: Address, stopped: threading.Event) -> None:
+def _renew(place: Address, part: str, claim: Claim, stopped: threading.Event) -> None:
     """Write a claim again and again until it is given up, or another process has taken it over."""
-    store = store_of(claim)
     while not stopped.wait(lease_seconds() / RENEWALS_PER_LEASE):
         try:
-            if not exists(claim):
+            if not claim.is_ours():
                 logger.warning("%s: another process has taken over part %s", place, part)
                 return
-            store.put(claim, store.get(claim))
+            store_of(place).put(claim.place, claim.holder)
         except OSError as error:  # the next one may be in time
-            logger.debug("%s was not renewed: %s", claim, error)
+            logger.debug("%s was not renewed: %s", claim.place, error)
