@@ -66,7 +66,7 @@ def content_of(place: Address, folder: Path) -> dict[str, bytes]:
     """Return the objects of a cache as `cache_content` returns its files; there are no others."""
     copied = copy(place, folder)
     assert isinstance(copied, Path)
-    names = {str(found.place.relative_to(place)) for found in store_of(place).list(place)}
+    names = {str(found.place).removeprefix(f"{place}/") for found in store_of(place).list(place)}
     assert names == {file.relative_to(copied).as_posix() for file in copied.rglob("*") if file.is_file()} - {".lock"}
     return cache_content(copied)
 
