@@ -131,8 +131,8 @@ class FileStore:
 class BucketStore:
     """The `Store` of a bucket of an object store."""
 
-    def __init__(self, bucket: str) -> None:
-        self.bucket = _connect(bucket)
+    def __init__(self, bucket: str, endpoint: str = "") -> None:
+        self.bucket = _connect(bucket, endpoint)
 
     def put(self, place: Address, data: Data) -> None:
         content = _joined(data)
@@ -262,33 +262,38 @@ def zarr_source(place: Place) -> Any:
 
 
 def _bucket_store(bucket: str) -> BucketStore:
-    return _open_bucket(bucket, os.getpid())
+    return _open_bucket(bucket, os.getpid(), _endpoint(bucket))
 
 
 @cache
-def _open_bucket(bucket: str, process: int) -> BucketStore:
-    """Return the store of a bucket for one process.
+def _open_bucket(bucket: str, process: int, endpoint: str) -> BucketStore:
+    """Return the store of a bucket for one process; it is opened once.
 
     Raises:
         OSError: the process was forked from one that uses object stores: the threads of the library are not in it.
     """
     if _users.setdefault("process", process) != process:
         raise OSError(errno.EIO, "a forked process cannot use an object store that its parent uses", bucket)
-    return BucketStore(bucket)
+    return BucketStore(bucket, endpoint)
 
 
-def _connect(bucket: str) -> Any:
+def _endpoint(bucket: str) -> str:
+    """Return the address of a server that speaks the protocol of S3; "": the provider's own."""
+    given = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or ""
+    return given if bucket.startswith("s3://") else ""
+
+
+def _connect(bucket: str, endpoint: str) -> Any:
     """Return the connection to a bucket; nothing is asked of it yet."""
     try:
         from obstore.store import from_url
     except ImportError as error:
         raise UserError(f"{bucket} needs the package obstore: pip install 'diffalign[object-storage]'") from error
-    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL", "")
     client: dict[str, Any] = {"timeout": REQUEST_TIMEOUT, "connect_timeout": "10s"}
-    client |= {"allow_http": True} if bucket.startswith("s3://") and endpoint.startswith("http://") else {}
+    client |= {"allow_http": True} if endpoint.startswith("http://") else {}
     retry: dict[str, Any] = {"max_retries": 20, "retry_timeout": timedelta(seconds=RETRY_SECONDS)}
     retry |= {"backoff": {"init_backoff": timedelta(seconds=0.1), "max_backoff": timedelta(seconds=5), "base": 2}}
-    own: Any = {"endpoint": endpoint} if bucket.startswith("s3://") and endpoint else {}
+    own: Any = {"endpoint": endpoint} if endpoint else {}
     return from_url(bucket, client_options=client, retry_config=retry, **own)  # pyright: ignore[reportArgumentType]
 
 
