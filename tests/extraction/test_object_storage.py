@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import random
+import shutil
 import signal
 import time
 from collections.abc import Iterator
@@ -13,14 +14,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from helpers.command_line import run
 from helpers.fault_cases import cache_content, extract_texts, write_texts
 from helpers.s3_endpoint import Endpoint, use_endpoint
+from helpers.tiny_heads import train_tiny
 
 from pipeline import Workspace
-from pipeline.cache import open_cache, shard_bytes, verify
+from pipeline.cache import find_caches, open_cache, shard_bytes, verify
 from pipeline.cache.housekeeping import copy
 from pipeline.cache.layout import shard_path
 from pipeline.cache.streaming import open_split
@@ -107,6 +110,20 @@ def test_windows_over_a_bucket_are_those_over_a_disk(remote: Address, on_disk: P
     for first, second in zip(tables(remote), tables(on_disk), strict=True):
         assert first.keys() == second.keys()
         assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_a_head_trained_on_a_bucket_is_that_trained_on_a_disk(tiny_home: Path, tmp_path: Path, endpoint: Endpoint) -> None:
+    runs = []
+    for name, caches in (("disk", ""), ("bucket", "s3://bucket/heads")):
+        home = tmp_path / name
+        shutil.copytree(tiny_home / "manifests", home / "manifests")
+        for path in find_caches(tiny_home, "tiny"):
+            copy(path, parse_place(caches) if caches else home / "caches")
+        with caches_at(caches):
+            runs.append(train_tiny(home, "ema", training={"window": 8}))
+    first, second = (pd.read_csv(run.path / "history.csv").drop(columns="seconds", errors="ignore") for run in runs)
+    pd.testing.assert_frame_equal(first, second)
+    assert (runs[0].path / "config.json").read_bytes() == (runs[1].path / "config.json").read_bytes()
 
 
 def test_cache_commands_work_on_a_bucket(
