@@ -49,6 +49,7 @@ from pipeline.extraction.extract import ExtractOptions, extract, plan_extraction
 from pipeline.extraction.throughput import ThroughputMeter
 from pipeline.extraction.workers import encode_batches
 from pipeline.runtime.device import default_device
+from pipeline.runtime.files import file_sha256
 from pipeline.types import Sample
 
 SIDE = 500  # pixels of the shorter side
@@ -178,7 +179,7 @@ def overhead(folder: Path, home: Path, count: int) -> None:
             handle.write(data)
             handle.flush()
             os.fsync(handle.fileno())
-        layout.file_sha256(home / "careful.bin")
+        file_sha256(home / "careful.bin")
 
     extra = seconds(careful) - plain_seconds
     whole = encode_seconds / count * layout.SHARD_ROWS

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from pipeline.runtime.assignments import merge_settings, setting_text
-from pipeline.runtime.files import check_local
 from pipeline.runtime.head_names import find_run
+from pipeline.runtime.places import check_local
 from pipeline.runtime.plugins import load_file
 from pipeline.studies.runs import Run, Runs, list_runs, load_run, train_runs
 

@@ -2,27 +2,27 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from pipeline.cache.reader import Cache, open_cache
 from pipeline.runtime.errors import UserError
+from pipeline.runtime.places import Place
 
 DRIFT_BLOCK_SAMPLES = 2048
 DRIFT_PERCENTILES = (1, 5, 25, 50, 75, 95, 99)
 
 
-def drift(first: Path, second: Path, top: int = 10) -> dict[str, Any]:
+def drift(first: Place, second: Place, top: int = 10) -> dict[str, Any]:
     """Compare the features of the same samples in two caches of a dataset by their cosine. Samples are joined by id.
 
     A sample with several texts is compared by their mean. Samples that only one cache has, or whose feature has no direction
     (failed, or all zero), are counted and left out.
 
     Args:
-        first: the folder of a cache.
-        second: the folder of another cache.
+        first: the place of a cache.
+        second: the place of another cache.
         top: how many of the samples with the lowest cosine are named, as `moved`.
 
     Returns:

@@ -1,39 +1,41 @@
-"""List the caches of a home, and remove a cache."""
+"""List the caches of a home; copy and remove a cache."""
 
 from __future__ import annotations
 
+import os
+import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.cache.reader import find_caches, info
+from pipeline.cache.reader import info, list_caches, open_cache
 from pipeline.cache.samples import cache_home
+from pipeline.cache.verify import verify
+from pipeline.runtime.claims import CLAIMS, hold
 from pipeline.runtime.errors import UserError
 from pipeline.runtime.files import lock, sync_folder
+from pipeline.runtime.places import Address, Place
+from pipeline.runtime.stores import exists, object_sha256, remove_objects, store_of
+
+_CACHE_NAME = re.compile(r"-[0-9a-f]{12}$")
 
 
 @dataclass(frozen=True)
 class RemovalSummary:
-    """A cache folder, and the number and total size of its files."""
+    """A cache, and the number and total size of its files."""
 
-    path: Path
+    path: Place
     files: int
     bytes: int
 
 
 def ls(home: Path) -> list[dict[str, Any]]:
     """Return one line per cache, complete or not: its encoder, its size and the command that made it, as JSON values."""
-    return [_describe_cache(path) for path in list_folders(home)]
+    return [_describe_cache(path) for path in list_caches(home)]
 
 
-def list_folders(home: Path) -> list[Path]:
-    """Return the folders of all caches of a home, complete or not."""
-    folders = sorted(folder for folder in (home / "caches").glob("*") if folder.is_dir())
-    return [path for folder in folders for path in find_caches(home, folder.name)]
-
-
-def _describe_cache(path: Path) -> dict[str, Any]:
+def _describe_cache(path: Place) -> dict[str, Any]:
     line = {"dataset": path.parent.name, "name": path.name, "problem": ""}
     try:
         facts = info(path)
@@ -43,17 +45,23 @@ def _describe_cache(path: Path) -> dict[str, Any]:
     return {**line, "encoder": facts["identity"]["encoder"]["name"], **numbers, "command": facts["provenance"]["command"]}
 
 
-def preview_removal(path: Path) -> RemovalSummary:
+def preview_removal(path: Place) -> RemovalSummary:
     """Return what `rm` would remove.
 
     Raises:
         UserError: the folder is not a cache in <home>/caches/<dataset>/, or it is reached by a symbolic link.
     """
-    absolute = path.absolute()  # "." has no name
-    folder = cache_home(path) / "caches" / absolute.parent.name / absolute.name
+    if isinstance(path, Address):
+        objects = store_of(path).list(path) if _CACHE_NAME.search(path.name) else []
+        if not objects:
+            raise UserError(f"{path} is not a feature cache; diffalign cache ls shows them")
+        return RemovalSummary(path, len(objects), sum(found.num_bytes for found in objects))
+    cache_home(path)  # only a folder in a place of caches is removed
+    folder = Path(os.path.abspath(path))  # "." has no name
     if path.is_symlink() or folder.parent.is_symlink():
         raise UserError(f"{path} is reached by a symbolic link; give the folder itself")
-    if folder not in find_caches(cache_home(path), folder.parent.name) and not _removal_path(folder).is_dir():
+    is_cache = bool(_CACHE_NAME.search(folder.name)) and (folder / "zarr.json").exists()
+    if not is_cache and not _removal_path(folder).is_dir():
         raise UserError(f"{path} is not a feature cache; diffalign cache ls shows them")
     files = [
         file for root in (folder, _removal_path(folder)) for file in root.rglob("*") if file.is_file() and not file.is_symlink()
@@ -61,15 +69,20 @@ def preview_removal(path: Path) -> RemovalSummary:
     return RemovalSummary(folder, len(files), sum(file.stat().st_size for file in files))
 
 
-def rm(path: Path) -> RemovalSummary:
+def rm(path: Place) -> RemovalSummary:
     """Remove a cache, and return what it was.
 
-    The folder is renamed first. If the process is killed, the whole cache is left or none of it. The same command then goes on.
+    A folder is renamed first. If the process is killed, the whole cache is left or none of it. In an object store, the metadata
+    without which there is no cache go first. The same command then goes on.
 
     Raises:
         UserError: as in `preview_removal`, or another process writes to the cache.
     """
     removed = preview_removal(path)
+    if isinstance(removed.path, Address):
+        with hold(removed.path):
+            remove_objects(removed.path, first="zarr.json")
+        return removed
     renamed = _removal_path(removed.path)
     if removed.path.is_dir():
         with lock(removed.path):
@@ -79,6 +92,41 @@ def rm(path: Path) -> RemovalSummary:
             sync_folder(renamed.parent)
     shutil.rmtree(renamed)
     return removed
+
+
+def copy(path: Place, target: Place) -> Place:
+    """Copy a complete cache from a disk or an object store to another place for caches; shards keep every bit.
+
+    What is there already is not copied again. `zarr.json` comes last: until then there is no cache.
+
+    Args:
+        path: the cache.
+        target: the place that holds caches, by dataset: <home>/caches, or an address.
+
+    Returns:
+        The place of the copy.
+
+    Raises:
+        UserError: the cache is incomplete, or the copy is not the same: an object of it was damaged.
+    """
+    cache = open_cache(path)
+    source = path.absolute()
+    copied = target / str(cache.identity["dataset"]) / source.name
+    if copied.absolute() == source:
+        raise UserError(f"{path} is there already; give another place to copy it to")
+    names = [str(found.place).removeprefix(f"{source}/") for found in store_of(source).list(source)]
+    names = [name for name in names if not (name.startswith(f"{CLAIMS}/") or name.rpartition("/")[2].startswith("."))]
+
+    def copy_object(name: str) -> None:
+        if not (exists(copied / name) and object_sha256(copied / name) == object_sha256(source / name)):
+            store_of(copied).put(copied / name, store_of(source).get(source / name))
+
+    with hold(copied):
+        for name in sorted(names, key=lambda name: name == "zarr.json"):
+            copy_object(name)
+    if problems := verify(copied):
+        raise UserError(f"{copied} is not the same as {path}: {'; '.join(problems)}; run the same command again")
+    return copied
 
 
 def _removal_path(path: Path) -> Path:

@@ -1,4 +1,4 @@
-"""The files of a cache folder, the number formats of its features, and the records that say which shards are complete.
+"""The files of a cache, the number formats of its features, and the records that say which shards are complete.
 
 <home>/caches/<dataset>/<encoder>-<fingerprint12>/
   zarr.json                 attributes: kind, identity, provenance, sha256 of the ids
@@ -7,22 +7,27 @@
   commits/arrays.json       sha256 of the metadata, ids and offsets
   commits/<shard>.json      sha256 and statistics of one shard of features, digests of its media
   failures.parquet          id, stage, error of every item that has no features
+
+In an object store, whose address takes the place of <home>/caches, the same names are keys.
 """
 
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints, overload
 
 import numpy as np
 
 from pipeline.runtime.errors import UserError
-from pipeline.runtime.files import canonical_json, file_sha256, fingerprint, sha256, write_atomic
+from pipeline.runtime.files import canonical_json, fingerprint, sha256
+from pipeline.runtime.places import Place, caches_place
+from pipeline.runtime.stores import exists, object_sha256, store_of
 
 StoreDtype = Literal["float16", "float32", "bfloat16"]
 STORE_DTYPES: tuple[str, ...] = get_args(StoreDtype)
@@ -68,16 +73,20 @@ class Commit:
 _RecordT = TypeVar("_RecordT", Failure, Commit)
 
 
-def cache_path(home: Path, dataset: str, encoder: str, identity: Mapping[str, Any]) -> Path:
-    """Return the folder of a cache. Its name ends with 12 digits of the hash of the cache's identity."""
-    return home / "caches" / dataset / f"{encoder}-{fingerprint(identity)[:12]}"
+def cache_path(home: Path, dataset: str, encoder: str, identity: Mapping[str, Any]) -> Place:
+    """Return the place of a cache. Its name ends with 12 digits of the hash of the cache's identity."""
+    return caches_place(home) / dataset / f"{encoder}-{fingerprint(identity)[:12]}"
 
 
-def shard_path(path: Path, shard: int, num_dims: int) -> Path:
+@overload
+def shard_path(path: Path, shard: int, num_dims: int) -> Path: ...
+@overload
+def shard_path(path: Place, shard: int, num_dims: int) -> Place: ...
+def shard_path(path: Place, shard: int, num_dims: int) -> Place:
     """Return the file in which Zarr keeps a shard of features.
 
     Args:
-        path: the folder of the cache.
+        path: the place of the cache.
         shard: the number of the shard.
         num_dims: dimensions of the array of features, rows included.
     """
@@ -162,9 +171,9 @@ def row_norms(stored: np.ndarray, dtype: str) -> np.ndarray:
     return torch.cat([torch.linalg.vector_norm(block.float(), dim=1, dtype=torch.float64) for block in blocks]).numpy()
 
 
-def write_record(path: Path, record: Mapping[str, Any]) -> None:
+def write_record(path: Place, record: Mapping[str, Any]) -> None:
     """Write a JSON record together with its own checksum."""
-    write_atomic(path, _encode_record(record))
+    store_of(path).put(path, _encode_record(record))
 
 
 def _encode_record(record: Mapping[str, Any]) -> bytes:
@@ -173,14 +182,14 @@ def _encode_record(record: Mapping[str, Any]) -> bytes:
     return (json.dumps(checked, indent=1, sort_keys=True, ensure_ascii=False) + "\n").encode()
 
 
-def read_record(path: Path) -> dict[str, Any]:
+def read_record(path: Place) -> dict[str, Any]:
     """Return a record that `write_record` has written, without its checksum.
 
     Raises:
         FileNotFoundError: there is no such file.
         UserError: the record is damaged.
     """
-    data = path.read_bytes()
+    data = store_of(path).get(path)
     try:
         record = json.loads(data)
         del record["check"]
@@ -192,12 +201,12 @@ def read_record(path: Path) -> dict[str, Any]:
     return record
 
 
-def write_digests(path: Path, name: str, files: Sequence[str]) -> None:
+def write_digests(path: Place, name: str, files: Sequence[str]) -> None:
     """Write the record commits/<name>.json: the SHA-256 of each of these files of the cache."""
-    write_record(path / "commits" / f"{name}.json", {file: file_sha256(path / file) for file in files})
+    write_record(path / "commits" / f"{name}.json", {file: object_sha256(path / file) for file in files})
 
 
-def file_problems(path: Path, name: str) -> list[str]:
+def file_problems(path: Place, name: str) -> list[str]:
     """Compare files of a cache with their record commits/<name>.json.
 
     Returns:
@@ -209,22 +218,26 @@ def file_problems(path: Path, name: str) -> list[str]:
         return [f"commits/{name}.json is missing"]
     except UserError as error:
         return [str(error)]
-    missing = [file for file in record if not (path / file).is_file()]
-    changed = [file for file in record if file not in missing and file_sha256(path / file) != record[file]]
+    missing = [file for file in record if not exists(path / file)]
+    changed = [file for file in record if file not in missing and object_sha256(path / file) != record[file]]
     return [f"{file} is missing" for file in missing] + [f"{file} is damaged (its sha256 does not fit)" for file in changed]
 
 
-def commit_path(path: Path, shard: int) -> Path:
+@overload
+def commit_path(path: Path, shard: int) -> Path: ...
+@overload
+def commit_path(path: Place, shard: int) -> Place: ...
+def commit_path(path: Place, shard: int) -> Place:
     """Return the file of the commit record of a shard."""
     return path / "commits" / f"{shard:05d}.json"
 
 
-def write_commit(path: Path, commit: Commit) -> None:
+def write_commit(path: Place, commit: Commit) -> None:
     """Write the commit record of a shard. From then on the shard counts as complete."""
     write_record(commit_path(path, commit.shard), asdict(commit))
 
 
-def read_commit(path: Path, shard: int) -> Commit:
+def read_commit(path: Place, shard: int) -> Commit:
     """Return the commit record of a shard.
 
     Raises:
@@ -240,6 +253,12 @@ def read_commit(path: Path, shard: int) -> Commit:
     if commit.shard != shard:
         raise UserError(f"{commit_path(path, shard)} is the record of shard {commit.shard}")
     return commit
+
+
+def list_commits(path: Place) -> list[Place]:
+    """Return the commit records of the shards of a cache, damaged or not."""
+    found = [each.place for each in store_of(path).list(path / "commits")]
+    return [place for place in found if re.fullmatch(r"[0-9].*[.]json", place.name)]
 
 
 def dataclass_from_json(kind: type[_RecordT], values: Mapping[str, Any]) -> _RecordT:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-from pathlib import Path
 from typing import Any
 
 import dask.config
@@ -15,9 +14,11 @@ from pipeline.cache.neighbours import close_pairs
 from pipeline.cache.reader import Cache
 from pipeline.cache.samples import read_cache_manifest
 from pipeline.cache.stats import STATS_THREADS, dask_features
-from pipeline.runtime.files import sha256, write_atomic
+from pipeline.runtime.files import sha256
+from pipeline.runtime.places import Place
+from pipeline.runtime.stores import map_objects, store_of
 
-RECORD_NAME = "near_duplicates.json"  # in the folder of the cache
+RECORD_NAME = "near_duplicates.json"  # of the cache
 WARNING_COSINE = 0.99  # from which two samples are said to look almost alike
 MAX_PRODUCTS = 3 * 10**11  # multiplications, seconds on two cores; of larger splits, every n-th sample is looked at
 
@@ -44,27 +45,28 @@ def near_duplicate_warning(cache: Cache) -> str:
 def find_near_duplicates(cache: Cache) -> dict[str, Any]:
     """Return how many samples of val and test are near duplicates of a training sample.
 
-    The result is kept in the folder of the cache, if it can be written, until the features change.
+    The result is kept beside the features, if it can be written, until the features change.
 
     Returns:
         "checked" and "near": numbers of samples by split; "closest": the closest pair, or None; "features": what the result
         was found in.
     """
-    commits = sorted((cache.path / "commits").glob("*.json"))
-    features = sha256(cache.fingerprint.encode() + b"".join(path.read_bytes() for path in commits))
+    store = store_of(cache.path)
+    commits = [found.place for found in store.list(cache.path / "commits") if found.place.name.endswith(".json")]
+    features = sha256(cache.fingerprint.encode() + b"".join(map_objects(cache.path, store.get, commits)))
     record = cache.path / RECORD_NAME
     known = _read_record(record)
     if known.get("features") == features and known.get("cosine") == WARNING_COSINE:
         return known
     found = {"features": features, "cosine": WARNING_COSINE, **_search(cache)}
     with contextlib.suppress(OSError):  # a cache that others share may be read-only
-        write_atomic(record, json.dumps(found, indent=1) + "\n")
+        store.put(record, json.dumps(found, indent=1) + "\n")
     return found
 
 
-def _read_record(path: Path) -> dict[str, Any]:
+def _read_record(place: Place) -> dict[str, Any]:
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
+        record = json.loads(store_of(place).get(place))
     except (OSError, ValueError):
         return {}
     return record if isinstance(record, dict) else {}

@@ -7,10 +7,10 @@ import importlib.metadata
 import shlex
 from collections.abc import Mapping
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 from pipeline.runtime.errors import UserError
+from pipeline.runtime.places import Place
 
 MEDIA_MODALITIES = ("image", "video")
 ALL_MODALITIES = (*MEDIA_MODALITIES, "text")
@@ -74,7 +74,7 @@ def _versions() -> Mapping[str, str]:
     return versions
 
 
-def check_libraries(path: Path, recorded: Mapping[str, str], modality: str) -> list[str]:
+def check_libraries(path: Place, recorded: Mapping[str, str], modality: str) -> list[str]:
     """Check that features can be added to a cache with the libraries that are installed here.
 
     Only libraries that compute features of this modality count; those of the store cannot change a number. Another patch
@@ -83,7 +83,7 @@ def check_libraries(path: Path, recorded: Mapping[str, str], modality: str) -> l
     kinds.
 
     Args:
-        path: the folder of the cache, for messages.
+        path: the place of the cache, for messages.
         recorded: the versions with which the cache was begun.
         modality: image, video or text.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import logging
 import math
@@ -24,6 +25,8 @@ from pipeline.cache.shards import StoredFeatures
 from pipeline.data.manifest import Manifest
 from pipeline.runtime.errors import UserError
 from pipeline.runtime.files import fingerprint
+from pipeline.runtime.places import Place, caches_place
+from pipeline.runtime.stores import exists, map_objects, store_of, zarr_source
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -38,7 +41,7 @@ BYTES_PER_READ = 2**27  # that their features take, if each sample has one row
 class Cache:
     """A complete feature cache. Its rows are found by sample id, never by position."""
 
-    path: Path
+    path: Place
     kind: Literal["dense", "ragged"]  # one row per sample, or any number of rows
     identity: Mapping[str, Any]
     fingerprint: str  # SHA-256 of the identity
@@ -59,7 +62,7 @@ class Cache:
 
     @cached_property
     def _ids(self) -> list[str]:
-        return np.asarray(zarr.open_array(self.path / "ids", mode="r")[:]).tolist()
+        return read_array(self.path / "ids").tolist()
 
     def read(self, ids: Sequence[str], aggregate: Literal["mean", "first"] = "mean") -> np.ndarray:
         """Return one feature per sample.
@@ -132,11 +135,11 @@ def samples_per_read(*shapes: tuple[int, ...]) -> int:
     return max(1, min(MAX_SAMPLES_PER_READ, BYTES_PER_READ // sum(4 * math.prod(shape) for shape in shapes)))
 
 
-def open_cache(path: Path, expect: Mapping[str, Any] | None = None) -> Cache:
+def open_cache(path: Place, expect: Mapping[str, Any] | None = None) -> Cache:
     """Open a complete cache.
 
     Args:
-        path: the folder of the cache.
+        path: the place of the cache.
         expect: fields that the identity must have, with these values; nested as in the identity.
 
     Raises:
@@ -152,9 +155,9 @@ def open_cache(path: Path, expect: Mapping[str, Any] | None = None) -> Cache:
     if unfinished:
         state = f"{len(commits)} of {len(commits) + len(problems)} shards are complete ({unfinished[0]})"
         raise UserError(f"{path} is incomplete: {state}; to complete it, run: {command}")
-    stored = StoredFeatures.open(path, command)
+    stored = StoredFeatures.open(path, command, [commit.sha256 for commit in commits])
     is_ragged = attributes["kind"] == "ragged"
-    offsets = np.asarray(zarr.open_array(path / "offsets", mode="r")[:]) if is_ragged else np.arange(stored.shape[0] + 1)
+    offsets = read_array(path / "offsets") if is_ragged else np.arange(stored.shape[0] + 1)
     logger.debug("opened %s: %d samples in %d shards", path, len(offsets) - 1, len(commits))
     return Cache(
         path=path,
@@ -168,27 +171,40 @@ def open_cache(path: Path, expect: Mapping[str, Any] | None = None) -> Cache:
     )
 
 
-def find_caches(home: Path, dataset: str) -> list[Path]:
-    """Return the cache folders of a dataset, complete or not, sorted by name."""
-    folders = (file.parent for file in (home / "caches" / dataset).glob("*/zarr.json"))
-    return sorted(folder for folder in folders if re.search(r"-[0-9a-f]{12}$", folder.name))
+def read_array(place: Place) -> np.ndarray:
+    """Return a whole Zarr array: the ids or the offsets of a cache."""
+    return np.asarray(zarr.open_array(zarr_source(place), mode="r")[:])
 
 
-def info(path: Path) -> dict[str, Any]:
+def find_caches(home: Path, dataset: str) -> list[Place]:
+    """Return the places of the caches of a dataset, complete or not, sorted by name."""
+    folder = caches_place(home) / dataset
+    named = [folder / name for name in store_of(folder).children(folder) if re.search(r"-[0-9a-f]{12}$", name)]
+    has_metadata = map_objects(folder, lambda path: exists(path / "zarr.json"), named)
+    return [path for path, is_cache in zip(named, has_metadata, strict=True) if is_cache]
+
+
+def list_caches(home: Path) -> list[Place]:
+    """Return the places of all caches of a home, complete or not."""
+    place = caches_place(home)
+    return [path for dataset in store_of(place).children(place) for path in find_caches(home, dataset)]
+
+
+def info(path: Place) -> dict[str, Any]:
     """Return what a cache holds and how much of it is complete, as JSON values. The cache may be incomplete.
 
     Raises:
         UserError: as in `read_attributes`.
     """
     attributes = read_attributes(path)
-    array = zarr.open_array(path / "features", mode="r")
+    array = zarr.open_array(zarr_source(path / "features"), mode="r")
     commits, problems = read_commits(path)
     rows, seconds = sum(commit.rows for commit in commits), sum(commit.seconds for commit in commits)
     return {
         "path": str(path),
         "kind": attributes["kind"],
         "fingerprint": fingerprint(attributes["identity"]),
-        "samples": zarr.open_array(path / "ids", mode="r").shape[0],
+        "samples": zarr.open_array(zarr_source(path / "ids"), mode="r").shape[0],
         "rows": array.shape[0],
         "feature_shape": list(array.shape[1:]),
         "store_dtype": attributes["identity"]["store_dtype"],
@@ -203,7 +219,7 @@ def info(path: Path) -> dict[str, Any]:
     }
 
 
-def read_attributes(path: Path) -> dict[str, Any]:
+def read_attributes(path: Place) -> dict[str, Any]:
     """Return the attributes of a cache, after checking its metadata, ids and offsets against their record.
 
     Raises:
@@ -215,20 +231,20 @@ def read_attributes(path: Path) -> dict[str, Any]:
     return attributes
 
 
-def read_zarr_attributes(path: Path) -> dict[str, Any]:
+def read_zarr_attributes(path: Place) -> dict[str, Any]:
     """Return the attributes in zarr.json. No other file is read.
 
     Raises:
         UserError: there is no cache, zarr.json is damaged, or its identity does not hash to the name of the folder.
     """
     try:
-        attributes = json.loads((path / "zarr.json").read_bytes())["attributes"]
+        attributes = json.loads(store_of(path).get(path / "zarr.json"))["attributes"]
         name, command = fingerprint(dict(attributes["identity"]))[:12], dict(attributes["provenance"])["command"]
     except FileNotFoundError as error:
         raise UserError(f"{path} is not a feature cache; make one with: diffalign extract") from error
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path / 'zarr.json'} is damaged ({error}); to redo it, run diffalign extract again") from error
-    if not os.path.abspath(path).endswith(f"-{name}"):  # the path itself may be "."
+    if not (os.path.abspath(path) if isinstance(path, Path) else path.name).endswith(f"-{name}"):  # the path may be "."
         right = f"{path.absolute().name.rpartition('-')[0] or attributes['identity']['encoder']['name']}-{name}"
         raise UserError(
             f"{path} does not fit its identity, which hashes to {name}: if it is a copy in a folder of another name, call that "
@@ -242,48 +258,54 @@ def is_of_text(identity: Mapping[str, Any]) -> bool:
     return "text" in identity or identity["encoder"].get("modality") == "text"
 
 
-def read_commits(path: Path) -> tuple[list[Commit], list[str]]:
+def read_commits(path: Place) -> tuple[list[Commit], list[str]]:
     """Return the commits of all shards whose file has its full size, and one problem for every other shard."""
-    array = zarr.open_array(path / "features", mode="r")
+    array = zarr.open_array(zarr_source(path / "features"), mode="r")
     assert array.shards is not None
-    commits, problems = [], []
-    for shard in range(-(-array.shape[0] // array.shards[0])):
+
+    def read(shard: int) -> Commit | str:
         file = layout.shard_path(path, shard, array.ndim)
         try:
             commit = layout.read_commit(path, shard)
-            size = file.stat().st_size
+            size = store_of(file).size(file)
         except FileNotFoundError as error:
-            problems.append(f"{Path(error.filename).relative_to(path)} is missing")
+            return f"{str(error.filename).removeprefix(f'{path}/')} is missing"
         except UserError as error:
-            problems.append(str(error))
-        else:
-            if size == commit.num_bytes:
-                commits.append(commit)
-            else:
-                problems.append(f"{file.relative_to(path)} has {size} bytes instead of {commit.num_bytes}")
-    return commits, problems
+            return str(error)
+        name = str(file).removeprefix(f"{path}/")
+        return commit if size == commit.num_bytes else f"{name} has {size} bytes instead of {commit.num_bytes}"
+
+    found = map_objects(path, read, range(-(-array.shape[0] // array.shards[0])))
+    return [each for each in found if isinstance(each, Commit)], [each for each in found if isinstance(each, str)]
 
 
-def read_failed_ids(path: Path) -> frozenset[str]:
+def read_failed_ids(path: Place) -> frozenset[str]:
     """Return the ids of the samples that are recorded as failed. The cache may be damaged.
 
     They come from failures.parquet and from the commit records, as far as these are undamaged.
     """
     failed_ids: list[str] = []
     if not layout.file_problems(path, "failures"):
-        failed_ids += pq.read_table(path / "failures.parquet", columns=["id"]).column("id").to_pylist()
-    for file in (path / "commits").glob("[0-9]*.json"):
+        failed_ids += [failure["id"] for failure in read_failures(path)]
+    for file in layout.list_commits(path):
         with contextlib.suppress(UserError):
-            failed_ids += [failure.id for failure in layout.read_commit(path, int(file.stem)).failures]
+            commit = layout.read_commit(path, int(file.name.removesuffix(".json")))
+            failed_ids += [failure.id for failure in commit.failures]
     return frozenset(failed_ids)
 
 
-def describe_failures(path: Path) -> str:
+def read_failures(path: Place) -> list[dict[str, Any]]:
+    """Return the items of a complete cache that failed: id, stage and error of each, in row order."""
+    return pq.read_table(io.BytesIO(store_of(path).get(path / "failures.parquet"))).to_pylist()
+
+
+def describe_failures(path: Place) -> str:
     """Return one line about the samples of a complete cache that failed, with the file that lists them; "" when none has."""
-    failures = pq.read_table(path / "failures.parquet", columns=["id", "error"]).to_pylist()
+    failures = read_failures(path)
     if not failures:
         return ""
-    num_failed, num_samples = len({failure["id"] for failure in failures}), zarr.open_array(path / "ids", mode="r").shape[0]
+    num_failed = len({failure["id"] for failure in failures})
+    num_samples = zarr.open_array(zarr_source(path / "ids"), mode="r").shape[0]
     first = f"{failures[0]['id']}: {failures[0]['error']}"
     have = "has" if num_failed == 1 else "have"
     return (

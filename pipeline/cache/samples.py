@@ -9,17 +9,20 @@ from pipeline.cache.reader import Cache
 from pipeline.data.manifest import Manifest
 from pipeline.data.manifest_files import read_manifest
 from pipeline.runtime.errors import UserError
+from pipeline.runtime.places import Address, Place, home_of_caches
 from pipeline.types import Sample
 
 
-def cache_home(path: Path) -> Path:
-    """Return <home> of a cache folder <home>/caches/<dataset>/<name>.
+def cache_home(path: Place) -> Path:
+    """Return <home> of a cache <home>/caches/<dataset>/<name>, or of one at another place of caches, see `home_of_caches`.
 
     Raises:
         UserError: the folder is not at such a place.
     """
-    absolute = Path(os.path.abspath(path))  # symbolic links are not resolved
-    if absolute.parent.parent.name != "caches":
+    absolute = Path(os.path.abspath(path)) if isinstance(path, Path) else path  # symbolic links are not resolved
+    if home := home_of_caches(absolute.parent.parent):
+        return home
+    if isinstance(absolute, Address) or absolute.parent.parent.name != "caches":
         raise UserError(f"{path} is not in <home>/caches/<dataset>/, where feature caches lie; diffalign cache ls shows them")
     return absolute.parents[2]
 

@@ -7,13 +7,13 @@ import hashlib
 import os
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 from pipeline.cache import layout
 from pipeline.cache.layout import Commit, Failure
 from pipeline.cache.samples import cache_home
 from pipeline.data.manifest import Manifest
 from pipeline.data.media_digests import NO_DIGEST, media_digests
+from pipeline.runtime.places import Place
 from pipeline.types import Sample
 
 MAX_NAMED_FILES = 10
@@ -23,14 +23,14 @@ MAX_NAMED_FILES = 10
 class ShardMedia:
     """The media files of a shard. Rows that failed have none: no features were made of their files."""
 
-    cache: Path  # the folder of the cache
+    cache: Place
     root: str  # absolute
     samples: Sequence[Sample]  # of the rows
     failed: Collection[int]  # positions in `samples`
 
     @staticmethod
     def of_rows(
-        cache: Path, manifest: Manifest, samples: Sequence[Sample], start: int, failures: Sequence[Failure]
+        cache: Place, manifest: Manifest, samples: Sequence[Sample], start: int, failures: Sequence[Failure]
     ) -> ShardMedia:
         """Return the media of the rows that begin with row `start`, whose samples these are."""
         return ShardMedia(cache, os.path.abspath(manifest.media_root), samples, {failure.row - start for failure in failures})

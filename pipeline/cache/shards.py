@@ -10,12 +10,11 @@ from __future__ import annotations
 import itertools
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from io import FileIO
 from pathlib import Path
 
 import google_crc32c
@@ -24,11 +23,15 @@ import zarr
 from dask.system import CPU_COUNT
 
 from pipeline.cache import layout
+from pipeline.cache.shard_bytes import FileBytes, ObjectBytes, ShardBytes, local_copies
 from pipeline.runtime.errors import UserError
+from pipeline.runtime.places import Place
+from pipeline.runtime.stores import REQUESTS_IN_FLIGHT, zarr_source
 
 PIECE_BYTES = 2**20  # of rows that are read, checked and converted at a time
 WRITE_PIECES = 8  # that are in memory while a shard is written
-PART_CHUNKS = 4  # that a thread reads at a time
+PART_CHUNKS = 4  # that a thread reads at a time; of an object store more, if they have fewer than REQUEST_BYTES
+REQUEST_BYTES = 2**22
 READ_THREADS = min(4, CPU_COUNT)
 CRC_BYTES = 4
 NO_CHUNK = 2**64 - 1  # offset and length, in the index, of a chunk behind the last row
@@ -38,7 +41,7 @@ NO_CHUNK = 2**64 - 1  # offset and length, in the index, of a chunk behind the l
 class StoredFeatures:
     """The features of a cache as they are stored: [M, *row_shape], bfloat16 as its bits in uint16."""
 
-    path: Path  # the folder of the cache
+    path: Place  # of the cache
     remedy: str  # the end of the message about a damaged shard
     shape: tuple[int, ...]
     dtype: np.dtype
@@ -46,16 +49,18 @@ class StoredFeatures:
     fill_value: float
     shard_rows: int
     chunk_rows: int
+    digests: tuple[str, ...] = ()  # of the shards; (): not known
 
     @staticmethod
-    def open(path: Path, command: str = "") -> StoredFeatures:
-        """Return the features of the cache in this folder; only their metadata are read.
+    def open(path: Place, command: str = "", digests: Sequence[str] = ()) -> StoredFeatures:
+        """Return the features of the cache at this place; only their metadata are read.
 
         Args:
-            path: the folder.
+            path: the place.
             command: what makes the cache again, for messages.
+            digests: the SHA-256 of every shard: what is read of an object store may then be kept in a folder of this machine.
         """
-        array = zarr.open_array(path / "features", mode="r")
+        array = zarr.open_array(zarr_source(path / "features"), mode="r")
         assert array.shards is not None
         return StoredFeatures(
             path=path,
@@ -66,6 +71,7 @@ class StoredFeatures:
             fill_value=array.fill_value,
             shard_rows=array.shards[0],
             chunk_rows=array.chunks[0],
+            digests=tuple(digests),
         )
 
     @property
@@ -143,6 +149,7 @@ class StoredFeatures:
             shard = part[0][0] // self.chunks_per_shard
             buffer = self._piece_buffer()
             with self._open_shard(shard) as (file, index):
+                file.load(*self._range_of_part(index, [chunk for chunk, _, _ in part]))
                 for chunk, start, stop in part:
                     wanted = ascending[start:stop] - chunk * self.chunk_rows
                     places = slice(start, stop) if order is None else order[start:stop]
@@ -152,36 +159,71 @@ class StoredFeatures:
         if len(parts) < 2:
             list(map(read_part, parts))
         else:
-            with ThreadPoolExecutor(READ_THREADS) as executor:
+            with ThreadPoolExecutor(READ_THREADS if isinstance(self.path, Path) else REQUESTS_IN_FLIGHT) as executor:
                 list(executor.map(read_part, parts))
         return result
 
     def _part_of(self, chunk: int) -> tuple[int, int]:
         """Return the shard of a chunk, and its part of the shard."""
         shard, number = divmod(chunk, self.chunks_per_shard)
-        return shard, number // PART_CHUNKS
+        return shard, number // self._part_chunks
+
+    @cached_property
+    def _part_chunks(self) -> int:
+        """The chunks of a part."""
+        return PART_CHUNKS if isinstance(self.path, Path) else max(PART_CHUNKS, REQUEST_BYTES // self.chunk_bytes)
+
+    def _range_of_part(self, index: np.ndarray, chunks: Sequence[int]) -> tuple[int, int]:
+        """Return the bytes of a shard in which chunks of a part lie. Where copies are kept it is that of the whole part."""
+        numbers = [chunk % self.chunks_per_shard for chunk in chunks]
+        first, last = numbers[0], numbers[-1]
+        if self.digests and local_copies():
+            first = first // self._part_chunks * self._part_chunks
+            last = min(first + self._part_chunks, np.count_nonzero(index[:, 0] != NO_CHUNK)) - 1
+        return int(index[first, 0]), int(index[last].sum())
 
     @contextmanager
-    def _open_shard(self, shard: int) -> Iterator[tuple[FileIO, np.ndarray]]:
-        """Open a shard for reading, and yield the file and its index [chunks, 2]: offset and bytes of each chunk.
+    def _open_shard(self, shard: int) -> Iterator[tuple[ShardBytes, np.ndarray]]:
+        """Open a shard for reading, and yield its bytes and its index [chunks, 2]: offset and bytes of each chunk.
 
         Raises:
             UserError: the shard is missing or cut off, or what the block reads from it is damaged.
         """
         path = layout.shard_path(self.path, shard, len(self.shape))
         try:
-            with path.open("rb", buffering=0) as file:
-                index = np.empty((self.chunks_per_shard, 2), "<u8")
-                start = max(0, os.fstat(file.fileno()).st_size - index.nbytes - CRC_BYTES)
-                _check_crc(_fill(index, file, start), file, start + index.nbytes)
-                yield file, index
+            if isinstance(path, Path):
+                with path.open("rb", buffering=0) as file:
+                    shard_bytes = FileBytes(file)
+                    yield shard_bytes, self._read_index(shard_bytes, os.fstat(file.fileno()).st_size)
+                return
+            shard_bytes = ObjectBytes(path, self.digests[shard] if self.digests else "")
+            if shard not in self._indices:
+                self._indices[shard] = self._read_index(shard_bytes, self._expected_bytes(shard))
+            yield shard_bytes, self._indices[shard]
         except (OSError, ValueError) as error:
             reason = error.strerror if isinstance(error, OSError) else error
             raise UserError(f"{path} is damaged or missing ({reason}){self.remedy}") from error
 
+    def _read_index(self, file: ShardBytes, num_bytes: int) -> np.ndarray:
+        """Return the index of a shard that has this many bytes."""
+        index = np.empty((self.chunks_per_shard, 2), "<u8")
+        start = max(0, num_bytes - index.nbytes - CRC_BYTES)
+        file.load(start, num_bytes)
+        _check_crc(_fill(index, file, start), file, start + index.nbytes)
+        return index
+
+    @cached_property
+    def _indices(self) -> dict[int, np.ndarray]:
+        """The indices of shards in an object store that have been read: each of them would be a request."""
+        return {}
+
+    def _expected_bytes(self, shard: int) -> int:
+        """Return the bytes of a shard as it was written."""
+        return self.shard_bytes(min(self.shard_rows, self.shape[0] - shard * self.shard_rows))
+
     def _read_chunk(
         self,
-        file: FileIO,
+        file: ShardBytes,
         entry: np.ndarray,
         wanted: np.ndarray,
         result: np.ndarray,
@@ -231,7 +273,7 @@ def _as_bytes(array: np.ndarray) -> np.ndarray:
     return array.reshape(-1).view(np.uint8)
 
 
-def _fill(array: np.ndarray, file: FileIO, offset: int, crc: int = 0) -> int:
+def _fill(array: np.ndarray, file: ShardBytes, offset: int, crc: int = 0) -> int:
     """Fill an array with the bytes of a file from an offset on, and return their crc32c, which continues `crc`.
 
     Raises:
@@ -240,18 +282,19 @@ def _fill(array: np.ndarray, file: FileIO, offset: int, crc: int = 0) -> int:
     data = _as_bytes(array)
     done = 0
     while done < len(data):  # the system may give fewer bytes than asked for
-        num_read = os.preadv(file.fileno(), [data[done:].data], offset + done)
+        num_read = file.read_into(data[done:], offset + done)
         if not num_read:
             raise ValueError("it is cut off")
         done += num_read
     return google_crc32c.extend(crc, data)
 
 
-def _check_crc(crc: int, file: FileIO, offset: int) -> None:
+def _check_crc(crc: int, file: ShardBytes, offset: int) -> None:
     """Compare a crc32c with the one that follows in the file.
 
     Raises:
         ValueError: they differ.
     """
-    if crc.to_bytes(CRC_BYTES, "little") != os.pread(file.fileno(), CRC_BYTES, offset):
+    stored = np.zeros(CRC_BYTES, np.uint8)
+    if file.read_into(stored, offset) != CRC_BYTES or crc.to_bytes(CRC_BYTES, "little") != stored.tobytes():
         raise ValueError("a checksum does not fit")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import dask.array as da
@@ -16,13 +15,15 @@ from pipeline.cache.neighbours import close_pairs
 from pipeline.cache.reader import Cache, open_cache
 from pipeline.cache.samples import read_cache_manifest
 from pipeline.runtime.errors import UserError
+from pipeline.runtime.places import Place
+from pipeline.runtime.stores import zarr_source
 
 STATS_BLOCK_BYTES = 2**22  # of a block of features as float32; a block is at least a chunk of the store
 STATS_THREADS = 4  # blocks in memory at a time; the number of cores does not change it
 HISTOGRAM_BINS = 10
 
 
-def stats(path: Path, threshold: float = 0.95, top: int = 10) -> dict[str, Any]:
+def stats(path: Place, threshold: float = 0.95, top: int = 10) -> dict[str, Any]:
     """Return statistics of the features of a complete cache, as JSON values.
 
     Rows that are not finite are counted and left out. Class centres are those of the training split. `within_between` is the
@@ -30,7 +31,7 @@ def stats(path: Path, threshold: float = 0.95, top: int = 10) -> dict[str, Any]:
     each class is weighted by its rows. Near duplicates are pairs of a training row and a row of another split.
 
     Args:
-        path: the folder of the cache.
+        path: the place of the cache.
         threshold: the cosine (-1..1, to 1e-6) from which two rows are near duplicates.
         top: how many of the closest pairs are named.
 
@@ -72,7 +73,7 @@ def stats(path: Path, threshold: float = 0.95, top: int = 10) -> dict[str, Any]:
 
 def dask_features(cache: Cache) -> da.Array:
     """Return the rows of a cache as float32 [M, width], in blocks. A row with any value that is not finite is all NaN."""
-    array = zarr.open_array(cache.path / "features", mode="r")
+    array = zarr.open_array(zarr_source(cache.path / "features"), mode="r")
     width, dtype = int(np.prod(cache.feature_shape)), str(cache.identity["store_dtype"])
     chunks = max(1, STATS_BLOCK_BYTES // (4 * width * layout.CHUNK_ROWS))
     stored = da.from_zarr(array, chunks=(min(chunks * layout.CHUNK_ROWS, array.shape[0]), *cache.feature_shape))

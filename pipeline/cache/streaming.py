@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from pipeline.cache.table import (
 from pipeline.data.manifest import Manifest
 from pipeline.runtime.device import total_bytes
 from pipeline.runtime.logs import ProgressBar
+from pipeline.runtime.places import Address
 from pipeline.runtime.rng import KeyedRNG
 from pipeline.types import Sample, Split
 
@@ -112,15 +114,19 @@ class WindowReader:
         return read_table(self.manifest, self.caches, samples, self.device, self.aggregate, self.mean_text)
 
     def prefetch(self, windows: Sequence[Sequence[Sample]]) -> Iterator[FeatureTable]:
-        """Yield the table of each window. While one is used, a thread reads the next one."""
-        with ThreadPoolExecutor(1) as executor:
-            pending = executor.submit(self.read, windows[0])
-            for following in (*windows[1:], None):
-                table = pending.result()
+        """Yield the table of each window. While one is used, a thread reads the next one.
+
+        Of an object store, two threads read two of them: while one waits for its requests, the other converts what it has.
+        """
+        num_ahead = 2 if any(isinstance(getattr(cache, "path", None), Address) for cache in self.caches.values()) else 1
+        with ThreadPoolExecutor(num_ahead) as executor:
+            pending = deque(executor.submit(self.read, window) for window in windows[:num_ahead])
+            for following in (*windows[num_ahead:], *[None] * min(num_ahead, len(windows))):
+                table = pending.popleft().result()
                 if following is not None:
-                    pending = executor.submit(self.read, following)
+                    pending.append(executor.submit(self.read, following))
                 yield table
-                del table  # so that at most two tables are in memory
+                del table  # so that no more tables than these are in memory
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import importlib
 import os
-import shutil
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -25,8 +25,11 @@ from pipeline.cache.reader import Cache, open_cache, read_commits
 from pipeline.cache.samples import read_cache_manifest
 from pipeline.cache.writer import Writer
 from pipeline.data.manifest_files import read_manifest
+from pipeline.runtime.claims import hold
 from pipeline.runtime.errors import UserError
-from pipeline.runtime.files import lock, sync_folder
+from pipeline.runtime.files import sync_folder
+from pipeline.runtime.places import Place
+from pipeline.runtime.stores import exists, remove_objects
 
 RowOrder = Literal["cache", "manifest"]
 FORMAT_MODULES = {".h5": "hdf5", ".hdf5": "hdf5", ".npy": "npy", ".parquet": "parquet", ".safetensors": "safetensors"}
@@ -36,21 +39,21 @@ FORMAT_MODULES = {".h5": "hdf5", ".hdf5": "hdf5", ".npy": "npy", ".parquet": "pa
 class ImportResult:
     """The cache that an import has made, and how many samples of it have features."""
 
-    path: Path
+    path: Place
     samples: int
     failed: int  # samples, or texts of samples, without features
     unknown: int  # rows of the file whose id belongs to no sample; they are left out
     first_unknown: str
 
 
-def export_cache(path: Path, target: Path, order: RowOrder = "cache") -> Path:
+def export_cache(path: Place, target: Path, order: RowOrder = "cache") -> Path:
     """Write a complete cache into one file, and return the file.
 
     The file holds the features exactly as stored, with ids, splits, labels and the identity. In the order of the cache,
     `import_features` makes the same cache from it.
 
     Args:
-        path: the folder of the cache.
+        path: the place of the cache.
         target: the file to write; its suffix is the format.
         order: of the samples: "cache", or "manifest" for that of the rows of <home>/manifests/<dataset>.csv and .parquet.
 
@@ -172,8 +175,8 @@ def _write_cache(plan: ImportPlan, home: Path) -> ImportResult:
     """Write the shards that the cache does not have yet. If the file is damaged, a cache that was started here is removed."""
     identity = plan.identity
     path = layout.cache_path(home, identity["dataset"], identity["encoder"]["name"], identity)
-    with lock(path):
-        is_new = not (path / "zarr.json").exists()
+    with hold(path):
+        is_new = not exists(path / "zarr.json")
         writer = Writer.open(
             path,
             plan.ids,
@@ -188,14 +191,17 @@ def _write_cache(plan: ImportPlan, home: Path) -> ImportResult:
             if len(commits) < writer.num_shards:
                 start_time = time.monotonic()
                 block_ends = make_block_ends(plan.num_rows, writer.shard_rows)
-                for shard, (rows, failures) in enumerate(plan.read_shards(path, block_ends)):
-                    if shard not in commits:
-                        seconds = time.monotonic() - start_time
-                        commits[shard] = writer.commit(shard, rows, failures, seconds=seconds, batch_size=0, device="import")
-                    start_time = time.monotonic()
+                with nullcontext(path) if isinstance(path, Path) else TemporaryDirectory() as folder:
+                    for shard, (rows, failures) in enumerate(plan.read_shards(Path(folder), block_ends)):
+                        if shard not in commits:
+                            seconds = time.monotonic() - start_time
+                            commits[shard] = writer.commit(
+                                shard, rows, failures, seconds=seconds, batch_size=0, device="import"
+                            )
+                        start_time = time.monotonic()
         except UserError:
             if is_new:
-                shutil.rmtree(path)
+                remove_objects(path)
             raise
         writer.finish(commits)
     return ImportResult(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 
@@ -15,10 +14,11 @@ from pipeline.cache.samples import read_cache_manifest
 from pipeline.cache.shard_media import ShardMedia
 from pipeline.cache.shards import StoredFeatures
 from pipeline.runtime.errors import UserError
-from pipeline.runtime.files import file_sha256
+from pipeline.runtime.places import Place
+from pipeline.runtime.stores import object_sha256
 
 
-def verify(path: Path) -> list[str]:
+def verify(path: Place) -> list[str]:
     """Return the problems of a cache, one line each; an empty list when it is complete and undamaged.
 
     Media files that are here are compared with those that the cache was made of. One that has the size and times that it had
@@ -35,7 +35,7 @@ def verify(path: Path) -> list[str]:
     return problems or layout.file_problems(path, "failures") or _media_problems(path, commits)
 
 
-def _media_problems(path: Path, commits: Sequence[Commit]) -> list[str]:
+def _media_problems(path: Place, commits: Sequence[Commit]) -> list[str]:
     """Return one line for each shard of a complete cache whose media have changed; none without the manifest of the cache."""
     if not any(commit.media_digests or commit.media_sizes for commit in commits):
         return []
@@ -54,8 +54,8 @@ def _media_problems(path: Path, commits: Sequence[Commit]) -> list[str]:
 def _check_shard(stored: StoredFeatures, commit: Commit) -> list[str]:
     """Compare a shard with its SHA-256, and its rows that are not finite with the failures of its record."""
     file = layout.shard_path(stored.path, commit.shard, len(stored.shape))
-    name = file.relative_to(stored.path)
-    if file_sha256(file) != commit.sha256:
+    name = str(file).removeprefix(f"{stored.path}/")
+    if object_sha256(file) != commit.sha256:
         return [f"{name} is damaged (its sha256 does not fit)"]
     start = commit.shard * stored.shard_rows
     try:

@@ -25,8 +25,11 @@ from zarr.storage import MemoryStore
 from pipeline.cache import layout
 from pipeline.cache.layout import Commit, Failure
 from pipeline.cache.shards import WRITE_PIECES, StoredFeatures
+from pipeline.runtime.claims import check_held
 from pipeline.runtime.errors import UserError
-from pipeline.runtime.files import file_sha256, sha256, write_atomic
+from pipeline.runtime.files import sha256
+from pipeline.runtime.places import Place
+from pipeline.runtime.stores import exists, map_objects, object_sha256, store_of
 
 TEMPORARY_FILE_PATTERN = ".*.tmp"  # files that `write_atomic` has not finished
 _PieceT = TypeVar("_PieceT", bound=bytes | memoryview)
@@ -35,15 +38,15 @@ FAILURE_COLUMNS = pa.schema([("id", pa.string()), ("stage", pa.string()), ("erro
 
 @dataclass(frozen=True)
 class Writer:
-    """Writes the shards of one cache. The caller must hold the `lock` of the folder."""
+    """Writes the shards of one cache. The caller must `hold` the cache, or the part that a shard is."""
 
-    path: Path
+    path: Place
     stored: StoredFeatures
     array_files: Mapping[str, bytes]  # metadata, ids and offsets as Zarr writes them; by path in the cache
 
     @staticmethod
     def open(
-        path: Path,
+        path: Place,
         ids: Sequence[str],
         offsets: np.ndarray,
         feature_shape: tuple[int, ...],
@@ -57,7 +60,7 @@ class Writer:
         they are made again.
 
         Args:
-            path: the folder of the cache.
+            path: the place of the cache.
             ids: the samples in row order.
             offsets: [N+1] int64: the rows of sample i are offsets[i] .. offsets[i+1]; [0] when every sample has one row.
             feature_shape: shape of one row.
@@ -80,7 +83,7 @@ class Writer:
             }
             return _encode_arrays(ids, offsets, (num_rows, *feature_shape), attributes, shard_rows)
 
-        if not any((path / "commits").glob("[0-9]*.json")):
+        if not layout.list_commits(path):
             _write_arrays(path, encode(provenance))
         elif problems := layout.file_problems(path, "arrays"):
             candidates = map(encode, (_read_provenance(path), provenance))
@@ -94,12 +97,13 @@ class Writer:
         return Writer.attach(path)
 
     @staticmethod
-    def attach(path: Path) -> Writer:
+    def attach(path: Place) -> Writer:
         """Return a writer for a cache that `open` has prepared, perhaps in another process.
 
-        Several processes may write at the same time, each of them other shards. They then hold `lock_shared`.
+        Several processes may write at the same time, each of them other shards, which they `hold` as parts.
         """
-        array_files = {name: (path / name).read_bytes() for name in layout.read_record(path / "commits" / "arrays.json")}
+        names = list(layout.read_record(path / "commits" / "arrays.json"))
+        array_files = dict(zip(names, map_objects(path, lambda name: store_of(path).get(path / name), names), strict=True))
         return Writer(path, StoredFeatures.open(path), array_files)
 
     @property
@@ -138,20 +142,26 @@ class Writer:
 
     def read_records(self) -> dict[int, Commit]:
         """Return the undamaged commit records by shard. The shards themselves are not looked at."""
-        commits = {}
-        for shard in range(self.num_shards):
+
+        def read(shard: int) -> Commit | None:
             with contextlib.suppress(UserError, FileNotFoundError):
-                commits[shard] = layout.read_commit(self.path, shard)
-        return {shard: commit for shard, commit in commits.items() if commit.rows == len(self.rows(shard))}
+                return layout.read_commit(self.path, shard)
+            return None
+
+        commits = map_objects(self.path, read, range(self.num_shards))
+        return {commit.shard: commit for commit in commits if commit and commit.rows == len(self.rows(commit.shard))}
 
     def verified_commits(self) -> dict[int, Commit]:
         """Return the commits of all shards that are there and undamaged. Every byte is read."""
-        commits = {}
-        for shard, commit in self.read_records().items():
+
+        def is_intact(commit: Commit) -> bool:
             with contextlib.suppress(FileNotFoundError):
-                if file_sha256(self._shard_path(shard)) == commit.sha256:
-                    commits[shard] = commit
-        return commits
+                return object_sha256(self._shard_path(commit.shard)) == commit.sha256
+            return False
+
+        commits = self.read_records()
+        intact = map_objects(self.path, is_intact, commits.values())
+        return {shard: commit for (shard, commit), is_kept in zip(commits.items(), intact, strict=True) if is_kept}
 
     def commit(
         self,
@@ -175,7 +185,8 @@ class Writer:
             device: what encoded them.
             media_digests: digests of the media files, see `Commit`; "": not known.
         """
-        (self.path / "commits" / "failures.json").unlink(missing_ok=True)
+        store = store_of(self.path)
+        store.delete(self.path / "commits" / "failures.json")
         norms, digest = np.empty(len(features)), hashlib.sha256()
 
         def fill_rows(rows: slice, stored: np.ndarray) -> None:
@@ -183,7 +194,8 @@ class Writer:
             norms[rows] = layout.row_norms(stored, self.stored.store_dtype)
 
         pieces = self.stored.encode_shard(len(features), fill_rows)
-        write_atomic(self._shard_path(shard), hash_beside(pieces, digest))
+        check_held(self.path, part_of(shard))
+        store.put(self._shard_path(shard), hash_beside(pieces, digest))
         finite = np.isfinite(norms)
         finite_norms = norms[finite] if finite.any() else np.zeros(1)
         commit = Commit(
@@ -201,6 +213,7 @@ class Writer:
             failures=tuple(failures),
             media_digests=media_digests,
         )
+        check_held(self.path, part_of(shard))
         layout.write_commit(self.path, commit)
         return commit
 
@@ -211,19 +224,25 @@ class Writer:
             commits: the commit of every shard.
         """
         remove_temporary_files(self.path)
-        write_atomic(self.path / "failures.parquet", _encode_failures([commits[shard] for shard in sorted(commits)]))
+        failures = _encode_failures([commits[shard] for shard in sorted(commits)])
+        store_of(self.path).put(self.path / "failures.parquet", failures)
         layout.write_digests(self.path, "failures", ["failures.parquet"])
 
-    def _shard_path(self, shard: int) -> Path:
+    def _shard_path(self, shard: int) -> Place:
         return layout.shard_path(self.path, shard, len(self.stored.shape))
 
 
-def remove_temporary_files(path: Path) -> None:
-    """Remove the temporary files of writers that were killed.
+def part_of(shard: int) -> str:
+    """Return the part of a cache that a process must `hold` to write a shard."""
+    return f"{shard:05d}"
+
+
+def remove_temporary_files(path: Place) -> None:
+    """Remove the temporary files of writers that were killed; an object store has none.
 
     A writer that only seemed to be dead then fails. This does no harm: its shard has been written again.
     """
-    for file in path.rglob(TEMPORARY_FILE_PATTERN):
+    for file in path.rglob(TEMPORARY_FILE_PATTERN) if isinstance(path, Path) else ():
         file.unlink(missing_ok=True)
 
 
@@ -250,15 +269,15 @@ def _encode_failures(commits: Sequence[Commit]) -> bytes:
     return file.getvalue()
 
 
-def _read_provenance(path: Path) -> Mapping[str, Any]:
+def _read_provenance(path: Place) -> Mapping[str, Any]:
     """Return the provenance in zarr.json, damaged or not; {} if it cannot be read."""
     try:
-        return dict(json.loads((path / "zarr.json").read_bytes())["attributes"]["provenance"])
+        return dict(json.loads(store_of(path).get(path / "zarr.json"))["attributes"]["provenance"])
     except (OSError, ValueError, KeyError, TypeError):
         return {}
 
 
-def _matches_recorded(path: Path, files: Mapping[str, bytes]) -> bool:
+def _matches_recorded(path: Place, files: Mapping[str, bytes]) -> bool:
     """Whether these are the array files for which the shards were written.
 
     They are compared with the record commits/arrays.json, or with the files that are left if there is no undamaged record.
@@ -266,15 +285,15 @@ def _matches_recorded(path: Path, files: Mapping[str, bytes]) -> bool:
     try:
         recorded = layout.read_record(path / "commits" / "arrays.json")
     except (UserError, FileNotFoundError):
-        recorded = {name: file_sha256(path / name) for name in files if (path / name).is_file()}
+        recorded = {name: object_sha256(path / name) for name in files if exists(path / name)}
     return "zarr.json" in recorded and all(sha256(files.get(name, b"")) == digest for name, digest in recorded.items())
 
 
-def _write_arrays(path: Path, files: Mapping[str, bytes]) -> None:
+def _write_arrays(path: Place, files: Mapping[str, bytes]) -> None:
     """Write the array files that are missing or different, and their record commits/arrays.json."""
     for name in sorted(files, key=lambda name: name == "zarr.json"):  # last: with zarr.json the folder is a cache
-        if not (path / name).is_file() or (path / name).read_bytes() != files[name]:
-            write_atomic(path / name, files[name])
+        if not exists(path / name) or store_of(path).get(path / name) != files[name]:
+            store_of(path).put(path / name, files[name])
     if layout.file_problems(path, "arrays"):
         layout.write_digests(path, "arrays", list(files))
 

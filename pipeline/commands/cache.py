@@ -11,35 +11,41 @@ import typer
 from pipeline.commands.checks import check_dataset, check_unused
 from pipeline.commands.options import DEFAULT_HOME, AsJson, CommandGroup, Home, Processes, show, show_table, with_home
 from pipeline.runtime.errors import UserError
+from pipeline.runtime.places import HOME_VARIABLE, caches_place, parse_place, place_with_home
 
 cache_commands = CommandGroup("List, check, repair, compare, move and remove feature caches.")
 
-CachePath = Annotated[Path, typer.Argument(metavar="CACHE", help="A cache's folder; `diffalign cache ls` shows them.")]
+CacheName = Annotated[
+    str, typer.Argument(metavar="CACHE", help="A cache's folder or address; `diffalign cache ls` shows them.")
+]
+CachesHome = Annotated[
+    Path,
+    typer.Option("--home", envvar=HOME_VARIABLE, help="Of a cache in an object store: the home that has its manifest."),
+]
 
 
 @cache_commands.command()
-def info(path: CachePath, as_json: AsJson = False) -> None:
+def info(cache: CacheName, as_json: AsJson = False) -> None:
     """What a cache holds and where it came from."""
     from pipeline.cache import info as cache_info
 
-    show(cache_info(path), as_json)
+    show(cache_info(parse_place(cache)), as_json)
 
 
 @cache_commands.command()
 def verify(
     paths: Annotated[
-        list[Path], typer.Argument(metavar="[CACHE]", help="Folders of caches; without one, all caches of the home.")
+        list[str], typer.Argument(metavar="[CACHE]", help="Folders or addresses of caches; without one, all of the home.")
     ] = [],  # noqa: B006 - typer makes a list of its own
     home: Home = DEFAULT_HOME,
 ) -> None:
     """Check every shard against its commit record; exit code 2 when something is wrong."""
     from pipeline.cache import verify as cache_verify
-    from pipeline.cache.housekeeping import list_folders
-    from pipeline.cache.reader import describe_failures
+    from pipeline.cache.reader import describe_failures, list_caches
 
-    chosen = paths or list_folders(home)
+    chosen = [place_with_home(path, home) for path in paths] or list_caches(home)
     if not chosen:
-        print(f"no caches in {home}; make one with: diffalign extract DATASET")
+        print(f"no caches in {caches_place(home)}; make one with: diffalign extract DATASET")
     found = {path: cache_verify(path) for path in chosen}
     for path in (path for path, problems in found.items() if not problems):
         failed = describe_failures(path)
@@ -51,14 +57,16 @@ def verify(
 
 @cache_commands.command()
 def repair(
-    path: CachePath,
+    cache: CacheName,
     workers: Processes = -1,
+    home: CachesHome = DEFAULT_HOME,
     as_json: AsJson = False,
 ) -> None:
     """Extract again what is damaged or missing, and nothing else."""
     from pipeline.extraction.extract import ExtractOptions
     from pipeline.extraction.repair import repair as repair_cache
 
+    path = place_with_home(cache, home)
     mended = repair_cache(path, ExtractOptions(workers=workers))
     if as_json:
         show({"path": str(path), "mended": mended}, as_json)
@@ -77,7 +85,7 @@ def ls(home: Home = DEFAULT_HOME, as_json: AsJson = False) -> None:
     if as_json:
         show(lines, as_json)
     elif not lines:
-        print(f"no caches in {home}; make one with: diffalign extract DATASET")
+        print(f"no caches in {caches_place(home)}; make one with: diffalign extract DATASET")
     else:
         names = ("dataset", "name", "rows", "feature_shape", "store_dtype", "bytes", "failed", "complete")
         rows = [
@@ -88,32 +96,33 @@ def ls(home: Home = DEFAULT_HOME, as_json: AsJson = False) -> None:
 
 @cache_commands.command()
 def stats(
-    path: CachePath,
+    cache: CacheName,
     threshold: Annotated[
         float,
         typer.Option(min=-1, max=1, help="Cosine from which a training row and one of another split are near duplicates."),
     ] = 0.95,
     top: Annotated[int, typer.Option(min=1, help="Number of near duplicates to list.")] = 10,
+    home: CachesHome = DEFAULT_HOME,
     as_json: AsJson = False,
 ) -> None:
     """Mean, deviation, norms, class centres, and near duplicates between training and other rows; needs little memory."""
     from pipeline.cache.stats import stats as cache_stats
 
-    found = cache_stats(path, threshold, top)
+    found = cache_stats(place_with_home(cache, home), threshold, top)
     show(found if as_json else _flatten(found), as_json)
 
 
 @cache_commands.command()
 def drift(
-    first: CachePath,
-    second: CachePath,
+    first: CacheName,
+    second: CacheName,
     top: Annotated[int, typer.Option(min=1, help="Number of samples to list, those that have moved most.")] = 10,
     as_json: AsJson = False,
 ) -> None:
     """How far a dataset's features lie apart in two caches: cosines of the same samples."""
     from pipeline.cache.drift import drift as cache_drift
 
-    found = cache_drift(first, second, top)
+    found = cache_drift(parse_place(first), parse_place(second), top)
     show(found if as_json else _flatten(found), as_json)
 
 
@@ -127,18 +136,19 @@ def _flatten(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 @cache_commands.command()
 def export(
-    path: CachePath,
+    cache: CacheName,
     target: Annotated[Path, typer.Argument(metavar="FILE", help="Where to write: .h5, .npy, .parquet or .safetensors.")],
     order: Annotated[
         Literal["cache", "manifest"],
         typer.Option(help="Order of the samples; manifest: that of the rows of manifests/DATASET.csv."),
     ] = "cache",
+    home: CachesHome = DEFAULT_HOME,
     as_json: AsJson = False,
 ) -> None:
     """Write features, ids, splits, labels and identity of a cache into one file."""
     from pipeline.cache.transfer import export_cache as export_cache
 
-    show({"file": str(export_cache(path, target, order))}, as_json)
+    show({"file": str(export_cache(place_with_home(cache, home), target, order))}, as_json)
 
 
 @cache_commands.command("import")
@@ -186,7 +196,7 @@ def import_file(
 
 @cache_commands.command()
 def rm(
-    path: CachePath,
+    cache: CacheName,
     yes: Annotated[
         bool, typer.Option("--yes", help="Remove it; without this option, only show what would be removed.")
     ] = False,
@@ -198,9 +208,27 @@ def rm(
     from pipeline.cache.housekeeping import preview_removal
     from pipeline.cache.housekeeping import rm as remove
 
+    path = parse_place(cache)
     what = remove(path) if yes else preview_removal(path)
     if as_json:
         show({**asdict(what), "path": str(what.path), "removed": yes}, as_json)
     else:
         size = f"{what.path}: {what.files} files, {what.bytes / 2**20:.1f} MiB"
         print(f"removed {size}" if yes else f"would remove {size}; to do it, say --yes")
+
+
+@cache_commands.command()
+def copy(
+    cache: CacheName,
+    target: Annotated[
+        str,
+        typer.Argument(
+            metavar="CACHES", help="Where caches lie: HOME/caches of a home, or an address such as s3://bucket/prefix."
+        ),
+    ],
+    as_json: AsJson = False,
+) -> None:
+    """Copy a complete cache, from a disk or an object store to another one; what is there already stays."""
+    from pipeline.cache.housekeeping import copy as copy_cache
+
+    show({"path": str(copy_cache(parse_place(cache), parse_place(target)))}, as_json)

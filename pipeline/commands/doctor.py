@@ -19,6 +19,7 @@ from pipeline.commands.checks import check_dataset
 from pipeline.commands.options import DEFAULT_HOME, Home, with_home
 from pipeline.runtime import plugins
 from pipeline.runtime.errors import UserError
+from pipeline.runtime.places import Place
 from pipeline.runtime.version import program_requirements, program_version
 
 if TYPE_CHECKING:
@@ -209,7 +210,7 @@ def _check_prepared(home: Path, dataset: str) -> Iterator[Finding]:
         yield check_encoder(home, manifest, name)
 
 
-def _check_cache(path: Path) -> Finding:
+def _check_cache(path: Place) -> Finding:
     from pipeline.cache import info
 
     try:

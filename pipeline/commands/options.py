@@ -18,14 +18,13 @@ import typer
 from pipeline.commands.signatures import accept_dataset_both_ways
 from pipeline.runtime import plugins
 from pipeline.runtime.errors import UserError
-from pipeline.runtime.files import check_local
 from pipeline.runtime.logs import inert, set_up_logging
+from pipeline.runtime.places import CACHES_VARIABLE, DEFAULT_HOME, HOME_VARIABLE, caches_at, check_local
 
 if TYPE_CHECKING:
     import pandas as pd
 
 CommandT = TypeVar("CommandT", bound=Callable[..., Any])
-HOME_VARIABLE = "DIFFALIGN_HOME"
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
 
@@ -94,6 +93,14 @@ Log = Annotated[
         "FILE.py:CLASS, whose code is run (examples/trackers.py has W&B and MLflow). May be given several times.",
     ),
 ]
+Caches = Annotated[
+    str,
+    typer.Option(
+        "--caches",
+        envvar=CACHES_VARIABLE,
+        help="Where caches lie, if not in the home: an object store, s3://bucket/prefix (or gs://, az://), or a folder.",
+    ),
+]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Show more messages.")]
 PluginFiles = Annotated[
     list[Path],
@@ -103,11 +110,11 @@ PluginFiles = Annotated[
     ),
 ]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, only warnings and results.")]
-DEFAULT_HOME = Path("artifacts")
 _COMMAND = re.compile(  # one that takes --home, up to the end of its arguments
     r"\bdiffalign (?:ablate|cache (?:import|ls)|doctor|evaluate|extract|fetch|grid|prepare|report|train-head|tune)\b"
     r"(?!.*--home)[^;)`]*"
 )
+_CACHES_AT_START = os.environ.get(CACHES_VARIABLE, "")  # of the user, so that his next command has it, too
 NO_PAIRS: list[str] = []  # the default of options that may be given several times
 
 
@@ -136,21 +143,26 @@ class CommandGroup(typer.Typer):
 
 
 def _add_verbosity(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a function with more arguments: --verbose and --quiet set the level of logging, --plugin loads files."""
+    """Return a function with more arguments: --verbose and --quiet set the level of logging, --plugin loads files.
+
+    One that takes a home also takes the place of its caches.
+    """
 
     @wraps(function)
-    def run(verbose: bool = False, quiet: bool = False, plugin: Sequence[Path] = (), **arguments: Any) -> Any:
+    def run(verbose: bool = False, quiet: bool = False, plugin: Sequence[Path] = (), caches: str = "", **arguments: Any) -> Any:
         set_up_logging(logging.DEBUG if verbose else logging.WARNING if quiet else logging.INFO)
         for path in plugin:
             plugins.load_file(path)
-        try:
-            return function(**arguments)
-        except UserError as error:
-            raise UserError(with_home(str(error), arguments.get("home", DEFAULT_HOME))) from error
+        with caches_at(caches):
+            try:
+                return function(**arguments)
+            except UserError as error:
+                raise UserError(with_home(str(error), arguments.get("home", DEFAULT_HOME))) from error
 
     signature = inspect.signature(function, eval_str=True)
     keyword_only = inspect.Parameter.KEYWORD_ONLY
     options = {"verbose": (Verbose, False), "quiet": (Quiet, False), "plugin": (PluginFiles, [])}
+    options |= {"caches": (Caches, "")} if "home" in signature.parameters else {}
     added = [inspect.Parameter(name, keyword_only, default=value, annotation=hint) for name, (hint, value) in options.items()]
     parameters = [parameter.replace(kind=keyword_only) for parameter in signature.parameters.values()]
     setattr(run, "__signature__", signature.replace(parameters=[*parameters, *added]))  # noqa: B010 - no attribute for pyright
@@ -158,10 +170,15 @@ def _add_verbosity(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def with_home(text: str, home: Path) -> str:
-    """Return a message whose commands work in a home: they get its --home, unless it is the default or in the environment."""
-    if home in (DEFAULT_HOME, Path(os.environ.get(HOME_VARIABLE) or DEFAULT_HOME)):
-        return text
-    return _COMMAND.sub(lambda found: f"{found[0].rstrip()} --home {shlex.quote(str(home))}", text)
+    """Return a message whose commands work in a home: they get its --home, unless it is the default or in the environment.
+
+    They also get the --caches of the command that runs.
+    """
+    is_known = home in (DEFAULT_HOME, Path(os.environ.get(HOME_VARIABLE) or DEFAULT_HOME))
+    caches = os.environ.get(CACHES_VARIABLE, "")
+    options = "" if is_known else f" --home {shlex.quote(str(home))}"
+    options += f" --caches {shlex.quote(caches)}" if caches not in ("", _CACHES_AT_START) else ""
+    return _COMMAND.sub(lambda found: f"{found[0].rstrip()}{options}", text) if options else text
 
 
 def show(value: Any, as_json: bool) -> None:

@@ -54,6 +54,12 @@ def with_absolute_paths(settings: Mapping[str, Any]) -> dict[str, Any]:
     return {**settings, **paths, **inner}
 
 
+def local_files(settings: Mapping[str, Any]) -> list[Path]:
+    """Return the files and folders that settings of an encoder name, those of the encoder inside `frames` too."""
+    own = [Path(settings[key]) for key in _PATH_SETTINGS if _is_existing_path(settings.get(key, ""))]
+    return own + (local_files(parse_settings(settings["settings"])) if settings.get("settings") else [])
+
+
 def with_files_of(settings: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     """Return the settings of an encoder with files of a folder in place of absolute paths that are not on this machine.
 

@@ -10,15 +10,22 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
-import pyarrow.parquet as pq
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pipeline.cache.reader import Cache, find_caches, is_of_text, open_cache, read_attributes, read_commits
+from pipeline.cache.reader import (
+    Cache,
+    is_of_text,
+    list_caches,
+    open_cache,
+    read_attributes,
+    read_commits,
+    read_failures,
+)
 from pipeline.data.manifest_files import read_manifest
 from pipeline.data.media_digests import NO_DIGEST
 from pipeline.evaluation.calibration import Calibration, read_calibration
@@ -29,8 +36,10 @@ from pipeline.nn.method import Method
 from pipeline.runtime.device import Precision, default_device, reproducible
 from pipeline.runtime.errors import UserError
 from pipeline.runtime.logs import ProgressBar
+from pipeline.runtime.places import parse_place
 from pipeline.runtime.rng import KeyedRNG, content_keys, sample_keys
 from pipeline.runtime.runs import RunFolder
+from pipeline.runtime.stores import exists
 from pipeline.types import Split
 
 ROWS_AT_ONCE = 256  # items whose classes are predicted together, and then written
@@ -199,9 +208,10 @@ def find_any_cache(home: Path, name: str, spec: InferenceSpec) -> Cache:
     Raises:
         UserError: no cache fits, or several do; the message names the choices.
     """
-    if (Path(name) / "zarr.json").is_file():
-        return open_cache(Path(name))
-    found = [path for folder in sorted((home / "caches").glob("*/")) for path in find_caches(home, folder.name)]
+    given = parse_place(name)
+    if exists(given / "zarr.json"):
+        return open_cache(given)
+    found = list_caches(home)
     short = {path: {path.name, path.name.rpartition("-")[0]} for path in found}
     fitting = [path for path in found if name in short[path] | {f"{path.parent.name}/{each}" for each in short[path]}]
     by_encoder = [path for path in fitting if not spec.differences(read_attributes(path)["identity"]["encoder"])]
@@ -215,8 +225,7 @@ def find_any_cache(home: Path, name: str, spec: InferenceSpec) -> Cache:
 
 def _failures(cache: Cache) -> dict[str, str]:
     """Return why samples of a cache have no features, by id."""
-    rows: list[dict[str, Any]] = pq.read_table(cache.path / "failures.parquet", columns=["id", "error"]).to_pylist()
-    return {row["id"]: row["error"] for row in rows}
+    return {failure["id"]: failure["error"] for failure in read_failures(cache.path)}
 
 
 def _content_digests(cache: Cache) -> dict[str, bytes]:

@@ -22,6 +22,7 @@ from pipeline.extraction.extract import ExtractionTask, ExtractOptions, plan_ext
 from pipeline.extraction.inputs import EncoderInputs
 from pipeline.runtime import plugins
 from pipeline.runtime.errors import UserError
+from pipeline.runtime.places import Place
 from pipeline.types import Split
 
 SEPARATOR = "~"  # a character that names of datasets do not have
@@ -103,7 +104,7 @@ class CorruptedCopies:
     def _dataset(self, corruption: Corruption) -> str:
         return f"{self.manifest.dataset}{SEPARATOR}{corruption.name}"
 
-    def _path(self, corruption: Corruption) -> Path:
+    def _path(self, corruption: Corruption) -> Place:
         encoder = self.cache.identity["encoder"]["name"]
         return layout.cache_path(self.home, self._dataset(corruption), encoder, self.identity(corruption))
 

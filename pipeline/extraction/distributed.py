@@ -1,9 +1,10 @@
 """Extract features on many processes or machines with dask: each shard is one task, encoded and written by one worker.
 
-All workers see the same home folder and build the encoder themselves; this process builds none. The shards of a lost worker are
-given to another worker. A shard that is written twice is written with the same bytes. Every worker holds a shared lock on the
-cache while it writes. Dask cannot stop a task that has begun, so a worker may go on after the extraction has failed; its lock
-keeps other extractions out until it has ended.
+All workers see the same home folder, or have nothing but an object store in common with this process (see `delivery`). They
+build the encoder themselves; this process builds none. The shards of a lost worker are given to another worker. A shard that is
+written twice is written with the same bytes. Every worker holds its part of the cache while it writes. Dask cannot stop a task
+that has begun, so a worker may go on after the extraction has failed; what it holds keeps other extractions out until it has
+ended.
 """
 
 from __future__ import annotations
@@ -23,9 +24,10 @@ from dask.system import CPU_COUNT
 from pipeline.cache.layout import Commit, StoreDtype
 from pipeline.cache.provenance import check_libraries
 from pipeline.cache.reader import describe_failures
-from pipeline.cache.writer import Writer
+from pipeline.cache.writer import Writer, part_of
 from pipeline.data.manifest_files import read_manifest
 from pipeline.encoders._factory import with_absolute_paths
+from pipeline.extraction.delivery import Delivery, replace_paths
 from pipeline.extraction.extract import (
     ExtractionTarget,
     ExtractionTask,
@@ -41,11 +43,13 @@ from pipeline.extraction.extract import (
 from pipeline.extraction.inputs import EncodedBatch
 from pipeline.extraction.throughput import ThroughputMeter
 from pipeline.extraction.workers import allowed_workers
+from pipeline.runtime.claims import hold
 from pipeline.runtime.device import default_device
 from pipeline.runtime.errors import UserError
 from pipeline.runtime.executor import connect_to_scheduler, gpu_cluster, num_threads, run_on_cluster
-from pipeline.runtime.files import label_os_errors, lock, lock_shared
+from pipeline.runtime.files import label_os_errors
 from pipeline.runtime.logs import ProgressBar
+from pipeline.runtime.places import Address, Place, caches_at, caches_place
 
 if TYPE_CHECKING:
     from dask.distributed import Client
@@ -54,6 +58,8 @@ logger = logging.getLogger(__name__)
 
 # One thread at a time builds an encoder: seeded weights are drawn from the random generator that the whole process shares.
 _BUILD_LOCK = Lock()
+DRIVER = "driver"  # the part of a cache that the process with the client holds
+SHARD_WAIT_SECONDS = 3600.0  # for a worker that is still at a shard that was given to another one
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +73,7 @@ class ExtractionSpec:
     store_dtype: StoreDtype
     compiled: bool
     options: ExtractOptions  # its `workers`, 0 or more, are the child processes of each dask worker
+    delivery: Delivery | None = None  # what workers fetch from the object store that has the caches; None: they see the home
 
 
 def dispatch_extraction(
@@ -79,8 +86,8 @@ def dispatch_extraction(
     store_dtype: StoreDtype,
     compiled: bool,
     options: ExtractOptions,
-) -> Path:
-    """Extract in this process, with one process per GPU, or on the workers of a dask scheduler; return the cache's folder.
+) -> Place:
+    """Extract in this process, with one process per GPU, or on the workers of a dask scheduler; return the cache's place.
 
     A warning names the samples that failed, now or in an earlier call.
 
@@ -114,12 +121,19 @@ def dispatch_extraction(
             store_dtype=store_dtype,
             compiled=compiled,
             options=replace(options, workers=options.workers if options.workers >= 0 else default_workers),
+            delivery=_send(home, dataset, settings),
         )
         with gpu_cluster(gpus) if gpus else connect_to_scheduler(scheduler) as client:
             path = extract_on_cluster(client, spec)
     if warning := describe_failures(path):
         logger.warning(warning)
     return path
+
+
+def _send(home: Path, dataset: str, settings: Mapping[str, str]) -> Delivery | None:
+    """Put what workers need beside the caches, if these are in an object store."""
+    caches = caches_place(home)
+    return Delivery.send(caches, home, dataset, settings) if isinstance(caches, Address) else None
 
 
 class CacheDescription(NamedTuple):
@@ -137,8 +151,8 @@ class ShardResult(NamedTuple):
     meter: ThroughputMeter
 
 
-def extract_on_cluster(client: Client, spec: ExtractionSpec) -> Path:
-    """Do what `extract` does on the workers of a cluster: the same folder with the same bytes."""
+def extract_on_cluster(client: Client, spec: ExtractionSpec) -> Place:
+    """Do what `extract` does on the workers of a cluster: the same cache with the same bytes."""
     call_id = f"{time.time_ns()}"
     manifest = read_manifest(spec.home, spec.dataset)
     cache = _request_description(client, spec, call_id)
@@ -146,10 +160,10 @@ def extract_on_cluster(client: Client, spec: ExtractionSpec) -> Path:
         spec.home, manifest, cache.identity, cache.provenance, cache.feature_shape, spec.options
     )
     with label_os_errors(target.path):
-        with lock(target.path):
+        with hold(target.path):
             writer, commits = start_or_resume(target)
         if len(commits) < writer.num_shards or not writer.is_finished:
-            with lock_shared(target.path):
+            with hold(target.path, DRIVER):
                 _encode_missing_on_cluster(client, spec, call_id, target, writer, commits)
                 writer.finish(commits)
     return target.path
@@ -198,7 +212,9 @@ def _request_description(client: Client, spec: ExtractionSpec, call_id: str) -> 
 def describe_cache(spec: ExtractionSpec, call_id: str) -> CacheDescription:
     """Return which cache this worker would fill; runs on a worker."""
     target = _task_of(spec, call_id).target
-    return CacheDescription(target.identity, target.provenance, target.feature_shape)
+    received = spec.delivery.receive()[1] if spec.delivery else {}
+    provenance = replace_paths(target.provenance, {here: there for there, here in received.items()})
+    return CacheDescription(target.identity, provenance, target.feature_shape)
 
 
 def encode_and_commit_shard(spec: ExtractionSpec, call_id: str, cache_name: str, shard: int) -> ShardResult:
@@ -222,7 +238,7 @@ def encode_and_commit_shard(spec: ExtractionSpec, call_id: str, cache_name: str,
             "processor takes another number format (--set compute_dtype=float32 is one that all have)"
         )
     meter = ThroughputMeter(allowed_workers(options.workers), default_device().type)
-    with lock_shared(target.path):
+    with hold(target.path, part_of(shard), SHARD_WAIT_SECONDS):
         writer = Writer.attach(target.path)
         _check_worker_libraries(target, writer)
         budget = _budget_without(shard, target, writer)
@@ -265,6 +281,7 @@ def _task_of(spec: ExtractionSpec, call_id: str) -> ExtractionTask:
 @lru_cache(maxsize=1)
 def _build_task(spec: ExtractionSpec, call_id: str) -> ExtractionTask:
     """Build the task; `call_id` is part of the cache's key, because media or weights may have changed by the next call."""
-    manifest = read_manifest(spec.home, spec.dataset)
-    settings = dict(spec.settings)
-    return plan_extraction(manifest, spec.encoder, settings, spec.home, spec.store_dtype, spec.compiled, spec.options)
+    home, paths = spec.delivery.receive() if spec.delivery else (spec.home, {})
+    manifest, settings = read_manifest(home, spec.dataset), replace_paths(dict(spec.settings), paths)
+    with caches_at(str(spec.delivery.caches) if spec.delivery else ""):
+        return plan_extraction(manifest, spec.encoder, settings, home, spec.store_dtype, spec.compiled, spec.options)

@@ -24,10 +24,12 @@ from pipeline.encoders._factory import build_encoder, encoder_identity
 from pipeline.extraction.inputs import EncodedBatch, EncoderInputs, InputRows, MemorySafeEncoder, make_input_rows
 from pipeline.extraction.throughput import ThroughputMeter
 from pipeline.extraction.workers import choose_workers, encode_batches
+from pipeline.runtime.claims import hold
 from pipeline.runtime.device import default_device
 from pipeline.runtime.errors import UserError
-from pipeline.runtime.files import canonical_json, label_os_errors, lock
+from pipeline.runtime.files import canonical_json, label_os_errors
 from pipeline.runtime.logs import ProgressBar
+from pipeline.runtime.places import Place
 
 logger = logging.getLogger(__name__)
 
@@ -63,7 +65,7 @@ class ExtractOptions:
 class ExtractionTarget:
     """The cache that an extraction fills; no encoder is needed to describe it."""
 
-    path: Path
+    path: Place
     input_rows: InputRows
     feature_shape: tuple[int, ...]
     identity: Mapping[str, Any]
@@ -110,8 +112,8 @@ def extract(
     store_dtype: StoreDtype = "float16",
     compiled: bool = False,
     options: ExtractOptions = ExtractOptions(),
-) -> Path:
-    """Fill the feature cache of a manifest and an encoder, and return its folder.
+) -> Place:
+    """Fill the feature cache of a manifest and an encoder, and return its place.
 
     The same call starts, resumes and repairs a cache: shards that are committed and undamaged stay, all others are encoded.
     They use the batch size of the existing cache, whatever the options say, so that the result has the same bits.
@@ -132,15 +134,15 @@ def extract(
     return run_extraction(plan_extraction(manifest, encoder_name, settings, home, store_dtype, compiled, options))
 
 
-def run_extraction(task: ExtractionTask, ignored_failures: frozenset[str] = NO_SAMPLE_IDS) -> Path:
-    """Do what is left of an extraction, and return the folder of its cache.
+def run_extraction(task: ExtractionTask, ignored_failures: frozenset[str] = NO_SAMPLE_IDS) -> Place:
+    """Do what is left of an extraction, and return the place of its cache.
 
     Args:
         task: the extraction.
         ignored_failures: ids of samples whose failures do not count against `max_failures`.
     """
     target = task.target
-    with label_os_errors(target.path), lock(target.path):
+    with label_os_errors(target.path), hold(target.path):
         writer, commits = start_or_resume(target)
         if len(commits) < writer.num_shards:
             for warning in check_libraries(target.path, writer.provenance.get("versions", {}), target.input_rows.modality):
@@ -200,7 +202,7 @@ def gpu_batch_size(item_bytes: int) -> int:
 
 
 def start_or_resume(target: ExtractionTarget) -> tuple[Writer, dict[int, Commit]]:
-    """Create the cache, or open the one that was begun; the caller holds its lock.
+    """Create the cache, or open the one that was begun; the caller holds it.
 
     It does not check the versions of the libraries: only the process that encodes can do that.
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import numpy as np
 
@@ -15,6 +14,7 @@ from pipeline.report.blocks import Block, ExampleGroup, Paragraph, SvgFigure
 from pipeline.report.figures import TrainingCurve
 from pipeline.report.results import BASELINE, DatasetResults, HeadRuns, ResultRow, label_configs, read_history
 from pipeline.runtime.errors import UserError
+from pipeline.runtime.places import parse_place
 from pipeline.runtime.runs import REAL_TEXT
 
 NUM_EXAMPLES_PER_CASE = 2
@@ -147,7 +147,7 @@ def _read_stored_features(row: ResultRow, ids: Sequence[str]) -> np.ndarray:
 def read_image_features(results: DatasetResults, head: HeadRuns, ids: Sequence[str]) -> np.ndarray:
     """Read the image features of the samples from the head's cache, flattened to [n,D]."""
     (path,) = (cache["path"] for cache in results.caches if cache["fingerprint"] == head.config.caches["image"])
-    return open_cache(Path(path)).read(ids).reshape(len(ids), -1)
+    return open_cache(parse_place(path)).read(ids).reshape(len(ids), -1)
 
 
 def _nothing_evaluated(results: DatasetResults) -> Paragraph:

@@ -21,7 +21,17 @@ from pathlib import Path
 from typing import Any, NoReturn, Protocol, TypeVar
 
 import dask.config as dask_config
-from dask.distributed import CancelledError, Client, Future, KilledWorker, Nanny, Scheduler, SpecCluster, as_completed
+from dask.distributed import (
+    CancelledError,
+    Client,
+    Future,
+    KilledWorker,
+    Nanny,
+    Scheduler,
+    SpecCluster,
+    WorkerPlugin,
+    as_completed,
+)
 from dask.system import CPU_COUNT
 
 from pipeline.runtime import plugins
@@ -143,14 +153,20 @@ def _has_gpu() -> bool:
 
 
 def _set_up_workers(client: Client) -> None:
-    """Let the workers say as much as this process, and set their environment before they compute."""
-    client.run(set_up_worker, logging.getLogger("pipeline").getEffectiveLevel())
+    """Let the workers, also later ones, say as much as this process, and set their environment before they compute."""
+    client.register_plugin(WorkerSetup(logging.getLogger("pipeline").getEffectiveLevel()))
 
 
-def set_up_worker(level: int) -> None:
-    """Set up a worker process: messages from this level upwards, and the environment variables of libraries."""
-    set_environment()
-    set_up_logging(level)
+@dataclass(frozen=True)
+class WorkerSetup(WorkerPlugin):
+    """Sets up a worker process: messages from a level upwards, and the environment variables of libraries."""
+
+    level: int
+    name = "diffalign"  # of two with this name the later one counts
+
+    def setup(self, worker: object) -> None:
+        set_environment()
+        set_up_logging(self.level)
 
 
 def run_on_cluster(

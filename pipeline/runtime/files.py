@@ -7,7 +7,6 @@ import hashlib
 import json
 import logging
 import os
-import re
 import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,8 +16,6 @@ from typing import IO, Any
 from pipeline.runtime.errors import UserError
 
 logger = logging.getLogger(__name__)
-
-_ADDRESS = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/+")  # the letter of a disk, C:/, is none
 
 
 def canonical_json(value: Any) -> str:
@@ -40,25 +37,6 @@ def file_sha256(path: Path) -> str:
     """Return the SHA-256 of the content of a file, as 64 hexadecimal digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def check_local(path: str | Path, label: str) -> Path:
-    """Return a path as a `Path`; refuse an address such as s3://bucket, of which `Path` would make a folder named "s3:".
-
-    Args:
-        path: the path.
-        label: how the message calls it.
-
-    Raises:
-        UserError: it is an address.
-    """
-    if _ADDRESS.match(str(path)):
-        address = _ADDRESS.sub(r"\1://", str(path), count=1)
-        raise UserError(
-            f"{label} {address} is an address, and files are kept in folders: give a folder of a disk of this machine, of NFS, "
-            "or of a bucket that is mounted (rclone mount, s3fs, gcsfuse)"
-        )
-    return Path(path)
 
 
 def write_atomic(path: Path, data: bytes | memoryview | str | Iterator[bytes | memoryview]) -> None:
@@ -177,7 +155,7 @@ def _open_locked(path: Path, mode: int, busy: str, wait: bool) -> IO[str]:
 
 
 @contextmanager
-def label_os_errors(path: Path) -> Iterator[None]:
+def label_os_errors(path: object) -> Iterator[None]:
     """Add this path to an `OSError` that is raised inside the block without a file name, such as that of a full disk."""
     try:
         yield

@@ -18,7 +18,7 @@ from pipeline.runtime import plugins
 
 GENERATED = ("api.md",)
 # What is no command of diffalign stands in marked blocks; a path in it exists.
-OTHER_PROGRAMS = ("pip", "python", "tensorboard", "export", "cp", "find")
+OTHER_PROGRAMS = ("pip", "python", "tensorboard", "export", "cp", "find", "dask")
 PROGRAMS = [page for page in PAGES if page.name not in GENERATED and any(_ for _ in blocks_of(page))]
 
 

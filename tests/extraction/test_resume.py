@@ -13,12 +13,13 @@ from helpers.fault_cases import TEXT_SETTINGS, cache_content, extract_texts, wri
 from torch import Tensor
 
 from pipeline import Workspace
-from pipeline.cache import info, layout, open_cache, provenance, verify, writer
+from pipeline.cache import info, layout, open_cache, provenance, verify
 from pipeline.data.manifest import Manifest
 from pipeline.data.manifest_files import write_manifest
 from pipeline.encoders.random_projection import RandomProjection
 from pipeline.extraction.extract import ExtractOptions, extract
 from pipeline.extraction.repair import repair
+from pipeline.runtime import stores
 from pipeline.runtime.files import write_atomic
 from pipeline.types import Sample
 
@@ -306,7 +307,7 @@ def test_a_repair_that_does_not_last_is_an_error(texts: Manifest, tmp_path: Path
         if file.name == "0":
             file.write_bytes(b"")
 
-    monkeypatch.setattr(writer, "write_atomic", write_empty)
+    monkeypatch.setattr(stores, "write_atomic", write_empty)
     with pytest.raises(ValueError, match=r"was extracted again, and still: .*; is the disk sound\?"):
         repair(path, QUIET)
 

@@ -1,0 +1,97 @@
+"""Give workers that share no disk with the client what they need: the manifest of a dataset and files of the encoder.
+
+They lie beside the caches in the object store, under the digest of their contents, so that a worker gets what the client has or
+nothing:
+
+    <caches>/files/<sha256>             one file
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from pipeline.data.manifest_files import manifest_path
+from pipeline.encoders._factory import local_files, with_absolute_paths
+from pipeline.runtime.errors import UserError
+from pipeline.runtime.files import file_sha256, write_atomic
+from pipeline.runtime.places import Address
+from pipeline.runtime.stores import exists, map_objects, store_of
+
+MANIFEST_FILES = ("parquet", "meta.json", "location.json")
+
+
+@dataclass(frozen=True)
+class Delivery:
+    """Files in an object store: those of a manifest, and those that settings of an encoder name."""
+
+    caches: Address
+    manifest: tuple[tuple[str, str], ...]  # name in <home>/manifests -> SHA-256
+    encoder: tuple[tuple[str, str, str], ...]  # (path on the client, path below it or "", SHA-256)
+
+    @staticmethod
+    def send(caches: Address, home: Path, dataset: str, settings: Mapping[str, Any]) -> Delivery:
+        """Put what is not there yet into the store."""
+        tables = [manifest_path(home, dataset, suffix) for suffix in MANIFEST_FILES]
+        roots = local_files(with_absolute_paths(settings))
+        files = [(root, file) for root in roots for file in ([root] if root.is_file() else sorted(root.rglob("*")))]
+        files = [(root, file) for root, file in files if file.is_file()]
+        digests = {file: file_sha256(file) for file in [*tables, *(file for _, file in files)]}
+
+        def send_file(file: Path) -> None:
+            place = caches / "files" / digests[file]
+            if not exists(place):
+                store_of(place).put(place, file.read_bytes())
+
+        map_objects(caches, send_file, digests)
+        return Delivery(
+            caches,
+            tuple((file.name, digests[file]) for file in tables),
+            tuple((str(root), "" if file == root else str(file.relative_to(root)), digests[file]) for root, file in files),
+        )
+
+    def receive(self) -> tuple[Path, dict[str, str]]:
+        """Fetch the files into a folder of this process, which is removed when it ends.
+
+        Returns:
+            A home with the manifest, and for each path on the client its path here.
+
+        Raises:
+            UserError: a file in the store is damaged.
+        """
+        folder = Path(_folder().name)
+        for name, digest in self.manifest:
+            self._fetch(digest, folder / "home" / "manifests" / name)
+        paths = {}
+        for root, below, digest in self.encoder:
+            here = folder / "encoder" / str(len(set(paths) - {root})) / Path(root).name
+            paths.setdefault(root, str(here))
+            self._fetch(digest, Path(paths[root]) / below)
+        return folder / "home", paths
+
+    def _fetch(self, digest: str, file: Path) -> None:
+        if file.is_file() and file_sha256(file) == digest:
+            return
+        place = self.caches / "files" / digest
+        write_atomic(file, store_of(place).get(place))
+        if file_sha256(file) != digest:
+            raise UserError(f"{place} is damaged (its sha256 does not fit); remove it, and run the same command again")
+
+
+def replace_paths(value: Any, paths: Mapping[str, str]) -> Any:
+    """Return JSON values in whose texts some paths stand in place of others."""
+    text = json.dumps(value)
+    for path, other in paths.items():
+        text = text.replace(json.dumps(path)[1:-1], json.dumps(other)[1:-1])
+    return json.loads(text)
+
+
+@cache
+def _folder() -> tempfile.TemporaryDirectory[str]:
+    """The folder of this process."""
+    return tempfile.TemporaryDirectory(prefix="diffalign-")

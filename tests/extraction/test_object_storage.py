@@ -1,0 +1,210 @@
+"""Caches in an object store have the objects that caches on a disk have as files, whatever is killed, lost or repeated."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import random
+import shutil
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from helpers.command_line import run
+from helpers.fault_cases import cache_content, extract_texts, write_texts
+from helpers.s3_endpoint import Endpoint, use_endpoint
+from helpers.tiny_heads import train_tiny
+
+from pipeline import Workspace
+from pipeline.cache import find_caches, open_cache, shard_bytes, verify
+from pipeline.cache.housekeeping import copy
+from pipeline.cache.layout import shard_path
+from pipeline.cache.streaming import open_split
+from pipeline.commands import app as cli
+from pipeline.data.manifest import Manifest
+from pipeline.data.manifest_files import read_manifest
+from pipeline.runtime.errors import UserError
+from pipeline.runtime.places import Address, Place, caches_at, parse_place
+from pipeline.runtime.stores import store_of
+
+NUM_SAMPLES = 90
+NUM_SHARDS = 5
+
+
+@pytest.fixture(scope="module")
+def endpoint() -> Iterator[Endpoint]:
+    with use_endpoint() as endpoint:
+        yield endpoint
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
+    return write_texts(tmp_path_factory.mktemp("texts"), NUM_SAMPLES)
+
+
+@pytest.fixture(scope="module")
+def on_disk(texts: Manifest) -> Place:
+    return extract_texts(texts, texts.media_root)
+
+
+@pytest.fixture(scope="module")
+def remote(texts: Manifest, on_disk: Place, endpoint: Endpoint) -> Iterator[Address]:
+    """The same cache, extracted into a bucket while a quarter of the requests is disturbed."""
+    endpoint.disturb(0.25)
+    with caches_at("s3://bucket/whole"):
+        path = extract_texts(texts, texts.media_root, workers=1)
+        endpoint.disturb(0)
+        assert isinstance(path, Address)
+        yield path
+
+
+def content_of(place: Address, folder: Path) -> dict[str, bytes]:
+    """Return the objects of a cache as `cache_content` returns its files; there are no others."""
+    copied = copy(place, folder)
+    assert isinstance(copied, Path)
+    names = {str(found.place).removeprefix(f"{place}/") for found in store_of(place).list(place)}
+    assert names == {file.relative_to(copied).as_posix() for file in copied.rglob("*") if file.is_file()} - {".lock"}
+    return cache_content(copied)
+
+
+def test_the_objects_are_the_files(remote: Address, on_disk: Path, tmp_path: Path) -> None:
+    assert content_of(remote, tmp_path) == cache_content(on_disk)
+    assert verify(remote) == []
+    there = copy(on_disk, parse_place("s3://bucket/copied"))
+    assert isinstance(there, Address)
+    assert content_of(there, tmp_path / "again") == cache_content(on_disk)
+
+
+def test_rows_are_read_in_ranges_and_kept_in_a_folder_with_a_limit(
+    remote: Address, on_disk: Path, tmp_path: Path, endpoint: Endpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ids = [f"s{number:03d}" for number in np.random.default_rng(0).permutation(NUM_SAMPLES).tolist()]
+    expected = open_cache(on_disk).read(ids)
+    np.testing.assert_array_equal(open_cache(remote).read(ids), expected)
+    monkeypatch.setenv("DIFFALIGN_LOCAL_COPIES", str(tmp_path))
+    cache = open_cache(remote)
+    np.testing.assert_array_equal(cache.read(ids), expected)
+    copies = sorted(tmp_path.iterdir())
+    assert len(copies) == NUM_SHARDS * 2  # the chunk and the index of each shard
+    copies[0].write_bytes(copies[0].read_bytes()[:-1] + b"?")
+    np.testing.assert_array_equal(open_cache(remote).read(ids), expected)
+    (tmp_path / copies[-1].name).unlink()
+    kept = shard_bytes.LocalCopies(tmp_path, sum(file.stat().st_size for file in tmp_path.iterdir()))
+    assert bytes(kept.fetch("x", lambda: memoryview(bytes(999)))) == bytes(999)
+    assert sum(file.stat().st_size for file in tmp_path.iterdir()) <= 0.9 * kept.max_bytes
+
+
+def test_windows_over_a_bucket_are_those_over_a_disk(remote: Address, on_disk: Path, texts: Manifest) -> None:
+    def tables(path: Place) -> list[dict[str, torch.Tensor]]:
+        cache = open_cache(path)
+        source = open_split(texts, {"image": cache, "text": cache}, "train", torch.device("cpu"), "mean", 16)
+        return [dict(table.columns) for table in source.windows(4, seed=0, epoch=1)]
+
+    for first, second in zip(tables(remote), tables(on_disk), strict=True):
+        assert first.keys() == second.keys()
+        assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_a_head_trained_on_a_bucket_is_that_trained_on_a_disk(tiny_home: Path, tmp_path: Path, endpoint: Endpoint) -> None:
+    runs = []
+    for name, caches in (("disk", ""), ("bucket", "s3://bucket/heads")):
+        home = tmp_path / name
+        shutil.copytree(tiny_home / "manifests", home / "manifests")
+        for path in find_caches(tiny_home, "tiny"):
+            copy(path, parse_place(caches) if caches else home / "caches")
+        with caches_at(caches):
+            runs.append(train_tiny(home, "ema", training={"window": 8}))
+    first, second = (pd.read_csv(run.path / "history.csv").drop(columns="seconds", errors="ignore") for run in runs)
+    pd.testing.assert_frame_equal(first, second)
+    assert (runs[0].path / "config.json").read_bytes() == (runs[1].path / "config.json").read_bytes()
+
+
+def test_cache_commands_work_on_a_bucket(
+    remote: Address, texts: Manifest, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def ask(*arguments: str) -> Any:
+        run([*arguments, "--json"], monkeypatch)
+        return json.loads(capsys.readouterr().out)
+
+    home = ["--home", str(texts.media_root)]
+    place = str(copy(remote, parse_place("s3://bucket/other")))
+    (line,) = ask("cache", "ls", *home, "--caches", "s3://bucket/other")
+    assert (line["name"], line["complete"], line["rows"]) == (remote.name, True, 2160)
+    facts = ask("cache", "info", place)
+    assert facts["path"] == place
+    assert not any(word in json.dumps(facts) for word in ("of-a-test", "127.0.0.1"))
+    shard = shard_path(parse_place(place), 1, 2)
+    store_of(shard).put(shard, b"lost")
+    monkeypatch.setattr("sys.argv", ["diffalign", "cache", "verify", place, *home])
+    with pytest.raises(SystemExit):
+        cli.main()
+    assert "features/c/1/0 has 4 bytes instead of" in capsys.readouterr().err
+    assert len(ask("cache", "repair", place, "--workers", "0", *home)["mended"]) == 1
+    assert verify(parse_place(place)) == []
+    assert ask("cache", "stats", place, *home)["rows"] == 2160
+    assert ask("cache", "rm", place, "--yes")["removed"]
+    assert store_of(shard).list(parse_place("s3://bucket/other")) == []
+
+
+def extract_remotely(home: Path, caches: str, environment: dict[str, str]) -> None:
+    """What a child process does that may be killed."""
+    os.environ.update(environment)
+    with caches_at(caches):
+        extract_texts(read_manifest(home, "texts"), home)
+
+
+def check_kills(rounds: range, texts: Manifest, on_disk: Path, endpoint: Endpoint, tmp_path: Path) -> None:
+    """Kill an extraction again and again at random moments, until one comes to its end."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["pipeline.extraction.distributed", "pipeline.encoders.random_projection"])
+    environment = {**endpoint.environment, "DIFFALIGN_LEASE_SECONDS": "1"}
+    endpoint.disturb(0.1)
+    for number in rounds:
+        caches, rng, num_killed = f"s3://bucket/killed-{number}", random.Random(number), 0
+        is_done = False
+        while not is_done:
+            child = context.Process(target=extract_remotely, args=(texts.media_root, caches, environment))
+            child.start()
+            wanted = min(num_killed + 1, NUM_SHARDS - 1)
+            while child.is_alive() and num_commits(endpoint, f"killed-{number}") < wanted and num_killed < NUM_SHARDS - 1:
+                time.sleep(0.02)
+            child.join(rng.uniform(0, 0.2) if num_killed < NUM_SHARDS - 1 else 120)
+            child.kill()
+            child.join()
+            assert child.exitcode in (0, -signal.SIGKILL)
+            num_killed, is_done = num_killed + 1, child.exitcode == 0
+        assert num_killed > 1
+        place = parse_place(caches) / "texts" / on_disk.name
+        assert isinstance(place, Address)
+        assert content_of(place, tmp_path / str(number)) == cache_content(on_disk)
+    endpoint.disturb(0)
+
+
+def num_commits(endpoint: Endpoint, prefix: str) -> int:
+    listing = endpoint.ask("GET", f"/bucket?list-type=2&prefix={prefix}/").decode()
+    return listing.count("/commits/0")
+
+
+def test_extractions_that_are_killed_end_in_the_same_objects(
+    texts: Manifest, on_disk: Path, endpoint: Endpoint, tmp_path: Path
+) -> None:
+    check_kills(range(2), texts, on_disk, endpoint, tmp_path)
+
+
+@pytest.mark.exhaustive
+def test_twenty_extractions_that_are_killed_end_in_the_same_objects(
+    texts: Manifest, on_disk: Path, endpoint: Endpoint, tmp_path: Path
+) -> None:
+    check_kills(range(2, 22), texts, on_disk, endpoint, tmp_path)
+
+
+def test_a_home_stays_on_a_disk() -> None:
+    with pytest.raises(UserError, match="caches alone may be in an object store: --caches s3://bucket/x"):
+        Workspace("s3://bucket/x")
