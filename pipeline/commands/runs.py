@@ -83,11 +83,16 @@ def rm(
     home: Home = DEFAULT_HOME,
     as_json: AsJson = False,
 ) -> None:
-    """Remove trained heads, or single seeds of them. Caches stay."""
-    from pipeline.runtime.head_names import find_head_runs
+    """Remove trained heads, or single seeds of them. Caches stay. --yes takes no beginning of a name: say the whole name."""
+    from pipeline.runtime.head_names import HeadFolder, find_head_runs, is_whole_name
     from pipeline.runtime.runs import check_removable, disk_usage, remove_runs
 
-    chosen = list(dict.fromkeys(run.path for head in heads for run in find_head_runs(home, head)))
+    found = {head: find_head_runs(home, head) for head in heads}
+    for head, (first, *_) in found.items():
+        if yes and not is_whole_name(head, first):
+            name = HeadFolder(first.path.parent).full_name
+            raise UserError(f"{head} is only the beginning of a name, too little to remove anything: say the whole name, {name}")
+    chosen = list(dict.fromkeys(run.path for runs in found.values() for run in runs))
     for path in chosen:
         check_removable(home, path)
     size = disk_usage(chosen)

@@ -182,6 +182,13 @@ def find_head_runs(home: Path, word: str, dataset: str = "") -> list[RunFolder]:
     return runs
 
 
+def is_whole_name(word: str, run: RunFolder) -> bool:
+    """Say whether a word that means a run is a path, a folder's whole name, a tag or "latest", not the beginning of a name."""
+    path, head = Path(word), HeadFolder(run.path.parent)
+    named = path.parent.name if SEED_FOLDER.fullmatch(path.name) else path.name
+    return path.is_dir() or named in (head.name, LATEST, *head.tags)
+
+
 def find_run(home: Path, word: str) -> RunFolder:
     """Return the one run that a word or a path means, see `find_head_runs`.
 

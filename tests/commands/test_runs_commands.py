@@ -142,7 +142,12 @@ def test_runs_are_removed_only_when_that_is_said(tmp_path: Path, monkeypatch: py
     for seed in (0, 1):
         home.train(home.config("baseline", {}), seed)
     assert "would remove 2 runs" in call(home, monkeypatch, capsys, "runs", "rm", "latest")
-    assert "removed 1 run," in call(home, monkeypatch, capsys, "runs", "rm", "baseline/seed1", "--yes")
+    name = list_heads(home.path)[0].name
+    assert "would remove 1 run," in call(home, monkeypatch, capsys, "runs", "rm", "baseline/seed1")
+    for beginning in ("baseline/seed1", "toy/baseline-", name[:-1]):  # of a name, which another head may have tomorrow
+        assert run(["runs", "rm", beginning, "--yes", "--home", str(home.path)], monkeypatch) == 2
+        assert f"say the whole name, toy/{name}" in " ".join(capsys.readouterr().err.split())
+    assert "removed 1 run," in call(home, monkeypatch, capsys, "runs", "rm", f"toy/{name}/seed1", "--yes")
     assert [each.seed for each in list_heads(home.path)[0].runs] == [0]
     assert json.loads(call(home, monkeypatch, capsys, "runs", "rm", "toy/latest", "--yes", "--json"))["removed"]
     assert call(home, monkeypatch, capsys, "runs", "ls").startswith("no heads in ")
