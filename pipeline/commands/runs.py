@@ -91,7 +91,7 @@ def rm(
     for head, (first, *_) in found.items():
         if yes and not is_whole_name(head, first):
             name = HeadFolder(first.path.parent).full_name
-            raise UserError(f"{head} is only the beginning of a name, too little to remove anything: say the whole name, {name}")
+            raise UserError(f"{head} is the beginning of a name, too little to remove anything: say the whole name, {name}")
     chosen = list(dict.fromkeys(run.path for runs in found.values() for run in runs))
     for path in chosen:
         check_removable(home, path)

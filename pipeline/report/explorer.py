@@ -29,9 +29,19 @@ NO_PICTURE = "data:image/gif;base64,R0lGODlhAQABAAAAACwAAAAAAQABAAA="
 PLANE_PIXELS = 520
 MARGIN = 0.05  # around the dots, as a share of their width and height
 ROW_PIXELS = 78
+# The colours of the page, light or dark, in place of Bokeh's own: its elements are in shadow trees, which see variables alone.
+COLOURS = """{ --color: var(--ink); --background-color: var(--paper); --surface-background-color: var(--shade);
+  --border-color: var(--soft); --divider-color: var(--line); --hover-color: var(--shade); --icon-color: var(--soft); }"""
+TABLE_STYLE = """.slick-row, .slick-row.odd, .slick-header-column.ui-state-default { background: var(--paper); }
+.slick-row, .slick-header-column.ui-state-default { color: var(--ink); }
+.slick-row.selected, .slick-cell.selected { background: var(--shade); }
+.slick-cell { white-space: normal; overflow-wrap: anywhere; line-height: 1.3; }"""
 # A picture and texts for the sample under the pointer. Bokeh escapes what it puts in place of a name with an @.
-TOOLTIP = """<div style="max-width: 15rem; overflow-wrap: anywhere"><img src="@picture" alt="" width="72">
-<div><b>@label</b></div><div>@method: @prediction (@confidence{0.00})</div><div>baseline: @base</div><div>@id</div></div>"""
+TOOLTIP = (
+    f'<div style="max-width: 15rem; overflow-wrap: anywhere"><style>:host(.bk-Tooltip) {COLOURS}</style>'
+    """<img src="@picture" alt="" width="72"><div><b>@label</b></div>
+<div>@method: @prediction (@confidence{0.00})</div><div>baseline: @base</div><div>@id</div></div>"""
+)
 GALLERY_PICTURE = '<img src="<%- value %>" alt="" style="height: 72px">'
 # What happens when a reader chooses: other columns are shown, and other samples.
 UPDATE = """
@@ -97,7 +107,7 @@ def library_note() -> str:
 def _build(block: SampleMap) -> Any:
     """Return the controls, the plane and the gallery as one model of Bokeh."""
     from bokeh.layouts import column, row
-    from bokeh.models import BooleanFilter, CDSView, ColumnDataSource, CustomJS, Div, Select
+    from bokeh.models import BooleanFilter, CDSView, ColumnDataSource, CustomJS, Div, InlineStyleSheet, Select
 
     names = [each.name for each in block.methods]
     baseline = names.index(block.baseline) if block.baseline in names else -1
@@ -114,7 +124,8 @@ def _build(block: SampleMap) -> Any:
         "space": Select(title="Features", value="0", options=_options(list(block.spaces))),
         "projection": Select(title="Projection", value=next(iter(positions)), options=list(positions)),
     }
-    count = Div(text=f"{len(block.ids)} of {len(block.ids)} examples", name="count")
+    colours = InlineStyleSheet(css=f":host {COLOURS}")
+    count = Div(text=f"{len(block.ids)} of {len(block.ids)} examples", name="count", stylesheets=[colours])
     plane = _plane(source, view, next(iter(positions.values())))
     arguments = {
         **choices,
@@ -132,7 +143,7 @@ def _build(block: SampleMap) -> Any:
     }
     update = CustomJS(args=arguments, code=UPDATE)
     for name, choice in choices.items():
-        choice.name, choice.width = name, 190
+        choice.name, choice.width, choice.stylesheets = name, 190, [colours]
         choice.js_on_change("value", update)
     controls = row(*choices.values(), styles={"flex-wrap": "wrap"}, sizing_mode="stretch_width")
     return column(controls, count, plane, _gallery(source, view), sizing_mode="stretch_width")
@@ -198,6 +209,7 @@ def _plane(source: Any, view: Any, positions: np.ndarray) -> Any:
     plane.scatter("x", "y", source=source, view=view, size=8, fill_color="colour", line_color=None, fill_alpha=0.8)
     plane.name = "plane"
     plane.axis.visible = plane.grid.visible = False
+    plane.background_fill_color = plane.border_fill_color = None  # the page's own
     plane.toolbar.logo = None
     return plane
 
@@ -219,14 +231,13 @@ def _gallery(source: Any, view: Any) -> Any:
         TableColumn(field="base", title="baseline"),
         TableColumn(field="id", title="example"),
     ]
-    style = InlineStyleSheet(css=".slick-cell { white-space: normal; overflow-wrap: anywhere; line-height: 1.3; }")
     return DataTable(
         source=source,
         view=view,
         columns=columns,
         row_height=ROW_PIXELS,
         height=7 * ROW_PIXELS,
-        stylesheets=[style],
+        stylesheets=[InlineStyleSheet(css=f":host {COLOURS} {TABLE_STYLE}")],
         reorderable=False,
         name="gallery",
         sizing_mode="stretch_width",

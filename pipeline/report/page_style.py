@@ -53,8 +53,7 @@ details.row[open] { max-width: 22rem; padding-bottom: .4rem; color: var(--soft);
 .bar.right div { background: var(--hit); }
 @media (max-width: 32rem) { body { padding: 1.5rem 1rem 3rem; } .examples { grid-template-columns: 1fr; }
   .example { grid-template-columns: 1fr; } }
-.explorer { color-scheme: light; padding: .75rem; border: 1px solid var(--line); border-radius: .5rem; background: #ffffff;
-  color: #1f2933; font-size: .85rem; }
+.explorer { padding: .75rem; border: 1px solid var(--line); border-radius: .5rem; font-size: .85rem; }
 @page { size: A4; margin: 14mm; }
 @media print {
   :root { color-scheme: light; --ink: #1f2933; --soft: #48525c; --line: #c9d0d6; --paper: #ffffff; --shade: #f4f6f8;

@@ -33,6 +33,10 @@ const hidden = (each) => each.closest("details:not([open])")
 const boxes = Array.from(document.querySelectorAll(arguments[0])).filter((each) => !hidden(each))
 return [wide, ...boxes.map((each) => each.scrollWidth - each.clientWidth)].filter((excess) => excess > 1)
 """
+FIRST_DOT = """
+const view = named("plane"), data = view.model.renderers[0].data_source.data, box = view.el.getBoundingClientRect()
+return [box.left + view.frame.x_scale.compute(data.x[0]), box.top + view.frame.y_scale.compute(data.y[0])]
+"""
 CONTRASTS = """
 const parse = (colour) => (colour.match(/[\\d.]+/g) ?? []).map(Number)
 const linear = (v) => v > .04045 ? ((v + .055) / 1.055) ** 2.4 : v / 12.92
@@ -114,17 +118,13 @@ def test_the_pointer_shows_picture_label_and_prediction(browser: Browser, home: 
     choose(browser, method=1, answers=0, label=0, space=0, projection=1)
     browser.run("named('plane').el.scrollIntoView({block: 'center'})")
     found, sample = predictions(home)["ema"], 0
-    place = """
-const view = named("plane"), data = view.model.renderers[0].data_source.data, box = view.el.getBoundingClientRect()
-return [box.left + view.frame.x_scale.compute(data.x[0]), box.top + view.frame.y_scale.compute(data.y[0])]
-"""
     tooltip = """
 const is_inside = (each) => each.getRootNode().host?.classList.contains("bk-Tooltip")
 const picture = deep(document.body).find((each) => each.tagName === "IMG" && each.width === 72 && is_inside(each))
 return picture && [picture.naturalWidth, picture.parentElement.textContent]
 """
     browser.wait("return named('plane').is_idle ?? true")
-    browser.move_to(*browser.run(place))
+    browser.move_to(*browser.run(FIRST_DOT))
     width, text = browser.wait(tooltip)
     assert width > 0
     for words in (CLASSES[0], f"ema: {CLASSES[int(found.logits[sample].argmax())]}", "baseline: "):
@@ -164,6 +164,21 @@ def test_every_text_can_be_read(browser: Browser, scheme: str) -> None:
     contrasts: list[Any] = browser.run(CONTRASTS)
     assert len(contrasts) > 100
     assert [each for each in contrasts if each[0] < 4.5] == []
-    assert (browser.run("return getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)") == (
-        scheme == "light"
-    )
+    grounds = "return [document.body, ...deep(document.querySelector('.explorer')).filter((e) => e.matches(arguments[0]))]"
+    seen = browser.run(f"{grounds}.map((e) => getComputedStyle(e).backgroundColor)", "select, .slick-row, .slick-header-column")
+    assert len(seen) > 10
+    assert {colour == "rgb(255, 255, 255)" for colour in seen} == {scheme == "light"}
+    plane = "const { model } = named('plane'); return [model.background_fill_color, model.border_fill_color]"
+    assert browser.run(plane) == [None, None]  # the page is seen behind the dots
+
+
+def test_the_tooltip_has_the_colours_of_the_page(browser: Browser) -> None:
+    browser.resize(1280, scheme="dark")
+    choose(browser, method=1, answers=0, label=0, space=0, projection=1)
+    browser.wait("return named('plane').is_idle ?? true")
+    browser.run("named('plane').el.scrollIntoView({block: 'center'})")
+    browser.move_to(*browser.run(FIRST_DOT))
+    colours = "const tip = deep(document.body).find((e) => e.classList.contains('bk-Tooltip') && e.checkVisibility());"
+    found = browser.wait(f"{colours} return tip && [getComputedStyle(tip).backgroundColor, getComputedStyle(tip).color]")
+    assert found == browser.run("const own = getComputedStyle(document.body); return [own.backgroundColor, own.color]")
+    browser.resize(1280)
