@@ -30,6 +30,7 @@ MAX_MAPPED_SAMPLES = 1500
 MAP_THUMBNAIL_PIXELS = 72
 MAP_DIMENSIONS = 50  # principal components that t-SNE and UMAP see
 TSNE_ITERATIONS = 500
+UMAP_PACKAGES = "pip install 'diffalign[umap]'"
 
 
 def sample_map_blocks(results: DatasetResults, manifest: Manifest, shown_heads: ShownHeads) -> list[Block]:
@@ -120,10 +121,12 @@ def _caption(results: DatasetResults, num_shown: int, num_samples: int, projecti
     rule = (
         "" if num_shown == num_samples else " (those with the lowest SHA-256 of their ids among the ones with stored features)"
     )
+    no_umap = "" if "UMAP" in projections else f"; UMAP takes {UMAP_PACKAGES}"
     return (
         f"{which} {num_samples} examples of the {results.split} split{rule}, with the predictions of the first seed. "
         f"Positions: {' and '.join(projections)} of what the image encoder gives, or of the vector that a method's classifier "
-        f"reads; with a fixed seed, t-SNE of {MAP_DIMENSIONS} principal components in {TSNE_ITERATIONS} iterations. Blue: the "
-        "method is right where the baseline is wrong; red: wrong where it is right; grey: both are right; yellow: both are "
-        "wrong. Point at a dot for its picture, drag a frame to mark dots in the table below, which shows the same examples."
+        f"reads; with a fixed seed, t-SNE of {MAP_DIMENSIONS} principal components in {TSNE_ITERATIONS} iterations{no_umap}. "
+        "Blue: the method is right where the baseline is wrong; red: wrong where it is right; grey: both are right; yellow: "
+        "both are wrong. Point at a dot for its picture, drag a frame to mark dots in the table below, which shows the same "
+        "examples."
     )

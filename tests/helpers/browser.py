@@ -78,7 +78,7 @@ def chromium() -> Iterator[Browser]:
     """Start a browser; where there is none, skip the test and say what it needs."""
     program, service = (shutil.which(name) for name in ("chromium", "chromedriver"))
     if not (program and service):
-        pytest.skip("needs chromium: apt-get install chromium chromium-driver")
+        pytest.skip("tests of pages need Chromium and its driver: apt-get install chromium chromium-driver")
     options = webdriver.ChromeOptions()
     options.binary_location = program
     for switch in SWITCHES:

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 from helpers.pages import HOSTILE_TEXT
+from sklearn.manifold import trustworthiness
+from sklearn.neighbors import NearestNeighbors
 
 from pipeline.report import sample_map
 from pipeline.report.blocks import MappedMethod, SampleMap
@@ -42,6 +47,28 @@ def test_positions_are_those_of_the_definitions_and_the_same_every_time() -> Non
     np.testing.assert_allclose(np.abs(first["PCA"]), np.abs(u[:, :2] * s[:2]), atol=1e-5)
     constant = sample_map.project(np.ones((10, 1), np.float32))
     assert all(np.isfinite(each).all() for each in constant.values())
+
+
+def test_umap_keeps_neighbours_and_gives_the_same_bits_in_any_thread() -> None:
+    pytest.importorskip("umap", reason="needs umap-learn: pip install 'diffalign[umap]'")
+    rng = np.random.default_rng(0)
+    label = np.arange(90) % 3
+    vectors = (rng.normal(size=(90, 20)) + 20 * rng.normal(size=(3, 20))[label]).astype(np.float32)
+    with ThreadPoolExecutor(3) as pool:  # as a report computes its maps
+        first, *others = (each["UMAP"] for each in pool.map(sample_map.project, [vectors] * 3))
+    assert all(np.array_equal(first, each) for each in others)
+    assert first.shape == (90, 2)
+    neighbours = NearestNeighbors(n_neighbors=6).fit(first).kneighbors(return_distance=False)
+    assert (label[neighbours] == label[:, None]).all()
+    assert trustworthiness(vectors, first) > 0.8
+
+
+@pytest.mark.parametrize("projections", [["t-SNE", "PCA"], ["t-SNE", "PCA", "UMAP"]])
+def test_the_page_says_how_to_get_umap_where_it_is_missing(projections: list[str]) -> None:
+    results: Any = SimpleNamespace(split="test")
+    caption = sample_map._caption(results, 10, 10, projections)
+    assert " and ".join(projections) in caption
+    assert ("UMAP takes pip install 'diffalign[umap]'" in caption) == ("UMAP" not in projections)
 
 
 def test_equal_maps_are_equal_bytes_and_hostile_names_cannot_leave_the_data() -> None:
