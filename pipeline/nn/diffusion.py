@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -104,7 +104,7 @@ def ddim_sample(
     The last jump goes to the data and returns the prediction itself, for every eta.
 
     Args:
-        model: `model(x, k)` predicts x_0 [B,D] from x at step n = steps[k].
+        model: `model(x, k)` predicts x_0 [B,D] from x at step n = steps[k]; while a program is exported, k may be a tensor [1].
         x: start of the chain [B,D].
         steps: step numbers in descending order, int64 [S].
         abar: see `alphas_cumprod`, [T].
@@ -118,8 +118,29 @@ def ddim_sample(
     weight_x = torch.sqrt((1 - b - variance).clamp(min=0.0) / (1 - a))
     weight_x0 = (torch.sqrt(b) - weight_x * torch.sqrt(a)).to(x.dtype)
     weight_x, weight_noise = weight_x.to(x.dtype), torch.sqrt(variance).to(x.dtype)
-    for k in range(len(steps) - 1):
+    last = len(steps) - 1
+
+    def jump(x: Tensor, k: Any, z: Tensor | None) -> Tensor:
         x = weight_x0[k] * model(x, k) + weight_x[k] * x
-        if eta > 0:
-            x = x + weight_noise[k] * noise(k)
-    return model(x, len(steps) - 1)
+        return x if z is None else x + weight_noise[k] * z
+
+    if torch.compiler.is_exporting() and last > 1:
+        x = _jump_in_a_loop(jump, x, torch.stack([noise(k) for k in range(last)]) if eta > 0 else None, last)
+    else:
+        for k in range(last):
+            x = jump(x, k, noise(k) if eta > 0 else None)
+    return model(x, last)
+
+
+def _jump_in_a_loop(
+    jump: Callable[[Tensor, Any, Tensor | None], Tensor], x: Tensor, noises: Tensor | None, num_jumps: int
+) -> Tensor:
+    """Return what all jumps lead to, as one operator of an exported program; unrolled, tracing would take minutes."""
+    from torch._higher_order_ops.scan import scan  # slow to import
+
+    def body(x: Tensor, place: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+        x = jump(x, place[0], place[1] if len(place) > 1 else None)
+        return x, x.new_zeros(())  # a scan returns something of each step, too
+
+    places = torch.arange(num_jumps, device=x.device).unsqueeze(1)
+    return scan(body, x.contiguous(), (places,) if noises is None else (places, noises))[0]

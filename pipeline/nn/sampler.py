@@ -109,7 +109,7 @@ class Sampler(nn.Module):
         )
 
         def model(x: Tensor, k: int) -> Tensor:
-            return denoiser(x, step_table[k], context)
+            return denoiser(x, step_table[k].flatten(), context)  # [E], also where k is a tensor [1]
 
         def noise(k: int) -> Tensor:
             return rng.at("step", k).normal(text_width)

@@ -131,7 +131,7 @@ def _write(classifier: Classifier, encoder: Encoder, folder: Path, weights_licen
         torch.export.save(program, folder / PROGRAM)
     weights = used_weights(program)
     save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
-    differs = _write_onnx(program, graph, examples, folder / ONNX)
+    differs = write_onnx(program, graph, examples, folder / ONNX)
     facts = {
         "version": program_version(),
         "dataset": spec.dataset,
@@ -185,7 +185,7 @@ def _example_pixels(encoder: Encoder) -> Tensor:
     return torch.stack([encoder.prepare_pictures(each) for each in pictures])
 
 
-def _write_onnx(program: Any, graph: ClassifierGraph, examples: tuple[Tensor, ...], path: Path) -> float | None:
+def write_onnx(program: Any, graph: ClassifierGraph, examples: tuple[Tensor, ...], path: Path) -> float | None:
     """Write the program as ONNX where its operators allow, and return how far its logits are from those of the graph."""
     if not all(importlib.util.find_spec(name) for name in ("onnx", "onnxruntime", "onnxscript")):
         logger.warning("no %s: the packages are missing; %s", path.name, OPTIONAL_PACKAGES)

@@ -1,7 +1,7 @@
 """The encoder and the head of a run as one graph, from prepared pixels to logits, for programs without this package.
 
 Random numbers are an input of the graph: whoever runs it may draw them, and those that the run itself would draw are known by
-the names of their streams, see `Draw`. The steps of the sampler are unrolled in the graph.
+the names of their streams, see `Draw`. The steps of the sampler are a loop in the graph.
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ class ClassifierGraph(nn.Module):
                 part.device = torch.device("cpu")
             if isinstance(normalize := getattr(part, "normalize", None), Normalize):
                 setattr(part, "normalize", _ChannelNormalize(normalize))  # noqa: B010 - it is no attribute of nn.Module
-        self.train(False)
+        self.train(False).requires_grad_(False)  # the loop of a sampler is traced for its values alone
         self.draws: list[Draw] = []
 
     def record_draws(self, pixel_values: Tensor) -> None:
