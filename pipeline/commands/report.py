@@ -33,14 +33,14 @@ def report(
         show({**files, "results": rows}, as_json)
         return
     if results.empty:
-        command = f"diffalign evaluate {' '.join(_best_heads(home, dataset))} --split test"
+        command = f"diffalign evaluate {' '.join(best_heads(home, dataset))} --split test"
         print(with_home(f"nothing is evaluated on test yet; to read it for the best head of each method: {command}", home))
     else:
         show_table(format_results(results), as_json)
     show(files, as_json)
 
 
-def _best_heads(home: Path, dataset: str) -> list[str]:
+def best_heads(home: Path, dataset: str) -> list[str]:
     """Return the head of each method that is best on validation, "<dataset>/<folder>": of those on real texts and all data."""
     from pipeline.report.results import collect_results
     from pipeline.runtime.runs import REAL_TEXT

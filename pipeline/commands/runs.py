@@ -90,8 +90,8 @@ def rm(
     as_json: AsJson = False,
 ) -> None:
     """Remove trained heads, or single seeds of them. Caches stay. --yes takes no beginning of a name: say the whole name."""
-    from pipeline.runtime.head_names import HeadFolder, find_head_runs, is_whole_name
     from pipeline.runtime.files import read_lines
+    from pipeline.runtime.head_names import HeadFolder, find_head_runs, is_whole_name
     from pipeline.runtime.runs import TEST_READS, check_removable, disk_usage, remove_runs
 
     found = {head: find_head_runs(home, head) for head in heads}

@@ -129,6 +129,8 @@ def extract(
         UserError: the settings, media or files do not fit; more items fail than the options allow; the cache was begun with
             other libraries (`provenance.check_libraries`), or from media files with other contents.
     """
+    if options.progress:  # the weights say which cache it is; to load them may take a while
+        logger.info("%s: loading the encoder", encoder_name)
     return run_extraction(plan_extraction(manifest, encoder_name, settings, home, store_dtype, compiled, options))
 
 
@@ -152,6 +154,8 @@ def run_extraction(task: ExtractionTask, ignored_failures: frozenset[str] = NO_S
                 budget.add(commit.failures)
             encode_missing_shards(task, writer, commits, budget)
             writer.finish(commits)
+        elif target.options.progress:
+            logger.info("%s is complete, there is nothing to do", target.path.name)
     return target.path
 
 

@@ -18,7 +18,6 @@ from pipeline.runtime.errors import UserError
 from pipeline.runtime.files import canonical_json
 from pipeline.runtime.runs import RunConfig, RunFolder
 
-
 MIN_GROUPS_FOR_INTERVAL = 5  # groups of samples of a class; of fewer, nothing can be said of others
 
 
@@ -178,7 +177,7 @@ def changed_samples(a: HeadPredictions, b: HeadPredictions, class_names: Sequenc
 
 
 def _most_predicted(votes: np.ndarray, label: np.ndarray, is_right: bool, class_names: Sequence[str]) -> str:
-    """Return the classes with the most votes [C] among the labels of a sample, or, of a head that is wrong, among the others."""
+    """Return the classes with most of the votes [C]: of the labels of a sample or, if the head is wrong, of the others."""
     counted = np.where(np.isin(np.arange(len(votes)), _labels(label)) == is_right, votes, 0)
     return " or ".join(class_names[index] for index in np.flatnonzero(counted == counted.max()))
 

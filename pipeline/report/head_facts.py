@@ -43,10 +43,10 @@ def describe_head(head: HeadFolder) -> dict[str, Any]:
     """Return one line about a head.
 
     Returns:
-        head ("<dataset>/<name>"); tags, a list; training ("real text", "no text term", a control, a share of the data, joint); seeds ("5", or
-        "4 of 5" when one has not finished); metric, the one that decides between heads; val and test, means ± deviation in
-        percent of the metric that training selects by, and of the deciding one ("-" where it was not read); trained, the local
-        time at which the last seed finished; MiB; path.
+        head ("<dataset>/<name>"); tags, a list; training ("real text", "no text term", a control, a share of the data, joint);
+        seeds ("5", or "4 of 5" when one has not finished); metric, the one that decides between heads; val and test, means ±
+        deviation in percent of the metric that training selects by, and of the deciding one ("-" where it was not read);
+        trained, the local time at which the last seed finished; MiB; path.
     """
     runs = head.runs
     done = [run for run in runs if run.is_done]
@@ -76,8 +76,9 @@ def explain_head(head: HeadFolder, training_defaults: Mapping[str, Any]) -> dict
 
     Returns:
         The keys of `describe_head`, then not_default (the settings of the method that differ from its defaults),
-        training_not_default (those of training that do), settings (the others of the method), training_settings (all), features (fingerprints of caches by key), evaluations (mean ± deviation of each metric in
-        percent by evaluation), alignment (of generated texts), train_seconds, code (versions that trained the seeds).
+        training_not_default (those of training that do), settings (the others of the method), training_settings (all), features
+        (fingerprints of caches by key), evaluations (mean ± deviation of each metric in percent by evaluation), alignment (of
+        generated texts), train_seconds, code (versions that trained the seeds).
 
     Raises:
         UserError: a file of a run is damaged.

@@ -170,7 +170,7 @@ def documentation(kind: str, name: str) -> str:
 
 
 def literal(kind: str, name: str, attribute: str) -> Any:
-    """Return a plain value that the class of a plug-in's file gives to an attribute, without importing it; None if there is none."""
+    """Return the plain value of an attribute of a plug-in's class without importing the plug-in; None if there is none."""
     for node in ast.walk(ast.parse(source(kind, name))):
         if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and node.target.id == attribute and node.value:
             with suppress(ValueError):  # it is computed
