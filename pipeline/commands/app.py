@@ -134,7 +134,7 @@ def main() -> None:
 def _describe_usage(error: typer.TyperException) -> str:
     """Return what is wrong with the words of a command; of an option that stands before the command, where it belongs."""
     context, option = getattr(error, "ctx", None), getattr(error, "option_name", "")
-    if option and hasattr(getattr(context, "command", None), "commands"):
+    if context and option and hasattr(context.command, "commands"):
         return f"no option {option} here: options stand behind the command, {context.command_path} COMMAND {option} …"
     return error.format_message()
 

@@ -179,7 +179,7 @@ def changed_samples(a: HeadPredictions, b: HeadPredictions, class_names: Sequenc
 def _most_predicted(votes: np.ndarray, label: np.ndarray, is_right: bool, class_names: Sequence[str]) -> str:
     """Return the classes with most of the votes [C]: of the labels of a sample or, if the head is wrong, of the others."""
     counted = np.where(np.isin(np.arange(len(votes)), _labels(label)) == is_right, votes, 0)
-    return " or ".join(class_names[index] for index in np.flatnonzero(counted == counted.max()))
+    return " or ".join(class_names[index] for index in np.flatnonzero(counted == counted.max()).tolist())
 
 
 def _labels(label: np.ndarray) -> list[int]:
