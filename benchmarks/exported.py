@@ -127,7 +127,7 @@ def main(arguments: list[str] | None = None) -> None:
         spec, manifest = classifier.spec, read_manifest(options.home, classifier.spec.dataset)
         cache = find_any_cache(options.home, spec.encoder, spec)
         samples = manifest.split(options.split)
-        finite = np.isfinite(cache.read([each.id for each in samples])).all(axis=1)
+        finite = np.asarray(np.isfinite(cache.read([each.id for each in samples])).reshape(len(samples), -1).all(axis=1))
         there = [sample for sample, is_there in zip(samples, finite.tolist(), strict=True) if is_there]
         if options.split == "test":
             log_test_read(classifier.run, "benchmarks/exported.py")

@@ -30,7 +30,7 @@ PLANE_PIXELS = 520
 MARGIN = 0.05  # around the dots, as a share of their width and height
 ROW_PIXELS = 78
 # The colours of the page, light or dark, in place of Bokeh's own: its elements are in shadow trees, which see variables alone.
-COLOURS = """{ --color: var(--ink); --background-color: var(--paper); --surface-background-color: var(--shade);
+PAGE_COLOURS = """{ --color: var(--ink); --background-color: var(--paper); --surface-background-color: var(--shade);
   --border-color: var(--soft); --divider-color: var(--line); --hover-color: var(--shade); --icon-color: var(--soft); }"""
 TABLE_STYLE = """.slick-row, .slick-row.odd, .slick-header-column.ui-state-default { background: var(--paper); }
 .slick-row, .slick-header-column.ui-state-default { color: var(--ink); }
@@ -38,7 +38,7 @@ TABLE_STYLE = """.slick-row, .slick-row.odd, .slick-header-column.ui-state-defau
 .slick-cell { white-space: normal; overflow-wrap: anywhere; line-height: 1.3; }"""
 # A picture and texts for the sample under the pointer. Bokeh escapes what it puts in place of a name with an @.
 TOOLTIP = (
-    f'<div style="max-width: 15rem; overflow-wrap: anywhere"><style>:host(.bk-Tooltip) {COLOURS}</style>'
+    f'<div style="max-width: 15rem; overflow-wrap: anywhere"><style>:host(.bk-Tooltip) {PAGE_COLOURS}</style>'
     """<img src="@picture" alt="" width="72"><div><b>@label</b></div>
 <div>@method: @prediction (@confidence{0.00})</div><div>baseline: @base</div><div>@id</div></div>"""
 )
@@ -124,7 +124,7 @@ def _build(block: SampleMap) -> Any:
         "space": Select(title="Features", value="0", options=_options(list(block.spaces))),
         "projection": Select(title="Projection", value=next(iter(positions)), options=list(positions)),
     }
-    colours = InlineStyleSheet(css=f":host {COLOURS}")
+    colours = InlineStyleSheet(css=f":host {PAGE_COLOURS}")
     count = Div(text=f"{len(block.ids)} of {len(block.ids)} examples", name="count", stylesheets=[colours])
     plane = _plane(source, view, next(iter(positions.values())))
     arguments = {
@@ -237,7 +237,7 @@ def _gallery(source: Any, view: Any) -> Any:
         columns=columns,
         row_height=ROW_PIXELS,
         height=7 * ROW_PIXELS,
-        stylesheets=[InlineStyleSheet(css=f":host {COLOURS} {TABLE_STYLE}")],
+        stylesheets=[InlineStyleSheet(css=f":host {PAGE_COLOURS} {TABLE_STYLE}")],
         reorderable=False,
         name="gallery",
         sizing_mode="stretch_width",

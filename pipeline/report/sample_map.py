@@ -90,7 +90,7 @@ def project(vectors: np.ndarray) -> dict[str, np.ndarray]:
     )
     positions = {"t-SNE": tsne.fit_transform(reduced), "PCA": plane}
     if importlib.util.find_spec("umap"):
-        umap = importlib.import_module("umap").UMAP(random_state=0, n_neighbors=min(15, len(vectors) - 1))
+        umap = importlib.import_module("umap").UMAP(random_state=0, n_jobs=1, n_neighbors=min(15, len(vectors) - 1))
         positions["UMAP"] = umap.fit_transform(reduced)
     return {name: each.astype(np.float32) for name, each in positions.items()}
 

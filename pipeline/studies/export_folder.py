@@ -193,7 +193,9 @@ def write_onnx(program: Any, graph: ClassifierGraph, examples: tuple[Tensor, ...
     onnxruntime: Any = importlib.import_module("onnxruntime")
     try:
         with warnings.catch_warnings(action="ignore"):
-            made: Any = torch.onnx.export(program, dynamo=True, output_names=["logits"], verbose=False)
+            made: Any = torch.onnx.export(
+                program, dynamo=True, output_names=["logits"], verbose=False, custom_translation_table=_exact_operators()
+            )
             made.save(path)
         session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
         names = [each.name for each in session.get_inputs()]
@@ -207,6 +209,18 @@ def write_onnx(program: Any, graph: ClassifierGraph, examples: tuple[Tensor, ...
     if not differs <= ONNX_TOLERANCE:
         logger.warning("%s: logits differ by %.2g from those of %s", path.name, differs, PROGRAM)
     return differs
+
+
+def _exact_operators() -> dict[Any, Any]:
+    """Return the operators that are written otherwise than torch writes them, whose numbers would be another's: log sigmoid is
+    log(sigmoid(x)) there, which is -inf below -88.
+    """
+    op: Any = importlib.import_module("onnxscript").opset18
+
+    def log_sigmoid(x: Any) -> Any:
+        return op.Neg(op.Softplus(op.Neg(x)))
+
+    return {torch.ops.aten.log_sigmoid.default: log_sigmoid}
 
 
 def push_folder(folder: Path, repository: str, private: bool = False) -> str:

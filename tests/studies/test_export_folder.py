@@ -40,7 +40,7 @@ from pipeline.encoders._weights import image_to_uint8, split_transform
 from pipeline.evaluation.classify import Classifier
 from pipeline.runtime import plugins
 from pipeline.runtime.rng import KeyedRNG, content_keys
-from pipeline.studies.export_folder import FILES, _put_in_place, _without_folders, export_run, push_folder
+from pipeline.studies.export_folder import FILES, _put_in_place, _without_folders, export_run, push_folder, write_onnx
 from pipeline.studies.export_graph import ClassifierGraph, Draw, NoiseInput, run_noise, trace
 from pipeline.studies.export_inputs import read_preprocessing, write_preprocessing
 from pipeline.studies.model_card import _metrics
@@ -312,6 +312,20 @@ def test_exports_name_no_folder_of_this_machine() -> None:
     nested = {"weights": "/home/me/x.pth", "settings": "weights=/home/me/x.pth,layer=3", "mean": [0.5, "a/b"]}
     cut = {"weights": "x.pth", "settings": "weights=x.pth,layer=3", "mean": [0.5, "a/b"]}
     assert _without_folders(nested) == cut
+
+
+def test_logits_far_from_zero_are_the_same_in_onnx(tmp_path: Path) -> None:
+    """As heads have them that fuse logits, or average several chains of labels that each have a probability of their own."""
+
+    class Fused(torch.nn.Module):
+        def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+            logits = torch.nn.functional.logsigmoid(torch.stack([pixel_values, pixel_values - 1]))
+            return torch.logsumexp(torch.log_softmax(logits, dim=-1), dim=0)
+
+    values = torch.tensor([[-300.0, -90.0, -20.0, 0.5, 90.0], [300.0, 1.0, -1.0, -1e-3, -150.0]])
+    graph: Any = Fused()
+    assert (write_onnx(trace(graph, (values,)), graph, (values,), tmp_path / "model.onnx") or 0.0) < 1e-4
+    assert (tmp_path / "model.onnx").is_file()
 
 
 def test_intervals_of_the_card_are_over_groups(photos: PhotoHome, seda: da.Run, tmp_path: Path) -> None:
