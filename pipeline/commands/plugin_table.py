@@ -5,12 +5,14 @@ from __future__ import annotations
 import shutil
 import textwrap
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from itertools import zip_longest
 from typing import Any
 
 from pipeline.commands.options import show
 from pipeline.runtime import plugins
 from pipeline.runtime.settings import Setting, aliases_of, describe_settings
+from pipeline.training.config import TrainConfig, paper_training
 
 MAX_VALUES_WIDTH = 34  # characters of the column of values; what is longer is wrapped
 MIN_MEANING_WIDTH = 30
@@ -92,7 +94,9 @@ def _page(kind: str, name: str, width: int) -> list[str]:
     if aliases:
         wrapped = textwrap.wrap("; ".join(aliases), width, initial_indent="  ", subsequent_indent="  ")
         lines += ["", "other names of these settings:", *(line.replace(NO_BREAK, " ") for line in wrapped)]
-    if kind == "methods" and (of_paper := {**plugin.paper, **getattr(plugin, "paper_training", {})}):
+    if kind == "methods" and (plugin.paper or getattr(plugin, "paper_training", {})):
+        training, default = paper_training(plugin), asdict(TrainConfig())
+        of_paper = {**plugin.paper, **{key: value for key, value in training.items() if value != default[key]}}
         listed = ", ".join(f"{key}={value}" for key, value in of_paper.items())
         lines += ["", f"as in the paper, where the default is another (--preset paper): {listed}"]
     if kind == "methods" and plugin.grid:

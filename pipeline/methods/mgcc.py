@@ -16,6 +16,7 @@ from pipeline.nn.feature_space import num_classes_in
 from pipeline.nn.layers import ScaleMode, register_hyperparameters
 from pipeline.nn.losses import MASKED_LOGIT, LabelLoss, classification_loss, contrastive_losses
 from pipeline.nn.method import Method
+from pipeline.nn.recompute import recomputed
 from pipeline.nn.tokens import (
     fit_token_layers,
     make_token_layer,
@@ -23,11 +24,14 @@ from pipeline.nn.tokens import (
     pooled_batches,
     pooled_shapes,
     pooled_text,
+    token_source,
     word_mask,
 )
 from pipeline.runtime.rng import KeyedRNG
 from pipeline.runtime.settings import Range, Settings
 from pipeline.types import Batch, Shapes
+
+MAX_TOKEN_PAIRS = 2**22  # similarities of patches and words that are in memory at a time: 16 MiB, and as much for each step
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,21 +49,54 @@ class Config(Settings):
     label_loss: Annotated[LabelLoss, "for multi-label data"] = "softmax_kl"
 
 
+def weighted_sum(
+    similarity: Tensor, tau: Tensor | float, dim: int, is_token: Tensor | None = None, matrix: Tensor | None = None
+) -> Tensor:
+    """Return the sum of the similarities of T tokens, each times its weight: the softmax over the tokens, times a matrix.
+
+    Args:
+        similarity: [..., T, ...], of which the tokens are the dimension `dim`, which the sum has not.
+        tau: temperature of the softmax.
+        dim: see above.
+        is_token: which tokens count [...,T]; None: all.
+        matrix: [T,T]; None: the identity.
+    """
+    by_token = similarity.movedim(dim, -1)
+    logits = by_token / tau
+    if is_token is not None:
+        by_token, logits = by_token.masked_fill(~is_token, 0.0), logits.masked_fill(~is_token, MASKED_LOGIT)
+    weight = torch.softmax(logits, dim=-1)
+    return ((weight if matrix is None else weight @ matrix) * by_token).sum(-1)
+
+
 class TokenWeights(nn.Module):
-    """Sums the similarities of T tokens, each times its weight: the softmax over the tokens, times a learned matrix [T,T]."""
+    """The learned matrix of a `weighted_sum` of T tokens, an identity at first, or none."""
 
     def __init__(self, num_tokens: int, has_matrix: bool) -> None:
         super().__init__()
         self.matrix = nn.Parameter(torch.eye(num_tokens)) if has_matrix else None
 
     def forward(self, similarity: Tensor, tau: Tensor | float, dim: int, is_token: Tensor | None = None) -> Tensor:
-        """Map [..., T, ...] to [..., ...]: the tokens are the dimension `dim`; `is_token` [...,T] says which of them count."""
-        by_token = similarity.movedim(dim, -1)
-        logits = by_token / tau
-        if is_token is not None:
-            by_token, logits = by_token.masked_fill(~is_token, 0.0), logits.masked_fill(~is_token, MASKED_LOGIT)
-        weight = torch.softmax(logits, dim=-1)
-        return ((weight if self.matrix is None else weight @ self.matrix) * by_token).sum(-1)
+        """Map [..., T, ...] to [..., ...], see `weighted_sum`."""
+        return weighted_sum(similarity, tau, dim, is_token, self.matrix)
+
+
+def patch_word_similarity(patches: Tensor, words: Tensor, tau: Tensor, *matrices: Tensor, is_word: Tensor | None) -> Tensor:
+    """Return S_PW [I,J]: patches are weighed and then words, and words and then patches, and the mean is taken of both.
+
+    Args:
+        patches: tokens of images [I,Tv,d].
+        words: tokens of texts [J,Ts,d].
+        tau: temperature of the weights.
+        matrices: of the patches and then the words [Tv,Tv] and [Ts,Ts], and of the words and then the patches; or none.
+        is_word: which tokens of the texts count, bool [J,Ts]; None: all.
+    """
+    patches_first, words_last, words_first, patches_last = matrices or (None,) * 4
+    tokens = torch.einsum("ipd,jwd->ijpw", patches, words)
+    by_pair = None if is_word is None else is_word.unsqueeze(1)  # behind the dimension of patches
+    by_word = weighted_sum(weighted_sum(tokens, tau, 2, None, patches_first), tau, 2, is_word, words_last)
+    by_patch = weighted_sum(weighted_sum(tokens, tau, 3, by_pair, words_first), tau, 2, None, patches_last)
+    return (by_word + by_patch) / 2.0
 
 
 class GranularSimilarities(nn.Module):
@@ -92,15 +129,22 @@ class GranularSimilarities(nn.Module):
             tau: temperature of the weights.
             is_word: which tokens of the texts count, bool [B,Ts]; None: all.
         """
-        by_pair = None if is_word is None else is_word.unsqueeze(1)  # behind the dimension of patches
         pairs = (image if self.of_vectors is None else image @ self.of_vectors) @ text.T
         image_words = self.image_words(torch.einsum("id,jwd->ijw", image, words), tau, 2, is_word)
         patches_text = self.patches_text(torch.einsum("ipd,jd->ijp", patches, text), tau, 2)
         mapped = patches if self.of_tokens is None else patches @ self.of_tokens
-        tokens = torch.einsum("ipd,jwd->ijpw", mapped, words)
-        by_word = self.words_last(self.patches_first(tokens, tau, 2), tau, 2, is_word)
-        by_patch = self.patches_last(self.words_first(tokens, tau, 3, by_pair), tau, 2)
-        return torch.stack([pairs, image_words, patches_text, (by_word + by_patch) / 2.0])
+        return torch.stack([pairs, image_words, patches_text, self._patches_words(mapped, words, tau, is_word)])
+
+    def _patches_words(self, patches: Tensor, words: Tensor, tau: Tensor | float, is_word: Tensor | None) -> Tensor:
+        """Return S_PW [B,B]: of a few images at a time, also for the gradient, if there are many pairs of tokens."""
+        layers = (self.patches_first, self.words_last, self.words_first, self.patches_last)
+        matrices = [layer.matrix for layer in layers if layer.matrix is not None]
+        similarity = partial(patch_word_similarity, is_word=is_word)
+        inputs = (words, torch.as_tensor(tau, device=words.device), *matrices)
+        num_images = max(1, MAX_TOKEN_PAIRS // (patches.shape[1] * words.shape[0] * words.shape[1]))
+        if num_images >= len(patches):
+            return similarity(patches, *inputs)
+        return torch.cat([recomputed(similarity, part, *inputs) for part in patches.split(num_images)])
 
 
 class MGCC(Method):
@@ -157,7 +201,7 @@ class MGCC(Method):
         """Return CE + lam (L_i2t + L_t2i) / 2, and both parts."""
         image, text, paired = batch["image"], batch["text"], batch["paired"]
         h_v, h_s = self.common.image(pooled(image)), self.common.text(pooled_text(text), paired)
-        similarity = self.similarity(h_v, h_s, image if image.ndim > 2 else h_v, text if text.ndim > 2 else h_s)
+        similarity = self.similarity(h_v, h_s, token_source(image, h_v), token_source(text, h_s))
         v2s, s2v = contrastive_losses(self.similarity_scale() * similarity, paired)
         ce, mgcc = classification_loss(self.classifier(h_v), batch["label"], self.label_loss), (v2s + s2v) / 2.0
         return {"loss": ce + self.w_mgcc * mgcc, "ce": ce, "mgcc": mgcc}

@@ -28,6 +28,7 @@ from pipeline.nn.tokens import (
     pooled_shapes,
     pooled_text,
     token_mean,
+    token_source,
     word_mask,
 )
 from pipeline.runtime.errors import UserError
@@ -157,12 +158,16 @@ class TEAM(CommonSpaceHead):
     The token loss knows each pair from two hard negatives: the text with another image and the image with another text, drawn
     where the global similarity is high. A sample with the same labels, or without text, is no negative. A sample that has no
     negative in its batch does not count.
+
+    --preset paper has the published 6 blocks and batches of 240, and a rate that falls to a tenth every 10 epochs: that of the
+    papers, with Adam in place of LAMB. The token loss stays a mean over the blocks, where the published code has their sum.
     """
 
     Config = Config
     symbols: ClassVar[Mapping[str, str]] = {"lam": "w_team", "tau": "tau", "d": "width"}
     without_text: ClassVar[Mapping[str, Any]] = {"w_team": 0.0}
     paper: ClassVar[Mapping[str, Any]] = {"num_blocks": 6}
+    paper_training: ClassVar[Mapping[str, Any]] = {"lr_step": 10, "lr_gamma": 0.1, "batch_size": 240}
     grid: ClassVar[Mapping[str, tuple[Any, ...]]] = {"w_team": (0.1, 0.3, 1.0, 3.0), "tau": (0.03, 0.07, 0.2)}
     phases = (scaled_phase("global_scale", "token_scale"),)
     reads_tokens = True
@@ -193,7 +198,7 @@ class TEAM(CommonSpaceHead):
         ce, clip = classification_loss(self.classifier(h_v), label, self.label_loss), (v2s + s2v) / 2.0
         allowed = (paired > 0) & ~same_labels(label)
         other_image, other_text = self._draw_negatives(h_v, h_s, allowed)
-        image, text = image if image.ndim > 2 else h_v, text if text.ndim > 2 else h_s
+        image, text = token_source(image, h_v), token_source(text, h_s)
         scores = self.matching(torch.cat([text, text, text[other_text]]), torch.cat([image, image[other_image], image]))
         scores = scores.unflatten(1, (3, -1)).transpose(0, 1)
         tokens = token_loss(scores, self.token_scale(), paired * allowed.any(1))

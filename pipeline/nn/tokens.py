@@ -86,6 +86,11 @@ def make_token_layer(
     return TokenLayer(shape[1], token_width, scale) if len(shape) > 1 else ChunkTokens(width, num_tokens, token_width)
 
 
+def token_source(feature: Tensor, vector: Tensor) -> Tensor:
+    """Return what the layer of `make_token_layer` reads: features that are tokens [B,T,D], or else their vector [B,d]."""
+    return feature if feature.ndim > 2 else vector
+
+
 def fit_token_layers(image: nn.Module, text: nn.Module, train: Callable[[], Iterator[Batch]]) -> None:
     """Compute the statistics of those of two layers that are `TokenLayer`s; `train` starts a pass over the training split."""
     if isinstance(image, TokenLayer):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pipeline.runtime.errors import UserError
 from pipeline.runtime.settings import POSITIVE, Range, Settings
@@ -11,6 +11,11 @@ from pipeline.runtime.settings import POSITIVE, Range, Settings
 TRAINING_PRESETS: dict[str, dict[str, float]] = {"paper": {"lr": 1e-4}, "head": {"lr": 1e-3}}
 # settings that must be equal for all heads that are trained together as one model
 SHARED_SETTINGS = ("epochs", "batch_size", "validate_every", "precision", "compiled", "window")
+
+
+def paper_training(method: Any) -> dict[str, Any]:
+    """Return the training settings of --preset paper for a method, a class or a module: those of the papers, or its own."""
+    return {**TRAINING_PRESETS["paper"], **getattr(method, "paper_training", {})}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -31,7 +31,7 @@ from pipeline.runtime.runs import RECIPE, RunConfig, RunFolder, check_seed
 from pipeline.runtime.settings import configure, flatten, name_settings, recorded_settings, spellings
 from pipeline.training.capacity import bytes_kept, bytes_per_method
 from pipeline.training.captured import is_captured
-from pipeline.training.config import TRAINING_PRESETS, TrainConfig
+from pipeline.training.config import TRAINING_PRESETS, TrainConfig, paper_training
 from pipeline.training.features import FeatureSet, open_features
 from pipeline.training.state import Score, StopCheck, TrainState, delete_saved_state, never_stop
 from pipeline.training.tracking import MakeTracker, RunTrackers, replay
@@ -75,7 +75,7 @@ def resolve_head_settings(
     if preset == "tuned":
         chosen, base = read_tuned(dataset, method, home)
     elif preset == "paper":
-        chosen, base = getattr(module, "paper", {}), {**base, **getattr(module, "paper_training", {})}
+        chosen, base = getattr(module, "paper", {}), paper_training(module)
     elif preset not in TRAINING_PRESETS:
         raise unknown_choice(preset, f"unknown preset {preset!r}", [*TRAINING_PRESETS, "tuned"])
     given = flatten(settings)  # by the words of the user, which messages repeat

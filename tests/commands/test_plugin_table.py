@@ -12,6 +12,7 @@ from pipeline.commands.plugin_table import settings_table
 from pipeline.runtime import plugins
 from pipeline.runtime.settings import aliases_of, describe_settings, flatten
 from pipeline.training.config import TrainConfig
+from pipeline.training.heads import resolve_head_settings
 
 NAMED = [(kind, name) for kind in ("methods", "encoders") for name in plugins.names(kind)]
 
@@ -50,6 +51,11 @@ def test_the_page_shows_every_fact(
         assert f"{alias} = {', '.join(names)}" in "; ".join(line.strip(" ;") for line in lines).split("; ")
     for field, values in plugin.grid.items() if kind == "methods" else ():
         assert f"  {field}: {', '.join(map(str, values))}" in lines
+    if kind == "methods" and (plugin.paper or plugin.paper_training):
+        _, training = resolve_head_settings("openmoji", name, "paper", {}, {})
+        changed = plugin.paper | dict(asdict(training).items() - asdict(TrainConfig()).items())
+        listed = next(line for line in lines if line.startswith("as in the paper")).rpartition(": ")[2]
+        assert sorted(listed.split(", ")) == sorted(f"{key}={value}" for key, value in changed.items())
 
 
 def test_a_page_of_a_method() -> None:

@@ -87,7 +87,8 @@ def test_the_paper_s_preset_is_of_settings_that_differ_from_the_defaults(name: s
     assert all(value_of(of_paper, key) == value != value_of(default, key) for key, value in module.paper.items())
     assert of_paper != default or not module.paper
     assert asdict(training) == {**asdict(TrainConfig()), "lr": 1e-4, **module.paper_training}
-    assert all(asdict(TrainConfig())[key] != value for key, value in module.paper_training.items())
+    of_papers = {**asdict(TrainConfig()), "lr": 1e-4}
+    assert all(of_papers[key] != value for key, value in module.paper_training.items())
 
 
 @for_all_label_kinds

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
 import torch
 from helpers.method_cases import CLASSES, LABEL_KINDS, ROWS, cross_entropy, fitted, make_rng, seeded_loss, to_numpy
 from scipy.special import log_softmax, softmax
-from torch import Tensor
+from torch import Tensor, nn
 
+from pipeline.methods import mgcc
 from pipeline.methods.mgcc import GranularSimilarities
 from pipeline.nn.losses import info_nce
 
@@ -54,6 +55,40 @@ def test_the_four_similarities(lengths: tuple[int, ...]) -> None:
     is_word = torch.arange(4) < torch.tensor(lengths).unsqueeze(1)
     found = layer(*parts, T, None if is_word.all() else is_word)
     np.testing.assert_allclose(np.moveaxis(to_numpy(found), 0, 2), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("has_matrices", [False, True])
+def test_many_pairs_of_tokens_are_compared_in_parts(monkeypatch: pytest.MonkeyPatch, has_matrices: bool) -> None:
+    """Values and gradients are those of one piece, alone and in an ensemble, and the gradient needs less memory."""
+    layers = [GranularSimilarities(6, 7, 9, has_matrices) for _ in range(2)]
+    with torch.no_grad():
+        for number, weight in enumerate(weight for layer in layers for weight in layer.parameters()):
+            weight.add_(0.3 * units(*weight.shape, seed=number))
+    weights = [list(layer.parameters()) for layer in layers]
+    stacked = torch.func.stack_module_state(cast(list[nn.Module], layers))[0]
+    inputs = [units(*shape, seed=20 + len(shape)).requires_grad_() for shape in ((5, 6), (5, 6), (5, 7, 6), (5, 9, 6))]
+    is_word, weight = torch.arange(9) < torch.tensor([9, 1, 4, 9, 7]).unsqueeze(1), units(4, 5, 5, seed=30)
+
+    def ensemble(own: dict[str, Tensor], tau: Tensor) -> Tensor:
+        return torch.func.functional_call(layers[0], own, (*inputs, tau, is_word))
+
+    def outcome() -> tuple[list[Tensor], int]:
+        kept: dict[int, int] = {}
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.update({x.data_ptr(): x.nbytes}) or x, lambda x: x):
+            found = [layer(*inputs, torch.tensor(tau), is_word) for layer, tau in zip(layers, (T, 0.1), strict=True)]
+        both = torch.vmap(ensemble)(stacked, torch.tensor([T, 0.1]))
+        torch.testing.assert_close(both, torch.stack(found))
+        gradients = [
+            torch.autograd.grad((weight * each).sum(), [*inputs, *own]) for each, own in zip(found, weights, strict=True)
+        ]
+        of_both = torch.autograd.grad((weight * both).sum(), [*inputs, *stacked.values()])
+        return [*found, *gradients[0], *gradients[1], *of_both], sum(kept.values())
+
+    expected, bytes_at_once = outcome()
+    monkeypatch.setattr(mgcc, "MAX_TOKEN_PAIRS", 2 * 5 * 7 * 9)  # two images at a time, and then one
+    found, num_bytes = outcome()
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    assert num_bytes < bytes_at_once / 3
 
 
 @pytest.mark.parametrize("kind", LABEL_KINDS)
