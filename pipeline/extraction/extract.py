@@ -194,8 +194,7 @@ def plan_extraction(
 
 def default_batch_size(inputs: EncoderInputs) -> int:
     """Return the number of items per batch that suits the device."""
-    on_gpu = default_device().type == "cuda"
-    return gpu_batch_size(inputs.item_bytes()) if on_gpu else DEFAULT_BATCH_SIZES["cpu"]
+    return gpu_batch_size(inputs.item_bytes()) if default_device().type == "cuda" else DEFAULT_BATCH_SIZES["cpu"]
 
 
 def gpu_batch_size(item_bytes: int) -> int:
