@@ -28,8 +28,8 @@ HERE = Path(__file__).parent
 NO_TESTS = 5  # what pytest returns where there is no GPU, and therefore no test
 # what to run, what to run with --small, and the limit in seconds
 PARTS: dict[str, tuple[str, str, int]] = {
-    "heads": ("head_steps.py", "head_steps.py --small", 110),
-    "tests": ("-m pytest -m gpu -p no:cacheprovider", "-m pytest -m gpu -p no:cacheprovider", 110),
+    "heads": ("head_steps.py", "head_steps.py --small", 120),
+    "tests": ("-m pytest -m gpu -p no:cacheprovider", "-m pytest -m gpu -p no:cacheprovider", 105),
     "heads-mixed": (
         "head_steps.py --precision mixed --parts one,cells",
         "head_steps.py --precision mixed --parts one,cells --small",

@@ -1,10 +1,11 @@
 """Compare our training steps on a GPU, captured as CUDA graphs, with steps without a graph and with the loop by hand.
 
-    python benchmarks/head_steps.py [--parts one,cells,figure] [--precision float32|mixed] [--small]
+    python benchmarks/head_steps.py [--parts one,cells,seeds,figure] [--precision float32|mixed] [--small]
 
 one     a step of one head (SeDA, EMA, the baseline): milliseconds, and the ratio to plain_heads.py and to ours without a graph
 cells   a step of the 48 cells of SeDA's Fig. 3 as one model: milliseconds, and the ratio to the loop by hand, one cell after
         another; how long the bytes of weights and optimiser take at the rate at which the device copies memory
+seeds   a step of 1, 4 and 48 cells with three seeds as one model, over three models, one for each seed
 figure  the whole of Fig. 3, three seeds and 20 epochs of 66,071 rows, extrapolated from 500 steps of an epoch and a validation
 
 `--small` runs every part with small numbers, also without a GPU; there no step is captured, and the figures mean nothing.
@@ -74,11 +75,21 @@ class Steps:
         self.precision: Precision = precision
         self.raw = make_raw_columns(size.rows, size.width, size.classes, False, default_device())
 
-    def training(self, method: str, captures: bool, cells: Sequence[Mapping[str, Any]] = ({},)) -> OurTraining:
+    def training(
+        self, method: str, captures: bool, cells: Sequence[Mapping[str, Any]] = ({},), seeds: Sequence[int] = (0,)
+    ) -> OurTraining:
         """Return a training that is warm: its step is captured, if it is to be."""
         captures = captures and torch.cuda.is_available()
         ours = OurTraining(
-            method, self.raw, self.size.classes, self.precision, self.size.batch, captures, cells, **AS_BY_HAND.get(method, {})
+            method,
+            self.raw,
+            self.size.classes,
+            self.precision,
+            self.size.batch,
+            captures,
+            cells,
+            seeds,
+            **AS_BY_HAND.get(method, {}),
         )
         ours.epoch(WARM_UP_STEPS + 2)
         if graph := ours.trainer.graph:
@@ -135,6 +146,18 @@ def cells(steps: Steps) -> None:
     report(f"{name}, a step without a graph", 1e3 * wait_seconds(partial(eager.epoch, few)) / few, "ms")
 
 
+def seeds(steps: Steps) -> None:
+    """Compare cells with several seeds as one model with a model for each seed."""
+    for number in sorted({1, min(4, steps.size.cells), steps.size.cells}):
+        settings, name = cells_of_figure(number), f"{number} SeDA cells, {SEEDS} seeds, {steps.precision}"
+        together, apart = steps.training("seda", True, settings, range(SEEDS)), steps.training("seda", True, settings)
+        rounds = Rounds()
+        for _ in range(steps.size.rounds):
+            rounds.measure(partial(together.epoch, steps.size.steps), partial(apart.epoch, steps.size.steps))
+        report(f"{name}, a step", 1e3 * min(rounds.ours) / steps.size.steps, "ms")
+        report(f"{name}, over one model for each seed", rounds.median(SEEDS), "", "", rounds.ratio(SEEDS))
+
+
 def copy_rate() -> float:
     """Return the bytes per second that the device reads and writes while it copies memory."""
     source = torch.zeros(2**28 if torch.cuda.is_available() else 2**20, device=default_device())
@@ -164,7 +187,7 @@ def figure(steps: Steps) -> None:
     )
 
 
-PARTS: dict[str, Callable[[Steps], None]] = {"one": one, "cells": cells, "figure": figure}
+PARTS: dict[str, Callable[[Steps], None]] = {"one": one, "cells": cells, "seeds": seeds, "figure": figure}
 
 
 def main() -> None:

@@ -3,7 +3,8 @@
     python benchmarks/joint.py [--encoder efficientnet_lite] [--set side=224] [--images 256] [--batch 32] [--last 2]
 
 step    images/s of joint training (gathering prepared items, head, clipping, Adam) over those of the encoder's forward and
-        backward passes alone, on tensors that are ready; and the time of the statistics before a validation, in epochs
+        backward passes alone, on tensors that are ready, also with --fast; and the time of the statistics before a
+        validation, in epochs
 memory  peak memory of one step: plain, with --checkpointing, with --accumulate 4
 last    seconds of an epoch of the whole encoder over those of its last K blocks from stored states, and the time of storing
 """
@@ -33,9 +34,10 @@ from pipeline.runtime.device import default_device
 from pipeline.runtime.settings import configure
 from pipeline.training.heads import plan_head, resolve_head_settings, train_head
 from pipeline.training.joint.ddp import DistributedContext
+from pipeline.training.joint.inputs import to_device
 from pipeline.training.joint.plan import JointConfig, JointOptions, JointPlan
 from pipeline.training.joint.trainable_encoder import TrainableEncoder, build_joint_method, open_trainable_encoder
-from pipeline.training.joint.trainer import deterministic_algorithms, joint_source, validate_joint
+from pipeline.training.joint.trainer import deterministic_algorithms, fast_algorithms, joint_source, validate_joint
 from pipeline.training.loop import Trainer, train_epoch
 from pipeline.training.state import TrainState
 from pipeline.types import Sample
@@ -77,7 +79,7 @@ def joint_epoch(plan: JointPlan, options: JointOptions) -> tuple[Callable[[], ob
     """
     encoders = {"image": open_trainable_encoder(plan, "image", options, SINGLE_PROCESS)}
     model = build_joint_method(plan, encoders, SINGLE_PROCESS)
-    source = joint_source(plan, model, encoders, SINGLE_PROCESS, progress=False)
+    source = joint_source(plan, model, encoders, SINGLE_PROCESS, False, options.fast)
     trainer = Trainer([TrainState(method=model, run=plan.run, config=plan.training)])
     return (
         lambda: train_epoch(trainer, source),
@@ -86,9 +88,9 @@ def joint_epoch(plan: JointPlan, options: JointOptions) -> tuple[Callable[[], ob
     )
 
 
-def bare_epoch(trained: TrainableEncoder, steps: int, batch: int) -> Callable[[], object]:
+def bare_epoch(trained: TrainableEncoder, steps: int, batch: int, is_fast: bool = False) -> Callable[[], object]:
     """Return a function that runs `steps` forward and backward passes of the encoder alone, on one batch that is ready."""
-    items = trained.items["train"][:batch].to(default_device())
+    items = to_device(trained.items["train"][:batch], default_device(), channels_last=is_fast)
 
     def epoch() -> None:
         for _ in range(steps):
@@ -157,6 +159,12 @@ def main() -> None:
             epoch, statistics, trained = joint_epoch(plan, JointOptions(progress=False))
             whole, bare, statistics_time = fastest(epoch, bare_epoch(trained, steps, options.batch), statistics)
             print(f"joint step over the bare encoder: ratio {bare / whole:.3f} (wanted >= 0.9)", flush=True)
+        with fast_algorithms(default_device()):
+            epoch, _, trained = joint_epoch(plan, JointOptions(progress=False, fast=True))
+            fast, bare_fast = fastest(epoch, bare_epoch(trained, steps, options.batch, is_fast=True))
+            print(f"joint step with --fast over the bare encoder: ratio {bare_fast / fast:.3f} (wanted >= 0.9)", flush=True)
+            print(f"joint step with --fast over the deterministic one: ratio {whole / fast:.3f}", flush=True)
+        with deterministic_algorithms(default_device()):
             last = replace(plan, joint=JointConfig(train=f"last:{options.last}"))
             started = time.perf_counter()
             epoch, _, _ = joint_epoch(last, JointOptions(progress=False))

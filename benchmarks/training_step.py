@@ -14,6 +14,7 @@ import linecache
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import product
 from pathlib import Path
 from types import CodeType, FrameType
 from typing import Any
@@ -31,6 +32,7 @@ from pipeline.runtime.settings import configure
 from pipeline.training.config import TrainConfig
 from pipeline.training.ensemble import EnsembleTrainer
 from pipeline.training.loop import Trainer, train_epoch
+from pipeline.training.seeds import stacked_source
 from pipeline.training.state import TrainState
 from pipeline.types import Batch
 
@@ -56,7 +58,7 @@ def make_raw_columns(rows: int, width: int, classes: int, multi: bool, device: t
 class OurTraining:
     """A head, or several that are one model, in the real loop, on a table in memory; nothing is written.
 
-    `cells` has the settings of each head beside `settings`, which all have.
+    `cells` has the settings of each head beside `settings`, which all have; each is trained with all `seeds`.
     """
 
     def __init__(
@@ -68,6 +70,7 @@ class OurTraining:
         batch_size: int = BATCH_SIZE,
         captures: bool = False,
         cells: Sequence[Mapping[str, Any]] = ({},),
+        seeds: Sequence[int] = (0,),
         **settings: Any,
     ) -> None:
         ids = tuple(f"{row:07d}" for row in range(len(raw["image"])))
@@ -77,13 +80,13 @@ class OurTraining:
         plugin = plugins.get("methods", method)
         needed = {name: columns[name] for name in (*plugin.needs, "key")}
         table = FeatureTable(ids=ids, columns=needed, excluded=())
-        self.batches = shuffled_batches(table, batch_size, 0)
+        self.batches = stacked_source([shuffled_batches(table, batch_size, seed) for seed in seeds])
         config = TrainConfig(precision=precision, batch_size=batch_size, lr_step=1_000)  # a round records no new graph
         states = []
-        for cell in cells:
-            torch.manual_seed(0)
+        for cell, seed in product(cells, seeds):
+            torch.manual_seed(seed)
             head = plugin(configure(plugin.Config, {**settings, **cell}), shapes).to(raw["image"].device)
-            states.append(TrainState(method=head, run=RunFolder(Path("unused"), 0), config=config))
+            states.append(TrainState(method=head, run=RunFolder(Path("unused"), seed), config=config))
             states[-1].start_phase(lambda: iter([needed]))
         self.head = states[0].method
         self.trainer = Trainer(states, captures) if len(states) == 1 else EnsembleTrainer(states, captures)

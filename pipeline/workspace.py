@@ -313,7 +313,7 @@ class Workspace:
             workers: Processes; -1: one per core, 0: only this process.
             scheduler: "local", or the address of a dask scheduler, "tcp://host:port".
             strategy: "processes" trains every cell alone, "stacked" cells of one structure as one model; "auto": on GPUs.
-            max_ensemble_size: Cells of one model at most; 0: as memory allows.
+            max_ensemble_size: Runs of one model at most; 0: as memory allows.
 
         Returns:
             ranking, a table with one row per cell; winner; failed, run -> reason; folder, which has the page index.html.
@@ -341,6 +341,8 @@ class Workspace:
         train: Mapping[str, Any] = NO_SETTINGS,
         accumulate: int = 1,
         checkpointing: bool = False,
+        fast: bool = False,
+        compiled: bool = False,
         workers: int = -1,
         log: Sequence[str | MakeTracker] = (),
     ) -> FinetuneResult:
@@ -348,14 +350,15 @@ class Workspace:
 
         Args:
             run: The finished run to start from, or its folder.
-            unfreeze: What is trained beside the head: "image", "text", "both", or "last:K", the image
-                encoder's last K blocks; "none": the head is trained on alone, the control of joint training.
+            unfreeze: "image", "text", "both", "last:K" (the image encoder's last K blocks); "none": the head alone, a control.
             encoder_lr: Learning rate of the encoders.
             layer_decay: Factor of that rate per block towards the input, 0..1.
             augment: Random crops and mirrored images in training.
             train: Settings of training, such as {"epochs": 3}.
             accumulate: Parts in which a batch goes through the encoders; more need less memory.
             checkpointing: Recompute blocks in the backward pass, to need less memory.
+            fast: A GPU may take kernels whose last bits differ from run to run.
+            compiled: Run whole encoders through torch.compile in training.
             workers: Processes that decode media; -1: one per core, 0: only this process.
             log: As in `train_head`.
 
@@ -370,10 +373,9 @@ class Workspace:
 
         folder = self.run(run).folder
         given = {"train": unfreeze, "encoder_lr": encoder_lr, "layer_decay": layer_decay, "augment": augment}
-        trackers = tuple(map(find_tracker, log))
-        options = JointOptions(accumulate=accumulate, checkpointing=checkpointing, workers=workers, trackers=trackers)
-        joint = configure(JointConfig, given)
-        return finetune(self.home, folder, joint, resolve_joint_settings(folder, train), options)
+        how: dict[str, Any] = {"checkpointing": checkpointing, "fast": fast, "compiled": compiled, "workers": workers}
+        options = JointOptions(accumulate=accumulate, trackers=tuple(map(find_tracker, log)), **how)
+        return finetune(self.home, folder, configure(JointConfig, given), resolve_joint_settings(folder, train), options)
 
     def run(self, run: Run | str | Path) -> Run:
         """Return a run whose manifest and caches are in this home: by its folder, or "HEAD/seed0" as in `diffalign runs ls`."""

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from pipeline.commands.checks import check_given_settings
-from pipeline.commands.joint_options import Accumulate, Augment, Checkpointing, EncoderLr, LayerDecay, Workers
+from pipeline.commands.joint_options import Accumulate, Augment, Checkpointing, Compile, EncoderLr, Fast, LayerDecay, Workers
 from pipeline.commands.options import DEFAULT_HOME, NO_PAIRS, AsJson, Home, Log, show
 from pipeline.runtime.assignments import parse_assignments
 from pipeline.runtime.errors import UserError
@@ -43,6 +43,8 @@ def finetune(
     augment: Augment = False,
     accumulate: Accumulate = 1,
     checkpointing: Checkpointing = False,
+    fast: Fast = False,
+    compiled: Compile = False,
     workers: Workers = -1,
     log: Log = NO_PAIRS,
     home: Home = DEFAULT_HOME,
@@ -76,6 +78,8 @@ def finetune(
         train=given_training,
         accumulate=accumulate,
         checkpointing=checkpointing,
+        fast=fast,
+        compiled=compiled,
         workers=workers,
         log=log,
     )

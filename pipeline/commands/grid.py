@@ -76,7 +76,7 @@ def grid(
         ),
     ] = "auto",
     max_ensemble_size: Annotated[
-        int, typer.Option("--lanes", min=0, help="Cells of one model at most, when stacked; 0: as memory allows.")
+        int, typer.Option("--lanes", min=0, help="Runs of one model at most, when stacked; 0: as memory allows.")
     ] = 0,
     no_test: Annotated[bool, typer.Option("--no-test", help="Do not evaluate the winner on the test split.")] = False,
     image: ImageCache = "",

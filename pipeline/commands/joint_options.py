@@ -17,4 +17,9 @@ Checkpointing = Annotated[
     bool,
     typer.Option("--checkpointing", help="Recompute the blocks in the backward pass instead of keeping their activations."),
 ]
+Fast = Annotated[
+    bool,
+    typer.Option("--fast/--deterministic", help="On a GPU: the fastest kernels, or those with the same bits in every run."),
+]
+Compile = Annotated[bool, typer.Option("--compile", help="Run whole encoders through torch.compile in training.")]
 Workers = Annotated[int, typer.Option(min=-1, help="Processes that decode media; -1: one per core, 0: only this process.")]

@@ -53,13 +53,14 @@ NUM_STORED_FEATURES = 2000  # samples whose feature is stored, for figures of th
 def predict(
     model: Predictor,
     source: FeatureSource,
-    seed: int,
+    seed: int | Tensor,
     batch_size: int = PREDICTION_BATCH_SIZE,
     precision: Precision = "float32",
 ) -> Tensor:
     """Return the logits of all samples of a source.
 
-    Each random number is a function of the seed and the sample id, so the batch size does not change the logits.
+    Each random number is a function of the seed and the sample id, so the batch size does not change the logits. The methods
+    of an ensemble may have a seed each, int64 [K].
 
     Returns:
         Logits float32 [N,C] on the CPU; of an ensemble of K methods [K,N,C].

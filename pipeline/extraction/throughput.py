@@ -33,8 +33,9 @@ class ThroughputMeter:
     device: str  # "cpu": the workers decode and encode; "cuda": they decode, and the main process encodes
     num_cores: int = CPU_COUNT  # cores that this process may use
     num_dask_tasks: int = 0  # shards that dask encodes at the same time; 0: this process encodes, without dask
+    num_items: int = 0  # items whose seconds are added up below
     prepare_seconds: float = 0.0  # decoding and tokenizing, summed over all workers
-    encode_seconds: float = 0.0  # summed over all processes that run the encoder
+    encode_seconds: float = 0.0  # summed over all processes that run the encoder; on a GPU, the time of the GPU
     waited_seconds: dict[WaitReason, float] = field(  # summed over all main processes
         default_factory=lambda: {"items": 0.0, "disk": 0.0}
     )
@@ -42,12 +43,14 @@ class ThroughputMeter:
 
     def add(self, batch: EncodedBatch) -> None:
         """Add the seconds of a batch."""
+        self.num_items += len(batch.rows)
         self.prepare_seconds += batch.prepare_seconds
         self.encode_seconds += batch.encode_seconds
 
     def merge(self, other: ThroughputMeter) -> None:
         """Add the seconds that another process measured, and take over its device."""
         self.device = other.device
+        self.num_items += other.num_items
         self.prepare_seconds += other.prepare_seconds
         self.encode_seconds += other.encode_seconds
         for reason, seconds in other.waited_seconds.items():
@@ -89,6 +92,20 @@ class ThroughputMeter:
         more = "take more GPUs" if self.num_dask_tasks else "spread over several GPUs with --workers-gpu"
         return f"encoder-bound: {busy}: raise --batch-size, or {more}"
 
+    def rates(self) -> str:
+        """Return one line for a GPU: how fast the workers and the GPU would be, each alone, and by how much the slower bounds.
+
+        "" on processors, where the same processes do both, and when nothing was measured.
+        """
+        if self.device == "cpu" or not (self.prepare_seconds and self.encode_seconds):
+            return ""
+        num_tasks = max(self.num_dask_tasks, 1)
+        decode = self.num_items * num_tasks * max(self.num_workers, 1) / self.prepare_seconds
+        encode = self.num_items * num_tasks / self.encode_seconds
+        slower = "decoding" if decode < encode else "the encoder"
+        by = max(decode, encode) / min(decode, encode)
+        return f"decoding alone {decode:,.0f} items/s, the encoder alone {encode:,.0f}: {slower} bounds by {by:.1f} times"
+
     def _worker_advice(self, num_processes: int) -> str:
         """Return how to decode faster: more workers, smaller pictures or more machines."""
         if self.num_dask_tasks:
@@ -116,9 +133,9 @@ class ThroughputMeter:
         return found
 
     def log_summary(self) -> None:
-        """Log the verdict, unless the extraction was short, and the warnings."""
-        if self._is_long:
-            logger.info(self.verdict())
+        """Log the verdict and the rates, unless the extraction was short, and the warnings."""
+        for line in filter(None, (self.verdict(), self.rates()) if self._is_long else ()):
+            logger.info(line)
         for warning in self.warnings(num_visible_gpus()):
             logger.warning(warning)
 

@@ -75,13 +75,20 @@ class WorkerTraceback(NamedTuple):
     text: str
 
 
+class PinnedBatch(NamedTuple):
+    """A prepared batch whose items are in pinned memory, from which a GPU copies while it computes."""
+
+    prepared: PreparedBatch
+    items: Tensor
+
+
 class GpuBatch(NamedTuple):
     """A batch that is queued on the GPU."""
 
     prepared: PreparedBatch
     features: Tensor  # in pinned host memory; complete after `copied`
+    begun: torch.cuda.Event  # the GPU begins to copy the items
     copied: torch.cuda.Event  # the features have been copied to the host
-    started: float  # time.perf_counter() when it was queued
 
 
 def encode_on_cpu(inputs: EncoderInputs, prepared: PreparedBatch, encoder: MemorySafeEncoder) -> EncodedBatch:
@@ -128,8 +135,11 @@ def encode_batches(
     """
     on_gpu = default_device().type == "cuda"
     jobs = BatchJobs(inputs, batches, None if on_gpu else encoder)
-    results = _with_waiting_time(_run_jobs(jobs, meter.num_workers), meter)
-    yield from _encode_on_gpu(inputs, results, encoder) if on_gpu else results
+    results = _run_jobs(jobs, meter.num_workers)
+    if on_gpu:
+        yield from _encode_on_gpu(inputs, _with_waiting_time(_pinned_ahead(results), meter), encoder)
+    else:
+        yield from _with_waiting_time(results, meter)
 
 
 def prepare_batches(inputs: EncoderInputs, batches: Sequence[np.ndarray], num_workers: int) -> Iterator[PreparedBatch]:
@@ -230,8 +240,26 @@ def _worker_error(process: Any, jobs: BatchJobs, number: int) -> Exception:
     )
 
 
+def _pinned_ahead(batches: Iterator[PreparedBatch]) -> Iterator[PinnedBatch]:
+    """Yield the batches in pinned memory. A thread receives and pins the next one while the current one is used."""
+
+    def take() -> PinnedBatch | None:
+        prepared = next(batches, None)
+        if prepared is None:
+            return None
+        items = torch.from_numpy(prepared.items)
+        return PinnedBatch(prepared, items.pin_memory() if len(items) else items)
+
+    batch = take()  # here, so that the workers are started by this thread: with it they end
+    with ThreadPoolExecutor(1) as thread:
+        while batch:
+            upcoming = thread.submit(take)
+            yield batch
+            batch = upcoming.result()
+
+
 def _encode_on_gpu(
-    inputs: EncoderInputs, prepared_batches: Iterator[PreparedBatch], encoder: MemorySafeEncoder
+    inputs: EncoderInputs, pinned_batches: Iterator[PinnedBatch], encoder: MemorySafeEncoder
 ) -> Iterator[EncodedBatch]:
     """Yield encoded batches, with several in the GPU's queue: while it computes one, the next is prepared and queued."""
     queue: deque[GpuBatch] = deque()
@@ -239,27 +267,29 @@ def _encode_on_gpu(
     def finish_oldest() -> EncodedBatch:
         batch = queue.popleft()
         batch.copied.synchronize()
-        return inputs.collect_features(batch.prepared, batch.features.numpy(), time.perf_counter() - batch.started)
+        seconds = batch.begun.elapsed_time(batch.copied) / 1e3
+        return inputs.collect_features(batch.prepared, batch.features.numpy(), seconds)
 
-    for prepared in prepared_batches:
-        queue.append(_queue_on_gpu(prepared, encoder))
+    for batch in pinned_batches:
+        queue.append(_queue_on_gpu(batch, encoder))
         if len(queue) == GPU_QUEUE_BATCHES:
             yield finish_oldest()
     while queue:
         yield finish_oldest()
 
 
-def _queue_on_gpu(prepared: PreparedBatch, encoder: MemorySafeEncoder) -> GpuBatch:
+def _queue_on_gpu(batch: PinnedBatch, encoder: MemorySafeEncoder) -> GpuBatch:
     """Queue the copy to the GPU, the computation and the copy back, without waiting for any of them.
 
     The copy back is queued before the computation of the next batch; otherwise it would have to wait for that computation.
     """
-    started, copied = time.perf_counter(), torch.cuda.Event(blocking=True)
+    begun, copied = (torch.cuda.Event(enable_timing=True, blocking=True) for _ in range(2))
     host_features = torch.zeros(0)
-    if len(prepared.items):
+    begun.record()
+    if len(batch.items):
         with torch.inference_mode():
-            features = encoder(torch.from_numpy(prepared.items).pin_memory())
+            features = encoder(batch.items)
             host_features = torch.empty(features.shape, dtype=features.dtype, pin_memory=True)
             host_features.copy_(features, non_blocking=True)
     copied.record()
-    return GpuBatch(prepared, host_features, copied, started)
+    return GpuBatch(batch.prepared, host_features, begun, copied)

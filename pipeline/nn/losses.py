@@ -115,7 +115,7 @@ def distillation(pupil: Tensor, source: Tensor) -> Tensor:
 def multi_hot(label: Tensor, num_classes: int) -> Tensor:
     """Return class numbers int64 [B], or labels that are multi-hot already [B,C], as a float32 matrix of 0 and 1 [B,C]."""
     if label.ndim == 1:
-        return torch.zeros(len(label), num_classes, device=label.device).scatter_(1, label.unsqueeze(-1), 1.0)
+        return torch.zeros(len(label), num_classes, device=label.device).scatter(1, label.unsqueeze(-1), 1.0)
     return label.to(torch.float32)
 
 

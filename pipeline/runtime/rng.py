@@ -2,7 +2,7 @@
 
 In training, `seed_step` seeds torch's own generators before every step. Whatever a method draws in it, with `torch.rand` or
 with a layer, is a function of the run's seed, the phase, the epoch and the step. A resumed run needs no saved state, and all
-heads of an ensemble get the same numbers.
+heads of an ensemble that have the same seed get the same numbers.
 
 A sample must get the same numbers in any batch when it is predicted, and the same place in an epoch. A `KeyedRNG` holds a key
 and one number per sample. `rng.at("noise", step)` mixes the name of a stream into the key. Drawing hashes (key, sample,
@@ -60,9 +60,12 @@ def _word(name: str) -> int:
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little", signed=True)
 
 
-def seed_step(seed: int, phase: str, epoch: int, step: int) -> None:
-    """Seed torch's generators, of the processor and of the GPU in use, for one training step."""
+def seed_step(seed: int, phase: str, epoch: int, step: int, generator: torch.Generator | None = None) -> None:
+    """Seed a generator for one training step; without one, those of torch, of the processor and of the GPU in use."""
     number = _word(f"{seed}/{phase}/{epoch}/{step}")
+    if generator:
+        generator.manual_seed(number)
+        return
     torch.default_generator.manual_seed(number)
     if torch.cuda.is_available():
         torch.cuda.manual_seed(number)
@@ -94,8 +97,8 @@ class KeyedRNG:
         return KeyedRNG(torch.randint(2**62, (), device=device), torch.arange(num_samples, device=device))
 
     @staticmethod
-    def seeded(seed: int, samples: Tensor) -> KeyedRNG:
-        """Return the streams of a seed, for samples with these keys [B] (see `sample_keys`)."""
+    def seeded(seed: int | Tensor, samples: Tensor) -> KeyedRNG:
+        """Return the streams of a seed, or of a tensor of seeds, for samples with these keys [B] (see `sample_keys`)."""
         return KeyedRNG(_mix(_wrapped(seed + _GOLDEN)), samples)
 
     def at(self, *names: int | str | Tensor) -> KeyedRNG:

@@ -79,7 +79,9 @@ class Grid:
 
     @cached_property
     def structures(self) -> dict[int, Hashable]:
-        """A key by cell, for cells with unfinished runs; runs with equal keys and one seed can be trained as one model.
+        """A key by cell, for cells with unfinished runs; runs with equal keys can be trained as one model.
+
+        They have one seed, except where `heads.can_stack_seeds` allows several.
 
         Raises:
             UserError: the method of a cell cannot be built; the message names the cell.

@@ -2,8 +2,8 @@
 
 The cells are trained on all cores of this machine or by the workers of a dask scheduler. Cells are ordinary runs: finished runs
 are not trained again, and the same command resumes after any interruption. A run that fails is listed, and the others finish;
-the traceback of a bug is in `error.txt` of the run. On a GPU, cells of one structure and one seed are trained as one model,
-because a single head leaves the GPU mostly idle.
+the traceback of a bug is in `error.txt` of the run. On a GPU, cells of one structure are trained as one model, with all
+seeds, because a single head leaves the GPU mostly idle.
 
 This module is what the leading process does; `search_worker` is what a worker does.
 """
@@ -37,6 +37,7 @@ from pipeline.studies.search_worker import (
     split_evenly,
     train_group,
 )
+from pipeline.training.heads import can_stack_seeds
 from pipeline.training.state import delete_saved_state
 
 logger = logging.getLogger(__name__)
@@ -192,12 +193,17 @@ class GridTrainer:
         return not validations or validations[-1].is_candidate or validations[-1].epoch < last_epoch
 
     def _group(self, pairs: Sequence[tuple[int, int]]) -> list[Sequence[tuple[int, int]]]:
-        """Split runs into groups of one structure and seed, none too large, and enough of them for all workers."""
+        """Split runs into groups of one structure, none too large, and enough of them for all workers.
+
+        Runs of one seed stand next to each other; where seeds cannot be stacked, a group has one.
+        """
         if self.options.max_ensemble_size == 1:
             return [[pair] for pair in pairs]
         by_structure: dict[Hashable, list[tuple[int, int]]] = {}
-        for cell, seed in pairs:
-            by_structure.setdefault((self.leaderboard.grid.structures[cell], seed), []).append((cell, seed))
+        grid = self.leaderboard.grid
+        for cell, seed in sorted(pairs, key=lambda pair: grid.seeds.index(pair[1])):
+            own_seed = None if can_stack_seeds(grid.heads[cell, seed]) else seed
+            by_structure.setdefault((grid.structures[cell], own_seed), []).append((cell, seed))
         max_size = self.options.max_ensemble_size or len(pairs)
         num_workers = self.executor.num_workers
         return [

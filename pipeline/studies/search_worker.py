@@ -52,6 +52,7 @@ class PlannedRun(NamedTuple):
 
     settings: Any  # the method's Config
     training: TrainConfig
+    seed: int
     path: Path  # folder of the run
 
 
@@ -64,11 +65,10 @@ class RunFailure(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class GroupJob:
-    """Runs of one structure and one seed to train together."""
+    """Runs of one structure to train together, of one seed unless `can_stack_seeds` says otherwise."""
 
     features_ref: FeatureRef
     method: str
-    seed: int
     runs: tuple[PlannedRun, ...]
     last_epoch: float  # training pauses when this epoch of the last phase is validated; inf: train to the end
     options: SearchOptions
@@ -80,8 +80,8 @@ def is_brief(head: HeadPlan) -> bool:
 
 
 def group_job(heads: Sequence[HeadPlan], last_epoch: float, options: SearchOptions) -> GroupJob:
-    """Return the job that trains heads of one structure and seed on the same features until an epoch; see `GroupJob`."""
-    features, run = heads[0].features, heads[0].run
+    """Return the job that trains heads of one structure on the same features until an epoch; see `GroupJob`."""
+    features = heads[0].features
     features_ref = FeatureRef(
         home=features.home,
         dataset=features.manifest.dataset,
@@ -89,8 +89,8 @@ def group_job(heads: Sequence[HeadPlan], last_epoch: float, options: SearchOptio
         caches=tuple(features.references.items()),
         aggregate=features.aggregate,
     )
-    runs = tuple(PlannedRun(head.settings, head.training, head.run.path) for head in heads)
-    return GroupJob(features_ref, heads[0].config.method, run.seed, runs, last_epoch, options)
+    runs = tuple(PlannedRun(head.settings, head.training, head.run.seed, head.run.path) for head in heads)
+    return GroupJob(features_ref, heads[0].config.method, runs, last_epoch, options)
 
 
 def train_group(job: GroupJob) -> dict[Path, RunFailure]:
@@ -109,7 +109,7 @@ def train_group(job: GroupJob) -> dict[Path, RunFailure]:
         except Exception as error:
             if isinstance(error, (UserError, OSError)):
                 raise
-            return {run.path: run_failure(RunFolder(run.path, job.seed), error) for run in job.runs}
+            return {run.path: run_failure(RunFolder(run.path, run.seed), error) for run in job.runs}
         return _train_ensembles(split_evenly(heads, size), job)
 
 
@@ -120,7 +120,7 @@ def _plan_heads(job: GroupJob) -> list[HeadPlan]:
         UserError: this machine has other files than the process that made the job.
     """
     features = _open_features(job.features_ref, job.method)
-    heads = [plan_head_on(features, job.method, run.settings, run.training, job.seed) for run in job.runs]
+    heads = [plan_head_on(features, job.method, run.settings, run.training, run.seed) for run in job.runs]
     for head, run in zip(heads, job.runs, strict=True):
         if head.run.path != run.path:
             raise UserError(f"a worker would train {head.run.path} instead of {run.path}: its files are not the same")
@@ -140,8 +140,8 @@ def _ensemble_size(head: HeadPlan, options: SearchOptions) -> int:
 def _train_ensembles(ensembles: Sequence[Sequence[HeadPlan]], job: GroupJob) -> dict[Path, RunFailure]:
     """Train each ensemble as one model and return the runs that failed.
 
-    After a bug, or when memory runs out, the ensemble is split into halves: memory may be too small for all, or one run may
-    cause the error.
+    After a bug, or when memory runs out, the ensemble is split by seed, then into halves: the method may do what several seeds
+    cannot do together, memory may be too small for all, or one run may cause the error.
     """
     failed: dict[Path, RunFailure] = {}
     pending = list(ensembles)
@@ -153,11 +153,19 @@ def _train_ensembles(ensembles: Sequence[Sequence[HeadPlan]], job: GroupJob) -> 
         except Exception as error:
             if isinstance(error, (UserError, OSError)):
                 raise
-            if len(heads) > 1:
+            if by_seed := _split_by_seed(heads):
+                pending[:0] = by_seed
+            elif len(heads) > 1:
                 pending[:0] = split_evenly(heads, math.ceil(len(heads) / 2))
             else:
                 failed[heads[0].run.path] = run_failure(heads[0].run, error)
     return failed
+
+
+def _split_by_seed(heads: Sequence[HeadPlan]) -> list[list[HeadPlan]]:
+    """Return the heads of each seed; nothing if there is only one."""
+    seeds = dict.fromkeys(head.run.seed for head in heads)
+    return [[head for head in heads if head.run.seed == seed] for seed in seeds] if len(seeds) > 1 else []
 
 
 def run_failure(run: RunFolder, error: Exception) -> RunFailure:

@@ -1,4 +1,4 @@
-"""A training step as one CUDA graph: a GPU gets all of its kernels with a single call.
+"""A training step, and the prediction of a batch, as one CUDA graph: a GPU gets all of its kernels with a single call.
 
 A head is so small that a GPU waits for the processor, which launches hundreds of kernels in every step. They are the same in
 each step, on the same memory, so they can be recorded once and replayed. The results are those of the steps without a graph:
@@ -25,9 +25,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from pipeline.runtime.device import default_device
 from pipeline.runtime.errors import describe_error
+from pipeline.runtime.rng import KeyedRNG
 from pipeline.training.config import TrainConfig
 from pipeline.training.optim import HeadOptimizer
-from pipeline.types import Batch
+from pipeline.types import Batch, Predictor
 
 logger = logging.getLogger(__name__)
 
@@ -47,14 +48,22 @@ class StepGraph:
     It does not keep the step, which has the weights: nothing that holds a graph is to be part of a cycle.
     """
 
-    def __init__(self, optimizers: Sequence[HeadOptimizer], device: torch.device) -> None:
+    def __init__(
+        self,
+        optimizers: Sequence[HeadOptimizer],
+        device: torch.device,
+        generators: Sequence[torch.Generator] = (),
+        name: str = "training step",
+    ) -> None:
         """Begin without a graph.
 
         Args:
             optimizers: The optimisers of the step, whose learning rates are numbers of the host.
             device: Where the tensors of a batch are.
+            generators: What the step draws from besides torch's own generator.
+            name: What the log calls the step.
         """
-        self._optimizers, self._device = optimizers, device
+        self._optimizers, self._device, self._generators, self._name = optimizers, device, generators, name
         self._kind: Hashable = None  # of the latest steps that were not replayed, and how many of them there were in a row
         self._count = 0
         self._recorded_kind: Hashable = None
@@ -104,18 +113,46 @@ class StepGraph:
         self._batch = {name: column.clone() for name, column in batch.items()}
         started = time.monotonic()
         try:
-            self._replay, self._parts = record(lambda: _detached(step(self._batch, phase)), self._device)
+            self._replay, self._parts = record(lambda: _detached(step(self._batch, phase)), self._device, self._generators)
         except RuntimeError as error:  # also what torch raises for CUDA
             first: BaseException = error
             while first.__context__:  # the end of a failed recording is an error of its own
                 first = first.__context__
             self._refuse(describe_error(first))
         else:
-            logger.debug("the step of phase %s is a CUDA graph, recorded in %.2f s", phase, time.monotonic() - started)
+            seconds = time.monotonic() - started
+            logger.debug("the %s of phase %s is a CUDA graph, recorded in %.2f s", self._name, phase, seconds)
 
     def _refuse(self, reason: str) -> None:
         self.refusal, self._batch = reason, {}
-        logger.warning("the training step is not captured as a CUDA graph, which makes it slower: %s", reason)
+        logger.warning("the %s is not captured as a CUDA graph, which makes it slower: %s", self._name, reason)
+
+
+class CapturedPredictor:
+    """A model whose predictions are a CUDA graph: those of batches of the first size; the others are made without one."""
+
+    def __init__(self, model: Predictor, device: torch.device) -> None:
+        """Begin without a graph; the model's tensors must stay where they are."""
+        self._model, self._size = model, 0
+        self._graph = StepGraph((), device, name="prediction")
+
+    def train(self, mode: bool = True) -> None:
+        """Set the mode of the model; only predictions in evaluation mode are asked for."""
+        self._model.train(mode)
+
+    def predict(self, image: Tensor, rng: KeyedRNG) -> Tensor:
+        """Return the logits of the model; they are valid until the next call."""
+        self._size = self._size or len(image)
+        if len(image) != self._size:
+            return self._model.predict(image, rng)
+        batch, key = {"image": image, "samples": rng.samples}, rng.key
+        if isinstance(key, Tensor):
+            batch["key"] = key
+
+        def step(given: Batch, _: str) -> Batch:
+            return {"logits": self._model.predict(given["image"], KeyedRNG(given.get("key", key), given["samples"]))}
+
+        return self._graph.run(step, batch, f"key {key}" if isinstance(key, int) else "keys")["logits"]
 
 
 def _nothing() -> None:
@@ -143,8 +180,15 @@ def on_side_stream(device: torch.device) -> Iterator[None]:
     current.wait_stream(side)
 
 
-def record(function: Callable[[], Batch], device: torch.device) -> tuple[Callable[[], None], Batch]:
+def record(
+    function: Callable[[], Batch], device: torch.device, generators: Sequence[torch.Generator] = ()
+) -> tuple[Callable[[], None], Batch]:
     """Record the kernels that a function launches, without running them.
+
+    Args:
+        function: What is recorded.
+        device: The GPU.
+        generators: Those that the function draws from besides torch's own; a replay draws from them as they are seeded then.
 
     Returns:
         A function that runs them, and the tensors that they fill.
@@ -152,9 +196,11 @@ def record(function: Callable[[], Batch], device: torch.device) -> tuple[Callabl
     Raises:
         RuntimeError: the function does what cannot be recorded.
     """
-    generator = torch.cuda.default_generators[device.index or 0]
-    seed_and_offset = generator.get_state()
+    drawn_from = [torch.cuda.default_generators[device.index or 0], *generators]
+    states = [generator.get_state() for generator in drawn_from]  # seed and offset of each
     graph = torch.cuda.CUDAGraph()
+    for generator in generators:
+        graph.register_generator_state(generator)
     try:
         # other threads may read features meanwhile; the first block is for torch, which stays on the stream of a failed capture
         with (
@@ -163,10 +209,11 @@ def record(function: Callable[[], Batch], device: torch.device) -> tuple[Callabl
         ):
             parts = function()
     except RuntimeError:
-        # torch leaves the generator in the state of a recording, in which it draws no more numbers: it gets another one
-        another = torch.Generator(device)
-        another.set_state(seed_and_offset)
-        generator.graphsafe_set_state(another.graphsafe_get_state())
+        # torch leaves a generator in the state of a recording, in which it draws no more numbers: it gets another one
+        for generator, state in zip(drawn_from, states, strict=True):
+            another = torch.Generator(device)
+            another.set_state(state)
+            generator.graphsafe_set_state(another.graphsafe_get_state())
         raise
     return graph.replay, parts
 

@@ -1,11 +1,13 @@
-"""The loss of a model as one graph of torch.compile."""
+"""The loss of a head as one graph of torch.compile, and the encoders of joint training through it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from pipeline.runtime.device import default_device
 from pipeline.runtime.errors import UserError
@@ -24,8 +26,6 @@ def compile_loss(model: Any) -> Callable[[Batch, str], Batch]:
     Raises:
         UserError: by the compiled loss, when torch.compile fails.
     """
-    from torch._dynamo.exc import TorchDynamoException
-
     torch.compiler.reset()
     make_streams_compilable()
     mode = "reduce-overhead" if default_device().type == "cuda" else None
@@ -33,10 +33,34 @@ def compile_loss(model: Any) -> Callable[[Batch, str], Batch]:
 
     def loss(batch: Batch, phase: str) -> Batch:
         torch.compiler.cudagraph_mark_step_begin()
-        try:
+        with _explained("--train compiled"):
             return compiled(batch, phase)
-        except TorchDynamoException as error:
-            reason = str(error).splitlines()[0]
-            raise UserError(f"torch.compile fails, {reason}; does it have its compiler? leave --train compiled out") from error
 
     return loss
+
+
+def compile_encoder(encode: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """Return an encoder, prepared items [B, ...] -> features [B, *shape], through torch.compile; its weights stay its own.
+
+    Raises:
+        UserError: by the compiled encoder, when torch.compile fails.
+    """
+    compiled = torch.compile(encode, backend=COMPILE_BACKEND)
+
+    def run(items: Tensor) -> Tensor:
+        with _explained("--compile"):
+            return compiled(items)
+
+    return run
+
+
+@contextmanager
+def _explained(option: str) -> Iterator[None]:
+    """Turn a failure of torch.compile into a `UserError` that names the option."""
+    from torch._dynamo.exc import TorchDynamoException
+
+    try:
+        yield
+    except TorchDynamoException as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"torch.compile fails, {reason}; does it have its compiler? leave {option} out") from error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Hashable, Iterator, Sequence
+from functools import partial
 from itertools import chain, groupby
 from typing import Any
 
@@ -15,9 +16,10 @@ from torch.nn.utils.rnn import pad_sequence
 
 from pipeline.nn.layers import LookupTable
 from pipeline.nn.method import Method
-from pipeline.runtime.rng import KeyedRNG
+from pipeline.runtime.rng import KeyedRNG, seed_step
 from pipeline.training.loop import Trainer
 from pipeline.training.optim import HeadOptimizer
+from pipeline.training.seeds import SeedStreams
 from pipeline.training.state import TrainState
 from pipeline.types import Batch
 
@@ -58,8 +60,9 @@ class ModelEnsemble:
     The methods stay usable: their parameters and buffers become views of the stacked tensors.
     """
 
-    def __init__(self, methods: Sequence[Method]) -> None:
-        """Stack the methods, which must have equal `structure_key`s."""
+    def __init__(self, methods: Sequence[Method], streams: SeedStreams | None = None) -> None:
+        """Stack the methods, which must have equal `structure_key`s; `streams`: those of their seeds, if there are several."""
+        self._streams = streams
         self._template = _MethodModule(methods[0])
         tensors_by_method = [dict(_named_tensors(_MethodModule(method))) for method in methods]
         self._tensors = {name: _stack([tensors[name] for tensors in tensors_by_method]) for name in tensors_by_method[0]}
@@ -76,17 +79,30 @@ class ModelEnsemble:
         self._template.train(mode)
 
     def loss(self, batch: Batch, phase: str) -> Batch:
-        """Return the losses [K] and their parts; all methods see the same batch and the same random numbers."""
-        return self._call_each(lambda method: method.loss(batch, phase))
+        """Return the losses [K] and their parts; all methods see the same batch and the same random numbers.
+
+        With several seeds, these are those of a method's own seed; then the columns of the batch are [S, ...].
+        """
+        if not self._streams:
+            return self._call_each(lambda method: method.loss(batch, phase))
+        own_batches = {name: self._streams.for_each(column) for name, column in batch.items()}
+        with self._streams:
+            return self._call_each(lambda method, own: method.loss(own, phase), own_batches, randomness="different")
 
     def predict(self, image: Tensor, rng: KeyedRNG) -> Tensor:
-        """Return the logits [K,B,C] of image features [B,D]."""
-        return self._call_each(lambda method: method.predict(image, rng))
+        """Return the logits [K,B,C] of image features [B,D]. The random numbers may be those of one seed, or of K, key [K]."""
+        if not (isinstance(rng.key, Tensor) and rng.key.ndim):
+            return self._call_each(lambda method: method.predict(image, rng))
+        return self._call_each(lambda method, key: method.predict(image, KeyedRNG(key, rng.samples)), rng.key)
 
-    def _call_each(self, use: Callable[[Method], Any]) -> Any:
-        call = torch.vmap(lambda tensors: functional_call(self._template, tensors, (use,)), randomness="same")
+    def _call_each(self, use: Callable[..., Any], *given: Any, randomness: str = "same") -> Any:
+        """Return what `use` returns for each method; `given`: what it gets besides, [K, ...]."""
+
+        def call(tensors: dict[str, Tensor], *own: Any) -> Any:
+            return functional_call(self._template, tensors, (lambda method: use(method, *own),))
+
         with sdpa_kernel(SDPBackend.MATH):  # vmap runs the fused kernels of a processor one by one
-            return call(self._tensors)
+            return torch.vmap(call, randomness=randomness)(self._tensors, *given)
 
 
 class _MethodModule(nn.Module):
@@ -131,7 +147,12 @@ class EnsembleTrainer(Trainer):
     def __init__(self, states: Sequence[TrainState], captures: bool = False) -> None:
         """Prepare the phase in which the states are; states with equal settings must stand next to each other."""
         self.states, first = states, states[0]
-        self.model = ModelEnsemble([state.method for state in states])
+        self._streams, self.seed_step = None, partial(seed_step, first.run.seed)
+        if len(self.seeds) > 1:
+            device = next(tensor.device for _, tensor in _named_tensors(first.method))
+            self._streams = SeedStreams(self.seeds_by_model, device)
+            self.seed_step = self._streams.seed_step
+        self.model = self.predictor = ModelEnsemble([state.method for state in states], self._streams)
         self.parameters, self.optimizers, self._slices = [], [], []
         if first.phase.candidates:  # nothing is trained
             return
@@ -145,6 +166,10 @@ class EnsembleTrainer(Trainer):
             self.optimizers.append(HeadOptimizer(members, weights, is_stacked=True))
         self._limits = torch.tensor([state.config.grad_clip for state in states], device=self.parameters[0].device)
         self._prepare_step(captures)
+
+    @property
+    def _generators(self) -> Sequence[torch.Generator]:
+        return self._streams.generators if self._streams else ()
 
     def _clip_gradients(self) -> None:
         """Clip the gradients of every head by themselves, and give each optimiser those of its heads."""

@@ -27,12 +27,13 @@ from pipeline.runtime.choices import unknown_choice
 from pipeline.runtime.device import default_device, free_bytes, reproducible
 from pipeline.runtime.errors import UserError, describe_error, is_bug, is_out_of_memory
 from pipeline.runtime.files import label_os_errors, lock
-from pipeline.runtime.runs import RECIPE, RunConfig, RunFolder, check_seed
+from pipeline.runtime.runs import REAL_TEXT, RECIPE, RunConfig, RunFolder, check_seed
 from pipeline.runtime.settings import configure, flatten, name_settings, recorded_settings, spellings
 from pipeline.training.capacity import bytes_kept, bytes_per_method
 from pipeline.training.captured import is_captured
 from pipeline.training.config import TRAINING_PRESETS, TrainConfig, paper_training
 from pipeline.training.features import FeatureSet, open_features
+from pipeline.training.seeds import Feed
 from pipeline.training.state import Score, StopCheck, TrainState, delete_saved_state, never_stop
 from pipeline.training.tracking import MakeTracker, RunTrackers, replay
 from pipeline.training.train import train
@@ -179,7 +180,8 @@ def train_heads(
     """Train heads on the same features as one model; see `train_head`.
 
     Args:
-        heads: The plans of the runs, with equal `structure_key`s, one seed and equal `SHARED_SETTINGS`.
+        heads: The plans of the runs, with equal `structure_key`s and equal `SHARED_SETTINGS`. They have one seed unless
+            `can_stack_seeds` says otherwise.
         progress: Whether to show a progress bar.
         should_stop: Called for each run after each of its validations.
         trackers: See `train_head`.
@@ -229,22 +231,34 @@ def _build_method(head: HeadPlan, device: torch.device) -> Method:
 
 
 def _train_states(head: HeadPlan, states: Sequence[TrainState], progress: bool) -> dict[RunFolder, UserError]:
-    """Train runs with the features, the seed and the shared settings of `head`, which is one of them."""
-    seed, training = head.run.seed, head.training
-    train_source, val = head.features.splits(training.window, seed)
-    label = val.label
+    """Train runs with the features and the shared settings of `head`, which is one of them."""
+    training, class_stream = head.training, states[0].method.class_stream
+    _, val = head.features.splits(training.window, head.run.seed)
+    label, device = val.label, default_device()
 
-    def validate(model: Predictor) -> list[Score]:
+    def validate(model: Predictor, seeds: Sequence[int]) -> list[Score]:
+        seed = torch.tensor(seeds, device=device) if len(set(seeds)) > 1 else seeds[0]
         logits = predict(model, val, seed, precision=training.precision)
         return [score_logits(each, label, head.config.label_loss) for each in logits.reshape(-1, *logits.shape[-2:])]
 
     if "text" in head.features.caches:
         pairs = head.features.validation_pairs
         for state in states:
-            state.measure = partial(measure_alignment, pairs=pairs, seed=seed, precision=training.precision)
-    source = shuffled_batches(train_source, training.batch_size, seed, states[0].method.class_stream)
-    captures = is_captured(training)
-    return train(states, source, ordered_batches(train_source, seed), validate, progress, captures)
+            state.measure = partial(measure_alignment, pairs=pairs, seed=state.run.seed, precision=training.precision)
+    feeds = {}
+    for seed in {state.run.seed for state in states}:
+        source, _ = head.features.splits(training.window, seed)
+        batches = shuffled_batches(source, training.batch_size, seed, class_stream)
+        feeds[seed] = Feed(batches, ordered_batches(source, seed))
+    return train(states, feeds, validate, progress, is_captured(training))
+
+
+def can_stack_seeds(head: HeadPlan) -> bool:
+    """Return whether runs like this one, of several seeds, can be trained as one model.
+
+    They cannot where a seed has training samples of its own in memory (text controls, windows), nor through torch.compile.
+    """
+    return head.features.text_control == REAL_TEXT and not (head.training.window or head.training.compiled)
 
 
 def score_logits(logits: Tensor, label: Tensor, label_loss: str) -> Score:
@@ -272,7 +286,9 @@ def head_capacity(head: HeadPlan) -> int:
     with reproducible(device, training.precision):
         method = _build_method(head, device)
         batch = next(shuffled_batches(train_source, size, head.run.seed, method.class_stream)(0))
-        needed = {device.type: bytes_per_method(method, batch, num_rows)}
+        # runs of other seeds read other batches
+        own_batch = sum(column.nbytes for column in batch.values()) if can_stack_seeds(head) else 0
+        needed = {device.type: bytes_per_method(method, batch, num_rows) + own_batch}
         weights = sum(tensor.nbytes for tensor in method.state_dict().values())
         kept = bytes_kept(method, batch) * len(train_source.ids) // len(batch["key"])
     needed[device.type] += weights * (training.weight_average > 0) + kept

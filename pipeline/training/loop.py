@@ -6,8 +6,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -15,17 +16,18 @@ from torch import Tensor, nn
 
 from pipeline.runtime.logs import ProgressBar
 from pipeline.runtime.rng import seed_step
-from pipeline.training.captured import StepGraph
+from pipeline.training.captured import CapturedPredictor, StepGraph
 from pipeline.training.compiled import compile_loss
 from pipeline.training.optim import HeadOptimizer
+from pipeline.training.seeds import Feed, stacked_source
 from pipeline.training.state import Score, TrainState
 from pipeline.types import Batch, Predictor, Source
 
 # The pause between two saves of the resumable state is STATE_SECONDS plus SAVE_COST_FACTOR times the duration of a save.
 STATE_SECONDS = 20.0
 SAVE_COST_FACTOR = 10
-Validate = Callable[[Predictor], Sequence[Score]]  # returns one score for each method in the model
-TrainPass = Callable[[], Iterator[Batch]]  # starts an ordered pass over the training split
+Validate = Callable[[Predictor, Sequence[int]], Sequence[Score]]  # returns the score of each method, which has this seed
+SeedStep = Callable[[str, int, int], None]  # (phase, epoch, step): seeds what a step draws from
 
 
 class Trainer:
@@ -37,17 +39,36 @@ class Trainer:
         """Prepare the phase in which the states are; here, there is one. `captures`: as a rule the step is a CUDA graph."""
         (state,) = self.states = states
         self.model: Any = state.method
+        self.predictor: Predictor = self.model  # what is validated
+        self.seed_step: SeedStep = partial(seed_step, state.run.seed)
         self.parameters, self.optimizers = list[Tensor](), list[HeadOptimizer]()
         if not state.phase.candidates:  # else nothing is trained
             trained = {name: weight for name, weight in state.method.named_parameters() if weight.requires_grad}
             self.parameters, self.optimizers = list(trained.values()), [HeadOptimizer(states, trained)]
             self._prepare_step(captures)
 
+    @property
+    def _generators(self) -> Sequence[torch.Generator]:
+        """What the step draws from besides torch's own generators."""
+        return ()
+
+    @property
+    def seeds_by_model(self) -> list[int]:
+        """The seed of each run."""
+        return [state.run.seed for state in self.states]
+
+    @cached_property
+    def seeds(self) -> tuple[int, ...]:
+        """The different seeds of the runs."""
+        return tuple(dict.fromkeys(self.seeds_by_model))
+
     def _prepare_step(self, captures: bool) -> None:
         config, device = self.states[0].config, self.parameters[0].device
         self._loss = compile_loss(self.model) if config.compiled else self.model.loss
         self._precision = torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "mixed", cache_enabled=True)
-        self.graph = StepGraph(self.optimizers, device) if captures else None
+        if captures:
+            self.graph = StepGraph(self.optimizers, device, self._generators)
+            self.predictor = CapturedPredictor(self.model, device)
 
     def step(self, batch: Batch, phase: str) -> Batch:
         """Take one step along the gradient of the loss; return the loss and its parts, each [], or [K] for an ensemble."""
@@ -97,15 +118,17 @@ def try_candidate(trainer: Trainer) -> list[dict[str, str | float]]:
 def train_epoch(trainer: Trainer, source: Source) -> list[dict[str, str | float]]:
     """Train one pass over the source and return a row for the history of each run: the means of the loss and its parts.
 
+    The source is that of the runs' seed, or the `stacked_source` of their seeds.
+
     The host waits for the device only once, at the end.
     """
     trainer.model.train(True)
     first = trainer.states[0]
-    phase, epoch, seed = first.phase.name, first.progress.epoch, first.run.seed
+    phase, epoch = first.phase.name, first.progress.epoch
     names, total, step = list[str](), torch.zeros(()), 0
     # Epochs are counted over all phases, so that no two phases see the same permutation or the same caption.
     for batch in source(len(first.progress.history)):
-        seed_step(seed, phase, epoch, step)
+        trainer.seed_step(phase, epoch, step)
         parts = trainer.graph.run(trainer.step, batch, phase) if trainer.graph else trainer.step(batch, phase)
         names = list(parts)
         values = torch.stack([part.detach().float() for part in parts.values()])
@@ -116,21 +139,20 @@ def train_epoch(trainer: Trainer, source: Source) -> list[dict[str, str | float]
     return [dict(phase=phase, epoch=epoch, lr=rate, **row) for rate, row in zip(rates, parts, strict=True)]
 
 
-def train_phase(
-    trainer: Trainer, until: int, source: Source, train_pass: TrainPass, validate: Validate, bar: ProgressBar
-) -> None:
+def train_phase(trainer: Trainer, until: int, feeds: Mapping[int, Feed], validate: Validate, bar: ProgressBar) -> None:
     """Train the runs up to epoch `until` of their phase, or until one of them fails or stops; save them from time to time."""
     states, saved_at, save_seconds = trainer.states, time.monotonic(), 0.0
+    source = stacked_source([feeds[seed].source for seed in trainer.seeds])
     for _ in range(states[0].progress.epoch, until):
         started = time.monotonic()
         for state in states:
-            state.attempt(state.start_epoch, train_pass)
+            state.attempt(state.start_epoch, feeds[state.run.seed].train_pass)
         rows = try_candidate(trainer) if states[0].phase.candidates else train_epoch(trainer, source)
         for state, row in zip(states, rows, strict=True):
             state.attempt(state.record_epoch, row)
         if any(state.is_validation_due() for state in states if not state.failure):
             with trainer.averaged_weights():
-                for state, score in zip(states, validate(trainer.model), strict=True):
+                for state, score in zip(states, validate(trainer.predictor, trainer.seeds_by_model), strict=True):
                     state.attempt(state.record_validation, score)
         elif any(state.is_phase_over for state in states):
             trainer.swap_averages()  # candidates are tried on the averages

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import astuple
 
@@ -13,14 +13,13 @@ from pipeline.runtime.logs import ProgressBar
 from pipeline.runtime.runs import RunFolder
 from pipeline.training.ensemble import EnsembleTrainer
 from pipeline.training.loop import Trainer, Validate, train_phase
+from pipeline.training.seeds import Feed
 from pipeline.training.state import TrainState
-from pipeline.types import Batch, Source
 
 
 def train(
     states: Sequence[TrainState],
-    source: Source,
-    train_pass: Callable[[], Iterator[Batch]],
+    feeds: Mapping[int, Feed],
     validate: Validate,
     progress: bool,
     captures: bool = False,
@@ -32,9 +31,8 @@ def train(
     trained alone ends in the same weights, bit for bit, however often it is interrupted.
 
     Args:
-        states: The runs. Several runs must have equal `structure_key`s, one seed and equal `SHARED_SETTINGS`.
-        source: Returns the training batches of an epoch.
-        train_pass: Returns one ordered pass over the training split, for statistics.
+        states: The runs. Several runs must have equal `structure_key`s and equal `SHARED_SETTINGS`.
+        feeds: What the runs read, by their seed; batches of the same step have the same shapes in all of them.
         validate: Returns the validation score of each method.
         progress: Whether to show a progress bar.
         captures: Whether a training step becomes a CUDA graph.
@@ -58,11 +56,11 @@ def train(
             later_epochs = [s.progress.epoch for s in remaining if s.position > first and s.progress.phase == phase]
             until = min([together[0].epochs_per_phase()[phase], *later_epochs])
             for state in together:
-                state.attempt(state.start_phase, train_pass)
+                state.attempt(state.start_phase, feeds[state.run.seed].train_pass)
             active = [state for state in together if not state.failure]
             if active:
                 trainer = Trainer(active, captures) if len(active) == 1 else EnsembleTrainer(active, captures)
-                train_phase(trainer, until, source, train_pass, validate, bar)
+                train_phase(trainer, until, feeds, validate, bar)
     return {state.run: state.failure for state in states if state.failure}
 
 
@@ -92,8 +90,10 @@ def _advance_or_finish(state: TrainState) -> bool:
 
 def _progress_bar(states: Sequence[TrainState], show: bool) -> ProgressBar:
     """Return a bar that counts the epochs of all runs together."""
-    run = states[0].run
-    title = f"training {run.path.parent.name.rsplit('-', 1)[0]} seed {run.seed}{f' × {len(states)}' if len(states) > 1 else ''}"
+    run, seeds = states[0].run, sorted({state.run.seed for state in states})
+    of_seeds = f"seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}"
+    together = f" × {len(states)}" if len(states) > 1 else ""
+    title = f"training {run.path.parent.name.rsplit('-', 1)[0]} {of_seeds}{together}"
     total = sum(sum(state.epochs_per_phase()) for state in states)
     done = sum(len(state.progress.history) for state in states)
     return ProgressBar(label=title, total=total, initial=done, unit="epoch", show=show, leave=None)

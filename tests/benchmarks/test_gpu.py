@@ -54,12 +54,18 @@ def test_the_cells_are_those_of_the_figure() -> None:
     assert {cell["num_steps"] for cell in cells} == {900, 1200, 1500, 1800}
 
 
+ROWS = {"heads": 7, "tests": 0, "heads-mixed": 6, "extraction": 2, "joint": 2}  # figures with a goal
+
+
+@pytest.mark.parametrize(
+    "part", ["heads", *(pytest.param(part, marks=pytest.mark.exhaustive) for part in ROWS if part != "heads")]
+)
 @pytest.mark.slow
-def test_it_runs_from_a_source_tree_without_a_gpu(tmp_path: Path) -> None:
+def test_it_runs_from_a_source_tree_without_a_gpu(part: str, tmp_path: Path) -> None:
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"} | {"CUDA_VISIBLE_DEVICES": ""}
-    command = [str(gpu.HERE / "gpu.sh"), "--small", "--parts", "heads", "--out", str(tmp_path)]
+    command = [str(gpu.HERE / "gpu.sh"), "--small", "--parts", part, "--out", str(tmp_path)]
     subprocess.run(command, check=True, cwd=tmp_path, env=environment | {"PYTHON": sys.executable}, stdout=subprocess.DEVNULL)
     results = json.loads((tmp_path / "gpu.json").read_text())
-    assert results["parts"]["heads"]["returned"] == 0
-    assert len(results["parts"]["heads"]["rows"]) == 7
+    assert results["parts"][part]["returned"] == 0
+    assert len(results["parts"][part]["rows"]) == ROWS[part]
     assert results["device"] in (tmp_path / "gpu.md").read_text()

@@ -50,6 +50,30 @@ def test_the_verdict_names_the_bottleneck_and_the_remedy(
     assert make_meter(workers, device, prepare, encode, **waited).verdict() == verdict
 
 
+@pytest.mark.parametrize(
+    ("workers", "device", "prepare", "encode", "rates"),
+    [
+        (4, "cuda", 200, 25, "decoding alone 20 items/s, the encoder alone 40: decoding bounds by 2.0 times"),
+        (
+            0,
+            "cuda",
+            0.1,
+            0.25,
+            "decoding alone 10,000 items/s, the encoder alone 4,000: the encoder bounds by 2.5 times",
+        ),
+        (4, "cpu", 200, 25, ""),
+        (4, "cuda", 0, 25, ""),
+    ],
+)
+def test_on_a_gpu_the_rates_of_both_sides_are_told(
+    workers: int, device: str, prepare: float, encode: float, rates: str
+) -> None:
+    meter = ThroughputMeter(workers, device)
+    for _ in range(10):
+        meter.add(EncodedBatch(np.arange(100), np.zeros((100, 1)), [], prepare / 10, encode / 10))
+    assert meter.rates() == rates
+
+
 def test_idle_and_unused_gpus_are_warned_about(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert make_meter(4, "cuda", 300, 95, items=3).warnings(num_gpus=1) == []
     assert make_meter(4, "cuda", 300, 40, items=60).warnings(num_gpus=1) == ["the GPU was idle 60% of the time"]

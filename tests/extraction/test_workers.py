@@ -20,6 +20,7 @@ from pipeline.cache import layout
 from pipeline.cache.writer import Writer
 from pipeline.data.manifest import Manifest
 from pipeline.encoders.random_projection import RandomProjection
+from pipeline.extraction import workers
 from pipeline.extraction.extract import ExtractionTask, ExtractOptions, extract, gpu_batch_size, plan_extraction
 from pipeline.extraction.inputs import EncoderInputs, MemorySafeEncoder
 from pipeline.extraction.throughput import ThroughputMeter
@@ -174,3 +175,51 @@ def test_a_record_of_other_types_is_damaged(texts: Manifest, tmp_path: Path, cha
         with pytest.raises(ValueError, match=r"00000.json is no record of a shard \(.*"):
             layout.read_commit(path, 0)
     assert cache_content(extract_texts(texts, tmp_path))
+
+
+class Event:
+    """Stands for an event of a GPU: both of a batch are 50 ms apart."""
+
+    number = 0
+
+    def __init__(self, **_: bool) -> None:
+        self.time = 0
+
+    def record(self) -> None:
+        Event.number += 1
+        self.time = Event.number
+
+    def synchronize(self) -> None:
+        assert self.time
+
+    def elapsed_time(self, later: Event) -> float:
+        assert later.time == self.time + 1
+        return 50.0
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_what_a_gpu_encodes_is_what_a_processor_does(
+    num_workers: int, texts: Manifest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The GPU is played by this process: pinned memory is ordinary memory, and nothing runs in the background."""
+    task = plan_extraction(texts, "random_projection", TEXT_SETTINGS, tmp_path, "float16", False, ExtractOptions())
+    batches = task.batches(range(40))
+
+    def features(meter: ThroughputMeter) -> list[np.ndarray]:
+        return [batch.features for batch in encode_batches(task.inputs, batches, task.encoder, meter)]
+
+    expected, make_empty, pinned = features(ThroughputMeter(0, "cpu")), torch.empty, list[int]()
+    monkeypatch.setattr(workers, "default_device", lambda: torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(Tensor, "pin_memory", lambda tensor: pinned.append(len(tensor)) or tensor)
+    monkeypatch.setattr(torch, "empty", lambda *shape, pin_memory=False, **form: make_empty(*shape, **form))
+    meter = ThroughputMeter(num_workers, "cuda")
+    found = []
+    for batch in encode_batches(task.inputs, batches, task.encoder, meter):
+        meter.add(batch)
+        found.append(batch.features)
+    for ours, theirs in zip(found, expected, strict=True):
+        assert np.array_equal(ours, theirs)
+    assert pinned == [len(batch) for batch in batches]
+    assert meter.encode_seconds == pytest.approx(0.05 * len(batches))
+    assert meter.num_items == 40

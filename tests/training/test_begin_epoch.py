@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -18,6 +18,7 @@ from pipeline.training import loop
 from pipeline.training.config import TrainConfig
 from pipeline.training.joint.ddp import DistributedContext
 from pipeline.training.joint.model import JointMethod
+from pipeline.training.seeds import Feed
 from pipeline.training.state import Score, TrainState
 from pipeline.training.train import train
 from pipeline.types import Batch, Phase, Predictor
@@ -59,10 +60,11 @@ def state_of(method: Method, folder: Path) -> TrainState:
 
 
 def train_states(states: list[TrainState]) -> list[list[dict[str, float]]]:
-    def validate(model: Predictor) -> list[Score]:
+    def validate(model: Predictor, seeds: Sequence[int]) -> list[Score]:
         return [Score(0.0, 0.0) for _ in states]
 
-    failed = train(states, lambda epoch: batches_of(BATCH, 4)(), batches_of(BATCH), validate, progress=False)
+    feed = Feed(lambda epoch: batches_of(BATCH, 4)(), batches_of(BATCH))
+    failed = train(states, {0: feed}, validate, progress=False)
     assert not failed
     return [state.progress.history for state in states]
 

@@ -26,6 +26,7 @@ from pipeline.training.config import TrainConfig
 from pipeline.training.features import open_features
 from pipeline.training.heads import head_capacity, plan_head_on, resolve_head_settings
 from pipeline.training.history import Validation, best_validation, read_validations
+from pipeline.training.seeds import Feed
 from pipeline.training.state import Score, TrainState
 from pipeline.training.train import train
 from pipeline.types import Batch, Phase, Predictor
@@ -79,12 +80,12 @@ def scripted_states(folder: Path, **training: Any) -> list[TrainState]:
 def run_scripted(states: Sequence[TrainState], scores: Sequence[tuple[float, float]] = SCORES) -> RunFolder:
     """Train with these scores of the candidates, and return the run."""
 
-    def validate(model: Predictor) -> list[Score]:
+    def validate(model: Predictor, seeds: Sequence[int]) -> list[Score]:
         assert isinstance(model, Chosen)
         return [Score(*scores[int(model.get_buffer("number") / 10)])]
 
     (state,) = states
-    assert not train(states, source, lambda: iter(()), validate, progress=False)
+    assert not train(states, {0: Feed(source, lambda: iter(()))}, validate, progress=False)
     assert state.run.is_done
     return state.run
 

@@ -21,16 +21,19 @@ import torch
 from helpers.method_cases import batches_of, fitted, trained_phases
 from torch import Tensor, nn
 
+from pipeline.cache.table import FeatureTable
+from pipeline.evaluation.evaluate import predict
 from pipeline.nn.method import Method
 from pipeline.runtime import plugins
 from pipeline.runtime.device import reproducible
 from pipeline.runtime.rng import KeyedRNG
 from pipeline.runtime.runs import RunFolder
 from pipeline.training import captured
-from pipeline.training.captured import HostOperators
+from pipeline.training.captured import CapturedPredictor, HostOperators
 from pipeline.training.config import TrainConfig
 from pipeline.training.ensemble import EnsembleTrainer
 from pipeline.training.loop import Trainer, train_epoch
+from pipeline.training.seeds import stacked_source
 from pipeline.training.state import TrainState
 from pipeline.types import Batch, Phase
 
@@ -49,7 +52,9 @@ class Recordings:
         monkeypatch.setattr(captured, "on_side_stream", lambda device: nullcontext())
         monkeypatch.setattr(captured, "record", self.record)
 
-    def record(self, function: Callable[[], Batch], device: torch.device) -> tuple[Callable[[], None], Batch]:
+    def record(
+        self, function: Callable[[], Batch], device: torch.device, generators: Any = ()
+    ) -> tuple[Callable[[], None], Batch]:
         self.number += 1
         parts: Batch = {}
         recorded_rates = self.rates()
@@ -80,14 +85,16 @@ def batches(rows: Batch, sizes: list[int]) -> Callable[[int], Iterator[Batch]]:
     return source
 
 
-def trainer_of(name: str, phase: int, number: int, captures: bool, device: torch.device, config: TrainConfig) -> Trainer:
+def trainer_of(
+    name: str, phase: int, number: int, captures: bool, device: torch.device, config: TrainConfig, num_seeds: int = 1
+) -> Trainer:
     """The trainer of a phase, for as many heads as one model; the last of several heads has another learning rate."""
     heads = [fitted(name, seed=seed)[0].to(device) for seed in range(number)]
     rows = rows_of(name, device)
     configs = [config] * (number - 1) + [config if number == 1 else replace(config, lr=2e-2)]
     states = [
-        TrainState(method=head, run=RunFolder(Path("unused"), 0), config=each)
-        for head, each in zip(heads, configs, strict=True)
+        TrainState(method=head, run=RunFolder(Path("unused"), place % num_seeds), config=each)
+        for place, (head, each) in enumerate(zip(heads, configs, strict=True))
     ]
     for state in states:
         state.progress.phase = phase
@@ -143,6 +150,43 @@ def test_on_a_processor_a_captured_step_is_the_step(name: str, number: int, reco
         assert trainer.graph
         assert trainer.graph.refusal == ""
         assert recordings.number == 1 + (trainer.optimizers[0].rates != first_rates)  # they change after two epochs
+
+
+@pytest.mark.parametrize("device", [CPU, pytest.param(GPU, marks=pytest.mark.gpu)], ids=str)
+def test_a_captured_step_of_several_seeds_is_the_step(device: torch.device, request: pytest.FixtureRequest) -> None:
+    recordings = request.getfixturevalue("recordings") if device == CPU else None
+    with reproducible(device):
+        own = batches(rows_of("seda", device), [BATCH_SIZE] * 6)
+        source = stacked_source([own, lambda epoch: own(epoch + 3)])
+        expected = trained(trainer_of("seda", 0, 3, False, device, CONFIG, num_seeds=2), source)
+        trainer = trainer_of("seda", 0, 3, True, device, CONFIG, num_seeds=2)
+        assert_equal(trained(trainer, source), expected)
+        assert trainer.graph
+        assert trainer.graph.refusal == ""
+        assert recordings is None or recordings.number == 2
+
+
+@pytest.mark.parametrize("device", [CPU, pytest.param(GPU, marks=pytest.mark.gpu)], ids=str)
+@pytest.mark.parametrize(("name", "number", "num_seeds"), [("seda", 1, 1), ("marnet", 3, 1), ("ema", 3, 2)])
+def test_captured_predictions_are_the_predictions(
+    name: str, number: int, num_seeds: int, device: torch.device, request: pytest.FixtureRequest
+) -> None:
+    recordings = request.getfixturevalue("recordings") if device == CPU else None
+    rows = rows_of(name, device)
+    trainer = trainer_of(name, 0, number, True, device, CONFIG, num_seeds)
+    columns = {"image": rows["image"].repeat(2, 1), "key": torch.arange(2 * len(rows["key"]), device=device)}
+    table = FeatureTable(ids=tuple(map(str, columns["key"].tolist())), columns=columns, excluded=())
+    seed = 4 if num_seeds == 1 else torch.tensor(trainer.seeds_by_model, device=device)
+    size = len(table) // 3 + 1  # so that the last batch is smaller
+    with reproducible(device):
+        for _ in range(3):
+            expected = predict(trainer.model, table, seed, size)
+            assert torch.equal(predict(trainer.predictor, table, seed, size), expected)
+            with torch.no_grad():
+                for parameter in trainer.model.parameters() if number == 1 else dict(trainer.model.named_parameters()).values():
+                    parameter.mul_(0.9)
+    assert isinstance(trainer.predictor, CapturedPredictor)
+    assert recordings is None or recordings.number == 1
 
 
 @pytest.mark.gpu
@@ -248,7 +292,7 @@ def test_a_method_that_reads_numbers_back_is_not_captured(
 def test_where_a_recording_fails_training_goes_on_without_a_graph(
     device: torch.device, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refused(function: Callable[[], Batch], device: torch.device) -> Any:
+    def refused(function: Callable[[], Batch], device: torch.device, generators: Any) -> Any:
         try:
             raise RuntimeError("operation not permitted when stream is capturing\nmore")
         finally:

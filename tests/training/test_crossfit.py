@@ -36,6 +36,7 @@ from pipeline.runtime.runs import RunFolder
 from pipeline.training import loop
 from pipeline.training.config import TrainConfig
 from pipeline.training.heads import HeadPlan, plan_head, resolve_head_settings, train_head, train_heads
+from pipeline.training.seeds import Feed
 from pipeline.training.state import Score, TrainState
 from pipeline.training.train import train
 from pipeline.types import Batch
@@ -57,7 +58,7 @@ def trained(folder: Path, batch: Batch, crossfit: int = K) -> Any:
         run=RunFolder(folder / "marnet-0" / "seed0", 0),
         config=TrainConfig(epochs=2, lr=1e-2, grad_clip=0.1, select="last"),  # every step is clipped
     )
-    assert not train([state], source, batches_of(batch), lambda model: [Score(0.0, 0.0)], progress=False)
+    assert not train([state], {0: Feed(source, batches_of(batch))}, lambda model, seeds: [Score(0.0, 0.0)], progress=False)
     return method.train(False)
 
 

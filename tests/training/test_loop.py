@@ -6,7 +6,7 @@ import math
 import shutil
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from pipeline.runtime.settings import configure
 from pipeline.training import loop
 from pipeline.training.config import TrainConfig
 from pipeline.training.loop import Trainer
+from pipeline.training.seeds import Feed
 from pipeline.training.state import Score, TrainState
 from pipeline.training.train import train
 from pipeline.types import Batch, Phase, Predictor
@@ -117,6 +118,9 @@ def two_phase_source(epoch: int) -> Iterator[Batch]:
         yield {"image": images[rows], "label": labels[rows], "key": rows}
 
 
+TWO_PHASE_FEED = Feed(two_phase_source, lambda: iter(()))
+
+
 def bare_run(home: Path) -> RunFolder:
     """Return a run that has begun: its folder with its config."""
     config = RunConfig(
@@ -135,7 +139,7 @@ def test_the_loop_is_adam_with_steps_clipping_and_frozen_phases(tmp_path: Path) 
     oracle.load_state_dict(ours.state_dict())
     run = bare_run(tmp_path)
     state = TrainState(method=ours, run=run, config=config)
-    assert not train([state], two_phase_source, lambda: iter(()), lambda model: [Score(0.0, 0.0)], progress=False)
+    assert not train([state], {0: TWO_PHASE_FEED}, lambda model, seeds: [Score(0.0, 0.0)], progress=False)
     epoch = 0
     for module, phase, epochs in ((oracle.a, "a", 6), (oracle.b, "b", 3)):
         optimizer = torch.optim.Adam(module.parameters(), lr=0.05, weight_decay=0.1)
@@ -241,7 +245,7 @@ def test_the_epoch_is_chosen_on_validation(select: str, best: int, tmp_path: Pat
     scores = iter([(50.0, 2.0), (40.0, 0.5), (50.0, 1.0), (30.0, 3.0), (50.0, 1.0), (20.0, 4.0)])
     method, validated = TwoPhases(), []
 
-    def validate(model: Predictor) -> list[Score]:
+    def validate(model: Predictor, seeds: Sequence[int]) -> list[Score]:
         assert model is method
         validated.append({name: tensor.clone() for name, tensor in method.state_dict().items()})
         return [Score(*next(scores))]
@@ -249,7 +253,7 @@ def test_the_epoch_is_chosen_on_validation(select: str, best: int, tmp_path: Pat
     config = configure(TrainConfig, {"lr": 0.05, "epochs": 12, "select": select})
     run = bare_run(tmp_path)
     state = TrainState(method=method, run=run, config=config)
-    assert not train([state], two_phase_source, lambda: iter(()), validate, progress=False)
+    assert not train([state], {0: TWO_PHASE_FEED}, validate, progress=False)
     kept = load_file(run.path / "checkpoint.safetensors")
     assert len(validated) == 6  # only the last phase is validated
     assert [all(torch.equal(kept[name], weights[name]) for name in kept) for weights in validated].index(True) == best

@@ -183,6 +183,7 @@ def prefetch_items(source: Source, fetch: Callable[[Batch, int], Batch]) -> Sour
     return batches
 
 
-def to_device(items: Tensor, device: torch.device) -> Tensor:
-    """Move items to the device; a copy to a GPU runs in the background."""
-    return items.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else items
+def to_device(items: Tensor, device: torch.device, channels_last: bool = False) -> Tensor:
+    """Move items to the device; a copy to a GPU runs in the background. `channels_last`: the memory format of images."""
+    moved = items.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else items
+    return moved.contiguous(memory_format=torch.channels_last) if channels_last and items.ndim == 4 else moved

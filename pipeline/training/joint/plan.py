@@ -70,6 +70,8 @@ class JointOptions:
 
     accumulate: int = 1  # parts in which a batch goes through the encoders; one part is in memory at a time
     checkpointing: bool = False  # store only the inputs of blocks, and run the blocks again in the backward pass
+    fast: bool = False  # a GPU may take kernels whose last bits differ from run to run
+    compiled: bool = False  # run the encoders through torch.compile in training
     workers: int = -1  # processes that decode; -1: one per core
     progress: bool = True  # show progress bars
     trackers: tuple[MakeTracker, ...] = ()  # are told the epochs of the run as they come

@@ -6,14 +6,14 @@ import resource
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils import get_total_norm
 
 from pipeline.cache.table import FeatureTable, ordered_batches, shuffled_batches
@@ -30,6 +30,7 @@ from pipeline.training.joint.inputs import augment_images, prefetch_items, selec
 from pipeline.training.joint.model import EncodeFn, JointMethod
 from pipeline.training.joint.plan import JointOptions, JointPlan
 from pipeline.training.joint.trainable_encoder import TrainableEncoder, build_joint_method, open_trainable_encoder
+from pipeline.training.seeds import Feed
 from pipeline.training.state import Score, TrainState
 from pipeline.training.tracking import RunTrackers
 from pipeline.training.train import train
@@ -64,11 +65,15 @@ def train_joint(plan: JointPlan, options: JointOptions, context: DistributedCont
         progress = options.progress and not context.rank
         trackers = RunTrackers(() if context.rank else options.trackers)
         state = TrainState(method=model, run=run, config=plan.training, trackers=trackers)
-        validate = partial(validate_joint, plan, encoders, context)
-        source = joint_source(plan, model, encoders, context, progress)
-        resources.enter_context(deterministic_algorithms(default_device()))
+
+        def validate(predictor: Predictor, seeds: Sequence[int]) -> list[Score]:
+            return validate_joint(plan, encoders, context, predictor)
+
+        source = joint_source(plan, model, encoders, context, progress, options.fast)
+        algorithms = fast_algorithms if options.fast else deterministic_algorithms
+        resources.enter_context(algorithms(default_device()))
         # The head brings its statistics, so it needs no pass over the training split.
-        for error in train([state], source, lambda: iter(()), validate, progress).values():
+        for error in train([state], {run.seed: Feed(source, lambda: iter(()))}, validate, progress).values():
             raise error
 
 
@@ -79,9 +84,12 @@ def _with_row_numbers(table: FeatureTable) -> FeatureTable:
 
 
 def _item_fetcher(
-    plan: JointPlan, encoders: Mapping[str, TrainableEncoder], context: DistributedContext
+    plan: JointPlan, encoders: Mapping[str, TrainableEncoder], context: DistributedContext, channels_last: bool = False
 ) -> Callable[[Batch, int], Batch]:
-    """Return a function that gets the prepared items for a batch of an epoch; those of epoch -1 are not augmented."""
+    """Return a function that gets the prepared items for a batch of an epoch; those of epoch -1 are not augmented.
+
+    With `channels_last`, images are in that memory format, which convolutions then keep: of tensor cores, it asks the most.
+    """
     seed, device = plan.run.seed, plan.features.train.columns["key"].device
 
     def fetch(batch: Batch, epoch: int) -> Batch:
@@ -97,7 +105,7 @@ def _item_fetcher(
                 items = select_items(opened.items["train"], cpu_batch["row"][local])
                 if plan.joint.augment and epoch >= 0:
                     items = augment_images(items, KeyedRNG.seeded(seed, cpu_batch["key"][local]).at("augment", epoch))
-            fetched[f"{key}_items"] = to_device(items, device)
+            fetched[f"{key}_items"] = to_device(items, device, channels_last)
         return fetched
 
     return fetch
@@ -109,14 +117,16 @@ def joint_source(
     encoders: Mapping[str, TrainableEncoder],
     context: DistributedContext,
     progress: bool,
+    channels_last: bool = False,
 ) -> Source:
-    """Return the training batches of stage 2, with prepared items.
+    """Return the training batches of stage 2, with prepared items; `channels_last`: the memory format of images.
 
     After each step, the source checks that the loss and the gradients are finite, and raises `UserError` if they are not.
     """
     table, batch_size = _with_row_numbers(plan.features.train), plan.training.batch_size
     device = table.columns["key"].device
-    batches = prefetch_items(shuffled_batches(table, batch_size, plan.run.seed), _item_fetcher(plan, encoders, context))
+    fetch = _item_fetcher(plan, encoders, context, channels_last)
+    batches = prefetch_items(shuffled_batches(table, batch_size, plan.run.seed), fetch)
 
     def checked_batches(epoch: int) -> Iterator[Batch]:
         num_batches = len(table) // min(batch_size, len(table))
@@ -186,16 +196,24 @@ def compute_features(encode: EncodeFn, items: Tensor, batch_size: int, context: 
 def deterministic_algorithms(device: torch.device) -> Iterator[None]:
     """Compute the same bits in every run, also in the backward pass.
 
-    A GPU needs a special mode for this, and some of its kernels have no deterministic version.
+    A GPU needs a special mode for this, and some of its kernels have no deterministic version. The gradients of its fused
+    attention are not the same in every run, so that attention is computed step by step.
     """
     set_environment()
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(device.type == "cuda", warn_only=True)
+    before, on_gpu = torch.are_deterministic_algorithms_enabled(), device.type == "cuda"
+    torch.use_deterministic_algorithms(on_gpu, warn_only=True)
     try:
-        with use_precision("float32", device):
+        with use_precision("float32", device), sdpa_kernel(SDPBackend.MATH) if on_gpu else nullcontext():
             yield
     finally:
         torch.use_deterministic_algorithms(before)
+
+
+@contextmanager
+def fast_algorithms(device: torch.device) -> Iterator[None]:
+    """Compute in the same format with the fastest kernels of a GPU: the last bits may differ from run to run."""
+    with use_precision("float32", device), torch.backends.cudnn.flags(benchmark=True, deterministic=False, allow_tf32=False):
+        yield
 
 
 @contextmanager

@@ -19,11 +19,12 @@ from pipeline.runtime import plugins
 from pipeline.runtime.device import Precision, use_precision
 from pipeline.runtime.rng import KeyedRNG
 from pipeline.runtime.runs import RunFolder
+from pipeline.training import compiled
 from pipeline.training.config import TrainConfig
 from pipeline.training.joint.model import JointMethod
 from pipeline.training.joint.plan import JointConfig, JointOptions, JointPlan
 from pipeline.training.joint.trainable_encoder import TrainableEncoder, build_joint_method
-from pipeline.training.joint.trainer import joint_source, validate_joint
+from pipeline.training.joint.trainer import fast_algorithms, joint_source, validate_joint
 from pipeline.training.loop import Trainer
 from pipeline.training.state import TrainState
 from pipeline.types import Batch, Phase
@@ -38,9 +39,9 @@ def home(tiny_manifest: Manifest, tmp_path_factory: pytest.TempPathFactory) -> P
     return joint_home.make_home(tiny_manifest, tmp_path_factory.mktemp("joint") / "home")
 
 
-def first_batch(plan: JointPlan, encoders: dict[str, TrainableEncoder]) -> Batch:
+def first_batch(plan: JointPlan, encoders: dict[str, TrainableEncoder], channels_last: bool = False) -> Batch:
     model = build_joint_method(plan, encoders, joint_home.ALONE)
-    return next(joint_source(plan, model, encoders, joint_home.ALONE, progress=False)(0))
+    return next(joint_source(plan, model, encoders, joint_home.ALONE, False, channels_last)(0))
 
 
 def first_losses(home: Path, method: str, precision: Precision) -> tuple[JointMethod, Tensor, Tensor]:
@@ -90,7 +91,8 @@ def test_the_first_loss_is_that_of_stage_2_up_to_rounding(
 
 def gradients(plan: JointPlan, options: JointOptions) -> dict[str, Tensor]:
     model, encoders = joint_home.build_joint(plan, options)
-    batch = first_batch(plan, encoders)
+    batch = first_batch(plan, encoders, options.fast)
+    assert batch["image_items"].is_contiguous(memory_format=torch.channels_last) == options.fast
     seeded_loss(model, batch, "joint")["loss"].backward()
     return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
 
@@ -207,3 +209,15 @@ def test_a_fusion_reads_branches_without_their_dropout() -> None:
         assert torch.equal(value, second[name]) == name.startswith("fusion_"), name
     assert head.ema.training is False  # the last phase was "fusion"
     assert not any(module.training for module in model.train(False).modules())
+
+
+def test_fast_and_compiled_change_the_rounding_alone(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiled, "COMPILE_BACKEND", "eager")
+    plan = joint_home.joint_plan(home, joint_home.train_small_head(home, "ema"), JointConfig(train="image"), TRAINING)
+    expected = gradients(plan, joint_home.QUIET)
+    options = JointOptions(fast=True, compiled=True, workers=0, progress=False)
+    with fast_algorithms(torch.device("cpu")):
+        found = gradients(plan, options)
+    assert found.keys() == expected.keys()
+    for name, gradient in expected.items():
+        assert (found[name] - gradient).norm() <= 1e-5 * gradient.norm() + 1e-8, name
