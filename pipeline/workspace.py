@@ -71,7 +71,7 @@ class Workspace:
 
         Args:
             dataset: A dataset plug-in: "openmoji", …; "table" for data of your own. Or a prepared dataset's name: do it again.
-            root: Folder of the official files; None: packaged or fetched ones, else the files and settings of the last time.
+            root: Folder of the official files, or where it has moved to; None: packaged or fetched ones, else as the last time.
             name: Another name for the dataset in this home, which then holds several; everything takes this name then.
             image_root: Folder of the media, when it is not below `root`.
             verify_media: Decode every file once.

@@ -116,7 +116,7 @@ def main() -> None:
         print(f"diffalign: {file}{error.strerror or error}; {remedy}", file=sys.stderr)
         sys.exit(2)
     except (UserError, typer.TyperException) as error:
-        message = error.format_message() if isinstance(error, typer.TyperException) else str(error)
+        message = _describe_usage(error) if isinstance(error, typer.TyperException) else str(error)
         if message.startswith("Usage:"):  # `diffalign` without a command asks for help
             print(message)
             sys.exit(0)
@@ -129,6 +129,14 @@ def main() -> None:
         print(f"diffalign: {_describe_unexpected(error)}", file=sys.stderr)
         traceback.print_exc()
         sys.exit(1)
+
+
+def _describe_usage(error: typer.TyperException) -> str:
+    """Return what is wrong with the words of a command; of an option that stands before the command, where it belongs."""
+    context, option = getattr(error, "ctx", None), getattr(error, "option_name", "")
+    if context and option and hasattr(context.command, "commands"):
+        return f"no option {option} here: options stand behind the command, {context.command_path} COMMAND {option} …"
+    return error.format_message()
 
 
 def _describe_unexpected(error: Exception) -> str:

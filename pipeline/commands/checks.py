@@ -1,18 +1,26 @@
 """Checks of names that a command was given, before it imports torch: no function here imports a stage.
 
-What a setting may be is known to the plug-ins alone, so settings are checked when torch is there, before a cache is opened.
+What a setting of a plug-in may be is known to the plug-in alone, so these are checked when torch is there, before a stage is.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.runtime import plugins
 from pipeline.runtime.choices import unknown_choice
 from pipeline.runtime.errors import UserError
-from pipeline.runtime.settings import NO_LETTERS, check_setting_name, find_settings
+from pipeline.runtime.settings import (
+    NO_LETTERS,
+    Settings,
+    describe_settings,
+    find_settings,
+    in_the_user_s_words,
+    parse_setting,
+    spellings,
+)
 
 if TYPE_CHECKING:
     from pipeline.types import Split
@@ -108,26 +116,29 @@ def check_unused(given: Mapping[str, bool], reason: str) -> None:
         raise UserError(f"{option} {reason}")
 
 
-def check_setting_names(config_type: type[Any], names: Iterable[str], letters: Mapping[str, str] = NO_LETTERS) -> None:
-    """Check the names of settings of a config; their values are checked later, before a cache is opened.
+def check_given_settings(config_type: type[Any], given: Mapping[str, str], letters: Mapping[str, str] = NO_LETTERS) -> None:
+    """Check the names and the values of settings that were given; rules between settings are checked with the config.
 
     Args:
         config_type: The dataclass of the config.
-        names: Names, aliases and letters.
+        given: Values as text, by name, alias or letter.
         letters: The papers' letters, each with the name of its setting.
 
     Raises:
-        UserError: there is no such setting; the message lists the choices.
+        UserError: there is no such setting, and the message lists the choices; or it does not take this value.
     """
-    for name in names:
-        check_setting_name(config_type, name, letters)
+    declared = {setting.name: setting for setting in describe_settings(config_type)}
+    for name, word in spellings(config_type, given, letters).items():
+        said = in_the_user_s_words(name, word)
+        label = config_type.label_of(said) if issubclass(config_type, Settings) else said
+        declared[name].check(label, parse_setting(config_type, name, given[word], word))
 
 
 def check_method_settings(method: str, settings: Mapping[str, str]) -> None:
-    """Check the names of what --set gives to a method.
+    """Check what --set gives to a method, see `check_given_settings`.
 
     Raises:
-        UserError: there is no such setting, and the message lists the choices; or it is one of training.
+        UserError: there is no such setting, it is one of training, or it does not take this value.
     """
     from pipeline.training.config import TrainConfig
 
@@ -135,4 +146,4 @@ def check_method_settings(method: str, settings: Mapping[str, str]) -> None:
     for name, value in settings.items():
         if not find_settings(plugin.Config, name, plugin.symbols) and find_settings(TrainConfig, name):
             raise UserError(f"{name!r} is a setting of training, not of {method}: say --train {name}={value}")
-    check_setting_names(plugin.Config, settings, plugin.symbols)
+    check_given_settings(plugin.Config, settings, plugin.symbols)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -101,7 +101,10 @@ def datasets(
     home: Home = DEFAULT_HOME,
     as_json: AsJson = False,
 ) -> None:
-    """The datasets, or one dataset's rules and what `prepare --set` can change; those of your own in a home are among them."""
+    """The datasets, or one dataset's rules and what `prepare --set` can change; those of your own in a home are among them.
+
+    Of a dataset that was prepared from a --root, the settings are those of the last time, else the defaults.
+    """
     from pipeline.data.manifest_files import read_plugin
 
     if not name:
@@ -111,17 +114,22 @@ def datasets(
         return
     check_dataset(name, home)
 
-    from pipeline.data.prepare import changeable_settings
+    from pipeline.data.prepare import apply_settings, changeable_settings
+    from pipeline.data.recipes import read_recipe
     from pipeline.data.spec import load_spec
 
-    plugin = read_plugin(home, name)
-    about = " ".join(plugins.documentation("datasets", plugin).split())
-    show({"about": about, **changeable_settings(load_spec(plugin))}, as_json)
+    plugin, recipe = read_plugin(home, name), read_recipe(home, name)
+    facts: dict[str, Any] = {"about": " ".join(plugins.documentation("datasets", plugin).split())}
+    spec = load_spec(plugin)
+    if recipe and recipe.plugin == plugin and recipe.root:  # `prepare NAME` takes them again
+        facts["prepared from"] = str(recipe.root)
+        spec = apply_settings(spec, recipe.settings)
+    show({**facts, **changeable_settings(spec)}, as_json)
 
 
 def card(
     dataset: Dataset,
-    out: Annotated[Path, typer.Option(help="Folder to write; default: HOME/reports/DATASET/card.")] = Path(),
+    out: Annotated[Path | None, typer.Option(help="Folder to write. Default: HOME/reports/DATASET/card.")] = None,
     home: Home = DEFAULT_HOME,
     as_json: AsJson = False,
 ) -> None:
@@ -131,6 +139,6 @@ def card(
     from pipeline.data.card import write_card
     from pipeline.data.manifest_files import read_manifest
 
-    folder = home / "reports" / dataset / "card" if out == Path() else out
+    folder = home / "reports" / dataset / "card" if out is None else out
     files = write_card(read_manifest(home, dataset), home, folder)
     show({file.name: str(file) for file in files}, as_json)

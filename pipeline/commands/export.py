@@ -8,13 +8,13 @@ from typing import Annotated
 
 import typer
 
-from pipeline.commands.options import DEFAULT_HOME, RUN_HELP, AsJson, Home, show
+from pipeline.commands.options import DEFAULT_HOME, ONE_RUN_HELP, AsJson, Home, show
 
 logger = logging.getLogger(__name__)
 
 
 def export(
-    run: Annotated[str, typer.Argument(metavar="RUN", help=f"{RUN_HELP} A folder may be a copy, without its home.")],
+    run: Annotated[str, typer.Argument(metavar="RUN", help=f"{ONE_RUN_HELP} A folder may be a copy, without its home.")],
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder to make.")],
     push: Annotated[
         str,

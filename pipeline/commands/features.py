@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from pipeline.commands.checks import check_dataset, check_setting_names
+from pipeline.commands.checks import check_dataset, check_given_settings
 from pipeline.commands.options import (
     DEFAULT_HOME,
     NO_PAIRS,
@@ -68,7 +68,7 @@ def extract(
         plugins.check_name("encoders", name)
     gpus = parse_integers(workers_gpu, "--workers-gpu") if workers_gpu else []
     if given:
-        check_setting_names(plugins.get("encoders", encoder[0]).Config, given)
+        check_given_settings(plugins.get("encoders", encoder[0]).Config, given)
     caches = Workspace(home).extract(
         dataset,
         encoder,

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from pipeline.commands.checks import check_setting_names
+from pipeline.commands.checks import check_given_settings
 from pipeline.commands.joint_options import Accumulate, Augment, Checkpointing, Compile, EncoderLr, Fast, LayerDecay, Workers
 from pipeline.commands.options import DEFAULT_HOME, NO_PAIRS, AsJson, Home, Log, show
 from pipeline.runtime.assignments import parse_assignments
@@ -64,7 +64,7 @@ def finetune(
             raise UserError(f"{option} is {given}, but {init} is a run of {found}")
     unfrozen = _read_unfreeze(unfreeze, [word for word in training if "=" not in word])
     given_training = parse_assignments((word for word in training if "=" in word), "--train")
-    check_setting_names(TrainConfig, given_training)
+    check_given_settings(TrainConfig, given_training)
 
     from pipeline.training.joint.ddp import is_first_process
     from pipeline.workspace import Workspace

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from pipeline.commands.checks import check_dataset, check_file, check_method, check_setting_names
+from pipeline.commands.checks import check_dataset, check_file, check_given_settings, check_method
 from pipeline.commands.options import (
     DEFAULT_HOME,
     NO_PAIRS,
@@ -98,9 +98,9 @@ def grid(
         parse_assignments(settings),
         parse_assignments(training, "--train"),
     )
-    check_setting_names(TrainConfig, given_training)
+    check_given_settings(TrainConfig, given_training)
     plugin = plugins.get("methods", method)
-    check_setting_names(plugin.Config, given, plugin.symbols)
+    check_given_settings(plugin.Config, given, plugin.symbols)
 
     from pipeline.studies.grid import read_axes
     from pipeline.workspace import Workspace

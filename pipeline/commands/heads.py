@@ -10,9 +10,9 @@ import typer
 
 from pipeline.commands.checks import (
     check_dataset,
+    check_given_settings,
     check_method,
     check_method_settings,
-    check_setting_names,
     check_split,
     check_unused,
 )
@@ -89,7 +89,7 @@ def train_head(
         parse_assignments(settings),
         parse_assignments(training, "--train"),
     )
-    check_setting_names(TrainConfig, given_training)
+    check_given_settings(TrainConfig, given_training)
     check_method_settings(method, given)
 
     from pipeline.workspace import Workspace

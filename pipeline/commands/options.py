@@ -63,10 +63,11 @@ Scheduler = Annotated[
         help="local, or the address of a dask scheduler, tcp://host:port; its workers see the same files.",
     ),
 ]
-RUN_HELP = (
+_HEAD_HELP = (
     "A trained head: latest, a name or tag, the name of its folder or the beginning of that (diffalign runs ls), or a path; "
-    "all its seeds, or with /seed<k> at the end that one."
 )
+RUN_HELP = f"{_HEAD_HELP}all its seeds, or with /seed<k> at the end that one."
+ONE_RUN_HELP = f"{_HEAD_HELP}with /seed<k> at the end, unless it has one seed alone."
 Dataset = Annotated[str, typer.Argument(help="Name of a dataset; `diffalign datasets` lists them.")]
 PreparedDataset = Annotated[str, typer.Option(help="Name of a prepared and extracted dataset.")]
 SettingOptions = Annotated[list[str], typer.Option("--set", help="A setting, KEY=VALUE; may be given several times.")]

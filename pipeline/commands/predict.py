@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from pipeline.commands.checks import check_split
-from pipeline.commands.options import DEFAULT_HOME, RUN_HELP, AsJson, Home, Processes
+from pipeline.commands.options import DEFAULT_HOME, ONE_RUN_HELP, AsJson, Home, Processes
 from pipeline.runtime.errors import UserError
 from pipeline.runtime.logs import inert
 
@@ -28,7 +28,7 @@ Write = Callable[[Sequence[Mapping[str, Any]]], None]
 
 
 def predict(
-    run: Annotated[str, typer.Argument(metavar="RUN", help=f"{RUN_HELP} A folder may be a copy, without its home.")],
+    run: Annotated[str, typer.Argument(metavar="RUN", help=f"{ONE_RUN_HELP} A folder may be a copy, without its home.")],
     paths: Annotated[
         list[str] | None,
         typer.Argument(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -32,8 +33,23 @@ def report(
         show({**files, "results": rows}, as_json)
         return
     if results.empty:
-        command = f"diffalign evaluate {home / 'runs' / dataset / '*'} --split test"
-        print(with_home(f"nothing is evaluated on test yet; to read it for all runs: {command}", home))
+        command = f"diffalign evaluate {' '.join(best_heads(home, dataset))} --split test"
+        print(with_home(f"nothing is evaluated on test yet; to read it for the best head of each method: {command}", home))
     else:
         show_table(format_results(results), as_json)
     show(files, as_json)
+
+
+def best_heads(home: Path, dataset: str) -> list[str]:
+    """Return the head of each method that is best on validation, "<dataset>/<folder>": of those on real texts and all data."""
+    from pipeline.report.results import collect_results
+    from pipeline.runtime.runs import REAL_TEXT
+
+    heads = sorted(collect_results(home, dataset, "test").heads, key=lambda head: head.val_metric)
+    plain = [
+        head
+        for head in heads
+        if (head.config.text_control, head.config.train_fraction) == (REAL_TEXT, 1) and not head.config.is_continued
+    ]
+    best = {head.config.method: f"{dataset}/{head.runs[0].path.parent.name}" for head in plain or heads}
+    return sorted(best.values())

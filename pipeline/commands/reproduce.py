@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pipeline.commands.checks import check_dataset, check_setting_names, check_unused
+from pipeline.commands.checks import check_dataset, check_given_settings, check_unused
 from pipeline.commands.options import (
     DEFAULT_HOME,
     NO_PAIRS,
@@ -108,8 +108,8 @@ def reproduce(
 
     from pipeline.training.config import TrainConfig
 
-    check_setting_names(TrainConfig, given)
-    check_setting_names(TrainConfig, given_joint)
+    check_given_settings(TrainConfig, given)
+    check_given_settings(TrainConfig, given_joint)
 
     from pipeline.studies import reproduce as study
 

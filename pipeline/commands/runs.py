@@ -36,14 +36,17 @@ def ls(
     home: Home = DEFAULT_HOME,
     as_json: AsJson = False,
 ) -> None:
-    """All trained heads, the latest first: tags, seeds, metrics on validation and, where it was read, on test."""
-    from pipeline.report.head_facts import describe_head
+    """All trained heads, the latest first: tags, seeds, metrics on validation and, where it was read, on test.
+
+    `differs` has the settings in which the heads of one method and dataset that are listed differ from each other.
+    """
+    from pipeline.report.head_facts import describe_heads
     from pipeline.runtime.head_names import list_heads
 
     if dataset:
         check_reported_dataset(dataset, home)
     heads = [head for head in list_heads(home, dataset) if tag in ("", *head.tags)]
-    rows = [describe_head(head) for head in sorted(heads, key=lambda head: -head.finished)]
+    rows = describe_heads(sorted(heads, key=lambda head: -head.finished))
     if as_json:
         show(rows, as_json)
     elif not rows:
@@ -57,11 +60,14 @@ def ls(
 
 @runs_commands.command(name="show")
 def show_head(head: Head, home: Home = DEFAULT_HOME, as_json: AsJson = False) -> None:
-    """What a head is: its settings, where they differ from the method's defaults, its features, and all its evaluations."""
+    """What a head is: its settings, first those that are no defaults, its features, and all its evaluations."""
+    from dataclasses import asdict
+
     from pipeline.report.head_facts import explain_head
     from pipeline.runtime.head_names import HeadFolder, find_head_runs
+    from pipeline.training.config import TrainConfig
 
-    facts = explain_head(HeadFolder(find_head_runs(home, head)[0].path.parent))
+    facts = explain_head(HeadFolder(find_head_runs(home, head)[0].path.parent), asdict(TrainConfig()))
     if as_json:
         show(facts, as_json)
         return
@@ -84,8 +90,9 @@ def rm(
     as_json: AsJson = False,
 ) -> None:
     """Remove trained heads, or single seeds of them. Caches stay. --yes takes no beginning of a name: say the whole name."""
+    from pipeline.runtime.files import read_lines
     from pipeline.runtime.head_names import HeadFolder, find_head_runs, is_whole_name
-    from pipeline.runtime.runs import check_removable, disk_usage, remove_runs
+    from pipeline.runtime.runs import TEST_READS, check_removable, disk_usage, remove_runs
 
     found = {head: find_head_runs(home, head) for head in heads}
     for head, (first, *_) in found.items():
@@ -95,15 +102,17 @@ def rm(
     chosen = list(dict.fromkeys(run.path for runs in found.values() for run in runs))
     for path in chosen:
         check_removable(home, path)
-    size = disk_usage(chosen)
+    size, reads = disk_usage(chosen), sum(len(read_lines(path / TEST_READS)) for path in chosen)
     if yes:
         remove_runs(home, chosen)
     if as_json:
-        show({"runs": [str(path) for path in chosen], "bytes": size, "removed": yes}, as_json)
+        show({"runs": [str(path) for path in chosen], "bytes": size, "removed": yes, "test_reads": reads}, as_json)
         return
     for path in chosen:
         print(path)
     what = f"{len(chosen)} run{'' if len(chosen) == 1 else 's'}, {size / 2**20:.1f} MiB"
+    if reads:
+        what += f" (they read the test split {reads} times, which stays on record)"
     print(f"removed {what}" if yes else f"would remove {what}; to do it, say --yes")
 
 
@@ -152,7 +161,12 @@ def compare(
 def _whole_head(home: Path, word: str) -> HeadFolder:
     """Return the head that a word means; a path to it or to one of its seeds is taken, too."""
     from pipeline.runtime.head_names import HeadFolder, find_head, find_head_runs
+    from pipeline.runtime.runs import SEED_FOLDER
 
+    head, _, last = word.rpartition("/")
+    if head and SEED_FOLDER.fullmatch(last) and not Path(word).is_dir():
+        find_head_runs(home, word)  # what is misspelt is said first
+        raise UserError(f"compare takes whole heads, with all their seeds: say {head}")
     return HeadFolder(find_head_runs(home, word)[0].path.parent) if Path(word).is_dir() else find_head(home, word)
 
 

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from pipeline.commands.checks import check_dataset, check_method, check_setting_names
+from pipeline.commands.checks import check_dataset, check_given_settings, check_method
 from pipeline.commands.joint_options import Accumulate, Augment, Checkpointing, EncoderLr, LayerDecay, Workers
 from pipeline.commands.options import (
     DEFAULT_HOME,
@@ -69,7 +69,7 @@ def strategy(
     check_method(method, preset)
     check_dataset(dataset, home)
     chosen, given = parse_integers(seeds, "--seeds"), parse_assignments(training, "--train")
-    check_setting_names(TrainConfig, given)
+    check_given_settings(TrainConfig, given)
 
     from pipeline.studies.ablation import compare_strategies
     from pipeline.training.joint.plan import JointOptions
@@ -104,9 +104,9 @@ def ablate_text(
         parse_assignments(settings),
         parse_assignments(training, "--train"),
     )
-    check_setting_names(TrainConfig, given_training)
+    check_given_settings(TrainConfig, given_training)
     plugin = plugins.get("methods", method)
-    check_setting_names(plugin.Config, given, plugin.symbols)
+    check_given_settings(plugin.Config, given, plugin.symbols)
 
     from pipeline.studies.text_ablation import compare_texts
 
@@ -141,9 +141,9 @@ def ablate_data(
     check_dataset(dataset, home)
     chosen, shares = parse_integers(seeds, "--seeds"), parse_numbers(fractions, "--fractions")
     given, given_training = parse_assignments(settings), parse_assignments(training, "--train")
-    check_setting_names(TrainConfig, given_training)
+    check_given_settings(TrainConfig, given_training)
     plugin = plugins.get("methods", method)
-    check_setting_names(plugin.Config, given, plugin.symbols)
+    check_given_settings(plugin.Config, given, plugin.symbols)
 
     from pipeline.studies.data_ablation import compare_fractions
 

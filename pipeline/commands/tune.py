@@ -84,6 +84,9 @@ def tune(
 ) -> None:
     """Choose settings of methods on validation, with equal budgets: the same number of points, seeds and epochs for each.
 
+    The epochs are those of train-head, with which --preset tuned trains: what is best after a few epochs often is not after all
+    of them. To have less to do, take fewer --points, or --search optuna.
+
     The best settings become the home's own, HOME/tuned/DATASET.yaml, which --preset tuned reads before those that ship with the
     dataset; they are printed, too, in the form that data_manifests/DATASET.yaml holds. Every trial is listed in
     HOME/reports/DATASET/tune-….csv and .md, with the code that trained it. The test split is never read: read it once, with

@@ -173,12 +173,13 @@ def _enumeration(name: str, columns: Mapping[str, Sequence[str]], data_type: str
 
 
 def describe_dataset(manifest: Manifest) -> str:
-    """Return what a dataset is in two sentences: what its plug-in says of it, and its counts."""
-    about = " ".join(plugins.documentation("datasets", manifest.plugin).split())
+    """Return what a dataset is: what its owner or its plug-in says of it (`table` knows only its own rules), and its counts."""
+    said = "" if manifest.plugin == "table" else plugins.documentation("datasets", manifest.plugin)
+    about = " ".join(str(manifest.meta.get("description", said)).split())
     counts = ", ".join(f"{count:,} {split}" for split, count in split_counts(manifest).items())
     labels = "one label" if manifest.label_kind == "single" else "several labels"
     media = "clips" if manifest.meta.get("media_type") == "video" else "pictures"
-    return f"{about} {len(manifest.class_names)} classes, {labels} per sample; {media}: {counts}."
+    return f"{about}{' ' if about else ''}{len(manifest.class_names)} classes, {labels} per sample; {media}: {counts}."
 
 
 def write_dataset_card(manifest: Manifest) -> str:

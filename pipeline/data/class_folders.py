@@ -46,7 +46,8 @@ def read_class_folders(spec: Mapping[str, Any], media_root: Path, root: Path) ->
         media = readers.parse_media_path(path.relative_to(media_root).as_posix(), media_root, line)
         parts = media.split("/")
         if len(parts) < depth + 2:
-            raise UserError(f"{media_root / media} is in no class folder; name a table, or make folders <class>/…")
+            remedies = _remedies_of_tables(tables_in(root), root) or ["name a table, --set file=NAME"]
+            raise UserError(f"{media_root / media} is in no class folder; {remedies[0]}; or make folders <class>/…")
         split = SPLIT_ALIASES[parts[0].lower()] if depth else ""
         rows.append(TableRow(media_root, line, media, (nfc(parts[depth]),), (), split, "", ""))
     if not spec["folder_labels"]:

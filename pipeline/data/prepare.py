@@ -31,7 +31,8 @@ logger = logging.getLogger(__name__)
 
 TEXT_OPTIONS = ("aggregate", "sep", "empty")  # settings in the `text` part of a spec
 MAX_COMPARED_BYTES = 2**30  # of media files that may be copies of each other; more take too long to read
-_FIXED_KEYS = ("name", "media_type", "label_kind", "licence", "attribution")  # keys of a spec that users cannot change
+_FIXED_KEYS = ("name", "media_type", "label_kind")  # keys of a spec that users cannot change
+_RIGHTS = ("licence", "attribution")  # nor can they change these of data that have owners: of specs without a `description`
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +67,8 @@ def prepare(
     Args:
         dataset: name of the dataset's plug-in, or of a dataset in `home`, which is then prepared again from the files as they
             are now; `settings` are added to those of then.
-        root: folder of the official files; None: that of `fetch`, else that of the last time, else a package's.
+        root: folder of the official files; None: that of `fetch`, else that of the last time, else a package's. With a dataset
+            in `home` it is the place that the files have moved to.
         home: folder to write to.
         settings: new values for settings of the spec, see `changeable_settings`; for example {"filter": "label",
             "tags_dir": "/data/tags"}.
@@ -95,6 +97,7 @@ def prepare(
     missing_list = home / "manifests" / f"{manifest.dataset}.missing.txt"
     manifest, num_missing = _leave_out_missing(manifest, missing_list, spec["allow_missing"])
     if num_missing:
+        counts += [_count_row("without media, left out", num_missing), _count_row("all with media", len(manifest.samples))]
         counts += [_count_row(f"{split} with media", found) for split, found in split_counts(manifest).items()]
     copies = _warn_about_copies(manifest)
     num_recurring = len(recurring_texts(manifest))
@@ -123,12 +126,14 @@ def _find_recipe(home: Path, dataset: str, name: str, given: Recipe) -> tuple[st
     if not is_plugin and last:
         name, dataset = name or dataset, last.plugin
     name, fetched = name or dataset, download_folder(dataset, home)
-    root = given.root or (fetched if fetched.is_dir() else None)
-    if last is None or last.plugin != dataset or root is not None or (is_plugin and last.root is None):
+    has_old_root = not is_plugin and last and last.root and last.root.is_dir()
+    root = given.root or (fetched if fetched.is_dir() and not has_old_root else None)
+    if last is None or last.plugin != dataset or (is_plugin and (root or last.root is None)):
         return dataset, name, given._replace(plugin=dataset, root=root)
-    logger.info("%s is prepared again%s", name, f" from {last.root}" if last.root else "")
+    moved = last.moved_to(root) if root else last
+    logger.info("%s is prepared again%s", name, f" from {moved.root}" if moved.root else "")
     settings = {**last.settings, **given.settings}
-    return dataset, name, Recipe(dataset, last.root, given.image_root or last.image_root, settings)
+    return dataset, name, moved._replace(image_root=given.image_root or moved.image_root, settings=settings)
 
 
 def _check_own_name(name: str, dataset: str) -> None:
@@ -141,9 +146,8 @@ def _check_own_name(name: str, dataset: str) -> None:
 
 def changeable_settings(spec: Mapping[str, Any]) -> dict[str, Any]:
     """Return the settings that users can change, with their values: options, paths, and how texts become one vector."""
-    options = {
-        key: value for key, value in spec.items() if key == "splits" or (key not in _FIXED_KEYS and _is_plain_value(value))
-    }
+    fixed = _FIXED_KEYS if "description" in spec else (*_FIXED_KEYS, *_RIGHTS)
+    options = {key: value for key, value in spec.items() if key == "splits" or (key not in fixed and _is_plain_value(value))}
     paths = {key: value for key, value in spec["layout"].items() if _is_plain_value(value)}
     return {**options, **paths, "empty": "skip", **{key: spec["text"][key] for key in TEXT_OPTIONS if key in spec["text"]}}
 

@@ -23,6 +23,13 @@ class Recipe(NamedTuple):
     image_root: Path | None
     settings: Mapping[str, str]
 
+    def moved_to(self, root: Path) -> Recipe:
+        """Return the recipe for files that now lie in `root`; media that lay below the old root are looked for there, too."""
+        media = self.image_root
+        if media and self.root and media.is_relative_to(self.root):
+            media = root / media.relative_to(self.root)
+        return self._replace(root=root, image_root=media)
+
 
 def recipe_path(home: Path, dataset: str) -> Path:
     """Return the file with the recipe of a dataset."""

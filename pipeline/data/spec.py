@@ -118,7 +118,7 @@ def manifest_meta(spec: Mapping[str, Any], **facts: Any) -> dict[str, Any]:
     """
     if spec["text"]["aggregate"] not in TEXT_AGGREGATES:
         raise UserError(f"aggregate is {spec['text']['aggregate']!r}; choose one of: {', '.join(TEXT_AGGREGATES)}")
-    kept = ("media_type", "text", "metrics", "licence", "attribution")
+    kept = ["media_type", "text", "metrics", "licence", "attribution", *(["description"] if "description" in spec else [])]
     return {
         **{key: spec[key] for key in kept},
         "texts_recur": spec.get("texts_recur", True),  # refused only where the spec says so

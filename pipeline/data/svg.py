@@ -116,7 +116,7 @@ def _reply_to(request: bytes) -> bytes:
     try:
         from resvg_py import svg_to_bytes  # only SVG files need it, and only the demo extra installs it
     except ImportError:
-        return b'rendering SVG needs the package resvg-py; run: pip install "diffalign[demo]"'
+        return b"rendering SVG needs the package resvg-py; run: pip install resvg-py"
     # CSS says 96 dots per inch for sizes in mm, pt or in; with the default of resvg-py such drawings are refused
     pixels = {"width": int(size), "height": int(size), "background": "white"}
     try:

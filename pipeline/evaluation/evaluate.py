@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -31,9 +30,9 @@ from pipeline.nn.method import Method
 from pipeline.runtime import plugins
 from pipeline.runtime.device import Precision, default_device, reproducible
 from pipeline.runtime.errors import UserError
-from pipeline.runtime.files import canonical_json, lock, write_atomic
+from pipeline.runtime.files import append_lines, canonical_json, lock, write_atomic
 from pipeline.runtime.rng import KeyedRNG
-from pipeline.runtime.runs import RunConfig, RunFolder
+from pipeline.runtime.runs import TEST_READS, RunConfig, RunFolder
 from pipeline.runtime.settings import (
     configure_run,
     find_settings,
@@ -223,10 +222,7 @@ def read_metrics(run: RunFolder) -> dict[str, Any]:
 def log_test_read(run: RunFolder, name: str) -> None:
     """Append a line to the run's log of all reads of the test split; `name` is that of the evaluation or of a figure."""
     line = canonical_json({"evaluation": name, "time": datetime.now(UTC).isoformat(timespec="seconds")})
-    with (run.path / "test_reads.jsonl").open("a") as file:
-        file.write(f"{line}\n")
-        file.flush()
-        os.fsync(file.fileno())
+    append_lines(run.path / TEST_READS, [line])
 
 
 @torch.no_grad()

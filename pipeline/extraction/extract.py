@@ -131,6 +131,8 @@ def extract(
         UserError: the settings, media or files do not fit; more items fail than the options allow; the cache was begun with
             other libraries (`provenance.check_libraries`), or from media files with other contents.
     """
+    if options.progress:  # the weights say which cache it is; to load them may take a while
+        logger.info("%s: loading the encoder", encoder_name)
     return run_extraction(plan_extraction(manifest, encoder_name, settings, home, store_dtype, compiled, options))
 
 
@@ -154,6 +156,8 @@ def run_extraction(task: ExtractionTask, ignored_failures: frozenset[str] = NO_S
                 budget.add(commit.failures)
             encode_missing_shards(task, writer, commits, budget)
             writer.finish(commits)
+        elif target.options.progress:
+            logger.info("%s is complete, there is nothing to do", target.path.name)
     return target.path
 
 
@@ -192,8 +196,7 @@ def plan_extraction(
 
 def default_batch_size(inputs: EncoderInputs) -> int:
     """Return the number of items per batch that suits the device."""
-    on_gpu = default_device().type == "cuda"
-    return gpu_batch_size(inputs.item_bytes()) if on_gpu else DEFAULT_BATCH_SIZES["cpu"]
+    return gpu_batch_size(inputs.item_bytes()) if default_device().type == "cuda" else DEFAULT_BATCH_SIZES["cpu"]
 
 
 def gpu_batch_size(item_bytes: int) -> int:

@@ -17,6 +17,7 @@ from pipeline.report.grid_figures import AxisEffect, GridAxis
 from pipeline.report.grid_results import GridResults, find_grids, read_grid
 from pipeline.report.results import plural
 from pipeline.runtime.files import write_atomic
+from pipeline.runtime.runs import TEST_READS
 
 NUM_TOP_CELLS = 10  # in the table that is always visible
 MAX_LISTED_RUNS = 20  # of the runs that have not finished
@@ -141,7 +142,7 @@ def _describe_test_reads(grid: GridResults) -> str:
     """Whether the test split was read for the winner only, or also for runs of other cells."""
     winner_runs = set(grid.winner["runs"])
     other_runs = [
-        run for run in grid.runs["run"] if run and run not in winner_runs and (grid.home / run / "test_reads.jsonl").is_file()
+        run for run in grid.runs["run"] if run and run not in winner_runs and (grid.home / run / TEST_READS).is_file()
     ]
     if other_runs:
         return f"it has also been read for {plural(len(other_runs), 'run')} of other cells"

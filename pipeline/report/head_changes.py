@@ -18,6 +18,8 @@ from pipeline.runtime.errors import UserError
 from pipeline.runtime.files import canonical_json
 from pipeline.runtime.runs import RunConfig, RunFolder
 
+MIN_GROUPS_FOR_INTERVAL = 5  # groups of samples of a class; of fewer, nothing can be said of others
+
 
 @dataclass(frozen=True, slots=True)
 class HeadPredictions:
@@ -30,12 +32,17 @@ class HeadPredictions:
     is_right: np.ndarray  # [S,N]: the class with the highest score is a label of the sample
 
     @property
-    def predicted(self) -> np.ndarray:
-        """The class that most seeds predict, [N]; of several, the first one."""
-        votes = np.zeros(self.log_scores.shape[1:])  # [N,C]
+    def votes(self) -> np.ndarray:
+        """The number of seeds that predict each class, [N,C]."""
+        votes = np.zeros(self.log_scores.shape[1:], dtype=np.int64)
         for best in self.log_scores.argmax(axis=2):
             votes[np.arange(len(best)), best] += 1
-        return votes.argmax(axis=1)
+        return votes
+
+    @property
+    def predicted(self) -> np.ndarray:
+        """The class that most seeds predict, [N]; of several, the first one."""
+        return self.votes.argmax(axis=1)
 
 
 def read_head_predictions(runs: Sequence[RunFolder], split: str) -> HeadPredictions:
@@ -108,7 +115,8 @@ def class_differences(
 
     Returns:
         Columns: class; n (its samples in the split); a, b (percent, means over seeds); difference (a - b in points), low, high
-        (its 95 % interval over seeds and samples; NaN for multi-label data, and with fewer than three seeds).
+        (its 95 % interval over seeds and samples, within -100 and 100; NaN for multi-label data, with fewer than three seeds,
+        and with fewer than `MIN_GROUPS_FOR_INTERVAL` groups of samples).
     """
     _check_same_samples(a, b)
     clusters = clusters_of(a.ids, groups)
@@ -123,8 +131,10 @@ def class_differences(
         else:
             right = [100.0 * each.is_right[:, is_member] for each in (a, b)]
             row["a"], row["b"] = (float(each.mean()) for each in right)
-            scores = Scores(right[0], right[1], clusters[is_member], a.seeds == b.seeds)
-            _, row["low"], row["high"], _ = paired_bootstrap(scores)
+            own = np.arange(row["n"]) if clusters is None else clusters[is_member]
+            if len(np.unique(own)) >= MIN_GROUPS_FOR_INTERVAL:
+                _, low, high, _ = paired_bootstrap(Scores(right[0], right[1], own, a.seeds == b.seeds))
+                row["low"], row["high"] = np.clip([low, high], -100.0, 100.0).tolist()
         row["difference"] = row["a"] - row["b"]
         rows.append(row)
     table = pd.DataFrame(rows, columns=["class", "n", "a", "b", "difference", "low", "high"])
@@ -142,27 +152,34 @@ def changed_samples(a: HeadPredictions, b: HeadPredictions, class_names: Sequenc
     Samples of which a head gets half of its seeds right are left out.
 
     Returns:
-        Columns: sample_id; labels; right ("a" or "b"); a, b (the class that most of the head's seeds predict);
-        a_right, b_right (share of its seeds that are right, 0..1). Those on which the heads differ most come first.
+        Columns: sample_id; labels; right ("a" or "b"); a, b (what most of the head's seeds predict: of the head that is right,
+        a label; of the other one, no label; several with as many seeds are joined by "or"); a_right, b_right (share of its
+        seeds that are right, 0..1). Those on which the heads differ most come first.
     """
     _check_same_samples(a, b)
     share_a, share_b = (head.is_right.mean(axis=0) for head in (a, b))
     changed = np.flatnonzero(((share_a > 0.5) & (share_b < 0.5)) | ((share_a < 0.5) & (share_b > 0.5)))
     changed = changed[np.argsort(-np.abs(share_a - share_b)[changed], kind="stable")]
-    predicted = [[class_names[index] for index in head.predicted.tolist()] for head in (a, b)]
+    votes = a.votes, b.votes
     rows = [
         {
             "sample_id": a.ids[k],
             "labels": ", ".join(class_names[index] for index in _labels(a.label[k])),
             "right": "a" if share_a[k] > share_b[k] else "b",
-            "a": predicted[0][k],
-            "b": predicted[1][k],
+            "a": _most_predicted(votes[0][k], a.label[k], share_a[k] > share_b[k], class_names),
+            "b": _most_predicted(votes[1][k], a.label[k], share_b[k] > share_a[k], class_names),
             "a_right": float(share_a[k]),
             "b_right": float(share_b[k]),
         }
         for k in changed.tolist()
     ]
     return pd.DataFrame(rows, columns=["sample_id", "labels", "right", "a", "b", "a_right", "b_right"])
+
+
+def _most_predicted(votes: np.ndarray, label: np.ndarray, is_right: bool, class_names: Sequence[str]) -> str:
+    """Return the classes with most of the votes [C]: of the labels of a sample or, if the head is wrong, of the others."""
+    counted = np.where(np.isin(np.arange(len(votes)), _labels(label)) == is_right, votes, 0)
+    return " or ".join(class_names[index] for index in np.flatnonzero(counted == counted.max()).tolist())
 
 
 def _labels(label: np.ndarray) -> list[int]:

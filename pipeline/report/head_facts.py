@@ -6,26 +6,47 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from datetime import datetime
+from functools import cache
 from typing import Any
 
 from pipeline.evaluation.statistics import format_seeds
 from pipeline.report.comparison import METRIC_LABELS, deciding_metric
-from pipeline.report.results import kept_val_metric, read_evaluations
+from pipeline.report.results import distinguishing_settings, kept_val_metric, read_evaluations
 from pipeline.runtime import plugins
 from pipeline.runtime.errors import UserError
+from pipeline.runtime.files import canonical_json
 from pipeline.runtime.head_names import HeadFolder
 from pipeline.runtime.runs import REAL_TEXT, RunConfig, RunFolder, disk_usage
 from pipeline.runtime.settings import flatten
+
+
+def describe_heads(heads: Sequence[HeadFolder]) -> list[dict[str, Any]]:
+    """Return `describe_head` of each head, with `differs`: what tells it from the other ones of its method and dataset."""
+    configs = [head.runs[0].config() for head in heads]
+    return [{**describe_head(head), "differs": differs} for head, differs in zip(heads, _tell_apart(configs), strict=True)]
+
+
+def _tell_apart(configs: Sequence[RunConfig]) -> list[str]:
+    """Return for each config the settings, "lr=0.001, tau=0.1", in which those of its method and dataset differ; "" if none."""
+    settings = [distinguishing_settings(config, {}) for config in configs]
+    values: dict[tuple[str, str, str], set[str]] = defaultdict(set)  # dataset, method, setting -> all values
+    for config, own in zip(configs, settings, strict=True):
+        for key, value in own.items():
+            values[config.dataset, config.method, key].add(canonical_json(value))
+    return [
+        ", ".join(f"{key}={value}" for key, value in own.items() if len(values[config.dataset, config.method, key]) > 1)
+        for config, own in zip(configs, settings, strict=True)
+    ]
 
 
 def describe_head(head: HeadFolder) -> dict[str, Any]:
     """Return one line about a head.
 
     Returns:
-        head ("<dataset>/<name>"); tags, a list; training ("real text", a control, a share of the data, joint); seeds ("5", or
-        "4 of 5" when one has not finished); metric, the one that decides between heads; val and test, means ± deviation in
-        percent of the metric that training selects by, and of the deciding one ("-" where it was not read); trained, the local
-        time at which the last seed finished; MiB; path.
+        head ("<dataset>/<name>"); tags, a list; training ("real text", "no text term", a control, a share of the data, joint);
+        seeds ("5", or "4 of 5" when one has not finished); metric, the one that decides between heads; val and test, means ±
+        deviation in percent of the metric that training selects by, and of the deciding one ("-" where it was not read);
+        trained, the local time at which the last seed finished; MiB; path.
     """
     runs = head.runs
     done = [run for run in runs if run.is_done]
@@ -46,13 +67,18 @@ def describe_head(head: HeadFolder) -> dict[str, Any]:
     }
 
 
-def explain_head(head: HeadFolder) -> dict[str, Any]:
+def explain_head(head: HeadFolder, training_defaults: Mapping[str, Any]) -> dict[str, Any]:
     """Return everything about a head: what `describe_head` says, its settings, features, evaluations and versions.
 
+    Args:
+        head: the head.
+        training_defaults: the defaults of the settings of training.
+
     Returns:
-        The keys of `describe_head`, then not_default (the settings of the method that differ from its defaults), settings (the
-        others), training_settings, features (fingerprints of caches by key), evaluations (mean ± deviation of each metric in
-        percent by evaluation), alignment (of generated texts), train_seconds, code (versions that trained the seeds).
+        The keys of `describe_head`, then not_default (the settings of the method that differ from its defaults),
+        training_not_default (those of training that do), settings (the others of the method), training_settings (all), features
+        (fingerprints of caches by key), evaluations (mean ± deviation of each metric in percent by evaluation), alignment (of
+        generated texts), train_seconds, code (versions that trained the seeds).
 
     Raises:
         UserError: a file of a run is damaged.
@@ -67,6 +93,9 @@ def explain_head(head: HeadFolder) -> dict[str, Any]:
     return {
         **describe_head(head),
         "not_default": changed,
+        "training_not_default": {
+            name: value for name, value in config.training.items() if training_defaults.get(name, value) != value
+        },
         "settings": {name: value for name, value in settings.items() if name not in changed},
         "training_settings": dict(config.training),
         "features": {**config.caches, "texts of a sample": config.text_aggregate},
@@ -80,12 +109,25 @@ def explain_head(head: HeadFolder) -> dict[str, Any]:
 def _describe_training(config: RunConfig) -> str:
     """Return what a head was trained on and how, in a few words."""
     words = ["real text" if config.text_control == REAL_TEXT else f"text={config.text_control}"]
+    words = ["no text term"] if config.text_control == REAL_TEXT and _is_without_text(config) else words
     words = words if "text" in config.caches or config.text_control != REAL_TEXT else ["no text"]
     if config.train_fraction != 1:
         words.append(f"{100 * config.train_fraction:g} % of the data")
     if config.is_continued:
         words.append(f"--unfreeze {config.training.get('train')}")
     return ", ".join(words)
+
+
+def _is_without_text(config: RunConfig) -> bool:
+    """Return whether the settings are those with which the method has no loss against the text."""
+    without, settings = _without_text(config.method), flatten(config.settings)
+    return bool(without) and all(settings.get(name) == value for name, value in without.items())
+
+
+@cache
+def _without_text(method: str) -> Mapping[str, Any]:
+    """Return `Method.without_text` of a method; none for a method whose file is not at hand."""
+    return (plugins.literal("methods", method, "without_text") or {}) if method in plugins.names("methods") else {}
 
 
 def _default_settings(config: RunConfig) -> Mapping[str, Any]:

@@ -10,32 +10,37 @@ from typing import Any
 from pipeline.data.manifest import Manifest, split_counts
 from pipeline.report.blocks import Block, CollapsibleSection, Heading, Paragraph, Table
 from pipeline.report.results import DatasetResults, plural
-from pipeline.runtime.files import canonical_json
+from pipeline.runtime.files import canonical_json, read_lines
+from pipeline.runtime.runs import TEST_READS
 from pipeline.runtime.settings import flatten
 
 MAX_VALUE_CHARS = 400  # longer values are cut
 
 
 def split_read_blocks(results: DatasetResults) -> list[Block]:
-    """Return how often, and when, the runs have read the test split."""
-    rows = []
-    num_reads = 0
+    """Return how often, and when, the runs have read the test split; removed runs count."""
+    reads: dict[tuple[str, str], list[str]] = {}  # label of the head, evaluation -> times
+    labels = {head.runs[0].path.parent.name: head.label for head in results.heads}
     for head in results.heads:
-        reads = [json.loads(line) for run in head.runs for line in _read_lines(run.path / "test_reads.jsonl")]
-        num_reads += len(reads)
-        for evaluation_name in sorted({read["evaluation"] for read in reads}):
-            times = sorted(read["time"] for read in reads if read["evaluation"] == evaluation_name)
-            rows.append((head.label, evaluation_name, str(len(times)), times[0], times[-1]))
-    if not num_reads:
+        for line in (line for run in head.runs for line in read_lines(run.path / TEST_READS)):
+            read = json.loads(line)
+            reads.setdefault((head.label, read["evaluation"]), []).append(read["time"])
+    for read in results.removed_test_reads:
+        name = read["run"].partition("/")[0]
+        reads.setdefault((labels.get(name, f"{name} (removed)"), read["evaluation"]), []).append(read["time"])
+    if not reads:
         return [Paragraph("These runs have never read the test split.")]
+    num_reads = sum(map(len, reads.values()))
+    rows = [(*key, str(len(times)), min(times), max(times)) for key, times in reads.items()]
     columns = ("method", "evaluation", "reads", "first", "last")
     caption = "One read is one seed evaluated once; a finished evaluation is not repeated."
+    caption += (
+        f" Of these, {plural(len(results.removed_test_reads), 'read')} are by runs that have been removed since."
+        if results.removed_test_reads
+        else ""
+    )
     table = Table(columns, tuple(rows), caption, num_text_columns=2)
     return [CollapsibleSection(f"The test split was read {plural(num_reads, 'time')}", (table,))]
-
-
-def _read_lines(path: Path) -> list[str]:
-    return path.read_text().splitlines() if path.is_file() else []
 
 
 def provenance_blocks(results: DatasetResults, manifest: Manifest) -> list[Block]:

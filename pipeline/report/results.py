@@ -22,7 +22,7 @@ from pipeline.data.manifest import Manifest
 from pipeline.data.manifest_files import read_manifest
 from pipeline.runtime.errors import UserError
 from pipeline.runtime.files import canonical_json
-from pipeline.runtime.runs import REAL_TEXT, RunConfig, RunFolder, find_runs
+from pipeline.runtime.runs import REAL_TEXT, RunConfig, RunFolder, find_runs, removed_test_reads
 from pipeline.runtime.settings import flatten
 
 FeatureKind = Literal["image", "text", "unknown"]
@@ -96,6 +96,7 @@ class DatasetResults:
     groups: Mapping[str, str]  # sample id -> group, of the samples that have a group
     num_classes: int
     not_evaluated: tuple[RunFolder, ...] = ()  # finished runs that are left out, because other runs are evaluated on the split
+    removed_test_reads: tuple[Mapping[str, str], ...] = ()  # see `runtime.runs.removed_test_reads`
 
 
 def predictions_path(run: RunFolder, evaluation_name: str) -> Path:
@@ -163,8 +164,8 @@ def collect_results(home: Path, dataset: str, split: str) -> DatasetResults:
     manifest = read_manifest(home, dataset)
     num_classes = len(manifest.class_names)
     notes += describe_uninformative(num_classes)
-    groups = _groups_of(manifest)
-    return DatasetResults(dataset, split, heads, rows, tuple(caches), tuple(notes), groups, num_classes, left_out)
+    groups, removed = _groups_of(manifest), tuple(removed_test_reads(home, dataset))
+    return DatasetResults(dataset, split, heads, rows, tuple(caches), tuple(notes), groups, num_classes, left_out, removed)
 
 
 def read_groups(home: Path, dataset: str) -> dict[str, str]:

@@ -30,7 +30,7 @@ MAX_MAPPED_SAMPLES = 1500
 MAP_THUMBNAIL_PIXELS = 72
 MAP_DIMENSIONS = 50  # principal components that t-SNE and UMAP see
 TSNE_ITERATIONS = 500
-UMAP_PACKAGES = "pip install 'diffalign[umap]'"
+UMAP_PACKAGES = "pip install umap-learn"
 
 
 def sample_map_blocks(results: DatasetResults, manifest: Manifest, shown_heads: ShownHeads) -> list[Block]:

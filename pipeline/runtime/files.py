@@ -8,7 +8,7 @@ import json
 import logging
 import os
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -50,6 +50,21 @@ def write_atomic(path: Path, data: bytes | memoryview | str | Iterator[bytes | m
             file.write(data.encode())
         else:
             file.writelines([data] if isinstance(data, bytes | memoryview) else data)
+
+
+def append_lines(path: Path, lines: Sequence[str]) -> None:
+    """Append lines to a text file, which need not exist, and wait until they are on disk; none: nothing is written."""
+    if not lines:
+        return
+    with path.open("a", encoding="utf-8") as file:
+        file.writelines(f"{line}\n" for line in lines)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def read_lines(path: Path) -> list[str]:
+    """Return the lines of a text file; none if there is no such file."""
+    return path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
 
 
 @contextmanager

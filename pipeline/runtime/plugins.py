@@ -17,6 +17,7 @@ import pkgutil
 import sys
 import traceback
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from importlib import metadata
@@ -166,6 +167,15 @@ def first_line(kind: str, name: str) -> str:
 def documentation(kind: str, name: str) -> str:
     """Return the docstring of a plug-in's file without importing the plug-in."""
     return ast.get_docstring(ast.parse(source(kind, name))) or ""
+
+
+def literal(kind: str, name: str, attribute: str) -> Any:
+    """Return the plain value of an attribute of a plug-in's class without importing the plug-in; None if there is none."""
+    for node in ast.walk(ast.parse(source(kind, name))):
+        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and node.target.id == attribute and node.value:
+            with suppress(ValueError):  # it is computed
+                return ast.literal_eval(node.value)
+    return None
 
 
 def source(kind: str, name: str) -> str:

@@ -14,13 +14,24 @@ from pathlib import Path
 from typing import Any, SupportsIndex
 
 from pipeline.runtime.errors import UserError, note_traceback_file
-from pipeline.runtime.files import fingerprint, lock, sha256, sync_folder, write_atomic
+from pipeline.runtime.files import (
+    append_lines,
+    canonical_json,
+    fingerprint,
+    lock,
+    read_lines,
+    sha256,
+    sync_folder,
+    write_atomic,
+)
 from pipeline.runtime.settings import flatten
 
 MAX_SEED = 2**63 - 1
 REAL_TEXT = "real"  # `RunConfig.text_control` of a run that was trained on the texts of its own samples
 RECIPE = 3  # of runs that are trained now; 1 drew the random numbers of training by sample id, 2 rounded losses otherwise
 SEED_FOLDER = re.compile("seed[0-9]+")
+TEST_READS = "test_reads.jsonl"  # log of a run: one line for each read of the test split
+REMOVED_TEST_READS = "removed_test_reads.jsonl"  # the same of all removed runs of a dataset, beside its heads
 HEAD_FOLDER = re.compile(".+-[0-9a-f]{12}")
 
 
@@ -249,8 +260,24 @@ def disk_usage(folders: Sequence[Path]) -> int:
     return sum(file.stat().st_size for file in files if file.is_file())
 
 
+def removed_test_reads(home: Path, dataset: str) -> list[dict[str, str]]:
+    """Return the reads of the test split by runs that `remove_runs` has removed: evaluation, time, run ("<head>/seed<k>")."""
+    lines = read_lines(home / "runs" / dataset / REMOVED_TEST_READS)
+    return [json.loads(line) for line in dict.fromkeys(lines)]  # a removal that was killed and repeated writes a line twice
+
+
+def _keep_test_reads(folders: Sequence[Path]) -> None:
+    """Copy what runs have logged of their reads of the test split to a log of their dataset, which stays."""
+    for folder in sorted(folders):
+        reads = [json.loads(line) for line in read_lines(folder / TEST_READS)]
+        named = [canonical_json({**read, "run": f"{folder.parent.name}/{folder.name}"}) for read in reads]
+        append_lines(folder.parents[1] / REMOVED_TEST_READS, named)
+
+
 def remove_runs(home: Path, folders: Sequence[Path]) -> None:
     """Remove runs of a home, and the folders of heads that have no run left. If it is killed, a run is whole or gone.
+
+    What they have read of the test split stays on record, see `removed_test_reads`.
 
     Raises:
         UserError: a folder is no run of this home, or is reached by a link, or another process writes to one of them; nothing
@@ -261,6 +288,7 @@ def remove_runs(home: Path, folders: Sequence[Path]) -> None:
     with ExitStack() as locks:
         for folder in sorted(folders):
             locks.enter_context(lock(folder))
+        _keep_test_reads(folders)
         for folder in folders:  # no run has such a name, so what a kill leaves is none
             folder.rename(folder.with_name(f".{folder.name}.removed"))
     for head in {folder.parent for folder in folders}:

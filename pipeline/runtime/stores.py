@@ -1,8 +1,8 @@
 """What files are kept in: the folders of a disk, or an object store.
 
 Both are used through one small interface: put, get and delete a whole object, get a range of its bytes, list objects, and put
-an object that is not there yet. So the same protocol runs on both. Only this module imports obstore, which is installed with
-diffalign[object-storage] and takes credentials and endpoints from the environment; they are never logged or stored.
+an object that is not there yet. So the same protocol runs on both. Only this module imports obstore, an extra package, which
+takes credentials and endpoints from the environment; they are never logged or stored.
 """
 
 from __future__ import annotations
@@ -288,7 +288,7 @@ def _connect(bucket: str, endpoint: str) -> Any:
     try:
         from obstore.store import from_url
     except ImportError as error:
-        raise UserError(f"{bucket} needs the package obstore: pip install 'diffalign[object-storage]'") from error
+        raise UserError(f"{bucket} needs the package obstore: pip install obstore") from error
     client: dict[str, Any] = {"timeout": REQUEST_TIMEOUT, "connect_timeout": "10s"}
     client |= {"allow_http": True} if endpoint.startswith("http://") else {}
     retry: dict[str, Any] = {"max_retries": 20, "retry_timeout": timedelta(seconds=RETRY_SECONDS)}

@@ -19,7 +19,7 @@ from pipeline.nn.method import Method
 from pipeline.runtime.errors import UserError
 from pipeline.runtime.rng import KeyedRNG
 
-OPTIONAL_PACKAGES = "pip install 'diffalign[export]'"
+OPTIONAL_PACKAGES = "pip install onnx onnxruntime onnxscript"
 MAX_BATCH = 65_536
 NUM_EXAMPLES = 2  # items of the batch that is traced; with one, its dimension would be taken for a constant
 _HALF = {"float16": torch.float16, "bfloat16": torch.bfloat16}

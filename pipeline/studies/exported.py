@@ -111,7 +111,7 @@ def load_export(folder: str | Path, backend: Backend = "auto") -> ExportedClassi
     has_onnx = (folder / "model.onnx").is_file() and importlib.util.find_spec("onnxruntime") is not None
     if backend != "torch" and not has_onnx:
         raise UserError(
-            f"{folder} has no model.onnx, or ONNX Runtime is missing: pip install 'diffalign[export]', or pass "
+            f"{folder} has no model.onnx, or ONNX Runtime is missing: pip install onnxruntime, or pass "
             'backend="torch", only for folders that you trust: a program of torch can run code'
         )
     graph = _torch_graph(folder) if backend == "torch" else _onnx_graph(folder)

@@ -32,7 +32,7 @@ class Halving:
         try:
             import optuna
         except ModuleNotFoundError as error:
-            raise UserError("--search optuna needs Optuna: pip install 'diffalign[search]'") from error
+            raise UserError("--search optuna needs Optuna: pip install optuna") from error
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         first = max(1, min(num_epochs) // HALVING_FACTOR**NUM_RUNGS)
         powers = (first * HALVING_FACTOR**exponent for exponent in range(30))

@@ -56,7 +56,7 @@ def model_card(classifier: Classifier, facts: dict[str, Any], files: list[str], 
                 ("data set", spec.dataset),
                 ("licence of the data", spec.licence or "not known"),
                 ("licence of the encoder's weights", facts["weights_licence"]),
-                ("encoder", f"{spec.encoder}, {', '.join(f'{k}={v}' for k, v in facts['encoder_settings'].items())}"),
+                ("encoder", ", ".join([spec.encoder, *(f"{k}={v}" for k, v in facts["encoder_settings"].items())])),
                 ("head", f"{facts['method']}, seed {run.seed}, run {run.path.parent.name}"),
                 ("labels", "several per sample" if spec.is_multi_label else "one per sample"),
                 ("probabilities", classifier.calibration.describe()),
@@ -70,8 +70,11 @@ def model_card(classifier: Classifier, facts: dict[str, Any], files: list[str], 
         "",
         "## Use",
         "",
-        f"```python\nimport pipeline as da  # pip install {DISTRIBUTION}\n\n"
+        f"```python\nimport pipeline as da  # the package of {DISTRIBUTION}\n\n"
         f'model = da.load_export("."{backend})\nprint(model.predict(["picture.jpg"], top=3))\n```',
+        "",
+        f"{DISTRIBUTION} is installed from its source, with `pip install .` in that folder: a package index has none, and a "
+        "package of that name there would be somebody else's.",
         "",
         '`load_export` runs `model.onnx`, and with `backend="torch"` `model.pt2`. To load that can run code: '
         "do so only with folders that you trust.",

@@ -24,7 +24,7 @@ from pipeline.runtime.errors import UserError
 from pipeline.runtime.executor import Executor, num_processes, open_executor, run_here
 from pipeline.runtime.files import lock
 from pipeline.runtime.logs import ProgressBar
-from pipeline.runtime.runs import RunFolder
+from pipeline.runtime.runs import TEST_READS, RunFolder
 from pipeline.studies.grid import Grid
 from pipeline.studies.halving import Halving, validations_until
 from pipeline.studies.leaderboard import Leaderboard, RunOutcome
@@ -289,7 +289,7 @@ def _evaluate_winner(
 
 def _announce_test_read(grid: Grid, cell: int, runs: Sequence[RunFolder]) -> None:
     """Log for which cell the test split is read now, and whether runs of the grid have read it before."""
-    earlier = {head.run for head in grid.heads.values() if (head.run.path / "test_reads.jsonl").is_file()}
+    earlier = {head.run for head in grid.heads.values() if (head.run.path / TEST_READS).is_file()}
     num_others = len(earlier.difference(runs))
     verb = "was read before" if earlier.intersection(runs) else "is read" if num_others else "is read once"
     others = f"; it was read before for {num_others} runs of other cells" if num_others else ""

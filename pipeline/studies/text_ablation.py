@@ -148,13 +148,14 @@ def explain(method: str, metric: str, judged: Mapping[str, Judged], num_seeds: i
     points = {name: f"{_gain(each).value:+.2f} points" for name, each in judged.items()}
     across = f"{points[ACROSS]} of {metric}"
     if WITHIN not in judged:
-        first = _explain_class_texts(method, across, judged, num_seeds)
+        first = _explain_class_texts(method, _place(judged[ACROSS], metric), judged, num_seeds)
         return first if num_seeds < MIN_SEEDS_FOR_VERDICT else f"{first}{_explain_text_term(method, metric, judged, points)}"
     within = f"{points[WITHIN]} of {metric}"
     if num_seeds < MIN_SEEDS_FOR_VERDICT:
         return (
-            f"Nothing is claimed: there are {num_seeds} of {MIN_SEEDS_FOR_VERDICT} seeds. So far real texts are {within} "
-            f"above texts of other pictures of the same class, and {across} above texts of any other picture."
+            f"Nothing is claimed: there are {num_seeds} of {MIN_SEEDS_FOR_VERDICT} seeds. So far real texts are "
+            f"{_place(judged[WITHIN], metric)} texts of other pictures of the same class, and "
+            f"{_place(judged[ACROSS], metric)} texts of any other picture."
         )
     is_below = {name: each.verdict == BELOW for name, each in judged.items()}
     if is_below[WITHIN] and is_below[ACROSS]:
@@ -176,16 +177,22 @@ def explain(method: str, metric: str, judged: Mapping[str, Judged], num_seeds: i
     return f"{first}{_explain_text_term(method, metric, judged, points)}"
 
 
-def _explain_class_texts(method: str, across: str, judged: Mapping[str, Judged], num_seeds: int) -> str:
+def _place(judged: Judged, metric: str) -> str:
+    """Return where real texts are, seen from a control: "+1.50 points of Acc-1 above", "1.50 points of Acc-1 below"."""
+    points = _gain(judged).value
+    return f"{-points:.2f} points of {metric} below" if points < 0 else f"{points:+.2f} points of {metric} above"
+
+
+def _explain_class_texts(method: str, place: str, judged: Mapping[str, Judged], num_seeds: int) -> str:
     """Return what `explain` says where the text is a function of the class, but for the text term."""
     void = "The text is a function of the class, so it says nothing of its own picture: the control within a class is void."
     if num_seeds < MIN_SEEDS_FOR_VERDICT:
-        claim = f"Nothing is claimed: there are {num_seeds} of {MIN_SEEDS_FOR_VERDICT} seeds. So far real texts are {across}"
+        claim = f"Nothing is claimed: there are {num_seeds} of {MIN_SEEDS_FOR_VERDICT} seeds. So far real texts are {place}"
     elif judged[ACROSS].verdict == BELOW:
-        claim = f"{method} gains from the class that a text belongs to: real texts are {across}"
+        claim = f"{method} gains from the class that a text belongs to: real texts are {place}"
     else:
-        claim = f"Nothing shows that what the texts say helps {method}: real texts are {across}"
-    return f"{claim} above texts of any other picture. {void}"
+        claim = f"Nothing shows that what the texts say helps {method}: real texts are {place}"
+    return f"{claim} texts of any other picture. {void}"
 
 
 def _explain_text_term(method: str, metric: str, judged: Mapping[str, Judged], points: Mapping[str, str]) -> str:
@@ -199,5 +206,6 @@ def _explain_text_term(method: str, metric: str, judged: Mapping[str, Judged], p
     if verdict == BELOW:
         return f" Without its text term {method} loses {points[NO_TEXT_TERM]} of {metric}."
     if verdict == ABOVE:
-        return f" Without its text term {method} is better: {points[NO_TEXT_TERM]} of {metric} is what real texts cost."
+        cost = f"{-_gain(judged[NO_TEXT_TERM]).value:.2f} points of {metric}"
+        return f" Without its text term {method} is better: {cost} is what real texts cost."
     return ""

@@ -59,9 +59,7 @@ class TensorBoard:
         try:
             from torch.utils.tensorboard.writer import SummaryWriter
         except ImportError as error:
-            raise UserError(
-                "--log tensorboard needs a package: pip install 'diffalign[log]', or pip install tensorboard"
-            ) from error
+            raise UserError("--log tensorboard needs a package: pip install tensorboard") from error
         for earlier in run.path.glob("events.out.tfevents.*"):  # all of its rows are written again
             earlier.unlink()
         self.writer = SummaryWriter(str(run.path))

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from helpers.command_line import run
+from helpers.report_home import make_home
 from helpers.tiny_heads import FAST_TRAINING, caches_by_key, train_tiny
 from PIL import Image
 
@@ -18,6 +19,7 @@ from pipeline.cache import find_caches, open_cache
 from pipeline.commands import doctor
 from pipeline.commands.features import next_command
 from pipeline.commands.options import with_home
+from pipeline.commands.report import best_heads
 from pipeline.data.manifest import Manifest
 from pipeline.data.manifest_files import write_manifest
 from pipeline.evaluation.evaluate import evaluate
@@ -160,7 +162,12 @@ def test_prepare_and_extract_name_the_next_step(tmp_path: Path, monkeypatch: pyt
     following = capsys.readouterr().out.splitlines()[-1].removeprefix("next: diffalign ")
     assert following == f"train-head --dataset mine --method baseline --image random_projection --home {tmp_path / 'home'}"
     assert run([*extract, "--json"], monkeypatch) == 0
-    assert json.loads(capsys.readouterr().out).keys() == {"random_projection"}
+    printed = capsys.readouterr()
+    assert json.loads(printed.out).keys() == {"random_projection"}
+    assert [line.partition(" ")[2] for line in printed.err.splitlines()] == [
+        "loading the encoder",
+        "is complete, there is nothing to do",
+    ]
     assert run([*following.split(), "--train", "epochs=1"], monkeypatch) == 0  # what is advised works
 
 
@@ -219,11 +226,12 @@ def test_verify_takes_several_caches(home: Path, monkeypatch: pytest.MonkeyPatch
 
 
 def test_a_report_prints_its_numbers(home: Path, monkeypatch: pytest.MonkeyPatch, capsys: Printed) -> None:
-    train_tiny(home, "baseline")
+    best = train_tiny(home, "baseline").path.parent.name
     report = ["report", "tiny", "--home", str(home)]
     assert run(report, monkeypatch) == 0
     advice = capsys.readouterr().out.splitlines()[0]
-    assert advice.startswith("nothing is evaluated on test yet; to read it for all runs: diffalign evaluate ")
+    command = f"diffalign evaluate tiny/{best} --split test --home {home}"
+    assert advice == f"nothing is evaluated on test yet; to read it for the best head of each method: {command}"
     values = []
     for seed in range(2):
         record = evaluate(home, train_tiny(home, "baseline", seed), "test", {})
@@ -244,6 +252,22 @@ def test_a_report_prints_its_numbers(home: Path, monkeypatch: pytest.MonkeyPatch
     message = error_of(["extract", "nothing", "--home", str(home)], monkeypatch, capsys)
     assert "openmoji" in message
     assert f"(in {home}: prepared, tiny)" in message
+
+
+def test_the_test_split_is_offered_for_the_best_heads_alone(tmp_path: Path) -> None:
+    """Not for the cells of a grid, nor for controls and learning curves, however good."""
+    home = make_home(tmp_path, ("a", "b"), num_test=4)
+    plain = home.config("ema", {})
+    names = {}
+    for key, score, config in (
+        ("ema", 50.0, plain),
+        ("cell", 60.0, replace(plain, settings={"tau": 0.2})),
+        ("control", 90.0, replace(plain, text_control="noise")),
+        ("part", 80.0, replace(plain, train_fraction=0.5)),
+        ("baseline", 40.0, home.config("baseline", {})),
+    ):
+        names[key] = f"toy/{home.train(config, 0, (score,)).path.parent.name}"
+    assert best_heads(tmp_path, "toy") == [names["baseline"], names["cell"]]
 
 
 def test_a_copy_of_a_run_is_read_and_an_edited_one_is_not(home: Path, tmp_path: Path) -> None:

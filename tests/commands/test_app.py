@@ -113,6 +113,9 @@ def test_a_method_shows_its_settings(method: str, monkeypatch: pytest.MonkeyPatc
         (["cache", "info", "nowhere"], "nowhere is not a feature cache"),
         (["cache", "verify", "nowhere"], "nowhere is not a feature cache"),
         (["conjure"], "No such command 'conjure'"),
+        (["--home", "artifacts", "runs", "ls"], "no option --home here: options stand behind the command, "),
+        (["runs", "--home", "artifacts", "ls"], "runs COMMAND --home …"),
+        (["runs", "ls", "--hoem", "artifacts"], "No such option: --hoem (Possible options: "),
     ],
 )
 def test_a_mistake_is_one_line_with_the_remedy(
@@ -128,6 +131,31 @@ def test_a_mistake_is_one_line_with_the_remedy(
     assert printed.out == ""
     assert printed.err.count("\n") == 1
     assert message in printed.err
+
+
+def test_a_wrong_value_is_refused_before_a_stage_is_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pipeline.workspace", None)  # importing it would be an ImportError
+    for words in (["train-head", "openmoji", "--set", "tau=-1"], ["ablate", "text", "openmoji", "--set", "width=0.5"]):
+        assert run([*words, "--method", "ema", "--home", str(tmp_path)], monkeypatch) == 2
+
+
+@pytest.mark.parametrize(
+    ("command", "said", "not_said"),
+    [
+        ("predict", "with /seed<k> at the end, unless it has one seed alone", "all its seeds"),
+        ("export", "with /seed<k> at the end, unless it has one seed alone", "all its seeds"),
+        ("evaluate", "all its seeds, or with /seed<k> at the end that one", "unless it has"),
+        ("card", "Default: HOME/reports/DATASET/card.", "[default: .]"),
+        ("tune", "what is best after a few epochs often is not after all of them", "--train "),
+    ],
+)
+def test_help_says_what_the_command_does(
+    command: str, said: str, not_said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run([command, "--help"], monkeypatch) == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    assert said in printed
+    assert not_said not in printed
 
 
 def test_caches_are_found_by_name_or_refused(

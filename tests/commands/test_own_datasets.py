@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 from helpers.command_line import run
+from helpers.docs_home import write_captioned_photos
 from helpers.photos import PhotoHome, make_photo_home
 from PIL import Image
 
@@ -78,6 +79,33 @@ def test_another_table_asks_for_a_name_on_the_command_line(
     assert "--name NAME, or put it in the place of that one, --overwrite" in capsys.readouterr().err
     for option in (["--name", "two"], ["--overwrite"]):
         assert run([*other, *option], monkeypatch) == 0
+
+
+def test_what_was_set_is_shown_and_the_owner_s_words_are_on_the_card(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root, home = tmp_path / "photos", ["--home", str(tmp_path / "home")]
+    write_captioned_photos(root)
+    assert run(["prepare", "table", "--root", str(root), *home], monkeypatch) == 2
+    assert "is in no class folder; if a table says the classes, name it: --set file=photos.csv" in capsys.readouterr().err
+    options = ["--media-column=path", "--label-column=kind", "--set=file=photos.csv", "--set=licence=CC0-1.0"]
+    words = ["--set=description=My photos, light and dark.", "--set=attribution=me, 2026"]
+    assert run(["prepare", "table", "--name=mine", "--root", str(root), *options, *words, *home], monkeypatch) == 0
+    shown = json.loads(_output(["datasets", "mine", "--json", *home], monkeypatch, capsys))
+    assert shown["prepared from"] == str(root)
+    expected = {"file": "photos.csv", "media_column": "path", "label_column": "kind", "text_column": "", "licence": "CC0-1.0"}
+    assert {key: shown[key] for key in expected} == expected
+    assert json.loads(_output(["datasets", "table", "--json", *home], monkeypatch, capsys))["file"] == ""
+    assert run(["card", "mine", *home], monkeypatch) == 0
+    folder = tmp_path / "home" / "reports" / "mine" / "card"
+    croissant, card = json.loads((folder / "croissant.json").read_text()), (folder / "README.md").read_text()
+    assert (croissant["license"], croissant["citeAs"]) == ("CC0-1.0", "me, 2026")
+    assert croissant["description"].startswith("My photos, light and dark. 2 classes, one label per sample; pictures: ")
+    assert "license_name: CC0-1.0" in card
+    assert run(["prepare", "mine", "--set=description=", *home], monkeypatch) == 0
+    assert run(["card", "mine", *home], monkeypatch) == 0
+    assert json.loads((folder / "croissant.json").read_text())["description"].startswith("2 classes, one label per sample")
+    assert json.loads((folder / "croissant.json").read_text())["license"] == "CC0-1.0"
 
 
 def test_folders_of_pictures_without_texts_are_extracted_and_methods_of_texts_say_why_not(

@@ -55,6 +55,7 @@ def cpu_seconds(arguments: list[str], tmp_path: Path) -> tuple[float, subprocess
         (["train-head", "--method", "seda", "--preset", "tunned"], 2, "did you mean 'tuned'?"),
         (["train-head", "--method", "seda", "--seeds", "0;1"], 2, "--seeds takes numbers"),
         (["train-head", "--method", "seda", "--train", "epoch=3"], 2, "did you mean 'epochs'?"),
+        (["train-head", "--method", "seda", "--train", "epochs=0"], 2, "training setting 'epochs' must be positive"),
         (["grid", "--method", "sedaa"], 2, "did you mean 'seda'?"),
         (["grid", "--grid-file", "nowhere.yaml"], 2, "--grid-file: nowhere.yaml is no file"),
         (["tune", "-h"], 0, "--points"),

@@ -107,6 +107,7 @@ def test_missing_files_are_listed_and_refused_unless_allowed(official: dict[str,
     assert manifest.meta["missing_media"] == ["sun/0001_300000007"]
     found = {row["count"]: row["found"] for row in report.counts}
     assert (found["all"], found["both"]) == (9, 9)  # counts of the lists, before samples are left out
+    assert (found["without media, left out"], found["all with media"]) == (1, 8)
     assert [found[f"{split} with media"] for split in ("train", "val", "test")] == [5, 0, 3]
 
 

@@ -104,6 +104,27 @@ def test_an_own_dataset_is_prepared_again_by_its_name(tmp_path: Path, monkeypatc
             ws.prepare(missing)
 
 
+def test_root_says_where_files_moved_to_and_forgets_nothing_else(tmp_path: Path) -> None:
+    old, home = make_photos(tmp_path / "old/list", "cat", "dog"), tmp_path / "home"
+    table = [{"where": f"{i}.jpg", "what": ("cat", "dog")[i % 2], "says": f"{i}", "album": str(i // 2)} for i in range(20)]
+    write_csv(old / "photos.csv", table)
+    pictures = old / "in"
+    pictures.mkdir()
+    for picture in old.glob("*.jpg"):
+        picture.rename(pictures / picture.name)
+    columns = {"media_column": "where", "label_column": "what", "text_column": "says", "group_column": "album"}
+    first = prepare("table", old, home, {**COLUMNS, **columns}, name="photos", image_root=pictures)
+    copied = shutil.copytree(home, tmp_path / "copied home")
+    moved = old.rename(tmp_path / "moved")
+    assert prepare("photos", moved, copied, {}).fingerprint == first.fingerprint
+    assert read_manifest(copied, "photos").media_root == moved / "in"
+    assert read_recipe(copied, "photos") == ("table", moved, moved / "in", {**COLUMNS, **columns})
+    prepare("photos", moved, copied, {"splits": "100,0,0"})
+    assert {sample.split for sample in read_manifest(copied, "photos").samples} == {"train"}
+    with pytest.raises(da.UserError, match=r"name it: --set file=photos\.csv"):  # a plug-in's own name with a root begins anew
+        prepare("table", moved, copied, {}, name="photos")
+
+
 def test_settings_of_a_package_are_not_kept_and_a_broken_recipe_is_none(tmp_path: Path) -> None:
     ws = da.Workspace(tmp_path / "home")
     ws.prepare("openmoji", aggregate="first")

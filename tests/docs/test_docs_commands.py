@@ -6,9 +6,13 @@ import glob
 import re
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+import numpy as np
 import pytest
 from helpers.doc_blocks import PAGES, ROOT, Block, arguments_of, blocks_of, check_arguments
 from helpers.docs_home import make_docs_folder, run_shortly, use_small_openmoji
@@ -115,6 +119,33 @@ def test_the_readme_is_short_and_finished() -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     assert not re.findall(r"@[A-Z_]+@", text)
     assert len(text.splitlines()) <= 90
+
+
+def test_nobody_is_told_to_install_a_package_of_an_index_that_is_not_ours() -> None:
+    files = [*PAGES, *ROOT.glob("examples/*.ipynb"), *ROOT.glob("pipeline/studies/*.py"), *ROOT.glob("pipeline/training/*.py")]
+    for path in files:
+        assert not re.search(r"pip install [\\'\"]*(diffalign|\{DISTRIBUTION)", path.read_text(encoding="utf-8")), path
+
+
+@pytest.mark.parametrize(
+    "shapes", [{"pixel_values": ("b", 3, 224, 224)}, {"pixel_values": ("b", 3, 64, 64), "noise": ("b", 7)}]
+)
+def test_the_snippet_of_onnx_runtime_takes_the_inputs_of_any_export(
+    shapes: dict[str, tuple[object, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of heads without noise too, and of encoders of any size."""
+
+    def run(names: list[str], inputs: dict[str, np.ndarray]) -> list[np.ndarray]:
+        assert {name: value.shape for name, value in inputs.items()} == {key: (2, *own[1:]) for key, own in shapes.items()}
+        return [np.zeros((2, 5)) for _ in names]
+
+    described = [SimpleNamespace(name=name, shape=shape) for name, shape in shapes.items()]
+    session = SimpleNamespace(get_inputs=lambda: described, run=run)
+    monkeypatch.setitem(sys.modules, "onnxruntime", SimpleNamespace(InferenceSession=lambda path: session))
+    page = next(page for page in PAGES if page.stem == "export")
+    names: dict[str, Any] = {}
+    exec([block.text for block in blocks_of(page) if "onnxruntime" in block.text and block.language == "python"][-1], names)
+    assert names["logits"].shape == (2, 5)
 
 
 def test_every_number_of_the_readme_s_table_stands_in_the_results() -> None:

@@ -131,6 +131,16 @@ def test_the_sentence_says_what_the_verdicts_say(
         assert part in sentence
 
 
+def test_what_is_lower_is_not_called_so_many_points_above() -> None:
+    verdicts = judged(shuffled_within=(4.31, "3 of 5 seeds"), shuffled_across=(-1.5, "3 of 5 seeds"))
+    sentence = explain("ema", "Acc-1", verdicts, 3)
+    assert "real texts are 4.31 points of Acc-1 below texts of other pictures of the same class, and +1.50 points" in sentence
+    of_class = explain("ema", "Acc-1", judged(shuffled_across=(4.31, SAME)), 5)
+    assert "real texts are 4.31 points of Acc-1 below texts of any other picture" in of_class
+    costly = judged(shuffled_within=(0.0, SAME), shuffled_across=(0.0, SAME), noise=(0.0, SAME), no_term=(2.0, "above real"))
+    assert "is better: 2.00 points of Acc-1 is what real texts cost" in explain("ema", "Acc-1", costly, 5)
+
+
 def test_the_control_within_a_class_is_void_where_the_text_is_a_function_of_the_class(home: Path) -> None:
     """Of Ingredient-101, for example: every picture of a class has the texts of the class."""
     manifest = read_manifest(home, "tiny")
