@@ -289,12 +289,13 @@ def _connect(bucket: str, endpoint: str) -> Any:
         from obstore.store import from_url
     except ImportError as error:
         raise UserError(f"{bucket} needs the package obstore: pip install obstore") from error
-    client: dict[str, Any] = {"timeout": REQUEST_TIMEOUT, "connect_timeout": "10s"}
-    client |= {"allow_http": True} if endpoint.startswith("http://") else {}
-    retry: dict[str, Any] = {"max_retries": 20, "retry_timeout": timedelta(seconds=RETRY_SECONDS)}
-    retry |= {"backoff": {"init_backoff": timedelta(seconds=0.1), "max_backoff": timedelta(seconds=5), "base": 2}}
-    own: Any = {"endpoint": endpoint} if endpoint else {}
-    return from_url(bucket, client_options=client, retry_config=retry, **own)  # pyright: ignore[reportArgumentType]
+    options: dict[str, Any] = {"client_options": {"timeout": REQUEST_TIMEOUT, "connect_timeout": "10s"}}
+    if bucket.startswith("s3://") and endpoint:
+        options["endpoint"] = endpoint
+        options["client_options"]["allow_http"] = endpoint.startswith("http://")
+    backoff = {"init_backoff": timedelta(seconds=0.1), "max_backoff": timedelta(seconds=5), "base": 2}
+    options["retry_config"] = {"max_retries": 20, "retry_timeout": timedelta(seconds=RETRY_SECONDS), "backoff": backoff}
+    return from_url(bucket, **options)
 
 
 @contextmanager
