@@ -154,7 +154,7 @@ def test_a_store_that_refuses_or_is_silent_says_so_without_credentials(
 def test_without_the_library_the_message_names_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "obstore.store", None)
     place: Any = parse_place("s3://never-opened/x")
-    with pytest.raises(UserError, match=r"pip install 'diffalign\[object-storage\]'"):
+    with pytest.raises(UserError, match=r"pip install obstore"):
         store_of(place)
 
 
