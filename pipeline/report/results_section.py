@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from pipeline.evaluation.statistics import (
@@ -31,6 +33,7 @@ from pipeline.report.figures import draw_differences
 from pipeline.report.provenance import split_read_blocks
 from pipeline.report.results import DatasetResults, ResultRow, cache_folders, plural
 from pipeline.report.row_groups import ROW_GROUPS
+from pipeline.runtime.runs import REAL_TEXT
 from pipeline.runtime.settings import flatten
 
 SELECTION_RULES = {
@@ -38,6 +41,11 @@ SELECTION_RULES = {
     "loss": "lowest validation loss",
     "last": "the last one, without a choice",
 }
+
+CONTROLS_NOTE = (
+    "What a method gains from its text is its difference to a control of the same settings. A row “real text” is such a "
+    "comparison: all else of it is as in the controls below it. A control without one has no counterpart that is evaluated."
+)
 
 
 def results_blocks(results: DatasetResults, frame: pd.DataFrame) -> list[Block]:
@@ -76,16 +84,34 @@ def _group_blocks(results: DatasetResults, frame: pd.DataFrame) -> list[Block]:
     found = [group for group in ROW_GROUPS if (frame["group"] == group).any()]
     blocks: list[Block] = [] if set(found) - {"diagnostics"} else [Paragraph("There is nothing to compare but diagnostics.")]
     for number, group in enumerate(found):
-        own = frame[frame["group"] == group]
-        own_details = [text for text, name in zip(details, frame["group"], strict=True) if name == group]
+        own = _with_real_text(results, frame) if group == "controls" else frame[frame["group"] == group]
+        own_details = [details[int(index)] for index in own.index]
         if group != "methods":
             blocks.append(Heading(ROW_GROUPS[group], level=3))
         if group == "diagnostics":
-            blocks.append(_to_table(_named(format_results(own), own), "", own_details))
+            blocks.append(_to_table(format_results(own), "", own_details))
             continue
         blocks += [_reference(results)] if number == 0 else []
         blocks += _comparison_blocks(results, own, own_details, with_guide=number == 0)
+        blocks += [Paragraph(CONTROLS_NOTE)] if group == "controls" else []
     return blocks
+
+
+def _with_real_text(results: DatasetResults, frame: pd.DataFrame) -> pd.DataFrame:
+    """Return the rows of the controls, each after the row that differs from it in nothing but its real text, if there is one."""
+    index_of = {(row.head.config.fingerprint(), row.evaluation_name): index for index, row in enumerate(results.rows)}
+    pairs = []
+    for index in np.flatnonzero(frame["group"] == "controls").tolist():
+        row = results.rows[index]
+        real = replace(row.head.config, text_control=REAL_TEXT).fingerprint()
+        pairs.append((index_of.get((real, row.evaluation_name), -1), index))
+    own = frame.loc[list(dict.fromkeys(index for pair in sorted(pairs) for index in pair if index >= 0))]
+    methods = [results.rows[int(index)].head.config.method for index in own.index]
+    names = [
+        name if group == "controls" else f"{method} · real text{name.removeprefix(method)}"
+        for name, group, method in zip(own["name"], own["group"], methods, strict=True)
+    ]
+    return own.assign(name=names)
 
 
 def _reference(results: DatasetResults) -> Paragraph:
@@ -117,11 +143,6 @@ def _describe_row(row: ResultRow, results: DatasetResults) -> str:
     return f"{row.folder}; seeds {seeds}; image features {features}. {settings}.{changed}"
 
 
-def _named(table: pd.DataFrame, frame: pd.DataFrame) -> pd.DataFrame:
-    """Return a table with the names of the rows inside their group in place of their labels."""
-    return table.assign(method=frame["name"])
-
-
 def _comparison_blocks(
     results: DatasetResults, frame: pd.DataFrame, details: Sequence[str], with_guide: bool = True
 ) -> list[Block]:
@@ -130,7 +151,7 @@ def _comparison_blocks(
     metric_label = METRIC_LABELS[metric]
     sentences = [_claim(row, metric) for row in frame.to_dict("records") if row["verdict"] != "the baseline"]
     caption = _results_caption(results, frame) if with_guide else "Columns as in the first table."
-    blocks: list[Block] = [_to_table(_named(format_results(frame), frame), caption, details), *_further_metrics(results, frame)]
+    blocks: list[Block] = [_to_table(format_results(frame), caption, details), *_further_metrics(results, frame)]
     compared = frame.dropna(subset=[f"{metric}_low"])
     if len(compared):
         intervals = compared[[f"{metric}_vs_baseline", f"{metric}_low", f"{metric}_high"]].to_numpy(dtype=float)

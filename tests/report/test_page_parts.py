@@ -15,7 +15,7 @@ from helpers.report_home import ReportHome, make_home
 from sklearn.metrics import recall_score
 
 from pipeline.evaluation.metrics import expected_calibration_error
-from pipeline.report import results_frame
+from pipeline.report import results_frame, results_table
 from pipeline.report.blocks import Block, CollapsibleSection, Heading, Paragraph, SvgFigure, Table
 from pipeline.report.calibration import class_accuracies, measure_reliability
 from pipeline.report.comparison import compare_results
@@ -28,7 +28,7 @@ from pipeline.report.page_files import escape_csv, render_csv, write_page_files
 from pipeline.report.results import collect_results
 from pipeline.report.results_section import results_blocks
 from pipeline.report.row_groups import ROW_GROUPS
-from pipeline.runtime.runs import RunConfig
+from pipeline.runtime.runs import REAL_TEXT, RunConfig
 
 CLASSES = [f"class {k}" for k in range(8)]
 ENDINGS = ("csv", "tex", "svg", "pdf", "csv", "tex")
@@ -62,13 +62,43 @@ def test_methods_stand_apart_and_rows_are_called_by_what_differs(sorted_home: Re
     assert named == {
         "methods": ["baseline", "seda"],  # the head that is best on validation
         "settings": ["seda · tau=0.1", "seda · tau=0.1, width=16"],
-        "prediction": ["seda · draws=8"],
-        "controls": ["seda · text=noise"],
-        "fractions": ["seda · 50 % of the training data"],
+        "prediction": ["seda · tau=0.1 · draws=8"],
+        "controls": ["seda · text=noise · tau=0.1"],
+        "fractions": ["seda · 50 % of the training data · tau=0.1"],
         "continued": ["seda · trained on with --unfreeze image"],
         "diagnostics": ["text only (diagnostic: reads test text)"],
     }
     assert frame["method"].is_unique
+
+
+def test_rows_say_where_they_were_trained_otherwise_than_the_rows_that_they_are_compared_with(tmp_path: Path) -> None:
+    home = make_home(tmp_path, CLASSES)
+    ema, seda = home.config("ema", {"tau": 0.1}), home.config("seda", {})
+    trained: list[tuple[RunConfig, int, str]] = [
+        *((home.config("baseline", {}), 8, REAL_TEXT), (ema, 8, REAL_TEXT), (ema, 3, REAL_TEXT)),
+        *((ema, 3, "label"), (ema, 3, "noise"), (seda, 6, REAL_TEXT), (seda, 6, "noise"), (seda, 7, "noise")),
+    ]
+    for config, epochs, control in trained:
+        training = {**config.training, "epochs": epochs}
+        add(home, dataclasses.replace(config, training=training, text_control=control), (10.0 * epochs,))
+    results = collect_results(tmp_path, "toy", "test")
+    blocks = results_blocks(results, compare_results(results))
+    methods, settings, controls = ([row[0] for row in block.rows] for block in blocks if isinstance(block, Table))
+    assert methods == ["baseline", "ema", "seda · epochs=6 (baseline 8)"]
+    assert settings == ["ema · epochs=3 (baseline 8)"]
+    assert controls == [
+        "seda · text=noise · epochs=7 (baseline 8)",  # nobody trained seda on real text for 7 epochs
+        "ema · real text · epochs=3 (baseline 8)",
+        "ema · text=label · epochs=3 (baseline 8)",
+        "ema · text=noise · epochs=3 (baseline 8)",
+        "seda · real text · epochs=6 (baseline 8)",
+        "seda · text=noise · epochs=6 (baseline 8)",
+    ]
+    assert set(results_table(tmp_path, "toy")["method"]) == {
+        *methods,
+        *settings,
+        *(row for row in controls if "real" not in row),
+    }
 
 
 def test_the_reference_is_named_and_settings_are_on_demand(sorted_home: ReportHome) -> None:
