@@ -98,7 +98,7 @@ def _group_blocks(results: DatasetResults, frame: pd.DataFrame) -> list[Block]:
 
 
 def _with_real_text(results: DatasetResults, frame: pd.DataFrame) -> pd.DataFrame:
-    """Return the rows of the controls, each after the row that differs from it in nothing but its real text, if there is one."""
+    """Return the controls, each after the row that differs from it in nothing but its real text, if there is one."""
     index_of = {(row.head.config.fingerprint(), row.evaluation_name): index for index, row in enumerate(results.rows)}
     pairs = []
     for index in np.flatnonzero(frame["group"] == "controls").tolist():
