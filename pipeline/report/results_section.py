@@ -89,10 +89,10 @@ def _group_blocks(results: DatasetResults, frame: pd.DataFrame) -> list[Block]:
         if group != "methods":
             blocks.append(Heading(ROW_GROUPS[group], level=3))
         if group == "diagnostics":
-            blocks.append(_to_table(format_results(own), "", own_details))
+            blocks.append(_to_table(format_results(own), "", own_details, key=f"results {group}"))
             continue
         blocks += [_reference(results)] if number == 0 else []
-        blocks += _comparison_blocks(results, own, own_details, with_guide=number == 0)
+        blocks += _comparison_blocks(results, own, own_details, f"results {group}", with_guide=number == 0)
         blocks += [Paragraph(CONTROLS_NOTE)] if group == "controls" else []
     return blocks
 
@@ -144,14 +144,14 @@ def _describe_row(row: ResultRow, results: DatasetResults) -> str:
 
 
 def _comparison_blocks(
-    results: DatasetResults, frame: pd.DataFrame, details: Sequence[str], with_guide: bool = True
+    results: DatasetResults, frame: pd.DataFrame, details: Sequence[str], key: str, with_guide: bool = True
 ) -> list[Block]:
     """The table of a group, a figure of the differences to the baseline, and one sentence per row."""
     metric = deciding_metric(list_metrics(results))
     metric_label = METRIC_LABELS[metric]
     sentences = [_claim(row, metric) for row in frame.to_dict("records") if row["verdict"] != "the baseline"]
     caption = _results_caption(results, frame) if with_guide else "Columns as in the first table."
-    blocks: list[Block] = [_to_table(format_results(frame), caption, details), *_further_metrics(results, frame)]
+    blocks: list[Block] = [_to_table(format_results(frame), caption, details, key), *_further_metrics(results, frame, key)]
     compared = frame.dropna(subset=[f"{metric}_low"])
     if len(compared):
         intervals = compared[[f"{metric}_vs_baseline", f"{metric}_low", f"{metric}_high"]].to_numpy(dtype=float)
@@ -160,7 +160,7 @@ def _comparison_blocks(
             "Open and grey: this many examples and seeds cannot tell the two apart."
         )
         svg = draw_differences(compared["name"].tolist(), intervals, metric_label)
-        blocks.append(SvgFigure(svg, "; ".join(sentences), caption))
+        blocks.append(SvgFigure(svg, "; ".join(sentences), caption, key=key))
     elif sentences or with_guide:
         text = f"No row has a baseline and {MIN_SEEDS_FOR_INTERVAL} seeds of both, so nothing is claimed."
         blocks.append(Paragraph(text))
@@ -168,7 +168,7 @@ def _comparison_blocks(
     return [*blocks, Paragraph(_reading_guide(results, metric_label))] if with_guide else blocks
 
 
-def _further_metrics(results: DatasetResults, frame: pd.DataFrame) -> list[Block]:
+def _further_metrics(results: DatasetResults, frame: pd.DataFrame, key: str) -> list[Block]:
     """What the first table leaves out when there are many metrics: the other differences, then the other metrics."""
     metrics = list_metrics(results)
     main = [metric for metric in metrics if metric in METRIC_LABELS]
@@ -179,10 +179,10 @@ def _further_metrics(results: DatasetResults, frame: pd.DataFrame) -> list[Block
     if "acc1" not in main and set(main) > set(compared_metrics(main)):
         caption = "Points above the baseline with 95 % intervals; a metric that is no mean over examples has none."
         table = names.join(format_differences(frame, main)).join(frame["verdict"])
-        blocks.append(_to_table(table, f"{caption} The verdict is that on {label}."))
+        blocks.append(_to_table(table, f"{caption} The verdict is that on {label}.", key=f"{key} differences"))
     if others:
         table = names.join(format_means(frame, others)).join(frame["verdict"])
-        blocks.append(_to_table(table, f"More metrics, in percent. The verdict is that on {label}."))
+        blocks.append(_to_table(table, f"More metrics, in percent. The verdict is that on {label}.", key=f"{key} more metrics"))
     return blocks
 
 
@@ -225,9 +225,9 @@ def _reading_guide(results: DatasetResults, metric_label: str) -> str:
     return text
 
 
-def _to_table(frame: pd.DataFrame, caption: str, details: Sequence[str] = ()) -> Table:
+def _to_table(frame: pd.DataFrame, caption: str, details: Sequence[str] = (), key: str = "") -> Table:
     rows = tuple(tuple(map(str, row)) for row in frame.itertuples(index=False))
-    return Table(tuple(frame.columns), rows, caption, row_details=tuple(details))
+    return Table(tuple(frame.columns), rows, caption, row_details=tuple(details), key=key)
 
 
 def _selection_blocks(results: DatasetResults) -> list[Block]:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import csv
 import dataclasses
 import io
+import re
 from pathlib import Path
 from xml.etree import ElementTree
 
 import numpy as np
 import pytest
+from helpers.grid_folders import write_grid
 from helpers.pages import HOSTILE_TEXT, Page
 from helpers.report_home import ReportHome, make_home
 from sklearn.metrics import recall_score
@@ -22,9 +24,11 @@ from pipeline.report.comparison import compare_results
 from pipeline.report.figure_blocks import training_curve
 from pipeline.report.figure_data import SeedPredictions
 from pipeline.report.figures import draw_confusions
+from pipeline.report.grid_page import grid_sections
 from pipeline.report.html import render_html
 from pipeline.report.latex import escape_latex
 from pipeline.report.page_files import escape_csv, render_csv, write_page_files
+from pipeline.report.provenance import provenance_blocks
 from pipeline.report.results import collect_results
 from pipeline.report.results_section import results_blocks
 from pipeline.report.row_groups import ROW_GROUPS
@@ -154,13 +158,15 @@ def test_every_table_and_figure_is_a_file_and_hostile_names_are_inert_there(tmp_
     table = Table(("class", *names), tuple((name, *["1"] * len(names)) for name in names), HOSTILE_TEXT)
     figure = SvgFigure(draw_confusions(matrix, matrix, names, ("before", "after")), "alt", HOSTILE_TEXT)
     (tmp_path / "files").mkdir()
-    (tmp_path / "files" / "99-old.csv").write_text("of an earlier page")
+    for name in ("99-old.csv", "tab-gone.tex"):
+        (tmp_path / "files" / name).write_text("of an earlier page")
     blocks = write_page_files(tmp_path, [Heading(f"../{HOSTILE_TEXT}"), table, CollapsibleSection("more", (figure, table))])
     (tmp_path / "index.html").write_text(render_html("title", blocks))
     links = [str(each["href"]) for tag, each in Page(tmp_path / "index.html").elements if tag == "a"]
     written = {path.relative_to(tmp_path).as_posix(): path.read_bytes() for path in (tmp_path / "files").iterdir()}
-    stem = "files/0{}-script-alert-1-script-img-src-x-onerror".format
-    assert links == [f"{stem(number)}.{suffix}" for number, suffix in zip((1, 1, 2, 2, 3, 3), ENDINGS, strict=True)]
+    name = "script-alert-1-script-img-src-x-onerror"
+    stems = [f"files/{stem}" for stem in (f"tab-{name}", f"fig-{name}", f"tab-{name}-2")]
+    assert links == [f"{stem}.{suffix}" for stem, suffix in zip(np.repeat(stems, 2), ENDINGS, strict=True)]
     assert sorted(links) == sorted(written)
     drawing, pdf, *_ = (written[name] for name in links[2:])
     assert {each.tag.rpartition("}")[2] for each in ElementTree.fromstring(drawing).iter()}.isdisjoint({"script", "a"})
@@ -191,6 +197,32 @@ def test_cells_are_no_formulas(text: str, cell: str) -> None:
     assert escape_csv(text) == cell
     table = Table(("a", "b"), ((text, 'say "x", y'),), "")
     assert list(csv.reader(io.StringIO(render_csv(table)))) == [["a", "b"], [cell, 'say "x", y']]
+
+
+def test_files_keep_their_names_when_the_page_grows(sorted_home: ReportHome, tmp_path: Path) -> None:
+    """A paper refers to them by \\input and \\ref."""
+
+    def write(home: ReportHome) -> dict[str, str]:
+        results = collect_results(home.path, "toy", "test")
+        folder = home.path / "page"
+        blocks = [*results_blocks(results, compare_results(results)), *grid_sections(home.path, "toy")]
+        blocks += provenance_blocks(results, home.manifest)
+        write_page_files(folder, [block for block in blocks if not isinstance(block, SvgFigure)])  # PDF takes seconds
+        tables = sorted((folder / "files").glob("*.tex"))
+        return {path.name: re.findall(r"label\{(.*?)\}", path.read_text())[0] for path in tables}
+
+    home = make_home(tmp_path, CLASSES)
+    add(home, home.config("seda", {"tau": 0.1}))
+    write_grid(tmp_path, {"tau": (0.1,)}, name="5" * 12)
+    first = write(home)
+    add(home, home.config("baseline", {"tau": 0.1}))
+    add(home, dataclasses.replace(home.config("seda", {"tau": 0.1}), text_control="noise"))
+    write_grid(tmp_path, {"tau": (0.1,)}, name="1" * 12)  # another grid, before the first one
+    second = write(home)
+    assert first.items() < second.items()
+    assert {"tab-results-methods.tex", "tab-reads-of-test.tex", "tab-grid-seda-555555555555-best-cells.tex"} < first.keys()
+    assert len(set(second.values())) == len(second)
+    assert not [name for name in write(sorted_home) if re.search(r"-\d\.tex", name)]  # each has a name of its own
 
 
 def test_latex_has_no_invisible_letters() -> None:
