@@ -49,6 +49,7 @@ class Table:
     groups: tuple[str, ...] = ()  # for print: the head above each column, shared by neighbours; "": none
     row_details: tuple[str, ...] = ()  # of each row, what the HTML page shows when its first cell is opened
     key: str = ""  # what its files are called, see `page_files`
+    print_caption: str = ""  # for a paper; "": the heading above it and the caption
     files: tuple[str, ...] = ()  # the same table in files beside the page, relative to it
 
     def is_text(self, column: int) -> bool:

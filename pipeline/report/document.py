@@ -73,11 +73,17 @@ def write_report(
     folder = home / "reports" / dataset
     if with_files:
         blocks = write_page_files(folder, blocks)
-    title = f"{dataset}: trained with text, tested on images alone"
+    title = page_title(results)
     write_atomic(folder / "index.html", html.render_html(title, blocks))
     write_atomic(folder / "report.md", markdown.render_markdown(title, blocks))
     write_atomic(folder / RESULTS_FILE, frame.to_csv(index=False))
     return folder / "index.html", folder / "report.md"
+
+
+def page_title(results: DatasetResults) -> str:
+    """Return the title of the report, which says whether any of the methods has read text."""
+    reads_text = any("text" in head.config.caches for head in results.heads)
+    return f"{results.dataset}: {'trained with text, tested' if reads_text else 'trained and tested'} on images alone"
 
 
 def read_results(page: Path) -> pd.DataFrame:

@@ -1,7 +1,7 @@
 """Write the tables and figures of a page as files beside it: CSV and LaTeX, SVG and PDF.
 
-A file is called after its kind, tab-… or fig-…, and its key, or the section that it is from. It has no number, so that papers may
-refer to it: what is new on the page moves no name.
+A file is called after its kind, tab-… or fig-…, and its key, or the section that it is from. It has no number, so that papers
+may refer to it: what is new on the page moves no name.
 
 Cells of a CSV file are inert in spreadsheets: a text that these would read as a formula gets an apostrophe in front.
 """
@@ -55,18 +55,24 @@ class _Files:
     def __init__(self) -> None:
         self.contents: dict[str, str | bytes] = {}
         self._section = "page"
+        self._heading = ""
         self._uses: Counter[str] = Counter()
 
     def name(self, block: Block) -> Block:
         """Take in a block and what is inside it, and return it with the names of its files."""
         match block:
             case Heading(text):
+                self._heading = text
                 self._section = _slug(text)[:40].strip("-") or "section"
-            case CollapsibleSection(blocks=blocks):
-                return replace(block, blocks=tuple(self.name(each) for each in blocks))
+            case CollapsibleSection(summary, blocks):
+                heading, self._heading = self._heading, summary
+                named = tuple(self.name(each) for each in blocks)
+                self._heading = heading
+                return replace(block, blocks=named)
             case Table():
                 stem = self._stem("tab", block.key)
-                latex = render_latex(block, stem.removeprefix("tab-"))
+                caption = block.print_caption or ". ".join(filter(None, [self._heading, block.caption]))
+                latex = render_latex(replace(block, caption=caption), stem.removeprefix("tab-"))
                 return replace(block, files=self._add(stem, {"csv": render_csv(block), "tex": latex}))
             case SvgFigure(svg=drawing):
                 with mpl.rc_context(PRINT_STYLE):

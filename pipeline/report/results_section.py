@@ -72,10 +72,9 @@ def _introduction(results: DatasetResults) -> str:
         for excluded, used in sorted(left_out)
         if excluded
     )
-    return (
-        f"Methods: {', '.join(methods)}. Text is seen in training only; every prediction reads the image features "
-        f"and nothing else.{examples}"
-    )
+    reads_text = any("text" in head.config.caches for head in results.heads)
+    text = "Text is seen in training only" if reads_text else "None of them has read text in training"
+    return f"Methods: {', '.join(methods)}. {text}; every prediction reads the image features and nothing else.{examples}"
 
 
 def _group_blocks(results: DatasetResults, frame: pd.DataFrame) -> list[Block]:
@@ -89,7 +88,9 @@ def _group_blocks(results: DatasetResults, frame: pd.DataFrame) -> list[Block]:
         if group != "methods":
             blocks.append(Heading(ROW_GROUPS[group], level=3))
         if group == "diagnostics":
-            blocks.append(_to_table(format_results(own), "", own_details, key=f"results {group}"))
+            ordered = _in_reading_order(format_results(own), METRIC_LABELS[deciding_metric(list_metrics(results))])
+            table = _to_table(ordered, "", own_details, key=f"results {group}")
+            blocks.append(replace(table, print_caption=_print_caption(results, own, table.key)))
             continue
         blocks += [_reference(results)] if number == 0 else []
         blocks += _comparison_blocks(results, own, own_details, f"results {group}", with_guide=number == 0)
@@ -151,7 +152,11 @@ def _comparison_blocks(
     metric_label = METRIC_LABELS[metric]
     sentences = [_claim(row, metric) for row in frame.to_dict("records") if row["verdict"] != "the baseline"]
     caption = _results_caption(results, frame) if with_guide else "Columns as in the first table."
-    blocks: list[Block] = [_to_table(format_results(frame), caption, details, key), *_further_metrics(results, frame, key)]
+    table = replace(
+        _to_table(_in_reading_order(format_results(frame), metric_label), caption, details, key),
+        print_caption=_print_caption(results, frame, key),
+    )
+    blocks: list[Block] = [table, *_further_metrics(results, frame, key)]
     compared = frame.dropna(subset=[f"{metric}_low"])
     if len(compared):
         intervals = compared[[f"{metric}_vs_baseline", f"{metric}_low", f"{metric}_high"]].to_numpy(dtype=float)
@@ -166,6 +171,30 @@ def _comparison_blocks(
         blocks.append(Paragraph(text))
     blocks += [BulletList(tuple(sentences))] if sentences else []
     return [*blocks, Paragraph(_reading_guide(results, metric_label))] if with_guide else blocks
+
+
+def _in_reading_order(table: pd.DataFrame, metric_label: str) -> pd.DataFrame:
+    """Return a table with what is claimed and its grounds first: they stay in sight where a screen is too narrow for all."""
+    first = [name for name in ("method", metric_label, f"{metric_label} vs baseline", "verdict") if name in table]
+    return table[[*first, *(name for name in table if name not in first)]]
+
+
+def _print_caption(results: DatasetResults, frame: pd.DataFrame, key: str) -> str:
+    """Return the caption of a table of results in a paper, where nothing else of the page is beside it."""
+    metric = deciding_metric(list_metrics(results))
+    group = ROW_GROUPS[key.removeprefix("results ")]
+    sentences = [f"{group}, on the {results.split} split of {results.dataset}, in percent", describe_spread(frame["seeds"])]
+    if frame[f"{metric}_vs_baseline"].notna().any():
+        intervals = f"with 95 % intervals from {MIN_SEEDS_FOR_INTERVAL} seeds on"
+        sentences.append(f"Differences to the baseline are in points, {intervals}")
+        sentences.append(f"The verdict is on {METRIC_LABELS[metric]}, after Holm")
+    return ". ".join([*sentences, *_trained_otherwise(frame)]) + "."
+
+
+def _trained_otherwise(frame: pd.DataFrame) -> list[str]:
+    """The sentence that explains the names of rows with other settings of training than the baseline's, if there are any."""
+    text = "A setting of training that is not the baseline's stands in the name, with the baseline's in brackets"
+    return [text] if frame["name"].str.contains("(baseline ", regex=False).any() else []
 
 
 def _further_metrics(results: DatasetResults, frame: pd.DataFrame, key: str) -> list[Block]:
@@ -206,9 +235,12 @@ def _results_caption(results: DatasetResults, frame: pd.DataFrame) -> str:
     if "ece" in list_metrics(results):
         text += (
             " Macro Acc: mean over classes of the share of their examples that is right. ECE: expected calibration error in 15 "
-            "bins of equal width; lower is better. A dash: the evaluation is older than the metric."
+            "bins of equal width; lower is better."
         )
-    return f"{text} A method with several settings stands here with those that are best on validation."
+    if any(frame[metric].isna().any() for metric in list_metrics(results)):
+        text += " A dash in the column of a metric: the evaluation is older than the metric."
+    best = "A method with several settings stands here with those that are best on validation"
+    return f"{text} {'. '.join([*_trained_otherwise(frame), best])}."
 
 
 def _reading_guide(results: DatasetResults, metric_label: str) -> str:
