@@ -40,7 +40,7 @@ _PRINTABLE = re.compile("[ -~¡-ª¬®-º¼-ÏÑ-Ýß-ïñ-ýÿ-ăĆ-ďĒ-ėĚ-�
 _UNSEEN = ("Cf", "Mn")  # categories of letters that only change their neighbours: joiners, variants, marks
 _MINUS = re.compile(r"(?<![\w-])-(?=[\d.])")
 _HEAD = r"""% \usepackage{booktabs}
-% A letter that LaTeX's own fonts lack is printed as its Unicode name. With fonts that have it, put before the first table:
+% What LaTeX's own fonts lack is printed as its Unicode name or number. With fonts that have it, put before the first table:
 % \newcommand{\otherletter}[2]{#1}
 \providecommand{\otherletter}[2]{#2}
 """
@@ -62,7 +62,9 @@ def _escape_character(character: str) -> str:
 
 
 def _name_character(character: str) -> str:
-    return unicodedata.name(character, f"U+{ord(character):04X}").lower()
+    """Return the name of a symbol, and the number of a letter: texts in another script are many letters."""
+    number = f"U+{ord(character):04X}"
+    return number if unicodedata.category(character).startswith("L") else unicodedata.name(character, number).lower()
 
 
 def _escape_cell(text: str, is_text: bool) -> str:
