@@ -42,7 +42,7 @@ _MINUS = re.compile(r"(?<![\w-])-(?=[\d.])")
 _HEAD = r"""% \usepackage{booktabs}
 % What LaTeX's own fonts lack is printed as its Unicode name or number. With fonts that have it, put before the first table:
 % \newcommand{\otherletter}[2]{#1}
-\providecommand{\otherletter}[2]{#2}
+\providecommand{\otherletter}[2]{#2\allowbreak}
 """
 
 

@@ -22,6 +22,7 @@ from pipeline.report.blocks import Block, CollapsibleSection, Heading, SvgFigure
 from pipeline.report.latex import render_latex
 from pipeline.report.printed import PRINT_STYLE, to_pdf
 from pipeline.runtime.files import write_atomic
+from pipeline.runtime.logs import ProgressBar
 
 FILES_FOLDER = "files"  # beside the page
 _OWN_FILE = re.compile(r"(tab|fig|\d\d+)-[a-z0-9-]+\.(csv|tex|svg|pdf)")  # with a number: of earlier versions
@@ -29,18 +30,20 @@ _FORMULA = re.compile(r"[=+\-@|%]")  # how a cell begins that a spreadsheet may 
 _NUMBERS = re.compile(r"[-+]?[\d.]+(e[-+]?\d+)?( ± [\d.]+)?( \([-+\d.]+ to [-+\d.]+\))?|-")  # what our own cells hold
 
 
-def write_page_files(folder: Path, blocks: Sequence[Block]) -> list[Block]:
+def write_page_files(folder: Path, blocks: Sequence[Block], progress: bool = False) -> list[Block]:
     """Write every table and figure among the blocks into the folder `files` of a page, and delete what an earlier page left.
 
     Args:
         folder: The folder of the page.
         blocks: The blocks of the page; sections may hold more of them.
+        progress: Whether to show what is done.
 
     Returns:
         The same blocks; each table and figure names its files.
     """
     files = _Files()
-    named = [files.name(block) for block in blocks]
+    bar = ProgressBar(blocks, label="files of its tables and figures", unit="block", show=progress)
+    named = [files.name(block) for block in bar]
     for name, content in files.contents.items():
         write_atomic(folder / name, content)
     for path in (folder / FILES_FOLDER).glob("*.*"):
