@@ -389,7 +389,7 @@ class Workspace:
         """Write the report on a dataset's runs on test, and a table `across` more datasets; return HTML and Markdown file."""
         from pipeline.report import write_report
 
-        return write_report(self.home, dataset, across=across)
+        return write_report(self.home, dataset, across=across, progress=True)
 
     def runs(self, dataset: str) -> Runs:
         """Return all runs of a dataset, finished or not."""

@@ -79,7 +79,7 @@ def _across_table(compared: Mapping[str, Mapping[str, Scores]]) -> Table:
         "probability of improvement",
         "verdict",
     )
-    return Table(columns, rows, caption, num_text_columns=2)
+    return Table(columns, rows, caption, num_text_columns=2, key="across data sets")
 
 
 def _format_estimate(estimate: Estimate, style: str) -> str:

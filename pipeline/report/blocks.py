@@ -48,6 +48,8 @@ class Table:
     num_text_columns: int = 1
     groups: tuple[str, ...] = ()  # for print: the head above each column, shared by neighbours; "": none
     row_details: tuple[str, ...] = ()  # of each row, what the HTML page shows when its first cell is opened
+    key: str = ""  # what its files are called, see `page_files`
+    print_caption: str = ""  # for a paper; "": the heading above it and the caption
     files: tuple[str, ...] = ()  # the same table in files beside the page, relative to it
 
     def is_text(self, column: int) -> bool:
@@ -62,6 +64,7 @@ class SvgFigure:
     svg: SvgDrawing
     alt: str
     caption: str
+    key: str = ""  # what its files are called, see `page_files`
     files: tuple[str, ...] = ()  # the same figure in files beside the page, relative to it
 
 

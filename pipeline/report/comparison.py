@@ -158,7 +158,7 @@ def compare_results(results: DatasetResults) -> pd.DataFrame:
     num_seeds = [count_seeds(row, other or row) for row, other in pairs]
     adjusted = adjust_p_values(deciding, num_seeds)
     frame = []
-    for index, ((row, baseline), place) in enumerate(zip(pairs, name_rows(results), strict=True)):
+    for index, ((row, baseline), place) in enumerate(zip(pairs, name_rows(results, baselines), strict=True)):
         verdict, reason = _explain_verdict(row, results, baseline, deciding[index], adjusted[index])
         numbers = _compare_row(row, place, baseline, differences[index], metrics)
         frame.append({**numbers, "p_holm": adjusted[index], "verdict": verdict, "reason": reason})
@@ -229,13 +229,13 @@ def _no_baseline(row: ResultRow, results: DatasetResults) -> str:
 def format_results(frame: pd.DataFrame) -> pd.DataFrame:
     """Return a `results_frame` as strings to read, with the metrics of `METRIC_LABELS` only.
 
-    Of these, only `compared_metrics` are compared with the baseline.
+    Of these, only `compared_metrics` are compared with the baseline. The methods have the names of `name_rows`.
     """
     if frame.empty:
         return frame
     metrics = [metric for metric in METRIC_LABELS if metric in frame]
     compared = compared_metrics(metrics)
-    shown = pd.DataFrame({"method": frame["method"], "seeds": frame["seeds"].astype(str)})
+    shown = pd.DataFrame({"method": frame["name"], "seeds": frame["seeds"].astype(str)})
     for metric in metrics:
         shown = shown.join(format_means(frame, [metric]))
         if metric in compared:

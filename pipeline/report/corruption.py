@@ -274,9 +274,13 @@ def corruption_blocks(results: DatasetResults) -> list[Block]:
     return [
         Heading("Robustness to visual noise"),
         Paragraph(text),
-        _to_block(format_robustness(summary), caption),
+        _to_block(format_robustness(summary), caption, "robustness"),
         *(
-            _to_block(table, f"{label} of {head.row.label} by corruption and strength; {_describe_size(head)}.")
+            _to_block(
+                table,
+                f"{label} of {head.row.label} by corruption and strength; {_describe_size(head)}.",
+                f"robustness {head.row.folder}",
+            )
             for head, table in zip(heads, tables, strict=True)
         ),
     ]
@@ -286,5 +290,5 @@ def _describe_size(head: CorruptedHead) -> str:
     return f"{plural(len(head.clean.seeds), 'seed')} of {plural(len(head.clean.ids), 'sample')}"
 
 
-def _to_block(frame: pd.DataFrame, caption: str) -> Table:
-    return Table(tuple(frame.columns), tuple(map(tuple, frame.to_numpy().tolist())), caption)
+def _to_block(frame: pd.DataFrame, caption: str, key: str) -> Table:
+    return Table(tuple(frame.columns), tuple(map(tuple, frame.to_numpy().tolist())), caption, key=key)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pandas as pd
@@ -33,12 +33,18 @@ from pipeline.report.results_section import results_blocks
 from pipeline.report.sample_map import sample_map_blocks
 from pipeline.report.sampler import sampler_curve_blocks
 from pipeline.runtime.files import write_atomic
+from pipeline.runtime.logs import ProgressBar
 
 RESULTS_FILE = "results.csv"
 
 
 def write_report(
-    home: Path, dataset: str, split: str = "test", across: Sequence[str] = (), with_files: bool = True
+    home: Path,
+    dataset: str,
+    split: str = "test",
+    across: Sequence[str] = (),
+    with_files: bool = True,
+    progress: bool = False,
 ) -> tuple[Path, Path]:
     """Write the report on a dataset as `<home>/reports/<dataset>/index.html` and `report.md`, and return their paths.
 
@@ -51,6 +57,7 @@ def write_report(
         split: The split of the results.
         across: Other datasets with runs, for a section that compares the methods over all of them.
         with_files: Whether to write the folder `files`, to which the page has links then.
+        progress: Whether to show what is done; a page takes a minute where there are many figures.
 
     Raises:
         UserError: A dataset has no runs or no manifest.
@@ -59,25 +66,33 @@ def write_report(
     manifest = read_manifest(home, dataset)
     shown_heads = choose_shown_heads(results, manifest)
     frame = compare_results(results)
-    blocks: list[Block] = [
-        *results_blocks(results, frame),
-        *across_blocks(home, [dataset, *across], split),
-        *alignment_blocks(results.heads),
-        *_old_manifest_warning(results, manifest),
+    sections: tuple[Callable[[], Sequence[Block]], ...] = (
+        lambda: results_blocks(results, frame),
+        lambda: across_blocks(home, [dataset, *across], split),
+        lambda: alignment_blocks(results.heads),
+        lambda: _old_manifest_warning(results, manifest),
         *_figure_sections(results, manifest, shown_heads),
-        *sampler_curve_blocks(results),
-        *corruption_blocks(results),
-        *grid_sections(home, dataset),
-        *provenance_blocks(results, manifest),
-    ]
+        lambda: sampler_curve_blocks(results),
+        lambda: corruption_blocks(results),
+        lambda: grid_sections(home, dataset),
+        lambda: provenance_blocks(results, manifest),
+    )
+    bar = ProgressBar(sections, label=f"report on {dataset}", unit="section", show=progress)
+    blocks = [block for section in bar for block in section()]
     folder = home / "reports" / dataset
     if with_files:
-        blocks = write_page_files(folder, blocks)
-    title = f"{dataset}: trained with text, tested on images alone"
+        blocks = write_page_files(folder, blocks, progress)
+    title = page_title(results)
     write_atomic(folder / "index.html", html.render_html(title, blocks))
     write_atomic(folder / "report.md", markdown.render_markdown(title, blocks))
     write_atomic(folder / RESULTS_FILE, frame.to_csv(index=False))
     return folder / "index.html", folder / "report.md"
+
+
+def page_title(results: DatasetResults) -> str:
+    """Return the title of the report, which says whether any of the methods has read text."""
+    reads_text = any("text" in head.config.caches for head in results.heads)
+    return f"{results.dataset}: {'trained with text, tested' if reads_text else 'trained and tested'} on images alone"
 
 
 def read_results(page: Path) -> pd.DataFrame:
@@ -97,17 +112,15 @@ def _old_manifest_warning(results: DatasetResults, manifest: Manifest) -> list[B
     return [Paragraph(f"Trained on another version of the manifest, and therefore in no picture: {', '.join(labels)}.")]
 
 
-def _figure_sections(results: DatasetResults, manifest: Manifest, shown_heads: ShownHeads) -> list[Block]:
+def _figure_sections(
+    results: DatasetResults, manifest: Manifest, shown_heads: ShownHeads
+) -> list[Callable[[], Sequence[Block]]]:
     return [
-        Heading("Training"),
-        training_curve_figure(shown_heads, manifest),
-        Heading("Feature space"),
-        *feature_space_blocks(results, manifest, shown_heads),
-        *sample_map_blocks(results, manifest, shown_heads),
-        Heading("What changes between classes"),
-        *class_change_blocks(manifest, shown_heads),
-        *class_table_blocks(manifest, shown_heads),
-        *calibration_blocks(manifest, shown_heads),
-        Heading("Single examples"),
-        *example_blocks(results, manifest, shown_heads),
+        lambda: [Heading("Training"), training_curve_figure(shown_heads, manifest)],
+        lambda: [Heading("Feature space"), *feature_space_blocks(results, manifest, shown_heads)],
+        lambda: sample_map_blocks(results, manifest, shown_heads),
+        lambda: [Heading("What changes between classes"), *class_change_blocks(manifest, shown_heads)],
+        lambda: class_table_blocks(manifest, shown_heads),
+        lambda: calibration_blocks(manifest, shown_heads),
+        lambda: [Heading("Single examples"), *example_blocks(results, manifest, shown_heads)],
     ]

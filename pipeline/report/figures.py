@@ -26,6 +26,7 @@ COLOURS = ("#7f8a94", "#0072b2", "#e69f00", "#009e73", "#cc79a7", "#d55e00", "#5
 MARKERS = ("o", "s", "^", "D", "P")
 FIGURE_WIDTH_INCHES = 10.0  # the same for every figure, so that all letters have one size on the page
 MAX_NUMBERED_CLASSES = 8  # a confusion matrix of at most so many classes shows its numbers
+MARGIN_INCHES = 0.04  # around a figure whose height is that of its content
 MISSING_GLYPH = "Glyph .* missing from font"  # matplotlib's warning
 FIGURE_STYLE: Any = {
     "svg.hashsalt": "diffalign",  # without it, the ids inside the SVG would be random
@@ -195,8 +196,7 @@ def plot_confusions(
     panels = [(before, "Blues", 0.0, 1.0), (after, "Blues", 0.0, 1.0), (after - before, "RdBu", -limit, limit)]
     columns = [shorten(name, 20) for name in (*names, "other classes")[: before.shape[1]]]
     has_numbers = len(names) <= MAX_NUMBERED_CLASSES
-    height = (1.35 if has_numbers else 1.75) + 0.26 * width * before.shape[0] / before.shape[1]
-    figure = Figure(figsize=(width, height), layout="constrained")
+    figure = Figure(figsize=(width, width), layout="constrained")
     all_axes = figure.subplots(1, 3)
     for axes, title, (matrix, palette, low, high) in zip(all_axes, (*titles, "difference"), panels, strict=True):
         is_first = axes is all_axes[0]
@@ -209,8 +209,26 @@ def plot_confusions(
         if has_numbers:
             _print_percentages(axes, matrix, high, sign="+" if low < 0 else "")
         elif not is_first:
-            figure.colorbar(image, ax=axes, aspect=30, pad=0.03, shrink=0.75).outline.set_visible(False)
+            place = axes.inset_axes((1.03, 0.125, 0.025, 0.75))
+            figure.colorbar(image, cax=place).outline.set_visible(False)
+    _fit_height(figure)
     return figure
+
+
+def _fit_height(figure: Figure) -> None:
+    """Lay out a figure that is higher than its content, and cut what is empty above and below; axes keep their sizes."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", MISSING_GLYPH, UserWarning)
+        figure.draw_without_rendering()
+        content = figure.get_tightbbox()  # in inches
+    figure.set_layout_engine("none")
+    height = figure.get_figheight()
+    bottom, new_height = content.y0 - MARGIN_INCHES, content.height + 2 * MARGIN_INCHES
+    places = [axes.get_position() for axes in figure.axes]
+    figure.set_figheight(new_height)
+    for axes, place in zip(figure.axes, places, strict=True):
+        y, high = (place.y0 * height - bottom) / new_height, place.height * height / new_height
+        axes.set_position((place.x0, y, place.width, high))
 
 
 def _print_percentages(axes: Axes, matrix: np.ndarray, high: float, sign: str) -> None:

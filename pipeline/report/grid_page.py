@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -50,6 +51,11 @@ def grid_sections(home: Path, dataset: str) -> list[Block]:
 
 def _title(grid: GridResults) -> str:
     return f"Grid of {grid.method} over {', '.join(grid.axis_names.values())}"
+
+
+def _key(grid: GridResults, view: str) -> str:
+    """Return what the files of a view of a grid are called."""
+    return f"grid {grid.path.name} {view}"
 
 
 def _grid_blocks(grid: GridResults) -> list[Block]:
@@ -103,7 +109,7 @@ def _unfinished_blocks(grid: GridResults, ranked: pd.DataFrame) -> list[Block]:
         for run in unfinished.head(MAX_LISTED_RUNS).to_dict("records")
     )
     caption = f"The first {MAX_LISTED_RUNS} of {len(unfinished)}." if len(unfinished) > MAX_LISTED_RUNS else ""
-    table = Table(("cell", "seed", "state", "reason"), rows, caption, num_text_columns=4)
+    table = Table(("cell", "seed", "state", "reason"), rows, caption, num_text_columns=4, key=_key(grid, "unfinished"))
     return [Paragraph(text), CollapsibleSection(f"Runs that have not finished: {len(unfinished)}", (table,))]
 
 
@@ -165,10 +171,13 @@ def _cell_tables(grid: GridResults, ranked: pd.DataFrame) -> list[Block]:
         f"{describe_spread(ranked['seeds'])}; in percent. Of equal cells the one with the lower validation loss is better. "
         "The verdict compares a cell with the best one over seeds alone (Holm over the cells): it is no claim on other samples."
     )
-    top = Table(columns, tuple(rows[:NUM_TOP_CELLS]), caption)
+    top = Table(columns, tuple(rows[:NUM_TOP_CELLS]), caption, key=_key(grid, "best cells"))
     if len(rows) <= NUM_TOP_CELLS:
         return [top]
-    return [top, CollapsibleSection(f"All {len(rows)} cells", (Table(columns, tuple(rows), caption),))]
+    return [
+        top,
+        CollapsibleSection(f"All {len(rows)} cells", (Table(columns, tuple(rows), caption, key=_key(grid, "all cells")),)),
+    ]
 
 
 def _axis(grid: GridResults, field: str) -> GridAxis:
@@ -206,8 +215,8 @@ def _axis_effect_blocks(grid: GridResults) -> list[Block]:
         return [Paragraph("Every axis has a single value, so there is nothing to plot.")]
     svg = grid_figures.draw_axis_effects(effects, grid_metric(grid))
     alt = f"Validation {grid_metric(grid)} against {', '.join(effect.axis.name for effect in effects)}"
-    numbers = CollapsibleSection("The numbers of these plots", (_axis_effect_table(effects),))
-    return [SvgFigure(svg, alt, axis_effect_caption(grid)), numbers]
+    numbers = CollapsibleSection("The numbers of these plots", (replace(_axis_effect_table(effects), key=_key(grid, "axes")),))
+    return [SvgFigure(svg, alt, axis_effect_caption(grid), key=_key(grid, "axes")), numbers]
 
 
 def _axis_effect_table(effects: Sequence[AxisEffect]) -> Table:
@@ -244,7 +253,7 @@ def _heat_map_blocks(grid: GridResults) -> list[Block]:
     if any(max(means.shape) > grid_figures.MAX_PRINTED_VALUES for _, _, means in maps):
         caption += f" Maps of more than {grid_figures.MAX_PRINTED_VALUES} values have no numbers."
     svg = grid_figures.draw_heat_maps(maps, grid_metric(grid))
-    return [SvgFigure(svg, f"Heat maps of validation {grid_metric(grid)}", caption)]
+    return [SvgFigure(svg, f"Heat maps of validation {grid_metric(grid)}", caption, key=_key(grid, "pairs"))]
 
 
 def _parallel_coordinate_blocks(grid: GridResults, ranked: pd.DataFrame) -> list[Block]:
@@ -266,4 +275,4 @@ def _parallel_coordinate_blocks(grid: GridResults, ranked: pd.DataFrame) -> list
         f"Every cell as a line through its values to its mean validation {grid_metric(grid)}, which is also its colour. At "
         "each value the lines lie in the order of the metric: where the upper ones gather, cells are good."
     )
-    return [SvgFigure(svg, f"Parallel coordinates of {plural(len(shown), 'cell')}", caption)]
+    return [SvgFigure(svg, f"Parallel coordinates of {plural(len(shown), 'cell')}", caption, key=_key(grid, "lines"))]

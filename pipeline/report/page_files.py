@@ -1,5 +1,8 @@
 """Write the tables and figures of a page as files beside it: CSV and LaTeX, SVG and PDF.
 
+A file is called after its kind, tab-… or fig-…, and its key, or the section that it is from. It has no number, so that papers
+may refer to it: what is new on the page moves no name.
+
 Cells of a CSV file are inert in spreadsheets: a text that these would read as a formula gets an apostrophe in front.
 """
 
@@ -8,6 +11,7 @@ from __future__ import annotations
 import csv
 import io
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -18,64 +22,81 @@ from pipeline.report.blocks import Block, CollapsibleSection, Heading, SvgFigure
 from pipeline.report.latex import render_latex
 from pipeline.report.printed import PRINT_STYLE, to_pdf
 from pipeline.runtime.files import write_atomic
+from pipeline.runtime.logs import ProgressBar
 
 FILES_FOLDER = "files"  # beside the page
+_OWN_FILE = re.compile(r"(tab|fig|\d\d+)-[a-z0-9-]+\.(csv|tex|svg|pdf)")  # with a number: of earlier versions
 _FORMULA = re.compile(r"[=+\-@|%]")  # how a cell begins that a spreadsheet may run
 _NUMBERS = re.compile(r"[-+]?[\d.]+(e[-+]?\d+)?( ± [\d.]+)?( \([-+\d.]+ to [-+\d.]+\))?|-")  # what our own cells hold
 
 
-def write_page_files(folder: Path, blocks: Sequence[Block]) -> list[Block]:
+def write_page_files(folder: Path, blocks: Sequence[Block], progress: bool = False) -> list[Block]:
     """Write every table and figure among the blocks into the folder `files` of a page, and delete what an earlier page left.
 
     Args:
         folder: The folder of the page.
         blocks: The blocks of the page; sections may hold more of them.
+        progress: Whether to show what is done.
 
     Returns:
         The same blocks; each table and figure names its files.
     """
     files = _Files()
-    named = [files.name(block) for block in blocks]
+    bar = ProgressBar(blocks, label="files of its tables and figures", unit="block", show=progress)
+    named = [files.name(block) for block in bar]
     for name, content in files.contents.items():
         write_atomic(folder / name, content)
-    for path in (folder / FILES_FOLDER).glob("[0-9][0-9]*-*.*"):
-        if f"{FILES_FOLDER}/{path.name}" not in files.contents:
+    for path in (folder / FILES_FOLDER).glob("*.*"):
+        if _OWN_FILE.fullmatch(path.name) and f"{FILES_FOLDER}/{path.name}" not in files.contents:
             path.unlink()
     return named
 
 
 class _Files:
-    """The files of one page: they are numbered, and named after the section that they are from."""
+    """The files of one page."""
 
     def __init__(self) -> None:
         self.contents: dict[str, str | bytes] = {}
         self._section = "page"
-        self._count = 0
+        self._heading = ""
+        self._uses: Counter[str] = Counter()
 
     def name(self, block: Block) -> Block:
         """Take in a block and what is inside it, and return it with the names of its files."""
         match block:
             case Heading(text):
-                self._section = re.sub("[^a-z0-9]+", "-", text.lower()).strip("-")[:40].strip("-") or "section"
-            case CollapsibleSection(blocks=blocks):
-                return replace(block, blocks=tuple(self.name(each) for each in blocks))
+                self._heading = text
+                self._section = _slug(text)[:40].strip("-") or "section"
+            case CollapsibleSection(summary, blocks):
+                heading, self._heading = self._heading, summary
+                named = tuple(self.name(each) for each in blocks)
+                self._heading = heading
+                return replace(block, blocks=named)
             case Table():
-                stem = self._next_stem()
-                return replace(block, files=self._add(stem, {"csv": render_csv(block), "tex": render_latex(block, stem)}))
+                stem = self._stem("tab", block.key)
+                caption = block.print_caption or ". ".join(filter(None, [self._heading, block.caption]))
+                latex = render_latex(replace(block, caption=caption), stem.removeprefix("tab-"))
+                return replace(block, files=self._add(stem, {"csv": render_csv(block), "tex": latex}))
             case SvgFigure(svg=drawing):
                 with mpl.rc_context(PRINT_STYLE):
                     pdf = to_pdf(drawing.figure)
-                return replace(block, files=self._add(self._next_stem(), {"svg": drawing.plain, "pdf": pdf}))
+                return replace(block, files=self._add(self._stem("fig", block.key), {"svg": drawing.plain, "pdf": pdf}))
         return block
 
-    def _next_stem(self) -> str:
-        self._count += 1
-        return f"{self._count:02d}-{self._section}"
+    def _stem(self, kind: str, key: str) -> str:
+        """Return the name of a block's files without their endings; a name that is there already gets a number."""
+        stem = f"{kind}-{_slug(key) or self._section}"
+        self._uses[stem] += 1
+        return stem if self._uses[stem] == 1 else f"{stem}-{self._uses[stem]}"
 
     def _add(self, stem: str, contents: Mapping[str, str | bytes]) -> tuple[str, ...]:
         named = {f"{FILES_FOLDER}/{stem}.{suffix}": content for suffix, content in contents.items()}
         self.contents |= named
         return tuple(named)
+
+
+def _slug(text: str) -> str:
+    return re.sub("[^a-z0-9]+", "-", text.lower()).strip("-")
 
 
 def render_csv(table: Table) -> str:

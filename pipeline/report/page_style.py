@@ -52,7 +52,8 @@ details.row[open] { max-width: 22rem; padding-bottom: .4rem; color: var(--soft);
 .bar div { height: 100%; background: var(--bar); }
 .bar.right div { background: var(--hit); }
 @media (max-width: 32rem) { body { padding: 1.5rem 1rem 3rem; } .examples { grid-template-columns: 1fr; }
-  .example { grid-template-columns: 1fr; } }
+  .example { grid-template-columns: 1fr; }
+  th, td { padding-right: .5rem; white-space: normal; } th.word, td.word { min-width: 5rem; } }
 .explorer { padding: .75rem; border: 1px solid var(--line); border-radius: .5rem; font-size: .85rem; }
 @page { size: A4; margin: 14mm; }
 @media print {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,7 @@ def split_read_blocks(results: DatasetResults) -> list[Block]:
         if results.removed_test_reads
         else ""
     )
-    table = Table(columns, tuple(rows), caption, num_text_columns=2)
+    table = Table(columns, tuple(rows), caption, num_text_columns=2, key="reads of test")
     return [CollapsibleSection(f"The test split was read {plural(num_reads, 'time')}", (table,))]
 
 
@@ -80,7 +81,7 @@ def _versions(results: DatasetResults) -> list[Block]:
     if not found:
         return [Paragraph("Versions: none recorded.")]
     rows = {library: " and ".join(sorted(versions)) for library, versions in sorted(found.items())}
-    table = Table(("library", "version"), tuple(rows.items()), "Of all extractions and evaluations.", num_text_columns=2)
+    table = Table(("library", "version"), tuple(rows.items()), "Of all extractions and evaluations.", 2, key="versions")
     return [CollapsibleSection(f"Versions: {', '.join(map(' '.join, rows.items()))}", (table,))]
 
 
@@ -90,8 +91,9 @@ def _cache_sections(results: DatasetResults) -> list[Block]:
     blocks: list[Block] = []
     for cache in (cache for cache in results.caches if cache["fingerprint"] in used):
         keys = ("samples", "rows", "feature_shape", "store_dtype", "failed", "fingerprint", "identity")
-        table = _fields(_flat_values({key: cache[key] for key in keys}))
-        blocks.append(CollapsibleSection(f"Features: {Path(cache['path']).name}", (table,)))
+        name = Path(cache["path"]).name
+        table = replace(_fields(_flat_values({key: cache[key] for key in keys})), key=f"features {name}")
+        blocks.append(CollapsibleSection(f"Features: {name}", (table,)))
     gone = sorted(used - {cache["fingerprint"] for cache in results.caches})
     return [*blocks, *(Paragraph(f"The feature cache {digest} is not in this home any more.") for digest in gone)]
 
@@ -107,7 +109,7 @@ def _settings_sections(results: DatasetResults) -> list[Block]:
         rows += [(key, _format_value(value)) for key, value in sorted(flatten(config.settings).items())]
         rows += [(f"training {key}", _format_value(value)) for key, value in sorted(config.training.items())]
         rows += [(f"{key} features", digest) for key, digest in sorted(config.caches.items())]
-        table = Table(("field", "value"), tuple(rows), "", num_text_columns=2)
+        table = Table(("field", "value"), tuple(rows), "", 2, key=f"settings {head.runs[0].path.parent.name}")
         blocks.append(CollapsibleSection(f"Settings: {head.label}", (table,)))
     return blocks
 

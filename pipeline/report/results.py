@@ -287,30 +287,45 @@ def label_configs(configs: Sequence[RunConfig], is_text_only: Sequence[bool], ca
         is_text_only: For each configuration, whether its "image" features were made from text.
         caches: `cache.info` of the caches, which gives names to the features.
     """
+    names = name_configs(configs, is_text_only)
+    settings = [distinguishing_settings(config, cache_folders(caches)) for config in configs]
+    labels = [
+        " · ".join([name, ", ".join(f"{key}={own[key]}" for key in varying)]) if varying else name
+        for name, own, varying in zip(names, settings, find_varying(names, configs, settings), strict=True)
+    ]
+    repeated = Counter(labels)
+    return [
+        f"{label} · {config.fingerprint()[:8]}" if repeated[label] > 1 else label
+        for config, label in zip(configs, labels, strict=True)
+    ]
+
+
+def name_configs(configs: Sequence[RunConfig], is_text_only: Sequence[bool]) -> list[str]:
+    """Return the names of configurations without their settings; the arguments are those of `label_configs`."""
     names = [TEXT_ONLY_LABEL if text else config.method for config, text in zip(configs, is_text_only, strict=True)]
-    names = [
+    return [
         name
         + ("" if config.text_control == REAL_TEXT else f" · text={config.text_control}")
         + _describe_fraction(config)
         + (f" · trained on with --unfreeze {config.training.get('train')}" if config.is_continued else "")
         for name, config in zip(names, configs, strict=True)
     ]
-    settings_by_config = [distinguishing_settings(config, cache_folders(caches)) for config in configs]
-    labels = []
-    for name, config, settings in zip(names, configs, settings_by_config, strict=True):
-        peers = [other for other_name, other in zip(names, settings_by_config, strict=True) if other_name == name]
+
+
+def find_varying(names: Sequence[str], configs: Sequence[RunConfig], settings: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+    """Return for each configuration the settings in which those of its name differ; see `distinguishing_settings`."""
+    found = []
+    for name, config, settings_of_it in zip(names, configs, settings, strict=True):
+        peers = [other for other_name, other in zip(names, settings, strict=True) if other_name == name]
         of_method = flatten(config.settings)
-        varying = [
-            key
-            for key in settings
-            if len({canonical_json(peer.get(key)) for peer in peers if key in peer or key not in of_method}) > 1
-        ]
-        labels.append(" · ".join([name, ", ".join(f"{key}={settings[key]}" for key in varying)]) if varying else name)
-    repeated = Counter(labels)
-    return [
-        f"{label} · {config.fingerprint()[:8]}" if repeated[label] > 1 else label
-        for config, label in zip(configs, labels, strict=True)
-    ]
+        found.append(
+            [
+                key
+                for key in settings_of_it
+                if len({canonical_json(peer.get(key)) for peer in peers if key in peer or key not in of_method}) > 1
+            ]
+        )
+    return found
 
 
 def cache_folders(caches: Sequence[Mapping[str, Any]]) -> dict[str, str]:
@@ -332,12 +347,18 @@ def distinguishing_settings(config: RunConfig, folders: Mapping[str, str]) -> di
     """Return everything in which a configuration can differ from another, under names that readers know."""
     caches = {f"{key} features": folders.get(digest, digest[:12]) for key, digest in config.caches.items()}
     settings = flatten(config.settings)
+    training = name_training(config.training, config)
     for pair in str(settings.pop("head_settings", "")).split():  # of `stacked`: those of the head, in one text
         name, _, value = pair.partition("=")
         settings[f"head.{name}"] = value
-    training = {f"training {key}" if key in settings else key: value for key, value in config.training.items()}
     rest = {"method": config.method, "text_aggregate": config.text_aggregate, "manifest": config.manifest[:8]}
     return {**settings, **training, **caches, **rest}
+
+
+def name_training(training: Mapping[str, Any], config: RunConfig) -> dict[str, Any]:
+    """Return settings of training under the names that they have beside the settings of a configuration's method."""
+    of_method = flatten(config.settings)
+    return {f"training {key}" if key in of_method else key: value for key, value in training.items()}
 
 
 def _result_rows(head: HeadRuns, split: str) -> list[ResultRow]:

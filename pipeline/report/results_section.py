@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from pipeline.evaluation.statistics import (
@@ -31,6 +33,7 @@ from pipeline.report.figures import draw_differences
 from pipeline.report.provenance import split_read_blocks
 from pipeline.report.results import DatasetResults, ResultRow, cache_folders, plural
 from pipeline.report.row_groups import ROW_GROUPS
+from pipeline.runtime.runs import REAL_TEXT
 from pipeline.runtime.settings import flatten
 
 SELECTION_RULES = {
@@ -38,6 +41,11 @@ SELECTION_RULES = {
     "loss": "lowest validation loss",
     "last": "the last one, without a choice",
 }
+
+CONTROLS_NOTE = (
+    "What a method gains from its text is its difference to a control of the same settings. A row “real text” is such a "
+    "comparison: all else of it is as in the controls below it. A control without one has no counterpart that is evaluated."
+)
 
 
 def results_blocks(results: DatasetResults, frame: pd.DataFrame) -> list[Block]:
@@ -64,10 +72,9 @@ def _introduction(results: DatasetResults) -> str:
         for excluded, used in sorted(left_out)
         if excluded
     )
-    return (
-        f"Methods: {', '.join(methods)}. Text is seen in training only; every prediction reads the image features "
-        f"and nothing else.{examples}"
-    )
+    reads_text = any("text" in head.config.caches for head in results.heads)
+    text = "Text is seen in training only" if reads_text else "None of them has read text in training"
+    return f"Methods: {', '.join(methods)}. {text}; every prediction reads the image features and nothing else.{examples}"
 
 
 def _group_blocks(results: DatasetResults, frame: pd.DataFrame) -> list[Block]:
@@ -76,16 +83,36 @@ def _group_blocks(results: DatasetResults, frame: pd.DataFrame) -> list[Block]:
     found = [group for group in ROW_GROUPS if (frame["group"] == group).any()]
     blocks: list[Block] = [] if set(found) - {"diagnostics"} else [Paragraph("There is nothing to compare but diagnostics.")]
     for number, group in enumerate(found):
-        own = frame[frame["group"] == group]
-        own_details = [text for text, name in zip(details, frame["group"], strict=True) if name == group]
+        own = _with_real_text(results, frame) if group == "controls" else frame[frame["group"] == group]
+        own_details = [details[int(index)] for index in own.index]
         if group != "methods":
             blocks.append(Heading(ROW_GROUPS[group], level=3))
         if group == "diagnostics":
-            blocks.append(_to_table(_named(format_results(own), own), "", own_details))
+            ordered = _in_reading_order(format_results(own), METRIC_LABELS[deciding_metric(list_metrics(results))])
+            table = _to_table(ordered, "", own_details, key=f"results {group}")
+            blocks.append(replace(table, print_caption=_print_caption(results, own, table.key)))
             continue
         blocks += [_reference(results)] if number == 0 else []
-        blocks += _comparison_blocks(results, own, own_details, with_guide=number == 0)
+        blocks += _comparison_blocks(results, own, own_details, f"results {group}", with_guide=number == 0)
+        blocks += [Paragraph(CONTROLS_NOTE)] if group == "controls" else []
     return blocks
+
+
+def _with_real_text(results: DatasetResults, frame: pd.DataFrame) -> pd.DataFrame:
+    """Return the controls, each after the row that differs from it in nothing but its real text, if there is one."""
+    index_of = {(row.head.config.fingerprint(), row.evaluation_name): index for index, row in enumerate(results.rows)}
+    pairs = []
+    for index in np.flatnonzero(frame["group"] == "controls").tolist():
+        row = results.rows[index]
+        real = replace(row.head.config, text_control=REAL_TEXT).fingerprint()
+        pairs.append((index_of.get((real, row.evaluation_name), -1), index))
+    own = frame.loc[list(dict.fromkeys(index for pair in sorted(pairs) for index in pair if index >= 0))]
+    methods = [results.rows[int(index)].head.config.method for index in own.index]
+    names = [
+        name if group == "controls" else f"{method} · real text{name.removeprefix(method)}"
+        for name, group, method in zip(own["name"], own["group"], methods, strict=True)
+    ]
+    return own.assign(name=names)
 
 
 def _reference(results: DatasetResults) -> Paragraph:
@@ -117,20 +144,19 @@ def _describe_row(row: ResultRow, results: DatasetResults) -> str:
     return f"{row.folder}; seeds {seeds}; image features {features}. {settings}.{changed}"
 
 
-def _named(table: pd.DataFrame, frame: pd.DataFrame) -> pd.DataFrame:
-    """Return a table with the names of the rows inside their group in place of their labels."""
-    return table.assign(method=frame["name"])
-
-
 def _comparison_blocks(
-    results: DatasetResults, frame: pd.DataFrame, details: Sequence[str], with_guide: bool = True
+    results: DatasetResults, frame: pd.DataFrame, details: Sequence[str], key: str, with_guide: bool = True
 ) -> list[Block]:
     """The table of a group, a figure of the differences to the baseline, and one sentence per row."""
     metric = deciding_metric(list_metrics(results))
     metric_label = METRIC_LABELS[metric]
     sentences = [_claim(row, metric) for row in frame.to_dict("records") if row["verdict"] != "the baseline"]
     caption = _results_caption(results, frame) if with_guide else "Columns as in the first table."
-    blocks: list[Block] = [_to_table(_named(format_results(frame), frame), caption, details), *_further_metrics(results, frame)]
+    table = replace(
+        _to_table(_in_reading_order(format_results(frame), metric_label), caption, details, key),
+        print_caption=_print_caption(results, frame, key),
+    )
+    blocks: list[Block] = [table, *_further_metrics(results, frame, key)]
     compared = frame.dropna(subset=[f"{metric}_low"])
     if len(compared):
         intervals = compared[[f"{metric}_vs_baseline", f"{metric}_low", f"{metric}_high"]].to_numpy(dtype=float)
@@ -139,7 +165,7 @@ def _comparison_blocks(
             "Open and grey: this many examples and seeds cannot tell the two apart."
         )
         svg = draw_differences(compared["name"].tolist(), intervals, metric_label)
-        blocks.append(SvgFigure(svg, "; ".join(sentences), caption))
+        blocks.append(SvgFigure(svg, "; ".join(sentences), caption, key=key))
     elif sentences or with_guide:
         text = f"No row has a baseline and {MIN_SEEDS_FOR_INTERVAL} seeds of both, so nothing is claimed."
         blocks.append(Paragraph(text))
@@ -147,7 +173,31 @@ def _comparison_blocks(
     return [*blocks, Paragraph(_reading_guide(results, metric_label))] if with_guide else blocks
 
 
-def _further_metrics(results: DatasetResults, frame: pd.DataFrame) -> list[Block]:
+def _in_reading_order(table: pd.DataFrame, metric_label: str) -> pd.DataFrame:
+    """Return a table with what is claimed and its grounds first: they stay in sight where a screen is too narrow for all."""
+    first = [name for name in ("method", metric_label, f"{metric_label} vs baseline", "verdict") if name in table]
+    return table[[*first, *(name for name in table if name not in first)]]
+
+
+def _print_caption(results: DatasetResults, frame: pd.DataFrame, key: str) -> str:
+    """Return the caption of a table of results in a paper, where nothing else of the page is beside it."""
+    metric = deciding_metric(list_metrics(results))
+    group = ROW_GROUPS[key.removeprefix("results ")]
+    sentences = [f"{group}, on the {results.split} split of {results.dataset}, in percent", describe_spread(frame["seeds"])]
+    if frame[f"{metric}_vs_baseline"].notna().any():
+        intervals = f"with 95 % intervals from {MIN_SEEDS_FOR_INTERVAL} seeds on"
+        sentences.append(f"Differences to the baseline are in points, {intervals}")
+        sentences.append(f"The verdict is on {METRIC_LABELS[metric]}, after Holm")
+    return ". ".join([*sentences, *_trained_otherwise(frame)]) + "."
+
+
+def _trained_otherwise(frame: pd.DataFrame) -> list[str]:
+    """The sentence that explains the names of rows with other settings of training than the baseline's, if there are any."""
+    text = "A setting of training that is not the baseline's stands in the name, with the baseline's in brackets"
+    return [text] if frame["name"].str.contains("(baseline ", regex=False).any() else []
+
+
+def _further_metrics(results: DatasetResults, frame: pd.DataFrame, key: str) -> list[Block]:
     """What the first table leaves out when there are many metrics: the other differences, then the other metrics."""
     metrics = list_metrics(results)
     main = [metric for metric in metrics if metric in METRIC_LABELS]
@@ -158,10 +208,10 @@ def _further_metrics(results: DatasetResults, frame: pd.DataFrame) -> list[Block
     if "acc1" not in main and set(main) > set(compared_metrics(main)):
         caption = "Points above the baseline with 95 % intervals; a metric that is no mean over examples has none."
         table = names.join(format_differences(frame, main)).join(frame["verdict"])
-        blocks.append(_to_table(table, f"{caption} The verdict is that on {label}."))
+        blocks.append(_to_table(table, f"{caption} The verdict is that on {label}.", key=f"{key} differences"))
     if others:
         table = names.join(format_means(frame, others)).join(frame["verdict"])
-        blocks.append(_to_table(table, f"More metrics, in percent. The verdict is that on {label}."))
+        blocks.append(_to_table(table, f"More metrics, in percent. The verdict is that on {label}.", key=f"{key} more metrics"))
     return blocks
 
 
@@ -185,9 +235,12 @@ def _results_caption(results: DatasetResults, frame: pd.DataFrame) -> str:
     if "ece" in list_metrics(results):
         text += (
             " Macro Acc: mean over classes of the share of their examples that is right. ECE: expected calibration error in 15 "
-            "bins of equal width; lower is better. A dash: the evaluation is older than the metric."
+            "bins of equal width; lower is better."
         )
-    return f"{text} A method with several settings stands here with those that are best on validation."
+    if any(frame[metric].isna().any() for metric in list_metrics(results)):
+        text += " A dash in the column of a metric: the evaluation is older than the metric."
+    best = "A method with several settings stands here with those that are best on validation"
+    return f"{text} {'. '.join([*_trained_otherwise(frame), best])}."
 
 
 def _reading_guide(results: DatasetResults, metric_label: str) -> str:
@@ -204,9 +257,9 @@ def _reading_guide(results: DatasetResults, metric_label: str) -> str:
     return text
 
 
-def _to_table(frame: pd.DataFrame, caption: str, details: Sequence[str] = ()) -> Table:
+def _to_table(frame: pd.DataFrame, caption: str, details: Sequence[str] = (), key: str = "") -> Table:
     rows = tuple(tuple(map(str, row)) for row in frame.itertuples(index=False))
-    return Table(tuple(frame.columns), rows, caption, row_details=tuple(details))
+    return Table(tuple(frame.columns), rows, caption, row_details=tuple(details), key=key)
 
 
 def _selection_blocks(results: DatasetResults) -> list[Block]:

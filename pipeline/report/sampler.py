@@ -99,9 +99,10 @@ def _curve_blocks(head: HeadRuns, split: str) -> list[Block]:
         for point, values in zip(statistics.index, statistics.to_numpy(), strict=True)
     )
     means = statistics.xs("mean", axis=1, level=1).reset_index()
+    key = f"sampler {head.runs[0].path.parent.name} {split}"
     columns = (*POINT_COLUMNS, f"{split} {metric_label}", "ms per sample")
-    figure = SvgFigure(draw_sampler_curve(means), f"{metric_label} and time of {head.label} against steps", caption)
-    return [figure, Table(columns, rows, f"{describe_spread([len(curves)])}.")]
+    figure = SvgFigure(draw_sampler_curve(means), f"{metric_label} and time of {head.label} against steps", caption, key=key)
+    return [figure, Table(columns, rows, f"{describe_spread([len(curves)])}.", key=key)]
 
 
 def _describe_timing(curve: pd.DataFrame) -> str:

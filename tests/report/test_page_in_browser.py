@@ -150,6 +150,11 @@ def test_no_screen_is_too_narrow(browser: Browser, width: int) -> None:
     browser.resize(width)
     browser.wait("return Math.abs(named('plane').el.getBoundingClientRect().width - arguments[0]) < 400", width)
     assert browser.run(OVERFLOW, ".explorer, nav, p, li, .example, summary, figcaption") == []
+    hidden = """
+const head = Array.from(document.querySelectorAll("th")).find((each) => each.textContent === "verdict")
+return head.getBoundingClientRect().right - head.closest(".wide").getBoundingClientRect().right
+"""
+    assert browser.run(hidden) <= 0  # the first verdicts are seen without scrolling
 
 
 def test_paper_holds_every_table_and_figure(browser: Browser) -> None:

@@ -101,6 +101,25 @@ def test_a_small_matrix_has_its_numbers(tmp_path: Path) -> None:
     assert numbers == [["75", "25", "50", "25", "25"], ["100", "50", "50"], ["+25", "-25", "+25", "-25"]]
 
 
+@pytest.mark.parametrize(
+    ("num_classes", "num_columns", "length", "width"), [(2, 2, 1, 10.0), (7, 7, 14, 10.0), (7, 7, 40, 7.0), (20, 21, 14, 10.0)]
+)
+def test_names_of_any_length_are_whole_and_leave_room_for_the_matrices(
+    num_classes: int, num_columns: int, length: int, width: float
+) -> None:
+    """Oracle: the box around everything that matplotlib draws."""
+    matrix = np.eye(num_classes, num_columns)
+    figure = plot_confusions(matrix, matrix, ["W" * length] * num_classes, ("baseline", "ema"), width)
+    figure.draw_without_rendering()
+    size, content = figure.get_size_inches(), figure.get_tightbbox()
+    assert 0 < content.x0 < content.x1 < size[0]
+    assert 0 < content.y0 < content.y1 < size[1]
+    assert size[1] - content.height < 0.1  # nothing is empty above and below
+    panels = [axes.get_position() for axes in figure.axes]
+    assert max(panel.width for panel in panels) == pytest.approx(min(panel.width for panel in panels))
+    assert min(panel.height * size[1] for panel in panels) > 0.9
+
+
 def test_a_group_of_confused_classes_is_chosen_greedily() -> None:
     rng = np.random.default_rng(0)
     counts = rng.poisson(0.4, (12, 12)) + np.diag(rng.integers(5, 30, 12))

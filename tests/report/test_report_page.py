@@ -17,7 +17,7 @@ from sklearn.metrics import confusion_matrix
 
 from pipeline.cache import find_caches, open_cache
 from pipeline.evaluation.evaluate import evaluate
-from pipeline.report import figure_data, results_frame
+from pipeline.report import figure_data, results_frame, write_report
 from pipeline.report.figures import draw_confusions
 from pipeline.report.markdown import escape_markdown
 from pipeline.report.results import TEXT_ONLY_LABEL, collect_results
@@ -125,6 +125,15 @@ def test_before_any_evaluation_there_are_curves_and_a_command(tmp_path: Path) ->
     assert len(parsed.drawings) == 1
 
 
+def test_a_report_shows_what_is_done(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    home = make_home(tmp_path, CLASSES)
+    home.train(home.config("baseline", {}), 0)
+    write_report(tmp_path, "toy", with_files=False)
+    assert capsys.readouterr().err == ""
+    write_report(tmp_path, "toy", with_files=False, progress=True)
+    assert re.search(r"report on toy: 100%.*\d+/\d+", capsys.readouterr().err)
+
+
 def test_missing_media_and_damaged_caches_are_reported_and_not_fatal(tmp_path: Path) -> None:
     home = make_home(tmp_path, CLASSES)
     fill(home)
@@ -187,11 +196,15 @@ def test_every_table_of_results_has_verdicts(tmp_path: Path, page: str) -> None:
             home.evaluate(home.train(home.config(method, {}, image), seed), logits, per_sample=per_sample)
     html, text = write_page(tmp_path, "toy")
     if page == "html":
-        headers = re.findall(r"<thead>.*?</thead>", html.read_text(encoding="utf-8"))
-        verdicts = [header.endswith("verdict</th></tr></thead>") for header in headers if ">method<" in header]
+        found = re.findall(r"<thead>.*?</thead>", html.read_text(encoding="utf-8"))
+        headers = [header for header in found if ">method<" in header]
+        verdicts = [">verdict</th>" in header for header in headers]
+        first = re.findall(r"<th [^>]*>(.*?)</th>", headers[0])
     else:
         headers = re.findall(r"^(\| method \|.*)\n\| ---", text.read_text(encoding="utf-8"), flags=re.MULTILINE)
-        verdicts = [header.endswith("| verdict |") for header in headers]
+        verdicts = ["| verdict |" in header for header in headers]
+        first = headers[0].strip("| ").split(" | ")
+    assert first[:4] == ["method", "Pre-1", "Pre-1 vs baseline", "verdict"]
     assert verdicts == [True] * 4 + [False]  # results, differences, more metrics, diagnostics; and the log of reads
     assert "3 of 5 seeds" in (html if page == "html" else text).read_text(encoding="utf-8")
 
