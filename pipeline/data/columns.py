@@ -1,7 +1,7 @@
 """Tables of many rows as columns of Arrow: few bytes a row in memory, whatever the length of the texts.
 
-Columns that are larger than `MAX_BYTES_IN_MEMORY` lie in a temporary file without a name, which is mapped into memory: its pages
-belong to the system, which takes them back when it needs them.
+Columns that are larger than `MAX_BYTES_IN_MEMORY` lie in a temporary file without a name, which is mapped into memory: its
+pages belong to the system, which takes them back when it needs them.
 """
 
 from __future__ import annotations

@@ -22,6 +22,7 @@ from pipeline.data.media import open_frames, open_image
 from pipeline.data.readers import find_missing_media, media_file
 from pipeline.data.recipes import Recipe, check_not_another, read_recipe, write_recipe
 from pipeline.data.spec import load_spec
+from pipeline.data.tar_members import file_on_disk, find_member, local_file
 from pipeline.runtime import plugins
 from pipeline.runtime.choices import unknown_choice
 from pipeline.runtime.errors import UserError
@@ -247,7 +248,7 @@ def _leave_out_missing(manifest: Manifest, missing_list: Path, allow: bool) -> t
     """
     media = manifest.columns.strings("media")
     follows_links = manifest.meta.get("follows_links", False)
-    missing = find_missing_media(manifest.media_root, media, manifest.source_location, follows_links)
+    missing = find_missing_media(manifest.media_root, media, manifest.source_location, follows_links, file_on_disk)
     if not missing:
         missing_list.unlink(missing_ok=True)
         return manifest, 0
@@ -317,7 +318,8 @@ def _warn_about_copies(manifest: Manifest) -> list[str]:
     digests: dict[Path, str] = {}
     for sample in candidates:
         if sample.media not in digests:
-            digests[sample.media] = file_sha256(manifest.media_path(sample))
+            with local_file(manifest.media_path(sample)) as file:
+                digests[sample.media] = file_sha256(file)
     originals = {digests[sample.media]: sample.id for sample in candidates if sample.split == "train"}
     copies = [sample for sample in candidates if sample.split != "train" and digests[sample.media] in originals]
     if not copies:
@@ -334,7 +336,9 @@ def _media_sizes(manifest: Manifest) -> Iterator[int]:
     size, last = 0, ""
     for media in manifest.columns.strings("media"):
         if media != last:
-            size, last = media_file(manifest.media_root, PurePosixPath(media)).stat().st_size, media
+            path, last = str(media_file(manifest.media_root, PurePosixPath(media))), media
+            member = find_member(path)
+            size = member.size if member else os.stat(path).st_size
         yield size
 
 
