@@ -87,7 +87,7 @@ class Columns:
             if low < high
         ]
         found = parts[0] if len(parts) == 1 else pa.Table.from_batches(parts).combine_chunks().to_batches()[0]
-        return found if is_ordered else found.take(pa.array(np.argsort(order)))
+        return found if is_ordered else found.take(index_array(np.argsort(order)))
 
     def release(self) -> None:
         """Give the pages of a mapped file that were read back to the system."""
@@ -97,7 +97,17 @@ class Columns:
 
 def _rows_of(batch: pa.RecordBatch, positions: NDArray[np.int64]) -> pa.RecordBatch:
     is_run = positions[-1] - positions[0] == len(positions) - 1 and bool((np.diff(positions) == 1).all())
-    return batch.slice(int(positions[0]), len(positions)) if is_run else batch.take(pa.array(positions))
+    return batch.slice(int(positions[0]), len(positions)) if is_run else batch.take(index_array(positions))
+
+
+def index_array(positions: NDArray[np.int64]) -> pa.Array:
+    """Return positions as an Arrow array; `pa.array` would import pandas, which takes a second."""
+    return pa.Array.from_buffers(pa.int64(), len(positions), [None, pa.py_buffer(np.ascontiguousarray(positions, np.int64))])
+
+
+def numpy_array(array: pa.Array) -> NDArray[Any]:
+    """Return numbers or booleans as a NumPy array that is only read; `to_numpy` would import pandas, too."""
+    return np.from_dlpack(array.cast(pa.int8()) if pa.types.is_boolean(array.type) else array)
 
 
 class ColumnWriter:

@@ -21,7 +21,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from pipeline.data.columns import compute
+from pipeline.data.columns import compute, numpy_array
 from pipeline.data.readers import LINE_LIMIT, UNPRINTABLE, media_file
 from pipeline.data.sample_columns import SampleColumns, json_rows, list_sizes, unusual_rows
 from pipeline.runtime.errors import UserError
@@ -348,7 +348,7 @@ def text_counts(samples: SampleColumns) -> NDArray[np.int64]:
     counts = [np.zeros(0, np.int64)]
     for block in samples.blocks(["texts"]):
         flat, sizes = block.column(0).flatten(), list_sizes(block.column(0))
-        has_words = compute.match_substring_regex(flat, "[!-~]").to_numpy(zero_copy_only=False).copy()
+        has_words = numpy_array(compute.match_substring_regex(flat, "[!-~]")).astype(np.bool_)
         for position in np.flatnonzero(~has_words).tolist():
             has_words[position] = not is_blank(flat[position].as_py())
         counts.append(np.bincount(np.repeat(np.arange(len(sizes)), sizes)[has_words], minlength=len(sizes)))

@@ -15,10 +15,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.data import spec as specs
-from pipeline.data.columns import BATCH_ROWS, ColumnWriter, compute
+from pipeline.data.columns import BATCH_ROWS, ColumnWriter, compute, numpy_array
 from pipeline.data.manifest import DATASET_NAME, SCHEMA_VERSION, Manifest, check_manifest, prepare_command, split_counts
 from pipeline.data.readers import guard_cell
-from pipeline.data.sample_columns import SAMPLE_SCHEMA, SampleColumns, json_lists, list_sizes
+from pipeline.data.sample_columns import NO_GROUP, SAMPLE_SCHEMA, SampleColumns, json_lists, list_sizes
 from pipeline.runtime.errors import UserError
 from pipeline.runtime.files import write_atomic, written_aside
 from pipeline.types import SPLITS
@@ -199,11 +199,11 @@ def _read_rows(path: Path) -> dict[str, Any]:
             batch.validate(full=True)  # names that are not UTF-8
             by_name = dict(zip(_COLUMNS_READ, map(batch.column, _COLUMNS_READ), strict=True))
             columns = [by_name[name] for name in _COLUMNS_READ[: len(SAMPLE_SCHEMA)]]
-            columns[-1] = compute.fill_null(columns[-1], "")
+            columns[-1] = compute.coalesce(columns[-1], NO_GROUP)
             if any(column.null_count or (pa.types.is_list(column.type) and column.flatten().null_count) for column in columns):
                 raise ValueError("a value is missing")
             writer.add(pa.RecordBatch.from_arrays(columns, schema=SAMPLE_SCHEMA))
-            source_rows.append(by_name["source_row"].to_numpy())
+            source_rows.append(numpy_array(by_name["source_row"]))
             extra |= _facts_by_id(by_name["sample_id"], by_name["extra"], compute.not_equal(by_name["extra"], "{}"))
             media_ok |= _facts_by_id(by_name["sample_id"], by_name["media_ok"], compute.is_valid(by_name["media_ok"]))
     source = np.concatenate(source_rows)
@@ -230,7 +230,7 @@ def _class_counts(manifest: Manifest) -> dict[str, dict[str, int]]:
     for block in manifest.columns.blocks(["labels"]):
         labels = block.column(0)
         codes = np.repeat(manifest.columns.split_codes[start : start + len(block)], list_sizes(labels))
-        np.add.at(counts, (codes, labels.flatten().to_numpy()), 1)
+        np.add.at(counts, (codes, numpy_array(labels.flatten())), 1)
         start += len(block)
     return {split: dict(zip(manifest.class_names, counts[code].tolist(), strict=True)) for code, split in enumerate(SPLITS)}
 

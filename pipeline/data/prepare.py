@@ -314,20 +314,25 @@ def _warn_about_copies(manifest: Manifest) -> list[str]:
     positions = np.flatnonzero(np.isin(sizes, shared))
     if sizes[positions].sum() > MAX_COMPARED_BYTES:
         return []
-    candidates = manifest.columns.select(positions)
-    digests: dict[Path, str] = {}
-    for sample in candidates:
-        if sample.media not in digests:
-            with local_file(manifest.media_path(sample)) as file:
-                digests[sample.media] = file_sha256(file)
-    originals = {digests[sample.media]: sample.id for sample in candidates if sample.split == "train"}
-    copies = [sample for sample in candidates if sample.split != "train" and digests[sample.media] in originals]
+    media = manifest.columns.strings("media").take(positions)
+    digests: dict[str, str] = {}
+    for name, position in zip(media, positions.tolist(), strict=True):
+        if name not in digests:
+            with local_file(manifest.media_path(manifest.samples[position])) as file:
+                digests[name] = file_sha256(file)
+    pairs = list(zip(positions.tolist(), media, strict=True))
+    originals = {digests[name]: position for position, name in pairs if is_train[position]}
+    copies = [
+        (position, originals[digests[name]])
+        for position, name in pairs
+        if not is_train[position] and digests[name] in originals
+    ]
     if not copies:
         return []
-    first = copies[0]
+    first, original = (manifest.samples[position] for position in copies[0])
     return [
         f"{len(copies)} media files of val and test have the same bytes as one of train, the first: {first.id!r} of "
-        f"{first.split} and {originals[digests[first.media]]!r}; leave them out, or put them in one group"
+        f"{first.split} and {original.id!r}; leave them out, or put them in one group"
     ]
 
 

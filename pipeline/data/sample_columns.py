@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from pipeline.data.columns import BATCH_ROWS, Columns, ColumnWriter, Strings, compute
+from pipeline.data.columns import BATCH_ROWS, Columns, ColumnWriter, Strings, compute, numpy_array
 from pipeline.types import SPLITS, Sample
 
 SAMPLE_SCHEMA = pa.schema(
@@ -30,6 +30,11 @@ SAMPLE_SCHEMA = pa.schema(
         ("group", pa.string()),
     ]
 )
+_SPLIT_NAMES = pa.StringArray.from_buffers(  # as pa.array(SPLITS), which would import pandas
+    len(SPLITS), pa.py_buffer(np.cumsum([0, *map(len, SPLITS)], dtype=np.int32)), pa.py_buffer("".join(SPLITS).encode())
+)
+_NO_SPLIT = pa.Int32Array.from_buffers(pa.int32(), 1, [None, pa.py_buffer(np.full(1, -1, np.int32))])[0]
+NO_GROUP = pa.StringArray.from_buffers(1, pa.py_buffer(bytes(8)), pa.py_buffer(b""))[0]  # ""
 ESCAPED_IN_JSON = r'["\\\x00-\x1f]'
 
 
@@ -86,8 +91,10 @@ class SampleColumns(Sequence[Sample]):
     @cached_property
     def split_codes(self) -> NDArray[np.int8]:
         """The number of each sample's split in `SPLITS`; -1: it has another one."""
-        parts = [compute.fill_null(compute.index_in(block.column(0), pa.array(SPLITS)), -1) for block in self.blocks(["split"])]
-        return np.concatenate([np.zeros(0, np.int8), *(part.to_numpy(zero_copy_only=False).astype(np.int8) for part in parts)])
+        parts = [
+            compute.coalesce(compute.index_in(block.column(0), _SPLIT_NAMES), _NO_SPLIT) for block in self.blocks(["split"])
+        ]
+        return np.concatenate([np.zeros(0, np.int8), *(numpy_array(part).astype(np.int8) for part in parts)])
 
     def strings(self, name: str) -> Strings:
         """Return the column "id", "split", "media" or "group"."""
@@ -97,7 +104,7 @@ class SampleColumns(Sequence[Sample]):
         """Return (position of its sample, label) of every label, in order."""
         columns = [block.column(0) for block in self.blocks(["labels"])]
         sizes = np.concatenate([np.zeros(0, np.int64), *map(list_sizes, columns)])
-        labels = [np.zeros(0, np.int64), *(column.flatten().to_numpy() for column in columns)]
+        labels = [np.zeros(0, np.int64), *(numpy_array(column.flatten()) for column in columns)]
         return np.repeat(np.arange(len(sizes)), sizes), np.concatenate(labels).astype(np.int64)
 
     def blocks(self, names: Sequence[str] = (), num_rows: int = BATCH_ROWS) -> Iterator[pa.RecordBatch]:
@@ -118,10 +125,10 @@ def _sample(id: str, split: str, media: str, texts: list[str], labels: list[int]
 
 def json_strings(texts: pa.Array) -> pa.Array:
     """Return each text as JSON writes it, with its quotes."""
-    escaped = compute.match_substring_regex(texts, ESCAPED_IN_JSON)
-    if not compute.any(escaped, min_count=0).as_py():
-        return compute.binary_join_element_wise('"', texts, '"', "")
-    return pa.array([json.dumps(text, ensure_ascii=False) for text in texts.to_pylist()], pa.string())
+    if compute.any(compute.match_substring_regex(texts, ESCAPED_IN_JSON), min_count=0).as_py():
+        for character in ("\\", '"', *map(chr, range(32))):
+            texts = compute.replace_substring(texts, character, json.dumps(character)[1:-1])
+    return compute.binary_join_element_wise('"', texts, '"', "")
 
 
 def json_lists(lists: pa.Array, separator: str = ",") -> pa.Array:
@@ -134,24 +141,21 @@ def json_lists(lists: pa.Array, separator: str = ",") -> pa.Array:
 
 def list_sizes(lists: pa.Array) -> NDArray[np.int64]:
     """Return the number of items of each list."""
-    return np.diff(_offsets(lists).to_numpy()).astype(np.int64)
+    return np.diff(numpy_array(_offsets(lists))).astype(np.int64)
 
 
 def _offsets(lists: pa.Array) -> pa.Array:
     """Return where each list starts and ends in `lists.flatten()`, which leaves out what a slice does not show."""
-    offsets = lists.offsets.to_numpy()
-    return pa.array(offsets - offsets[0], pa.int32())
+    return compute.subtract(lists.offsets, lists.offsets[0])
 
 
 def json_rows(block: pa.RecordBatch) -> bytes:
     """Return the canonical JSON of the rows of a batch of samples, with a comma before each."""
     id, split, media, group = (json_strings(block.column(name)) for name in ("id", "split", "media", "group"))
     labels, texts = (json_lists(block.column(name)) for name in ("labels", "texts"))
-    rows = compute.binary_join_element_wise(
-        compute.binary_join_element_wise(",[", id, ""), split, media, labels, texts, group, ","
-    )
-    joined = compute.binary_join(pa.ListArray.from_arrays(pa.array([0, len(rows)], pa.int32()), rows), "]")
-    return joined[0].as_buffer().to_pybytes() + b"]" if len(rows) else b""
+    first, last = compute.binary_join_element_wise(",[", id, ""), compute.binary_join_element_wise(group, "]", "")
+    rows = compute.binary_join_element_wise(first, split, media, labels, texts, last, ",")
+    return rows.buffers()[2].to_pybytes()[: compute.sum(compute.binary_length(rows)).as_py()]
 
 
 def unusual_rows(block: pa.RecordBatch, label_kind: str, num_classes: int, most_characters: int) -> NDArray[np.int64]:
@@ -165,21 +169,21 @@ def unusual_rows(block: pa.RecordBatch, label_kind: str, num_classes: int, most_
     """
     id, media, group, split = (block.column(name) for name in ("id", "media", "group", "split"))
     odd = compute.equal(compute.binary_length(id), 0)
-    odd = compute.or_(odd, compute.invert(compute.is_in(split, pa.array(SPLITS))))
+    odd = compute.or_(odd, compute.invert(compute.is_in(split, _SPLIT_NAMES)))
     for column in (id, media, group):
         odd = compute.or_(odd, compute.match_substring_regex(column, r"[\x00-\x1f\x7f]"))
         odd = compute.or_(odd, compute.greater(compute.binary_length(column), most_characters))
     odd = compute.or_(odd, compute.match_substring_regex(media, r"^/|\\|^\.?$|(^|/)\.\.(/|$)"))
-    sizes, starts = list_sizes(block.column("texts")), _offsets(block.column("texts")).to_numpy()
-    total = np.cumsum([0, *compute.binary_length(block.column("texts").flatten()).to_numpy()])
+    sizes, starts = list_sizes(block.column("texts")), numpy_array(_offsets(block.column("texts")))
+    total = np.append(0, np.cumsum(numpy_array(compute.binary_length(block.column("texts").flatten())), dtype=np.int64))
     is_long = np.diff(total[starts]) + 4 * (sizes + 1) > most_characters // 2
     return np.flatnonzero(
-        odd.to_numpy(zero_copy_only=False) | is_long | _odd_labels(block.column("labels"), label_kind, num_classes)
+        numpy_array(odd).astype(np.bool_) | is_long | _odd_labels(block.column("labels"), label_kind, num_classes)
     )
 
 
 def _odd_labels(labels: pa.Array, label_kind: str, num_classes: int) -> NDArray[np.bool_]:
-    sizes, flat = list_sizes(labels), labels.flatten().to_numpy()
+    sizes, flat = list_sizes(labels), numpy_array(labels.flatten())
     row_of = np.repeat(np.arange(len(sizes)), sizes)
     odd = sizes != 1 if label_kind == "single" else np.zeros(len(sizes), np.bool_)
     odd[row_of[(flat < 0) | (flat >= num_classes)]] = True

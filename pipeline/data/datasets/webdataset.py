@@ -32,7 +32,7 @@ import pyarrow as pa
 from pipeline.data import readers, splits
 from pipeline.data.cells import SPLIT_ALIASES, nfc, parse_labels, parse_texts
 from pipeline.data.class_folders import IMAGE_SUFFIXES, VIDEO_SUFFIXES
-from pipeline.data.columns import BATCH_ROWS, Columns, ColumnWriter
+from pipeline.data.columns import BATCH_ROWS, Columns, ColumnWriter, numpy_array
 from pipeline.data.dataset import Dataset
 from pipeline.data.manifest import Manifest, check_manifest
 from pipeline.data.sample_columns import SAMPLE_SCHEMA, SampleColumns
@@ -89,7 +89,7 @@ class WebDataset(Dataset):
             split_rule="as given" if found.is_split else "by the SHA-256 of the id",
             warnings=[*found.warnings(), *warn_about_classes(classes, samples)],
         )
-        row_numbers = np.concatenate([block.column(0).to_numpy() for block in found.columns.blocks(names=["row"])])
+        row_numbers = np.concatenate([numpy_array(block.column(0)) for block in found.columns.blocks(names=["row"])])
         manifest = Manifest(spec["name"], label_kind, classes, samples, meta, root, array("q", row_numbers))
         check_manifest(manifest, required_counts(spec))
         return manifest

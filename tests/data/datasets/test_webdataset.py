@@ -91,7 +91,7 @@ def test_features_are_those_of_the_unpacked_files(tmp_path: Path) -> None:
         path = extract(own, "random_projection", {}, tmp_path / "home", options=options)
         features.append(open_cache(path).read([f"all/{number}" for number in range(6)]))
         assert verify(path) == []
-    assert np.array_equal(*features)
+    assert np.array_equal(features[0], features[1])
 
 
 @pytest.mark.parametrize(
