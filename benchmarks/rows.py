@@ -156,6 +156,7 @@ def peak_bytes() -> Iterator[list[int]]:
     yield peak
     done.set()
     thread.join()
+    peak[0] = max(peak[0], own_bytes())
 
 
 def measure(part: str, folder: Path, num_rows: int) -> None:

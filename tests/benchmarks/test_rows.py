@@ -31,7 +31,5 @@ def test_the_peak_is_that_of_what_runs() -> None:
     with rows.peak_bytes() as peak:
         before = rows.own_bytes()
         held = bytearray(b"x") * 50_000_000
-        peak_event = rows.own_bytes()
-    assert peak_event - before > 45_000_000
-    assert peak[0] >= before
+    assert 45_000_000 < peak[0] - before < 60_000_000
     del held
