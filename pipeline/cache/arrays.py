@@ -62,14 +62,14 @@ def read_features(manifest: Manifest, cache: Cache, split: str = "", aggregate: 
     """
     if aggregate not in ("", "mean", "first"):
         raise unknown_choice(aggregate, f"unknown aggregate {aggregate!r}", ("mean", "first"))
-    samples = manifest.split(split) if split else list(manifest.samples)
-    ids = tuple(sample.id for sample in samples)
+    samples = manifest.split(split) if split else manifest.columns
+    ids = tuple(samples.ids)
     chosen = aggregate or manifest.meta["text"]["aggregate"]
     array = cache.read(ids, "first" if chosen == "first" else "mean")
     return Features(
         ids=ids,
-        labels=label_tensor([sample.labels for sample in samples], manifest).numpy(),
-        split=np.array([sample.split for sample in samples], dtype=str),
+        labels=label_tensor(samples, manifest).numpy(),
+        split=np.array(samples.strings("split"), dtype=str),
         array=array,
         is_present=np.asarray(np.isfinite(array).all(axis=tuple(range(1, array.ndim)))),
         class_names=manifest.class_names,

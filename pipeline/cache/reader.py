@@ -13,23 +13,22 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow.parquet as pq
 import zarr
 
 from pipeline.cache import layout
+from pipeline.cache.id_index import IdIndex
 from pipeline.cache.layout import Commit
 from pipeline.cache.shards import StoredFeatures
+from pipeline.data.columns import Strings
 from pipeline.data.manifest import Manifest
 from pipeline.runtime.errors import UserError
 from pipeline.runtime.files import fingerprint
 from pipeline.runtime.places import Place, caches_place
 from pipeline.runtime.stores import exists, map_objects, store_of, zarr_source
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 logger = logging.getLogger(__name__)
 
@@ -56,13 +55,20 @@ class Cache:
         return self.stored.shape[1:]
 
     @property
-    def ids(self) -> list[str]:
+    def num_samples(self) -> int:
+        """The number of samples."""
+        return len(self.offsets) - 1
+
+    @property
+    def ids(self) -> Strings:
         """The ids of the samples, in row order. They are read when they are first asked for: millions take seconds."""
         return self._ids
 
     @cached_property
-    def _ids(self) -> list[str]:
-        return read_array(self.path / "ids").tolist()
+    def _ids(self) -> Strings:
+        array = zarr.open_array(zarr_source(self.path / "ids"), mode="r")
+        starts = range(0, array.shape[0], array.chunks[0])
+        return Strings.collect(np.asarray(array[start : start + array.chunks[0]]).tolist() for start in starts)
 
     def read(self, ids: Sequence[str], aggregate: Literal["mean", "first"] = "mean") -> np.ndarray:
         """Return one feature per sample.
@@ -103,11 +109,7 @@ class Cache:
         Raises:
             UserError: as in `read`.
         """
-        import pandas as pd  # late, so that listing caches does not wait for it
-
-        index, numbers = self._id_index
-        found = index.get_indexer(pd.Index(list(ids), dtype=object))
-        samples = np.where(found < 0, -1, numbers[found])
+        samples = self._id_index.find(ids)
         unknown = [ids[position] for position in np.flatnonzero(samples < 0).tolist()]
         if unknown:
             raise UserError(f"{len(unknown)} ids are not in {self.path}, the first: {', '.join(map(repr, unknown[:3]))}")
@@ -118,16 +120,8 @@ class Cache:
         return self.stored.read_float32(rows), counts
 
     @cached_property
-    def _id_index(self) -> tuple[pd.Index, np.ndarray]:
-        """The ids with a table of their hashes (a third of the time of a dictionary, less memory), and the samples' numbers.
-
-        Of an id that a cache has twice, the last sample is the one that is read.
-        """
-        import pandas as pd
-
-        index = pd.Index(self.ids, dtype=object)
-        numbers = np.flatnonzero(~index.duplicated(keep="last")) if not index.is_unique else np.arange(len(index))
-        return (index, numbers) if len(numbers) == len(index) else (index[numbers], numbers)
+    def _id_index(self) -> IdIndex:
+        return IdIndex(self.ids)
 
 
 def samples_per_read(*shapes: tuple[int, ...]) -> int:
@@ -172,7 +166,7 @@ def open_cache(path: Place, expect: Mapping[str, Any] | None = None) -> Cache:
 
 
 def read_array(place: Place) -> np.ndarray:
-    """Return a whole Zarr array: the ids or the offsets of a cache."""
+    """Return a whole Zarr array, such as the offsets of a cache."""
     return np.asarray(zarr.open_array(zarr_source(place), mode="r")[:])
 
 

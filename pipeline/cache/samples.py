@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from pipeline.cache.id_index import IdIndex
 from pipeline.cache.reader import Cache
 from pipeline.data.manifest import Manifest
 from pipeline.data.manifest_files import read_manifest
+from pipeline.data.sample_columns import SampleColumns
 from pipeline.runtime.errors import UserError
 from pipeline.runtime.places import Address, Place, home_of_caches
-from pipeline.types import Sample
 
 
 def cache_home(path: Place) -> Path:
@@ -27,7 +28,7 @@ def cache_home(path: Place) -> Path:
     return absolute.parents[2]
 
 
-def read_cache_manifest(cache: Cache) -> tuple[Manifest, list[Sample]]:
+def read_cache_manifest(cache: Cache) -> tuple[Manifest, SampleColumns]:
     """Return the manifest of a cache, and its samples in the order of the cache.
 
     Raises:
@@ -39,5 +40,9 @@ def read_cache_manifest(cache: Cache) -> tuple[Manifest, list[Sample]]:
             f"{cache.path} belongs to another manifest of {manifest.dataset} than the one that is prepared; "
             f"prepare that one again, or make a new cache with: {cache.provenance['command']}"
         )
-    samples = {sample.id: sample for sample in manifest.samples}
-    return manifest, [samples[sample_id] for sample_id in cache.ids]
+    ids = manifest.columns.ids
+    if ids == cache.ids:
+        return manifest, manifest.columns
+    positions = IdIndex(ids).find(cache.ids)
+    assert (positions >= 0).all(), cache.path
+    return manifest, manifest.columns.select(positions)

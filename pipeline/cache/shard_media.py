@@ -13,6 +13,7 @@ from pipeline.cache.layout import Commit, Failure
 from pipeline.cache.samples import cache_home
 from pipeline.data.manifest import Manifest
 from pipeline.data.media_digests import NO_DIGEST, media_digests
+from pipeline.data.tar_members import file_on_disk
 from pipeline.runtime.places import Place
 from pipeline.types import Sample
 
@@ -52,7 +53,7 @@ class ShardMedia:
         total = hashlib.sha256()
         for sample in self.samples:
             try:
-                status = os.stat(os.path.join(self.root, sample.media))
+                status = os.stat(file_on_disk(os.path.join(self.root, sample.media)))
                 total.update(b"%d %d %d\n" % (status.st_size, status.st_mtime_ns, status.st_ctime_ns))
             except (OSError, ValueError):
                 total.update(b"-\n")

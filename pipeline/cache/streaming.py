@@ -23,11 +23,12 @@ from pipeline.cache.table import (
     split_samples,
 )
 from pipeline.data.manifest import Manifest
+from pipeline.data.sample_columns import SampleColumns
 from pipeline.runtime.device import total_bytes
 from pipeline.runtime.logs import ProgressBar
 from pipeline.runtime.places import Address
 from pipeline.runtime.rng import KeyedRNG
-from pipeline.types import Sample, Split
+from pipeline.types import Split
 
 FEATURE_MEMORY_SHARE = 0.5  # of the device's memory, and of this machine's, that features may take
 BLOCKS_PER_WINDOW = 16  # blocks of neighbouring samples that are shuffled together in a window
@@ -46,7 +47,7 @@ def choose_window(caches: Mapping[str, Cache], aggregate: str, device: torch.dev
     """
     sample_bytes = bytes_per_sample(caches, aggregate)
     max_bytes = int(FEATURE_MEMORY_SHARE * min(total_bytes(device), total_bytes(torch.device("cpu"))))
-    if sample_bytes * len(caches["image"].ids) <= max_bytes:
+    if sample_bytes * caches["image"].num_samples <= max_bytes:
         return 0
     most = max(1, max_bytes // sample_bytes // 2)  # one window is in use, and one is being read
     return 1 << (most.bit_length() - 1)  # so that machines of about the same memory get the same window
@@ -56,7 +57,7 @@ def bytes_per_sample(caches: Mapping[str, Cache], aggregate: str) -> int:
     """Return the bytes that the features of a sample take in memory, on average."""
     rows = {key: 1.0 for key in caches}
     if aggregate == "random" and "text" in caches:
-        rows["text"] += float(caches["text"].offsets[-1]) / len(caches["text"].ids)
+        rows["text"] += float(caches["text"].offsets[-1]) / caches["text"].num_samples
     return max(1, round(sum(4 * prod(cache.feature_shape) * rows[key] for key, cache in caches.items())))
 
 
@@ -96,7 +97,7 @@ def open_split(
     check_split_usable(manifest, split, len(ids), "text" not in caches or num_paired > 0)
     mean_text = (text_sum / num_paired).float() if num_paired else None
     excluded_ids = set(excluded)
-    usable = tuple(sample for sample in samples if sample.id not in excluded_ids)
+    usable = samples.select([position for position, id in enumerate(samples.ids) if id not in excluded_ids])
     return StreamedFeatures(WindowReader(manifest, caches, device, aggregate, mean_text), usable, tuple(excluded), window)
 
 
@@ -110,10 +111,10 @@ class WindowReader:
     aggregate: str
     mean_text: Tensor | None = None  # of the whole split
 
-    def read(self, samples: Sequence[Sample]) -> FeatureTable:
+    def read(self, samples: SampleColumns) -> FeatureTable:
         return read_table(self.manifest, self.caches, samples, self.device, self.aggregate, self.mean_text)
 
-    def prefetch(self, windows: Sequence[Sequence[Sample]]) -> Iterator[FeatureTable]:
+    def prefetch(self, windows: Sequence[SampleColumns]) -> Iterator[FeatureTable]:
         """Yield the table of each window. While one is used, a thread reads the next one.
 
         Of an object store, two threads read two of them: while one waits for its requests, the other converts what it has.
@@ -138,17 +139,17 @@ class StreamedFeatures:
     """
 
     reader: WindowReader
-    samples: tuple[Sample, ...]
+    samples: SampleColumns
     excluded: tuple[str, ...]
     window: int  # samples
 
     @property
     def ids(self) -> tuple[str, ...]:
-        return tuple(sample.id for sample in self.samples)
+        return tuple(self.samples.ids)
 
     @property
     def label(self) -> Tensor:
-        return label_tensor([sample.labels for sample in self.samples], self.reader.manifest)
+        return label_tensor(self.samples, self.reader.manifest)
 
     def tables(self) -> Iterator[FeatureTable]:
         starts = range(0, len(self.samples), self.window)
@@ -158,10 +159,10 @@ class StreamedFeatures:
         block_size = max(1, self.window // BLOCKS_PER_WINDOW // batch_size) * batch_size
         starts = torch.arange(0, len(self.samples), block_size)
         order = torch.argsort(KeyedRNG.seeded(seed, starts).at("windows", epoch).bits())
-        windows: list[list[Sample]] = [[]]
+        windows: list[list[int]] = [[]]
         for start in starts[order].tolist():
-            block_samples = self.samples[start : start + block_size]
-            if len(windows[-1]) + len(block_samples) > self.window:
+            block = range(start, min(start + block_size, len(self.samples)))
+            if len(windows[-1]) + len(block) > self.window:
                 windows.append([])
-            windows[-1] += block_samples
-        return self.reader.prefetch(windows)
+            windows[-1] += block
+        return self.reader.prefetch([self.samples.select(positions) for positions in windows])

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from pipeline.cache.class_stream import draw_class_rows
 from pipeline.data.manifest import Manifest
+from pipeline.data.sample_columns import SampleColumns
 from pipeline.runtime.errors import UserError
 from pipeline.runtime.rng import KeyedRNG, sample_keys
 from pipeline.types import Batch, ClassStream, Sample, Source, Split
@@ -139,7 +140,7 @@ def load_split(
     return table
 
 
-def split_samples(manifest: Manifest, split: Split) -> Sequence[Sample]:
+def split_samples(manifest: Manifest, split: Split) -> SampleColumns:
     """Return the samples of a split.
 
     Raises:
@@ -183,7 +184,8 @@ def read_table(
         aggregate: see `load_split`.
         mean_text: the text feature of samples without text; None: the mean of these samples' texts.
     """
-    ids = [sample.id for sample in samples]
+    columns_of_samples = SampleColumns.of(samples)
+    ids = list(columns_of_samples.ids)
     arrays = {key: cache.read(ids, aggregate="first" if aggregate == "first" else "mean") for key, cache in caches.items()}
     usable = np.isfinite(arrays["image"]).reshape(len(ids), -1).all(axis=1)
     kept = np.flatnonzero(usable).tolist()
@@ -200,7 +202,7 @@ def read_table(
         features, counts = caches["text"].read_rows(kept_ids)
         offsets = torch.from_numpy(np.concatenate([[0], np.cumsum(counts)]))
         captions = Captions(torch.from_numpy(features).to(device), offsets.to(device))
-    columns["label"] = label_tensor([samples[row].labels for row in kept], manifest)
+    columns["label"] = label_tensor(columns_of_samples.select(kept), manifest)
     columns["key"] = sample_keys(kept_ids)
     return FeatureTable(
         ids=tuple(kept_ids),
@@ -210,13 +212,12 @@ def read_table(
     )
 
 
-def label_tensor(sample_labels: list[tuple[int, ...]], manifest: Manifest) -> Tensor:
+def label_tensor(samples: SampleColumns, manifest: Manifest) -> Tensor:
     """Return class indices [N] int64 of a single-label dataset, or 0/1 indicators [N,C] float32 of a multi-label dataset."""
     if manifest.label_kind == "single":
-        return torch.tensor([label for (label,) in sample_labels], dtype=torch.int64)
-    indicators = torch.zeros(len(sample_labels), len(manifest.class_names))
-    for row, present in enumerate(sample_labels):
-        indicators[row, list(present)] = 1.0
+        return torch.from_numpy(samples.labels()[1])
+    indicators = torch.zeros(len(samples), len(manifest.class_names))
+    indicators[tuple(map(torch.from_numpy, samples.labels()))] = 1.0
     return indicators
 
 

@@ -166,7 +166,7 @@ def _open_stored(cache: Cache, order: Sequence[int]) -> tuple[FeatureFile, int, 
             yield cache.stored.read(rows[start:stop])
 
     offsets = np.concatenate([[0], ends]).astype(np.int64) if cache.kind == "ragged" else NO_OFFSETS
-    ids = [cache.ids[position] for position in order]
+    ids = cache.ids.take(order)
     features = FeatureFile(ids, offsets, cache.stored.shape, cache.identity["store_dtype"], {}, read_blocks)
     return features, cache.stored.shard_rows, np.argsort(rows)
 

@@ -5,10 +5,14 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
+
 from pipeline.data.manifest import Manifest
 from pipeline.data.manifest_files import read_manifest, write_manifest
+from pipeline.data.sample_columns import SampleColumns
 from pipeline.data.splits import by_fold
 from pipeline.runtime.errors import UserError
+from pipeline.types import SPLITS
 
 
 def fold_manifest(manifest: Manifest, fold: int, num_folds: int) -> Manifest:
@@ -22,18 +26,17 @@ def fold_manifest(manifest: Manifest, fold: int, num_folds: int) -> Manifest:
         fold: 0 .. num_folds - 1.
         num_folds: The number of folds.
     """
-    positions = [position for position, sample in enumerate(manifest.samples) if sample.split != "test"]
-    samples = [manifest.samples[position] for position in positions]
+    positions = np.flatnonzero(manifest.columns.split_codes != SPLITS.index("test"))
+    samples = list(manifest.columns.select(positions))
     folds = by_fold(samples, num_folds)
     ids = {sample.id for sample in samples}
-    return replace(
-        manifest,
+    return manifest.select(
+        positions,
         dataset=f"{manifest.dataset}.fold{fold}of{num_folds}",
-        samples=tuple(
+        samples=SampleColumns.of(
             replace(sample, split="val" if own == fold else "train") for sample, own in zip(samples, folds, strict=True)
         ),
         meta={**manifest.meta, "plugin": manifest.plugin, "features_of": list(manifest.features_of)},
-        rows=tuple(manifest.rows[position] if manifest.rows else position for position in positions),
         extra={key: value for key, value in manifest.extra.items() if key in ids},
         media_ok={key: value for key, value in manifest.media_ok.items() if key in ids},
     )

@@ -8,23 +8,28 @@ from __future__ import annotations
 import hashlib
 import re
 import unicodedata
+from array import array
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal, TypeVar
 
 import numpy as np
+import pyarrow as pa
 from numpy.typing import NDArray
 
+from pipeline.data.columns import compute, numpy_array
 from pipeline.data.readers import LINE_LIMIT, UNPRINTABLE, media_file
+from pipeline.data.sample_columns import SampleColumns, json_rows, list_sizes, unusual_rows
 from pipeline.runtime.errors import UserError
 from pipeline.runtime.files import canonical_json
 from pipeline.types import SPLITS, Sample
 
 SCHEMA_VERSION = 1
+_PLAIN_TEXT = r"^[!-~]+( [!-~]+)*$"  # which no Unicode form changes
 DATASET_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 _LONE_SURROGATE = re.compile(r"[\ud800-\udfff]")
 KeyedT = TypeVar("KeyedT")
@@ -38,10 +43,10 @@ class Manifest:
     dataset: str
     label_kind: Literal["single", "multi"]
     class_names: tuple[str, ...]
-    samples: tuple[Sample, ...]
+    samples: Sequence[Sample]  # a tuple, or `SampleColumns` where they are many
     meta: Mapping[str, Any]  # JSON values: media_type, text, licence, attribution, sources (versions, sha256); no machine facts
     media_root: Path  # folder of the media on this machine; not part of the identity
-    rows: tuple[int, ...] = ()  # row of each sample in meta["lists"], counted through all lists; (): every row is a sample
+    rows: Sequence[int] = ()  # row of each sample in meta["lists"], counted through all lists; (): every row is a sample
     extra: Mapping[str, str] = field(default_factory=dict)  # sample id -> JSON object of facts that no stage needs
     media_ok: Mapping[str, bool] = field(default_factory=dict)  # sample id -> whether its file can be decoded, if tried
 
@@ -54,15 +59,19 @@ class Manifest:
 
     @cached_property
     def _fingerprint(self) -> str:
-        """The hash of the JSON [version, kind, names, rows], fed row by row: the text of millions of rows is never held."""
+        """The hash of the JSON [version, kind, names, rows], fed batch by batch: the text of millions of rows is never held."""
         digest = hashlib.sha256(canonical_json([SCHEMA_VERSION, self.label_kind, self.class_names])[:-1].encode() + b",[")
-        comma = b""
-        for _, sample in self.in_file_order():
-            row = [sample.id, sample.split, sample.media.as_posix(), sample.labels, sample.texts, sample.group]
-            digest.update(comma + canonical_json(row).encode())
-            comma = b","
+        skipped = 1  # the comma before the first row
+        for block in self.columns.select(self.file_order()).blocks():
+            digest.update(memoryview(json_rows(block))[skipped:])
+            skipped = 0
         digest.update(b"]]")
         return digest.hexdigest()
+
+    @cached_property
+    def columns(self) -> SampleColumns:
+        """The samples as columns."""
+        return SampleColumns.of(self.samples)
 
     @property
     def plugin(self) -> str:
@@ -80,22 +89,36 @@ class Manifest:
         """The command that builds the manifest again, without its options."""
         return prepare_command(self.dataset, self.plugin)
 
+    def file_order(self) -> NDArray[np.int64]:
+        """Return the positions of the samples, sorted by split and then by source row."""
+        source = np.asarray(self.rows, np.int64)
+        order = np.argsort(source, kind="stable") if (source[1:] < source[:-1]).any() else np.arange(len(self.samples))
+        return order[np.argsort(self.columns.split_codes[order], kind="stable")]
+
     def in_file_order(self) -> Iterator[tuple[int, Sample]]:
         """Yield (source row, sample), sorted by split and then by source row."""
-        source = np.array(self.rows) if self.rows else np.arange(len(self.samples))
-        splits = np.fromiter((SPLITS.index(sample.split) for sample in self.samples), np.int8, len(self.samples))
-        for position in np.lexsort((source, splits)).tolist():
-            yield int(source[position]), self.samples[position]
+        order = self.file_order()
+        for position, sample in zip(order.tolist(), self.columns.select(order), strict=True):
+            yield self.rows[position] if self.rows else position, sample
 
-    def split(self, name: str) -> list[Sample]:
+    def split(self, name: str) -> SampleColumns:
         """Return the samples of a split.
 
         Raises:
             UserError: there is no such split; the message lists the splits.
         """
+        return self.columns.select(self.split_positions(name))
+
+    def split_positions(self, name: str) -> NDArray[np.int64]:
+        """Return the positions of the samples of a split; errors as in `split`."""
         if name not in SPLITS:
             raise UserError(f"unknown split {name!r}; choose one of: {', '.join(SPLITS)}")
-        return [sample for sample in self.samples if sample.split == name]
+        return np.flatnonzero(self.columns.split_codes == SPLITS.index(name))
+
+    def select(self, positions: NDArray[np.int64], **changes: Any) -> Manifest:
+        """Return a manifest of the samples at these positions, and with other fields changed; rows still tell their lines."""
+        rows = array("q", np.asarray(self.rows, np.int64)[positions] if self.rows else np.asarray(positions, np.int64))
+        return replace(self, **{"samples": self.columns.select(positions), "rows": rows, **changes})
 
     def media_path(self, sample: Sample) -> Path:
         """Return the path of the sample's media file; one whose name is the same in another Unicode form is found, too.
@@ -138,8 +161,8 @@ def check_manifest(manifest: Manifest, counts: Mapping[str, int] = _NO_COUNTS) -
     """
     _check_schema(manifest)
     check_counts(manifest, counts)
-    _check_leaks(manifest, lambda sample: sample.group, "group")
-    _check_leaks(manifest, lambda sample: sample.media.as_posix(), "media file")
+    _check_leaks(manifest, "group", "group")
+    _check_leaks(manifest, "media", "media file")
     if not manifest.meta.get("texts_recur", False):
         _check_texts(manifest)
 
@@ -153,11 +176,25 @@ def _check_schema(manifest: Manifest) -> None:
         if count > 1 or not name or UNPRINTABLE.search(name):
             what = "more than once" if count > 1 else "which is empty or unprintable"
             raise UserError(f"dataset {manifest.dataset!r} names the class {name[:80]!r} {what}")
-    for position, sample in enumerate(manifest.samples):
-        if problem := _row_problem(sample, manifest):
+    for position in _rows_to_check(manifest):
+        if problem := _row_problem(manifest.samples[position], manifest):
             raise _row_error(manifest, position, problem)
-    for _, first, second in repeated_keys(manifest.samples, lambda sample: sample.id):
+    for _, first, second in repeated_keys(manifest.columns.ids, str):
         raise _row_error(manifest, second, f"repeats the id of {manifest.source_location(first)}")
+
+
+def _rows_to_check(manifest: Manifest) -> Iterator[int]:
+    """Yield the positions of the samples that may break the schema; of samples that are no columns, all."""
+    facts = manifest.extra.values()
+    if not isinstance(manifest.samples, SampleColumns) or any(
+        len(text) > LINE_LIMIT // 2 or _LONE_SURROGATE.search(text) for text in facts
+    ):
+        yield from range(len(manifest.samples))
+        return
+    start = 0
+    for block in manifest.samples.blocks():
+        yield from (start + unusual_rows(block, manifest.label_kind, len(manifest.class_names), LINE_LIMIT)).tolist()
+        start += len(block)
 
 
 def _row_error(manifest: Manifest, position: int, what: str) -> UserError:
@@ -196,20 +233,28 @@ def _label_problem(sample: Sample, manifest: Manifest) -> str:
     return ""
 
 
-def _check_leaks(manifest: Manifest, key_of: Callable[[Sample], str], what: str) -> None:
-    """Check that samples with the same key are in one split; samples with the key "" are not checked."""
-    for key, first, second in repeated_keys(manifest.samples, key_of):
-        sample, other = manifest.samples[second], manifest.samples[first]
+def _check_leaks(manifest: Manifest, column: str, what: str) -> None:
+    """Check that samples with the same key in a column are in one split; samples with the key "" are not checked."""
+    keys = manifest.columns.strings(column)
+    hashes = _hashes(keys)
+    order = np.argsort(hashes, kind="stable")
+    hashes, codes = hashes[order], manifest.columns.split_codes[order]
+    starts = np.flatnonzero(np.concatenate([[True], hashes[1:] != hashes[:-1]]))
+    is_mixed = (np.minimum.reduceat(codes, starts) < np.maximum.reduceat(codes, starts)) & (hashes[starts] != hash(""))
+    first: dict[str, int] = {}
+    for position in np.sort(order[np.repeat(is_mixed, np.diff(np.append(starts, len(order))))]).tolist():
+        key = keys[position]
+        sample, other = (manifest.samples[each] for each in (position, first.setdefault(key, position)))
         if other.split != sample.split:
-            there = f"sample {other.id[:80]!r} of it is in {other.split} ({manifest.source_location(first)})"
-            raise _row_error(manifest, second, f"{what} {key[:80]!r} is in {sample.split}, but {there}")
+            there = f"sample {other.id[:80]!r} of it is in {other.split} ({manifest.source_location(first[key])})"
+            raise _row_error(manifest, position, f"{what} {key[:80]!r} is in {sample.split}, but {there}")
 
 
 def _check_texts(manifest: Manifest) -> None:
     """Check that no test sample has the texts of a training sample, which the head has seen in training."""
     for test in recurring_texts(manifest)[:1].tolist():
-        key = _text_key(manifest.samples[test])
-        train = next(i for i, sample in enumerate(manifest.samples) if sample.split == "train" and _text_key(sample) == key)
+        key = _text_key(manifest.samples[test].texts)
+        train = next(i for i in manifest.split_positions("train").tolist() if _text_key(manifest.samples[i].texts) == key)
         leak = f"has the texts of {manifest.source_location(train)}: test texts leak into training"
         raise _row_error(manifest, test, f"{leak}; where they recur by nature, prepare with --set texts_recur=true")
 
@@ -220,15 +265,27 @@ def recurring_texts(manifest: Manifest) -> NDArray[np.int64]:
     All texts of the two samples must be the same, in any order. Case, blanks and Unicode's compatibility forms are ignored.
     Samples without text are left out. Texts are compared by 64-bit hashes, so that millions of them need not be held.
     """
-    hashes = np.fromiter((hash(_text_key(sample)) for sample in manifest.samples), np.int64, len(manifest.samples))
-    split = np.array([SPLITS.index(sample.split) for sample in manifest.samples], np.int8)
-    train, test = (np.flatnonzero((split == SPLITS.index(name)) & (hashes != hash(""))) for name in ("train", "test"))
+    hashes = _hashes(key for block in manifest.columns.blocks(["texts"]) for key in _text_keys(block.column(0)))
+    train, test = (own[hashes[own] != hash("")] for own in map(manifest.split_positions, ("train", "test")))
     return test[np.isin(hashes[test], hashes[train])]
 
 
-def _text_key(sample: Sample) -> str:
-    normalised = {" ".join(unicodedata.normalize("NFKC", text).casefold().split()) for text in sample.texts}
+def _text_keys(texts: pa.Array) -> list[str]:
+    """Return the key of each row of texts; fast for rows of one plain English text each."""
+    flat = texts.flatten()
+    is_plain = len(flat) == len(texts) and compute.all(compute.match_substring_regex(flat, _PLAIN_TEXT), min_count=0).as_py()
+    if is_plain and (list_sizes(texts) == 1).all():
+        return compute.ascii_lower(flat).to_pylist()
+    return [_text_key(own) for own in texts.to_pylist()]
+
+
+def _text_key(texts: Iterable[str]) -> str:
+    normalised = {" ".join(unicodedata.normalize("NFKC", text).casefold().split()) for text in texts}
     return "\n".join(sorted(normalised - {""}))
+
+
+def _hashes(keys: Iterable[str]) -> NDArray[np.int64]:
+    return np.fromiter(map(hash, keys), np.int64)
 
 
 def repeated_keys(items: Sequence[KeyedT], key_of: Callable[[KeyedT], str]) -> Iterator[tuple[str, int, int]]:
@@ -236,9 +293,10 @@ def repeated_keys(items: Sequence[KeyedT], key_of: Callable[[KeyedT], str]) -> I
 
     Only hashes are held for keys that come once.
     """
-    hashes = np.fromiter((hash(key_of(item)) for item in items), np.int64, len(items))
+    hashes = _hashes(map(key_of, items))
     order = np.argsort(hashes, kind="stable")
-    same = hashes[order][1:] == hashes[order][:-1]
+    hashes = hashes[order]
+    same = (hashes[1:] == hashes[:-1]) & (hashes[1:] != hash(""))
     first: dict[str, int] = {}
     for position in np.unique(np.concatenate([order[1:][same], order[:-1][same]])).tolist():
         key = key_of(items[position])
@@ -281,5 +339,17 @@ def has_text(sample: Sample) -> bool:
 
 def split_counts(manifest: Manifest) -> dict[str, int]:
     """Return the number of samples of each split."""
-    counts = Counter(sample.split for sample in manifest.samples)
-    return {split: counts[split] for split in SPLITS}
+    codes = manifest.columns.split_codes
+    return {split: int(np.count_nonzero(codes == code)) for code, split in enumerate(SPLITS)}
+
+
+def text_counts(samples: SampleColumns) -> NDArray[np.int64]:
+    """Return how many texts each sample has that are not blank."""
+    counts = [np.zeros(0, np.int64)]
+    for block in samples.blocks(["texts"]):
+        flat, sizes = block.column(0).flatten(), list_sizes(block.column(0))
+        has_words = numpy_array(compute.match_substring_regex(flat, "[!-~]")).astype(np.bool_)
+        for position in np.flatnonzero(~has_words).tolist():
+            has_words[position] = not is_blank(flat[position].as_py())
+        counts.append(np.bincount(np.repeat(np.arange(len(sizes)), sizes)[has_words], minlength=len(sizes)))
+    return np.concatenate(counts)

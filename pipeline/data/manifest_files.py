@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import csv
 import json
-import sys
 from array import array
-from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator
 from contextlib import ExitStack
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +15,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.data import spec as specs
+from pipeline.data.columns import BATCH_ROWS, ColumnWriter, compute, numpy_array
 from pipeline.data.manifest import DATASET_NAME, SCHEMA_VERSION, Manifest, check_manifest, prepare_command, split_counts
 from pipeline.data.readers import guard_cell
+from pipeline.data.sample_columns import NO_GROUP, SAMPLE_SCHEMA, SampleColumns, json_lists, list_sizes
 from pipeline.runtime.errors import UserError
 from pipeline.runtime.files import write_atomic, written_aside
-from pipeline.types import SPLITS, Sample
+from pipeline.types import SPLITS
 
 BUILDER_VERSION = 1  # raised whenever the same official files give other rows
 ROWS_PER_BATCH = 2**16  # rows that are read or written at a time
@@ -41,7 +40,10 @@ MANIFEST_SCHEMA = pa.schema(
         ("extra", pa.string()),
     ]
 )
-_COLUMNS_READ = ("source_row", "sample_id", "split", "media_path", "texts", "label_ids", "group_id", "extra", "media_ok")
+_COLUMNS_READ = (  # the first ones are those of `SAMPLE_SCHEMA`, in its order
+    *("sample_id", "split", "media_path", "texts", "label_ids", "group_id"),
+    *("source_row", "extra", "media_ok"),
+)
 
 
 def write_manifest(manifest: Manifest, home: Path) -> Path:
@@ -86,15 +88,40 @@ def _write_tables(manifest: Manifest, parquet_path: Path, csv_path: Path) -> Non
     """Write the rows to both files, a batch at a time."""
     with ExitStack() as files:
         csv_aside, parquet_aside = (files.enter_context(written_aside(path)) for path in (csv_path, parquet_path))
-        text = csv.DictWriter(
-            files.enter_context(csv_aside.open("w", encoding="utf-8", newline="")), MANIFEST_SCHEMA.names, lineterminator="\n"
-        )
+        text = csv.writer(files.enter_context(csv_aside.open("w", encoding="utf-8", newline="")), lineterminator="\n")
         table = files.enter_context(pq.ParquetWriter(parquet_aside, MANIFEST_SCHEMA, compression="zstd"))
-        text.writeheader()
-        remaining = (_row(manifest, source_row, sample) for source_row, sample in manifest.in_file_order())
-        for rows in iter(lambda: list(islice(remaining, ROWS_PER_BATCH)), []):
-            text.writerows(map(_csv_cells, rows))
-            table.write_table(pa.Table.from_pylist(rows, schema=MANIFEST_SCHEMA))
+        text.writerow(MANIFEST_SCHEMA.names)
+        for batch in _table_batches(manifest):
+            text.writerows(zip(*_csv_columns(batch), strict=True))
+            table.write_batch(batch)
+
+
+def _table_batches(manifest: Manifest) -> Iterator[pa.RecordBatch]:
+    """Yield the rows of the Parquet file."""
+    order = manifest.file_order()
+    source = np.asarray(manifest.rows, np.int64)[order] if manifest.rows else order
+    start = 0
+    for block in manifest.columns.select(order).blocks(num_rows=ROWS_PER_BATCH):
+        num_rows = len(block)
+        facts, is_ok = (
+            [of.get(id) for id in block.column("id").to_pylist()] if of else None for of in (manifest.extra, manifest.media_ok)
+        )
+        groups = block.column("group")
+        columns = {
+            "dataset": pa.repeat(manifest.dataset, num_rows),
+            "sample_id": block.column("id"),
+            "split": block.column("split"),
+            "media_type": pa.repeat(manifest.meta["media_type"], num_rows),
+            "media_path": block.column("media"),
+            "label_ids": block.column("labels"),
+            "texts": block.column("texts"),
+            "source_row": pa.array(source[start : start + num_rows], pa.int32()),
+            "group_id": compute.if_else(compute.equal(groups, ""), None, groups),
+            "media_ok": pa.array(is_ok, pa.bool_()) if is_ok else pa.nulls(num_rows, pa.bool_()),
+            "extra": compute.fill_null(pa.array(facts, pa.string()), "{}") if facts else pa.repeat("{}", num_rows),
+        }
+        yield pa.RecordBatch.from_arrays([columns[name] for name in MANIFEST_SCHEMA.names], schema=MANIFEST_SCHEMA)
+        start += num_rows
 
 
 def read_manifest(home: Path, dataset: str) -> Manifest:
@@ -161,29 +188,34 @@ def load_dataset_spec(home: Path, dataset: str) -> dict[str, Any]:
 
 def _read_rows(path: Path) -> dict[str, Any]:
     """Read, in batches, the fields of `Manifest` that are in the Parquet file; samples are sorted by source row."""
-    samples: list[Sample] = []
-    source_rows = array("q")
+    writer = ColumnWriter(SAMPLE_SCHEMA)
+    source_rows = [np.zeros(0, np.int64)]
     extra: dict[str, str] = {}
     media_ok: dict[str, bool] = {}
     with pq.ParquetFile(path) as file:
         if not file.schema_arrow.equals(MANIFEST_SCHEMA):
             raise UserError("it has other columns than a manifest")
-        for batch in file.iter_batches(ROWS_PER_BATCH, columns=list(_COLUMNS_READ)):
-            for row in zip(*(batch[name].to_pylist() for name in _COLUMNS_READ), strict=True):
-                source_row, sample_id, split, media, texts, labels, group, facts, is_ok = row
-                interned = tuple(map(sys.intern, texts))  # the same tag occurs in many samples: keep one object for all
-                samples.append(Sample(sample_id, sys.intern(split), Path(media), interned, tuple(labels), group or ""))
-                source_rows.append(source_row)
-                extra |= {sample_id: facts} if facts != "{}" else {}
-                media_ok |= {sample_id: is_ok} if is_ok is not None else {}
-    order = np.argsort(np.frombuffer(source_rows, np.int64), kind="stable").tolist()
-    rows = tuple(source_rows[position] for position in order)
-    return {
-        "samples": tuple(samples[position] for position in order),
-        "rows": () if rows == tuple(range(len(rows))) else rows,
-        "extra": extra,
-        "media_ok": media_ok,
-    }
+        for batch in file.iter_batches(BATCH_ROWS, columns=list(_COLUMNS_READ)):
+            batch.validate(full=True)  # names that are not UTF-8
+            by_name = dict(zip(_COLUMNS_READ, map(batch.column, _COLUMNS_READ), strict=True))
+            columns = [by_name[name] for name in _COLUMNS_READ[: len(SAMPLE_SCHEMA)]]
+            columns[-1] = compute.coalesce(columns[-1], NO_GROUP)
+            if any(column.null_count or (pa.types.is_list(column.type) and column.flatten().null_count) for column in columns):
+                raise ValueError("a value is missing")
+            writer.add(pa.RecordBatch.from_arrays(columns, schema=SAMPLE_SCHEMA))
+            source_rows.append(numpy_array(by_name["source_row"]))
+            extra |= _facts_by_id(by_name["sample_id"], by_name["extra"], compute.not_equal(by_name["extra"], "{}"))
+            media_ok |= _facts_by_id(by_name["sample_id"], by_name["media_ok"], compute.is_valid(by_name["media_ok"]))
+    source = np.concatenate(source_rows)
+    order = np.argsort(source, kind="stable")
+    is_whole = np.array_equal(source[order], np.arange(len(order)))
+    samples = SampleColumns(writer.finish(), None if np.array_equal(order, np.arange(len(order))) else order)
+    return {"samples": samples, "rows": () if is_whole else array("q", source[order]), "extra": extra, "media_ok": media_ok}
+
+
+def _facts_by_id(ids: pa.Array, facts: pa.Array, is_given: pa.Array) -> dict[str, Any]:
+    """Return the facts of the samples that have one, by id."""
+    return dict(zip(ids.filter(is_given).to_pylist(), facts.filter(is_given).to_pylist(), strict=True))
 
 
 def manifest_path(home: Path, dataset: str, suffix: str) -> Path:
@@ -192,33 +224,31 @@ def manifest_path(home: Path, dataset: str, suffix: str) -> Path:
     return home / "manifests" / f"{dataset}.{suffix}"
 
 
-def _row(manifest: Manifest, source_row: int, sample: Sample) -> dict[str, Any]:
-    return {
-        "dataset": manifest.dataset,
-        "sample_id": sample.id,
-        "split": sample.split,
-        "media_type": manifest.meta["media_type"],
-        "media_path": sample.media.as_posix(),
-        "label_ids": list(sample.labels),
-        "texts": list(sample.texts),
-        "source_row": source_row,
-        "group_id": sample.group or None,
-        "media_ok": manifest.media_ok.get(sample.id),
-        "extra": manifest.extra.get(sample.id, "{}"),
-    }
-
-
 def _class_counts(manifest: Manifest) -> dict[str, dict[str, int]]:
-    counts = Counter((sample.split, label) for sample in manifest.samples for label in sample.labels)
-    return {split: {name: counts[split, label] for label, name in enumerate(manifest.class_names)} for split in SPLITS}
+    counts = np.zeros((len(SPLITS), len(manifest.class_names)), np.int64)
+    start = 0
+    for block in manifest.columns.blocks(["labels"]):
+        labels = block.column(0)
+        codes = np.repeat(manifest.columns.split_codes[start : start + len(block)], list_sizes(labels))
+        np.add.at(counts, (codes, numpy_array(labels.flatten())), 1)
+        start += len(block)
+    return {split: dict(zip(manifest.class_names, counts[code].tolist(), strict=True)) for code, split in enumerate(SPLITS)}
 
 
-def _csv_cells(row: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a row as CSV cells that a spreadsheet may open: lists and booleans become JSON, null becomes an empty cell."""
-    lists = {name: json.dumps(row[name], ensure_ascii=False) for name in ("label_ids", "texts")}
-    media_ok = "" if row["media_ok"] is None else json.dumps(row["media_ok"])
-    names = {name: guard_cell(row[name] or "") for name in ("sample_id", "media_path", "group_id")}
-    return {**row, **lists, **names, "media_ok": media_ok}
+def _csv_columns(batch: pa.RecordBatch) -> Iterator[list[Any]]:
+    """Yield the columns of a batch as CSV cells that a spreadsheet may open.
+
+    Lists and booleans become JSON, null becomes an empty cell.
+    """
+    for name, column in zip(batch.schema.names, batch.columns, strict=True):
+        if pa.types.is_list(column.type):
+            yield json_lists(column, ", ").to_pylist()
+        elif name in ("sample_id", "media_path", "group_id"):
+            cells = compute.fill_null(column, "")
+            is_odd = compute.any(compute.match_substring_regex(cells, r"^'*[=+\-@\t\r]"), min_count=0).as_py()
+            yield list(map(guard_cell, cells.to_pylist())) if is_odd else cells.to_pylist()
+        else:
+            yield (column.cast(pa.string()).fill_null("") if pa.types.is_boolean(column.type) else column).to_pylist()
 
 
 def _indented_json(value: Any) -> str:

@@ -20,6 +20,7 @@ from pipeline.data.damage import check_file
 from pipeline.data.pictures import IMAGE_FORMATS, decode_picture
 from pipeline.data.pixels import WHITE
 from pipeline.data.svg import decode_xml, draw_svg
+from pipeline.data.tar_members import local_file
 from pipeline.data.video import video_frames
 from pipeline.runtime.errors import UserError
 
@@ -55,8 +56,8 @@ def open_image(path: Path, size: int) -> Image.Image:
     Raises:
         UserError: there is no whole image in the file; with the name of the file and the reason.
     """
-    with _explain_errors(path):
-        return _render_svg(_read_svg(path), size) if path.suffix.lower() == ".svg" else _decode_raster(path)
+    with _explain_errors(path) as file:
+        return _render_svg(_read_svg(file), size) if path.suffix.lower() == ".svg" else _decode_raster(file)
 
 
 def open_frames(path: Path, num_frames: int) -> list[Image.Image]:
@@ -75,8 +76,8 @@ def open_frames(path: Path, num_frames: int) -> list[Image.Image]:
             picture, or has more than `MAX_FRAMES` frames.
     """
     assert num_frames >= 1, num_frames
-    with _explain_errors(path):
-        return _decode_frames(path, num_frames)
+    with _explain_errors(path) as file:
+        return _decode_frames(file, num_frames)
 
 
 def midpoint_frames(num_frames: int, length: int) -> list[int]:
@@ -92,11 +93,12 @@ def midpoint_frames(num_frames: int, length: int) -> list[int]:
 
 
 @contextmanager
-def _explain_errors(path: Path) -> Iterator[None]:
-    """Turn every error of reading a file into a `UserError` that starts with the name of the file."""
+def _explain_errors(path: Path) -> Iterator[Path]:
+    """Give the file to read, and turn every error of reading it into a `UserError` that starts with the name of the file."""
     try:
-        check_file(path)
-        yield
+        with local_file(path) as file:
+            check_file(file)
+            yield file
     except FileNotFoundError as error:
         raise UserError(f"{path.name}: no such file") from error
     except OSError as error:

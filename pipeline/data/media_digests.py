@@ -15,6 +15,9 @@ from typing import NamedTuple
 
 import xxhash
 
+from pipeline.data.tar_members import find_member, read_member
+from pipeline.runtime.errors import UserError
+
 STORE_NAME = "media.sqlite"  # in the home: path -> stamp and digest of every media file that was read
 NO_DIGEST = bytes(8)  # of a file that cannot be read
 SETTLING_NS = 2 * 10**9  # a file that has just changed may change again within one tick of its disk's clock
@@ -63,16 +66,19 @@ def read_digest(path: Path) -> bytes:
 def _digest(path: bytes, remembered: Mapping[bytes, _Entry]) -> _Entry | None:
     """Return the entry of a regular file that can be read; it is read only when the remembered one has another stamp."""
     try:
-        status = os.stat(path)
+        member = find_member(os.fsdecode(path))
+        status = os.stat(member.tar if member else path)
         if not stat.S_ISREG(status.st_mode):  # reading a pipe or a device may never end
             return None
         stamp = f"{status.st_size} {status.st_mtime_ns} {status.st_ctime_ns}"
         known = remembered.get(path)
         if known and known.stamp == stamp:
             return known
+        if member:
+            return _Entry(path, stamp, xxhash.xxh3_64_digest(read_member(member)))
         with open(path, "rb", buffering=0) as file:
             return _Entry(path, stamp, hashlib.file_digest(file, xxhash.xxh3_64).digest())
-    except OSError:
+    except (OSError, UserError):
         return None
 
 

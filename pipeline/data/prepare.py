@@ -7,25 +7,28 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
+import numpy as np
+
 from pipeline.data.fetch import download_folder
-from pipeline.data.manifest import DATASET_NAME, Manifest, found_counts, has_text, recurring_texts, split_counts
+from pipeline.data.manifest import DATASET_NAME, Manifest, found_counts, recurring_texts, split_counts, text_counts
 from pipeline.data.manifest_files import write_manifest
 from pipeline.data.media import open_frames, open_image
 from pipeline.data.readers import find_missing_media, media_file
 from pipeline.data.recipes import Recipe, check_not_another, read_recipe, write_recipe
 from pipeline.data.spec import load_spec
+from pipeline.data.tar_members import file_on_disk, find_member, local_file
 from pipeline.runtime import plugins
 from pipeline.runtime.choices import unknown_choice
 from pipeline.runtime.errors import UserError
 from pipeline.runtime.files import file_sha256, write_atomic
 from pipeline.runtime.logs import ProgressBar
-from pipeline.types import Sample
+from pipeline.types import SPLITS
 
 logger = logging.getLogger(__name__)
 
@@ -101,11 +104,11 @@ def prepare(
         counts += [_count_row(f"{split} with media", found) for split, found in split_counts(manifest).items()]
     copies = _warn_about_copies(manifest)
     num_recurring = len(recurring_texts(manifest))
-    counts.append(_count_row("train with text", sum(map(has_text, manifest.split("train")))))
+    counts.append(_count_row("train with text", int(np.count_nonzero(text_counts(manifest.split("train"))))))
     counts.append(_count_row("test texts in train", num_recurring))
     undecodable = _find_undecodable(manifest, progress) if verify_media else {}
     if verify_media:
-        manifest = replace(manifest, media_ok={sample.id: i not in undecodable for i, sample in enumerate(manifest.samples)})
+        manifest = replace(manifest, media_ok={id: i not in undecodable for i, id in enumerate(manifest.columns.ids)})
     path = write_manifest(manifest, home)
     write_recipe(home, name, recipe)
     return PrepareReport(
@@ -247,9 +250,9 @@ def _leave_out_missing(manifest: Manifest, missing_list: Path, allow: bool) -> t
     Raises:
         UserError: media files are missing and that is not allowed, or all are missing.
     """
-    media = (sample.media.as_posix() for sample in manifest.samples)
+    media = manifest.columns.strings("media")
     follows_links = manifest.meta.get("follows_links", False)
-    missing = find_missing_media(manifest.media_root, media, manifest.source_location, follows_links)
+    missing = find_missing_media(manifest.media_root, media, manifest.source_location, follows_links, file_on_disk)
     if not missing:
         missing_list.unlink(missing_ok=True)
         return manifest, 0
@@ -266,15 +269,9 @@ def _leave_out_missing(manifest: Manifest, missing_list: Path, allow: bool) -> t
         )
     if len(missing) == len(manifest.samples):
         raise UserError(f"{share} below {manifest.media_root}: there is nothing to prepare; see {missing_list}")
-    removed = set(missing)
-    kept = [position for position in range(len(manifest.samples)) if position not in removed]
-    remaining = replace(
-        manifest,
-        samples=tuple(manifest.samples[position] for position in kept),
-        rows=tuple(manifest.rows[position] for position in kept) if manifest.rows else tuple(kept),
-        meta={**manifest.meta, "missing_media": [manifest.samples[position].id for position in missing]},
-    )
-    return remaining, len(missing)
+    kept = np.delete(np.arange(len(manifest.samples)), missing)
+    left_out = manifest.columns.ids.take(missing)
+    return manifest.select(kept, meta={**manifest.meta, "missing_media": left_out}), len(missing)
 
 
 def _refuse_irregular(manifest: Manifest, missing: Sequence[int]) -> None:
@@ -315,23 +312,43 @@ def _warn_about_copies(manifest: Manifest) -> list[str]:
 
     Only files of equal size are read, and none if they are more than `MAX_COMPARED_BYTES` together.
     """
-    by_size: dict[int, list[Sample]] = {}
-    for sample in manifest.samples:
-        by_size.setdefault(manifest.media_path(sample).stat().st_size, []).append(sample)
-    alike = {size: same for size, same in by_size.items() if {"train"} < {sample.split for sample in same}}
-    if sum(size * len(same) for size, same in alike.items()) > MAX_COMPARED_BYTES:
+    sizes = np.fromiter(_media_sizes(manifest), np.int64, len(manifest.samples))
+    is_train = manifest.columns.split_codes == SPLITS.index("train")
+    shared = np.intersect1d(sizes[is_train], sizes[~is_train])
+    positions = np.flatnonzero(np.isin(sizes, shared))
+    if sizes[positions].sum() > MAX_COMPARED_BYTES:
         return []
-    digest = {sample.id: file_sha256(manifest.media_path(sample)) for same in alike.values() for sample in same}
-    candidates = [sample for same in alike.values() for sample in same]
-    originals = {digest[sample.id]: sample.id for sample in candidates if sample.split == "train"}
-    copies = [sample for sample in candidates if sample.split != "train" and digest[sample.id] in originals]
+    media = manifest.columns.strings("media").take(positions)
+    digests: dict[str, str] = {}
+    for name, position in zip(media, positions.tolist(), strict=True):
+        if name not in digests:
+            with local_file(manifest.media_path(manifest.samples[position])) as file:
+                digests[name] = file_sha256(file)
+    pairs = list(zip(positions.tolist(), media, strict=True))
+    originals = {digests[name]: position for position, name in pairs if is_train[position]}
+    copies = [
+        (position, originals[digests[name]])
+        for position, name in pairs
+        if not is_train[position] and digests[name] in originals
+    ]
     if not copies:
         return []
-    first = copies[0]
+    first, original = (manifest.samples[position] for position in copies[0])
     return [
         f"{len(copies)} media files of val and test have the same bytes as one of train, the first: {first.id!r} of "
-        f"{first.split} and {originals[digest[first.id]]!r}; leave them out, or put them in one group"
+        f"{first.split} and {original.id!r}; leave them out, or put them in one group"
     ]
+
+
+def _media_sizes(manifest: Manifest) -> Iterator[int]:
+    """Yield the size of each sample's file; several samples of one file often stand together."""
+    size, last = 0, ""
+    for media in manifest.columns.strings("media"):
+        if media != last:
+            path, last = str(media_file(manifest.media_root, PurePosixPath(media))), media
+            member = find_member(path)
+            size = member.size if member else os.stat(path).st_size
+        yield size
 
 
 def _warn_about_splits(manifest: Manifest, num_recurring: int) -> list[str]:
@@ -342,7 +359,7 @@ def _warn_about_splits(manifest: Manifest, num_recurring: int) -> list[str]:
         remedy = manifest.meta["val_remedy"]
         again = f"; prepare with {remedy}" if remedy else ""
         warnings.append(f"the val split is empty, and heads are selected on it{again}")
-    unlabelled = sum(not sample.labels for sample in manifest.samples)
+    unlabelled = len(manifest.samples) - len(np.unique(manifest.columns.labels()[0]))
     if unlabelled:
         remedy = " with --set filter=label" if "filter" in manifest.meta["options"] else ""
         warnings.append(f"{unlabelled} samples have no label, and heads cannot be scored on them; leave them out{remedy}")

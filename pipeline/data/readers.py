@@ -233,7 +233,13 @@ def _read_names_by_nfc(folder: Path, _changed: int) -> Mapping[str, str]:
     return {unicodedata.normalize("NFC", name): name for name in sorted(os.listdir(folder), reverse=True)}
 
 
-def find_missing_media(root: Path, media: Iterable[str], where: Callable[[int], str], follows_links: bool = False) -> list[int]:
+def find_missing_media(
+    root: Path,
+    media: Iterable[str],
+    where: Callable[[int], str],
+    follows_links: bool = False,
+    find_file: Callable[[str], str] = str,
+) -> list[int]:
     """Return the positions of the paths that are not a file under `root`.
 
     Args:
@@ -241,6 +247,7 @@ def find_missing_media(root: Path, media: Iterable[str], where: Callable[[int], 
         media: paths relative to `root`.
         where: returns the list and line of the path at a position, for messages.
         follows_links: whether symbolic links may lead out of `root`; not those of a downloaded archive.
+        find_file: returns the file that has to be there for an absolute path.
 
     Raises:
         UserError: a symbolic link leads out of `root` and may not, or a file cannot be looked at.
@@ -253,6 +260,7 @@ def find_missing_media(root: Path, media: Iterable[str], where: Callable[[int], 
         if folder not in inside:
             inside[folder] = follows_links or _is_inside(os.path.join(real_root, folder), real_root)
         full = os.path.join(real_root, name) if name.isascii() else str(media_file(Path(real_root), PurePosixPath(name)))
+        full = find_file(full)
         try:
             mode = os.lstat(full).st_mode
         except OSError as error:

@@ -7,6 +7,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import accumulate
 
+from pipeline.data.sample_columns import SampleColumns
 from pipeline.runtime.errors import UserError
 from pipeline.types import Sample
 
@@ -69,7 +70,7 @@ def by_fold(samples: Sequence[Sample], num_folds: int) -> list[int]:
     return [fold[sample.group or sample.id] for sample in samples]
 
 
-def by_fraction(samples: Sequence[Sample], fraction: float) -> list[Sample]:
+def by_fraction(samples: Sequence[Sample], fraction: float) -> SampleColumns:
     """Return a fraction of the samples of every class, at least one, in their order; smaller fractions are among larger ones.
 
     The samples of a class are sorted by the SHA-256 of their ids, and the first are kept. Samples of multi-label data are one
@@ -88,7 +89,7 @@ def by_fraction(samples: Sequence[Sample], fraction: float) -> list[Sample]:
     for members in ids.values():
         ordered = sorted(members, key=lambda each: hashlib.sha256(each.encode()).digest())
         kept.update(ordered[: max(1, int(fraction * len(ordered) + 0.5))])
-    return [sample for sample in samples if sample.id in kept]
+    return SampleColumns.of(samples).select([position for position, sample in enumerate(samples) if sample.id in kept])
 
 
 def is_held_out(group: str, percent: int) -> bool:

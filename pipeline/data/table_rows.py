@@ -8,8 +8,11 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
+
 from pipeline.data.manifest import repeated_keys
 from pipeline.data.readers import line_error
+from pipeline.data.sample_columns import SampleColumns
 from pipeline.runtime.errors import UserError
 from pipeline.types import Sample
 
@@ -168,7 +171,7 @@ def _numbered_classes(written: Iterable[str], rows: Sequence[TableRow], numbers:
 
 def warn_about_classes(classes: Sequence[str], samples: Sequence[Sample]) -> list[str]:
     """Return warnings: one class alone, classes without a sample, several labels in a cell, or so many that it is no label."""
-    used = {label for sample in samples for label in sample.labels}
+    used = set(np.unique(SampleColumns.of(samples).labels()[1]).tolist())
     empty = [name for label, name in enumerate(classes) if label not in used]
     warnings = [f"all samples are of one class, {classes[0]!r}: a head has nothing to learn"] if len(classes) == 1 else []
     if empty:

@@ -57,7 +57,7 @@ class ClassifiedRows(NamedTuple):
 class _Block(NamedTuple):
     """Items with their features, not yet classified."""
 
-    names: list[str]
+    names: Sequence[str]
     features: NDArray[np.float32]
     keys: Tensor
     errors: list[str]
@@ -147,7 +147,7 @@ class Classifier:
                 bar.update(len(block.names))
                 yield ClassifiedRows(block.names, probabilities, errors)
 
-    def _chosen_ids(self, cache: Cache, home: Path, split: Split | None) -> list[str]:
+    def _chosen_ids(self, cache: Cache, home: Path, split: Split | None) -> Sequence[str]:
         """Return the samples to classify; reads of the test split of the run's own dataset are logged."""
         shape = self.run.config().shapes["image"]
         if tuple(shape) != cache.feature_shape:
@@ -168,7 +168,7 @@ class Classifier:
                     f"{cache.path} was made from another manifest than that of {dataset} in {home}; "
                     f"extract a cache of it: diffalign extract {dataset}"
                 )
-            ids = [sample.id for sample in manifest.split(split)]
+            ids = manifest.split(split).ids
         if not ids:
             raise UserError(f"the {split} split of {dataset} is empty")
         if split in (None, "test") and (dataset == self.spec.dataset or dataset == self._whole_dataset(home)):

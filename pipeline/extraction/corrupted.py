@@ -18,6 +18,7 @@ from pipeline.cache import Cache, layout, open_cache, verify
 from pipeline.cache.reader import identity_differences, is_of_text
 from pipeline.data.corruptions import Corruption
 from pipeline.data.manifest import Manifest
+from pipeline.data.sample_columns import SampleColumns
 from pipeline.extraction.extract import ExtractionTask, ExtractOptions, plan_extraction, run_extraction
 from pipeline.extraction.inputs import EncoderInputs
 from pipeline.runtime import plugins
@@ -48,14 +49,13 @@ class CorruptedCopies:
         encoder = cache.identity["encoder"]["name"]
         if encoder not in plugins.names("encoders") or "settings" not in cache.provenance:
             raise UserError(f"{cache.path} was computed elsewhere: without its encoder there are no features of other pictures")
-        positions = [position for position, sample in enumerate(manifest.samples) if sample.split == split]
-        if not positions:
+        positions = manifest.split_positions(split)
+        if not len(positions):
             raise UserError(f"{manifest.dataset} has no samples in split {split!r}")
-        copies = replace(
-            manifest,
+        copies = manifest.select(
+            positions,
             dataset=f"{manifest.dataset}{SEPARATOR}{split}",
-            samples=tuple(replace(manifest.samples[position], texts=()) for position in positions),
-            rows=tuple(manifest.rows[position] if manifest.rows else position for position in positions),
+            samples=SampleColumns.of(replace(sample, texts=()) for sample in manifest.split(split)),
             extra={},
             media_ok={},
         )

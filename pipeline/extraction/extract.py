@@ -176,7 +176,7 @@ def plan_extraction(
     encoder = build_encoder(encoder_name, settings)
     config = encoder.config
     input_rows = make_input_rows(manifest, encoder.modality)
-    inputs = EncoderInputs(manifest, encoder, input_rows.items, store_dtype)
+    inputs = EncoderInputs(manifest, encoder, input_rows, store_dtype)
     values = asdict(config)
     provenance = make_provenance(
         dataset=manifest.dataset,
@@ -216,7 +216,7 @@ def start_or_resume(target: ExtractionTarget) -> tuple[Writer, dict[int, Commit]
         UserError: the media have changed since the existing shards were written.
     """
     inputs, options, provenance = target.input_rows, target.options, target.provenance
-    ids, shape = [sample.id for sample in inputs.manifest.samples], target.feature_shape
+    ids, shape = inputs.manifest.columns.ids, target.feature_shape
     writer = Writer.open(target.path, ids, inputs.offsets, shape, target.identity, provenance, provenance["shard_rows"])
     _check_media(target, writer)
     commits = writer.verified_commits()
@@ -247,7 +247,7 @@ def _shard_media(target: ExtractionTarget, rows: range, failures: Sequence[Failu
     """Return the media of a shard; None for texts, which are in the manifest."""
     if target.input_rows.modality == "text":
         return None
-    samples = [target.input_rows[row][0] for row in rows]
+    samples = [sample for sample, _ in target.input_rows[rows.start : rows.stop]]
     return ShardMedia.of_rows(target.path, target.input_rows.manifest, samples, rows.start, failures)
 
 

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, overload
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from pipeline.cache.layout import Failure, from_stored, to_stored
 from pipeline.data.corruptions import Corruption, corrupt
-from pipeline.data.manifest import Manifest, has_text, is_blank
+from pipeline.data.manifest import Manifest, is_blank, text_counts
 from pipeline.data.manifest_files import load_dataset_spec
 from pipeline.encoders._encoder import Encoder
 from pipeline.encoders._factory import with_absolute_paths
@@ -57,19 +57,34 @@ class EncodedBatch(NamedTuple):
 
 
 @dataclass(frozen=True)
-class InputRows:
-    """The item behind each row of a cache; no encoder is needed to know it."""
+class InputRows(Sequence[tuple[Sample, str]]):
+    """The item behind each row of a cache: (sample, text), or (sample, "") for the sample's media.
+
+    No encoder is needed to know it. Items are made when they are asked for.
+    """
 
     manifest: Manifest
     modality: str
-    items: tuple[tuple[Sample, str], ...]  # one per row: (sample, text), or (sample, "") for the sample's media
     offsets: np.ndarray  # [N+1]: the texts of sample i have rows offsets[i] to offsets[i+1]; [0] for media
 
     def __len__(self) -> int:
-        return len(self.items)
+        return int(self.offsets[-1]) if len(self.offsets) else len(self.manifest.samples)
 
-    def __getitem__(self, row: int) -> tuple[Sample, str]:
-        return self.items[row]
+    @overload
+    def __getitem__(self, row: int) -> tuple[Sample, str]: ...
+    @overload
+    def __getitem__(self, row: slice) -> list[tuple[Sample, str]]: ...
+    def __getitem__(self, row: int | slice) -> tuple[Sample, str] | list[tuple[Sample, str]]:
+        if not isinstance(row, slice):
+            position = range(len(self))[row]
+            return self[position : position + 1][0]
+        rows = range(len(self))[row]
+        if not len(self.offsets) or not rows:
+            return [(sample, "") for sample in self.manifest.samples[rows.start : rows.stop]] if rows else []
+        first, last = (int(at) for at in np.searchsorted(self.offsets, [rows.start, rows.stop - 1], side="right") - 1)
+        own = self.manifest.samples[first : last + 1]
+        items = [(sample, text) for sample in own for text in texts_to_encode(sample, self.manifest.meta["text"])]
+        return items[rows.start - int(self.offsets[first]) :][: len(rows)]
 
 
 @dataclass(frozen=True)
@@ -78,7 +93,7 @@ class EncoderInputs:
 
     manifest: Manifest
     encoder: Encoder
-    rows: tuple[tuple[Sample, str], ...]  # `InputRows.items`
+    rows: Sequence[tuple[Sample, str]]  # `InputRows`
     store_dtype: str
     corruption: Corruption | None = None  # what is done to every picture before it is preprocessed
 
@@ -92,7 +107,7 @@ class EncoderInputs:
         """
         order = np.arange(rows.start, rows.stop)
         if self.encoder.modality == "text":
-            lengths = [len(self.rows[row][1]) for row in rows]
+            lengths = [len(text) for _, text in self.rows[rows.start : rows.stop]]
             order = order[np.argsort(lengths, kind="stable")]
         return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
 
@@ -200,14 +215,14 @@ class MemorySafeEncoder:
 
 def make_encoder_inputs(manifest: Manifest, encoder: Encoder, store_dtype: str) -> EncoderInputs:
     """Return the encoder's inputs for all samples of a manifest; errors as in `make_input_rows`."""
-    return EncoderInputs(manifest, encoder, make_input_rows(manifest, encoder.modality).items, store_dtype)
+    return EncoderInputs(manifest, encoder, make_input_rows(manifest, encoder.modality), store_dtype)
 
 
 def default_encoders(home: Path, manifest: Manifest) -> list[str]:
     """Return the names of a dataset's encoders; one of texts is left out when there is no text to encode."""
     encoders = dict(load_dataset_spec(home, manifest.dataset)["encoders"])
     rule = manifest.meta["text"]
-    if "text" in encoders and not any(map(has_text, manifest.samples)) and rule.get("empty", "skip") == "skip":
+    if "text" in encoders and not text_counts(manifest.columns).any() and rule.get("empty", "skip") == "skip":
         logger.info(
             "%s: this data set has no texts; %s is left out, and no method that learns from texts can be trained",
             manifest.dataset,
@@ -242,13 +257,16 @@ def make_input_rows(manifest: Manifest, modality: str) -> InputRows:
     if modality != "text":
         if not manifest.media_root.is_dir():
             raise UserError(f"the media folder {manifest.media_root} is gone; run: {manifest.prepare_command}")
-        return InputRows(manifest, modality, tuple((sample, "") for sample in manifest.samples), np.zeros(0, np.int64))
-    texts = [texts_to_encode(sample, manifest.meta["text"]) for sample in manifest.samples]
-    offsets = np.cumsum([0, *map(len, texts)], dtype=np.int64)
+        return InputRows(manifest, modality, np.zeros(0, np.int64))
+    counts, rule = text_counts(manifest.columns), manifest.meta["text"]
+    empty = rule.get("empty", "skip")
+    if empty == "error" and not counts.all():
+        texts_to_encode(manifest.samples[int(np.argmin(counts))], rule)
+    counts = np.minimum(counts, 1) if rule["aggregate"] == "join" else counts
+    offsets = np.cumsum(np.concatenate([[0], counts if empty == "skip" else np.maximum(counts, 1)]))
     if not offsets[-1]:
         raise UserError(f"dataset {manifest.dataset!r} has no texts to encode")
-    items = tuple((sample, text) for sample, own in zip(manifest.samples, texts, strict=True) for text in own)
-    return InputRows(manifest, modality, items, offsets)
+    return InputRows(manifest, modality, offsets)
 
 
 def texts_to_encode(sample: Sample, rule: Mapping[str, str]) -> tuple[str, ...]:

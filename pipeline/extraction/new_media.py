@@ -40,7 +40,7 @@ def encode_files(files: Sequence[str], encoder: Encoder, store_dtype: str, worke
         UserError: as in `encode_batches`; a file that cannot be read is no error, but a row of NaN.
     """
     manifest = manifest_of_files(files, encoder.modality)
-    inputs = EncoderInputs(manifest, encoder, make_input_rows(manifest, encoder.modality).items, store_dtype)
+    inputs = EncoderInputs(manifest, encoder, make_input_rows(manifest, encoder.modality), store_dtype)
     batches = inputs.batches(range(len(files)), default_batch_size(inputs))
     meter = ThroughputMeter(choose_workers(workers, len(files)), default_device().type)
     for batch in encode_batches(inputs, batches, MemorySafeEncoder(encoder), meter):

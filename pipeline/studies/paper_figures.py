@@ -105,9 +105,9 @@ def write_feature_space(
     """Write MARNet's Figure 3, t-SNE of the image features and of CDR's features."""
     manifest, head = read_manifest(home, dataset), TrainedHead.of(runs["cdr"])
     samples = split_samples(manifest, split)
-    label = label_tensor([sample.labels for sample in samples], manifest).numpy()
+    label = label_tensor(samples, manifest).numpy()
     indices, group, classes = figure_data.choose_tsne_samples(label, MAX_SAMPLES_PER_CLASS)
-    table = head.read(home, manifest, [samples[index] for index in indices], ("image",), "marnet-fig3")
+    table = head.read(home, manifest, samples.select(indices), ("image",), "marnet-fig3")
     group = group[np.isin([samples[index].id for index in indices], table.ids)]
     if len(group) < MIN_TSNE_SAMPLES or len(set(group.tolist())) < 2:
         raise UserError(f"the {split} split of {dataset} has too few samples of its most frequent classes for a t-SNE")

@@ -17,7 +17,7 @@ from pipeline.cache.near_duplicates import near_duplicate_warning
 from pipeline.cache.reader import find_cache, is_of_text
 from pipeline.cache.streaming import bytes_per_sample, open_split
 from pipeline.cache.table import FeatureSource, FeatureTable, load_split, read_table, split_samples
-from pipeline.data.manifest import Manifest, has_text
+from pipeline.data.manifest import Manifest, text_counts
 from pipeline.data.manifest_files import load_dataset_spec, read_manifest
 from pipeline.data.splits import by_fraction
 from pipeline.runtime import plugins
@@ -76,7 +76,7 @@ class FeatureSet:
         """The samples of the training split that are read; with all of them, the manifest itself."""
         if self.fraction == 1:
             return self.manifest
-        return replace(self.manifest, samples=tuple(by_fraction(self.manifest.split("train"), self.fraction)), rows=())
+        return replace(self.manifest, samples=by_fraction(self.manifest.split("train"), self.fraction), rows=())
 
     @property
     def num_train(self) -> int:
@@ -145,7 +145,7 @@ class FeatureSet:
     @property
     def num_bytes(self) -> int:
         """The memory that all samples need, in bytes."""
-        return bytes_per_sample(self.caches, self.aggregate) * len(self.caches["image"].ids)
+        return bytes_per_sample(self.caches, self.aggregate) * self.caches["image"].num_samples
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -206,7 +206,7 @@ def _find_cache(home: Path, manifest: Manifest, key: str, name: str, method: str
     try:
         return find_cache(home, manifest, name)
     except UserError as error:
-        if key == "text" and not any(map(has_text, manifest.samples)):
+        if key == "text" and not text_counts(manifest.columns).any():
             raise UserError(
                 f"{manifest.dataset}: this data set has no texts, and {method} learns from texts; choose a method that reads "
                 "images alone, such as baseline or mlp, or prepare the data with a column of texts"

@@ -168,8 +168,8 @@ def control_texts(
     texts, samples = caches["text"], split_samples(manifest, "train")
     shape = texts.read([samples[0].id]).shape[1:]
     if control == "label":
-        row_of = {sample.id: row for row, sample in enumerate(samples)}
-        label = label_tensor([sample.labels for sample in samples], manifest)
+        row_of = {sample_id: row for row, sample_id in enumerate(samples.ids)}
+        label = label_tensor(samples, manifest)
         vectors = draw_class_vectors(len(manifest.class_names), shape[-1], seed)
 
         def make_labels(ids: Sequence[str], numbers: Sequence[int]) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import tarfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -72,6 +74,20 @@ def write_captioned_photos(folder: Path) -> None:
     (folder / "photos.csv").write_text("\n".join(lines) + "\n")
 
 
+def write_shards(photos: Path, folder: Path) -> None:
+    """Write the captioned pictures as two tar files of samples."""
+    folder.mkdir()
+    for shard in range(2):
+        with tarfile.open(folder / f"photos-{shard:06d}.tar", "w") as tar:
+            for line in (photos / "photos.csv").read_text().splitlines()[1 + shard :: 2]:
+                path, kind, caption = line.split(",")
+                tar.add(photos / path, path)
+                for part, text in (("cls", kind), ("txt", caption)):
+                    info = tarfile.TarInfo(f"{Path(path).stem}.{part}")
+                    info.size = len(text)
+                    tar.addfile(info, io.BytesIO(text.encode()))
+
+
 def write_listed_photos(folder: Path) -> None:
     """Write pictures of two classes in the layout that examples/own_dataset.py reads."""
     lines = []
@@ -87,6 +103,7 @@ def write_listed_photos(folder: Path) -> None:
 def make_docs_folder(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Write the pictures, and a home with the features of openmoji and three heads."""
     write_captioned_photos(folder / "my_photos")
+    write_shards(folder / "my_photos", folder / "my_shards")
     write_listed_photos(folder / "my_birds")
     (folder / "photos").mkdir()
     write_photos(folder / "photos")

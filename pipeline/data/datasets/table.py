@@ -29,8 +29,10 @@ from typing import Any
 from pipeline.data import readers, splits
 from pipeline.data.cells import SPLIT_ALIASES, looks_like_splits, nfc, parse_labels, parse_name, parse_split, parse_texts
 from pipeline.data.class_folders import VIDEO_SUFFIXES, read_class_folders
+from pipeline.data.columns import BATCH_ROWS, ColumnWriter
 from pipeline.data.dataset import Dataset
 from pipeline.data.manifest import Manifest, check_manifest
+from pipeline.data.sample_columns import SAMPLE_SCHEMA, SampleColumns
 from pipeline.data.spec import held_out_percent, manifest_meta, required_counts
 from pipeline.data.table_files import (
     INDEX_COLUMNS,
@@ -43,7 +45,6 @@ from pipeline.data.table_files import (
 )
 from pipeline.data.table_rows import TableRow, label_ids, merge_rows, sample_ids, warn_about_classes, whole_labels
 from pipeline.runtime.errors import UserError
-from pipeline.types import Sample
 
 _CHOICES = {
     "labels": ("auto", "single", "multi"),
@@ -80,11 +81,7 @@ class MediaTable(Dataset):
         ids = sample_ids(found)
         rows, kept = merge_rows(found, ids, spec)
         label_kind, classes, labels = label_ids(rows, spec["labels"], names, spec["numbers"])
-        columns = zip(rows, (ids[position] for position in kept), labels, strict=True)
-        samples = tuple(
-            Sample(id, _choose_split(row, id, rows[0], spec), Path(row.media), row.texts, own, row.group)
-            for row, id, own in columns
-        )
+        samples = _make_samples(rows, [ids[position] for position in kept], labels, spec)
         meta = manifest_meta(
             {
                 **spec,
@@ -100,6 +97,19 @@ class MediaTable(Dataset):
         manifest = Manifest(spec["name"], label_kind, classes, samples, meta, media_root, source_rows)
         check_manifest(manifest, required_counts(spec))
         return manifest
+
+
+def _make_samples(
+    rows: Sequence[TableRow], ids: Sequence[str], labels: Sequence[tuple[int, ...]], spec: Mapping[str, Any]
+) -> SampleColumns:
+    writer = ColumnWriter(SAMPLE_SCHEMA)
+    for start in range(0, len(rows), BATCH_ROWS):
+        batch = slice(start, start + BATCH_ROWS)
+        own = rows[batch]
+        chosen = [_choose_split(row, id, rows[0], spec) for row, id in zip(own, ids[batch], strict=True)]
+        media = [Path(row.media).as_posix() for row in own]
+        writer.add_lists(ids[batch], chosen, media, [row.texts for row in own], labels[batch], [row.group for row in own])
+    return SampleColumns(writer.finish())
 
 
 def _check_choices(spec: Mapping[str, Any]) -> None:

@@ -1,0 +1,300 @@
+"""Tar files of samples, as the library webdataset writes and reads them: the members 000123.jpg, .txt and .cls are one sample.
+
+`shards` names the tar files below `root` by a pattern (**, *, ?), a range {000000..000009}, or both. Members that follow each
+other and whose names are the same up to the first dot of the file name are the parts of a sample; the rest of the name, in
+small letters, says which part. A sample needs a picture or clip, and a label: the content of `label_part`, or a value of the
+JSON file. Texts are the content of `text_part`, or values of the JSON file; a sample may have none. Labels are names, or ids
+from 0, as in a table. The id of a sample is the path of its shard without ".tar", and its key. Where a split is a folder of the
+shards or a word in their names, such as train-000000.tar, it is the split of their samples; otherwise it follows from the
+SHA-256 of the id.
+
+A sample that misses a part, has a broken one, or comes twice is left out, and so is what follows a damaged place of a tar: a
+warning counts them, and `left_out` in the manifest's meta has the reasons. Links, devices, sparse files, huge members and paths
+that lead out are not read. Extraction reads the members where they lie, in the order of the tar, and nothing is unpacked.
+"""
+
+from __future__ import annotations
+
+import glob
+import itertools
+import json
+import os
+import re
+from array import array
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import pyarrow as pa
+
+from pipeline.data import readers, splits
+from pipeline.data.cells import SPLIT_ALIASES, nfc, parse_labels, parse_texts
+from pipeline.data.class_folders import IMAGE_SUFFIXES, VIDEO_SUFFIXES
+from pipeline.data.columns import BATCH_ROWS, Columns, ColumnWriter, numpy_array
+from pipeline.data.dataset import Dataset
+from pipeline.data.manifest import Manifest, check_manifest
+from pipeline.data.sample_columns import SAMPLE_SCHEMA, SampleColumns
+from pipeline.data.spec import held_out_percent, manifest_meta, official_root, required_counts
+from pipeline.data.table_rows import TableRow, label_ids, warn_about_classes
+from pipeline.data.tar_members import TarEntry, member_path, scan_tar
+from pipeline.runtime.errors import UserError
+
+_KEY = re.compile(r"((?:.*/)?[^./]+)\.([^/]*)")  # of the name of a member: its sample, and its part
+_BRACES = re.compile(r"\{([^{}]*)\}")
+_RANGE = re.compile(r"(\d{1,9})\.\.(\d{1,9})")
+_MEDIA_SUFFIXES = (*IMAGE_SUFFIXES, *VIDEO_SUFFIXES)
+_MAX_SHARDS = 1_000_000
+_MAX_REASONS = 1000  # that the manifest keeps
+_FOUND = pa.schema(
+    [
+        *(("id", pa.string()), ("split", pa.string()), ("media", pa.string())),
+        *(("texts", pa.list_(pa.string())), ("labels", pa.list_(pa.string())), ("row", pa.int64())),
+    ]
+)
+_CHOICES = {"labels": ("auto", "single", "multi"), "media": ("auto", "image", "video"), "numbers": ("auto", "ids", "names")}
+
+
+_Row = tuple[str, str, tuple[str, ...], tuple[str, ...], int]
+
+
+class WebDataset(Dataset):
+    """Tar files whose members are pictures or clips, texts and labels."""
+
+    def build(self, spec: Mapping[str, Any], root: Path | None) -> Manifest:
+        """Build the manifest from the shards below `root`; `UserError` names what is missing and the remedy."""
+        for key, choices in _CHOICES.items():
+            if spec[key] not in choices:
+                raise UserError(f"{key} is {spec[key]!r}; choose one of: {', '.join(choices)}")
+        root = official_root(spec, root)
+        found = _read_shards(spec, root, _find_shards(spec["shards"], root))
+        names_file = [readers.locate(root, [spec["class_names"]], "the list of class names")] if spec["class_names"] else []
+        names = [nfc(name) for path in names_file for name in readers.read_names(path)]
+        rows = [TableRow(root, 0, "", labels, (), "", "", "") for labels in found.labels]
+        label_kind, classes, ids = label_ids(rows, spec["labels"], names, spec["numbers"])
+        samples = _label(found.columns, dict(zip(found.labels, ids, strict=True)))
+        media_types = {"video" if suffix in VIDEO_SUFFIXES else "image" for suffix in found.suffixes}
+        if len(media_types) > 1 and spec["media"] == "auto":
+            raise UserError(f"the shards below {root} hold images and videos; --set media says which they are")
+        meta = manifest_meta(
+            {
+                **spec,
+                "media_type": media_types.pop() if spec["media"] == "auto" else spec["media"],
+                "metrics": {"task": f"{label_kind}label", "topk": [1, 5]},
+            },
+            sources=readers.source_hashes(names_file, root),
+            lists=found.lists,
+            left_out=found.reasons,
+            split_rule="as given" if found.is_split else "by the SHA-256 of the id",
+            warnings=[*found.warnings(), *warn_about_classes(classes, samples)],
+        )
+        row_numbers = np.concatenate([numpy_array(block.column(0)) for block in found.columns.blocks(names=["row"])])
+        manifest = Manifest(spec["name"], label_kind, classes, samples, meta, root, array("q", row_numbers))
+        check_manifest(manifest, required_counts(spec))
+        return manifest
+
+
+@dataclass
+class _Found:
+    """What the shards hold; labels are not numbered yet."""
+
+    is_split: bool  # whether names of shards say the splits
+    writer: ColumnWriter = field(default_factory=lambda: ColumnWriter(_FOUND))
+    labels: dict[tuple[str, ...], None] = field(default_factory=dict)  # every list of labels that occurs
+    suffixes: set[str] = field(default_factory=set)  # of the media
+    lists: list[dict[str, Any]] = field(default_factory=list)
+    num_left_out: int = 0
+    reasons: list[str] = field(default_factory=list)
+    columns: Columns = field(init=False)
+
+    def leave_out(self, reason: str) -> None:
+        """Count a sample or shard that cannot be used."""
+        self.num_left_out += 1
+        self.reasons += [reason] if len(self.reasons) < _MAX_REASONS else []
+
+    def warnings(self) -> list[str]:
+        """Return a warning if something was left out."""
+        first = f", the first: {self.reasons[0]}" if self.reasons else ""
+        return [f"{self.num_left_out} samples or ends of shards are left out{first}"] if first else []
+
+
+def _find_shards(pattern: str, root: Path) -> list[str]:
+    """Return the paths of the shards relative to `root`: of a range all, in its order; of a pattern those that are there."""
+    shards: dict[str, None] = {}
+    missing: list[str] = []
+    for name in _expand_braces(pattern):
+        if name.startswith("/") or ".." in name.split("/"):
+            raise UserError(
+                f"shards is {pattern!r}; it names tar files below --root, such as shards/train-{{000000..000009}}.tar"
+            )
+        found = sorted(glob.glob(name, root_dir=root, recursive=True)) if glob.has_magic(name) else [name]
+        missing += [each for each in found if not (root / each).is_file()]
+        shards |= dict.fromkeys(found)
+    if missing or not shards:
+        what = (
+            f"{len(missing)} of {len(shards)} shards are missing, the first: {missing[0]}" if missing else "there is no shard"
+        )
+        raise UserError(f"{root}: {what}; --set shards says which tar files are meant, now {pattern!r}")
+    other = next((name for name in shards if not name.endswith(".tar")), "")
+    if other:
+        raise UserError(f"{root / other} does not end with .tar: plain tar files are read; unpack a compressed one with gunzip")
+    return list(shards)
+
+
+def _expand_braces(pattern: str) -> Iterator[str]:
+    """Yield the names that a pattern with {a..b} and {a,b} stands for."""
+    parts = _BRACES.split(pattern)
+    choices = [_choices(part) if number % 2 else [part] for number, part in enumerate(parts)]
+    for number, chosen in enumerate(itertools.product(*choices)):
+        if number >= _MAX_SHARDS:
+            raise UserError(f"shards is {pattern!r}, which are more than {_MAX_SHARDS} tar files")
+        yield "".join(chosen)
+
+
+def _choices(inside: str) -> Sequence[str]:
+    match = _RANGE.fullmatch(inside)
+    if not match:
+        return inside.split(",")
+    first, last = int(match[1]), int(match[2])
+    if not 0 <= last - first < _MAX_SHARDS:
+        raise UserError(f"the range {{{inside}}} in shards is empty, or has more than {_MAX_SHARDS} numbers")
+    return [str(number).zfill(len(match[1])) for number in range(first, last + 1)]
+
+
+def _split_of(shard: str) -> str:
+    """Return the split that a folder or a word in the name of a shard says; "": none."""
+    *folders, name = shard.lower().removesuffix(".tar").split("/")
+    words = [*folders, *re.split(r"[^a-z]+", name)]
+    return next((SPLIT_ALIASES[word] for word in reversed(words) if word in SPLIT_ALIASES), "")
+
+
+def _read_shards(spec: Mapping[str, Any], root: Path, shards: Sequence[str]) -> _Found:
+    given = {shard: _split_of(shard) for shard in shards}
+    unknown = next((shard for shard, split in given.items() if not split), "")
+    if unknown and any(given.values()):
+        raise UserError(
+            f"{unknown} is named like no split, unlike other shards; put train, val or test into all names, or none"
+        )
+    found = _Found(is_split=not unknown)
+    row = 0
+    for shard in shards:
+        first = row
+        with (root / shard).open("rb") as file:
+            for batch in _batches(_samples(spec, file, shard, found)):
+                ids, media, texts, labels, numbers = zip(*batch, strict=True)
+                own = [_choose_split(id, given[shard], spec) for id in ids]
+                found.writer.add_lists(ids, own, media, texts, labels, [first + number for number in numbers])
+                row = first + numbers[-1] + 1
+        found.lists.append(readers.list_entry(root / shard, root, row - first, unit="sample"))
+    found.columns = found.writer.finish()
+    if not len(found.columns):
+        why = "".join(f" ({warning})" for warning in found.warnings())
+        raise UserError(f"the {len(shards)} shards below {root} hold no sample{why}")
+    return found
+
+
+def _choose_split(id: str, given: str, spec: Mapping[str, Any]) -> str:
+    split = given or splits.by_hash(id, spec["splits"])
+    percent = held_out_percent(spec)
+    # the hash that dealt the splits cannot deal again: its training samples are those with the smallest hashes
+    is_held_out = split == "train" and percent and splits.is_held_out(id if given else f"held out: {id}", percent)
+    return "val" if is_held_out else split
+
+
+def _batches(rows: Iterator[_Row]) -> Iterator[list[_Row]]:
+    return iter(lambda: list(itertools.islice(rows, BATCH_ROWS)), [])
+
+
+def _samples(spec: Mapping[str, Any], file: BinaryIO, shard: str, found: _Found) -> Iterator[_Row]:
+    """Yield the samples of a shard that can be used: id, path of the medium, texts, labels, number in the shard."""
+    keys: set[str] = set()
+    for number, (key, entries) in enumerate(_groups(file, shard, found)):
+        if key in keys:
+            found.leave_out(f"{shard}, {key[:80]!r}: its key comes again in the shard")
+            continue
+        keys.add(key)
+        try:
+            media, texts, labels = _read_parts(spec, file, entries)
+        except UserError as error:
+            found.leave_out(f"{shard}, {key[:80]!r}: {error}")
+            continue
+        found.suffixes.add(os.path.splitext(media.name)[1].lower())
+        found.labels.setdefault(labels)
+        yield f"{shard.removesuffix('.tar')}/{key}", member_path(shard, media), texts, labels, number
+
+
+def _groups(file: BinaryIO, shard: str, found: _Found) -> Iterator[tuple[str, dict[str, TarEntry]]]:
+    """Yield (key, members by part) of every sample of a shard; members whose names have no key are no parts of samples."""
+    key, parts = "", {}
+    try:
+        for entry in scan_tar(file):
+            match = _KEY.fullmatch(entry.name.removeprefix("./"))
+            if match and match[1] != key:
+                if parts:
+                    yield key, parts
+                key, parts = match[1], {}
+            if match:
+                part = match[2].lower()
+                parts[part] = entry._replace(problem=f"it has two parts {part}") if part in parts else entry
+    except UserError as error:
+        found.leave_out(f"{shard}: {error}")
+    if parts:
+        yield key, parts
+
+
+def _read_parts(
+    spec: Mapping[str, Any], file: BinaryIO, parts: Mapping[str, TarEntry]
+) -> tuple[TarEntry, tuple[str, ...], tuple[str, ...]]:
+    """Return the medium, the texts and the labels of a sample; `UserError` says what it misses, or which part is broken."""
+    fault = next((f"{part}: {entry.problem}" for part, entry in parts.items() if entry.problem), "")
+    if fault:
+        raise UserError(fault)
+    names = [spec["media_part"]] if spec["media_part"] else [part for part in parts if f".{part}" in _MEDIA_SUFFIXES]
+    if len(names) != 1 or names[0] not in parts:
+        several = f"several pictures or clips, {', '.join(names)}; --set media_part says which"
+        raise UserError(several if len(names) > 1 else f"no picture or clip among its parts ({', '.join(parts)})")
+    facts = _read_json(file, parts[spec["json_part"]]) if spec["json_part"] in parts else {}
+    text = _read_text(file, parts[spec["text_part"]]).strip() if spec["text_part"] in parts else None
+    texts = (text,) if text else parse_texts(_first(facts, spec["text_key"]), Path("json"), 1) if text is None else ()
+    label = _read_text(file, parts[spec["label_part"]]).strip() if spec["label_part"] in parts else None
+    labels = parse_labels(_first(facts, spec["label_key"]) if label is None else label, "", Path(spec["label_part"]), 1)
+    if not labels and spec["labels"] != "multi":
+        raise UserError(f"no label, neither in a part {spec['label_part']} nor in its JSON (--set labels=multi allows none)")
+    if spec["labels"] == "single" and len(set(labels)) != 1:
+        raise UserError(f"{len(labels)} labels where one is due")
+    return parts[names[0]], texts, labels
+
+
+def _first(facts: Mapping[str, Any], keys: str) -> Any:
+    return next((facts[key] for key in map(str.strip, keys.split(",")) if key in facts), None)
+
+
+def _read_json(file: BinaryIO, entry: TarEntry) -> Mapping[str, Any]:
+    try:
+        facts = json.loads(_read_text(file, entry))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"broken JSON: {error}") from error
+    if not isinstance(facts, dict):
+        raise UserError("its JSON is no object")
+    return facts
+
+
+def _read_text(file: BinaryIO, entry: TarEntry) -> str:
+    if entry.size > readers.LINE_LIMIT:
+        raise UserError(f"a text has more than {readers.LINE_LIMIT} bytes")
+    file.seek(entry.offset)
+    try:
+        return file.read(entry.size).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"a text is not UTF-8 ({error.reason} at byte {error.start})") from error
+
+
+def _label(found: Columns, ids: Mapping[tuple[str, ...], tuple[int, ...]]) -> SampleColumns:
+    """Return the samples with the numbers of their labels."""
+    writer = ColumnWriter(SAMPLE_SCHEMA)
+    for block in found.blocks(names=["id", "split", "media", "texts", "labels"]):
+        labels = pa.array([ids[tuple(own)] for own in block.column("labels").to_pylist()], pa.list_(pa.int32()))
+        columns = [*block.columns[:4], labels, pa.repeat("", len(block))]
+        writer.add(pa.RecordBatch.from_arrays(columns, schema=SAMPLE_SCHEMA))
+    return SampleColumns(writer.finish())

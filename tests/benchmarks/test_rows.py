@@ -1,0 +1,35 @@
+"""The benchmark of millions of rows runs on twenty thousand; a manifest keeps few bytes of each, wherever its columns lie."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import rows
+
+from pipeline.data import columns
+from pipeline.data.manifest_files import read_manifest
+
+NUM_ROWS = 20_000
+
+
+def test_every_part_runs_and_columns_in_a_file_are_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows.write_rows(tmp_path / "home", NUM_ROWS)
+    in_memory = read_manifest(tmp_path / "home", "rows")
+    monkeypatch.setattr(columns, "MAX_BYTES_IN_MEMORY", 0)
+    mapped = rows.run_manifest(tmp_path)
+    assert mapped.fingerprint() == in_memory.fingerprint()
+    for position in (0, 17, NUM_ROWS - 1, 16_384, 3):  # 16,384 is the first of the second batch
+        assert mapped.samples[position] == in_memory.samples[position]
+        assert mapped.samples[position].id == f"photo-{position:09d}"
+    assert mapped.split("val").ids[5] == "photo-000000051"
+    for part in (rows.run_resume, rows.run_join, rows.run_verify):
+        part(tmp_path)
+
+
+def test_the_peak_is_that_of_what_runs() -> None:
+    with rows.peak_bytes() as peak:
+        before = rows.own_bytes()
+        held = bytearray(b"x") * 50_000_000
+    assert 45_000_000 < peak[0] - before < 60_000_000
+    del held

@@ -1,0 +1,210 @@
+"""Tar files of samples: what becomes a sample, what is left out and why, and that features are those of unpacked files."""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from pipeline.cache.reader import open_cache
+from pipeline.cache.verify import verify
+from pipeline.data.manifest import Manifest
+from pipeline.data.manifest_files import read_manifest
+from pipeline.data.media_digests import read_digest
+from pipeline.data.prepare import PrepareReport, prepare
+from pipeline.data.tar_members import MAX_MEMBER_BYTES, find_member, read_member
+from pipeline.extraction.extract import ExtractOptions, extract
+from pipeline.runtime.errors import UserError
+
+Members = list[tuple[str | tarfile.TarInfo, bytes]]
+
+
+def picture(colour: int, form: str = "png") -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", (8, 8), (colour, 255 - colour, 40)).save(file, form)
+    return file.getvalue()
+
+
+def write_tar(path: Path, members: Members) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as tar:
+        for name, content in members:
+            info = tarfile.TarInfo(name) if isinstance(name, str) else name
+            info.size = len(content) if isinstance(name, str) else info.size
+            tar.addfile(info, io.BytesIO(content))
+
+
+def build(tmp_path: Path, **settings: str) -> tuple[Manifest, PrepareReport]:
+    report = prepare("webdataset", tmp_path / "shards", tmp_path / "home", settings)
+    return read_manifest(tmp_path / "home", "webdataset"), report
+
+
+def sample(key: str, number: int, **parts: bytes) -> Members:
+    given = {"png": picture(number), "txt": f"picture {number}\n".encode(), "cls": b"%d" % (number % 2), **parts}
+    return [(f"{key}.{part}", content) for part, content in given.items() if content]
+
+
+def test_members_that_follow_each_other_are_samples(tmp_path: Path) -> None:
+    """Python's tarfile is the oracle for where members lie and what they hold."""
+    for shard in range(3):
+        members = [each for number in range(4) for each in sample(f"./a.b/{number:04d}", 4 * shard + number)]
+        write_tar(tmp_path / "shards" / f"part-{shard:02d}.tar", [*members, (".hidden", b"x"), ("README", b"no part")])
+    manifest, report = build(tmp_path, shards="part-{01..02}.tar")
+    assert [each.id for each in manifest.samples] == [
+        f"part-{shard:02d}/a.b/{number:04d}" for shard in (1, 2) for number in range(4)
+    ]
+    assert [each.texts for each in manifest.samples] == [(f"picture {number}",) for number in range(4, 12)]
+    assert [each.labels for each in manifest.samples] == [(number % 2,) for number in range(4, 12)]
+    assert (manifest.class_names, manifest.meta["left_out"], report.missing) == (("0", "1"), [], 0)
+    for each in manifest.samples:
+        shard, _, key = each.id.partition("/")
+        with tarfile.open(tmp_path / "shards" / f"{shard}.tar") as tar:
+            (file,) = (tar.extractfile(info) for info in tar if info.name == f"./{key}.png")
+            assert file
+            content = file.read()
+        member = find_member(str(manifest.media_path(each)))
+        assert member
+        assert read_member(member) == content
+        (tmp_path / "alone").write_bytes(content)
+        assert read_digest(manifest.media_path(each)) == read_digest(tmp_path / "alone")
+
+
+def test_features_are_those_of_the_unpacked_files(tmp_path: Path) -> None:
+    write_tar(tmp_path / "shards" / "all.tar", [each for number in range(6) for each in sample(f"{number}", 30 * number)])
+    with tarfile.open(tmp_path / "shards" / "all.tar") as tar:
+        tar.extractall(tmp_path / "files", filter="data")
+    lines = [
+        json.dumps({"file_name": f"{number}.png", "label": number % 2, "sample_id": f"all/{number}"}) for number in range(6)
+    ]
+    (tmp_path / "files" / "metadata.jsonl").write_text("\n".join(lines))
+    manifest, _ = build(tmp_path)
+    prepare("table", tmp_path / "files", tmp_path / "home", {})
+    features: list[np.ndarray] = []
+    for own in (manifest, read_manifest(tmp_path / "home", "table")):
+        options = ExtractOptions(workers=0, progress=False)
+        path = extract(own, "random_projection", {}, tmp_path / "home", options=options)
+        features.append(open_cache(path).read([f"all/{number}" for number in range(6)]))
+        assert verify(path) == []
+    assert np.array_equal(features[0], features[1])
+
+
+@pytest.mark.parametrize(
+    ("parts", "reason"),
+    [
+        ({"png": b""}, "no picture or clip among its parts (txt, cls)"),
+        ({"cls": b""}, "no label"),
+        ({"jpg": picture(1, "jpeg")}, "several pictures or clips, png, jpg"),
+        ({"txt": b"\xff"}, "not UTF-8"),
+        ({"json": b"{"}, "broken JSON"),
+        ({"json": b"[" * 100_000}, "broken JSON"),
+        ({"json": b"[1]"}, "its JSON is no object"),
+        ({"txt": b"a" * (2**20 + 1)}, "a text has more than"),
+        ({"cls": b"-3"}, "is negative"),
+    ],
+)
+def test_samples_that_miss_a_part_are_left_out_with_the_reason(tmp_path: Path, parts: dict[str, bytes], reason: str) -> None:
+    write_tar(tmp_path / "shards" / "a.tar", [*sample("good", 1), *sample("bad", 2, **parts), *sample("last", 3)])
+    manifest, report = build(tmp_path)
+    assert [each.id for each in manifest.samples] == ["a/good", "a/last"]
+    assert [line for line in manifest.meta["left_out"] if line.startswith("a.tar, 'bad': ") and reason in line]
+    assert "1 samples or ends of shards are left out" in report.warnings[0]
+    assert manifest.source_location(1) == "a.tar, sample 3"
+
+
+def info(name: str, **fields: Any) -> tarfile.TarInfo:
+    made = tarfile.TarInfo(name)
+    for field, value in fields.items():
+        setattr(made, field, value)
+    return made
+
+
+HOSTILE: dict[str, tuple[Members, str]] = {
+    "absolute": ([("/etc/x.png", picture(1)), ("/etc/x.cls", b"1")], "is absolute"),
+    "leads out": ([("../x.png", picture(1)), ("../x.cls", b"1")], "holds '..'"),
+    "symbolic link": ([(info("x.png", type=tarfile.SYMTYPE, linkname="/etc/passwd"), b""), ("x.cls", b"1")], "a symbolic link"),
+    "hard link": ([(info("x.png", type=tarfile.LNKTYPE, linkname="good.png"), b""), ("x.cls", b"1")], "a hard link"),
+    "device": ([(info("x.png", type=tarfile.CHRTYPE), b""), ("x.cls", b"1")], "a device or pipe"),
+    "twice": ([("x.png", picture(1)), ("x.png", picture(2)), ("x.cls", b"1")], "two parts png"),
+    "again": ([("y.txt", b"alone"), *sample("good", 5)], "its key comes again"),
+}
+
+
+@pytest.mark.parametrize("kind", HOSTILE)
+def test_hostile_members_are_refused_one_by_one(tmp_path: Path, kind: str) -> None:
+    members, reason = HOSTILE[kind]
+    write_tar(tmp_path / "shards" / "a.tar", [*sample("good", 1), *members, *sample("last", 3)])
+    manifest, _ = build(tmp_path)
+    assert [each.id for each in manifest.samples] == ["a/good", "a/last"]
+    assert reason in "".join(manifest.meta["left_out"])
+
+
+def test_what_follows_damage_is_left_out(tmp_path: Path) -> None:
+    """A tar cut at any block, a header that claims to be huge, and one that is no header."""
+    file = tmp_path / "shards" / "a.tar"
+    write_tar(file, [*sample("good", 1), *sample("last", 2)])
+    whole = file.read_bytes()
+    for length in (7 * 512, 6 * 512 + 100, 9 * 512):
+        file.write_bytes(whole[:length])
+        manifest, _ = build(tmp_path)
+        assert [each.id for each in manifest.samples] == ["a/good"]
+        assert "cut short" in "".join(manifest.meta["left_out"])
+    bomb = tarfile.TarInfo("x.png")
+    bomb.type, bomb.size = tarfile.XHDTYPE, 2**33
+    huge = tarfile.TarInfo("x.png")
+    huge.size = MAX_MEMBER_BYTES + 1
+    for header in (bomb.tobuf(tarfile.GNU_FORMAT), huge.tobuf(tarfile.GNU_FORMAT), b"\x7f" * 512):
+        file.write_bytes(whole[: 6 * 512] + header + whole[6 * 512 :])
+        manifest, _ = build(tmp_path)
+        assert [each.id for each in manifest.samples] == ["a/good"]
+        assert manifest.meta["left_out"]
+
+
+def test_splits_texts_and_labels_from_names_and_json(tmp_path: Path) -> None:
+    facts = {"caption": ["a cat", "a pet"], "label": "cat"}
+    for split in ("train", "val", "test"):
+        write_tar(
+            tmp_path / "shards" / f"cc-{split}-0.tar", sample(split, 1, txt=b"", cls=b"", json=json.dumps(facts).encode())
+        )
+    manifest, _ = build(tmp_path, shards="cc-{train,val,test}-*.tar")
+    assert [(each.split, each.texts) for each in manifest.samples] == [
+        (each, ("a cat", "a pet")) for each in ("train", "val", "test")
+    ]
+    assert manifest.class_names == ("cat",)
+    (tmp_path / "shards" / "more.tar").write_bytes(b"")
+    with pytest.raises(UserError, match=r"more.tar is named like no split"):
+        build(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "message"),
+    [
+        ("a-{0..2}.tar", r"2 of 3 shards are missing, the first: a-1.tar"),
+        ("b*.tar", "there is no shard"),
+        ("{2..1}.tar", "is empty"),
+        ("{0..999999999}.tar", "more than 1000000"),
+        ("../*.tar", "tar files below --root"),
+        ("*.gz", "unpack a compressed one"),
+    ],
+)
+def test_patterns_that_fit_nothing_say_what_is_missing(tmp_path: Path, pattern: str, message: str) -> None:
+    write_tar(tmp_path / "shards" / "a-0.tar", sample("x", 1))
+    (tmp_path / "shards" / "a.tar.gz").write_bytes(b"")
+    with pytest.raises(UserError, match=message):
+        build(tmp_path, shards=pattern)
+
+
+def test_a_shard_that_was_packed_anew_is_noticed(tmp_path: Path) -> None:
+    file = tmp_path / "shards" / "a.tar"
+    write_tar(file, [*sample("good", 1), *sample("last", 2)])
+    manifest, _ = build(tmp_path)
+    write_tar(file, [*sample("good", 1, txt=b"t" * 600), *sample("last", 2)])
+    member = find_member(str(manifest.media_path(manifest.samples[1])))
+    assert member
+    with pytest.raises(UserError, match=r"a.tar was changed since it was prepared"):
+        read_member(member)
