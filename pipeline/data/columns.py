@@ -12,7 +12,7 @@ import tempfile
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import pairwise
-from typing import Any, overload
+from typing import Any, SupportsIndex, overload
 
 import numpy as np
 import pyarrow as pa
@@ -171,10 +171,10 @@ class Strings(Sequence[str]):
         return len(self._columns) if self._positions is None else len(self._positions)
 
     @overload
-    def __getitem__(self, index: int) -> str: ...
+    def __getitem__(self, index: SupportsIndex) -> str: ...
     @overload
     def __getitem__(self, index: slice) -> Strings: ...
-    def __getitem__(self, index: int | slice) -> str | Strings:
+    def __getitem__(self, index: SupportsIndex | slice) -> str | Strings:
         if isinstance(index, slice):
             return Strings(self._columns, self._name, self._all_positions()[index])
         position = range(len(self))[index] if self._positions is None else int(self._positions[index])

@@ -31,6 +31,7 @@ from pipeline.types import SPLITS, Sample
 SCHEMA_VERSION = 1
 _PLAIN_TEXT = r"^[!-~]+( [!-~]+)*$"  # which no Unicode form changes
 DATASET_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
+HALF_CHARACTER = "a text holds a lone surrogate, half of a character that UTF-8 cannot spell"
 _LONE_SURROGATE = re.compile(r"[\ud800-\udfff]")
 KeyedT = TypeVar("KeyedT")
 _NO_COUNTS: Mapping[str, int] = MappingProxyType({})
@@ -213,13 +214,18 @@ def _row_problem(sample: Sample, manifest: Manifest) -> str:
     free_texts = (*sample.texts, manifest.extra.get(sample.id, ""))
     if max(*map(len, cells), sum(map(len, free_texts)) + 4 * len(free_texts)) > LINE_LIMIT:  # all texts share one CSV cell
         return f"a field has more than {LINE_LIMIT} characters"
-    if any(map(_LONE_SURROGATE.search, free_texts)):
-        return "a text holds a lone surrogate, half of a character that UTF-8 cannot spell"
+    if is_half(free_texts):
+        return HALF_CHARACTER
     if sample.split not in SPLITS:
         return f"unknown split {sample.split!r}; choose one of: {', '.join(SPLITS)}"
     if media.startswith("/") or ".." in media.split("/") or media in ("", ".") or "\\" in media:
         return f"media path {media[:80]!r} must be relative, with '/' and without '..'"
     return _label_problem(sample, manifest)
+
+
+def is_half(texts: Iterable[str]) -> bool:
+    """Whether one of these texts holds half of a character."""
+    return any(map(_LONE_SURROGATE.search, texts))
 
 
 def _label_problem(sample: Sample, manifest: Manifest) -> str:

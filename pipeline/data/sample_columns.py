@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, SupportsIndex, overload
 
 import numpy as np
 import pyarrow as pa
@@ -60,10 +60,10 @@ class SampleColumns(Sequence[Sample]):
         return len(self._columns) if self._positions is None else len(self._positions)
 
     @overload
-    def __getitem__(self, index: int) -> Sample: ...
+    def __getitem__(self, index: SupportsIndex) -> Sample: ...
     @overload
     def __getitem__(self, index: slice) -> SampleColumns: ...
-    def __getitem__(self, index: int | slice) -> Sample | SampleColumns:
+    def __getitem__(self, index: SupportsIndex | slice) -> Sample | SampleColumns:
         if isinstance(index, slice):
             return SampleColumns(self._columns, self._all_positions()[index])
         position = range(len(self))[index] if self._positions is None else int(self._positions[index])

@@ -31,7 +31,7 @@ from pipeline.data.cells import SPLIT_ALIASES, looks_like_splits, nfc, parse_lab
 from pipeline.data.class_folders import VIDEO_SUFFIXES, read_class_folders
 from pipeline.data.columns import BATCH_ROWS, ColumnWriter
 from pipeline.data.dataset import Dataset
-from pipeline.data.manifest import Manifest, check_manifest
+from pipeline.data.manifest import HALF_CHARACTER, Manifest, check_manifest, is_half
 from pipeline.data.sample_columns import SAMPLE_SCHEMA, SampleColumns
 from pipeline.data.spec import held_out_percent, manifest_meta, required_counts
 from pipeline.data.table_files import (
@@ -106,6 +106,9 @@ def _make_samples(
     for start in range(0, len(rows), BATCH_ROWS):
         batch = slice(start, start + BATCH_ROWS)
         own = rows[batch]
+        for row, id in zip(own, ids[batch], strict=True):
+            if is_half(row.texts):
+                raise UserError(f"{row.file}, line {row.line}, sample {id[:80]!r}: {HALF_CHARACTER}")
         chosen = [_choose_split(row, id, rows[0], spec) for row, id in zip(own, ids[batch], strict=True)]
         media = [Path(row.media).as_posix() for row in own]
         writer.add_lists(ids[batch], chosen, media, [row.texts for row in own], labels[batch], [row.group for row in own])

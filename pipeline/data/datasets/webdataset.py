@@ -34,7 +34,7 @@ from pipeline.data.cells import SPLIT_ALIASES, nfc, parse_labels, parse_texts
 from pipeline.data.class_folders import IMAGE_SUFFIXES, VIDEO_SUFFIXES
 from pipeline.data.columns import BATCH_ROWS, Columns, ColumnWriter, numpy_array
 from pipeline.data.dataset import Dataset
-from pipeline.data.manifest import Manifest, check_manifest
+from pipeline.data.manifest import HALF_CHARACTER, Manifest, check_manifest, is_half
 from pipeline.data.sample_columns import SAMPLE_SCHEMA, SampleColumns
 from pipeline.data.spec import held_out_percent, manifest_meta, official_root, required_counts
 from pipeline.data.table_rows import TableRow, label_ids, warn_about_classes
@@ -257,6 +257,8 @@ def _read_parts(
     facts = _read_json(file, parts[spec["json_part"]]) if spec["json_part"] in parts else {}
     text = _read_text(file, parts[spec["text_part"]]).strip() if spec["text_part"] in parts else None
     texts = (text,) if text else parse_texts(_first(facts, spec["text_key"]), Path("json"), 1) if text is None else ()
+    if is_half(texts):
+        raise UserError(HALF_CHARACTER)
     label = _read_text(file, parts[spec["label_part"]]).strip() if spec["label_part"] in parts else None
     labels = parse_labels(_first(facts, spec["label_key"]) if label is None else label, "", Path(spec["label_part"]), 1)
     if not labels and spec["labels"] != "multi":

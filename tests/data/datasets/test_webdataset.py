@@ -106,6 +106,7 @@ def test_features_are_those_of_the_unpacked_files(tmp_path: Path) -> None:
         ({"json": b"[1]"}, "its JSON is no object"),
         ({"txt": b"a" * (2**20 + 1)}, "a text has more than"),
         ({"cls": b"-3"}, "is negative"),
+        ({"txt": b"", "json": b'{"text": "\\ud800"}'}, "lone surrogate"),
     ],
 )
 def test_samples_that_miss_a_part_are_left_out_with_the_reason(tmp_path: Path, parts: dict[str, bytes], reason: str) -> None:
