@@ -44,7 +44,7 @@ class Manifest:
     dataset: str
     label_kind: Literal["single", "multi"]
     class_names: tuple[str, ...]
-    samples: Sequence[Sample]  # a tuple, or `SampleColumns` where they are many
+    samples: tuple[Sample, ...] | SampleColumns  # the latter where they are many
     meta: Mapping[str, Any]  # JSON values: media_type, text, licence, attribution, sources (versions, sha256); no machine facts
     media_root: Path  # folder of the media on this machine; not part of the identity
     rows: Sequence[int] = ()  # row of each sample in meta["lists"], counted through all lists; (): every row is a sample
