@@ -84,9 +84,8 @@ class ExtractionTarget:
         """Return the cache in `home` that has this identity."""
         encoder = identity["encoder"]
         path = cache_path(home, manifest.dataset, encoder["name"], identity)
-        return ExtractionTarget(
-            path, make_input_rows(manifest, encoder["modality"]), feature_shape, identity, provenance, options
-        )
+        input_rows = make_input_rows(manifest, encoder["modality"])
+        return ExtractionTarget(path, input_rows, feature_shape, identity, provenance, options)
 
 
 @dataclass(frozen=True)
@@ -174,10 +173,9 @@ def plan_extraction(
     if store_dtype not in STORE_DTYPES:
         raise UserError(f"unknown store dtype {store_dtype!r}; choose one of: {', '.join(STORE_DTYPES)}")
     encoder = build_encoder(encoder_name, settings)
-    config = encoder.config
     input_rows = make_input_rows(manifest, encoder.modality)
     inputs = EncoderInputs(manifest, encoder, input_rows, store_dtype)
-    values = asdict(config)
+    values, config = asdict(encoder.config), encoder.config
     provenance = make_provenance(
         dataset=manifest.dataset,
         encoder=encoder_name,
