@@ -30,9 +30,10 @@ from pipeline.evaluation.evaluate import log_test_read
 from pipeline.runtime.errors import UserError
 from pipeline.runtime.head_names import find_run
 from pipeline.runtime.rng import content_keys, sample_keys
-from pipeline.studies.export_folder import export_run, write_onnx
+from pipeline.studies.export_folder import export_run
 from pipeline.studies.export_graph import NUM_EXAMPLES, ClassifierGraph, run_noise, trace
 from pipeline.studies.export_inputs import read_preprocessing
+from pipeline.studies.export_onnx import write_onnx
 
 ROWS_AT_ONCE = 256
 PICTURES_AT_ONCE = 16

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import json
 import logging
 import os
@@ -29,9 +27,10 @@ from pipeline.runtime import plugins
 from pipeline.runtime.errors import UserError, describe_error
 from pipeline.runtime.runs import RunFolder
 from pipeline.runtime.version import program_version
-from pipeline.studies.export_graph import NUM_EXAMPLES, OPTIONAL_PACKAGES, ClassifierGraph, run_noise, trace, used_weights
+from pipeline.studies.export_graph import NUM_EXAMPLES, ClassifierGraph, run_noise, trace, used_weights
 from pipeline.studies.export_inputs import PREPROCESSING, write_preprocessing
-from pipeline.studies.model_card import NO_LICENCE, model_card
+from pipeline.studies.export_onnx import write_onnx
+from pipeline.studies.model_card import NO_LICENCE, model_card, number_format
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +39,6 @@ PROGRAM, ONNX, WEIGHTS, LABELS, CONFIG, CARD = (
     *("labels.json", "config.json", "README.md"),
 )
 FILES = {PROGRAM, ONNX, f"{ONNX}.data", WEIGHTS, LABELS, CONFIG, CARD, PREPROCESSING}
-ONNX_TOLERANCE = 1e-3  # of logits, between both graphs
 
 
 def export_run(run: RunFolder, folder: Path, home: Path, weights_licence: str = "", overwrite: bool = False) -> list[str]:
@@ -59,7 +57,7 @@ def export_run(run: RunFolder, folder: Path, home: Path, weights_licence: str = 
     folder = folder.resolve()  # of a link, what it leads to
     _check_target(folder, overwrite)
     classifier = Classifier.of(run, home)
-    encoder = classifier.spec.build_encoder(run, _in_float32(classifier.spec))
+    encoder = classifier.spec.build_encoder(run, _format_of_run(classifier.spec))
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as aside:
         made = Path(aside) / "made"
@@ -97,15 +95,16 @@ def _put_in_place(made: Path, folder: Path, old: Path) -> None:
         raise
 
 
-def _in_float32(spec: InferenceSpec) -> dict[str, str]:
-    """Return the settings with which the encoder of a run computes in float32, as every program can."""
-    name = str(spec.encoder_identity.get("image", {}).get("name", spec.encoder))
+def _format_of_run(spec: InferenceSpec) -> dict[str, str]:
+    """Return the settings with which the encoder of a run computes as it did for the run, whatever this processor has."""
+    identity = spec.encoder_identity.get("image", spec.encoder_identity)  # of `frames`, the encoder of each frame
+    name, compute_dtype = str(identity.get("name", spec.encoder)), identity.get("compute_dtype")
     config = plugins.get("encoders", name).Config if name in plugins.names("encoders") else None
-    if config is None or "compute_dtype" not in {field.name for field in fields(config)}:
+    if not compute_dtype or config is None or "compute_dtype" not in {field.name for field in fields(config)}:
         return {}
     if name == spec.encoder:
-        return {"compute_dtype": "float32"}
-    pairs = parse_settings(spec.encoder_settings.get("settings", "")) | {"compute_dtype": "float32"}
+        return {"compute_dtype": compute_dtype}
+    pairs = parse_settings(spec.encoder_settings.get("settings", "")) | {"compute_dtype": compute_dtype}
     return {"settings": ",".join(f"{key}={value}" for key, value in pairs.items())}
 
 
@@ -142,6 +141,7 @@ def _write(classifier: Classifier, encoder: Encoder, folder: Path, weights_licen
         "encoder_settings": _without_folders(spec.encoder_settings),
         "encoder_identity": _without_folders(spec.encoder_identity),
         "weights_licence": weights_licence,
+        "compute_dtype": str(getattr(getattr(encoder, "image", encoder), "compute_dtype", "float32")),
         "pixels": f"{str(pixels.dtype).removeprefix('torch.')} [B,{','.join(map(str, pixels.shape[1:]))}]",
         "noise": [{"names": list(draw.names), "shape": list(draw.shape)} for draw in graph.draws],
         "noise_size": sum(draw.size for draw in graph.draws),
@@ -160,6 +160,7 @@ def _write(classifier: Classifier, encoder: Encoder, folder: Path, weights_licen
     for file, content in ((CONFIG, config), (LABELS, names)):
         (folder / file).write_text(json.dumps(content, indent=1, ensure_ascii=False), encoding="utf-8")
     graphs = [name for name in (PROGRAM, ONNX) if (folder / name).is_file()]
+    logger.info("%s", number_format(facts["compute_dtype"], graphs))
     (folder / CARD).write_text(model_card(classifier, facts, graphs, home), encoding="utf-8")
 
 
@@ -183,44 +184,6 @@ def _example_pixels(encoder: Encoder) -> Tensor:
         for _ in range(NUM_EXAMPLES)
     ]
     return torch.stack([encoder.prepare_pictures(each) for each in pictures])
-
-
-def write_onnx(program: Any, graph: ClassifierGraph, examples: tuple[Tensor, ...], path: Path) -> float | None:
-    """Write the program as ONNX where its operators allow, and return how far its logits are from those of the graph."""
-    if not all(importlib.util.find_spec(name) for name in ("onnx", "onnxruntime", "onnxscript")):
-        logger.warning("no %s: the packages are missing; %s", path.name, OPTIONAL_PACKAGES)
-        return None
-    onnxruntime: Any = importlib.import_module("onnxruntime")
-    try:
-        with warnings.catch_warnings(action="ignore"):
-            made: Any = torch.onnx.export(
-                program, dynamo=True, output_names=["logits"], verbose=False, custom_translation_table=_exact_operators()
-            )
-            made.save(path)
-        session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-        names = [each.name for each in session.get_inputs()]
-        found: Any = session.run(None, dict(zip(names, (each.numpy() for each in examples), strict=True)))[0]
-    except Exception as error:  # the exporter and the runtime raise errors of many kinds, and each means the same
-        path.unlink(missing_ok=True)
-        logger.warning("no %s: the graph has operators that ONNX lacks (%s)", path.name, describe_error(error)[:200])
-        return None
-    with torch.no_grad():
-        differs = float(np.abs(found - graph(*examples).numpy()).max())
-    if not differs <= ONNX_TOLERANCE:
-        logger.warning("%s: logits differ by %.2g from those of %s", path.name, differs, PROGRAM)
-    return differs
-
-
-def _exact_operators() -> dict[Any, Any]:
-    """Return the operators that are written otherwise than torch writes them, whose numbers would be another's: log sigmoid is
-    log(sigmoid(x)) there, which is -inf below -88.
-    """
-    op: Any = importlib.import_module("onnxscript").opset18
-
-    def log_sigmoid(x: Any) -> Any:
-        return op.Neg(op.Softplus(op.Neg(x)))
-
-    return {torch.ops.aten.log_sigmoid.default: log_sigmoid}
 
 
 def push_folder(folder: Path, repository: str, private: bool = False) -> str:

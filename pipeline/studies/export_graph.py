@@ -97,7 +97,7 @@ class ClassifierGraph(nn.Module):
         """Put both on the CPU.
 
         Args:
-            encoder: computes in float32.
+            encoder: computes as it did for the run.
             head: the trained method.
             store_dtype: the number format that features are rounded to between both, as in the cache.
         """

@@ -76,6 +76,8 @@ def model_card(classifier: Classifier, facts: dict[str, Any], files: list[str], 
         f"{DISTRIBUTION} is installed from its source, with `pip install .` in that folder: a package index has none, and a "
         "package of that name there would be somebody else's.",
         "",
+        number_format(facts["compute_dtype"], files),
+        "",
         '`load_export` runs `model.onnx`, and with `backend="torch"` `model.pt2`. To load that can run code: '
         "do so only with folders that you trust.",
         "",
@@ -85,6 +87,18 @@ def model_card(classifier: Classifier, facts: dict[str, Any], files: list[str], 
         "`model.safetensors` has the weights of the graphs, `config.json` the names of the noise's streams.",
     ]
     return f"---\n{yaml.safe_dump(head, sort_keys=False, allow_unicode=True)}---\n\n" + "\n".join(lines) + "\n"
+
+
+def number_format(compute_dtype: str, files: list[str]) -> str:
+    """Return a line that says in which number format the graphs compute, and what that means for the classes."""
+    if compute_dtype == "float32":
+        return "The graphs compute in float32, as the run did."
+    program = f"`model.pt2` multiplies in bfloat16, as the run did (`compute_dtype={compute_dtype}`), and gives its classes."
+    onnx = (
+        " `model.onnx` rounds to bfloat16 in the same places, but adds up in another order: of two classes that are nearly "
+        "equally probable, it may give the other."
+    )
+    return program + onnx * ("model.onnx" in files)
 
 
 def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> list[str]:
