@@ -359,8 +359,8 @@ def test_programs_keep_the_number_format_of_the_run(precision: Precision, tmp_pa
     encoder, exact, head = (TinyEncoder(each) for each in (precision, "float32", "float32"))
     with torch.no_grad():
         expected, in_float32 = 2 * encoder(pixels), 2 * exact(pixels)
-    parts: Any = encoder, head
-    graph = ClassifierGraph(*parts, "float32")
+    parts: list[Any] = [encoder, head]
+    graph = ClassifierGraph(parts[0], parts[1], "float32")
     program = trace(graph, (pixels[:2],))
     torch.export.save(program, tmp_path / "model.pt2")
     with torch.no_grad():
@@ -393,10 +393,10 @@ def test_the_format_of_the_run_is_taken_on_any_processor() -> None:
 
 @pytest.mark.parametrize("files", [["model.pt2"], ["model.pt2", "model.onnx"]])
 def test_the_card_says_which_program_has_which_format(files: list[str]) -> None:
-    assert number_format("float32", files) == "The graphs compute in float32, as the run did."
+    assert number_format("float32", files) == "The encoder computes in float32, as for the run."
     line = number_format("mixed", files)
-    assert "`model.pt2` multiplies in bfloat16, as the run did (`compute_dtype=mixed`)" in line
-    assert ("`model.onnx` rounds to bfloat16 in the same places" in line) == ("model.onnx" in files)
+    assert "`model.pt2` multiplies in bfloat16, as for the run (`compute_dtype=mixed`)" in line
+    assert ("In `model.onnx` it rounds to bfloat16 in the same places" in line) == ("model.onnx" in files)
 
 
 def test_intervals_of_the_card_are_over_groups(photos: PhotoHome, seda: da.Run, tmp_path: Path) -> None:
