@@ -90,13 +90,13 @@ def model_card(classifier: Classifier, facts: dict[str, Any], files: list[str], 
 
 
 def number_format(compute_dtype: str, files: list[str]) -> str:
-    """Return a line that says in which number format the encoder computes in the graphs, and what that means for the classes."""
+    """Return a line that says in which number format each graph computes the encoder, and what that means for the classes."""
     if compute_dtype == "float32":
         return "The encoder computes in float32, as for the run."
     program = f"The encoder in `model.pt2` multiplies in bfloat16, as for the run (`compute_dtype={compute_dtype}`)."
     onnx = (
-        " In `model.onnx` it rounds to bfloat16 in the same places, but adds up in another order: of two classes that are nearly "
-        "equally probable, it may give the other."
+        " In `model.onnx` it rounds to bfloat16 in the same places, but adds up in another order: of two classes that are "
+        "nearly equally probable, it may give the other."
     )
     return program + onnx * ("model.onnx" in files)
 
