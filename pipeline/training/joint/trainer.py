@@ -212,7 +212,8 @@ def deterministic_algorithms(device: torch.device) -> Iterator[None]:
 @contextmanager
 def fast_algorithms(device: torch.device) -> Iterator[None]:
     """Compute in the same format with the fastest kernels of a GPU: the last bits may differ from run to run."""
-    with use_precision("float32", device), torch.backends.cudnn.flags(benchmark=True, deterministic=False, allow_tf32=False):
+    kernels = torch.backends.cudnn.flags(enabled=True, benchmark=True, deterministic=False, allow_tf32=False)
+    with use_precision("float32", device), kernels:
         yield
 
 
