@@ -42,7 +42,7 @@ def bytes_kept(method: Method, batch: Batch) -> int:
 
 
 def _bytes_saved_for_backward(loss: Callable[[], Batch], known: Set[int]) -> tuple[int, int]:
-    """Return the bytes that a loss saves for its gradient, and the most that one `recomputed` part of it saves in that gradient.
+    """Return the bytes that a loss saves for its gradient, and the most that one `recomputed` part saves in that gradient.
 
     Storages whose addresses are in `known` do not count.
     """

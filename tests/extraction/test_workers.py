@@ -9,6 +9,7 @@ import signal
 import threading
 import time
 import weakref
+from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,7 @@ from pipeline.extraction.extract import (
     plan_extraction,
     start_or_resume,
 )
-from pipeline.extraction.inputs import EncoderInputs, MemorySafeEncoder
+from pipeline.extraction.inputs import EncodedBatch, EncoderInputs, MemorySafeEncoder
 from pipeline.extraction.throughput import ThroughputMeter
 from pipeline.extraction.workers import allowed_workers, encode_batches
 
@@ -245,6 +246,11 @@ def test_what_a_gpu_encodes_is_what_a_processor_does(
     assert meter.num_items == 40
 
 
+def fail_after_one(encoded: Iterator[EncodedBatch]) -> None:
+    next(encoded)
+    raise ZeroDivisionError
+
+
 @pytest.mark.parametrize("on_gpu", [False, True])
 @pytest.mark.parametrize("end", ["closed early", "error of the encoder", "error of the consumer", "Ctrl-C while it waits"])
 def test_an_end_does_not_wait_for_stuck_workers(
@@ -280,8 +286,7 @@ def test_an_end_does_not_wait_for_stuck_workers(
             next(encoded)
     elif end == "error of the consumer":
         with pytest.raises(ZeroDivisionError), closing(encoded):
-            next(encoded)
-            raise ZeroDivisionError
+            fail_after_one(encoded)
     else:
         next(encoded)
         interrupt.start()
