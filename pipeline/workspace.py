@@ -312,7 +312,7 @@ class Workspace:
             read_test: Whether the winner may read the test split.
             workers: Processes; -1: one per core, 0: only this process.
             scheduler: "local", or the address of a dask scheduler, "tcp://host:port".
-            strategy: "processes" trains every cell alone, "stacked" cells of one structure as one model; "auto": on GPUs.
+            strategy: "processes" trains every run alone, "stacked" runs of one structure as one model; "auto": on GPUs.
             max_ensemble_size: Runs of one model at most; 0: as memory allows.
 
         Returns:
@@ -342,7 +342,7 @@ class Workspace:
         accumulate: int = 1,
         checkpointing: bool = False,
         fast: bool = False,
-        compiled: bool = False,
+        compile_encoders: bool = False,
         workers: int = -1,
         log: Sequence[str | MakeTracker] = (),
     ) -> FinetuneResult:
@@ -358,7 +358,7 @@ class Workspace:
             accumulate: Parts in which a batch goes through the encoders; more need less memory.
             checkpointing: Recompute blocks in the backward pass, to need less memory.
             fast: A GPU may take kernels whose last bits differ from run to run.
-            compiled: Run whole encoders through torch.compile in training.
+            compile_encoders: Run whole encoders through torch.compile in training.
             workers: Processes that decode media; -1: one per core, 0: only this process.
             log: As in `train_head`.
 
@@ -373,8 +373,8 @@ class Workspace:
 
         folder = self.run(run).folder
         given = {"train": unfreeze, "encoder_lr": encoder_lr, "layer_decay": layer_decay, "augment": augment}
-        how: dict[str, Any] = {"checkpointing": checkpointing, "fast": fast, "compiled": compiled, "workers": workers}
-        options = JointOptions(accumulate=accumulate, trackers=tuple(map(find_tracker, log)), **how)
+        how: dict[str, Any] = {"checkpointing": checkpointing, "fast": fast, "compile_encoders": compile_encoders}
+        options = JointOptions(accumulate=accumulate, workers=workers, trackers=tuple(map(find_tracker, log)), **how)
         return finetune(self.home, folder, configure(JointConfig, given), resolve_joint_settings(folder, train), options)
 
     def run(self, run: Run | str | Path) -> Run:

@@ -44,7 +44,7 @@ def finetune(
     accumulate: Accumulate = 1,
     checkpointing: Checkpointing = False,
     fast: Fast = False,
-    compiled: Compile = False,
+    compile_encoders: Compile = False,
     workers: Workers = -1,
     log: Log = NO_PAIRS,
     home: Home = DEFAULT_HOME,
@@ -79,7 +79,7 @@ def finetune(
         accumulate=accumulate,
         checkpointing=checkpointing,
         fast=fast,
-        compiled=compiled,
+        compile_encoders=compile_encoders,
         workers=workers,
         log=log,
     )

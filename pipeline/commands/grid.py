@@ -71,7 +71,7 @@ def grid(
     strategy: Annotated[
         Literal["auto", "processes", "stacked"],
         typer.Option(
-            help="processes: train every cell alone. stacked: train cells of one structure, which differ in numbers such as T, "
+            help="processes: train every run alone. stacked: train runs of one structure, which differ in numbers such as T, "
             "t, gamma or lr, as one model. auto: stacked where there are GPUs."
         ),
     ] = "auto",

@@ -94,7 +94,7 @@ def _page(kind: str, name: str, width: int) -> list[str]:
     if aliases:
         wrapped = textwrap.wrap("; ".join(aliases), width, initial_indent="  ", subsequent_indent="  ")
         lines += ["", "other names of these settings:", *(line.replace(NO_BREAK, " ") for line in wrapped)]
-    if kind == "methods" and (plugin.paper or getattr(plugin, "paper_training", {})):
+    if kind == "methods":
         training, default = paper_training(plugin), asdict(TrainConfig())
         of_paper = {**plugin.paper, **{key: value for key, value in training.items() if value != default[key]}}
         listed = ", ".join(f"{key}={value}" for key, value in of_paper.items())

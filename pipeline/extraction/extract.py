@@ -7,6 +7,7 @@ import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -306,19 +307,19 @@ def encode_shards(
     """
     batch_size = cache_batch_size(task.target, writer)
     batches = [task.inputs.batches(writer.rows(shard), batch_size) for shard in shards]
-    encoded = encode_batches(task.inputs, [rows for own in batches for rows in own], task.encoder, meter)
-    for shard, own in zip(shards, batches, strict=True):
-        started = time.monotonic()
-        first_row = writer.rows(shard).start
-        features = np.full((len(writer.rows(shard)), *writer.feature_shape), np.nan, dtype=np.float32)
-        assert sum(map(len, own)) == len(features)
-        failures: list[Failure] = []
-        for _ in own:
-            batch = next(encoded)
-            features[batch.rows - first_row] = batch.features
-            failures += batch.failures
-            on_batch(batch)
-        yield shard, features, sorted(failures, key=lambda failure: failure.row), time.monotonic() - started
+    with closing(encode_batches(task.inputs, [rows for own in batches for rows in own], task.encoder, meter)) as encoded:
+        for shard, own in zip(shards, batches, strict=True):
+            started = time.monotonic()
+            first_row = writer.rows(shard).start
+            features = np.full((len(writer.rows(shard)), *writer.feature_shape), np.nan, dtype=np.float32)
+            assert sum(map(len, own)) == len(features)
+            failures: list[Failure] = []
+            for _ in own:
+                batch = next(encoded)
+                features[batch.rows - first_row] = batch.features
+                failures += batch.failures
+                on_batch(batch)
+            yield shard, features, sorted(failures, key=lambda failure: failure.row), time.monotonic() - started
 
 
 @dataclass
@@ -371,14 +372,9 @@ def commit_shard(
     if media and media.stamp() != stamp:
         first, last = (task.target.input_rows[row][0].id for row in (rows.start, rows.stop - 1))
         raise UserError(f"media of samples {first!r} to {last!r} were changed while they were read; run the same command again")
+    batch_size, device = cache_batch_size(task.target, writer), default_device().type
     return writer.commit(
-        shard,
-        features,
-        failures,
-        seconds=seconds,
-        batch_size=cache_batch_size(task.target, writer),
-        device=default_device().type,
-        media_digests=media_digests,
+        shard, features, failures, seconds=seconds, batch_size=batch_size, device=device, media_digests=media_digests
     )
 
 

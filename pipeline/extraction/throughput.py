@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from dask.system import CPU_COUNT
 
@@ -20,6 +20,13 @@ logger = logging.getLogger(__name__)
 WaitReason = Literal["items", "disk"]
 NVIDIA_DEVICE = Path("/dev/nvidia0")
 MIN_SECONDS = 20.0  # a shorter extraction mostly starts and stops: its shares of time say nothing, and it needs no advice
+
+
+class Rates(NamedTuple):
+    """Items per second."""
+
+    decode: float
+    encode: float
 
 
 @dataclass
@@ -87,7 +94,8 @@ class ThroughputMeter:
             bound = "decode-bound" if prepare > encode else "encoder-bound"
             return f"{bound}: {busy}: {self._worker_advice(num_processes)}"
         busy = f"{_count(num_processes, 'worker', 'workers')} busy {prepare:.0%}, encoder waited {items:.0%}"
-        if items > 0.25:
+        rates = self._rates_alone()
+        if rates.decode < rates.encode if rates else items > 0.25:
             return f"decode-bound: {busy}: {self._worker_advice(num_processes)}"
         more = "take more GPUs" if self.num_dask_tasks else "spread over several GPUs with --workers-gpu"
         return f"encoder-bound: {busy}: raise --batch-size, or {more}"
@@ -97,14 +105,20 @@ class ThroughputMeter:
 
         "" on processors, where the same processes do both, and when nothing was measured.
         """
-        if self.device == "cpu" or not (self.prepare_seconds and self.encode_seconds):
+        rates = self._rates_alone()
+        if self.device == "cpu" or not rates:
             return ""
+        slower = "decoding" if rates.decode < rates.encode else "the encoder"
+        both = f"decoding alone {rates.decode:,.0f} items/s, the encoder alone {rates.encode:,.0f}"
+        return f"{both}: {slower} bounds by {max(rates) / min(rates):.1f} times"
+
+    def _rates_alone(self) -> Rates | None:
+        """Return the items per second of the workers and of the GPU, each alone; None if one of them did nothing."""
+        if not (self.prepare_seconds and self.encode_seconds):
+            return None
         num_tasks = max(self.num_dask_tasks, 1)
         decode = self.num_items * num_tasks * max(self.num_workers, 1) / self.prepare_seconds
-        encode = self.num_items * num_tasks / self.encode_seconds
-        slower = "decoding" if decode < encode else "the encoder"
-        by = max(decode, encode) / min(decode, encode)
-        return f"decoding alone {decode:,.0f} items/s, the encoder alone {encode:,.0f}: {slower} bounds by {by:.1f} times"
+        return Rates(decode, self.num_items * num_tasks / self.encode_seconds)
 
     def _worker_advice(self, num_processes: int) -> str:
         """Return how to decode faster: more workers, smaller pictures or more machines."""

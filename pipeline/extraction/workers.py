@@ -15,8 +15,9 @@ import sys
 import time
 import traceback
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from multiprocessing.reduction import ForkingPickler
@@ -75,6 +76,13 @@ class WorkerTraceback(NamedTuple):
     text: str
 
 
+class Worker(NamedTuple):
+    """A worker process, and our end of the pipe to it."""
+
+    process: Any
+    pipe: Connection
+
+
 class PinnedBatch(NamedTuple):
     """A prepared batch whose items are in pinned memory, from which a GPU copies while it computes."""
 
@@ -120,8 +128,8 @@ def choose_workers(wanted: int, num_items: int) -> int:
 
 def encode_batches(
     inputs: EncoderInputs, batches: Sequence[np.ndarray], encoder: MemorySafeEncoder, meter: ThroughputMeter
-) -> Iterator[EncodedBatch]:
-    """Yield the features of the batches, in order.
+) -> Generator[EncodedBatch, None, None]:
+    """Yield the features of the batches, in order. Close the generator to end the workers at once.
 
     Args:
         inputs: the items.
@@ -135,21 +143,20 @@ def encode_batches(
     """
     on_gpu = default_device().type == "cuda"
     jobs = BatchJobs(inputs, batches, None if on_gpu else encoder)
-    results = _run_jobs(jobs, meter.num_workers)
-    if on_gpu:
-        yield from _encode_on_gpu(inputs, _with_waiting_time(_pinned_ahead(results), meter), encoder)
-    else:
-        yield from _with_waiting_time(results, meter)
+    num_workers = allowed_workers(meter.num_workers)
+    with closing(_pinned_batches(jobs, num_workers) if on_gpu else _run_jobs(jobs, num_workers)) as results:
+        in_time = _with_waiting_time(results, meter)
+        yield from _encode_on_gpu(inputs, in_time, encoder) if on_gpu else in_time
 
 
 def prepare_batches(inputs: EncoderInputs, batches: Sequence[np.ndarray], num_workers: int) -> Iterator[PreparedBatch]:
     """Yield the batches in order, prepared but not encoded; with 0 workers in this process. Errors as in `encode_batches`."""
-    return _run_jobs(BatchJobs(inputs, batches, None), num_workers)
+    return _run_jobs(BatchJobs(inputs, batches, None), allowed_workers(num_workers))
 
 
-def _run_jobs(jobs: BatchJobs, num_workers: int) -> Iterator[Any]:
-    num_workers = allowed_workers(num_workers)
-    return _run_on_workers(jobs, num_workers) if num_workers else map(jobs.run, range(len(jobs.batches)))
+def _run_jobs(jobs: BatchJobs, num_workers: int) -> Generator[Any, None, None]:
+    """Yield the result of each batch in order."""
+    yield from _run_on_workers(jobs, num_workers, []) if num_workers else map(jobs.run, range(len(jobs.batches)))
 
 
 def _with_waiting_time(results: Iterator[Any], meter: ThroughputMeter) -> Iterator[Any]:
@@ -162,13 +169,12 @@ def _with_waiting_time(results: Iterator[Any], meter: ThroughputMeter) -> Iterat
         yield batch
 
 
-def _run_on_workers(jobs: BatchJobs, num_workers: int) -> Iterator[Any]:
-    """Yield the result of each batch in order; the workers take turns.
+def _run_on_workers(jobs: BatchJobs, num_workers: int, workers: list[Worker]) -> Generator[Any, None, None]:
+    """Yield the result of each batch in order; the workers, which are added to the list, take turns.
 
     The workers share nothing, not even a lock: when one is killed, whatever it was doing, the others and this process go on.
     """
     context = multiprocessing.get_context(START_METHOD)
-    workers: list[tuple[Any, Connection]] = []
     num_ahead = BATCHES_PER_WORKER * num_workers
     try:
         for _ in range(num_workers):
@@ -178,7 +184,7 @@ def _run_on_workers(jobs: BatchJobs, num_workers: int) -> Iterator[Any]:
             )
             process.start()
             worker_end.close()  # so that our end reports EOF when the worker ends
-            workers.append((process, our_end))
+            workers.append(Worker(process, our_end))
         for number in range(-num_ahead, len(jobs.batches)):  # numbers below 0 only send the first requests
             process, pipe = workers[number % num_workers]
             try:
@@ -240,22 +246,32 @@ def _worker_error(process: Any, jobs: BatchJobs, number: int) -> Exception:
     )
 
 
-def _pinned_ahead(batches: Iterator[PreparedBatch]) -> Iterator[PinnedBatch]:
-    """Yield the batches in pinned memory. A thread receives and pins the next one while the current one is used."""
+def _pinned_batches(jobs: BatchJobs, num_workers: int) -> Generator[PinnedBatch, None, None]:
+    """Yield the prepared batches in pinned memory; a thread receives and pins the next one while the current one is used."""
+    if not num_workers:
+        yield from map(_pinned, _run_jobs(jobs, 0))
+        return
+    workers: list[Worker] = []
+    with closing(_run_on_workers(jobs, num_workers, workers)) as batches, ThreadPoolExecutor(1) as thread:
 
-    def take() -> PinnedBatch | None:
-        prepared = next(batches, None)
-        if prepared is None:
-            return None
-        items = torch.from_numpy(prepared.items)
-        return PinnedBatch(prepared, items.pin_memory() if len(items) else items)
+        def take() -> PinnedBatch | None:
+            prepared = next(batches, None)
+            return prepared and _pinned(prepared)
 
-    batch = take()  # here, so that the workers are started by this thread: with it they end
-    with ThreadPoolExecutor(1) as thread:
-        while batch:
-            upcoming = thread.submit(take)
-            yield batch
-            batch = upcoming.result()
+        try:
+            batch = take()  # here, so that the workers are started by this thread: with it they end
+            while batch:
+                upcoming = thread.submit(take)
+                yield batch
+                batch = upcoming.result()
+        finally:
+            for worker in workers:  # the thread may wait for one of them, and is waited for
+                worker.process.kill()
+
+
+def _pinned(prepared: PreparedBatch) -> PinnedBatch:
+    items = torch.from_numpy(prepared.items)
+    return PinnedBatch(prepared, items.pin_memory() if len(items) else items)
 
 
 def _encode_on_gpu(

@@ -31,7 +31,9 @@ from pipeline.runtime.rng import KeyedRNG
 from pipeline.runtime.settings import Range, Settings
 from pipeline.types import Batch, Shapes
 
-MAX_TOKEN_PAIRS = 2**22  # similarities of patches and words that are in memory at a time: 16 MiB, and as much for each step
+# Similarities of patches and words of one model: up to so many are computed at once (16 MiB, and as much for each step) ...
+MAX_TOKEN_PAIRS = 2**22
+PART_TOKEN_PAIRS = 2**20  # ... and of more, so many at a time
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,10 +143,11 @@ class GranularSimilarities(nn.Module):
         matrices = [layer.matrix for layer in layers if layer.matrix is not None]
         similarity = partial(patch_word_similarity, is_word=is_word)
         inputs = (words, torch.as_tensor(tau, device=words.device), *matrices)
-        num_images = max(1, MAX_TOKEN_PAIRS // (patches.shape[1] * words.shape[0] * words.shape[1]))
-        if num_images >= len(patches):
+        pairs_per_image = patches.shape[1] * words.shape[0] * words.shape[1]
+        if len(patches) * pairs_per_image <= MAX_TOKEN_PAIRS:
             return similarity(patches, *inputs)
-        return torch.cat([recomputed(similarity, part, *inputs) for part in patches.split(num_images)])
+        parts = patches.split(max(1, PART_TOKEN_PAIRS // pairs_per_image))
+        return torch.cat([recomputed(similarity, part, *inputs) for part in parts])
 
 
 class MGCC(Method):

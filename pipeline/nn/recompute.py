@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
+
+Watcher = Callable[[Callable[..., Tensor], tuple[Tensor, ...]], None]
+_WATCHERS: list[Watcher] = []
 
 
 class _Recomputed(torch.autograd.Function):
@@ -34,8 +38,20 @@ def recomputed(function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
     It may run in `torch.vmap` and in torch.compile, and is computed without autocast, as its gradient is.
 
     Args:
-        function: of tensors; whatever else it reads has no gradient, and is the same for all models of an ensemble.
+        function: of tensors; whatever else it reads has no gradient, and may differ between the models of an ensemble.
         inputs: floating-point tensors.
     """
+    for watcher in _WATCHERS:
+        watcher(function, inputs)
     with torch.autocast(inputs[0].device.type, enabled=False):
         return _Recomputed.apply(function, *inputs)
+
+
+@contextmanager
+def watched(watcher: Watcher) -> Iterator[None]:
+    """Inside the block, tell a function of what is `recomputed`: the function and its inputs, before it is called."""
+    _WATCHERS.append(watcher)
+    try:
+        yield
+    finally:
+        _WATCHERS.remove(watcher)

@@ -125,9 +125,10 @@ class RunFolder:
         return (self.path / "done").is_file()
 
     def read_done(self) -> dict[str, Any]:
-        """Return what training recorded when it finished: "seconds", "checkpoint_sha256", and "code".
+        """Return what training recorded when it finished: "seconds", "checkpoint_sha256", "code", and perhaps "kernels".
 
         "code" is the version of the program that trained the run, see `code_version`; "" for runs of earlier versions.
+        "kernels" is there for joint runs that ended with --fast or --compile: "fast", "compile_encoders".
 
         Raises:
             UserError: the file `done` is damaged.
@@ -136,9 +137,10 @@ class RunFolder:
         try:
             facts = json.loads(path.read_text())
             seconds, checksum, code = float(facts["seconds"]), str(facts["checkpoint_sha256"]), str(facts.get("code", ""))
+            kernels = {"kernels": [str(name) for name in facts["kernels"]]} if "kernels" in facts else {}
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{path} is damaged; {self.remedy}") from error
-        return {"seconds": seconds, "checkpoint_sha256": checksum, "code": code}
+        return {"seconds": seconds, "checkpoint_sha256": checksum, "code": code, **kernels}
 
     def write_done(self, facts: Mapping[str, Any]) -> None:
         """Write the file `done`, which makes the run valid, with what `read_done` returns; all other files are on disk."""

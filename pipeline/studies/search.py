@@ -2,7 +2,7 @@
 
 The cells are trained on all cores of this machine or by the workers of a dask scheduler. Cells are ordinary runs: finished runs
 are not trained again, and the same command resumes after any interruption. A run that fails is listed, and the others finish;
-the traceback of a bug is in `error.txt` of the run. On a GPU, cells of one structure are trained as one model, with all
+the traceback of a bug is in `error.txt` of the run. On a GPU, runs of one structure are trained as one model, with all
 seeds, because a single head leaves the GPU mostly idle.
 
 This module is what the leading process does; `search_worker` is what a worker does.
@@ -73,9 +73,9 @@ def run_grid(
         scheduler: "local", or the address of a dask scheduler, whose workers then do the training.
         workers: Processes of this machine; -1: one per core, 0: only this process. Only with the scheduler "local".
         read_test: Whether to evaluate the winner on the test split.
-        strategy: "stacked" trains cells of one structure as one model, "processes" trains each cell by itself, and "auto" is
+        strategy: "stacked" trains runs of one structure as one model, "processes" trains each run by itself, and "auto" is
             "stacked" where all workers have a GPU, else "processes".
-        max_ensemble_size: Cells of one model at most; 0: as many as fit in memory. Not with the strategy "processes".
+        max_ensemble_size: Runs of one model at most; 0: as many as fit in memory. Not with the strategy "processes".
 
     Raises:
         UserError: two options contradict each other, or the scheduler does not answer.
@@ -83,9 +83,7 @@ def run_grid(
     if scheduler != "local" and workers >= 0:
         raise UserError("--workers are processes of this machine, --scheduler has its own: give one of them")
     if max_ensemble_size and strategy == "processes":
-        raise UserError(
-            "--lanes are cells of one model, and --strategy processes trains every cell by itself: give one of them"
-        )
+        raise UserError("--lanes are runs of one model, and --strategy processes trains every run by itself: give one of them")
     folder = grid.create_folder()
     leaderboard = Leaderboard(grid, folder)
     num_unfinished = sum(not head.run.is_done for head in grid.heads.values())
@@ -312,7 +310,7 @@ def _describe_workers(scheduler: str, executor: Executor, starts_late: bool) -> 
 
 
 def _describe_strategy(strategy: GridStrategy, scheduler: str, is_stacked: bool) -> str:
-    how = "cells of one structure as one model" if is_stacked else "every cell by itself"
+    how = "runs of one structure as one model" if is_stacked else "every run by itself"
     no_gpu = "no GPU" if scheduler == "local" else "not all of them have a GPU"
     reason = f"--strategy {strategy}" if strategy != "auto" else "on the GPU" if is_stacked else no_gpu
     return f"{how} ({reason})"

@@ -6,6 +6,7 @@ features itself, and writes its results into the folders of the runs.
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,6 +22,8 @@ from pipeline.training.config import TrainConfig
 from pipeline.training.features import FeatureSet, open_features
 from pipeline.training.heads import HeadPlan, head_capacity, out_of_memory_error, plan_head_on, train_heads
 from pipeline.types import Split
+
+logger = logging.getLogger(__name__)
 
 ItemT = TypeVar("ItemT")
 BRIEF_SAMPLES = 100_000  # that a brief training reads
@@ -154,6 +157,8 @@ def _train_ensembles(ensembles: Sequence[Sequence[HeadPlan]], job: GroupJob) -> 
             if isinstance(error, (UserError, OSError)):
                 raise
             if by_seed := _split_by_seed(heads):
+                how = f"{len(heads)} runs of {len(by_seed)} seeds cannot be trained as one model, so each seed is by itself"
+                logger.warning("%s: %s", how, describe_error(error))
                 pending[:0] = by_seed
             elif len(heads) > 1:
                 pending[:0] = split_evenly(heads, math.ceil(len(heads) / 2))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container
+from collections.abc import Callable, Container, Set
 from functools import partial
 from itertools import chain
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from pipeline.nn.method import Method
+from pipeline.nn.recompute import watched
 from pipeline.types import Batch
 
 
@@ -18,15 +19,17 @@ def bytes_per_method(method: Method, batch: Batch, num_rows: int) -> int:
 
     This counts the weights, the gradients, Adam's two moments, and the tensors that the loss of `num_rows` samples saves for
     the backward pass. The last part is measured: the loss of `batch` is computed in every phase, and the largest result is
-    scaled to `num_rows`. What `bytes_kept` returns is not counted.
+    scaled to `num_rows`. What the backward pass computes again, one part at a time, is counted once, with its gradients. What
+    `bytes_kept` returns is not counted.
     """
     weights = sum(parameter.nbytes for parameter in method.parameters())
     own_tensors = chain(method.parameters(), method.buffers())
     known = {tensor.untyped_storage().data_ptr() for tensor in chain(batch.values(), own_tensors)}
     with torch.random.fork_rng([tensor.device for tensor in batch.values() if tensor.is_cuda][:1]):  # a loss draws
         losses = [partial(method.loss, batch, phase.name) for phase in method.phases if not phase.candidates]
-        largest = max((_bytes_saved_for_backward(loss, known) for loss in losses), default=0)
-    return 4 * weights + largest * num_rows // len(batch["key"])
+        measured = [_bytes_saved_for_backward(loss, known) for loss in losses]
+    largest = max((kept * num_rows // len(batch["key"]) + 2 * again for kept, again in measured), default=0)
+    return 4 * weights + largest
 
 
 def bytes_kept(method: Method, batch: Batch) -> int:
@@ -38,8 +41,24 @@ def bytes_kept(method: Method, batch: Batch) -> int:
     return sum(buffer.nbytes for buffer in method.buffers()) - before
 
 
-def _bytes_saved_for_backward(loss: Callable[[], Batch], known: Container[int]) -> int:
-    """Return the bytes that a loss saves for its gradient, without the storages whose addresses are in `known`."""
+def _bytes_saved_for_backward(loss: Callable[[], Batch], known: Set[int]) -> tuple[int, int]:
+    """Return the bytes that a loss saves for its gradient, and the most that one `recomputed` part saves in that gradient.
+
+    Storages whose addresses are in `known` do not count.
+    """
+    again = [0]
+
+    def measure(function: Callable[..., Tensor], inputs: tuple[Tensor, ...]) -> None:
+        own = [tensor.detach().requires_grad_() for tensor in inputs]
+        again.append(_bytes_saved(partial(function, *own), known | {tensor.untyped_storage().data_ptr() for tensor in own}))
+
+    with watched(measure):
+        kept = _bytes_saved(lambda: loss()["loss"], known)
+    return kept, max(again)
+
+
+def _bytes_saved(compute: Callable[[], Tensor], known: Container[int]) -> int:
+    """Return the bytes that a result saves for its gradient, without the storages whose addresses are in `known`."""
     saved: dict[int, int] = {}
 
     def record(tensor: Tensor) -> Tensor:
@@ -49,7 +68,7 @@ def _bytes_saved_for_backward(loss: Callable[[], Batch], known: Container[int]) 
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(record, lambda tensor: tensor):
-        parts = loss()
+        result = compute()
     # The graph is still alive here, so no address was freed and used for a second storage.
-    assert parts["loss"].requires_grad
+    assert result.requires_grad
     return sum(saved.values())

@@ -12,13 +12,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from pipeline.runtime.rng import seed_step
 from pipeline.types import Batch, Source
 
-_FILLS: dict[str, Callable[..., Tensor]] = {  # how the results of torch's random functions are filled
-    "rand": Tensor.uniform_,
-    "rand_like": Tensor.uniform_,
-    "randn": Tensor.normal_,
-    "randn_like": Tensor.normal_,
-    "randint": Tensor.random_,
-    "bernoulli": Tensor.bernoulli_,
+_FILLS: dict[str, Callable[..., Tensor]] = {  # how the results of torch's random functions, by overload, are filled
+    "aten::rand": Tensor.uniform_,
+    "aten::rand_like": Tensor.uniform_,
+    "aten::randn": Tensor.normal_,
+    "aten::randn_like": Tensor.normal_,
+    "aten::randint": Tensor.random_,
+    "aten::randint.low": Tensor.random_,
+    "aten::bernoulli.p": Tensor.bernoulli_,  # where p is a tensor it is another overload, and each model has its own
 }
 
 
@@ -68,16 +69,16 @@ class SeedStreams(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if torch.Tag.nondeterministic_seeded not in func.tags:
             return func(*args, **(kwargs or {}))
-        name = func.overloadpacket.__name__
+        name = func.name()
         if name not in _FILLS:
-            raise NotImplementedError(f"models of several seeds cannot draw with {func.name()} together")
-        form = {**({"dtype": torch.int64} if name == "randint" else {}), **(kwargs or {})}
+            raise NotImplementedError(f"models of several seeds cannot draw with {name} together")
+        form = {**({"dtype": torch.int64} if _FILLS[name] is Tensor.random_ else {}), **(kwargs or {})}
         drawn = []
         for generator, first in zip(self.generators, self._first, strict=True):
             if isinstance(args[-1], list):  # a shape [K, ...]; a draw without one is like the tensor that comes first
                 blank, numbers = torch.empty(args[-1][1:], **form), args[:-1]
             else:
                 blank, numbers = torch.empty_like(args[0][first], **form), args[1:]
-            bounds = (0, *numbers) if name == "randint" and len(numbers) == 1 else numbers
+            bounds = (0, *numbers) if name == "aten::randint" else numbers
             drawn.append(_FILLS[name](blank, *bounds, generator=generator))
         return self.for_each(torch.stack(drawn))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, fields
 from pickle import UnpicklingError
@@ -71,6 +71,7 @@ class TrainState:
     should_stop: StopCheck = never_stop
     measure: Measure = measure_nothing
     trackers: RunTrackers = field(default_factory=RunTrackers)
+    kernels: Sequence[str] = ()  # what `RunFolder.read_done` tells of the last attempt
     folder_lock: ExitStack = field(default_factory=ExitStack)  # holds the lock of the run's folder; closed when the run ends
     progress: RunProgress = field(default_factory=RunProgress)
     optimizer_state: dict[str, Any] = field(default_factory=dict)  # on the CPU; empty at the start of a phase
@@ -230,7 +231,8 @@ class TrainState:
         self.method.load_state_dict(self.progress.best)
         self.run.write_alignment(self.measure(self.method))
         seconds = round(self.progress.seconds, 3)
-        self.run.write_done({"seconds": seconds, "checkpoint_sha256": sha256(weights), "code": code_version()})
+        facts = {"seconds": seconds, "checkpoint_sha256": sha256(weights), "code": code_version()}
+        self.run.write_done({**facts, **({"kernels": list(self.kernels)} if self.kernels else {})})
         delete_saved_state(self.run)
         self.trackers.close(self.run)
 

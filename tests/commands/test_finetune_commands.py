@@ -12,7 +12,9 @@ from typer.testing import CliRunner
 
 from pipeline.commands.app import app
 from pipeline.data.manifest import Manifest
+from pipeline.runtime.runs import RunFolder
 from pipeline.studies.ablation import compare_strategies
+from pipeline.training.joint import trainer
 from pipeline.training.joint.plan import JointOptions
 
 
@@ -63,12 +65,32 @@ def test_the_head_alone_is_trained_on(home: Path) -> None:
         (["--train", "image", "--train", "text"], "takes one of image, text, both and last:K"),
         (["--train", "everything"], "takes image, text, both or last:K"),
         (["--train", "steps=3"], "unknown setting 'steps'"),
+        (["--train", "compiled=true"], "leave --train compiled out; --compile compiles the encoders"),
+        (["--compile", "--unfreeze", "none"], "--compile takes whole encoders: --unfreeze image, text or both, not none"),
+        (["--compile", "--unfreeze", "last:1"], "--compile takes whole encoders: --unfreeze image, text or both, not last:1"),
     ],
 )
 def test_options_that_contradict_the_run_are_refused(options: list[str], message: str, home: Path) -> None:
     init = joint_home.train_small_head(home, "baseline", epochs=1)
     with pytest.raises(ValueError, match=message):
         run("finetune", "--init", str(init.path), "--home", str(home), *options)
+    assert not (home / "joint").exists()  # nothing was begun
+
+
+@pytest.mark.parametrize("options", [[], ["--fast"]])
+def test_a_run_tells_which_kernels_it_was_trained_with(options: list[str], home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They do not change which run it is; and only a GPU gets images in its own memory format."""
+    init, formats, move = joint_home.train_small_head(home, "baseline", epochs=1), set[bool](), trainer.to_device
+    monkeypatch.setattr(trainer, "to_device", lambda items, device, last=False: formats.add(last) or move(items, device, last))
+    common = ["--home", str(home), "--workers", "0", "--train", "epochs=1", "--train", "batch_size=8"]
+    shown = json.loads(run("finetune", "--init", str(init.path), *common, "--encoder-lr", "1e-6", "--json", *options))
+    (done,) = (home / "joint").glob("*/*/seed0/done")
+    runs = [RunFolder.at(done.parent)]
+    if shown["run"] != str(init.path):
+        runs.append(RunFolder.at(Path(shown["run"])))
+    assert [each.read_done().get("kernels", []) for each in runs] == [["fast"] if options else []] * len(runs)
+    assert "fast" not in (done.parent / "config.json").read_text()
+    assert formats == {False}
 
 
 def test_strategies_are_compared_over_seeds(home: Path) -> None:

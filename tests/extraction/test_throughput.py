@@ -74,6 +74,15 @@ def test_on_a_gpu_the_rates_of_both_sides_are_told(
     assert meter.rates() == rates
 
 
+@pytest.mark.parametrize("waited", [0, 20, 24, 26, 60])
+@pytest.mark.parametrize(("prepare", "encode"), [(100, 30), (100, 24), (40, 60), (0, 60)])
+def test_both_lines_about_a_gpu_name_the_same_bottleneck(prepare: float, encode: float, waited: float) -> None:
+    """Where there are no rates, the encoder's waiting decides."""
+    meter = make_meter(4, "cuda", prepare, encode, items=waited)
+    decodes = "decoding bounds" in meter.rates() if meter.rates() else waited > 25
+    assert meter.verdict().startswith("decode-bound" if decodes else "encoder-bound")
+
+
 def test_idle_and_unused_gpus_are_warned_about(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert make_meter(4, "cuda", 300, 95, items=3).warnings(num_gpus=1) == []
     assert make_meter(4, "cuda", 300, 40, items=60).warnings(num_gpus=1) == ["the GPU was idle 60% of the time"]

@@ -5,8 +5,12 @@ from __future__ import annotations
 import errno
 import multiprocessing
 import os
+import signal
+import threading
 import time
 import weakref
+from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +25,16 @@ from pipeline.cache.writer import Writer
 from pipeline.data.manifest import Manifest
 from pipeline.encoders.random_projection import RandomProjection
 from pipeline.extraction import workers
-from pipeline.extraction.extract import ExtractionTask, ExtractOptions, extract, gpu_batch_size, plan_extraction
-from pipeline.extraction.inputs import EncoderInputs, MemorySafeEncoder
+from pipeline.extraction.extract import (
+    ExtractionTask,
+    ExtractOptions,
+    encode_shards,
+    extract,
+    gpu_batch_size,
+    plan_extraction,
+    start_or_resume,
+)
+from pipeline.extraction.inputs import EncodedBatch, EncoderInputs, MemorySafeEncoder
 from pipeline.extraction.throughput import ThroughputMeter
 from pipeline.extraction.workers import allowed_workers, encode_batches
 
@@ -197,22 +209,31 @@ class Event:
         return 50.0
 
 
+def play_a_gpu(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Let this process play a GPU: pinned memory is ordinary memory, and nothing runs in the background.
+
+    Returns:
+        How many items were pinned each time.
+    """
+    make_empty, pinned = torch.empty, list[int]()
+    monkeypatch.setattr(workers, "default_device", lambda: torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(Tensor, "pin_memory", lambda tensor: pinned.append(len(tensor)) or tensor)
+    monkeypatch.setattr(torch, "empty", lambda *shape, pin_memory=False, **form: make_empty(*shape, **form))
+    return pinned
+
+
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_what_a_gpu_encodes_is_what_a_processor_does(
     num_workers: int, texts: Manifest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The GPU is played by this process: pinned memory is ordinary memory, and nothing runs in the background."""
     task = plan_extraction(texts, "random_projection", TEXT_SETTINGS, tmp_path, "float16", False, ExtractOptions())
     batches = task.batches(range(40))
 
     def features(meter: ThroughputMeter) -> list[np.ndarray]:
         return [batch.features for batch in encode_batches(task.inputs, batches, task.encoder, meter)]
 
-    expected, make_empty, pinned = features(ThroughputMeter(0, "cpu")), torch.empty, list[int]()
-    monkeypatch.setattr(workers, "default_device", lambda: torch.device("cuda"))
-    monkeypatch.setattr(torch.cuda, "Event", Event)
-    monkeypatch.setattr(Tensor, "pin_memory", lambda tensor: pinned.append(len(tensor)) or tensor)
-    monkeypatch.setattr(torch, "empty", lambda *shape, pin_memory=False, **form: make_empty(*shape, **form))
+    expected, pinned = features(ThroughputMeter(0, "cpu")), play_a_gpu(monkeypatch)
     meter = ThroughputMeter(num_workers, "cuda")
     found = []
     for batch in encode_batches(task.inputs, batches, task.encoder, meter):
@@ -223,3 +244,69 @@ def test_what_a_gpu_encodes_is_what_a_processor_does(
     assert pinned == [len(batch) for batch in batches]
     assert meter.encode_seconds == pytest.approx(0.05 * len(batches))
     assert meter.num_items == 40
+
+
+def fail_after_one(encoded: Iterator[EncodedBatch]) -> None:
+    next(encoded)
+    raise ZeroDivisionError
+
+
+@pytest.mark.parametrize("on_gpu", [False, True])
+@pytest.mark.parametrize("end", ["closed early", "error of the encoder", "error of the consumer", "Ctrl-C while it waits"])
+def test_an_end_does_not_wait_for_stuck_workers(
+    end: str, on_gpu: bool, texts: Manifest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second batch takes a minute in its worker; whatever ends the extraction before, the workers end at once."""
+    task = plan_extraction(texts, "random_projection", TEXT_SETTINGS, tmp_path, "float16", False, ExtractOptions())
+    prepare = EncoderInputs.prepare
+
+    def slow(self: EncoderInputs, rows: np.ndarray) -> Any:
+        if rows[0]:
+            time.sleep(60)
+        return prepare(self, rows)
+
+    def fail(_: Any) -> Tensor:
+        raise ArithmeticError("a bug")
+
+    monkeypatch.setattr(EncoderInputs, "prepare", slow)
+    if on_gpu:
+        play_a_gpu(monkeypatch)
+        monkeypatch.setattr(workers, "GPU_QUEUE_BATCHES", 1)
+    encoder = MemorySafeEncoder(fail) if end == "error of the encoder" else task.encoder
+    encoded = encode_batches(task.inputs, task.batches(range(80)), encoder, ThroughputMeter(2, "cuda"))
+    main_thread, children = threading.main_thread().ident, set(multiprocessing.active_children())
+    assert main_thread
+    interrupt = threading.Timer(0.3, signal.pthread_kill, (main_thread, signal.SIGINT))
+    began = time.monotonic()
+    if end == "closed early":
+        next(encoded)
+        encoded.close()
+    elif end == "error of the encoder":
+        with pytest.raises((ArithmeticError, RuntimeError)):
+            next(encoded)
+    elif end == "error of the consumer":
+        with pytest.raises(ZeroDivisionError), closing(encoded):
+            fail_after_one(encoded)
+    else:
+        next(encoded)
+        interrupt.start()
+        with pytest.raises(KeyboardInterrupt):
+            next(encoded)
+    assert time.monotonic() - began < 1
+    assert set(multiprocessing.active_children()) <= children
+
+
+def test_an_error_where_batches_are_used_ends_the_workers(
+    texts: Manifest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also while its traceback, which refers to the generator, is alive."""
+    task = plan_extraction(texts, "random_projection", TEXT_SETTINGS, tmp_path, "float16", False, ExtractOptions())
+    writer, _ = start_or_resume(task.target)
+    children = set(multiprocessing.active_children())
+
+    def fail(_: Any) -> None:
+        raise ArithmeticError("a bug")
+
+    with pytest.raises(ArithmeticError):
+        next(encode_shards(task, writer, [0], ThroughputMeter(2, "cpu"), fail))
+    assert set(multiprocessing.active_children()) <= children

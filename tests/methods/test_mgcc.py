@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any, cast
 
 import numpy as np
@@ -10,10 +11,13 @@ import torch
 from helpers.method_cases import CLASSES, LABEL_KINDS, ROWS, cross_entropy, fitted, make_rng, seeded_loss, to_numpy
 from scipy.special import log_softmax, softmax
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from pipeline.methods import mgcc
 from pipeline.methods.mgcc import GranularSimilarities
 from pipeline.nn.losses import info_nce
+from pipeline.training.capacity import bytes_per_method
 
 T = 0.3  # of the weights of tokens
 
@@ -67,16 +71,18 @@ def test_many_pairs_of_tokens_are_compared_in_parts(monkeypatch: pytest.MonkeyPa
     weights = [list(layer.parameters()) for layer in layers]
     stacked = torch.func.stack_module_state(cast(list[nn.Module], layers))[0]
     inputs = [units(*shape, seed=20 + len(shape)).requires_grad_() for shape in ((5, 6), (5, 6), (5, 7, 6), (5, 9, 6))]
-    is_word, weight = torch.arange(9) < torch.tensor([9, 1, 4, 9, 7]).unsqueeze(1), units(4, 5, 5, seed=30)
+    of_models, weight = torch.tensor([[9, 1, 4, 9, 7], [2, 9, 9, 3, 5]]), units(4, 5, 5, seed=30)
+    are_words = torch.arange(9) < of_models.unsqueeze(2)  # models of other seeds read other texts
+    taus = torch.tensor([T, 0.1])
 
-    def ensemble(own: dict[str, Tensor], tau: Tensor) -> Tensor:
+    def ensemble(own: dict[str, Tensor], tau: Tensor, is_word: Tensor) -> Tensor:
         return torch.func.functional_call(layers[0], own, (*inputs, tau, is_word))
 
     def outcome() -> tuple[list[Tensor], int]:
         kept: dict[int, int] = {}
         with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.update({x.data_ptr(): x.nbytes}) or x, lambda x: x):
-            found = [layer(*inputs, torch.tensor(tau), is_word) for layer, tau in zip(layers, (T, 0.1), strict=True)]
-        both = torch.vmap(ensemble)(stacked, torch.tensor([T, 0.1]))
+            found = [layer(*inputs, *more) for layer, *more in zip(layers, taus, are_words, strict=True)]
+        both = torch.vmap(ensemble)(stacked, taus, are_words)
         torch.testing.assert_close(both, torch.stack(found))
         gradients = [
             torch.autograd.grad((weight * each).sum(), [*inputs, *own]) for each, own in zip(found, weights, strict=True)
@@ -85,10 +91,59 @@ def test_many_pairs_of_tokens_are_compared_in_parts(monkeypatch: pytest.MonkeyPa
         return [*found, *gradients[0], *gradients[1], *of_both], sum(kept.values())
 
     expected, bytes_at_once = outcome()
-    monkeypatch.setattr(mgcc, "MAX_TOKEN_PAIRS", 2 * 5 * 7 * 9)  # two images at a time, and then one
+    monkeypatch.setattr(mgcc, "MAX_TOKEN_PAIRS", 2 * 5 * 7 * 9)
+    monkeypatch.setattr(mgcc, "PART_TOKEN_PAIRS", 2 * 5 * 7 * 9)  # two images at a time, and then one
     found, num_bytes = outcome()
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
     assert num_bytes < bytes_at_once / 3
+
+
+def test_the_memory_of_parts_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of two parts, one is in memory at a time, and as much again for its gradients: together as much as both at once."""
+    method, batch = fitted("mgcc", width=64, num_tokens=16)
+    num_pairs = len(batch["key"]) ** 2 * 16 * 16
+
+    def counted(at_once: int, in_part: int) -> int:
+        monkeypatch.setattr(mgcc, "MAX_TOKEN_PAIRS", at_once)
+        monkeypatch.setattr(mgcc, "PART_TOKEN_PAIRS", in_part)
+        return bytes_per_method(method, batch, len(batch["key"]))
+
+    whole = counted(num_pairs, num_pairs)
+    assert counted(num_pairs - 1, num_pairs // 2) == pytest.approx(whole, rel=0.05)
+    assert counted(num_pairs - 1, num_pairs // 8) < whole / 2
+
+
+class PeakMemory(TorchDispatchMode):
+    """Adds up the storages that are alive, and keeps the largest sum."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.alive: dict[int, int] = {}
+        self.peak = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for storage in (each.untyped_storage() for each in tree_leaves(result) if isinstance(each, Tensor)):
+            if storage.data_ptr() not in self.alive:
+                self.alive[storage.data_ptr()] = storage.nbytes()
+                weakref.finalize(storage, self.alive.pop, storage.data_ptr(), None)
+        self.peak = max(self.peak, sum(self.alive.values()))
+        return result
+
+
+def test_parts_need_less_memory_than_one_piece(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step of 64 images of 49 patches and texts of 32 words."""
+    layer = GranularSimilarities(64, 49, 32, has_matrices=True)
+    inputs = [units(64, *shape, 64, seed=number).requires_grad_() for number, shape in enumerate([(), (), (49,), (32,)])]
+
+    def peak() -> int:
+        with PeakMemory() as memory:
+            layer(*inputs, T).square().sum().backward()
+        return memory.peak
+
+    in_parts = peak()
+    monkeypatch.setattr(mgcc, "MAX_TOKEN_PAIRS", 2**30)
+    assert in_parts < peak() / 2
 
 
 @pytest.mark.parametrize("kind", LABEL_KINDS)

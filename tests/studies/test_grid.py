@@ -195,7 +195,5 @@ def test_the_folder_of_a_grid_is_named_by_its_identity(tiny_home: Path, tmp_path
 
 
 def test_lanes_need_the_stacked_strategy(tiny_home: Path) -> None:
-    with pytest.raises(
-        ValueError, match="--lanes are cells of one model, and --strategy processes trains every cell by itself"
-    ):
+    with pytest.raises(ValueError, match="--lanes are runs of one model, and --strategy processes trains every run by itself"):
         run_grid(tiny_grid(tiny_home), strategy="processes", max_ensemble_size=2)

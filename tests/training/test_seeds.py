@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -60,9 +61,33 @@ def test_each_model_draws_what_it_draws_alone() -> None:
                 assert torch.equal(ours[number], alone)
 
 
-def test_what_cannot_be_drawn_for_several_seeds_is_refused() -> None:
-    with SeedStreams(SEEDS, CPU), pytest.raises(NotImplementedError, match="aten::multinomial"):
-        torch.vmap(lambda x: torch.multinomial(x, 1), randomness="different")(torch.ones(4, 3))
+@pytest.mark.parametrize(
+    ("name", "draw"),
+    [
+        ("multinomial", lambda p: torch.multinomial(p, 1)),
+        ("bernoulli", torch.bernoulli),
+        ("bernoulli_.Tensor", lambda p: torch.empty_like(p).bernoulli_(p)),
+        ("normal.Tensor_float", lambda p: torch.normal(p, 1.0)),
+        ("normal.float_Tensor", lambda p: torch.normal(0.0, p)),
+        ("normal.Tensor_Tensor", lambda p: torch.normal(p, p)),
+        ("normal.float_float", lambda _: torch.normal(2.0, 1.0, (3,))),
+        ("randint_like", lambda p: torch.randint_like(p, 9)),
+        ("randint_like.low_dtype", lambda p: torch.randint_like(p, 2, 9)),
+        ("poisson", torch.poisson),
+        ("exponential_", lambda p: torch.empty_like(p).exponential_()),
+        ("randperm", lambda _: torch.randperm(3)),
+    ],
+)
+def test_what_cannot_be_drawn_for_several_seeds_is_refused(name: str, draw: Callable[[Tensor], Tensor]) -> None:
+    with SeedStreams(SEEDS, CPU), pytest.raises(NotImplementedError, match=f"draw with aten::{name} together"):
+        torch.vmap(draw, randomness="different")(torch.full((4, 3), 0.1))
+
+
+def test_a_probability_in_numbers_is_that_of_every_model() -> None:
+    with SeedStreams(SEEDS, CPU) as streams:
+        streams.seed_step("phase", 0, 0)
+        drawn = torch.vmap(lambda x: torch.bernoulli(x, 0.1), randomness="different")(torch.ones(len(SEEDS), 10_000))
+    assert drawn.mean(dim=1).tolist() == pytest.approx([0.1] * len(SEEDS), abs=0.02)
 
 
 def test_batches_of_several_seeds_are_stacked_step_by_step() -> None:
@@ -139,7 +164,7 @@ def test_whole_runs_of_several_seeds_resume_and_are_those_trained_alone(method: 
         return epoch == 2 and len(stopped) % 3 == 0
 
     assert train_heads(heads, False, stop_once) == {}
-    assert 0 < sum(head.run.is_done for head in heads) < len(heads) or not any(head.run.is_done for head in heads)
+    assert not all(head.run.is_done for head in heads)
     assert train_heads(heads[::-1], False) == {}
     for head, other in zip(heads, alone, strict=True):
         train_head(other, progress=False)
@@ -152,7 +177,9 @@ def test_whole_runs_of_several_seeds_resume_and_are_those_trained_alone(method: 
         pd.testing.assert_frame_equal(history, expected, atol=TOLERANCE, rtol=1e-4)
 
 
-def test_a_method_whose_draws_no_two_seeds_can_share_is_trained_by_seed(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_method_whose_draws_no_two_seeds_can_share_is_trained_by_seed(
+    home: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     def loss(method: Any, batch: Batch, phase: str) -> Batch:
         order = torch.randperm(len(batch["label"]))
         return {"loss": nn.functional.cross_entropy(method.classifier(batch["image"])[order], batch["label"][order])}
@@ -166,6 +193,9 @@ def test_a_method_whose_draws_no_two_seeds_can_share_is_trained_by_seed(home: Pa
     )
     assert train_group(group_job(heads, float("inf"), options)) == {}
     assert sizes == [6, 2, 2, 2]
+    (warning,) = (record.getMessage() for record in caplog.records if record.levelname == "WARNING")
+    assert "6 runs of 3 seeds" in warning
+    assert "cannot draw with aten::randperm together" in warning
     assert all(head.run.is_done for head in heads)
 
 

@@ -61,7 +61,7 @@ def resolve_joint_settings(init: RunFolder, training: Mapping[str, Any]) -> Trai
     base = {"lr": 1e-4, "epochs": 10, "precision": init.config().training.get("precision", "float32")}
     config = configure(TrainConfig, {**base, **training})
     if config.compiled:
-        raise UserError("joint training is not compiled: leave --train compiled out")
+        raise UserError("joint training has no setting compiled: leave --train compiled out; --compile compiles the encoders")
     if config.window or init.config().training.get("window", 0):
         raise UserError("joint training keeps the features in memory: it takes no window, nor a head that was trained with one")
     return config
@@ -88,6 +88,7 @@ def finetune(home: Path, init: RunFolder, joint: JointConfig, training: TrainCon
         UserError: the run of stage 2 has not finished, or its encoders cannot be tuned.
     """
     init.check_done()
+    options.check(joint)
     init_config = init.config()
     missing = [key for key in joint.trained_keys if key not in init_config.caches]
     if missing:

@@ -71,7 +71,7 @@ class JointOptions:
     accumulate: int = 1  # parts in which a batch goes through the encoders; one part is in memory at a time
     checkpointing: bool = False  # store only the inputs of blocks, and run the blocks again in the backward pass
     fast: bool = False  # a GPU may take kernels whose last bits differ from run to run
-    compiled: bool = False  # run the encoders through torch.compile in training
+    compile_encoders: bool = False  # run whole encoders through torch.compile in training
     workers: int = -1  # processes that decode; -1: one per core
     progress: bool = True  # show progress bars
     trackers: tuple[MakeTracker, ...] = ()  # are told the epochs of the run as they come
@@ -79,6 +79,16 @@ class JointOptions:
     def __post_init__(self) -> None:
         if self.accumulate < 1 or self.workers < -1:
             raise UserError(f"accumulate must be >= 1 and workers >= -1, not {self.accumulate} and {self.workers}")
+
+    def check(self, joint: JointConfig) -> None:
+        """Raise `UserError` if these encoders cannot be trained in this way."""
+        if self.compile_encoders and (joint.num_blocks or not joint.trained_keys):
+            raise UserError(f"--compile takes whole encoders: --unfreeze image, text or both, not {joint.train}")
+
+    @property
+    def kernels(self) -> list[str]:
+        """The fields that choose kernels whose last bits are others, which a run records."""
+        return [name for name in ("fast", "compile_encoders") if getattr(self, name)]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from pipeline.cache.table import Captions, FeatureTable
 from pipeline.extraction.inputs import EncoderInputs, texts_to_encode
-from pipeline.runtime.errors import UserError
 from pipeline.runtime.logs import ProgressBar
 from pipeline.training.compiled import compile_encoder
 from pipeline.training.features import FeatureSet
@@ -58,8 +57,6 @@ def open_trainable_encoder(plan: JointPlan, key: str, options: JointOptions, con
         UserError: the encoder cannot be tuned, or an item cannot be prepared any more.
     """
     joint, encoder = plan.joint, rebuild_encoder(plan.features.caches[key]).encoder
-    if options.compiled and joint.num_blocks:
-        raise UserError("--compile takes whole encoders: --unfreeze image, text or both")
     avoid_strided_convolutions(encoder)
     rows, text_index = _text_rows(plan.features) if key == "text" else (_media_rows(plan.features), None)
     (sample, text) = rows["train"][0]
@@ -79,7 +76,7 @@ def open_trainable_encoder(plan: JointPlan, key: str, options: JointOptions, con
     for name, parameter in encoder.named_parameters():
         parameter.requires_grad_(f"{key}.{name}".startswith(trains))
     encode_in_training = context.wrap(
-        MicroBatchEncoder(encoder, compile_encoder(encode) if options.compiled else encode, options.accumulate)
+        MicroBatchEncoder(encoder, compile_encoder(encode) if options.compile_encoders else encode, options.accumulate)
     )
     rates = _learning_rate_factors(plan, key, encoder, executed, blocks)
     return TrainableEncoder(encoder, encode, encode_in_training, trains, rates, items, text_index)

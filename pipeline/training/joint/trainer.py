@@ -64,14 +64,14 @@ def train_joint(plan: JointPlan, options: JointOptions, context: DistributedCont
         model = build_joint_method(plan, encoders, context)
         progress = options.progress and not context.rank
         trackers = RunTrackers(() if context.rank else options.trackers)
-        state = TrainState(method=model, run=run, config=plan.training, trackers=trackers)
+        state = TrainState(method=model, run=run, config=plan.training, trackers=trackers, kernels=options.kernels)
 
         def validate(predictor: Predictor, seeds: Sequence[int]) -> list[Score]:
             return validate_joint(plan, encoders, context, predictor)
 
-        source = joint_source(plan, model, encoders, context, progress, options.fast)
-        algorithms = fast_algorithms if options.fast else deterministic_algorithms
-        resources.enter_context(algorithms(default_device()))
+        device = default_device()
+        source = joint_source(plan, model, encoders, context, progress, options.fast and device.type == "cuda")
+        resources.enter_context((fast_algorithms if options.fast else deterministic_algorithms)(device))
         # The head brings its statistics, so it needs no pass over the training split.
         for error in train([state], {run.seed: Feed(source, lambda: iter(()))}, validate, progress).values():
             raise error
@@ -212,7 +212,8 @@ def deterministic_algorithms(device: torch.device) -> Iterator[None]:
 @contextmanager
 def fast_algorithms(device: torch.device) -> Iterator[None]:
     """Compute in the same format with the fastest kernels of a GPU: the last bits may differ from run to run."""
-    with use_precision("float32", device), torch.backends.cudnn.flags(benchmark=True, deterministic=False, allow_tf32=False):
+    kernels = torch.backends.cudnn.flags(enabled=True, benchmark=True, deterministic=False, allow_tf32=False)
+    with use_precision("float32", device), kernels:
         yield
 
 

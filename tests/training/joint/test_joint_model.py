@@ -215,8 +215,10 @@ def test_fast_and_compiled_change_the_rounding_alone(home: Path, monkeypatch: py
     monkeypatch.setattr(compiled, "COMPILE_BACKEND", "eager")
     plan = joint_home.joint_plan(home, joint_home.train_small_head(home, "ema"), JointConfig(train="image"), TRAINING)
     expected = gradients(plan, joint_home.QUIET)
-    options = JointOptions(fast=True, compiled=True, workers=0, progress=False)
+    options = JointOptions(fast=True, compile_encoders=True, workers=0, progress=False)
     with fast_algorithms(torch.device("cpu")):
+        assert torch.backends.cudnn.enabled
+        assert torch.backends.cudnn.benchmark
         found = gradients(plan, options)
     assert found.keys() == expected.keys()
     for name, gradient in expected.items():
