@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -120,26 +121,26 @@ def ddim_sample(
     weight_x, weight_noise = weight_x.to(x.dtype), torch.sqrt(variance).to(x.dtype)
     last = len(steps) - 1
 
-    def jump(x: Tensor, k: Any, z: Tensor | None) -> Tensor:
+    def jump(x: Tensor, k: Any, draw: Callable[[], Tensor]) -> Tensor:
         x = weight_x0[k] * model(x, k) + weight_x[k] * x
-        return x if z is None else x + weight_noise[k] * z
+        return x + weight_noise[k] * draw() if eta > 0 else x
 
     if torch.compiler.is_exporting() and last > 1:
         x = _jump_in_a_loop(jump, x, torch.stack([noise(k) for k in range(last)]) if eta > 0 else None, last)
     else:
         for k in range(last):
-            x = jump(x, k, noise(k) if eta > 0 else None)
+            x = jump(x, k, partial(noise, k))
     return model(x, last)
 
 
 def _jump_in_a_loop(
-    jump: Callable[[Tensor, Any, Tensor | None], Tensor], x: Tensor, noises: Tensor | None, num_jumps: int
+    jump: Callable[[Tensor, Any, Callable[[], Tensor]], Tensor], x: Tensor, noises: Tensor | None, num_jumps: int
 ) -> Tensor:
     """Return what all jumps lead to, as one operator of an exported program; unrolled, tracing would take minutes."""
     from torch._higher_order_ops.scan import scan  # slow to import
 
     def body(x: Tensor, place: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
-        x = jump(x, place[0], place[1] if len(place) > 1 else None)
+        x = jump(x, place[0], lambda: place[1])
         return x, x.new_zeros(())  # a scan returns something of each step, too
 
     places = torch.arange(num_jumps, device=x.device).unsqueeze(1)

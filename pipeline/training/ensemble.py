@@ -147,12 +147,12 @@ class EnsembleTrainer(Trainer):
     def __init__(self, states: Sequence[TrainState], captures: bool = False) -> None:
         """Prepare the phase in which the states are; states with equal settings must stand next to each other."""
         self.states, first = states, states[0]
-        self._streams, self.seed_step = None, partial(seed_step, first.run.seed)
-        if len(self.seeds) > 1:
-            device = next(tensor.device for _, tensor in _named_tensors(first.method))
-            self._streams = SeedStreams(self.seeds_by_model, device)
-            self.seed_step = self._streams.seed_step
-        self.model = self.predictor = ModelEnsemble([state.method for state in states], self._streams)
+        streams, self.seed_step = None, partial(seed_step, first.run.seed)
+        seeds = [state.run.seed for state in states]
+        if len(set(seeds)) > 1:
+            streams = SeedStreams(seeds, device=next(tensor.device for _, tensor in _named_tensors(first.method)))
+            self.seed_step, self.generators = streams.seed_step, streams.generators
+        self.model = self.predictor = ModelEnsemble([state.method for state in states], streams)
         self.parameters, self.optimizers, self._slices = [], [], []
         if first.phase.candidates:  # nothing is trained
             return
@@ -166,10 +166,6 @@ class EnsembleTrainer(Trainer):
             self.optimizers.append(HeadOptimizer(members, weights, is_stacked=True))
         self._limits = torch.tensor([state.config.grad_clip for state in states], device=self.parameters[0].device)
         self._prepare_step(captures)
-
-    @property
-    def _generators(self) -> Sequence[torch.Generator]:
-        return self._streams.generators if self._streams else ()
 
     def _clip_gradients(self) -> None:
         """Clip the gradients of every head by themselves, and give each optimiser those of its heads."""

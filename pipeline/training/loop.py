@@ -4,11 +4,10 @@ caches. `train.py` calls it for the runs of a command; `ensemble.py` has the ste
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import cached_property, partial
+from functools import partial
 from typing import Any
 
 import torch
@@ -34,6 +33,7 @@ class Trainer:
     """A head in one of its phases, with its optimiser."""
 
     graph: StepGraph | None = None  # through which `train_epoch` takes the steps
+    generators: Sequence[torch.Generator] = ()  # what a step draws from besides torch's own
 
     def __init__(self, states: Sequence[TrainState], captures: bool = False) -> None:
         """Prepare the phase in which the states are; here, there is one. `captures`: as a rule the step is a CUDA graph."""
@@ -47,27 +47,12 @@ class Trainer:
             self.parameters, self.optimizers = list(trained.values()), [HeadOptimizer(states, trained)]
             self._prepare_step(captures)
 
-    @property
-    def _generators(self) -> Sequence[torch.Generator]:
-        """What the step draws from besides torch's own generators."""
-        return ()
-
-    @property
-    def seeds_by_model(self) -> list[int]:
-        """The seed of each run."""
-        return [state.run.seed for state in self.states]
-
-    @cached_property
-    def seeds(self) -> tuple[int, ...]:
-        """The different seeds of the runs."""
-        return tuple(dict.fromkeys(self.seeds_by_model))
-
     def _prepare_step(self, captures: bool) -> None:
         config, device = self.states[0].config, self.parameters[0].device
         self._loss = compile_loss(self.model) if config.compiled else self.model.loss
         self._precision = torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "mixed", cache_enabled=True)
         if captures:
-            self.graph = StepGraph(self.optimizers, device, self._generators)
+            self.graph = StepGraph(self.optimizers, device, self.generators)
             self.predictor = CapturedPredictor(self.model, device)
 
     def step(self, batch: Batch, phase: str) -> Batch:
@@ -106,15 +91,6 @@ class Trainer:
             optimizer.store_state()
 
 
-def try_candidate(trainer: Trainer) -> list[dict[str, str | float]]:
-    """Put the next candidate of the phase into each run, and return a row for the history of each."""
-    phase, candidate = trainer.states[0].phase.name, trainer.states[0].progress.epoch
-    with torch.no_grad():
-        for state in trainer.states:
-            state.method.choose(candidate)
-    return [dict(phase=phase, epoch=candidate, lr=math.nan, loss=math.nan, candidate=candidate) for _ in trainer.states]
-
-
 def train_epoch(trainer: Trainer, source: Source) -> list[dict[str, str | float]]:
     """Train one pass over the source and return a row for the history of each run: the means of the loss and its parts.
 
@@ -142,17 +118,18 @@ def train_epoch(trainer: Trainer, source: Source) -> list[dict[str, str | float]
 def train_phase(trainer: Trainer, until: int, feeds: Mapping[int, Feed], validate: Validate, bar: ProgressBar) -> None:
     """Train the runs up to epoch `until` of their phase, or until one of them fails or stops; save them from time to time."""
     states, saved_at, save_seconds = trainer.states, time.monotonic(), 0.0
-    source = stacked_source([feeds[seed].source for seed in trainer.seeds])
+    seeds = [state.run.seed for state in states]
+    source = stacked_source([feeds[seed].source for seed in dict.fromkeys(seeds)])
     for _ in range(states[0].progress.epoch, until):
         started = time.monotonic()
         for state in states:
             state.attempt(state.start_epoch, feeds[state.run.seed].train_pass)
-        rows = try_candidate(trainer) if states[0].phase.candidates else train_epoch(trainer, source)
+        rows = [state.choose_candidate() for state in states] if states[0].phase.candidates else train_epoch(trainer, source)
         for state, row in zip(states, rows, strict=True):
             state.attempt(state.record_epoch, row)
         if any(state.is_validation_due() for state in states if not state.failure):
             with trainer.averaged_weights():
-                for state, score in zip(states, validate(trainer.predictor, trainer.seeds_by_model), strict=True):
+                for state, score in zip(states, validate(trainer.predictor, seeds), strict=True):
                     state.attempt(state.record_validation, score)
         elif any(state.is_phase_over for state in states):
             trainer.swap_averages()  # candidates are tried on the averages

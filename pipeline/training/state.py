@@ -159,6 +159,13 @@ class TrainState:
             with torch.no_grad():
                 self.method.begin_epoch(self.phase.name, (self.progress.epoch + 0.5) / num_epochs, train_pass)
 
+    def choose_candidate(self) -> dict[str, str | float]:
+        """Put the next candidate of the phase into the method, and return a row for the history."""
+        candidate = self.progress.epoch
+        with torch.no_grad():
+            self.method.choose(candidate)
+        return dict(phase=self.phase.name, epoch=candidate, lr=math.nan, loss=math.nan, candidate=candidate)
+
     def record_epoch(self, row: dict[str, Any]) -> None:
         """Count a finished epoch and append its row to the history.
 

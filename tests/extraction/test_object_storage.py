@@ -55,14 +55,14 @@ def on_disk(texts: Manifest) -> Place:
 
 
 @pytest.fixture(scope="module")
-def remote(texts: Manifest, on_disk: Place, endpoint: Endpoint) -> Iterator[Address]:
+def remote(texts: Manifest, on_disk: Place, endpoint: Endpoint) -> Address:
     """The same cache, extracted into a bucket while a quarter of the requests is disturbed."""
     endpoint.disturb(0.25)
     with caches_at("s3://bucket/whole"):
         path = extract_texts(texts, texts.media_root, workers=1)
-        endpoint.disturb(0)
-        assert isinstance(path, Address)
-        yield path
+    endpoint.disturb(0)
+    assert isinstance(path, Address)
+    return path
 
 
 def content_of(place: Address, folder: Path) -> dict[str, bytes]:

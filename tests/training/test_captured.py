@@ -176,7 +176,7 @@ def test_captured_predictions_are_the_predictions(
     trainer = trainer_of(name, 0, number, True, device, CONFIG, num_seeds)
     columns = {"image": rows["image"].repeat(2, 1), "key": torch.arange(2 * len(rows["key"]), device=device)}
     table = FeatureTable(ids=tuple(map(str, columns["key"].tolist())), columns=columns, excluded=())
-    seed = 4 if num_seeds == 1 else torch.tensor(trainer.seeds_by_model, device=device)
+    seed = 4 if num_seeds == 1 else torch.tensor([state.run.seed for state in trainer.states], device=device)
     size = len(table) // 3 + 1  # so that the last batch is smaller
     with reproducible(device):
         for _ in range(3):

@@ -37,7 +37,7 @@ from pipeline.runtime.runs import RunFolder
 from pipeline.training.capacity import bytes_per_method
 from pipeline.training.config import TrainConfig
 from pipeline.training.ensemble import EnsembleTrainer, ModelEnsemble, clip_gradients_per_model, structure_key
-from pipeline.training.loop import Trainer, try_candidate
+from pipeline.training.loop import Trainer
 from pipeline.training.state import TrainState
 
 # Prefixes of the settings that are numbers in tensors; all other settings change code or shapes.
@@ -252,7 +252,8 @@ def test_neither_a_step_nor_a_prediction_waits_for_the_device(variant: tuple[str
             with NoWaiting():
                 for _ in range(2):
                     if states[0].phase.candidates:
-                        try_candidate(trainer)
+                        for state in states:
+                            state.choose_candidate()
                     else:
                         trainer.step(batch, states[0].phase.name)
                 trainer.model.train(False)
