@@ -113,12 +113,15 @@ def scan_tar(file: BinaryIO) -> Iterator[TarEntry]:
         UserError: the tar is damaged or cut short, after the members that were found before; without the name of the file.
     """
     reader: Any = _HeaderReader(file)
-    size, last = file.seek(0, os.SEEK_END), "no member"
+    size, last, place = file.seek(0, os.SEEK_END), "no member", 0
     file.seek(0)
     try:
         with tarfile.open(fileobj=reader, mode="r:") as tar:
             while info := tar.next():
                 vars(tar)["members"].clear()  # the names of millions are not kept
+                if info.size < 0 or info.offset_data <= place:  # tarfile would go back, and find the same members for ever
+                    raise tarfile.ReadError(f"a header claims {info.size} bytes")
+                place = info.offset_data
                 if not info.isdir():
                     last = repr(info.name[:80])
                     yield TarEntry(info.name, info.offset_data, info.size, _problem(info, size))

@@ -107,6 +107,8 @@ def test_features_are_those_of_the_unpacked_files(tmp_path: Path) -> None:
         ({"txt": b"a" * (2**20 + 1)}, "a text has more than"),
         ({"cls": b"-3"}, "is negative"),
         ({"txt": b"", "json": b'{"text": "\\ud800"}'}, "lone surrogate"),
+        ({"txt": b"", "json": b'{"text": ["a cat", "\\ud800"]}'}, "lone surrogate"),
+        ({"cls": b"", "json": b'{"label": "\\ud800"}'}, "half of one"),
     ],
 )
 def test_samples_that_miss_a_part_are_left_out_with_the_reason(tmp_path: Path, parts: dict[str, bytes], reason: str) -> None:
@@ -164,6 +166,16 @@ def test_what_follows_damage_is_left_out(tmp_path: Path) -> None:
         manifest, _ = build(tmp_path)
         assert [each.id for each in manifest.samples] == ["a/good"]
         assert manifest.meta["left_out"]
+
+
+def test_a_size_below_zero_leads_back_to_no_member(tmp_path: Path) -> None:
+    """A 0-byte member, then one whose extended header claims -1536 bytes: what follows it is what came before it."""
+    back = info("back.png", pax_headers={"size": "-1536"})
+    write_tar(tmp_path / "shards" / "a.tar", [*sample("good", 1), ("none.txt", b""), (back, b""), *sample("last", 2)])
+    manifest, _ = build(tmp_path)
+    assert [each.id for each in manifest.samples] == ["a/good"]
+    assert "a header claims -1536 bytes" in "".join(manifest.meta["left_out"])
+    assert len(manifest.meta["left_out"]) == 2
 
 
 def test_splits_texts_and_labels_from_names_and_json(tmp_path: Path) -> None:
