@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +20,9 @@ class IdIndex:
         hashes = np.fromiter(map(hash, ids), np.int64, len(ids))
         self._order = np.argsort(hashes, kind="stable")
         self._hashes = hashes[self._order]
+
+    def __reduce__(self) -> Any:
+        return IdIndex, (self._ids,)  # another process hashes a text otherwise
 
     def find(self, wanted: Sequence[str]) -> NDArray[np.int64]:
         """Return the position of each wanted id; -1: it is not among the ids."""
