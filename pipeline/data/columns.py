@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 compute: Any = pyarrow.compute  # its functions are made when it is loaded, so that no type checker knows them
 BATCH_ROWS = 2**14  # rows of a batch
+MAX_BATCH_BYTES = 2**28  # of a batch of several rows; Arrow counts the bytes of its texts, and of their JSON, in 31 bits
 MAX_BYTES_IN_MEMORY = 2**26
 RELEASE_EVERY = 64  # batches, after which the pages of a mapped file that were read are given back
 TEXT_COLUMN = pa.schema([("value", pa.string())])
@@ -61,17 +62,27 @@ class Columns:
         Args:
             positions: the rows, in the order of the result; None: all.
             names: the columns; (): all.
-            num_rows: rows of a batch; the last one may have fewer.
+            num_rows: rows of a batch; the last one may have fewer, and so have batches of more than `MAX_BATCH_BYTES`.
         """
         wanted = np.arange(len(self)) if positions is None else positions
         for number, start in enumerate(range(0, len(wanted), num_rows)):
-            yield self.take(wanted[start : start + num_rows], names)
+            yield from self.fitting(wanted[start : start + num_rows], names)
             if number % RELEASE_EVERY == RELEASE_EVERY - 1:
                 self.release()
         self.release()
 
-    def take(self, positions: NDArray[np.int64], names: Sequence[str] = ()) -> pa.RecordBatch:
-        """Return some rows as one batch, in the order of their positions."""
+    def fitting(self, positions: NDArray[np.int64], names: Sequence[str] = ()) -> Iterator[pa.RecordBatch]:
+        """Yield some rows in the order of their positions: as one batch, or as several where one would be too large."""
+        try:
+            batch = self._take(positions, names)
+        except pa.ArrowCapacityError:
+            half = len(positions) // 2
+            yield from self.fitting(positions[:half], names)
+            yield from self.fitting(positions[half:], names)
+        else:
+            yield batch
+
+    def _take(self, positions: NDArray[np.int64], names: Sequence[str]) -> pa.RecordBatch:
         is_ordered = bool((positions[1:] >= positions[:-1]).all())
         order = np.arange(0) if is_ordered else np.argsort(positions, kind="stable")
         wanted = positions if is_ordered else positions[order]
@@ -86,6 +97,8 @@ class Columns:
             for batch, start, (low, high) in batches
             if low < high
         ]
+        if len(wanted) > 1 and sum(part.nbytes for part in parts) > MAX_BATCH_BYTES:
+            raise pa.ArrowCapacityError(f"more than {MAX_BATCH_BYTES} bytes")
         found = parts[0] if len(parts) == 1 else pa.Table.from_batches(parts).combine_chunks().to_batches()[0]
         return found if is_ordered else found.take(index_array(np.argsort(order)))
 
@@ -138,7 +151,8 @@ class ColumnWriter:
     def add_lists(self, *columns: Sequence[Any]) -> None:
         """Add rows whose values are given by column."""
         arrays = [pa.array(values, field.type) for values, field in zip(columns, self._schema, strict=True)]
-        self.add(pa.RecordBatch.from_arrays(arrays, schema=self._schema))
+        for batch in pa.Table.from_arrays(arrays, schema=self._schema).to_batches():  # several of texts of more than 2 GiB
+            self.add(batch)
 
     def finish(self) -> Columns:
         """Return the table."""
@@ -204,7 +218,8 @@ class Strings(Sequence[str]):
 
     def take(self, positions: NDArray[np.int64] | Sequence[int]) -> list[str]:
         """Return the texts at these positions."""
-        return self._columns.take(self._all_positions()[np.asarray(positions, np.int64)], [self._name]).column(0).to_pylist()
+        blocks = self._columns.fitting(self._all_positions()[np.asarray(positions, np.int64)], [self._name])
+        return [text for block in blocks for text in block.column(0).to_pylist()]
 
     def _all_positions(self) -> NDArray[np.int64]:
         return np.arange(len(self._columns)) if self._positions is None else self._positions
