@@ -102,6 +102,13 @@ class Columns:
         found = parts[0] if len(parts) == 1 else pa.Table.from_batches(parts).combine_chunks().to_batches()[0]
         return found if is_ordered else found.take(index_array(np.argsort(order)))
 
+    def copy_of(self, positions: NDArray[np.int64] | None) -> Columns:
+        """Return a table of these rows alone, which shares nothing with this one; None: this table, with all of its rows."""
+        if positions is None:
+            return self
+        copies = [block.take(index_array(np.arange(len(block)))) for block in self.blocks(positions)]
+        return Columns(self.schema, copies)
+
     def release(self) -> None:
         """Give the pages of a mapped file that were read back to the system."""
         if self._mapped is not None and hasattr(mmap, "MADV_DONTNEED"):
@@ -172,6 +179,9 @@ class Strings(Sequence[str]):
     def __init__(self, columns: Columns, name: str = "value", positions: NDArray[np.int64] | None = None) -> None:
         """Show the column `name` of a table at these positions; None: all rows."""
         self._columns, self._name, self._positions = columns, name, positions
+
+    def __reduce__(self) -> Any:
+        return Strings, (self._columns.copy_of(self._positions), self._name)
 
     @staticmethod
     def collect(parts: Iterable[Sequence[str]]) -> Strings:

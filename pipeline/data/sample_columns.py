@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, SupportsIndex, overload
 
@@ -45,6 +45,9 @@ class SampleColumns(Sequence[Sample]):
         """Show the rows of a table of `SAMPLE_SCHEMA` at these positions; None: all of them."""
         self._columns, self._positions = columns, positions
 
+    def __reduce__(self) -> Any:
+        return SampleColumns, (self._columns.copy_of(self._positions),)  # a slice takes no other rows along
+
     @staticmethod
     def of(samples: Iterable[Sample]) -> SampleColumns:
         """Return the columns of samples, which may be columns already."""
@@ -72,6 +75,9 @@ class SampleColumns(Sequence[Sample]):
     def __iter__(self) -> Iterator[Sample]:
         for block in self.blocks():
             yield from map(_sample, *(column.to_pylist() for column in block.columns))
+
+    def __add__(self, other: Sequence[Sample]) -> SampleColumns:
+        return SampleColumns.of(chain(self, other))
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Sequence):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pickle
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,6 +12,8 @@ import pytest
 
 from pipeline.data import columns
 from pipeline.data.columns import ColumnWriter, Strings
+from pipeline.data.sample_columns import SampleColumns
+from pipeline.types import Sample
 
 TEXTS = [f"{number:03d} " + "word " * (number % 7) for number in range(300)]
 
@@ -42,3 +46,22 @@ def test_texts_that_arrow_keeps_in_chunks_are_added(monkeypatch: pytest.MonkeyPa
     assert [table.row(number) for number in range(len(table))] == [list(row) for row in zip(*rows, strict=True)]
     (block,) = table.blocks()
     assert [column.to_pylist() for column in block.columns] == list(rows)
+
+
+def test_a_pickled_slice_takes_no_other_rows_along() -> None:
+    samples = [Sample(f"{number}", "train", Path(f"{number}.png"), (text,), (0,), "") for number, text in enumerate(TEXTS)]
+    table = SampleColumns.of(samples)
+    whole = len(pickle.dumps(table))
+    for part, expected in ((table[3:9], samples[3:9]), (table[::-100], samples[::-100]), (table[:0], [])):
+        assert len(pickle.dumps(part)) < whole / 5
+        assert list(pickle.loads(pickle.dumps(part))) == expected
+        assert list(pickle.loads(pickle.dumps(part.ids))) == [each.id for each in expected]
+        assert len(pickle.dumps(part.ids)) < whole / 5
+    assert pickle.loads(pickle.dumps(table)) == samples
+
+
+def test_slices_are_joined_as_those_of_a_list() -> None:
+    samples = [Sample(f"{number}", "val", Path(f"{number}.png"), (), (number, 7), "") for number in range(5)]
+    table = SampleColumns.of(samples)
+    assert list(table[:1] + table[3:]) == samples[:1] + samples[3:]
+    assert list(table[:0] + samples[1:2]) == samples[1:2]
