@@ -20,7 +20,7 @@ from pipeline.runtime.errors import UserError
 
 MAX_HEADER_BYTES = 2**20  # of a member; the header of a hostile one may claim to be as long as the file
 MAX_MEMBER_BYTES = 2**30
-_MEMBER_PATH = re.compile(r"(.*\.tar)/(\d{1,18})\+(\d{1,10})(\.\w{1,10})", re.DOTALL)
+_MEMBER_PATH = re.compile(r"(.*\.tar)/(\d{1,18})\+(\d{1,10})(\.[\w-]{1,40})", re.DOTALL)
 _KINDS = (
     (tarfile.TarInfo.issym, "a symbolic link"),
     (tarfile.TarInfo.islnk, "a hard link"),
@@ -47,8 +47,15 @@ class TarEntry(NamedTuple):
 
 
 def member_path(tar: str, entry: TarEntry) -> str:
-    """Return the path of a member, relative to what the path of the tar is relative to."""
-    return f"{tar}/{entry.offset}+{entry.size}{os.path.splitext(entry.name)[1].lower()}"
+    """Return the path of a member, relative to what the path of the tar is relative to.
+
+    Raises:
+        UserError: the ending of its name is none that such a path may have.
+    """
+    path = f"{tar}/{entry.offset}+{entry.size}{os.path.splitext(entry.name)[1].lower()}"
+    if not _MEMBER_PATH.fullmatch(path):
+        raise UserError(f"the name {entry.name[-80:]!r} does not end with a dot and at most 40 letters, digits, - and _")
+    return path
 
 
 def find_member(path: str) -> Member | None:
@@ -131,6 +138,10 @@ def scan_tar(file: BinaryIO) -> Iterator[TarEntry]:
     file.seek(end)
     if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):  # tarfile takes what is no header for the end
         raise UserError(f"damaged or cut short after {last}")
+    if any(block.strip(b"\0") for block in iter(lambda: file.read(MAX_HEADER_BYTES), b"")):
+        raise UserError(
+            f"its end comes after {last}, but more follows, which is not read; join tar files with tar --concatenate"
+        )
 
 
 def _problem(info: tarfile.TarInfo, size: int) -> str:

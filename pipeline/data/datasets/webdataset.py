@@ -216,12 +216,13 @@ def _samples(spec: Mapping[str, Any], file: BinaryIO, shard: str, found: _Found)
         keys.add(key)
         try:
             media, texts, labels = _read_parts(spec, file, entries)
+            path = member_path(shard, media)
         except UserError as error:
             found.leave_out(f"{shard}, {key[:80]!r}: {error}")
             continue
         found.suffixes.add(os.path.splitext(media.name)[1].lower())
         found.labels.setdefault(labels)
-        yield f"{shard.removesuffix('.tar')}/{key}", member_path(shard, media), texts, labels, number
+        yield f"{shard.removesuffix('.tar')}/{key}", path, texts, labels, number
 
 
 def _groups(file: BinaryIO, shard: str, found: _Found) -> Iterator[tuple[str, dict[str, TarEntry]]]:

@@ -134,6 +134,7 @@ HOSTILE: dict[str, tuple[Members, str]] = {
     "hard link": ([(info("x.png", type=tarfile.LNKTYPE, linkname="good.png"), b""), ("x.cls", b"1")], "a hard link"),
     "device": ([(info("x.png", type=tarfile.CHRTYPE), b""), ("x.cls", b"1")], "a device or pipe"),
     "twice": ([("x.png", picture(1)), ("x.png", picture(2)), ("x.cls", b"1")], "two parts png"),
+    "too long": ([(f"{'x' * 1100}.png", picture(1)), (f"{'x' * 1100}.cls", b"1")], "is longer than 1024 characters"),
     "again": ([("y.txt", b"alone"), *sample("good", 5)], "its key comes again"),
 }
 
@@ -176,6 +177,30 @@ def test_a_size_below_zero_leads_back_to_no_member(tmp_path: Path) -> None:
     assert [each.id for each in manifest.samples] == ["a/good"]
     assert "a header claims -1536 bytes" in "".join(manifest.meta["left_out"])
     assert len(manifest.meta["left_out"]) == 2
+
+
+def test_what_follows_the_end_of_a_tar_is_mentioned(tmp_path: Path) -> None:
+    """As `cat a.tar b.tar` makes it; zeros after the end are usual."""
+    file = tmp_path / "shards" / "a.tar"
+    write_tar(file, sample("good", 1))
+    write_tar(tmp_path / "second", sample("last", 2))
+    file.write_bytes(file.read_bytes() + bytes(2**20 + 512))
+    assert build(tmp_path)[0].meta["left_out"] == []
+    file.write_bytes(file.read_bytes() + (tmp_path / "second").read_bytes())
+    manifest, report = build(tmp_path)
+    assert [each.id for each in manifest.samples] == ["a/good"]
+    assert "its end comes after 'good.cls', but more follows" in report.warnings[0]
+
+
+def test_a_picture_is_read_from_a_part_of_any_name_that_a_path_can_say(tmp_path: Path) -> None:
+    parts = {"png": b"", "seg-mask": picture(2), "seg+mask": picture(3)}
+    write_tar(tmp_path / "shards" / "a.tar", sample("x", 1, **parts))
+    manifest, _ = build(tmp_path, media_part="seg-mask")
+    member = find_member(str(manifest.media_path(manifest.samples[0])))
+    assert member
+    assert read_member(member) == picture(2)
+    with pytest.raises(UserError, match=r"'x.seg\+mask' does not end with a dot"):
+        build(tmp_path, media_part="seg+mask")
 
 
 def test_splits_texts_and_labels_from_names_and_json(tmp_path: Path) -> None:
