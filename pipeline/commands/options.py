@@ -60,7 +60,8 @@ Scheduler = Annotated[
     typer.Option(
         "--scheduler",
         callback=_check_scheduler,
-        help="local, or the address of a dask scheduler, tcp://host:port; its workers see the same files.",
+        help="local, or the address of a dask scheduler, tcp://host:port; its workers see the same files, "
+        "or the caches are in a bucket.",
     ),
 ]
 _HEAD_HELP = (
