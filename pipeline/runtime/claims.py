@@ -32,6 +32,7 @@ DEFAULT_LEASE = 60.0
 RENEWALS_PER_LEASE = 5
 CLAIMS = "claims"
 EVERYTHING = "all"  # the part that overlaps with every other one
+DRIVER = "driver"  # the part that a process holds whose workers hold the others
 
 
 class Claim(NamedTuple):

@@ -27,9 +27,11 @@ from pipeline.cache import find_caches, open_cache, shard_bytes, verify
 from pipeline.cache.housekeeping import copy
 from pipeline.cache.layout import shard_path
 from pipeline.cache.streaming import open_split
+from pipeline.cache.writer import Writer
 from pipeline.commands import app as cli
 from pipeline.data.manifest import Manifest
 from pipeline.data.manifest_files import read_manifest
+from pipeline.runtime.claims import hold
 from pipeline.runtime.errors import UserError
 from pipeline.runtime.places import Address, Place, caches_at, parse_place
 from pipeline.runtime.stores import store_of
@@ -116,6 +118,25 @@ def test_the_folder_of_copies_keeps_the_files_of_its_owner(tmp_path: Path) -> No
         copies.fetch(f"{'0' * 64}-{start}-{start + 300_000}", lambda: memoryview(bytes(300_000)))
     assert all(file.is_file() for file in [*owned, elsewhere])
     assert len(list(folder.glob(f"{'0' * 64}-*"))) == 2  # of four; 0.9 MB is the most that is left
+
+
+def test_who_has_lost_the_claim_leaves_a_finished_cache_as_it_is(remote: Address) -> None:
+    path = copy(remote, parse_place("s3://bucket/lost"))
+    writer = Writer.attach(path)
+    attributes = json.loads(writer.array_files["zarr.json"])["attributes"]
+    rows = np.zeros((len(writer.rows(0)), *writer.feature_shape), np.float32)
+    before = store_of(path).list(path)
+    with hold(path):
+        (claim,) = store_of(path).list(path / "claims")
+        store_of(path).delete(claim.place)  # as one does who takes over
+        for act in (
+            lambda: writer.commit(0, rows, [], seconds=1.0, batch_size=1, device="cpu"),
+            lambda: writer.finish(writer.read_records()),
+            lambda: Writer.open(path, ["other"], np.zeros(0, np.int64), (3,), attributes["identity"], writer.provenance),
+        ):
+            with pytest.raises(UserError, match="gave no sign of life"):
+                act()
+    assert store_of(path).list(path) == before  # also the times
 
 
 def test_windows_over_a_bucket_are_those_over_a_disk(remote: Address, on_disk: Path, texts: Manifest) -> None:
