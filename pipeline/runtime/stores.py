@@ -157,6 +157,25 @@ class BucketStore:
                 else:
                     return True
 
+    def renew(self, place: Address, data: bytes) -> bool:
+        """Write an object again, so that it is as if it were new, unless it is gone or has other bytes.
+
+        The store compares and writes in one step (`If-Match`), so an object that was removed meanwhile stays so.
+
+        Returns:
+            Whether the object has these bytes now.
+        """
+        with suppress(FileNotFoundError), _labelled(place) as obstore:
+            found = obstore.get(self.bucket, place.key)
+            if bytes(found.bytes()) == data:
+                version = {name: found.meta[name] for name in ("e_tag", "version") if found.meta[name]}
+                try:
+                    obstore.put(self.bucket, place.key, data, mode=version, use_multipart=False)
+                except obstore.exceptions.PreconditionError:
+                    return self._has(place, data)  # true if the answer to an earlier request of ours was lost
+                return True
+        return False
+
     def _has(self, place: Address, data: bytes) -> bool:
         try:
             return self.get(place) == data
@@ -224,6 +243,11 @@ def object_sha256(place: Place) -> str:
     for start in range(0, size, HASHED_BYTES):
         digest.update(store.get_range(place, start, min(HASHED_BYTES, size - start)))
     return digest.hexdigest()
+
+
+def renew_object(place: Address, data: bytes) -> bool:
+    """Write an object of an object store again, unless it is gone or has other bytes; return whether it has these now."""
+    return _bucket_store(place.bucket).renew(place, data)
 
 
 def remove_objects(place: Place, first: str = "") -> None:

@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import obstore
 import pytest
 from helpers.s3_endpoint import CREDENTIALS, Endpoint, use_endpoint
 
@@ -18,7 +19,7 @@ from pipeline.runtime import claims
 from pipeline.runtime.claims import check_held, hold
 from pipeline.runtime.errors import UserError
 from pipeline.runtime.places import Address, Place, caches_at, caches_place, check_local, home_of_caches, parse_place
-from pipeline.runtime.stores import FileStore, exists, object_sha256, remove_objects, store_of
+from pipeline.runtime.stores import FileStore, exists, object_sha256, remove_objects, renew_object, store_of
 
 
 @pytest.fixture(scope="module")
@@ -112,6 +113,33 @@ def test_a_claim_keeps_others_out_and_a_dead_one_is_taken_over(endpoint: Endpoin
     with hold(place):
         assert [each.place for each in store.list(place)] == [place / "claims" / "all" / "000000"]
     assert store.list(place) == []
+
+
+@pytest.mark.parametrize("successor", [b"", b"another process"])
+def test_a_late_renewal_does_not_revive_a_claim_that_was_taken_over(
+    successor: bytes, endpoint: Endpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place: Any = parse_place(f"s3://bucket/renewals/{len(successor)}")
+    store = store_of(place)
+    assert not renew_object(place, b"ours")
+    store.put(place, b"ours")
+    assert renew_object(place, b"ours")
+    assert renew_object(place, b"ours")
+    put = obstore.put
+
+    def put_late(*arguments: Any, **options: Any) -> None:
+        monkeypatch.undo()
+        store.delete(place)
+        if successor:
+            store.put(place, successor)
+        put(*arguments, **options)
+
+    monkeypatch.setattr(obstore, "put", put_late)
+    assert not renew_object(place, b"ours")
+    assert not renew_object(place, b"ours")
+    assert [store.get(found.place) for found in store.list(place.parent) if found.place == place] == [successor] * bool(
+        successor
+    )
 
 
 def test_addresses() -> None:
