@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import random
+import re
 import secrets
 import threading
 from collections.abc import Callable
@@ -27,8 +28,10 @@ logger = logging.getLogger(__name__)
 FOLDER_VARIABLE = "DIFFALIGN_LOCAL_COPIES"  # the folder that keeps copies; without it, nothing is kept
 LIMIT_VARIABLE = "DIFFALIGN_LOCAL_COPIES_GIB"  # the most that it may hold
 DEFAULT_LIMIT = "20"
+COPIES = "diffalign-copies"  # the folder in it with the copies and nothing else
 KEPT_SHARE = 0.9  # of the limit, that is left when copies are removed
 _MARK_BYTES = 8  # the XXH3 behind the bytes of a copy
+_COPY_NAME = re.compile(r"[0-9a-f]{64}-\d+-\d+|\.[0-9a-f]{64}-\d+-\d+\.[0-9a-f]{8}")  # or one that is not complete
 
 
 class ShardBytes(Protocol):
@@ -87,17 +90,23 @@ class LocalCopies:
     """Ranges of objects in a folder of this machine, which any number of processes share.
 
     When it is full, it gives up copies at random: training reads a split again and again, and if that is larger than the
-    folder, those used longest ago are the ones that are needed next.
+    folder, those used longest ago are the ones that are needed next. Files that are no copies are neither counted nor removed.
     """
 
     def __init__(self, folder: Path, max_bytes: int) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        self.folder, self.max_bytes = folder, max_bytes
+        """Make the folder `COPIES` in a folder, if it is not there.
+
+        Args:
+            folder: a folder, which may have other files.
+            max_bytes: the most that the copies may hold.
+        """
+        self.folder, self.max_bytes = folder / COPIES, max_bytes
+        self.folder.mkdir(parents=True, exist_ok=True)
         self._lock = threading.Lock()
         self._num_bytes = sum(size for _, size in self._files())
 
     def fetch(self, name: str, read: Callable[[], memoryview]) -> memoryview:
-        """Return the bytes of this name: the copy, if there is an undamaged one, or else what is read now and kept."""
+        """Return the bytes named <SHA-256>-<start>-<stop>: an undamaged copy, or else what is read now and kept."""
         file = self.folder / name
         with suppress(OSError):
             content = memoryview(file.read_bytes())
@@ -137,7 +146,8 @@ class LocalCopies:
         found = []
         for entry in os.scandir(self.folder):
             with suppress(FileNotFoundError):
-                found.append((Path(entry.path), entry.stat().st_size))
+                if _COPY_NAME.fullmatch(entry.name) and entry.is_file(follow_symlinks=False):
+                    found.append((Path(entry.path), entry.stat().st_size))
         return found
 
 

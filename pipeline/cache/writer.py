@@ -25,7 +25,7 @@ from zarr.storage import MemoryStore
 from pipeline.cache import layout
 from pipeline.cache.layout import Commit, Failure
 from pipeline.cache.shards import WRITE_PIECES, StoredFeatures
-from pipeline.runtime.claims import check_held
+from pipeline.runtime.claims import DRIVER, check_held
 from pipeline.runtime.errors import UserError
 from pipeline.runtime.files import sha256
 from pipeline.runtime.places import Place
@@ -71,6 +71,7 @@ class Writer:
         Raises:
             UserError: damaged files cannot be made again as they were.
         """
+        check_held(path, DRIVER)
         remove_temporary_files(path)
         num_rows = int(offsets[-1]) if len(offsets) else len(ids)
 
@@ -186,6 +187,7 @@ class Writer:
             media_digests: digests of the media files, see `Commit`; "": not known.
         """
         store = store_of(self.path)
+        check_held(self.path, part_of(shard))
         store.delete(self.path / "commits" / "failures.json")
         norms, digest = np.empty(len(features)), hashlib.sha256()
 
@@ -223,9 +225,11 @@ class Writer:
         Args:
             commits: the commit of every shard.
         """
+        check_held(self.path, DRIVER)
         remove_temporary_files(self.path)
         failures = _encode_failures([commits[shard] for shard in sorted(commits)])
         store_of(self.path).put(self.path / "failures.parquet", failures)
+        check_held(self.path, DRIVER)
         layout.write_digests(self.path, "failures", ["failures.parquet"])
 
     def _shard_path(self, shard: int) -> Place:

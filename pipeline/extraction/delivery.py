@@ -8,7 +8,7 @@ nothing:
 
 from __future__ import annotations
 
-import json
+import re
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -84,11 +84,20 @@ class Delivery:
 
 
 def replace_paths(value: Any, paths: Mapping[str, str]) -> Any:
-    """Return JSON values in whose texts some paths stand in place of others."""
-    text = json.dumps(value)
-    for path, other in paths.items():
-        text = text.replace(json.dumps(path)[1:-1], json.dumps(other)[1:-1])
-    return json.loads(text)
+    """Return JSON values in whose texts some paths stand in place of others, also before a slash, or as a word of a command."""
+    if not paths:
+        return value
+    names = "|".join(map(re.escape, sorted(paths, key=len, reverse=True)))
+    pattern = re.compile(rf"(?<![\w.-])(?:{names})(?![\w.-])")  # no part of a longer name
+
+    def replace(value: Any) -> Any:
+        if isinstance(value, str):
+            return pattern.sub(lambda found: paths[found[0]], value)
+        if isinstance(value, Mapping):
+            return {replace(key): replace(item) for key, item in value.items()}
+        return [replace(item) for item in value] if isinstance(value, list | tuple) else value
+
+    return replace(value)
 
 
 @cache

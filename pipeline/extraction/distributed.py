@@ -43,7 +43,7 @@ from pipeline.extraction.extract import (
 from pipeline.extraction.inputs import EncodedBatch
 from pipeline.extraction.throughput import ThroughputMeter
 from pipeline.extraction.workers import allowed_workers
-from pipeline.runtime.claims import hold
+from pipeline.runtime.claims import DRIVER, hold
 from pipeline.runtime.device import default_device
 from pipeline.runtime.errors import UserError
 from pipeline.runtime.executor import connect_to_scheduler, gpu_cluster, num_threads, run_on_cluster
@@ -58,7 +58,6 @@ logger = logging.getLogger(__name__)
 
 # One thread at a time builds an encoder: seeded weights are drawn from the random generator that the whole process shares.
 _BUILD_LOCK = Lock()
-DRIVER = "driver"  # the part of a cache that the process with the client holds
 SHARD_WAIT_SECONDS = 3600.0  # for a worker that is still at a shard that was given to another one
 
 

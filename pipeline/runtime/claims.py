@@ -23,7 +23,7 @@ from typing import NamedTuple
 from pipeline.runtime.errors import UserError
 from pipeline.runtime.files import lock, lock_shared
 from pipeline.runtime.places import Address, Place
-from pipeline.runtime.stores import StoredObject, store_of
+from pipeline.runtime.stores import StoredObject, renew_object, store_of
 
 logger = logging.getLogger(__name__)
 
@@ -32,6 +32,7 @@ DEFAULT_LEASE = 60.0
 RENEWALS_PER_LEASE = 5
 CLAIMS = "claims"
 EVERYTHING = "all"  # the part that overlaps with every other one
+DRIVER = "driver"  # the part that a process holds whose workers hold the others
 
 
 class Claim(NamedTuple):
@@ -151,9 +152,8 @@ def _renew(place: Address, part: str, claim: Claim, stopped: threading.Event) ->
     """Write a claim again and again until it is given up, or another process has taken it over."""
     while not stopped.wait(lease_seconds() / RENEWALS_PER_LEASE):
         try:
-            if not claim.is_ours():
+            if not renew_object(claim.place, claim.holder):
                 logger.warning("%s: another process has taken over part %s", place, part)
                 return
-            store_of(place).put(claim.place, claim.holder)
         except OSError as error:  # the next one may be in time
             logger.debug("%s was not renewed: %s", claim.place, error)

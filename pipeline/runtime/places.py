@@ -73,10 +73,10 @@ def parse_place(text: str | Place) -> Place:
     if isinstance(text, Address) or not (found := _ADDRESS.fullmatch(str(text))):
         return text if isinstance(text, Address) else Path(text)
     scheme, bucket, key = found.groups()
-    if "@" in bucket or "?" in f"{bucket}{key}":  # the text itself may be a secret, so it is not repeated
+    if not _is_free_of_secrets(bucket, key):  # so it is not repeated
         raise UserError(
-            f"an address {scheme}://… has no room for credentials: give it without them, and put them into the environment "
-            "(AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, GOOGLE_SERVICE_ACCOUNT, AZURE_STORAGE_ACCOUNT_KEY)"
+            f"an address {scheme}://… has no room for credentials, nor for : @ ? #: give it without them, and put them into "
+            "the environment (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, GOOGLE_SERVICE_ACCOUNT, AZURE_STORAGE_ACCOUNT_KEY)"
         )
     if scheme not in SCHEMES or not bucket:
         known = ", ".join(f"{scheme}://bucket/prefix" for scheme in SCHEMES)
@@ -96,13 +96,18 @@ def check_local(path: str | Path, label: str) -> Path:
     """
     if found := _ADDRESS.fullmatch(str(path)):
         scheme, bucket, key = found.groups()
-        address = f"{scheme}://{bucket.rpartition('@')[2]}{'/' if key else ''}{key}"
+        address = f"{scheme}://{bucket}{'/' if key else ''}{key}" if _is_free_of_secrets(bucket, key) else f"{scheme}://…"
         raise UserError(
             f"{label} {address} is an address, and manifests, runs and reports are kept in folders: give a folder of a disk of "
             "this machine, of NFS, or of a bucket that is mounted (rclone mount, s3fs, gcsfuse); caches alone may be in an "
             f"object store: --caches {address}"
         )
     return Path(path)
+
+
+def _is_free_of_secrets(bucket: str, key: str) -> bool:
+    """Whether no part of an address can be a password or the signature of a link: key:password@bucket, ?sig=…, #sig=…"""
+    return not set(bucket) & set(":@?#") and not set(key) & set("@?#")
 
 
 _homes: dict[Place, Path] = {}  # place of caches -> the home that they belong to

@@ -21,6 +21,7 @@ from datetime import timedelta
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypeVar
+from urllib.parse import urlsplit
 
 from pipeline.runtime.errors import UserError
 from pipeline.runtime.files import file_sha256, sync_folder, write_atomic
@@ -33,6 +34,8 @@ REQUESTS_IN_FLIGHT = 16  # of one reader or writer
 HASHED_BYTES = 2**24  # of an object that are read at a time to hash it
 REQUEST_TIMEOUT = "120s"  # of one request; a shard has at most 256 MiB
 RETRY_SECONDS = 60.0  # time in which a request that fails is repeated
+ENDPOINT_VARIABLES = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT")
+CREDENTIAL_VARIABLES = {"s3": "AWS_", "gs": "GOOGLE_", "az": "AZURE_"}  # how their names begin
 _ItemT = TypeVar("_ItemT")
 _ResultT = TypeVar("_ResultT")
 
@@ -154,6 +157,25 @@ class BucketStore:
                 else:
                     return True
 
+    def renew(self, place: Address, data: bytes) -> bool:
+        """Write an object again, so that it is as if it were new, unless it is gone or has other bytes.
+
+        The store compares and writes in one step (`If-Match`), so an object that was removed meanwhile stays so.
+
+        Returns:
+            Whether the object has these bytes now.
+        """
+        with suppress(FileNotFoundError), _labelled(place) as obstore:
+            found = obstore.get(self.bucket, place.key)
+            if bytes(found.bytes()) == data:
+                version = {name: found.meta[name] for name in ("e_tag", "version") if found.meta[name]}
+                try:
+                    obstore.put(self.bucket, place.key, data, mode=version, use_multipart=False)
+                except obstore.exceptions.PreconditionError:
+                    return self._has(place, data)  # true if the answer to an earlier request of ours was lost
+                return True
+        return False
+
     def _has(self, place: Address, data: bytes) -> bool:
         try:
             return self.get(place) == data
@@ -223,6 +245,11 @@ def object_sha256(place: Place) -> str:
     return digest.hexdigest()
 
 
+def renew_object(place: Address, data: bytes) -> bool:
+    """Write an object of an object store again, unless it is gone or has other bytes; return whether it has these now."""
+    return _bucket_store(place.bucket).renew(place, data)
+
+
 def remove_objects(place: Place, first: str = "") -> None:
     """Remove all objects below a place.
 
@@ -279,23 +306,52 @@ def _open_bucket(bucket: str, process: int, endpoint: str) -> BucketStore:
 
 def _endpoint(bucket: str) -> str:
     """Return the address of a server that speaks the protocol of S3; "": the provider's own."""
-    given = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or ""
-    return given if bucket.startswith("s3://") else ""
+    return next(filter(None, map(os.environ.get, ENDPOINT_VARIABLES)), "") if bucket.startswith("s3://") else ""
+
+
+def _check_endpoint(bucket: str, endpoint: str) -> None:
+    """Refuse what is no address of a server, or has credentials in it. It may be a secret, so no message repeats it.
+
+    Raises:
+        UserError: it is refused.
+    """
+    try:
+        parts = urlsplit(endpoint)
+        is_right = parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port or 1) > 0
+    except ValueError:  # of the port, or of an IPv6 address
+        is_right = False
+    if not is_right or not endpoint.isascii() or set(endpoint) & set("@?# ") or not endpoint.isprintable():
+        raise UserError(
+            f"{bucket}: AWS_ENDPOINT_URL must be http://host:port or https://host, without credentials; put these into "
+            "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+        )
 
 
 def _connect(bucket: str, endpoint: str) -> Any:
-    """Return the connection to a bucket; nothing is asked of it yet."""
+    """Return the connection to a bucket; nothing is asked of it yet.
+
+    Raises:
+        UserError: obstore is not installed, or the environment has no right endpoint or credentials.
+    """
     try:
+        from obstore.exceptions import BaseError
         from obstore.store import from_url
     except ImportError as error:
         raise UserError(f"{bucket} needs the package obstore: pip install obstore") from error
     options: dict[str, Any] = {"client_options": {"timeout": REQUEST_TIMEOUT, "connect_timeout": "10s"}}
-    if bucket.startswith("s3://") and endpoint:
+    if endpoint:
+        _check_endpoint(bucket, endpoint)
         options["endpoint"] = endpoint
         options["client_options"]["allow_http"] = endpoint.startswith("http://")
     backoff = {"init_backoff": timedelta(seconds=0.1), "max_backoff": timedelta(seconds=5), "base": 2}
     options["retry_config"] = {"max_retries": 20, "retry_timeout": timedelta(seconds=RETRY_SECONDS), "backoff": backoff}
-    return from_url(bucket, **options)
+    try:
+        return from_url(bucket, **options)
+    except (BaseError, ValueError):  # the text may be that of a variable
+        variables = CREDENTIAL_VARIABLES[bucket.partition(":")[0]]
+        raise UserError(
+            f"{bucket} cannot be opened with the credentials in the environment; are the variables {variables}… right?"
+        ) from None
 
 
 @contextmanager
@@ -309,11 +365,14 @@ def _labelled(place: Address) -> Iterator[Any]:
         raise FileNotFoundError(errno.ENOENT, "there is no such object", str(place)) from error
     except obstore.exceptions.BaseError as error:
         logger.debug("%s: %s", place, type(error).__name__)
-        raise OSError(errno.EIO, _reason(error), str(place)) from error
+        raise OSError(errno.EIO, _reason(error), str(place)) from None  # its long text has settings of the connection
 
 
 def _reason(error: Exception) -> str:
-    """Return one line about an error of the library, with its remedy. The library's own text names no credentials."""
+    """Return one line about an error of the library, with its remedy.
+
+    The first line of the library's text has the address of the request; `_check_endpoint` lets none with credentials through.
+    """
     import obstore
 
     if isinstance(error, obstore.exceptions.PermissionDeniedError | obstore.exceptions.UnauthenticatedError):

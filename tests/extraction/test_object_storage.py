@@ -27,9 +27,11 @@ from pipeline.cache import find_caches, open_cache, shard_bytes, verify
 from pipeline.cache.housekeeping import copy
 from pipeline.cache.layout import shard_path
 from pipeline.cache.streaming import open_split
+from pipeline.cache.writer import Writer
 from pipeline.commands import app as cli
 from pipeline.data.manifest import Manifest
 from pipeline.data.manifest_files import read_manifest
+from pipeline.runtime.claims import hold
 from pipeline.runtime.errors import UserError
 from pipeline.runtime.places import Address, Place, caches_at, parse_place
 from pipeline.runtime.stores import store_of
@@ -91,14 +93,50 @@ def test_rows_are_read_in_ranges_and_kept_in_a_folder_with_a_limit(
     monkeypatch.setenv("DIFFALIGN_LOCAL_COPIES", str(tmp_path))
     cache = open_cache(remote)
     np.testing.assert_array_equal(cache.read(ids), expected)
-    copies = sorted(tmp_path.iterdir())
+    folder = tmp_path / "diffalign-copies"
+    copies = sorted(folder.iterdir())
     assert len(copies) == NUM_SHARDS * 2  # the chunk and the index of each shard
     copies[0].write_bytes(copies[0].read_bytes()[:-1] + b"?")
     np.testing.assert_array_equal(open_cache(remote).read(ids), expected)
-    (tmp_path / copies[-1].name).unlink()
-    kept = shard_bytes.LocalCopies(tmp_path, sum(file.stat().st_size for file in tmp_path.iterdir()))
-    assert bytes(kept.fetch("x", lambda: memoryview(bytes(999)))) == bytes(999)
-    assert sum(file.stat().st_size for file in tmp_path.iterdir()) <= 0.9 * kept.max_bytes
+    copies[-1].unlink()
+    kept = shard_bytes.LocalCopies(tmp_path, sum(file.stat().st_size for file in folder.iterdir()))
+    assert bytes(kept.fetch(f"{'0' * 64}-0-999", lambda: memoryview(bytes(999)))) == bytes(999)
+    assert sum(file.stat().st_size for file in folder.iterdir()) <= 0.9 * kept.max_bytes
+
+
+def test_the_folder_of_copies_keeps_the_files_of_its_owner(tmp_path: Path) -> None:
+    folder = tmp_path / "diffalign-copies"
+    folder.mkdir()
+    owned = [tmp_path / f"thesis_{number}.tex" for number in range(5)]
+    owned += [folder / "notes.txt", folder / f"{'1' * 64}-0-9.bak"]
+    for file in owned:
+        file.write_bytes(bytes(300_000))
+    elsewhere = folder / f"{'2' * 64}-0-9"
+    elsewhere.symlink_to(owned[0])
+    copies = shard_bytes.LocalCopies(tmp_path, 1_000_000)
+    for start in range(4):
+        copies.fetch(f"{'0' * 64}-{start}-{start + 300_000}", lambda: memoryview(bytes(300_000)))
+    assert all(file.is_file() for file in [*owned, elsewhere])
+    assert len(list(folder.glob(f"{'0' * 64}-*"))) == 2  # of four; 0.9 MB is the most that is left
+
+
+def test_who_has_lost_the_claim_leaves_a_finished_cache_as_it_is(remote: Address) -> None:
+    path = copy(remote, parse_place("s3://bucket/lost"))
+    writer = Writer.attach(path)
+    attributes = json.loads(writer.array_files["zarr.json"])["attributes"]
+    rows = np.zeros((len(writer.rows(0)), *writer.feature_shape), np.float32)
+    before = store_of(path).list(path)
+    with hold(path):
+        (claim,) = store_of(path).list(path / "claims")
+        store_of(path).delete(claim.place)  # as one does who takes over
+        for act in (
+            lambda: writer.commit(0, rows, [], seconds=1.0, batch_size=1, device="cpu"),
+            lambda: writer.finish(writer.read_records()),
+            lambda: Writer.open(path, ["other"], np.zeros(0, np.int64), (3,), attributes["identity"], writer.provenance),
+        ):
+            with pytest.raises(UserError, match="gave no sign of life"):
+                act()
+    assert store_of(path).list(path) == before  # also the times
 
 
 def test_windows_over_a_bucket_are_those_over_a_disk(remote: Address, on_disk: Path, texts: Manifest) -> None:

@@ -59,6 +59,21 @@ def test_a_worker_gets_the_files_of_the_client(endpoint: Endpoint, tmp_path: Pat
         sent.receive()
 
 
+def test_paths_are_replaced_as_whole_names() -> None:
+    paths = {"/w/clip": "/w/clip2", "/w/clip2/w.pt": "/b", "/w/clip/é.pt": "/c"}
+    value = {
+        "model": "/w/clip",
+        "/w/clip": ["/w/clip2", "/w/clip2/w.pt", "/w/clip/é.pt", "/w/clip.old", "/w/clip-l", "/v/w/clip", 8, None],
+        "command": "extract --set model=/w/clip --weights '/w/clip2/w.pt' file:///w/clip/deep\n/w/clip",
+    }
+    assert replace_paths(value, paths) == {
+        "model": "/w/clip2",
+        "/w/clip2": ["/w/clip2", "/b", "/c", "/w/clip.old", "/w/clip-l", "/v/w/clip", 8, None],
+        "command": "extract --set model=/w/clip2 --weights '/b' file:///w/clip2/deep\n/w/clip2",
+    }
+    assert replace_paths(value, {}) == value
+
+
 @pytest.mark.exhaustive
 def test_workers_that_share_nothing_make_the_cache_of_one_process(endpoint: Endpoint, tmp_path: Path) -> None:
     """Scheduler, workers and client are started as a user does; one worker is killed on the way."""

@@ -57,7 +57,7 @@ class DisturbedApp:
         """Return status, headers and the content of the answer."""
         answer: list[Any] = []
         request = {**environ, "wsgi.input": io.BytesIO(body)}
-        with self.lock if "HTTP_IF_NONE_MATCH" in environ else nullcontext():
+        with self.lock if environ.keys() & {"HTTP_IF_NONE_MATCH", "HTTP_IF_MATCH"} else nullcontext():
             content = b"".join(self.app(request, lambda *head, **_: answer.extend(head[:2])))
         return [*answer, content]
 

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
+import traceback
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import obstore
 import pytest
 from helpers.s3_endpoint import CREDENTIALS, Endpoint, use_endpoint
 
 from pipeline.runtime import claims
 from pipeline.runtime.claims import check_held, hold
 from pipeline.runtime.errors import UserError
-from pipeline.runtime.places import Address, Place, caches_at, caches_place, home_of_caches, parse_place
-from pipeline.runtime.stores import FileStore, exists, object_sha256, remove_objects, store_of
+from pipeline.runtime.places import Address, Place, caches_at, caches_place, check_local, home_of_caches, parse_place
+from pipeline.runtime.stores import FileStore, exists, object_sha256, remove_objects, renew_object, store_of
 
 
 @pytest.fixture(scope="module")
@@ -112,6 +115,33 @@ def test_a_claim_keeps_others_out_and_a_dead_one_is_taken_over(endpoint: Endpoin
     assert store.list(place) == []
 
 
+@pytest.mark.parametrize("successor", [b"", b"another process"])
+def test_a_late_renewal_does_not_revive_a_claim_that_was_taken_over(
+    successor: bytes, endpoint: Endpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place: Any = parse_place(f"s3://bucket/renewals/{len(successor)}")
+    store = store_of(place)
+    assert not renew_object(place, b"ours")
+    store.put(place, b"ours")
+    assert renew_object(place, b"ours")
+    assert renew_object(place, b"ours")
+    put = obstore.put
+
+    def put_late(*arguments: Any, **options: Any) -> None:
+        monkeypatch.undo()
+        store.delete(place)
+        if successor:
+            store.put(place, successor)
+        put(*arguments, **options)
+
+    monkeypatch.setattr(obstore, "put", put_late)
+    assert not renew_object(place, b"ours")
+    assert not renew_object(place, b"ours")
+    assert [store.get(found.place) for found in store.list(place.parent) if found.place == place] == [successor] * bool(
+        successor
+    )
+
+
 def test_addresses() -> None:
     address = parse_place("s3://bucket/some/prefix/")
     assert address == Address("s3://bucket", "some/prefix")
@@ -124,9 +154,18 @@ def test_addresses() -> None:
     for wrong in ("ftp://host/x", "https://bucket.s3.amazonaws.com/x", "s3://"):
         with pytest.raises(UserError, match="is no address of an object store: give one such as s3://bucket/prefix"):
             parse_place(wrong)
-    for secret in ("s3://key:hidden@bucket/x", "az://container/x?sig=hidden"):
+    for secret in (
+        "s3://key:hidden@bucket/x",
+        "s3://key:hidden/hidden@bucket/x",
+        "s3://hidden/hidden@bucket/x",
+        "az://container/x?sig=hidden",
+        "https://account.blob.core.windows.net/x#sig=hidden",
+    ):
         with pytest.raises(UserError, match="no room for credentials") as caught:
             parse_place(secret)
+        assert "hidden" not in str(caught.value)
+        with pytest.raises(UserError, match="is an address") as caught:
+            check_local(secret, "--home")
         assert "hidden" not in str(caught.value)
 
 
@@ -147,8 +186,39 @@ def test_a_store_that_refuses_or_is_silent_says_so_without_credentials(
     place = parse_place("s3://no-such-bucket/x")
     with pytest.raises(OSError, match="are the bucket's name, AWS_ENDPOINT_URL and AWS_REGION right") as caught:
         store_of(place).list(place)
-    told = f"{caught.value} {caplog.text}"
+    told = f"{''.join(traceback.format_exception(caught.value))} {caplog.text}"
+    assert "Debug source" not in told  # the library's long text
     assert not any(value in told for name, value in CREDENTIALS.items() if name != "AWS_REGION")
+
+
+@pytest.mark.parametrize("variable", ["AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT"])
+@pytest.mark.parametrize(
+    "given",
+    ["http://user:hidden@127.0.0.1:1", "http://127.0.0.1:1/?hidden", "http://hid den", "hidden", "http://127.0.0.1:hidden"],
+)
+def test_a_wrong_endpoint_is_refused_and_not_repeated(variable: str, given: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv(variable, given)
+    with pytest.raises(UserError, match=r"AWS_ENDPOINT_URL must be http://host:port") as caught:
+        store_of(parse_place("s3://wrong-endpoint/x"))
+    assert not re.search("hid ?den", "".join(traceback.format_exception(caught.value)))
+
+
+@pytest.mark.parametrize(
+    ("address", "variable"),
+    [
+        ("gs://bucket", "GOOGLE_SERVICE_ACCOUNT"),
+        ("gs://bucket", "GOOGLE_SERVICE_ACCOUNT_KEY"),
+        ("az://bucket", "AZURE_STORAGE_ACCOUNT_KEY"),
+        ("s3://skip", "AWS_SKIP_SIGNATURE"),
+    ],
+)
+def test_wrong_credentials_are_told_by_variable(address: str, variable: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(variable, "hidden!")
+    with pytest.raises(UserError, match=rf"{address} cannot be opened .* {variable.partition('_')[0]}_") as caught:
+        store_of(parse_place(f"{address}/x"))
+    assert "hidden" not in "".join(traceback.format_exception(caught.value))
 
 
 def test_without_the_library_the_message_names_it(monkeypatch: pytest.MonkeyPatch) -> None:
