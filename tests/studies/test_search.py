@@ -116,8 +116,8 @@ def test_over_dask_every_worker_trains_a_part_of_an_ensemble(
     other = short_grid(Path(shutil.copytree(home, tmp_path / "other")), "ema", ("tau=0.07,0.2", "lr=1e-3,1e-2"))
     result, expected = run_grid(grid, address, strategy="stacked"), run_grid(other, address)
     logged = capsys.readouterr().err
-    assert f"the 2 workers of {address}, cells of one structure as one model (--strategy stacked), " in logged
-    assert f"the 2 workers of {address}, every cell by itself (not all of them have a GPU), " in logged
+    assert f"the 2 workers of {address}, runs of one structure as one model (--strategy stacked), " in logged
+    assert f"the 2 workers of {address}, every run by itself (not all of them have a GPU), " in logged
     pd.testing.assert_frame_equal(result.ranking, expected.ranking, atol=1e-5)
     for head, apart in zip(grid.heads.values(), other.heads.values(), strict=True):
         ours, theirs = (load_file(each.run.path / "checkpoint.safetensors") for each in (head, apart))
@@ -247,7 +247,7 @@ def test_the_command_prints_the_ranking_and_the_winner(
     assert rows[2] == f"winner: tau={rows[0].split()[1]}"
     assert rows[4] == "test:   not read"
     assert Path(rows[5].removeprefix("files:  ")).is_dir()
-    assert "2 cells × 3 seeds: this process alone, every cell by itself (no GPU), " in printed.err
+    assert "2 cells × 3 seeds: this process alone, every run by itself (no GPU), " in printed.err
     assert "best acc1 " in printed.err
 
 

@@ -299,12 +299,12 @@ def test_a_stacked_grid_has_the_same_results(
     sizes = record_ensemble_sizes(monkeypatch)
     expected = run_grid(tiny_grid(other_home, pairs=AXES, seeds=(0, 1)), workers=0)
     assert sizes == [1] * 16
-    assert "this process alone, every cell by itself (no GPU), float32 products" in capsys.readouterr().err
+    assert "this process alone, every run by itself (no GPU), float32 products" in capsys.readouterr().err
     grid = tiny_grid(home, pairs=AXES, seeds=(0, 1))
     result = run_grid(grid, workers=0, strategy="stacked", max_ensemble_size=5)
     assert sizes[16:] == [4, 4, 4, 4]  # eight cells and two seeds
     log = capsys.readouterr().err
-    assert "this process alone, cells of one structure as one model (--strategy stacked), float32 products" in log
+    assert "this process alone, runs of one structure as one model (--strategy stacked), float32 products" in log
     pd.testing.assert_frame_equal(result.ranking, expected.ranking, atol=1e-4)
     assert result.winner["cell"] == expected.winner["cell"]
     for head in grid.heads.values():
@@ -319,7 +319,7 @@ def test_a_grid_is_stacked_if_there_is_a_gpu(
     run_grid(tiny_grid(home, "ema", ("tau=0.07,0.2",)), workers=0)
     assert sizes == [2]
     assert (
-        "2 cells × 1 seeds: this process alone, cells of one structure as one model (on the GPU), " in capsys.readouterr().err
+        "2 cells × 1 seeds: this process alone, runs of one structure as one model (on the GPU), " in capsys.readouterr().err
     )
 
 
