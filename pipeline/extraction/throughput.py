@@ -113,7 +113,7 @@ class ThroughputMeter:
         return f"{both}: {slower} bounds by {max(rates) / min(rates):.1f} times"
 
     def _rates_alone(self) -> Rates | None:
-        """Return the items per second of the workers and of the GPU, each alone; None if one of them, or no item, was measured."""
+        """Return the items per second of the workers and of the GPU, each alone; None if nothing was measured."""
         if not (self.num_items and self.prepare_seconds and self.encode_seconds):
             return None
         num_tasks = max(self.num_dask_tasks, 1)

@@ -318,9 +318,7 @@ def test_a_grid_is_stacked_if_there_is_a_gpu(
     monkeypatch.setattr("pipeline.runtime.executor._has_gpu", lambda: True)
     run_grid(tiny_grid(home, "ema", ("tau=0.07,0.2",)), workers=0)
     assert sizes == [2]
-    assert (
-        "2 cells × 1 seeds: this process alone, runs of one structure as one model (on the GPU), " in capsys.readouterr().err
-    )
+    assert "2 cells × 1 seeds: this process alone, runs of one structure as one model (on the GPU), " in capsys.readouterr().err
 
 
 def test_different_structures_are_not_stacked(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
