@@ -30,7 +30,8 @@ from pipeline.runtime.stores import REQUESTS_IN_FLIGHT, zarr_source
 
 PIECE_BYTES = 2**20  # of rows that are read, checked and converted at a time
 WRITE_PIECES = 8  # that are in memory while a shard is written
-PART_CHUNKS = 4  # that a thread reads at a time; of an object store more, if they have fewer than REQUEST_BYTES
+FILE_PART_BYTES = 2**24  # of a file, that a thread reads at a time: the chunks that fit, at least one
+REQUEST_CHUNKS = 4  # of an object, that one request asks for; more, if they have fewer than REQUEST_BYTES
 REQUEST_BYTES = 2**22
 READ_THREADS = min(4, CPU_COUNT)
 CRC_BYTES = 4
@@ -171,7 +172,9 @@ class StoredFeatures:
     @cached_property
     def _part_chunks(self) -> int:
         """The chunks of a part."""
-        return PART_CHUNKS if isinstance(self.path, Path) else max(PART_CHUNKS, REQUEST_BYTES // self.chunk_bytes)
+        if isinstance(self.path, Path):
+            return max(1, FILE_PART_BYTES // self.chunk_bytes)
+        return max(REQUEST_CHUNKS, REQUEST_BYTES // self.chunk_bytes)
 
     def _range_of_part(self, index: np.ndarray, chunks: Sequence[int]) -> tuple[int, int]:
         """Return the bytes of a shard in which chunks of a part lie. Where copies are kept it is that of the whole part."""
