@@ -1,9 +1,10 @@
 """Compare the speed of extraction with what the machine can do, as ratios measured in one run; results are in RESULTS.md.
 
-    python benchmarks/extract.py [--parts bound,loop,store,opening,overhead,identity,memory] [--images 384]
+    python benchmarks/extract.py [--parts bound,decoding,loop,store,opening,overhead,identity,memory] [--images 384]
     python benchmarks/extract.py --parts peer --peer PYTHON     # PYTHON of an environment with clip-retrieval and setuptools<70
 
 bound     wall time over the lower bound max(decode alone, forward alone, core-seconds / cores)
+decoding  images per second that worker processes decode and hand over, over those of as many threads of one process
 loop      images per second over those of the loop in timm's documentation: float32, one image at a time, DataLoader(workers=0)
 store     MB/s of writing a cache, and of reading all of it over numpy.fromfile on the same bytes, from the disk and from memory
 opening   seconds of opening a cache of ten million rows
@@ -25,6 +26,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
@@ -36,7 +38,7 @@ import torch
 import torch.utils.data
 from dask.system import CPU_COUNT
 from PIL import Image
-from stores import opening, store
+from stores import in_turns, opening, spread, store
 from timm.data.config import resolve_data_config
 from timm.data.transforms_factory import create_transform
 from torch import nn
@@ -47,7 +49,7 @@ from pipeline.data.manifest import Manifest
 from pipeline.encoders.efficientnet_lite import load_weights
 from pipeline.extraction.extract import ExtractOptions, extract, plan_extraction
 from pipeline.extraction.throughput import ThroughputMeter
-from pipeline.extraction.workers import encode_batches
+from pipeline.extraction.workers import encode_batches, prepare_batches
 from pipeline.runtime.device import default_device
 from pipeline.runtime.files import file_sha256
 from pipeline.types import Sample
@@ -57,6 +59,7 @@ ENCODERS: dict[str, tuple[str, dict[str, str]]] = {
     "efficientnet_lite": ("efficientnet_lite", {}),
     "ViT-B/16": ("timm", {"model": "vit_base_patch16_224", "weights": "random"}),
 }
+DECODING_ROUNDS = 5
 PICTURES = 384  # at most; a larger manifest has them several times
 PEER_MODEL = "ViT-B-32"
 QUIET = ExtractOptions(progress=False)
@@ -133,6 +136,31 @@ def decode_alone(task: Any, batches: list[np.ndarray]) -> None:
     with get_context("fork").Pool(CPU_COUNT, torch.set_num_threads, (1,)) as pool:
         for _ in pool.imap(task.inputs.prepare, batches):
             pass
+
+
+def decoding(folder: Path, home: Path, count: int) -> None:
+    """Print the images per second of worker processes, which send what they decode, over those of as many threads."""
+    manifest = make_manifest(folder, count)
+    for label, (name, settings) in ENCODERS.items():
+        task = plan_extraction(manifest, name, settings, home, "float16", False, QUIET)
+        batches = task.batches(range(count))
+
+        def processes(task: Any = task, batches: Any = batches) -> None:
+            for _ in prepare_batches(task.inputs, batches, CPU_COUNT):
+                pass
+
+        def threads(task: Any = task, batches: Any = batches) -> None:
+            with ThreadPoolExecutor(CPU_COUNT) as pool:
+                for _ in pool.map(task.inputs.prepare, batches):
+                    pass
+
+        ours, theirs = in_turns(processes, threads, rounds=DECODING_ROUNDS)
+        ratios = [thread_seconds / own for own, thread_seconds in zip(ours, theirs, strict=True)]
+        print(
+            f"decoding {label}: {CPU_COUNT} processes over {CPU_COUNT} threads: ratio {spread(ratios, '.2f')} (wanted >= 0.95); "
+            f"{count / statistics.median(ours):.0f} images/s",
+            flush=True,
+        )
 
 
 def seconds_on_one_core(name: str, settings: dict[str, str], folder: Path, home: Path, count: int) -> float:
@@ -261,12 +289,12 @@ def peer(folder: Path, home: Path, count: int, python: Path) -> None:
 def main() -> None:
     """Run the parts that are asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--parts", default="bound,loop,store,opening,overhead,identity,memory")
+    parser.add_argument("--parts", default="bound,decoding,loop,store,opening,overhead,identity,memory")
     parser.add_argument("--images", type=int, default=384)
     parser.add_argument("--peer", type=Path, help="python of an environment with clip-retrieval")
     arguments = parser.parse_args()
     parts: dict[str, Callable[[Path, Path, int], None]] = {
-        **{part.__name__: part for part in (bound, loop, store, opening, overhead, identity, memory)},
+        **{part.__name__: part for part in (bound, decoding, loop, store, opening, overhead, identity, memory)},
         "peer": lambda folder, home, count: peer(folder, home, count, arguments.peer),
     }
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{CPU_COUNT} cores, {platform.machine()}"

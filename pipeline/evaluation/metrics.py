@@ -34,9 +34,9 @@ def topk_correct(logits: Tensor, label: Tensor, k: int) -> Tensor:
     return (top_classes(logits, k) == label.unsqueeze(1)).any(dim=1)
 
 
-def _predicted_indicator(logits: Tensor, k: int) -> Tensor:
-    """Return 1 for the k best classes of each row and 0 for the others, float64 [N,C]."""
-    return torch.zeros(logits.shape, dtype=torch.float64).scatter(1, top_classes(logits, k).cpu(), 1.0)
+def _predicted_indicator(top: Tensor, label: Tensor) -> Tensor:
+    """Return 1 for the classes in each row of `top` and 0 for the others, float64 [N,C]."""
+    return torch.zeros(label.shape, dtype=torch.float64).scatter(1, top.cpu(), 1.0)
 
 
 def _label_indicator(label: Tensor) -> Tensor:
@@ -47,29 +47,29 @@ def _label_indicator(label: Tensor) -> Tensor:
     return label.to("cpu", torch.float64)
 
 
-def precision_recall(logits: Tensor, label: Tensor, k: int) -> tuple[Tensor, Tensor]:
+def precision_recall(top: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
     """Return the precision |top_k & Y| / k and the recall |top_k & Y| / |Y| of each sample, each float64 [N].
 
-    Their means are SeDA's Pre@k and Rec@k.
+    Their means are SeDA's Pre@k and Rec@k. `top` are the `top_classes`, [N,k].
     """
-    predicted, truth = _predicted_indicator(logits, k), _label_indicator(label)
+    predicted, truth = _predicted_indicator(top, label), _label_indicator(label)
     hits = (predicted * truth).sum(1)
     return hits / predicted.sum(1), hits / truth.sum(1)
 
 
-def overall_precision_recall(logits: Tensor, label: Tensor, k: int) -> tuple[float, float]:
+def overall_precision_recall(top: Tensor, label: Tensor) -> tuple[float, float]:
     """Return the hits of all samples divided by all predictions, and divided by all labels (Gong et al. 2013)."""
-    predicted, truth = _predicted_indicator(logits, k), _label_indicator(label)
+    predicted, truth = _predicted_indicator(top, label), _label_indicator(label)
     hits = (predicted * truth).sum()
     return float(hits / predicted.sum()), float(hits / truth.sum())
 
 
-def per_class_precision_recall(logits: Tensor, label: Tensor, k: int) -> tuple[float, float]:
+def per_class_precision_recall(top: Tensor, label: Tensor) -> tuple[float, float]:
     """Return the means over classes of precision (hits / predictions) and recall (hits / labels).
 
     A class that is never predicted has precision 0. A class without a true sample has no recall; the mean recall leaves it out.
     """
-    predicted, truth = _predicted_indicator(logits, k), _label_indicator(label)
+    predicted, truth = _predicted_indicator(top, label), _label_indicator(label)
     hits, labelled = (predicted * truth).sum(0), truth.sum(0)
     precision = hits / predicted.sum(0).clamp(min=1.0)
     return float(precision.mean()), float((hits / labelled)[labelled > 0].mean())
@@ -105,13 +105,29 @@ def mean_average_precision(scores: Tensor, label: Tensor) -> float:
         scores: [N,C], comparable across samples.
         label: indicators [N,C].
     """
-    truth, score = label.T.to("cpu", torch.float64), scores.T.cpu().contiguous()
-    ascending, order = score.sort(dim=1)
-    at_least = score.shape[1] - torch.searchsorted(ascending, score)  # samples of at least this score [C,N]
-    hits = truth.gather(1, order.flip(1)).cumsum(1).gather(1, at_least - 1)
+    truth, precision, _, _, _ = _precisions(scores, label)
     labelled = truth.sum(1)
-    average = (truth * hits / at_least).sum(1) / labelled
-    return float(average[labelled > 0].mean())
+    return float(((truth * precision).sum(1) / labelled)[labelled > 0].mean())
+
+
+def _precisions(scores: Tensor, label: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Sort the samples by their score for each class, and return five tensors [C,N] in that ascending order.
+
+    Returns:
+        The labels; the precision among all samples of at least this score; how many samples these are; how many have at most
+        this score; and the row of each sample.
+    """
+    ascending, order = scores.T.cpu().contiguous().sort(dim=1)
+    truth = label.T.to("cpu", torch.float64).gather(1, order)
+    number = torch.arange(truth.shape[1]).expand_as(truth)
+    is_new = torch.ones(truth.shape, dtype=torch.bool)  # the first of a run of equal scores
+    is_new[:, 1:] = ascending[:, 1:] != ascending[:, :-1]
+    first = torch.where(is_new, number, 0).cummax(1).values
+    is_last = is_new.roll(-1, 1)  # every row begins with a new score
+    not_above = torch.where(is_last, number + 1, truth.shape[1]).flip(1).cummin(1).values.flip(1)
+    at_least = truth.shape[1] - first
+    hits = truth.flip(1).cumsum(1).flip(1).gather(1, first)
+    return truth, hits / at_least, at_least, not_above, order
 
 
 def average_precision_parts(scores: Tensor, label: Tensor) -> Tensor:
@@ -125,22 +141,15 @@ def average_precision_parts(scores: Tensor, label: Tensor) -> Tensor:
         scores: See `mean_average_precision`.
         label: See `mean_average_precision`.
     """
-    truth, score = label.T.to("cpu", torch.float64), scores.T.cpu().contiguous()
-    ascending, order = score.sort(dim=1)
-    below = torch.searchsorted(ascending, score)  # samples of a smaller score [C,N]
-    not_above = torch.searchsorted(ascending, score, right=True)  # samples of at most this score
-    at_least = score.shape[1] - below
-    hits = truth.gather(1, order.flip(1)).cumsum(1).gather(1, at_least - 1)
-    precision = hits / at_least
+    truth, precision, at_least, not_above, order = _precisions(scores, label)
     # A weight changes the precision at every true sample of at most its own score.
     slope, offset = (
-        (truth * each / at_least).gather(1, order).cumsum(1).gather(1, not_above - 1)
-        for each in (torch.ones_like(truth), precision)
+        (truth * each / at_least).cumsum(1).gather(1, not_above - 1) for each in (torch.ones_like(truth), precision)
     )
     labelled = truth.sum(1, keepdim=True)
     average = (truth * precision).sum(1, keepdim=True) / labelled
     parts = average + len(label) * (truth * (precision - average + slope) - offset) / labelled
-    return parts[labelled[:, 0] > 0].mean(0)
+    return torch.empty_like(parts).scatter(1, order, parts)[labelled[:, 0] > 0].mean(0)
 
 
 def per_example(logits: Tensor, label: Tensor, ks: Sequence[int] = (1, 5), label_loss: str = "softmax_kl") -> dict[str, Tensor]:
@@ -151,7 +160,8 @@ def per_example(logits: Tensor, label: Tensor, ks: Sequence[int] = (1, 5), label
     """
     if label.ndim == 1:
         return {f"acc{k}": 100.0 * topk_correct(logits, label, k).to("cpu", torch.float64) for k in ks}
-    pairs = {k: precision_recall(logits, label, k) for k in ks}
+    top = top_classes(logits, max(ks))
+    pairs = {k: precision_recall(top[:, :k], label) for k in ks}
     values = {f"{name}{k}": 100.0 * pairs[k][i] for i, name in enumerate(("pre", "rec")) for k in ks}
     scores = torch.from_numpy(log_scores(logits.cpu().numpy(), label.cpu().numpy(), label_loss))
     return {**values, "map": 100.0 * average_precision_parts(scores, label)}
@@ -177,15 +187,15 @@ def summary_metrics(
         UserError: a logit is not finite, or a sample has no label.
     """
     result = {name: float(terms.mean()) for name, terms in per_example(logits, label, ks, label_loss).items()}
-    scores = log_scores(logits.cpu().numpy(), label.cpu().numpy(), label_loss)
     if label.ndim == 1:
+        scores = log_scores(logits.cpu().numpy(), label.cpu().numpy(), label_loss)
         is_right = topk_correct(logits, label, 1).cpu().numpy()
         result["macro_acc"] = 100.0 * macro_accuracy(is_right, label.cpu().numpy())
         result["ece"] = 100.0 * expected_calibration_error(np.exp(scores.max(axis=1)), is_right)
         return result
-    result["map"] = 100.0 * mean_average_precision(torch.from_numpy(scores), label)
+    top = top_classes(logits, max(ks))
     for prefix, measure in (("overall", overall_precision_recall), ("per_class", per_class_precision_recall)):
         for k in ks:
-            precision, recall = measure(logits, label, k)
+            precision, recall = measure(top[:, :k], label)
             result |= {f"{prefix}_pre{k}": 100.0 * precision, f"{prefix}_rec{k}": 100.0 * recall}
     return result

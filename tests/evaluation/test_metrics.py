@@ -139,7 +139,7 @@ def test_map_compares_samples_by_log_softmax_or_by_sigmoid(label_loss: str) -> N
 def test_a_class_that_is_never_predicted_has_precision_0() -> None:
     z = torch.tensor([[3.0, 2.0, 1.0], [3.0, 1.0, 2.0]])
     label = torch.tensor([[1, 0, 0], [0, 1, 0]])
-    precision, recall = metrics.per_class_precision_recall(z, label, 1)
+    precision, recall = metrics.per_class_precision_recall(metrics.top_classes(z, 1), label)
     assert precision == pytest.approx((1 / 2 + 0 + 0) / 3)
     assert recall == pytest.approx((1 + 0) / 2)
 
