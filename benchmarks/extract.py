@@ -157,8 +157,8 @@ def decoding(folder: Path, home: Path, count: int) -> None:
         ours, theirs = in_turns(processes, threads, rounds=DECODING_ROUNDS)
         ratios = [thread_seconds / own for own, thread_seconds in zip(ours, theirs, strict=True)]
         print(
-            f"decoding {label}: {CPU_COUNT} processes over {CPU_COUNT} threads: ratio {spread(ratios, '.2f')} (wanted >= 0.95); "
-            f"{count / statistics.median(ours):.0f} images/s",
+            f"decoding {label}: {CPU_COUNT} processes over {CPU_COUNT} threads: ratio {spread(ratios, '.2f')} "
+            f"(wanted >= 0.95); {count / statistics.median(ours):.0f} images/s",
             flush=True,
         )
 
