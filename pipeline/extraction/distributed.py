@@ -40,7 +40,6 @@ from pipeline.extraction.extract import (
     plan_extraction,
     start_or_resume,
 )
-from pipeline.extraction.inputs import EncodedBatch
 from pipeline.extraction.throughput import ThroughputMeter
 from pipeline.extraction.workers import allowed_workers
 from pipeline.runtime.claims import DRIVER, hold
@@ -227,7 +226,8 @@ def encode_and_commit_shard(spec: ExtractionSpec, call_id: str, cache_name: str,
 
     Raises:
         UserError: nothing was written, because this machine would fill another cache or has other libraries, or because
-            too many items have failed in this shard and in those that are committed by now.
+            too many items have failed in this shard and in those that are committed by now. A shard with few failures does
+            not read the records of the others; the client counts them all.
     """
     task = _task_of(spec, call_id)
     target, options = task.target, task.target.options
@@ -240,15 +240,10 @@ def encode_and_commit_shard(spec: ExtractionSpec, call_id: str, cache_name: str,
     with hold(target.path, part_of(shard), SHARD_WAIT_SECONDS):
         writer = Writer.attach(target.path)
         _check_worker_libraries(target, writer)
-        budget = _budget_without(shard, target, writer)
-
-        def on_batch(batch: EncodedBatch) -> None:
-            meter.add(batch)
-            budget.add(batch.failures)
-
         stamp = media_stamp(target, writer.rows(shard))
-        ((_, features, failures, seconds),) = encode_shards(task, writer, [shard], meter, on_batch)
-        _budget_without(shard, target, writer).add(failures)  # again, with the shards that were committed in the meantime
+        ((_, features, failures, seconds),) = encode_shards(task, writer, [shard], meter, meter.add)
+        if len(failures) > options.max_failures * len(writer.rows(shard)):  # only such shards bring the whole above its limit
+            _budget_without(shard, target, writer).add(failures)
         with meter.waiting("disk"):
             commit = commit_shard(task, writer, shard, features, failures, seconds, stamp)
     return ShardResult(commit, meter)

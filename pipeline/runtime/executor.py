@@ -40,10 +40,13 @@ from pipeline.runtime.environment import set_environment
 from pipeline.runtime.errors import UserError
 from pipeline.runtime.logs import set_up_logging
 
+logger = logging.getLogger(__name__)
+
 EXECUTOR_MEMORY_SHARE = 0.8  # share of the memory that all processes together may use
 START_SECONDS = 8.0  # until processes of this machine have started and imported what a job needs, roughly
 PROCESS_BYTES = 2**30  # memory of a process without data, roughly
 CONNECT_SECONDS = 15  # time that a scheduler has to answer
+FIRST_WORKER_SECONDS = 600.0  # time that a cluster has to start its first worker: a batch system lets jobs wait
 SCHEDULER_LOST = (CancelledError, asyncio.CancelledError, OSError)  # OSError: a closed connection or a timeout
 JobT = TypeVar("JobT")
 ResultT = TypeVar("ResultT")
@@ -104,7 +107,7 @@ def open_executor(scheduler: str, number: int, starts_late: bool = False) -> Ite
             which one takes no more than seconds.
 
     Raises:
-        UserError: no scheduler answers, or the scheduler has no workers.
+        UserError: no scheduler answers, or the scheduler gets no workers.
     """
     if scheduler == "local" and number == 0:
         yield Executor(run_here, 1, _has_gpu())
@@ -250,18 +253,39 @@ def connect_to_scheduler(address: str) -> Iterator[Client]:
         address: tcp://host:port.
 
     Raises:
-        UserError: no scheduler answers at the address, or the scheduler has no workers.
+        UserError: no scheduler answers at the address, or the scheduler gets no workers.
     """
     _silence_dask()
     try:
         client = Client(address, timeout=CONNECT_SECONDS, set_as_default=False)
     except (OSError, ValueError) as error:
         raise UserError(f"no dask scheduler answers at {address!r} ({error}); start one with: dask scheduler") from error
+    except TypeError as error:  # dask has found no certificates
+        if not address.startswith("tls:"):
+            raise
+        names = "CA_FILE, CLIENT__CERT and CLIENT__KEY"
+        remedy = f"name the certificates in the environment, DASK_DISTRIBUTED__COMM__TLS__ followed by {names}"
+        raise UserError(f"{address} is an encrypted cluster: {remedy}") from error
     with client:
-        if not client.scheduler_info()["workers"]:
-            raise UserError(f"the scheduler at {address} has no workers; start some with: dask worker {address}")
+        _wait_for_worker(client, address)
         _set_up_workers(client)
         yield client
+
+
+def _wait_for_worker(client: Client, address: str) -> None:
+    """Wait until the scheduler has a worker. A cluster that adapts starts one only when there is something to do."""
+    if client.scheduler_info()["workers"]:
+        return
+    remedy = f"start some with: dask worker {address}"
+    logger.warning("the scheduler at %s has no workers yet; waiting for the first one (%s)", address, remedy)
+    wanted = client.submit(int, pure=False)
+    try:
+        wanted.result(FIRST_WORKER_SECONDS)
+    except TimeoutError:
+        minutes = FIRST_WORKER_SECONDS / 60
+        raise UserError(f"the scheduler at {address} got no workers in {minutes:g} minutes; {remedy}") from None
+    finally:
+        wanted.release()
 
 
 @contextmanager
