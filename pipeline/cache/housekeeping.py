@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,11 @@ from pipeline.cache.verify import verify
 from pipeline.runtime.claims import CLAIMS, hold
 from pipeline.runtime.errors import UserError
 from pipeline.runtime.files import lock, sync_folder
+from pipeline.runtime.logs import ProgressBar
 from pipeline.runtime.places import Address, Place
-from pipeline.runtime.stores import exists, object_sha256, remove_objects, store_of
+from pipeline.runtime.stores import REQUESTS_IN_FLIGHT, exists, object_sha256, remove_objects, store_of
 
+COPY_BYTES = 2**28  # of objects that `copy` has in memory, unless a single one is larger
 _CACHE_NAME = re.compile(r"-[0-9a-f]{12}$")
 
 
@@ -114,16 +117,26 @@ def copy(path: Place, target: Place) -> Place:
     copied = target / str(cache.identity["dataset"]) / source.name
     if copied.absolute() == source:
         raise UserError(f"{path} is there already; give another place to copy it to")
-    names = [str(found.place).removeprefix(f"{source}/") for found in store_of(source).list(source)]
-    names = [name for name in names if not (name.startswith(f"{CLAIMS}/") or name.rpartition("/")[2].startswith("."))]
+    sizes = {str(found.place).removeprefix(f"{source}/"): found.num_bytes for found in store_of(source).list(source)}
+    is_part = {name: not (name.startswith(f"{CLAIMS}/") or name.rpartition("/")[2].startswith(".")) for name in sizes}
+    names = [name for name in sizes if is_part[name] and name != "zarr.json"]
+    largest = max((sizes[name] for name in names), default=0)
 
-    def copy_object(name: str) -> None:
+    def copy_object(name: str) -> int:
         if not (exists(copied / name) and object_sha256(copied / name) == object_sha256(source / name)):
             store_of(copied).put(copied / name, store_of(source).get(source / name))
+        return sizes[name]
 
-    with hold(copied):
-        for name in sorted(names, key=lambda name: name == "zarr.json"):
-            copy_object(name)
+    num_threads = min(REQUESTS_IN_FLIGHT, max(1, COPY_BYTES // max(1, largest)))
+    total = sum(sizes[name] for name in names)
+    with (
+        hold(copied),
+        ThreadPoolExecutor(num_threads) as threads,
+        ProgressBar(total=total, unit="B", unit_scale=True, label=f"copying {source.name}") as bar,
+    ):
+        for num_bytes in threads.map(copy_object, names):
+            bar.update(num_bytes)
+        copy_object("zarr.json")
     if problems := verify(copied):
         raise UserError(f"{copied} is not the same as {path}: {'; '.join(problems)}; run the same command again")
     return copied
