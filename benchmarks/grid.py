@@ -170,7 +170,7 @@ def loop(home: Path, rows: int, precision: str) -> None:
         features = open_features(home, dataset, method, {"image": "image", "text": "text"})
         config, training = resolve_head_settings(dataset, method, "head", {}, {"epochs": str(PASSES), "precision": precision})
         assert len(features.train)  # load the tables before the time is measured
-        validation = partial(predict, build_method(features, method, {}), features.val, 0, precision=precision)
+        validation = partial(predict, build_method(features, method, {}), features.val, 0, precision=training.precision)
         plain_pass = partial(plain_cell, features, method, {}, precision)
         share = wait_seconds(partial(on_one_thread, validation)) / wait_seconds(partial(on_one_thread, plain_pass))
 
