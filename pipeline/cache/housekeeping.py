@@ -20,7 +20,8 @@ from pipeline.runtime.logs import ProgressBar
 from pipeline.runtime.places import Address, Place
 from pipeline.runtime.stores import REQUESTS_IN_FLIGHT, exists, object_sha256, remove_objects, store_of
 
-COPY_BYTES = 2**28  # of objects that `copy` has in memory, unless a single one is larger
+COPY_BYTES = 2**26  # of objects that `copy` moves at a time, unless a single one is larger: each has the time of a request
+_PARTS = {"zarr.json", "features", "ids", "offsets", "commits", "failures.parquet", CLAIMS}  # of a cache in an object store
 _CACHE_NAME = re.compile(r"-[0-9a-f]{12}$")
 
 
@@ -56,7 +57,8 @@ def preview_removal(path: Place) -> RemovalSummary:
     """
     if isinstance(path, Address):
         objects = store_of(path).list(path) if _CACHE_NAME.search(path.name) else []
-        if not objects:
+        others = {str(found.place).removeprefix(f"{path}/").partition("/")[0] for found in objects} - _PARTS
+        if not objects or others:
             raise UserError(f"{path} is not a feature cache; diffalign cache ls shows them")
         return RemovalSummary(path, len(objects), sum(found.num_bytes for found in objects))
     cache_home(path)  # only a folder in a place of caches is removed
@@ -84,7 +86,7 @@ def rm(path: Place) -> RemovalSummary:
     removed = preview_removal(path)
     if isinstance(removed.path, Address):
         with hold(removed.path):
-            remove_objects(removed.path, first="zarr.json")
+            remove_objects(removed.path, first="zarr.json", kept=CLAIMS)
         return removed
     renamed = _removal_path(removed.path)
     if removed.path.is_dir():

@@ -25,7 +25,7 @@ from pipeline.cache.reader import Cache, open_cache, read_commits
 from pipeline.cache.samples import read_cache_manifest
 from pipeline.cache.writer import Writer
 from pipeline.data.manifest_files import read_manifest
-from pipeline.runtime.claims import hold
+from pipeline.runtime.claims import CLAIMS, hold
 from pipeline.runtime.errors import UserError
 from pipeline.runtime.files import sync_folder
 from pipeline.runtime.places import Place
@@ -201,7 +201,7 @@ def _write_cache(plan: ImportPlan, home: Path) -> ImportResult:
                         start_time = time.monotonic()
         except UserError:
             if is_new:
-                remove_objects(path)
+                remove_objects(path, kept=CLAIMS)
             raise
         writer.finish(commits)
     return ImportResult(

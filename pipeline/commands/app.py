@@ -88,6 +88,7 @@ REMEDIES = {  # of errors of the operating system
     errno.EDQUOT: "free some of your quota, or take another disk with --home; the same command goes on from here",
     errno.EFBIG: "raise the limit of file sizes (ulimit -f), or, for a cache, take smaller --shard-rows",
     errno.EROFS: "make the disk writable, or take another one with --home",
+    errno.EIO: "the same command goes on from here",
     errno.EACCES: "get permission, or take a folder of yours with --home",
 }
 

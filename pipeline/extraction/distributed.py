@@ -196,6 +196,7 @@ def _encode_missing_on_cluster(
             commits[commit.shard] = commit
             budget.add(commit.failures)
             meter.merge(worker_meter)
+            meter.num_dask_tasks = max(meter.num_dask_tasks, min(len(shards), num_threads(client)))  # the cluster may grow
             bar.update(commit.rows)
     if spec.options.progress:
         meter.log_summary()

@@ -10,6 +10,7 @@ of the store's clock, so that clocks of machines need not agree:
 from __future__ import annotations
 
 import logging
+import math
 import os
 import random
 import secrets
@@ -55,9 +56,12 @@ _held: dict[tuple[Address, str], Claim] = {}  # by place and part
 def lease_seconds() -> float:
     """Return the time after which a claim that nobody has renewed is taken over."""
     try:
-        return max(1.0, float(os.environ.get(LEASE_VARIABLE) or DEFAULT_LEASE))
+        seconds = float(os.environ.get(LEASE_VARIABLE) or DEFAULT_LEASE)
     except ValueError:
-        raise UserError(f"{LEASE_VARIABLE} must be a number of seconds, not {os.environ[LEASE_VARIABLE]!r}") from None
+        seconds = math.nan
+    if not math.isfinite(seconds):
+        raise UserError(f"{LEASE_VARIABLE} must be a number of seconds, not {os.environ[LEASE_VARIABLE]!r}")
+    return max(1.0, seconds)
 
 
 @contextmanager

@@ -122,8 +122,9 @@ def open_executor(scheduler: str, number: int, starts_late: bool = False) -> Ite
         if scheduler == "local"
         else connect_to_scheduler(scheduler) as client,
     ):
-        gpus: Any = client.run(_has_gpu)  # address of a worker -> whether it has a GPU
-        yield Executor(partial(run_on_cluster, client), len(gpus), all(gpus.values()))
+        # address of a worker -> whether it has a GPU; those of a cluster that adapts may have left, and come again for jobs
+        gpus: Any = client.run(_has_gpu, on_error="ignore")
+        yield Executor(partial(run_on_cluster, client), max(1, len(gpus)), bool(gpus) and all(gpus.values()))
 
 
 def _run_here_first(
@@ -250,26 +251,41 @@ def connect_to_scheduler(address: str) -> Iterator[Client]:
     """Connect to a running dask scheduler, and yield a client of it.
 
     Args:
-        address: tcp://host:port.
+        address: tcp://host:port, or tls://host:port of an encrypted cluster.
 
     Raises:
-        UserError: no scheduler answers at the address, or the scheduler gets no workers.
+        UserError: no scheduler answers at the address, it gets no workers, or it is lost before it has one.
     """
     _silence_dask()
+    if dask_config.get("distributed.comm.require-encryption") and not address.startswith("tls:"):
+        raise UserError(
+            f"dask's settings ask for encryption (DASK_DISTRIBUTED__COMM__REQUIRE_ENCRYPTION), but {address} has none: "
+            f"give tls://{address.partition('://')[2]}"
+        )
     try:
         client = Client(address, timeout=CONNECT_SECONDS, set_as_default=False)
-    except (OSError, ValueError) as error:
-        raise UserError(f"no dask scheduler answers at {address!r} ({error}); start one with: dask scheduler") from error
-    except TypeError as error:  # dask has found no certificates
-        if not address.startswith("tls:"):
-            raise
-        names = "CA_FILE, CLIENT__CERT and CLIENT__KEY"
-        remedy = f"name the certificates in the environment, DASK_DISTRIBUTED__COMM__TLS__ followed by {names}"
-        raise UserError(f"{address} is an encrypted cluster: {remedy}") from error
+    except (OSError, TypeError, ValueError) as error:  # TypeError: dask has found no certificates
+        raise _not_connected(address, error) from error
     with client:
-        _wait_for_worker(client, address)
-        _set_up_workers(client)
+        try:
+            _set_up_workers(client)  # before there are any: a cluster that adapts may take an idle worker away at any time
+            _wait_for_worker(client, address)
+        except SCHEDULER_LOST as error:
+            raise UserError(f"the scheduler at {address} was lost; the same command goes on from here") from error
         yield client
+
+
+def _not_connected(address: str, error: Exception) -> UserError:
+    if address.startswith("tls:"):
+        names = "CA_FILE, CLIENT__CERT and CLIENT__KEY"
+        what = "no encrypted dask scheduler of these certificates answers"
+        remedy = f"name them in the environment, DASK_DISTRIBUTED__COMM__TLS__ followed by {names}"
+    else:
+        what, remedy = (
+            "no dask scheduler answers",
+            "start one with: dask scheduler (if it is encrypted, its address begins with tls:)",
+        )
+    return UserError(f"{what} at {address!r} ({error}); {remedy}")
 
 
 def _wait_for_worker(client: Client, address: str) -> None:
@@ -333,9 +349,13 @@ def local_cluster(environments: Sequence[Mapping[str, str]]) -> Iterator[Client]
     }
     scheduler = {"cls": Scheduler, "options": {"dashboard": False, "dashboard_address": "127.0.0.1:0", "host": "127.0.0.1"}}
     with (
-        # None unsets it: with dask's value a freed tensor goes back to the system, and its pages are made anew each time
         dask_config.set(
-            {"distributed.worker.daemon": False, "distributed.nanny.pre-spawn-environ.MALLOC_TRIM_THRESHOLD_": None}
+            {
+                "distributed.worker.daemon": False,
+                "distributed.comm.require-encryption": False,  # nothing leaves this machine
+                # None unsets it: with dask's value freed tensors go back to the system, and their pages are made anew each time
+                "distributed.nanny.pre-spawn-environ.MALLOC_TRIM_THRESHOLD_": None,
+            }
         ),
         SpecCluster(workers=workers, scheduler=scheduler) as cluster,
         Client(cluster, set_as_default=False) as client,

@@ -68,7 +68,7 @@ def parse_place(text: str | Place) -> Place:
     """Return the place that a user has written.
 
     Raises:
-        UserError: it is the address of a service that is not supported, or has credentials in it.
+        UserError: it is the address of a service that is not supported, or has credentials or ".." in it.
     """
     if isinstance(text, Address) or not (found := _ADDRESS.fullmatch(str(text))):
         return text if isinstance(text, Address) else Path(text)
@@ -81,7 +81,10 @@ def parse_place(text: str | Place) -> Place:
     if scheme not in SCHEMES or not bucket:
         known = ", ".join(f"{scheme}://bucket/prefix" for scheme in SCHEMES)
         raise UserError(f"{scheme}://{bucket}/{key} is no address of an object store: give one such as {known}")
-    return Address(f"{scheme}://{bucket}", key.strip("/"))
+    parts = [part for part in key.split("/") if part not in ("", ".")]
+    if ".." in parts:
+        raise UserError(f"{scheme}://{bucket}/{key} has '..' in it, which no object store follows; give the address itself")
+    return Address(f"{scheme}://{bucket}", "/".join(parts))
 
 
 def check_local(path: str | Path, label: str) -> Path:

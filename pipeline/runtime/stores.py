@@ -250,12 +250,13 @@ def renew_object(place: Address, data: bytes) -> bool:
     return _bucket_store(place.bucket).renew(place, data)
 
 
-def remove_objects(place: Place, first: str = "") -> None:
+def remove_objects(place: Place, first: str = "", kept: str = "") -> None:
     """Remove all objects below a place.
 
     Args:
         place: the place; a folder is removed with them.
         first: the name of the object without which the others count as removed; in an object store it goes before them.
+        kept: in an object store, a name whose objects stay: those by which this process says that it is the only one here.
     """
     if isinstance(place, Path):
         shutil.rmtree(place)
@@ -263,7 +264,8 @@ def remove_objects(place: Place, first: str = "") -> None:
     store = store_of(place)
     if first:
         store.delete(place / first)
-    map_objects(place, store.delete, [found.place for found in store.list(place)])
+    found = [each.place for each in store.list(place)]
+    map_objects(place, store.delete, [each for each in found if not (kept and str(each).startswith(f"{place / kept}/"))])
 
 
 def map_objects(place: Place, function: Callable[[_ItemT], _ResultT], items: Iterable[_ItemT]) -> list[_ResultT]:

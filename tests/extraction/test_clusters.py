@@ -8,7 +8,7 @@ from typing import Any
 import dask.config
 import pytest
 from dask.distributed import LocalCluster, Security
-from helpers.clusters import texts_spec
+from helpers.clusters import process_cluster, texts_spec
 from helpers.fault_cases import cache_content, extract_texts, write_texts
 
 from pipeline.extraction.distributed import dispatch_extraction
@@ -16,6 +16,11 @@ from pipeline.runtime import executor
 from pipeline.runtime.errors import UserError
 
 NO_DASHBOARD: dict[str, Any] = {"dashboard_address": None, "scheduler_kwargs": {"dashboard": False}}
+
+
+def make_cluster(**options: Any) -> Any:
+    """A cluster of dask's own, as a user makes it."""
+    return LocalCluster(**NO_DASHBOARD, **options)
 
 
 def extract_on(scheduler: str, home: Path) -> Path:
@@ -38,12 +43,13 @@ def test_an_encrypted_cluster_starts_its_workers_when_they_are_needed(tmp_path: 
         "distributed.comm.tls.client.cert": certificates["cert"],
         "distributed.comm.tls.client.key": certificates["key"],
     }
-    with LocalCluster(
-        n_workers=0, threads_per_worker=1, processes=False, protocol="tls://", security=security, **NO_DASHBOARD
-    ) as cluster:
-        cluster.adapt(minimum=0, maximum=2, interval="50ms")
+    with make_cluster(n_workers=0, threads_per_worker=1, protocol="tls://", security=security) as cluster:
+        cluster.adapt(minimum=0, maximum=1)
         assert cluster.scheduler_address.startswith("tls://")
-        with pytest.raises(UserError, match="is an encrypted cluster: name the certificates in the environment, DASK_"):
+        with pytest.raises(
+            UserError,
+            match=r"no encrypted dask scheduler of these certificates answers at .* name them in the environment, DASK_",
+        ):
             extract_on(cluster.scheduler_address, tmp_path)
         with dask.config.set(settings):
             assert cache_content(extract_on(cluster.scheduler_address, tmp_path)) == expected
@@ -53,8 +59,17 @@ def test_an_encrypted_cluster_starts_its_workers_when_they_are_needed(tmp_path: 
 def test_a_cluster_without_workers_is_named_after_a_while(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(executor, "FIRST_WORKER_SECONDS", 0.1)
     write_texts(tmp_path, 4)
-    with (
-        LocalCluster(n_workers=0, processes=False, **NO_DASHBOARD, protocol="tcp://") as cluster,
-        pytest.raises(UserError, match=r"got no workers in .* minutes; start some with: dask worker tcp://"),
-    ):
-        extract_on(cluster.scheduler_address, tmp_path)
+    with make_cluster(n_workers=0, processes=False, protocol="tcp://") as cluster:
+        address = cluster.scheduler_address
+        with pytest.raises(UserError, match=r"got no workers in .* minutes; start some with: dask worker tcp://"):
+            extract_on(address, tmp_path)
+
+
+def test_settings_that_ask_for_encryption(tmp_path: Path) -> None:
+    """They hold for a cluster on a network, and not for the processes of this machine."""
+    write_texts(tmp_path, 4)
+    with dask.config.set({"distributed.comm.require-encryption": True}):
+        with pytest.raises(UserError, match=r"REQUIRE_ENCRYPTION\), but tcp://127.0.0.1:9 has none: give tls://127.0.0.1:9"):
+            extract_on("tcp://127.0.0.1:9", tmp_path)
+        with process_cluster(1) as client:
+            assert client.submit(abs, -1).result() == 1

@@ -24,7 +24,7 @@ from helpers.tiny_heads import train_tiny
 
 from pipeline import Workspace
 from pipeline.cache import find_caches, open_cache, shard_bytes, verify
-from pipeline.cache.housekeeping import copy
+from pipeline.cache.housekeeping import copy, rm
 from pipeline.cache.layout import shard_path
 from pipeline.cache.streaming import open_split
 from pipeline.cache.writer import Writer
@@ -34,7 +34,7 @@ from pipeline.data.manifest_files import read_manifest
 from pipeline.runtime.claims import hold
 from pipeline.runtime.errors import UserError
 from pipeline.runtime.places import Address, Place, caches_at, parse_place
-from pipeline.runtime.stores import store_of
+from pipeline.runtime.stores import BucketStore, store_of
 
 NUM_SAMPLES = 90
 NUM_SHARDS = 5
@@ -189,6 +189,31 @@ def test_cache_commands_work_on_a_bucket(
     assert ask("cache", "stats", place, *home)["rows"] == 2160
     assert ask("cache", "rm", place, "--yes")["removed"]
     assert store_of(shard).list(parse_place("s3://bucket/other")) == []
+
+
+def test_only_a_cache_is_removed_and_by_one_process(
+    endpoint: Endpoint, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    website = parse_place("s3://bucket/releases/website-3f2a9c1d0e4b")
+    store_of(website).put(website / "index.html", b"a page")
+    store_of(website).put(website / "commits" / "00000.json", b"{}")
+    with pytest.raises(UserError, match="is not a feature cache"):
+        rm(website)
+    place = parse_place("s3://bucket/releases/clip-3f2a9c1d0e4b")
+    for name in ("zarr.json", "features/c/0/0", "ids/c/0"):
+        store_of(place).put(place / name, b"x")
+    delete, seen = BucketStore.delete, []
+
+    def delete_slowly(self: BucketStore, at: Address) -> None:
+        """A claim that went before the rest would let other processes write here."""
+        seen.append(len([found for found in store_of(place).list(place / "claims")]))
+        delete(self, at)
+
+    monkeypatch.setattr(BucketStore, "delete", delete_slowly)
+    assert rm(place).files == 3
+    assert seen == [1] * 4  # the claim itself is the last
+    assert store_of(place).list(place) == []
+    assert not caplog.records
 
 
 def extract_remotely(home: Path, caches: str, environment: dict[str, str]) -> None:

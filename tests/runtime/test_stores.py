@@ -94,6 +94,9 @@ def test_requests_that_fail_are_repeated(endpoint: Endpoint) -> None:
 
 
 def test_a_claim_keeps_others_out_and_a_dead_one_is_taken_over(endpoint: Endpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DIFFALIGN_LEASE_SECONDS", "inf")
+    with pytest.raises(UserError, match="must be a number of seconds, not 'inf'"):
+        claims.lease_seconds()
     monkeypatch.setenv("DIFFALIGN_LEASE_SECONDS", "1")
     place = parse_place("s3://bucket/claims-test")
     store = store_of(place)
@@ -149,6 +152,9 @@ def test_addresses() -> None:
     assert (address / "x").parent == address
     assert address.name == "prefix"
     assert parse_place("s3:/bucket/x") == Address("s3://bucket", "x")  # as `Path` writes it
+    assert parse_place("s3://bucket/team//./x/") == Address("s3://bucket", "team/x")  # $TEAM/$NOTHING/./x
+    with pytest.raises(UserError, match=r"has '\.\.' in it"):
+        parse_place("s3://bucket/team/../x")
     for path in ("C:/data", "a/b", "/c"):
         assert parse_place(path) == Path(path)
     for wrong in ("ftp://host/x", "https://bucket.s3.amazonaws.com/x", "s3://"):
