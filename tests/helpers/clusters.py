@@ -25,8 +25,12 @@ from pipeline.runtime.executor import local_cluster
 
 @contextmanager
 def process_cluster(num_workers: int) -> Iterator[Client]:
-    """A cluster of processes that share no memory with this one; a fork server that has imported torch starts them."""
-    with dask_config.set({"distributed.worker.multiprocessing-method": "forkserver"}):
+    """A cluster of processes that share no memory with this one; a fork server that has imported torch starts them.
+
+    The user has settings for an encrypted network, which do not concern the processes of this machine.
+    """
+    settings = {"distributed.worker.multiprocessing-method": "forkserver", "distributed.comm.require-encryption": True}
+    with dask_config.set(settings):
         get_mp_context().set_forkserver_preload(["pipeline.extraction.distributed", "pipeline.encoders.random_projection"])
         with local_cluster([{"OMP_NUM_THREADS": "1"}] * num_workers) as client:
             yield client
