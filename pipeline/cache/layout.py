@@ -17,7 +17,7 @@ import json
 import re
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints, overload
@@ -237,8 +237,13 @@ def write_commit(path: Place, commit: Commit) -> None:
     write_record(commit_path(path, commit.shard), asdict(commit))
 
 
-def read_commit(path: Place, shard: int) -> Commit:
+def read_commit(path: Place, shard: int, with_media: bool = True) -> Commit:
     """Return the commit record of a shard.
+
+    Args:
+        path: the place of the cache.
+        shard: the number of the shard.
+        with_media: keep the digests of the media; without them a hundred thousand records are not ten gigabytes.
 
     Raises:
         FileNotFoundError: the shard is not committed.
@@ -252,7 +257,7 @@ def read_commit(path: Place, shard: int) -> Commit:
         raise UserError(f"{commit_path(path, shard)} is no record of a shard ({error})") from error
     if commit.shard != shard:
         raise UserError(f"{commit_path(path, shard)} is the record of shard {commit.shard}")
-    return commit
+    return commit if with_media else replace(commit, media_digests="")
 
 
 def list_commits(path: Place) -> list[Place]:

@@ -144,7 +144,7 @@ def open_cache(path: Place, expect: Mapping[str, Any] | None = None) -> Cache:
     identity, command = attributes["identity"], attributes["provenance"]["command"]
     for field, wanted, found in identity_differences(expect or {}, identity):
         raise UserError(f"{path} was made with {field} = {found!r}, but {wanted!r} is needed; extract a cache with it")
-    commits, problems = read_commits(path)
+    commits, problems = read_commits(path, with_media=False)
     unfinished = problems or layout.file_problems(path, "failures")
     if unfinished:
         state = f"{len(commits)} of {len(commits) + len(problems)} shards are complete ({unfinished[0]})"
@@ -192,7 +192,7 @@ def info(path: Place) -> dict[str, Any]:
     """
     attributes = read_attributes(path)
     array = zarr.open_array(zarr_source(path / "features"), mode="r")
-    commits, problems = read_commits(path)
+    commits, problems = read_commits(path, with_media=False)
     rows, seconds = sum(commit.rows for commit in commits), sum(commit.seconds for commit in commits)
     return {
         "path": str(path),
@@ -252,15 +252,20 @@ def is_of_text(identity: Mapping[str, Any]) -> bool:
     return "text" in identity or identity["encoder"].get("modality") == "text"
 
 
-def read_commits(path: Place) -> tuple[list[Commit], list[str]]:
-    """Return the commits of all shards whose file has its full size, and one problem for every other shard."""
+def read_commits(path: Place, with_media: bool = True) -> tuple[list[Commit], list[str]]:
+    """Return the commits of all shards whose file has its full size, and one problem for every other shard.
+
+    Args:
+        path: the place of the cache.
+        with_media: keep the digests of the media, which are nearly all of a record.
+    """
     array = zarr.open_array(zarr_source(path / "features"), mode="r")
     assert array.shards is not None
 
     def read(shard: int) -> Commit | str:
         file = layout.shard_path(path, shard, array.ndim)
         try:
-            commit = layout.read_commit(path, shard)
+            commit = layout.read_commit(path, shard, with_media)
             size = store_of(file).size(file)
         except FileNotFoundError as error:
             return f"{str(error.filename).removeprefix(f'{path}/')} is missing"

@@ -42,7 +42,7 @@ class Writer:
 
     path: Place
     stored: StoredFeatures
-    array_files: Mapping[str, bytes]  # metadata, ids and offsets as Zarr writes them; by path in the cache
+    metadata: bytes  # zarr.json
 
     @staticmethod
     def open(
@@ -103,9 +103,7 @@ class Writer:
 
         Several processes may write at the same time, each of them other shards, which they `hold` as parts.
         """
-        names = list(layout.read_record(path / "commits" / "arrays.json"))
-        array_files = dict(zip(names, map_objects(path, lambda name: store_of(path).get(path / name), names), strict=True))
-        return Writer(path, StoredFeatures.open(path), array_files)
+        return Writer(path, StoredFeatures.open(path), store_of(path).get(path / "zarr.json"))
 
     @property
     def num_rows(self) -> int:
@@ -125,7 +123,7 @@ class Writer:
     @property
     def provenance(self) -> Mapping[str, Any]:
         """The provenance in zarr.json; it holds for all shards of the cache."""
-        return json.loads(self.array_files["zarr.json"])["attributes"]["provenance"]
+        return json.loads(self.metadata)["attributes"]["provenance"]
 
     @property
     def is_finished(self) -> bool:
@@ -141,19 +139,24 @@ class Writer:
         """Return the row numbers of a shard."""
         return range(shard * self.shard_rows, min((shard + 1) * self.shard_rows, self.num_rows))
 
-    def read_records(self) -> dict[int, Commit]:
-        """Return the undamaged commit records by shard. The shards themselves are not looked at."""
+    def read_records(self, shards: Iterable[int] | None = None, with_media: bool = False) -> dict[int, Commit]:
+        """Return the undamaged commit records by shard. The shards themselves are not looked at.
+
+        Args:
+            shards: whose records are read; None: all.
+            with_media: keep the digests of the media.
+        """
 
         def read(shard: int) -> Commit | None:
             with contextlib.suppress(UserError, FileNotFoundError):
-                return layout.read_commit(self.path, shard)
+                return layout.read_commit(self.path, shard, with_media)
             return None
 
-        commits = map_objects(self.path, read, range(self.num_shards))
+        commits = map_objects(self.path, read, range(self.num_shards) if shards is None else shards)
         return {commit.shard: commit for commit in commits if commit and commit.rows == len(self.rows(commit.shard))}
 
     def verified_commits(self) -> dict[int, Commit]:
-        """Return the commits of all shards that are there and undamaged. Every byte is read."""
+        """Return the commits of all shards that are there and undamaged, without media. Every byte is read."""
 
         def is_intact(commit: Commit) -> bool:
             with contextlib.suppress(FileNotFoundError):

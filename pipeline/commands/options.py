@@ -113,7 +113,7 @@ PluginFiles = Annotated[
 ]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, only warnings and results.")]
 _COMMAND = re.compile(  # one that takes --home, up to the end of its arguments
-    r"\bdiffalign (?:ablate|cache (?:import|ls)|doctor|evaluate|extract|fetch|grid|prepare|report|train-head|tune)\b"
+    r"\bdiffalign (?:ablate|cache (?:import|ls)|doctor|evaluate|extract|fetch|grid|plan|prepare|report|train-head|tune)\b"
     r"(?!.*--home)[^;)`]*"
 )
 _CACHES_AT_START = os.environ.get(CACHES_VARIABLE, "")  # of the user, so that his next command has it, too

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,7 @@ logger = logging.getLogger(__name__)
 DEFAULT_BATCH_SIZES = {"cpu": 16, "cuda": 256}  # items per batch by device; on a GPU the most
 GPU_BATCH_BYTES = 2**29  # most bytes of a batch on a GPU: every worker holds some batches, and video clips are large
 SHARDS_IN_WRITING = 2  # so that one is encoded for the disk while the disk takes the other
+CHECKED_RECORDS = 512  # that are in memory with the digests of their media, 90 kB each
 NO_SAMPLE_IDS: frozenset[str] = frozenset()
 
 
@@ -235,11 +236,13 @@ def cache_batch_size(target: ExtractionTarget, writer: Writer) -> int:
 
 def _check_media(target: ExtractionTarget, writer: Writer) -> None:
     """Refuse media that are not those of the recorded shards, and give records of older versions the digests of theirs."""
-    for shard, commit in writer.read_records().items():
-        if media := _shard_media(target, writer.rows(shard), commit.failures):
-            if problem := media.problem(commit):
-                raise UserError(problem)
-            media.renew(commit)
+    shards = range(0 if target.input_rows.modality == "text" else writer.num_shards)
+    for start in range(0, len(shards), CHECKED_RECORDS):
+        for shard, commit in writer.read_records(shards[start : start + CHECKED_RECORDS], with_media=True).items():
+            if media := _shard_media(target, writer.rows(shard), commit.failures):
+                if problem := media.problem(commit):
+                    raise UserError(problem)
+                media.renew(commit)
 
 
 def _shard_media(target: ExtractionTarget, rows: range, failures: Sequence[Failure]) -> ShardMedia | None:
@@ -361,7 +364,7 @@ def commit_shard(
     seconds: float,
     stamp: str,
 ) -> Commit:
-    """Write a shard and its commit record; `stamp` is the `media_stamp` of its rows before they were read.
+    """Write a shard and its commit record, and return that without digests; `stamp` is what `media_stamp` was before.
 
     Raises:
         UserError: media were changed since then, so that nobody knows of which contents the features are; nothing is written.
@@ -373,9 +376,10 @@ def commit_shard(
         first, last = (task.target.input_rows[row][0].id for row in (rows.start, rows.stop - 1))
         raise UserError(f"media of samples {first!r} to {last!r} were changed while they were read; run the same command again")
     batch_size, device = cache_batch_size(task.target, writer), default_device().type
-    return writer.commit(
+    commit = writer.commit(
         shard, features, failures, seconds=seconds, batch_size=batch_size, device=device, media_digests=media_digests
     )
+    return replace(commit, media_digests="")
 
 
 def _identity(manifest: Manifest, encoder_name: str, encoder: Encoder, store_dtype: str, compiled: bool) -> dict[str, Any]:

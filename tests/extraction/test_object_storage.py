@@ -123,7 +123,7 @@ def test_the_folder_of_copies_keeps_the_files_of_its_owner(tmp_path: Path) -> No
 def test_who_has_lost_the_claim_leaves_a_finished_cache_as_it_is(remote: Address) -> None:
     path = copy(remote, parse_place("s3://bucket/lost"))
     writer = Writer.attach(path)
-    attributes = json.loads(writer.array_files["zarr.json"])["attributes"]
+    attributes = json.loads(writer.metadata)["attributes"]
     rows = np.zeros((len(writer.rows(0)), *writer.feature_shape), np.float32)
     before = store_of(path).list(path)
     with hold(path):

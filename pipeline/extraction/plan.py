@@ -1,0 +1,288 @@
+"""What an extraction will cost: hours, bytes, requests and money, from what a probe has measured."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from pipeline.cache.layout import StoreDtype
+from pipeline.data.manifest_files import read_manifest
+from pipeline.extraction.extract import SHARDS_IN_WRITING, ExtractOptions
+from pipeline.extraction.inputs import check_encoders, default_encoders
+from pipeline.extraction.probe import NO_TIME, Probe, Spent, StoreProbe, probe_extraction
+from pipeline.extraction.requests import CacheSize, Requests, extraction_requests, shared_requests
+
+GB = 1e9
+MANIFEST_OBJECTS = 3  # files that are delivered to workers; those of an encoder are few, too
+HALF = 0.6  # share of the time up to which a change counts as halving it
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prices:
+    """Prices in one currency; None: not asked for."""
+
+    worker_hour: float | None = None
+    gb_month: float | None = None
+    put_thousand: float | None = None  # of PUT and LIST requests
+    get_thousand: float | None = None  # of GET and HEAD requests
+    egress_gb: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncoderPlan:
+    """The extraction of some samples with one encoder, by workers that are machines like the one of the probe."""
+
+    probe: Probe
+    num_samples: int
+    num_workers: int = 1
+    imports: Spent = NO_TIME  # until the libraries are loaded
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of the cache."""
+        return max(1, round(self.num_samples * self.probe.rows_per_sample))
+
+    @property
+    def num_shards(self) -> int:
+        """Shards of the cache, each with its commit record."""
+        return -(-self.num_rows // self.probe.store.shard_rows)
+
+    @property
+    def start_seconds(self) -> float:
+        """Before the first shard: the encoder, its processes, the manifest, and the look for files and records."""
+        probe, readers = self.probe, min(2, self.num_workers)  # the first worker reads the manifest after the client
+        stamps = probe.stamp_seconds * self.num_rows if self.num_workers == 1 else 0.0  # workers do it shard by shard
+        records = 2 * self.num_shards * probe.store.record_seconds
+        rows = readers * probe.manifest_seconds * self.num_samples + stamps
+        return self.imports.seconds + probe.load.seconds + probe.first_seconds + rows + records
+
+    @property
+    def encode_seconds(self) -> float:
+        """Of decoding and encoding all rows, while what was encoded before is written; with several workers, until the last."""
+        probe = self.probe
+        if self.num_workers > 1:
+            rounds = -(-self.num_shards // self.num_workers)
+            return rounds * (self._shard_rows / probe.rate + probe.first_seconds)
+        commits = (1 - 1 / self.num_shards) * self._commit_processor_seconds  # the last one finds idle cores
+        if probe.device == "cpu" and probe.num_processes >= probe.num_cores:
+            return self.num_rows / probe.rate + commits / (probe.rate * probe.processor_seconds)
+        return max(self.num_rows / probe.rate, (self.num_rows * probe.processor_seconds + commits) / probe.num_cores)
+
+    @property
+    def write_seconds(self) -> float:
+        """Of writing for which the encoder waits: all of it with several workers, else what is not done beside encoding."""
+        probe, rounds = self.probe, -(-self.num_shards // self.num_workers)
+        shard = self._shard_rows / probe.store.shard_rows * probe.store.write_seconds + self._shard_rows * probe.digest_seconds
+        if self.num_workers > 1:
+            return rounds * (shard + 2 * self._shard_rows * probe.stamp_seconds)
+        return shard + max(0.0, (self.num_shards - 1) * shard / SHARDS_IN_WRITING - self.encode_seconds)
+
+    @property
+    def seconds(self) -> float:
+        """Of the whole extraction, up to the opened cache."""
+        opening = self.num_shards * self.probe.store.record_seconds
+        return self.start_seconds + self.encode_seconds + self.write_seconds + opening
+
+    @property
+    def worker_hours(self) -> float:
+        """Hours that are paid, if all workers stay until the last one has done."""
+        return self.num_workers * self.seconds / 3600
+
+    @property
+    def processor_hours(self) -> float:
+        """Hours of the processors for starting, decoding, encoding and writing."""
+        start = self.imports.processor_seconds + self.num_workers * self.probe.load.processor_seconds
+        return (start + self.num_rows * self.probe.processor_seconds + self._commit_processor_seconds) / 3600
+
+    @property
+    def feature_bytes(self) -> int:
+        """Bytes of all shards."""
+        store = self.probe.store
+        return round(self.num_rows * store.shard_bytes / min(store.shard_rows, self.num_rows))
+
+    @property
+    def record_bytes(self) -> int:
+        """Bytes of all commit records."""
+        return self.num_shards * self.probe.store.record_bytes
+
+    @property
+    def input_bytes(self) -> float:
+        """Bytes of media, or of texts, that are read."""
+        return self.num_rows * self.probe.input_bytes
+
+    @property
+    def requests(self) -> Requests:
+        """Requests to an object store that has the caches."""
+        size = CacheSize(
+            num_samples=self.num_samples,
+            num_shards=self.num_shards,
+            ids_bytes=round(self.num_samples * self.probe.id_bytes),
+            is_ragged=self.probe.modality == "text",
+        )
+        if self.num_workers == 1:
+            return extraction_requests(size, self.seconds)
+        return shared_requests(size, self.seconds, self.num_workers, MANIFEST_OBJECTS)
+
+    @property
+    def _shard_rows(self) -> int:
+        return min(self.probe.store.shard_rows, self.num_rows)
+
+    @property
+    def _commit_processor_seconds(self) -> float:
+        probe = self.probe
+        return self.num_rows * (probe.store.write_processor_seconds / self._shard_rows + probe.digest_processor_seconds)
+
+    def shares(self) -> dict[str, float]:
+        """Return what the seconds go to: share by name."""
+        probe = self.probe
+        decode, encode = probe.prepare_seconds / probe.num_processes, probe.encode_seconds / probe.num_processes
+        if probe.device == "cuda":  # at the same time: the slower one bounds
+            decode, encode = (1.0, 0.0) if decode > probe.encode_seconds else (0.0, 1.0)
+        parts = {
+            "decoding": self.encode_seconds * decode / (decode + encode),
+            "the encoder": self.encode_seconds * encode / (decode + encode),
+            "writing": self.write_seconds,
+            "starting": self.seconds - self.encode_seconds - self.write_seconds,
+        }
+        return {name: seconds / self.seconds for name, seconds in parts.items()}
+
+    def changed(self) -> dict[str, EncoderPlan]:
+        """Return the same extraction with one thing changed, by what that is."""
+        probe, share = self.probe, self.shares()
+        work = max(1e-9, share["decoding"] + share["the encoder"])
+
+        def faster(factor: float) -> EncoderPlan:
+            return replace(self, probe=replace(probe, seconds=probe.seconds / factor))
+
+        prepare = "tokenizing" if probe.modality == "text" else "decoding"
+        return {
+            f"twice the workers (--workers {2 * self.num_workers})": replace(self, num_workers=2 * self.num_workers),
+            f"{prepare} twice as fast{'' if probe.modality == 'text' else ', as of smaller files'}": faster(
+                1 / (1 - share["decoding"] / work / 2)
+            ),
+            "an encoder twice as fast, such as a smaller one or one on a faster GPU": faster(
+                1 / (1 - share["the encoder"] / work / 2)
+            ),
+            "a store that takes shards twice as fast": replace(
+                self,
+                probe=replace(probe, store=replace(probe.store, write_seconds=probe.store.write_seconds / 2)),
+            ),
+            f"shards of half the rows (--shard-rows {probe.store.shard_rows // 2})": replace(
+                self, probe=replace(probe, store=_half_shards(probe))
+            ),
+        }
+
+    def sentence(self) -> str:
+        """Return in plain words what bounds the extraction, and what would halve its time."""
+        name, share = max(self.shares().items(), key=lambda item: item[1])
+        ratios = {what: plan.seconds / self.seconds for what, plan in self.changed().items()}
+        helping = [
+            f"{what}: {ratio:.2f} of it" for what, ratio in sorted(ratios.items(), key=lambda item: item[1]) if ratio < 0.95
+        ]
+        halving = [f"{what}: {ratio:.2f} of it" for what, ratio in ratios.items() if ratio <= HALF]
+        what_halves = f"about half of it is left with {'; with '.join(halving)}" if halving else "no single change halves it"
+        rest = f"; the most is gained with {helping[0]}" if helping and not halving else ""
+        return f"{name} takes {share:.0%} of the time of {self.probe.encoder}; {what_halves}{rest}"
+
+    def facts(self) -> dict[str, Any]:
+        """Return everything as JSON values."""
+        probe = self.probe
+        return {
+            "encoder": probe.encoder,
+            "rows": self.num_rows,
+            "shards": self.num_shards,
+            "hours": self.seconds / 3600,
+            "seconds": {
+                "total": self.seconds,
+                "starting": self.start_seconds,
+                "encoding": self.encode_seconds,
+                "writing": self.write_seconds,
+            },
+            "worker_hours": self.worker_hours,
+            "processor_hours": self.processor_hours,
+            "rows_per_second": probe.rate,
+            "gigabytes": {
+                "features": self.feature_bytes / GB,
+                "records": self.record_bytes / GB,
+                "inputs": self.input_bytes / GB,
+            },
+            "requests": asdict(self.requests),
+            "shares": self.shares(),
+            "bound": self.sentence(),
+            "probe": asdict(probe),
+        }
+
+
+def _half_shards(probe: Probe) -> StoreProbe:
+    """Return the store of a probe with shards of half the rows."""
+    store = probe.store
+    return replace(
+        store,
+        shard_rows=max(1, store.shard_rows // 2),
+        shard_bytes=store.shard_bytes // 2,
+        write_seconds=store.write_seconds / 2,
+        write_processor_seconds=store.write_processor_seconds / 2,
+        record_bytes=store.record_bytes // 2,
+    )
+
+
+def money(plans: Sequence[EncoderPlan], prices: Prices) -> dict[str, float]:
+    """Return what extractions cost, by what is paid for; only what has a price."""
+    requests = sum((plan.requests for plan in plans), Requests())
+    stored = sum(plan.feature_bytes + plan.record_bytes for plan in plans) / GB
+    inputs = sum(plan.input_bytes for plan in plans) / GB
+    amounts = {
+        "workers": (prices.worker_hour, sum(plan.worker_hours for plan in plans)),
+        "features and records, a month": (prices.gb_month, stored),
+        "PUT and LIST requests": (prices.put_thousand, (requests.put + requests.list) / 1000),
+        "GET and HEAD requests": (prices.get_thousand, requests.get / 1000),
+        "media and texts out of their store, once": (prices.egress_gb, inputs),
+        "features out of their store, each time": (prices.egress_gb, stored),
+    }
+    return {name: price * amount for name, (price, amount) in amounts.items() if price is not None}
+
+
+def plan_dataset(
+    home: Path,
+    dataset: str,
+    encoders: Sequence[str],
+    settings: Mapping[str, str],
+    store_dtype: StoreDtype,
+    options: ExtractOptions,
+    num_samples: int,
+    num_workers: int,
+    seconds: float,
+    imports: Spent = NO_TIME,
+) -> list[EncoderPlan]:
+    """Try each encoder on a prepared dataset, and return its plan.
+
+    Args:
+        home: folder of all artifacts.
+        dataset: a prepared dataset.
+        encoders: names of encoders; none: those of the dataset.
+        settings: of the encoder, if there is one.
+        store_dtype: number format on disk.
+        options: as those of the extraction that is planned.
+        num_samples: samples that are planned; 0: those of the dataset.
+        num_workers: machines like this one.
+        seconds: for which each encoder is tried.
+        imports: what a command takes to load the libraries, before the first encoder.
+
+    Raises:
+        UserError: the dataset is not prepared, or there is no such encoder or setting.
+    """
+    manifest = read_manifest(home, dataset)
+    names = list(encoders) or default_encoders(home, manifest)
+    check_encoders(names, settings)
+    num_samples = num_samples or len(manifest.samples)
+    return [
+        EncoderPlan(
+            probe=probe_extraction(manifest, name, settings, home, store_dtype, options, num_samples, seconds),
+            num_samples=num_samples,
+            num_workers=num_workers,
+            imports=NO_TIME if number else imports,
+        )
+        for number, name in enumerate(names)
+    ]
