@@ -30,6 +30,7 @@ LIMIT_VARIABLE = "DIFFALIGN_LOCAL_COPIES_GIB"  # the most that it may hold
 DEFAULT_LIMIT = "20"
 COPIES = "diffalign-copies"  # the folder in it with the copies and nothing else
 KEPT_SHARE = 0.9  # of the limit, that is left when copies are removed
+UNCOUNTED_SHARE = 0.02  # of the limit, that a process writes before it counts again what others have written
 _MARK_BYTES = 8  # the XXH3 behind the bytes of a copy
 _COPY_NAME = re.compile(r"[0-9a-f]{64}-\d+-\d+|\.[0-9a-f]{64}-\d+-\d+\.[0-9a-f]{8}")  # or one that is not complete
 
@@ -103,7 +104,7 @@ class LocalCopies:
         self.folder, self.max_bytes = folder / COPIES, max_bytes
         self.folder.mkdir(parents=True, exist_ok=True)
         self._lock = threading.Lock()
-        self._num_bytes = sum(size for _, size in self._files())
+        self._num_bytes, self._num_written = sum(size for _, size in self._files()), 0
 
     def fetch(self, name: str, read: Callable[[], memoryview]) -> memoryview:
         """Return the bytes named <SHA-256>-<start>-<stop>: an undamaged copy, or else what is read now and kept."""
@@ -129,14 +130,17 @@ class LocalCopies:
             aside.unlink(missing_ok=True)
         with self._lock:
             self._num_bytes += len(data) + _MARK_BYTES
-            if self._num_bytes > self.max_bytes:
+            self._num_written += len(data) + _MARK_BYTES
+            if self._num_bytes > self.max_bytes or self._num_written > UNCOUNTED_SHARE * self.max_bytes:
                 self._shrink()
 
     def _shrink(self) -> None:
-        """Remove copies at random, until there is room again."""
+        """Count the copies again, and remove some at random if they are too many, until there is room."""
         files = self._files()
+        self._num_bytes, self._num_written = sum(size for _, size in files), 0  # other processes have written, too
+        if self._num_bytes <= self.max_bytes:
+            return
         random.shuffle(files)
-        self._num_bytes = sum(size for _, size in files)  # other processes have written, too
         while files and self._num_bytes > KEPT_SHARE * self.max_bytes:
             file, size = files.pop()
             file.unlink(missing_ok=True)
@@ -161,6 +165,9 @@ def local_copies() -> LocalCopies | None:
 def _open_copies(folder: str, limit: str) -> LocalCopies:
     try:
         max_bytes = int(float(limit) * 2**30)
-    except ValueError:
+    except (ValueError, OverflowError):
         raise UserError(f"{LIMIT_VARIABLE} must be a number of GiB, not {limit!r}") from None
-    return LocalCopies(Path(folder), max_bytes)
+    try:
+        return LocalCopies(Path(folder), max_bytes)
+    except OSError as error:
+        raise UserError(f"{FOLDER_VARIABLE} is {folder!r}, where no copies can be kept: {error.strerror}") from error

@@ -25,7 +25,7 @@ from dask.system import CPU_COUNT
 from pipeline.cache import layout
 from pipeline.cache.shard_bytes import FileBytes, ObjectBytes, ShardBytes, local_copies
 from pipeline.runtime.errors import UserError
-from pipeline.runtime.places import Place
+from pipeline.runtime.places import Address, Place
 from pipeline.runtime.stores import REQUESTS_IN_FLIGHT, zarr_source
 
 PIECE_BYTES = 2**20  # of rows that are read, checked and converted at a time
@@ -180,7 +180,7 @@ class StoredFeatures:
         """Return the bytes of a shard in which chunks of a part lie. Where copies are kept it is that of the whole part."""
         numbers = [chunk % self.chunks_per_shard for chunk in chunks]
         first, last = numbers[0], numbers[-1]
-        if self.digests and local_copies():
+        if isinstance(self.path, Address) and self.digests and local_copies():
             first = first // self._part_chunks * self._part_chunks
             last = min(first + self._part_chunks, np.count_nonzero(index[:, 0] != NO_CHUNK)) - 1
         return int(index[first, 0]), int(index[last].sum())
@@ -191,6 +191,7 @@ class StoredFeatures:
 
         Raises:
             UserError: the shard is missing or cut off, or what the block reads from it is damaged.
+            OSError: the object store does not answer.
         """
         path = layout.shard_path(self.path, shard, len(self.shape))
         try:
@@ -203,7 +204,11 @@ class StoredFeatures:
             if shard not in self._indices:
                 self._indices[shard] = self._read_index(shard_bytes, self._expected_bytes(shard))
             yield shard_bytes, self._indices[shard]
+        except UserError:  # of a setting
+            raise
         except (OSError, ValueError) as error:
+            if isinstance(path, Address) and isinstance(error, OSError) and not isinstance(error, FileNotFoundError):
+                raise  # the store does not answer, for example: nothing is damaged
             reason = error.strerror if isinstance(error, OSError) else error
             raise UserError(f"{path} is damaged or missing ({reason}){self.remedy}") from error
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import multiprocessing
 import os
@@ -118,6 +119,36 @@ def test_the_folder_of_copies_keeps_the_files_of_its_owner(tmp_path: Path) -> No
         copies.fetch(f"{'0' * 64}-{start}-{start + 300_000}", lambda: memoryview(bytes(300_000)))
     assert all(file.is_file() for file in [*owned, elsewhere])
     assert len(list(folder.glob(f"{'0' * 64}-*"))) == 2  # of four; 0.9 MB is the most that is left
+
+
+def test_copies_of_several_processes_share_the_limit(tmp_path: Path) -> None:
+    several = [shard_bytes.LocalCopies(tmp_path, 1_000_000) for _ in range(4)]
+    for number in range(19):
+        for process, copies in enumerate(several):
+            copies.fetch(f"{process:064x}-{number}-{number + 50_000}", lambda: memoryview(bytes(50_000)))
+    assert sum(file.stat().st_size for file in several[0].folder.iterdir()) <= 1_000_000
+
+
+def test_settings_of_copies_are_no_damage(remote: Address, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("DIFFALIGN_LOCAL_COPIES", str(tmp_path / "file"))
+    with pytest.raises(UserError, match=r"DIFFALIGN_LOCAL_COPIES is '.*file', where no copies can be kept: Not a directory"):
+        open_cache(remote).read(["s001"])
+    for wrong in ("20GB", "inf"):
+        monkeypatch.setenv("DIFFALIGN_LOCAL_COPIES_GIB", wrong)
+        with pytest.raises(UserError, match=f"DIFFALIGN_LOCAL_COPIES_GIB must be a number of GiB, not '{wrong}'"):
+            open_cache(remote).read(["s001"])
+
+
+def test_a_store_that_does_not_answer_is_no_damage(remote: Address, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = open_cache(remote)
+
+    def get_range(self: BucketStore, place: Address, start: int, num_bytes: int) -> memoryview:
+        raise OSError(errno.EIO, "does the store answer?", str(place))
+
+    monkeypatch.setattr(BucketStore, "get_range", get_range)
+    with pytest.raises(OSError, match="does the store answer"):
+        cache.read(["s001"])
 
 
 def test_who_has_lost_the_claim_leaves_a_finished_cache_as_it_is(remote: Address) -> None:
