@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import tarfile
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
+from helpers.tar_files import Members, picture, sample, write_tar
 
 from pipeline.cache.reader import open_cache
 from pipeline.cache.verify import verify
@@ -22,32 +21,10 @@ from pipeline.data.tar_members import MAX_MEMBER_BYTES, find_member, read_member
 from pipeline.extraction.extract import ExtractOptions, extract
 from pipeline.runtime.errors import UserError
 
-Members = list[tuple[str | tarfile.TarInfo, bytes]]
-
-
-def picture(colour: int, form: str = "png") -> bytes:
-    file = io.BytesIO()
-    Image.new("RGB", (8, 8), (colour, 255 - colour, 40)).save(file, form)
-    return file.getvalue()
-
-
-def write_tar(path: Path, members: Members) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, "w") as tar:
-        for name, content in members:
-            info = tarfile.TarInfo(name) if isinstance(name, str) else name
-            info.size = len(content) if isinstance(name, str) else info.size
-            tar.addfile(info, io.BytesIO(content))
-
 
 def build(tmp_path: Path, **settings: str) -> tuple[Manifest, PrepareReport]:
     report = prepare("webdataset", tmp_path / "shards", tmp_path / "home", settings)
     return read_manifest(tmp_path / "home", "webdataset"), report
-
-
-def sample(key: str, number: int, **parts: bytes) -> Members:
-    given = {"png": picture(number), "txt": f"picture {number}\n".encode(), "cls": b"%d" % (number % 2), **parts}
-    return [(f"{key}.{part}", content) for part, content in given.items() if content]
 
 
 def test_members_that_follow_each_other_are_samples(tmp_path: Path) -> None:
