@@ -190,7 +190,8 @@ def left_out_facts(home: Path, dataset: str) -> dict[str, str]:
     meta, path = _read_meta(home, dataset), manifest_path(home, dataset, LEFT_OUT_FILE)
     if not path.is_file():
         return {}
-    counts = "; ".join(f"{count} {reason}" for reason, count in dict(meta.get("left_out_counts", {})).items())
+    reasons = sorted(dict(meta.get("left_out_counts", {})).items(), key=lambda reason: -int(reason[1]))
+    counts = "; ".join(f"{count}: {reason}" for reason, count in reasons)
     first = "; ".join(map(str, list(meta.get("left_out", []))[:SHOWN_LEFT_OUT]))
     return {"left out": counts, "the first of them": first, "all of them": str(path)}
 

@@ -56,6 +56,9 @@ class TarShards:
             count = f"{len(missing)} of {len(names)} shards are missing, the first: {missing[0]}" if missing else ""
             what = count or "there is no shard"
             raise UserError(f"{root}: {what}; --set shards says which tar files are meant, now {pattern!r}")
+        odd = next((name for name in names if isinstance(root, Address) and set(name) & set("@?#")), "")
+        if odd:
+            raise UserError(f"{root / odd} has @, ? or # in its name, which an address must not have: rename the object")
         other = next((name for name in names if not name.endswith(".tar")), "")
         if other:
             raise UserError(

@@ -94,7 +94,7 @@ class WebDataset(Dataset):
             sources=sources,
             lists=found.lists,
             left_out=found.reasons,
-            left_out_counts=dict(found.counts.most_common()),
+            left_out_counts=dict(found.counts),
             split_rule="as given" if found.is_split else "by the SHA-256 of the id",
             warnings=[*found.warnings(), *warn_about_classes(classes, samples)],
         )
@@ -141,7 +141,7 @@ class _Found:
 
     def warnings(self) -> list[str]:
         """Return a warning if something was left out."""
-        kinds = ", ".join(f"{count} {kind}" for kind, count in self.counts.most_common(_SHOWN_KINDS))
+        kinds = "; ".join(f"{count}: {kind}" for kind, count in self.counts.most_common(_SHOWN_KINDS))
         first = f", the first: {self.reasons[0]}" if self.reasons else ""
         return [f"{self.counts.total()} samples or ends of shards are left out ({kinds}){first}"] if first else []
 
@@ -157,7 +157,7 @@ def _kind(reason: str) -> str:
     """Return a reason without what differs from sample to sample."""
     head, _, rest = reason.replace(", line 1", "").partition(": ")
     kind = f"{head}: {rest}" if rest and " " not in head else head  # the first word may be the part
-    return re.sub(r"'.*?'|\d+", "…", re.sub(r" \(.*|;.*", "", kind, flags=re.DOTALL))
+    return re.sub(r"'.*?'|(?<![\w-])\d+", "…", re.sub(r" \(.*|;.*", "", kind, flags=re.DOTALL))
 
 
 def _printable(text: str) -> str:

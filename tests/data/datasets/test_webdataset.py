@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import json
+import re
 import tarfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from helpers.tar_files import Members, picture, sample, write_tar
 
 from pipeline.cache.reader import open_cache
 from pipeline.cache.verify import verify
 from pipeline.data.manifest import Manifest
-from pipeline.data.manifest_files import read_manifest
+from pipeline.data.manifest_files import left_out_facts, read_manifest
 from pipeline.data.media_digests import read_digest
 from pipeline.data.prepare import PrepareReport, prepare
 from pipeline.data.tar_members import MAX_MEMBER_BYTES, find_member, read_member
@@ -92,9 +94,22 @@ def test_samples_that_miss_a_part_are_left_out_with_the_reason(tmp_path: Path, p
     write_tar(tmp_path / "shards" / "a.tar", [*sample("good", 1), *sample("bad", 2, **parts), *sample("last", 3)])
     manifest, report = build(tmp_path)
     assert [each.id for each in manifest.samples] == ["a/good", "a/last"]
-    assert [line for line in manifest.meta["left_out"] if line.startswith("a.tar, 'bad': ") and reason in line]
-    assert "1 samples or ends of shards are left out" in report.warnings[0]
     assert manifest.source_location(1) == "a.tar, sample 3"
+    assert [line for line in manifest.meta["left_out"] if line.startswith("a.tar, 'bad': ") and reason in line]
+    assert "1 samples or ends of shards are left out (1: " in report.warnings[0]
+    (row,) = pq.read_table(report.left_out_list).to_pylist()
+    assert (row["id"], row["stage"], row["shard"], row["key"]) == ("a/bad", "prepare", "a.tar", "bad")
+    assert reason in row["error"]
+    (kind,) = manifest.meta["left_out_counts"]
+    assert not re.search(r"\d{3}|'", kind)
+    assert left_out_facts(tmp_path / "home", "webdataset") == {
+        "left out": f"1: {kind}",
+        "the first of them": manifest.meta["left_out"][0],
+        "all of them": report.left_out_list,
+    }
+    write_tar(tmp_path / "shards" / "a.tar", sample("good", 1))
+    assert build(tmp_path)[1].left_out_list == ""
+    assert left_out_facts(tmp_path / "home", "webdataset") == {}
 
 
 def info(name: str, **fields: Any) -> tarfile.TarInfo:
