@@ -1,6 +1,6 @@
 """Run the benchmarks, write the figures of each to a JSON file, and put the tables into RESULTS.md: `make bench`.
 
-    python benchmarks/results.py [--parts extraction,decoding,stores,heads,grid,joint] [--note TEXT]
+    python benchmarks/results.py [--parts extraction,decoding,stores,streaming,heads,grid,joint] [--note TEXT]
     python benchmarks/results.py --parts ""     # only the table, from the files in measured/
 
 A line of a program with a goal, "what: ratio 0.98 (0.96 to 1.00, 9 rounds) (wanted >= 1.0)", becomes a row, which says "short"
@@ -27,6 +27,7 @@ PARTS = {
     "extraction": "extract.py --parts bound,loop,overhead,identity,memory",
     "decoding": "extract.py --parts decoding --images 1536",
     "stores": "extract.py --parts store,opening --images 2",
+    "streaming": "streaming.py",
     "heads": "plain_heads.py",
     "grid": "grid.py --rows 16384",
     "joint": "joint.py",

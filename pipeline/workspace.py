@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pipeline.runtime.assignments import merge_settings, setting_text
 from pipeline.runtime.head_names import find_run
-from pipeline.runtime.places import check_local
+from pipeline.runtime.places import Address, check_local, parse_place
 from pipeline.runtime.plugins import load_file
 from pipeline.studies.runs import Run, Runs, list_runs, load_run, train_runs
 
@@ -58,7 +58,7 @@ class Workspace:
     def prepare(
         self,
         dataset: str,
-        root: str | Path | None = None,
+        root: str | Path | Address | None = None,
         *,
         name: str | None = None,
         image_root: str | Path | None = None,
@@ -71,7 +71,7 @@ class Workspace:
 
         Args:
             dataset: A dataset plug-in: "openmoji", …; "table" for data of your own. Or a prepared dataset's name: do it again.
-            root: Folder of the official files, or where it has moved to; None: packaged or fetched ones, else as the last time.
+            root: Folder of the official files, for `webdataset` also s3://…; None: packaged or fetched ones, else the last.
             name: Another name for the dataset in this home, which then holds several; everything takes this name then.
             image_root: Folder of the media, when it is not below `root`.
             verify_media: Decode every file once.
@@ -89,7 +89,7 @@ class Workspace:
 
         return prepare(
             dataset,
-            Path(root) if root else None,
+            parse_place(root) if root else None,
             self.home,
             {key: setting_text(value) for key, value in merge_settings(settings, more_settings).items()},
             name=name or "",

@@ -7,14 +7,17 @@ import hashlib
 import os
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from pipeline.cache import layout
 from pipeline.cache.layout import Commit, Failure
 from pipeline.cache.samples import cache_home
 from pipeline.data.manifest import Manifest
 from pipeline.data.media_digests import NO_DIGEST, media_digests
+from pipeline.data.remote_tars import stamps_of
 from pipeline.data.tar_members import file_on_disk
-from pipeline.runtime.places import Place
+from pipeline.runtime.places import Place, is_address
+from pipeline.runtime.stores import file_stamp
 from pipeline.types import Sample
 
 MAX_NAMED_FILES = 10
@@ -25,7 +28,7 @@ class ShardMedia:
     """The media files of a shard. Rows that failed have none: no features were made of their files."""
 
     cache: Place
-    root: str  # absolute
+    root: str  # absolute, or an address
     samples: Sequence[Sample]  # of the rows
     failed: Collection[int]  # positions in `samples`
 
@@ -34,7 +37,8 @@ class ShardMedia:
         cache: Place, manifest: Manifest, samples: Sequence[Sample], start: int, failures: Sequence[Failure]
     ) -> ShardMedia:
         """Return the media of the rows that begin with row `start`, whose samples these are."""
-        return ShardMedia(cache, os.path.abspath(manifest.media_root), samples, {failure.row - start for failure in failures})
+        root = os.path.abspath(manifest.media_root) if isinstance(manifest.media_root, Path) else str(manifest.media_root)
+        return ShardMedia(cache, root, samples, {failure.row - start for failure in failures})
 
     @property
     def files(self) -> list[str]:
@@ -51,12 +55,9 @@ class ShardMedia:
     def stamp(self) -> str:
         """Return the SHA-256 of the sizes and times of all files: another one when a file was changed or replaced."""
         total = hashlib.sha256()
-        for sample in self.samples:
-            try:
-                status = os.stat(file_on_disk(os.path.join(self.root, sample.media)))
-                total.update(b"%d %d %d\n" % (status.st_size, status.st_mtime_ns, status.st_ctime_ns))
-            except (OSError, ValueError):
-                total.update(b"-\n")
+        files = [file_on_disk(os.path.join(self.root, sample.media)) for sample in self.samples]
+        for stamp in stamps_of(dict.fromkeys(files)).values() if is_address(self.root) else map(_stamp, files):
+            total.update(f"{stamp}\n".encode())
         return total.hexdigest()
 
     def problem(self, commit: Commit) -> str:
@@ -102,6 +103,13 @@ class ShardMedia:
             except OSError:
                 return ""
         return total.hexdigest()
+
+
+def _stamp(file: str) -> str:
+    try:
+        return file_stamp(os.stat(file))
+    except (OSError, ValueError):
+        return ""
 
 
 def _split(digests: str) -> list[bytes]:

@@ -153,7 +153,7 @@ class StoredFeatures:
                 file.load(*self._range_of_part(index, [chunk for chunk, _, _ in part]))
                 for chunk, start, stop in part:
                     wanted = ascending[start:stop] - chunk * self.chunk_rows
-                    places = slice(start, stop) if order is None else order[start:stop]
+                    places = slice(start, stop) if order is None else _as_slice(order[start:stop], wanted)
                     self._read_chunk(file, index[chunk % self.chunks_per_shard], wanted, result, places, buffer)
 
         parts = [list(part) for _, part in itertools.groupby(spans, key=lambda span: self._part_of(span[0]))]
@@ -275,6 +275,12 @@ class StoredFeatures:
                 result[places[done:stop]] = layout.from_stored(rows, self.store_dtype)
             done = stop
         _check_crc(crc, file, offset)
+
+
+def _as_slice(places: np.ndarray, rows: np.ndarray) -> slice | np.ndarray:
+    """Return the places of rows in a result as a slice if they follow each other and no row comes twice."""
+    is_run = int(places[-1] - places[0]) == len(places) - 1 and (np.diff(places) == 1).all() and (np.diff(rows) > 0).all()
+    return slice(int(places[0]), int(places[-1]) + 1) if is_run else places
 
 
 def _as_bytes(array: np.ndarray) -> np.ndarray:

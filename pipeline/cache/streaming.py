@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import islice
 from math import prod
+from typing import NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from pipeline.cache import Cache
@@ -83,22 +87,30 @@ def open_split(
     if not 0 < window < len(samples):
         return load_split(manifest, caches, split, device, aggregate)
     reader = WindowReader(manifest, caches, device, aggregate)
-    ids: list[str] = []
+    keys: list[Tensor] = []
     excluded: list[str] = []
     text_sum, num_paired = torch.zeros(()), 0
     starts = ProgressBar(range(0, len(samples), window), label=f"reading {split}", unit="window", delay=2)
-    for table in reader.prefetch([samples[start : start + window] for start in starts]):
-        ids += table.ids
+    for table in reader.prefetch(Window(samples[start : start + window]) for start in starts):
+        keys.append(table.columns["key"].cpu())
         excluded += table.excluded
         if "paired" in table.columns:
             is_paired = table.columns["paired"] > 0
             text_sum = text_sum + table.columns["text"][is_paired].sum(dim=0, dtype=torch.float64).cpu()
             num_paired += int(is_paired.sum())
-    check_split_usable(manifest, split, len(ids), "text" not in caches or num_paired > 0)
+    check_split_usable(manifest, split, sum(map(len, keys)), "text" not in caches or num_paired > 0)
     mean_text = (text_sum / num_paired).float() if num_paired else None
     excluded_ids = set(excluded)
     usable = samples.select([position for position, id in enumerate(samples.ids) if id not in excluded_ids])
-    return StreamedFeatures(WindowReader(manifest, caches, device, aggregate, mean_text), usable, tuple(excluded), window)
+    reader = WindowReader(manifest, caches, device, aggregate, mean_text)
+    return StreamedFeatures(reader, usable, torch.cat(keys), tuple(excluded), window)
+
+
+class Window(NamedTuple):
+    """Samples that are read together."""
+
+    samples: SampleColumns
+    keys: Tensor | None = None  # their random stream keys; None: not known
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,21 +123,22 @@ class WindowReader:
     aggregate: str
     mean_text: Tensor | None = None  # of the whole split
 
-    def read(self, samples: SampleColumns) -> FeatureTable:
-        return read_table(self.manifest, self.caches, samples, self.device, self.aggregate, self.mean_text)
+    def read(self, window: Window) -> FeatureTable:
+        samples, keys = window
+        return read_table(self.manifest, self.caches, samples, self.device, self.aggregate, self.mean_text, keys)
 
-    def prefetch(self, windows: Sequence[SampleColumns]) -> Iterator[FeatureTable]:
+    def prefetch(self, windows: Iterable[Window]) -> Iterator[FeatureTable]:
         """Yield the table of each window. While one is used, a thread reads the next one.
 
         Of an object store, two threads read two of them: while one waits for its requests, the other converts what it has.
         """
         num_ahead = 2 if any(isinstance(getattr(cache, "path", None), Address) for cache in self.caches.values()) else 1
+        upcoming = iter(windows)
         with ThreadPoolExecutor(num_ahead) as executor:
-            pending = deque(executor.submit(self.read, window) for window in windows[:num_ahead])
-            for following in (*windows[num_ahead:], *[None] * min(num_ahead, len(windows))):
+            pending = deque(executor.submit(self.read, window) for window in islice(upcoming, num_ahead))
+            while pending:
                 table = pending.popleft().result()
-                if following is not None:
-                    pending.append(executor.submit(self.read, following))
+                pending.extend(executor.submit(self.read, window) for window in islice(upcoming, 1))
                 yield table
                 del table  # so that no more tables than these are in memory
 
@@ -140,6 +153,7 @@ class StreamedFeatures:
 
     reader: WindowReader
     samples: SampleColumns
+    keys: Tensor  # of the samples, see `rng.sample_keys`: to compute them takes longer than to read the features
     excluded: tuple[str, ...]
     window: int  # samples
 
@@ -152,17 +166,27 @@ class StreamedFeatures:
         return label_tensor(self.samples, self.reader.manifest)
 
     def tables(self) -> Iterator[FeatureTable]:
-        starts = range(0, len(self.samples), self.window)
-        return self.reader.prefetch([self.samples[start : start + self.window] for start in starts])
+        num_samples = len(self.samples)
+        starts = range(0, num_samples, self.window)
+        return self._read(np.arange(start, min(start + self.window, num_samples)) for start in starts)
 
     def windows(self, batch_size: int, seed: int, epoch: int) -> Iterator[FeatureTable]:
         block_size = max(1, self.window // BLOCKS_PER_WINDOW // batch_size) * batch_size
         starts = torch.arange(0, len(self.samples), block_size)
         order = torch.argsort(KeyedRNG.seeded(seed, starts).at("windows", epoch).bits())
-        windows: list[list[int]] = [[]]
-        for start in starts[order].tolist():
-            block = range(start, min(start + block_size, len(self.samples)))
-            if len(windows[-1]) + len(block) > self.window:
-                windows.append([])
-            windows[-1] += block
-        return self.reader.prefetch([self.samples.select(positions) for positions in windows])
+        return self._read(self._join_blocks(starts[order].tolist(), block_size))
+
+    def _join_blocks(self, starts: Iterable[int], block_size: int) -> Iterator[NDArray[np.int64]]:
+        """Yield the samples of each window: those of the blocks that begin here, as many as it holds."""
+        blocks: list[NDArray[np.int64]] = []
+        for start in starts:
+            block = np.arange(start, min(start + block_size, len(self.samples)))
+            if blocks and sum(map(len, blocks)) + len(block) > self.window:
+                yield np.concatenate(blocks)
+                blocks = []
+            blocks.append(block)
+        yield np.concatenate(blocks)
+
+    def _read(self, windows: Iterable[NDArray[np.int64]]) -> Iterator[FeatureTable]:
+        """Yield the tables of windows that are given by the positions of their samples."""
+        return self.reader.prefetch(Window(self.samples.select(own), self.keys[torch.from_numpy(own)]) for own in windows)

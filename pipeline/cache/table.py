@@ -173,6 +173,7 @@ def read_table(
     device: torch.device,
     aggregate: str,
     mean_text: Tensor | None = None,
+    keys: Tensor | None = None,
 ) -> FeatureTable:
     """Read some samples into memory, as in `load_split`.
 
@@ -183,14 +184,15 @@ def read_table(
         device: where the table is.
         aggregate: see `load_split`.
         mean_text: the text feature of samples without text; None: the mean of these samples' texts.
+        keys: the random stream keys of the samples; None: they are computed.
     """
     columns_of_samples = SampleColumns.of(samples)
     ids = list(columns_of_samples.ids)
     arrays = {key: cache.read(ids, aggregate="first" if aggregate == "first" else "mean") for key, cache in caches.items()}
     usable = np.isfinite(arrays["image"]).reshape(len(ids), -1).all(axis=1)
-    kept = np.flatnonzero(usable).tolist()
-    kept_ids = [ids[row] for row in kept]
-    columns = {key: torch.from_numpy(array if usable.all() else array[kept]) for key, array in arrays.items()}
+    is_whole, kept = bool(usable.all()), np.flatnonzero(usable)
+    kept_ids = ids if is_whole else [ids[row] for row in kept.tolist()]
+    columns = {key: torch.from_numpy(array if is_whole else array[kept]) for key, array in arrays.items()}
     captions = None
     if "text" in columns:
         paired = torch.isfinite(columns["text"]).flatten(1).all(dim=1)
@@ -202,8 +204,8 @@ def read_table(
         features, counts = caches["text"].read_rows(kept_ids)
         offsets = torch.from_numpy(np.concatenate([[0], np.cumsum(counts)]))
         captions = Captions(torch.from_numpy(features).to(device), offsets.to(device))
-    columns["label"] = label_tensor(columns_of_samples.select(kept), manifest)
-    columns["key"] = sample_keys(kept_ids)
+    columns["label"] = label_tensor(columns_of_samples if is_whole else columns_of_samples.select(kept), manifest)
+    columns["key"] = sample_keys(kept_ids) if keys is None else keys[torch.from_numpy(kept)]
     return FeatureTable(
         ids=tuple(kept_ids),
         columns={key: column.to(device) for key, column in columns.items()},

@@ -52,7 +52,8 @@ def prepare(
         str, typer.Option(help="Another name for the dataset in this home, which then holds several, e.g. of `table`.")
     ] = "",
     root: Annotated[
-        Path | None, typer.Option(help="Folder of the official files; packaged and fetched data need none.")
+        Path | None,
+        typer.Option(help="Folder of the official files; packaged and fetched data need none. For `webdataset` also s3://…"),
     ] = None,
     image_root: Annotated[Path | None, typer.Option(help="Folder of the media, when it is not below --root.")] = None,
     media_column: Annotated[str, typer.Option(help="For `table`: the column of media paths.")] = "",
@@ -91,8 +92,9 @@ def prepare(
         print(json.dumps({**asdict(done), "path": str(done.path)}, indent=1))
     else:
         show_table(to_frame([dict(row) for row in done.counts]), as_json)
-        left_out = f"; {done.missing} missing media, listed in {done.missing_list}" if done.missing else ""
-        print(f"{done.path} ({done.fingerprint[:12]}){left_out}")
+        missing = f"; {done.missing} missing media, listed in {done.missing_list}" if done.missing else ""
+        left_out = f"; {done.left_out} left out, listed with the reasons in {done.left_out_list}" if done.left_out else ""
+        print(f"{done.path} ({done.fingerprint[:12]}){missing}{left_out}")
         print(with_home(f"next: diffalign extract {done.path.stem}", home))
 
 
@@ -105,7 +107,7 @@ def datasets(
 
     Of a dataset that was prepared from a --root, the settings are those of the last time, else the defaults.
     """
-    from pipeline.data.manifest_files import read_plugin
+    from pipeline.data.manifest_files import left_out_facts, read_plugin
 
     if not name:
         found = {path.stem: read_plugin(home, path.stem) for path in sorted((home / "manifests").glob("*.parquet"))}
@@ -124,6 +126,7 @@ def datasets(
     if recipe and recipe.plugin == plugin and recipe.root:  # `prepare NAME` takes them again
         facts["prepared from"] = str(recipe.root)
         spec = apply_settings(spec, recipe.settings)
+        facts |= left_out_facts(home, name)
     show({**facts, **changeable_settings(spec)}, as_json)
 
 

@@ -19,7 +19,7 @@ from pipeline.commands.checks import check_dataset
 from pipeline.commands.options import DEFAULT_HOME, Home, with_home
 from pipeline.runtime import plugins
 from pipeline.runtime.errors import UserError
-from pipeline.runtime.places import Place
+from pipeline.runtime.places import Address, Place
 from pipeline.runtime.version import program_requirements, program_version
 
 if TYPE_CHECKING:
@@ -192,23 +192,38 @@ def check_encoder(home: Path, manifest: Manifest, name: str) -> Finding:
 def _check_prepared(home: Path, dataset: str) -> Iterator[Finding]:
     """Check the dataset's manifest, its media, and its default encoders."""
     from pipeline.data.manifest_files import read_manifest
-    from pipeline.data.readers import find_missing_media
-    from pipeline.data.tar_members import file_on_disk
     from pipeline.extraction.inputs import default_encoders
 
     try:
         manifest = read_manifest(home, dataset)
-        media = [sample.media.as_posix() for sample in manifest.samples]
-        missing = find_missing_media(manifest.media_root, media, manifest.source_location, find_file=file_on_disk)
+        problem = _missing_media(manifest)
     except UserError as error:
         yield Finding(False, f"{dataset} is not prepared", str(error))
         return
     yield Finding(True, f"{dataset} is prepared: {len(manifest.samples)} samples")
     subject = f"the media of {dataset} in {manifest.media_root}"
-    problem = f": {len(missing)} of {len(media)} files are missing, the first is {media[missing[0]]}" if missing else ""
-    yield Finding(not missing, f"{subject}{problem}", f"bring them back, or run: {manifest.prepare_command}")
+    yield Finding(not problem, f"{subject}{problem}", f"bring them back, or run: {manifest.prepare_command}")
     for name in default_encoders(home, manifest):
         yield check_encoder(home, manifest, name)
+
+
+def _missing_media(manifest: Manifest) -> str:
+    """Return how many media are not there any more, for a message; "": all are."""
+    from pipeline.data.media_copies import changed_tars
+    from pipeline.data.readers import find_missing_media
+    from pipeline.data.tar_members import file_on_disk
+
+    if isinstance(manifest.media_root, Address):
+        try:
+            changed = changed_tars(manifest)
+        except OSError as error:
+            return f": {error.filename}: {error.strerror}"
+        num_tars = len(manifest.media_stamps)
+        return f": {len(changed)} of {num_tars} shards are gone or changed, the first is {changed[0]}" if changed else ""
+    media = manifest.columns.strings("media")
+    missing = find_missing_media(manifest.media_root, media, manifest.source_location, find_file=file_on_disk)
+    first = manifest.samples[missing[0]].media.as_posix() if missing else ""
+    return f": {len(missing)} of {len(media)} files are missing, the first is {first}" if missing else ""
 
 
 def _check_cache(path: Place) -> Finding:

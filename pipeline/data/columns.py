@@ -11,7 +11,7 @@ import os
 import tempfile
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import pairwise
+from itertools import chain, pairwise
 from typing import Any, SupportsIndex, overload
 
 import numpy as np
@@ -205,8 +205,7 @@ class Strings(Sequence[str]):
         return self._columns.value(position, self._name)
 
     def __iter__(self) -> Iterator[str]:
-        for part in self.parts():
-            yield from part
+        return chain.from_iterable(self.parts())
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Sequence) or isinstance(other, str):

@@ -16,6 +16,8 @@ class Dataset(ABC):
     NAME.yaml is in the folder `data_manifests`, or beside the file of a plug-in that comes from outside.
     """
 
+    reads_object_stores = False  # whether `root` may be an address, such as s3://bucket/prefix
+
     @abstractmethod
     def build(self, spec: Mapping[str, Any], root: Path | None) -> Manifest:
         """Build the manifest.

@@ -21,11 +21,13 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from pipeline.data.columns import compute, numpy_array
+from pipeline.data.columns import Columns, compute, numpy_array
+from pipeline.data.media_copies import single_copy
 from pipeline.data.readers import LINE_LIMIT, UNPRINTABLE, media_file
 from pipeline.data.sample_columns import SampleColumns, json_rows, list_sizes, unusual_rows
 from pipeline.runtime.errors import UserError
 from pipeline.runtime.files import canonical_json
+from pipeline.runtime.places import Address, Place
 from pipeline.types import SPLITS, Sample
 
 SCHEMA_VERSION = 1
@@ -46,10 +48,12 @@ class Manifest:
     class_names: tuple[str, ...]
     samples: tuple[Sample, ...] | SampleColumns  # the latter where they are many
     meta: Mapping[str, Any]  # JSON values: media_type, text, licence, attribution, sources (versions, sha256); no machine facts
-    media_root: Path  # folder of the media on this machine; not part of the identity
+    media_root: Place  # folder of the media on this machine, or of their tar files in an object store; not part of the identity
     rows: Sequence[int] = ()  # row of each sample in meta["lists"], counted through all lists; (): every row is a sample
     extra: Mapping[str, str] = field(default_factory=dict)  # sample id -> JSON object of facts that no stage needs
     media_ok: Mapping[str, bool] = field(default_factory=dict)  # sample id -> whether its file can be decoded, if tried
+    media_stamps: Mapping[str, str] = field(default_factory=dict)  # tar in an object store, below the root -> its stamp
+    left_out: Columns | None = None  # samples that the builder could not use, with the reasons; not read from files again
 
     def fingerprint(self) -> str:
         """Return the SHA-256 of the label kind, the class names and every row.
@@ -124,9 +128,14 @@ class Manifest:
     def media_path(self, sample: Sample) -> Path:
         """Return the path of the sample's media file; one whose name is the same in another Unicode form is found, too.
 
+        Of a medium in an object store it is that of a copy, see `single_copy`.
+
         Raises:
-            UserError: the path leads out of the media root, or a symbolic link on it does in a folder that is not the user's.
+            UserError: the path leads out of the media root, or a symbolic link on it does in a folder that is not the user's;
+                or as in `single_copy`.
         """
+        if isinstance(self.media_root, Address):
+            return single_copy(self, sample.media)
         path = media_file(self.media_root, sample.media)
         if self.meta.get("follows_links", False) and not {"..", "/"} & set(sample.media.parts):
             return path
@@ -134,6 +143,10 @@ class Manifest:
         if not path.is_relative_to(self.media_root.resolve()):
             raise UserError(f"{sample.media.as_posix()} of sample {sample.id!r} leads out of the media folder")
         return path
+
+    def media_stamp(self, tar: str) -> str:
+        """Return the stamp that a tar in an object store had when it was prepared; "": it was not."""
+        return self.media_stamps.get(tar.removeprefix(f"{str(self.media_root).rstrip('/')}/"), "")
 
     def source_location(self, position: int) -> str:
         """Return the official list and the line of the sample at a position, or its row if the dataset has no lists."""

@@ -21,6 +21,7 @@ from pipeline.data.readers import guard_cell
 from pipeline.data.sample_columns import NO_GROUP, SAMPLE_SCHEMA, SampleColumns, json_lists, list_sizes
 from pipeline.runtime.errors import UserError
 from pipeline.runtime.files import write_atomic, written_aside
+from pipeline.runtime.places import absolute_text, parse_place
 from pipeline.types import SPLITS
 
 BUILDER_VERSION = 1  # raised whenever the same official files give other rows
@@ -40,6 +41,8 @@ MANIFEST_SCHEMA = pa.schema(
         ("extra", pa.string()),
     ]
 )
+LEFT_OUT_FILE = "left_out.parquet"
+SHOWN_LEFT_OUT = 3
 _COLUMNS_READ = (  # the first ones are those of `SAMPLE_SCHEMA`, in its order
     *("sample_id", "split", "media_path", "texts", "label_ids", "group_id"),
     *("source_row", "extra", "media_ok"),
@@ -49,8 +52,9 @@ _COLUMNS_READ = (  # the first ones are those of `SAMPLE_SCHEMA`, in its order
 def write_manifest(manifest: Manifest, home: Path) -> Path:
     """Check a manifest and write it to `<home>/manifests/<dataset>.parquet`, .csv, .meta.json and .location.json.
 
-    The CSV file holds the same table without loss. The same samples give the same bytes in all files except .location.json;
-    the Parquet file needs the same version of pyarrow for that.
+    Samples that the builder left out, with the reasons, go to .left_out.parquet. The CSV file holds the same table as the first
+    without loss. The same samples give the same bytes in all files except .location.json; the Parquet file needs the same
+    version of pyarrow for that.
 
     Returns:
         The path of the Parquet file.
@@ -61,11 +65,23 @@ def write_manifest(manifest: Manifest, home: Path) -> Path:
     check_manifest(manifest)
     sidecar = _sidecar(manifest)
     path = manifest_path(home, manifest.dataset, "parquet")
-    location = {"media_root": str(manifest.media_root.resolve())}
+    location: dict[str, Any] = {"media_root": absolute_text(manifest.media_root)}
+    if manifest.media_stamps:
+        location["media_stamps"] = dict(manifest.media_stamps)
     write_atomic(manifest_path(home, manifest.dataset, "location.json"), _indented_json(location))
     _write_tables(manifest, path, manifest_path(home, manifest.dataset, "csv"))
+    _write_left_out(manifest, manifest_path(home, manifest.dataset, LEFT_OUT_FILE))
     write_atomic(manifest_path(home, manifest.dataset, "meta.json"), _indented_json(sidecar))
     return path
+
+
+def _write_left_out(manifest: Manifest, path: Path) -> None:
+    if not manifest.left_out:
+        path.unlink(missing_ok=True)
+        return
+    with written_aside(path) as aside, pq.ParquetWriter(aside, manifest.left_out.schema, compression="zstd") as table:
+        for block in manifest.left_out.blocks(num_rows=ROWS_PER_BATCH):
+            table.write_batch(block)
 
 
 def _sidecar(manifest: Manifest) -> dict[str, Any]:
@@ -142,7 +158,8 @@ def read_manifest(home: Path, dataset: str) -> Manifest:
             label_kind=sidecar["label_kind"],
             class_names=tuple(sidecar["class_names"]),
             meta=sidecar["meta"],
-            media_root=Path(location["media_root"]),
+            media_root=parse_place(location["media_root"]),
+            media_stamps=location.get("media_stamps", {}),
             **_read_rows(paths[0]),
         )
         is_intact = manifest.fingerprint() == sidecar["fingerprint"]
@@ -166,6 +183,17 @@ def _read_meta(home: Path, dataset: str) -> dict[str, Any]:
         return dict(json.loads(path.read_text(encoding="utf-8"))["meta"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError):  # `read_manifest` says what is wrong with it
         return {}
+
+
+def left_out_facts(home: Path, dataset: str) -> dict[str, str]:
+    """Return how many samples were left out for each reason, the first ones, and which file lists all; {}: none were."""
+    meta, path = _read_meta(home, dataset), manifest_path(home, dataset, LEFT_OUT_FILE)
+    if not path.is_file():
+        return {}
+    reasons = sorted(dict(meta.get("left_out_counts", {})).items(), key=lambda reason: -int(reason[1]))
+    counts = "; ".join(f"{count}: {reason}" for reason, count in reasons)
+    first = "; ".join(map(str, list(meta.get("left_out", []))[:SHOWN_LEFT_OUT]))
+    return {"left out": counts, "the first of them": first, "all of them": str(path)}
 
 
 def _what_else_is_prepared(home: Path, dataset: str) -> str:

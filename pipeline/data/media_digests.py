@@ -6,6 +6,7 @@ import hashlib
 import os
 import sqlite3
 import stat
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -15,19 +16,35 @@ from typing import NamedTuple
 
 import xxhash
 
+from pipeline.data.remote_tars import read_pieces, stamps_of
 from pipeline.data.tar_members import find_member, read_member
 from pipeline.runtime.errors import UserError
+from pipeline.runtime.places import is_address
+from pipeline.runtime.stores import file_stamp
 
 STORE_NAME = "media.sqlite"  # in the home: path -> stamp and digest of every media file that was read
 NO_DIGEST = bytes(8)  # of a file that cannot be read
 SETTLING_NS = 2 * 10**9  # a file that has just changed may change again within one tick of its disk's clock
+MAX_JUST_READ = 2**17  # digests of media in object stores that a process keeps until a shard is written
 STORE_TIMEOUT = 60.0  # seconds to wait for other processes that write to the store
 
 
 class _Entry(NamedTuple):
     path: bytes
-    stamp: str  # size, time of the content and time of the inode in ns; a program can set back the former time, not the latter
+    stamp: str  # see `Store.stamp`; of a member, that of its tar
     digest: bytes
+
+
+_just_read: dict[bytes, _Entry] = {}  # of media in object stores, the oldest first
+_JUST_READ = threading.Lock()
+
+
+def note_digest(file: str, stamp: str, digest: bytes) -> None:
+    """Remember the digest of a member of a tar in an object store in this process, for the next call of `media_digests`."""
+    with _JUST_READ:
+        _just_read[file.encode()] = _Entry(file.encode(), stamp, digest)
+        if len(_just_read) > MAX_JUST_READ:
+            del _just_read[next(iter(_just_read))]
 
 
 def media_digests(files: Sequence[str], home: Path) -> list[bytes]:
@@ -38,21 +55,27 @@ def media_digests(files: Sequence[str], home: Path) -> list[bytes]:
     written, every file is read.
 
     Args:
-        files: absolute paths; a path may occur several times.
+        files: absolute paths, or addresses of members of tar files in an object store; one may occur several times.
         home: folder of all artifacts.
 
     Returns:
         8 bytes per file; zeros for "", and for what is no regular file or cannot be read.
+
+    Raises:
+        OSError: an object store does not answer.
     """
     paths = [os.fsencode(file) for file in files]
     wanted = [path for path in dict.fromkeys(paths) if path]
     store = home / STORE_NAME
     remembered = _recall(store, wanted)
-    num_threads = min(os.cpu_count() or 1, max(1, len(wanted)))
     now = time.time_ns()
+    on_disk = [path for path in wanted if not is_address(os.fsdecode(path))]
+    num_threads = min(os.cpu_count() or 1, max(1, len(on_disk)))
     with ThreadPoolExecutor(num_threads) as pool:
-        parts = pool.map(lambda first: [_digest(path, remembered) for path in wanted[first::num_threads]], range(num_threads))
+        parts = pool.map(lambda first: [_digest(path, remembered) for path in on_disk[first::num_threads]], range(num_threads))
         entries = {entry.path: entry for part in parts for entry in part if entry}
+    if len(on_disk) < len(wanted):
+        entries |= _remote_digests([path for path in wanted if is_address(os.fsdecode(path))], remembered)
     _remember(store, [entry for entry in entries.values() if entry != remembered.get(entry.path)], now)
     return [entries[path].digest if path in entries else NO_DIGEST for path in paths]
 
@@ -70,7 +93,7 @@ def _digest(path: bytes, remembered: Mapping[bytes, _Entry]) -> _Entry | None:
         status = os.stat(member.tar if member else path)
         if not stat.S_ISREG(status.st_mode):  # reading a pipe or a device may never end
             return None
-        stamp = f"{status.st_size} {status.st_mtime_ns} {status.st_ctime_ns}"
+        stamp = file_stamp(status)
         known = remembered.get(path)
         if known and known.stamp == stamp:
             return known
@@ -82,8 +105,32 @@ def _digest(path: bytes, remembered: Mapping[bytes, _Entry]) -> _Entry | None:
         return None
 
 
+def _remote_digests(paths: Sequence[bytes], remembered: Mapping[bytes, _Entry]) -> dict[bytes, _Entry]:
+    """Return the entries of members of tar files in object stores; only those whose tar has another stamp are read."""
+    members = {path: member for path in paths if (member := find_member(os.fsdecode(path)))}
+    stamps = stamps_of(dict.fromkeys(member.tar for member in members.values()))
+    with _JUST_READ:
+        known = {**remembered, **{path: _just_read.pop(path) for path in paths if path in _just_read}}
+    entries = {
+        path: known[path] for path, member in members.items() if path in known and known[path].stamp == stamps[member.tar]
+    }
+    missing = [path for path, member in members.items() if path not in entries and stamps[member.tar]]
+    hasher = xxhash.xxh3_64()
+    for number, piece, is_last in read_pieces([members[path] for path in missing], stamps.__getitem__, "run the command again"):
+        hasher.update(piece)
+        if is_last:
+            path = missing[number]
+            entries[path] = _Entry(path, stamps[members[path].tar], hasher.digest())
+            hasher.reset()
+    return entries
+
+
 def _is_settled(entry: _Entry, now: int) -> bool:
-    return max(map(int, entry.stamp.split()[1:])) < now - SETTLING_NS
+    """Whether the stamp of an entry tells every change: an ETag does, times only after a while."""
+    _, *rest = entry.stamp.split(" ", 1)
+    if is_address(os.fsdecode(entry.path)):
+        return bool(rest)
+    return max(map(int, rest[0].split())) < now - SETTLING_NS
 
 
 @contextmanager

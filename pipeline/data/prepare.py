@@ -17,23 +17,26 @@ import numpy as np
 
 from pipeline.data.fetch import download_folder
 from pipeline.data.manifest import DATASET_NAME, Manifest, found_counts, recurring_texts, split_counts, text_counts
-from pipeline.data.manifest_files import write_manifest
+from pipeline.data.manifest_files import LEFT_OUT_FILE, manifest_path, write_manifest
 from pipeline.data.media import open_frames, open_image
+from pipeline.data.media_copies import copied_media
 from pipeline.data.readers import find_missing_media, media_file
 from pipeline.data.recipes import Recipe, check_not_another, read_recipe, write_recipe
+from pipeline.data.same_media import warn_about_copies
 from pipeline.data.spec import load_spec
-from pipeline.data.tar_members import file_on_disk, find_member, local_file
+from pipeline.data.tar_members import file_on_disk
 from pipeline.runtime import plugins
 from pipeline.runtime.choices import unknown_choice
 from pipeline.runtime.errors import UserError
-from pipeline.runtime.files import file_sha256, write_atomic
+from pipeline.runtime.files import write_atomic
 from pipeline.runtime.logs import ProgressBar
-from pipeline.types import SPLITS
+from pipeline.runtime.places import Address, Place
+from pipeline.types import Sample
 
 logger = logging.getLogger(__name__)
 
 TEXT_OPTIONS = ("aggregate", "sep", "empty")  # settings in the `text` part of a spec
-MAX_COMPARED_BYTES = 2**30  # of media files that may be copies of each other; more take too long to read
+DECODED_TOGETHER = 64  # media files
 _FIXED_KEYS = ("name", "media_type", "label_kind")  # keys of a spec that users cannot change
 _RIGHTS = ("licence", "attribution")  # nor can they change these of data that have owners: of specs without a `description`
 
@@ -49,11 +52,13 @@ class PrepareReport:
     missing: int  # number of samples that were left out because their media file does not exist
     missing_list: str  # path of the file that lists them; "" if there are none
     undecodable: tuple[str, ...]  # "file, line: reason" for media that cannot be decoded; () if that was not tried
+    left_out: int  # number of samples that the files hold and that cannot be used
+    left_out_list: str  # path of the table that lists them, with the reasons; "" if there are none
 
 
 def prepare(
     dataset: str,
-    root: Path | None,
+    root: Place | None,
     home: Path,
     settings: Mapping[str, str],
     *,
@@ -71,7 +76,7 @@ def prepare(
         dataset: name of the dataset's plug-in, or of a dataset in `home`, which is then prepared again from the files as they
             are now; `settings` are added to those of then.
         root: folder of the official files; None: that of `fetch`, else that of the last time, else a package's. With a dataset
-            in `home` it is the place that the files have moved to.
+            in `home` it is the place that the files have moved to. Tar files of samples may lie in an object store.
         home: folder to write to.
         settings: new values for settings of the spec, see `changeable_settings`; for example {"filter": "label",
             "tags_dir": "/data/tags"}.
@@ -89,9 +94,15 @@ def prepare(
     if recipe.image_root is not None:
         spec = _with_image_root(spec, recipe.image_root)
     _check_own_name(name, dataset)
-    manifest = plugins.get("datasets", dataset)().build({**spec, "name": name}, recipe.root)
+    builder: Any = plugins.get("datasets", dataset)()
+    if isinstance(recipe.root, Address) and not builder.reads_object_stores:
+        raise UserError(
+            f"--root {recipe.root}: {dataset} is read from a folder; copy the files to a disk, or mount the bucket (rclone "
+            "mount, s3fs, gcsfuse); tar files of samples are read from an object store: diffalign prepare webdataset"
+        )
+    manifest = builder.build({**spec, "name": name}, recipe.root)
     own = {"plugin": dataset} if name != dataset else {}
-    is_users = recipe.root is not None and not recipe.root.absolute().is_relative_to(download_folder(dataset, home).absolute())
+    is_users = recipe.root is not None and not _is_below(recipe.root, download_folder(dataset, home))
     own |= {"follows_links": True} if is_users else {}
     manifest = replace(manifest, dataset=name, meta={**manifest.meta, **own})
     if is_users and not overwrite:
@@ -102,7 +113,7 @@ def prepare(
     if num_missing:
         counts += [_count_row("without media, left out", num_missing), _count_row("all with media", len(manifest.samples))]
         counts += [_count_row(f"{split} with media", found) for split, found in split_counts(manifest).items()]
-    copies = _warn_about_copies(manifest)
+    copies = warn_about_copies(manifest, home)
     num_recurring = len(recurring_texts(manifest))
     counts.append(_count_row("train with text", int(np.count_nonzero(text_counts(manifest.split("train"))))))
     counts.append(_count_row("test texts in train", num_recurring))
@@ -119,6 +130,8 @@ def prepare(
         missing=num_missing,
         missing_list=str(missing_list) if num_missing else "",
         undecodable=tuple(f"{manifest.source_location(position)}: {reason}" for position, reason in undecodable.items()),
+        left_out=len(manifest.left_out or ()),
+        left_out_list=str(manifest_path(home, name, LEFT_OUT_FILE)) if manifest.left_out else "",
     )
 
 
@@ -129,7 +142,7 @@ def _find_recipe(home: Path, dataset: str, name: str, given: Recipe) -> tuple[st
     if not is_plugin and last:
         name, dataset = name or dataset, last.plugin
     name, fetched = name or dataset, download_folder(dataset, home)
-    has_old_root = not is_plugin and last and last.root and last.root.is_dir()
+    has_old_root = not is_plugin and last and last.root and (isinstance(last.root, Address) or last.root.is_dir())
     root = given.root or (fetched if fetched.is_dir() and not has_old_root else None)
     if last is None or last.plugin != dataset or (is_plugin and (root or last.root is None)):
         return dataset, name, given._replace(plugin=dataset, root=root)
@@ -137,6 +150,10 @@ def _find_recipe(home: Path, dataset: str, name: str, given: Recipe) -> tuple[st
     logger.info("%s is prepared again%s", name, f" from {moved.root}" if moved.root else "")
     settings = {**last.settings, **given.settings}
     return dataset, name, moved._replace(image_root=given.image_root or moved.image_root, settings=settings)
+
+
+def _is_below(place: Place, folder: Path) -> bool:
+    return isinstance(place, Path) and place.absolute().is_relative_to(folder.absolute())
 
 
 def _check_own_name(name: str, dataset: str) -> None:
@@ -252,7 +269,11 @@ def _leave_out_missing(manifest: Manifest, missing_list: Path, allow: bool) -> t
     """
     media = manifest.columns.strings("media")
     follows_links = manifest.meta.get("follows_links", False)
-    missing = find_missing_media(manifest.media_root, media, manifest.source_location, follows_links, file_on_disk)
+    missing = (
+        find_missing_media(manifest.media_root, media, manifest.source_location, follows_links, file_on_disk)
+        if isinstance(manifest.media_root, Path)
+        else []  # tar files in an object store have just been read
+    )
     if not missing:
         missing_list.unlink(missing_ok=True)
         return manifest, 0
@@ -289,66 +310,38 @@ def _refuse_irregular(manifest: Manifest, missing: Sequence[int]) -> None:
 
 def _find_undecodable(manifest: Manifest, progress: bool) -> dict[int, str]:
     """Decode every media file as extraction does; return the reason for each that fails, by the position of its sample."""
+    total, media = len(manifest.samples), manifest.columns.strings("media")
+    batches = [range(start, min(start + DECODED_TOGETHER, total)) for start in range(0, total, DECODED_TOGETHER)]
+    found: dict[int, str] = {}
 
-    def reason(position: int) -> str:
-        try:
-            path = manifest.media_path(manifest.samples[position])
-            if manifest.meta["media_type"] == "video":
-                open_frames(path, 1)
-            else:
-                open_image(path, 64)
-        except UserError as error:
-            return str(error)
-        return ""
+    def media_of(batch: int) -> Iterator[PurePosixPath]:
+        return map(PurePosixPath, media.take(np.array(batches[batch])))
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        total = len(manifest.samples)
-        reasons = ProgressBar(pool.map(reason, range(total)), label="decoding", total=total, unit="file", show=progress)
-        return {position: text for position, text in enumerate(reasons) if text}
-
-
-def _warn_about_copies(manifest: Manifest) -> list[str]:
-    """Return a warning if a media file of val or test has the same bytes as one of train.
-
-    Only files of equal size are read, and none if they are more than `MAX_COMPARED_BYTES` together.
-    """
-    sizes = np.fromiter(_media_sizes(manifest), np.int64, len(manifest.samples))
-    is_train = manifest.columns.split_codes == SPLITS.index("train")
-    shared = np.intersect1d(sizes[is_train], sizes[~is_train])
-    positions = np.flatnonzero(np.isin(sizes, shared))
-    if sizes[positions].sum() > MAX_COMPARED_BYTES:
-        return []
-    media = manifest.columns.strings("media").take(positions)
-    digests: dict[str, str] = {}
-    for name, position in zip(media, positions.tolist(), strict=True):
-        if name not in digests:
-            with local_file(manifest.media_path(manifest.samples[position])) as file:
-                digests[name] = file_sha256(file)
-    pairs = list(zip(positions.tolist(), media, strict=True))
-    originals = {digests[name]: position for position, name in pairs if is_train[position]}
-    copies = [
-        (position, originals[digests[name]])
-        for position, name in pairs
-        if not is_train[position] and digests[name] in originals
-    ]
-    if not copies:
-        return []
-    first, original = (manifest.samples[position] for position in copies[0])
-    return [
-        f"{len(copies)} media files of val and test have the same bytes as one of train, the first: {first.id!r} of "
-        f"{first.split} and {original.id!r}; leave them out, or put them in one group"
-    ]
+    with (
+        ThreadPoolExecutor(os.cpu_count()) as pool,
+        ProgressBar(total=total, label="decoding", unit="file", show=progress) as bar,
+        copied_media(manifest, list(map(len, batches)), media_of) as (here, copies),
+    ):
+        for number, batch in enumerate(batches):
+            copies.wait(number)
+            reasons = pool.map(lambda position: _decoding_problem(here, manifest.samples[position]), batch)
+            found |= {position: reason for position, reason in zip(batch, reasons, strict=True) if reason}
+            copies.drop(number)
+            bar.update(len(batch))
+    return found
 
 
-def _media_sizes(manifest: Manifest) -> Iterator[int]:
-    """Yield the size of each sample's file; several samples of one file often stand together."""
-    size, last = 0, ""
-    for media in manifest.columns.strings("media"):
-        if media != last:
-            path, last = str(media_file(manifest.media_root, PurePosixPath(media))), media
-            member = find_member(path)
-            size = member.size if member else os.stat(path).st_size
-        yield size
+def _decoding_problem(manifest: Manifest, sample: Sample) -> str:
+    """Return why a media file cannot be decoded; "": it can."""
+    try:
+        path = manifest.media_path(sample)
+        if manifest.meta["media_type"] == "video":
+            open_frames(path, 1)
+        else:
+            open_image(path, 64)
+    except UserError as error:
+        return str(error)
+    return ""
 
 
 def _warn_about_splits(manifest: Manifest, num_recurring: int) -> list[str]:

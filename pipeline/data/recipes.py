@@ -13,20 +13,21 @@ from typing import NamedTuple
 from pipeline.data.manifest import Manifest
 from pipeline.runtime.errors import UserError
 from pipeline.runtime.files import write_atomic
+from pipeline.runtime.places import Place, absolute_text, parse_place
 
 
 class Recipe(NamedTuple):
     """What `prepare` was given."""
 
     plugin: str
-    root: Path | None
+    root: Place | None  # a folder, or tar files in an object store
     image_root: Path | None
     settings: Mapping[str, str]
 
-    def moved_to(self, root: Path) -> Recipe:
+    def moved_to(self, root: Place) -> Recipe:
         """Return the recipe for files that now lie in `root`; media that lay below the old root are looked for there, too."""
         media = self.image_root
-        if media and self.root and media.is_relative_to(self.root):
+        if media and isinstance(self.root, Path) and media.is_relative_to(self.root):
             media = root / media.relative_to(self.root)
         return self._replace(root=root, image_root=media)
 
@@ -40,7 +41,7 @@ def read_recipe(home: Path, dataset: str) -> Recipe | None:
     """Return the recipe of a dataset; None if there is none, or it cannot be read."""
     try:
         facts = json.loads(recipe_path(home, dataset).read_text(encoding="utf-8"))
-        root, image_root = (Path(facts[key]) if facts[key] else None for key in ("root", "image_root"))
+        root, image_root = (parse_place(facts[key]) if facts[key] else None for key in ("root", "image_root"))
         return Recipe(str(facts["plugin"]), root, image_root, {str(key): str(text) for key, text in facts["settings"].items()})
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
@@ -73,7 +74,7 @@ def check_not_another(home: Path, manifest: Manifest) -> None:
     except (OSError, ValueError, KeyError, TypeError, AttributeError):  # there is none, or none that can be used
         return
     has_same_content = old.get("fingerprint") == manifest.fingerprint() or (before == now and before)
-    is_in_same_place = place == str(manifest.media_root.resolve()) and (old_lists == lists or old_lists & lists)
+    is_in_same_place = place == absolute_text(manifest.media_root) and (old_lists == lists or old_lists & lists)
     if plugin != manifest.plugin or not (has_same_content or is_in_same_place):
         what = ", ".join(sorted(old_lists)) or "folders of classes"
         raise UserError(

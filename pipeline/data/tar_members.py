@@ -1,7 +1,7 @@
 """Files inside tar files: what is in a tar, and a path that says where a member lies, <tar file>/<offset>+<size><ending>.
 
 Such a path is enough to read the member: no tar is searched twice. Only plain tar files are read, because others cannot be
-entered in the middle.
+entered in the middle. A tar may also lie in an object store (see `remote_tars`); then the path begins with its address.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 from pipeline.data.readers import parse_media_path
 from pipeline.runtime.errors import UserError
+from pipeline.runtime.places import is_address
 
 MAX_HEADER_BYTES = 2**20  # of a member; the header of a hostile one may claim to be as long as the file
 MAX_MEMBER_BYTES = 2**30
@@ -61,7 +62,8 @@ def member_path(tar: str, entry: TarEntry) -> str:
 def find_member(path: str) -> Member | None:
     """Return the member that a path means; None for the path of a file."""
     match = _MEMBER_PATH.fullmatch(path)
-    return Member(match[1], int(match[2]), int(match[3]), match[4]) if match and os.path.isfile(match[1]) else None
+    is_there = match and (is_address(match[1]) or os.path.isfile(match[1]))
+    return Member(match[1], int(match[2]), int(match[3]), match[4]) if match and is_there else None
 
 
 def file_on_disk(path: str) -> str:

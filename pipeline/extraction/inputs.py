@@ -255,7 +255,7 @@ def make_input_rows(manifest: Manifest, modality: str) -> InputRows:
     if modality not in ("text", media_type):
         raise UserError(f"dataset {manifest.dataset!r} has {media_type} media, the encoder reads {modality}")
     if modality != "text":
-        if not manifest.media_root.is_dir():
+        if isinstance(manifest.media_root, Path) and not manifest.media_root.is_dir():
             raise UserError(f"the media folder {manifest.media_root} is gone; run: {manifest.prepare_command}")
         return InputRows(manifest, modality, np.zeros(0, np.int64))
     counts, rule = text_counts(manifest.columns), manifest.meta["text"]

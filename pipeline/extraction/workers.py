@@ -18,7 +18,7 @@ from collections import deque
 from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
@@ -28,6 +28,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pipeline.data.media_copies import MediaCopies, copied_media
 from pipeline.extraction.inputs import EncodedBatch, EncoderInputs, MemorySafeEncoder, PreparedBatch
 from pipeline.extraction.throughput import ThroughputMeter
 from pipeline.runtime import plugins
@@ -144,19 +145,39 @@ def encode_batches(
     on_gpu = default_device().type == "cuda"
     jobs = BatchJobs(inputs, batches, None if on_gpu else encoder)
     num_workers = allowed_workers(meter.num_workers)
-    with closing(_pinned_batches(jobs, num_workers) if on_gpu else _run_jobs(jobs, num_workers)) as results:
+    with closing(_pinned_batches(jobs, num_workers) if on_gpu else _run_jobs(jobs, num_workers, [])) as results:
         in_time = _with_waiting_time(results, meter)
         yield from _encode_on_gpu(inputs, in_time, encoder) if on_gpu else in_time
 
 
 def prepare_batches(inputs: EncoderInputs, batches: Sequence[np.ndarray], num_workers: int) -> Iterator[PreparedBatch]:
     """Yield the batches in order, prepared but not encoded; with 0 workers in this process. Errors as in `encode_batches`."""
-    return _run_jobs(BatchJobs(inputs, batches, None), allowed_workers(num_workers))
+    return _run_jobs(BatchJobs(inputs, batches, None), allowed_workers(num_workers), [])
 
 
-def _run_jobs(jobs: BatchJobs, num_workers: int) -> Generator[Any, None, None]:
-    """Yield the result of each batch in order."""
-    yield from _run_on_workers(jobs, num_workers, []) if num_workers else map(jobs.run, range(len(jobs.batches)))
+def _run_jobs(jobs: BatchJobs, num_workers: int, workers: list[Worker]) -> Generator[Any, None, None]:
+    """Yield the result of each batch in order; media in an object store are copied here by this process.
+
+    Args:
+        jobs: the work.
+        num_workers: processes that do it; with 0 this process does it.
+        workers: gets the processes.
+    """
+    is_text = jobs.inputs.encoder.modality == "text"
+
+    def media_of(number: int) -> list[Path]:
+        first, last = int(jobs.batches[number][0]), int(jobs.batches[number][-1])
+        return [sample.media for sample, _ in jobs.inputs.rows[first : last + 1]]
+
+    with copied_media(jobs.inputs.manifest, [0 if is_text else len(rows) for rows in jobs.batches], media_of) as (here, copies):
+        jobs = replace(jobs, inputs=replace(jobs.inputs, manifest=here))
+        if num_workers:
+            yield from _run_on_workers(jobs, copies, num_workers, workers)
+            return
+        for number in range(len(jobs.batches)):
+            copies.wait(number)
+            yield jobs.run(number)
+            copies.drop(number)
 
 
 def _with_waiting_time(results: Iterator[Any], meter: ThroughputMeter) -> Iterator[Any]:
@@ -169,7 +190,9 @@ def _with_waiting_time(results: Iterator[Any], meter: ThroughputMeter) -> Iterat
         yield batch
 
 
-def _run_on_workers(jobs: BatchJobs, num_workers: int, workers: list[Worker]) -> Generator[Any, None, None]:
+def _run_on_workers(
+    jobs: BatchJobs, copies: MediaCopies, num_workers: int, workers: list[Worker]
+) -> Generator[Any, None, None]:
     """Yield the result of each batch in order; the workers, which are added to the list, take turns.
 
     The workers share nothing, not even a lock: when one is killed, whatever it was doing, the others and this process go on.
@@ -187,12 +210,16 @@ def _run_on_workers(jobs: BatchJobs, num_workers: int, workers: list[Worker]) ->
             workers.append(Worker(process, our_end))
         for number in range(-num_ahead, len(jobs.batches)):  # numbers below 0 only send the first requests
             process, pipe = workers[number % num_workers]
+            if number + num_ahead < len(jobs.batches):
+                copies.wait(number + num_ahead)
             try:
                 result = pipe.recv() if number >= 0 else None
                 if number + num_ahead < len(jobs.batches):
                     pipe.send(number + num_ahead)
             except (EOFError, OSError) as error:
                 raise _worker_error(process, jobs, max(number, 0)) from error
+            if number >= 0:
+                copies.drop(number)
             if isinstance(result, UserError):
                 raise result
             if isinstance(result, WorkerTraceback):
@@ -248,11 +275,11 @@ def _worker_error(process: Any, jobs: BatchJobs, number: int) -> Exception:
 
 def _pinned_batches(jobs: BatchJobs, num_workers: int) -> Generator[PinnedBatch, None, None]:
     """Yield the prepared batches in pinned memory; a thread receives and pins the next one while the current one is used."""
-    if not num_workers:
-        yield from map(_pinned, _run_jobs(jobs, 0))
-        return
     workers: list[Worker] = []
-    with closing(_run_on_workers(jobs, num_workers, workers)) as batches, ThreadPoolExecutor(1) as thread:
+    if not num_workers:
+        yield from map(_pinned, _run_jobs(jobs, 0, workers))
+        return
+    with closing(_run_jobs(jobs, num_workers, workers)) as batches, ThreadPoolExecutor(1) as thread:
 
         def take() -> PinnedBatch | None:
             prepared = next(batches, None)

@@ -87,6 +87,11 @@ def parse_place(text: str | Place) -> Place:
     return Address(f"{scheme}://{bucket}", "/".join(parts))
 
 
+def absolute_text(place: Place) -> str:
+    """Return a place as text that means it from anywhere, without symbolic links."""
+    return str(place.resolve() if isinstance(place, Path) else place)
+
+
 def check_local(path: str | Path, label: str) -> Path:
     """Return a path as a `Path`; refuse an address such as s3://bucket, of which `Path` would make a folder named "s3:".
 

@@ -19,6 +19,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -30,13 +31,12 @@ Word = Any  # a 64-bit word: a signed int, or an int64 tensor
 
 def sample_keys(ids: Iterable[str]) -> Tensor:
     """Return one int64 per sample id [N]: the first eight bytes of the SHA-256 of the id."""
-    digests = [hashlib.sha256(sample_id.encode()).digest()[:8] for sample_id in ids]
-    return torch.tensor([int.from_bytes(digest, "little", signed=True) for digest in digests], dtype=torch.int64)
+    return content_keys(hashlib.sha256(sample_id.encode()).digest()[:8] for sample_id in ids)
 
 
 def content_keys(digests: Iterable[bytes]) -> Tensor:
     """Return one int64 per digest of 8 bytes [N], for media that are no samples: the numbers depend on the content alone."""
-    return torch.tensor([int.from_bytes(digest, "little", signed=True) for digest in digests], dtype=torch.int64)
+    return torch.from_numpy(np.frombuffer(b"".join(digests), "<i8").astype(np.int64))
 
 
 def _wrapped(value: Word) -> Word:

@@ -1,41 +1,31 @@
 """What files are kept in: the folders of a disk, or an object store.
 
 Both are used through one small interface: put, get and delete a whole object, get a range of its bytes, list objects, and put
-an object that is not there yet. So the same protocol runs on both. Only this module imports obstore, an extra package, which
-takes credentials and endpoints from the environment; they are never logged or stored.
+an object that is not there yet. So the same protocol runs on both.
 """
 
 from __future__ import annotations
 
 import errno
 import hashlib
-import logging
 import os
 import secrets
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
-from datetime import timedelta
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypeVar
-from urllib.parse import urlsplit
 
-from pipeline.runtime.errors import UserError
+from pipeline.runtime.connections import RETRY_SECONDS, connect, find_endpoint, labelled
 from pipeline.runtime.files import file_sha256, sync_folder, write_atomic
 from pipeline.runtime.places import Address, Place
-
-logger = logging.getLogger(__name__)
 
 Data = bytes | memoryview | str | Iterator[bytes | memoryview]
 REQUESTS_IN_FLIGHT = 16  # of one reader or writer
 HASHED_BYTES = 2**24  # of an object that are read at a time to hash it
-REQUEST_TIMEOUT = "120s"  # of one request; a shard has at most 256 MiB
-RETRY_SECONDS = 60.0  # time in which a request that fails is repeated
-ENDPOINT_VARIABLES = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT")
-CREDENTIAL_VARIABLES = {"s3": "AWS_", "gs": "GOOGLE_", "az": "AZURE_"}  # how their names begin
 _ItemT = TypeVar("_ItemT")
 _ResultT = TypeVar("_ResultT")
 
@@ -46,6 +36,7 @@ class StoredObject(NamedTuple):
     place: Place
     num_bytes: int
     modified: float  # seconds since 1970, by the clock of the store
+    stamp: str  # another one when the object has other bytes, see `Store.stamp`
 
 
 class Store(Protocol):
@@ -73,6 +64,10 @@ class Store(Protocol):
 
     def get_range(self, place: Any, start: int, num_bytes: int) -> memoryview:
         """Return bytes of an object from `start` on: as many as wanted, or fewer if it ends before."""
+        ...
+
+    def stamp(self, place: Any) -> str:
+        """Return a text that is another one when the object has other bytes: size and times of a file, else size and ETag."""
         ...
 
     def size(self, place: Any) -> int:
@@ -120,9 +115,12 @@ class FileStore:
     def size(self, place: Path) -> int:
         return place.stat().st_size
 
+    def stamp(self, place: Path) -> str:
+        return file_stamp(place.stat())
+
     def list(self, place: Path) -> list[StoredObject]:
         found = [(file, file.stat()) for file in sorted(place.rglob("*")) if file.is_file()]
-        return [StoredObject(file, status.st_size, status.st_mtime) for file, status in found]
+        return [StoredObject(file, status.st_size, status.st_mtime, file_stamp(status)) for file, status in found]
 
     def children(self, place: Path) -> list[str]:
         return sorted(folder.name for folder in place.glob("*") if folder.is_dir())
@@ -135,17 +133,17 @@ class BucketStore:
     """The `Store` of a bucket of an object store."""
 
     def __init__(self, bucket: str, endpoint: str = "") -> None:
-        self.bucket = _connect(bucket, endpoint)
+        self.bucket = connect(bucket, endpoint)
 
     def put(self, place: Address, data: Data) -> None:
         content = _joined(data)
-        with _labelled(place) as obstore:
+        with labelled(place) as obstore:
             obstore.put(self.bucket, place.key, content, use_multipart=False)
 
     def put_if_absent(self, place: Address, data: bytes) -> bool:
         deadline = time.monotonic() + RETRY_SECONDS
         while True:
-            with _labelled(place) as obstore:
+            with labelled(place) as obstore:
                 try:
                     obstore.put(self.bucket, place.key, data, mode="create", use_multipart=False)
                 except obstore.exceptions.AlreadyExistsError:
@@ -165,7 +163,7 @@ class BucketStore:
         Returns:
             Whether the object has these bytes now.
         """
-        with suppress(FileNotFoundError), _labelled(place) as obstore:
+        with suppress(FileNotFoundError), labelled(place) as obstore:
             found = obstore.get(self.bucket, place.key)
             if bytes(found.bytes()) == data:
                 version = {name: found.meta[name] for name in ("e_tag", "version") if found.meta[name]}
@@ -183,34 +181,46 @@ class BucketStore:
             return False
 
     def get(self, place: Address) -> bytes:
-        with _labelled(place) as obstore:
+        with labelled(place) as obstore:
             return bytes(obstore.get(self.bucket, place.key).bytes())
 
     def get_range(self, place: Address, start: int, num_bytes: int) -> memoryview:
-        with _labelled(place) as obstore:
+        with labelled(place) as obstore:
             return memoryview(obstore.get_range(self.bucket, place.key, start=start, length=num_bytes))
 
+    def read_unchanged(self, place: Address, start: int, num_bytes: int, stamp: str) -> memoryview:
+        """Return bytes of an object as `get_range` does; `ESTALE` if it has another stamp."""
+        with labelled(place) as obstore:
+            found = obstore.get(self.bucket, place.key, options={"range": (start, start + num_bytes)})
+            if _stamp(found.meta) != stamp:
+                raise OSError(errno.ESTALE, "it was changed", str(place))
+            return memoryview(found.bytes())
+
     def size(self, place: Address) -> int:
-        with _labelled(place) as obstore:
+        with labelled(place) as obstore:
             return obstore.head(self.bucket, place.key)["size"]
 
+    def stamp(self, place: Address) -> str:
+        with labelled(place) as obstore:
+            return _stamp(obstore.head(self.bucket, place.key))
+
     def list(self, place: Address) -> list[StoredObject]:
-        with _labelled(place) as obstore:
+        with labelled(place) as obstore:
             pages = list(obstore.list(self.bucket, place.key or None, chunk_size=1000))
         found = [
-            StoredObject(Address(place.bucket, item["path"]), item["size"], item["last_modified"].timestamp())
+            StoredObject(Address(place.bucket, item["path"]), item["size"], item["last_modified"].timestamp(), _stamp(item))
             for page in pages
             for item in page
         ]
         return sorted(found)
 
     def children(self, place: Address) -> list[str]:
-        with _labelled(place) as obstore:
+        with labelled(place) as obstore:
             found = obstore.list_with_delimiter(self.bucket, place.key or None)
         return sorted(prefix.rpartition("/")[2] for prefix in found["common_prefixes"])
 
     def delete(self, place: Address) -> None:
-        with suppress(FileNotFoundError), _labelled(place) as obstore:  # S3 says nothing in this case, others do
+        with suppress(FileNotFoundError), labelled(place) as obstore:  # S3 says nothing in this case, others do
             obstore.delete(self.bucket, place.key)
 
 
@@ -245,9 +255,26 @@ def object_sha256(place: Place) -> str:
     return digest.hexdigest()
 
 
+def file_stamp(status: os.stat_result) -> str:
+    """Return the size of a file and the times of its content and of its inode in ns.
+
+    A program can set back the former time, not the latter.
+    """
+    return f"{status.st_size} {status.st_mtime_ns} {status.st_ctime_ns}"
+
+
 def renew_object(place: Address, data: bytes) -> bool:
     """Write an object of an object store again, unless it is gone or has other bytes; return whether it has these now."""
     return _bucket_store(place.bucket).renew(place, data)
+
+
+def read_unchanged(place: Address, start: int, num_bytes: int, stamp: str) -> memoryview:
+    """Return bytes of an object of an object store that still has this stamp.
+
+    Raises:
+        OSError: the object has other bytes now (`ESTALE`), or as in `Store`.
+    """
+    return _bucket_store(place.bucket).read_unchanged(place, start, num_bytes, stamp)
 
 
 def remove_objects(place: Place, first: str = "", kept: str = "") -> None:
@@ -291,7 +318,7 @@ def zarr_source(place: Place) -> Any:
 
 
 def _bucket_store(bucket: str) -> BucketStore:
-    return _open_bucket(bucket, os.getpid(), _endpoint(bucket))
+    return _open_bucket(bucket, os.getpid(), find_endpoint(bucket))
 
 
 @cache
@@ -306,85 +333,13 @@ def _open_bucket(bucket: str, process: int, endpoint: str) -> BucketStore:
     return BucketStore(bucket, endpoint)
 
 
-def _endpoint(bucket: str) -> str:
-    """Return the address of a server that speaks the protocol of S3; "": the provider's own."""
-    return next(filter(None, map(os.environ.get, ENDPOINT_VARIABLES)), "") if bucket.startswith("s3://") else ""
-
-
-def _check_endpoint(bucket: str, endpoint: str) -> None:
-    """Refuse what is no address of a server, or has credentials in it. It may be a secret, so no message repeats it.
-
-    Raises:
-        UserError: it is refused.
-    """
-    try:
-        parts = urlsplit(endpoint)
-        is_right = parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port or 1) > 0
-    except ValueError:  # of the port, or of an IPv6 address
-        is_right = False
-    if not is_right or not endpoint.isascii() or set(endpoint) & set("@?# ") or not endpoint.isprintable():
-        raise UserError(
-            f"{bucket}: AWS_ENDPOINT_URL must be http://host:port or https://host, without credentials; put these into "
-            "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
-        )
-
-
-def _connect(bucket: str, endpoint: str) -> Any:
-    """Return the connection to a bucket; nothing is asked of it yet.
-
-    Raises:
-        UserError: obstore is not installed, or the environment has no right endpoint or credentials.
-    """
-    try:
-        from obstore.exceptions import BaseError
-        from obstore.store import from_url
-    except ImportError as error:
-        raise UserError(f"{bucket} needs the package obstore: pip install obstore") from error
-    options: dict[str, Any] = {"client_options": {"timeout": REQUEST_TIMEOUT, "connect_timeout": "10s"}}
-    if endpoint:
-        _check_endpoint(bucket, endpoint)
-        options["endpoint"] = endpoint
-        options["client_options"]["allow_http"] = endpoint.startswith("http://")
-    backoff = {"init_backoff": timedelta(seconds=0.1), "max_backoff": timedelta(seconds=5), "base": 2}
-    options["retry_config"] = {"max_retries": 20, "retry_timeout": timedelta(seconds=RETRY_SECONDS), "backoff": backoff}
-    try:
-        return from_url(bucket, **options)
-    except (BaseError, ValueError):  # the text may be that of a variable
-        variables = CREDENTIAL_VARIABLES[bucket.partition(":")[0]]
-        raise UserError(
-            f"{bucket} cannot be opened with the credentials in the environment; are the variables {variables}… right?"
-        ) from None
-
-
-@contextmanager
-def _labelled(place: Address) -> Iterator[Any]:
-    """Yield the module obstore; its errors in the block become an `OSError` that names the place."""
-    import obstore
-
-    try:
-        yield obstore
-    except FileNotFoundError as error:
-        raise FileNotFoundError(errno.ENOENT, "there is no such object", str(place)) from error
-    except obstore.exceptions.BaseError as error:
-        logger.debug("%s: %s", place, type(error).__name__)
-        raise OSError(errno.EIO, _reason(error), str(place)) from None  # its long text has settings of the connection
-
-
-def _reason(error: Exception) -> str:
-    """Return one line about an error of the library, with its remedy.
-
-    The first line of the library's text has the address of the request; `_check_endpoint` lets none with credentials through.
-    """
-    import obstore
-
-    if isinstance(error, obstore.exceptions.PermissionDeniedError | obstore.exceptions.UnauthenticatedError):
-        return "access is refused; are the credentials in the environment those of this bucket?"
-    line = " ".join(str(error).split("\n")[0].split())
-    return f"{line[:300]}; are the bucket's name, AWS_ENDPOINT_URL and AWS_REGION right, and does the store answer?"
-
-
 def _joined(data: Data) -> bytes:
     """Return data as bytes. The pieces of an iterator are copied one by one, because they are overwritten."""
     if isinstance(data, str):
         return data.encode()
     return bytes(data) if isinstance(data, bytes | memoryview) else b"".join(bytes(piece) for piece in data)
+
+
+def _stamp(meta: Mapping[str, Any]) -> str:
+    """Return the stamp of an object; a store without ETags gives its size alone."""
+    return f"{meta['size']} {meta['e_tag'] or ''}".strip()

@@ -59,6 +59,8 @@ def test_rows_are_read_as_zarr_reads_them(kind: str, dtype: str, tmp_path: Path,
         np.sort(rng.integers(0, count, 500)),  # with repeats
         rng.permutation(count),
         np.array([1, 1, 3]),  # as far apart as a run
+        np.array([*range(600, 900), *range(100, 500), 3, 3, 5]),  # blocks, as windows have them
+        np.array([*range(600, 700), 2, 1, 1, 0]),
         np.array([count - 1]),
         np.zeros(0, np.int64),
     ):

@@ -4,12 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
-import multiprocessing
-import os
-import random
 import shutil
-import signal
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,7 +15,9 @@ import pytest
 import torch
 from helpers.command_line import run
 from helpers.fault_cases import cache_content, extract_texts, write_texts
+from helpers.remote_caches import NUM_SHARDS, check_kills, content_of, fresh_processes, run_command
 from helpers.s3_endpoint import Endpoint, use_endpoint
+from helpers.tar_files import picture, sample, write_tar
 from helpers.tiny_heads import train_tiny
 
 from pipeline import Workspace
@@ -30,15 +27,21 @@ from pipeline.cache.layout import shard_path
 from pipeline.cache.streaming import open_split
 from pipeline.cache.writer import Writer
 from pipeline.commands import app as cli
+from pipeline.data import remote_tars
 from pipeline.data.manifest import Manifest
 from pipeline.data.manifest_files import read_manifest
+from pipeline.data.media import open_image
+from pipeline.data.media_copies import changed_tars
+from pipeline.data.prepare import prepare
+from pipeline.extraction.extract import ExtractOptions, extract
+from pipeline.runtime import connections
 from pipeline.runtime.claims import hold
 from pipeline.runtime.errors import UserError
 from pipeline.runtime.places import Address, Place, caches_at, parse_place
-from pipeline.runtime.stores import BucketStore, store_of
+from pipeline.runtime.stores import BucketStore, read_unchanged, store_of
 
 NUM_SAMPLES = 90
-NUM_SHARDS = 5
+QUIET = ExtractOptions(workers=0, progress=False)
 
 
 @pytest.fixture(scope="module")
@@ -66,15 +69,6 @@ def remote(texts: Manifest, on_disk: Place, endpoint: Endpoint) -> Address:
     endpoint.disturb(0)
     assert isinstance(path, Address)
     return path
-
-
-def content_of(place: Address, folder: Path) -> dict[str, bytes]:
-    """Return the objects of a cache as `cache_content` returns its files; there are no others."""
-    copied = copy(place, folder)
-    assert isinstance(copied, Path)
-    names = {str(found.place).removeprefix(f"{place}/") for found in store_of(place).list(place)}
-    assert names == {file.relative_to(copied).as_posix() for file in copied.rglob("*") if file.is_file()} - {".lock"}
-    return cache_content(copied)
 
 
 def test_the_objects_are_the_files(remote: Address, on_disk: Path, tmp_path: Path) -> None:
@@ -247,45 +241,6 @@ def test_only_a_cache_is_removed_and_by_one_process(
     assert not caplog.records
 
 
-def extract_remotely(home: Path, caches: str, environment: dict[str, str]) -> None:
-    """What a child process does that may be killed."""
-    os.environ.update(environment)
-    with caches_at(caches):
-        extract_texts(read_manifest(home, "texts"), home)
-
-
-def check_kills(rounds: range, texts: Manifest, on_disk: Path, endpoint: Endpoint, tmp_path: Path) -> None:
-    """Kill an extraction again and again at random moments, until one comes to its end."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["pipeline.extraction.distributed", "pipeline.encoders.random_projection"])
-    environment = {**endpoint.environment, "DIFFALIGN_LEASE_SECONDS": "1"}
-    endpoint.disturb(0.1)
-    for number in rounds:
-        caches, rng, num_killed = f"s3://bucket/killed-{number}", random.Random(number), 0
-        is_done = False
-        while not is_done:
-            child = context.Process(target=extract_remotely, args=(texts.media_root, caches, environment))
-            child.start()
-            wanted = min(num_killed + 1, NUM_SHARDS - 1)
-            while child.is_alive() and num_commits(endpoint, f"killed-{number}") < wanted and num_killed < NUM_SHARDS - 1:
-                time.sleep(0.02)
-            child.join(rng.uniform(0, 0.2) if num_killed < NUM_SHARDS - 1 else 120)
-            child.kill()
-            child.join()
-            assert child.exitcode in (0, -signal.SIGKILL)
-            num_killed, is_done = num_killed + 1, child.exitcode == 0
-        assert num_killed > 1
-        place = parse_place(caches) / "texts" / on_disk.name
-        assert isinstance(place, Address)
-        assert content_of(place, tmp_path / str(number)) == cache_content(on_disk)
-    endpoint.disturb(0)
-
-
-def num_commits(endpoint: Endpoint, prefix: str) -> int:
-    listing = endpoint.ask("GET", f"/bucket?list-type=2&prefix={prefix}/").decode()
-    return listing.count("/commits/0")
-
-
 def test_extractions_that_are_killed_end_in_the_same_objects(
     texts: Manifest, on_disk: Path, endpoint: Endpoint, tmp_path: Path
 ) -> None:
@@ -302,3 +257,109 @@ def test_twenty_extractions_that_are_killed_end_in_the_same_objects(
 def test_a_home_stays_on_a_disk() -> None:
     with pytest.raises(UserError, match="caches alone may be in an object store: --caches s3://bucket/x"):
         Workspace("s3://bucket/x")
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory, endpoint: Endpoint) -> Path:
+    """A folder with tar files of samples, which are also at s3://bucket/shards; one of them is cut short."""
+    root = tmp_path_factory.mktemp("shards")
+    for shard in range(3):
+        members = [each for key in range(30) for each in sample(f"{key:03d}", 30 * shard + key)]
+        write_tar(root / f"part-{shard}.tar", members)
+    (root / "part-2.tar").write_bytes((root / "part-2.tar").read_bytes()[:-20_000])
+    (root / "names.txt").write_text("even\nodd\n")
+    for file in root.iterdir():
+        store_of(place := parse_place("s3://bucket/shards")).put(place / file.name, file.read_bytes())
+    return root
+
+
+SHARD_SETTINGS = ["--set", "shards=part-{0..2}.tar", "--set", "class_names=names.txt", "--name", "shards"]
+
+
+@pytest.fixture(scope="module")
+def shard_homes(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """The homes in which the tar files of the folder and those of the bucket are prepared."""
+    homes = tmp_path_factory.mktemp("home"), tmp_path_factory.mktemp("home")
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        for home, root in zip(homes, (str(shards), "s3://bucket/shards"), strict=True):
+            assert run(["prepare", "webdataset", "--root", root, "--home", str(home), *SHARD_SETTINGS], monkeypatch) == 0
+    return homes
+
+
+def test_shards_in_a_bucket_give_the_manifest_and_the_features_of_those_on_a_disk(
+    shard_homes: tuple[Path, Path], endpoint: Endpoint, tmp_path: Path
+) -> None:
+    """The command starts decoding processes after it has used the bucket, for the cache."""
+    for name in ("parquet", "csv", "meta.json"):
+        first, second = ((home / "manifests" / f"shards.{name}").read_bytes() for home in shard_homes)
+        assert first == second, name
+    location = (shard_homes[1] / "manifests" / "shards.location.json").read_text()
+    assert "s3://bucket/shards" in location
+    assert not any(word in location for word in ("of-a-test", "127.0.0.1"))
+    on_disk = extract(read_manifest(shard_homes[0], "shards"), "random_projection", {}, shard_homes[0], options=QUIET)
+    endpoint.disturb(0.2)
+    command = ["extract", "shards", "--encoder", "random_projection", "--workers", "2"]
+    options = ["--home", str(shard_homes[1]), "--caches", "s3://bucket/of-shards"]
+    child = fresh_processes().Process(target=run_command, args=([*command, *options], dict(endpoint.environment)))
+    child.start()
+    child.join(120)
+    assert child.exitcode == 0
+    endpoint.disturb(0)
+    remote = parse_place(f"s3://bucket/of-shards/shards/{on_disk.name}")
+    assert isinstance(remote, Address)
+    assert content_of(remote, tmp_path) == cache_content(on_disk)  # also the digests of the media
+
+
+def test_each_run_of_neighbours_is_read_once(shard_homes: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Extraction reads each shard with one request; its digests are then known, and `verify` reads none again."""
+    asked: list[str] = []
+
+    def read(place: Address, *arguments: Any) -> memoryview:
+        asked.append(place.name)
+        return read_unchanged(place, *arguments)
+
+    monkeypatch.setattr(remote_tars, "read_unchanged", read)
+    manifest = read_manifest(shard_homes[1], "shards")
+    path = extract(manifest, "random_projection", {"width": 8}, shard_homes[1], options=QUIET)
+    assert asked == ["part-0.tar", "part-1.tar", "part-2.tar"]
+    assert verify(path) == []
+    assert len(asked) == 3
+    (shard_homes[1] / "media.sqlite").unlink()
+    assert verify(path) == []
+    assert len(asked) == 6
+    assert open_image(manifest.media_path(manifest.samples[40]), 8).size == (8, 8)
+
+
+def test_shards_that_changed_or_are_gone_are_named(
+    shard_homes: tuple[Path, Path], shards: Path, endpoint: Endpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home, place = shard_homes[1], parse_place("s3://bucket/shards/part-1.tar")
+    manifest = read_manifest(home, "shards")
+    path = extract(manifest, "random_projection", {"width": 16}, home, options=QUIET)
+    content = store_of(place).get(place)
+    again = r"run: diffalign prepare webdataset --name shards"
+    at = content.index(picture(31))
+    store_of(place).put(place, content[:at] + picture(32) + content[at + len(picture(32)) :])
+    with pytest.raises(UserError, match=rf"s3://bucket/shards/part-1.tar was changed since it was prepared; {again}"):
+        extract(manifest, "random_projection", {"width": 24}, home, options=QUIET)
+    (problem,) = verify(path)
+    assert "media files have changed" in problem
+    assert f"part-1.tar/{at}+{len(picture(31))}.png" in problem
+    store_of(place).delete(place)
+    with pytest.raises(UserError, match=rf"part-1.tar is gone; bring it back, or {again}"):
+        extract(manifest, "random_projection", {"width": 24}, home, options=QUIET)
+    assert changed_tars(manifest) == [str(place)]
+    with pytest.raises(UserError, match=r"1 of 3 shards are missing, the first: part-1.tar"):
+        prepare("webdataset", place.parent, home, {"shards": "part-{0..2}.tar"}, name="shards")
+    with pytest.raises(UserError, match=r"table is read from a folder; .* or mount the bucket"):
+        prepare("table", place.parent, home, {})
+    store_of(place).put(place, content)
+    prepare("shards", None, home, {})  # from where it was
+    assert verify(path) == []
+    monkeypatch.setattr(connections, "RETRY_SECONDS", 0.0)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    with pytest.raises(OSError, match="does the store answer") as caught:
+        extract(manifest, "random_projection", {"width": 24}, home, options=QUIET)
+    assert str(caught.value.filename).startswith("s3://bucket/shards")
+    with pytest.raises(UserError, match="does the store answer"):
+        manifest.media_path(manifest.samples[0])

@@ -38,7 +38,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter[str]]:
     from obstore.store import MemoryStore
 
     memory, counts, lock = MemoryStore(), Counter[str](), threading.Lock()
-    monkeypatch.setattr(stores, "_connect", lambda bucket, endpoint: memory)
+    monkeypatch.setattr(stores, "connect", lambda bucket, endpoint: memory)
 
     def counting(name: str, kind: str) -> Any:
         function = getattr(obstore, name)

@@ -9,20 +9,23 @@ shards or a word in their names, such as train-000000.tar, it is the split of th
 SHA-256 of the id.
 
 A sample that misses a part, has a broken one, or comes twice is left out, and so is what follows a damaged place of a tar: a
-warning counts them, and `left_out` in the manifest's meta has the reasons. Links, devices, sparse files, huge members and paths
-that lead out are not read. Extraction reads the members where they lie, in the order of the tar, and nothing is unpacked.
+warning counts them, `left_out_counts` in the manifest's meta says why, and the file NAME.left_out.parquet has every one. Links,
+devices, sparse files, huge members and paths that lead out are not read. Extraction reads the members where they lie, in the
+order of the tar, and nothing is unpacked. `root` may be an address in an object store: the manifest is that of the same tar
+files on a disk.
 """
 
 from __future__ import annotations
 
-import glob
 import itertools
 import json
 import os
 import re
+import tempfile
 from array import array
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -39,14 +42,17 @@ from pipeline.data.sample_columns import SAMPLE_SCHEMA, SampleColumns
 from pipeline.data.spec import held_out_percent, manifest_meta, official_root, required_counts
 from pipeline.data.table_rows import TableRow, label_ids, warn_about_classes
 from pipeline.data.tar_members import TarEntry, member_path, scan_tar
+from pipeline.data.tar_shards import TarShards
 from pipeline.runtime.errors import UserError
+from pipeline.runtime.places import Address, Place
+from pipeline.runtime.stores import store_of
 
 _KEY = re.compile(r"((?:.*/)?[^./]+)\.([^/]*)")  # of the name of a member: its sample, and its part
-_BRACES = re.compile(r"\{([^{}]*)\}")
-_RANGE = re.compile(r"(\d{1,9})\.\.(\d{1,9})")
 _MEDIA_SUFFIXES = (*IMAGE_SUFFIXES, *VIDEO_SUFFIXES)
-_MAX_SHARDS = 1_000_000
-_MAX_REASONS = 1000  # that the manifest keeps
+_MAX_REASONS = 1000  # that the manifest keeps; a file has all
+_MAX_KINDS = 50
+_SHOWN_KINDS = 5
+_LEFT_OUT = pa.schema([(name, pa.string()) for name in ("id", "stage", "error", "shard", "key")])
 _FOUND = pa.schema(
     [
         *(("id", pa.string()), ("split", pa.string()), ("media", pa.string())),
@@ -62,15 +68,17 @@ _Row = tuple[str, str, tuple[str, ...], tuple[str, ...], int]
 class WebDataset(Dataset):
     """Tar files whose members are pictures or clips, texts and labels."""
 
-    def build(self, spec: Mapping[str, Any], root: Path | None) -> Manifest:
+    reads_object_stores = True
+
+    def build(self, spec: Mapping[str, Any], root: Place | None) -> Manifest:
         """Build the manifest from the shards below `root`; `UserError` names what is missing and the remedy."""
         for key, choices in _CHOICES.items():
             if spec[key] not in choices:
                 raise UserError(f"{key} is {spec[key]!r}; choose one of: {', '.join(choices)}")
-        root = official_root(spec, root)
-        found = _read_shards(spec, root, _find_shards(spec["shards"], root))
-        names_file = [readers.locate(root, [spec["class_names"]], "the list of class names")] if spec["class_names"] else []
-        names = [nfc(name) for path in names_file for name in readers.read_names(path)]
+        root = root if isinstance(root, Address) else official_root(spec, root)
+        shards = TarShards.find(root, spec["shards"])
+        found = _read_shards(spec, shards)
+        names, sources = _read_class_names(spec["class_names"], root)
         rows = [TableRow(root, 0, "", labels, (), "", "", "") for labels in found.labels]
         label_kind, classes, ids = label_ids(rows, spec["labels"], names, spec["numbers"])
         samples = _label(found.columns, dict(zip(found.labels, ids, strict=True)))
@@ -83,14 +91,18 @@ class WebDataset(Dataset):
                 "media_type": media_types.pop() if spec["media"] == "auto" else spec["media"],
                 "metrics": {"task": f"{label_kind}label", "topk": [1, 5]},
             },
-            sources=readers.source_hashes(names_file, root),
+            sources=sources,
             lists=found.lists,
             left_out=found.reasons,
+            left_out_counts=dict(found.counts),
             split_rule="as given" if found.is_split else "by the SHA-256 of the id",
             warnings=[*found.warnings(), *warn_about_classes(classes, samples)],
         )
         row_numbers = np.concatenate([numpy_array(block.column(0)) for block in found.columns.blocks(names=["row"])])
-        manifest = Manifest(spec["name"], label_kind, classes, samples, meta, root, array("q", row_numbers))
+        source_rows = array("q", row_numbers)
+        manifest = Manifest(spec["name"], label_kind, classes, samples, meta, root, source_rows)
+        found.list_left_out()
+        manifest = replace(manifest, media_stamps=shards.stamps, left_out=found.left_out.finish())
         check_manifest(manifest, required_counts(spec))
         return manifest
 
@@ -104,62 +116,34 @@ class _Found:
     labels: dict[tuple[str, ...], None] = field(default_factory=dict)  # every list of labels that occurs
     suffixes: set[str] = field(default_factory=set)  # of the media
     lists: list[dict[str, Any]] = field(default_factory=list)
-    num_left_out: int = 0
-    reasons: list[str] = field(default_factory=list)
+    left_out: ColumnWriter = field(default_factory=lambda: ColumnWriter(_LEFT_OUT))
+    last: list[tuple[str, ...]] = field(default_factory=list)  # rows that are not yet in it
+    reasons: list[str] = field(default_factory=list)  # the first ones
+    counts: Counter[str] = field(default_factory=Counter)  # of what was left out, by the kind of the reason
     columns: Columns = field(init=False)
 
-    def leave_out(self, reason: str) -> None:
-        """Count a sample or shard that cannot be used."""
-        self.num_left_out += 1
-        self.reasons += [reason] if len(self.reasons) < _MAX_REASONS else []
+    def leave_out(self, shard: str, key: str, reason: str) -> None:
+        """Note a sample that cannot be used; "" as its key: the end of the shard."""
+        kind = _kind(reason)
+        self.counts[kind if kind in self.counts or len(self.counts) < _MAX_KINDS else "for other reasons"] += 1
+        name = f"{shard}, {key[:80]!r}" if key else shard
+        self.reasons += [f"{name}: {reason}"] if len(self.reasons) < _MAX_REASONS else []
+        id = f"{shard.removesuffix('.tar')}/{key}" if key else ""
+        self.last.append(tuple(map(_printable, (id, "prepare", reason, shard, key))))
+        if len(self.last) == BATCH_ROWS:
+            self.list_left_out()
+
+    def list_left_out(self) -> None:
+        """Add the last rows to the table."""
+        if self.last:
+            self.left_out.add_lists(*zip(*self.last, strict=True))
+            self.last.clear()
 
     def warnings(self) -> list[str]:
         """Return a warning if something was left out."""
+        kinds = "; ".join(f"{count}: {kind}" for kind, count in self.counts.most_common(_SHOWN_KINDS))
         first = f", the first: {self.reasons[0]}" if self.reasons else ""
-        return [f"{self.num_left_out} samples or ends of shards are left out{first}"] if first else []
-
-
-def _find_shards(pattern: str, root: Path) -> list[str]:
-    """Return the paths of the shards relative to `root`: of a range all, in its order; of a pattern those that are there."""
-    shards: dict[str, None] = {}
-    missing: list[str] = []
-    for name in _expand_braces(pattern):
-        if name.startswith("/") or ".." in name.split("/"):
-            raise UserError(
-                f"shards is {pattern!r}; it names tar files below --root, such as shards/train-{{000000..000009}}.tar"
-            )
-        found = sorted(glob.glob(name, root_dir=root, recursive=True)) if glob.has_magic(name) else [name]
-        missing += [each for each in found if not (root / each).is_file()]
-        shards |= dict.fromkeys(found)
-    if missing or not shards:
-        what = (
-            f"{len(missing)} of {len(shards)} shards are missing, the first: {missing[0]}" if missing else "there is no shard"
-        )
-        raise UserError(f"{root}: {what}; --set shards says which tar files are meant, now {pattern!r}")
-    other = next((name for name in shards if not name.endswith(".tar")), "")
-    if other:
-        raise UserError(f"{root / other} does not end with .tar: plain tar files are read; unpack a compressed one with gunzip")
-    return list(shards)
-
-
-def _expand_braces(pattern: str) -> Iterator[str]:
-    """Yield the names that a pattern with {a..b} and {a,b} stands for."""
-    parts = _BRACES.split(pattern)
-    choices = [_choices(part) if number % 2 else [part] for number, part in enumerate(parts)]
-    for number, chosen in enumerate(itertools.product(*choices)):
-        if number >= _MAX_SHARDS:
-            raise UserError(f"shards is {pattern!r}, which are more than {_MAX_SHARDS} tar files")
-        yield "".join(chosen)
-
-
-def _choices(inside: str) -> Sequence[str]:
-    match = _RANGE.fullmatch(inside)
-    if not match:
-        return inside.split(",")
-    first, last = int(match[1]), int(match[2])
-    if not 0 <= last - first < _MAX_SHARDS:
-        raise UserError(f"the range {{{inside}}} in shards is empty, or has more than {_MAX_SHARDS} numbers")
-    return [str(number).zfill(len(match[1])) for number in range(first, last + 1)]
+        return [f"{self.counts.total()} samples or ends of shards are left out ({kinds}){first}"] if first else []
 
 
 def _split_of(shard: str) -> str:
@@ -169,8 +153,34 @@ def _split_of(shard: str) -> str:
     return next((SPLIT_ALIASES[word] for word in reversed(words) if word in SPLIT_ALIASES), "")
 
 
-def _read_shards(spec: Mapping[str, Any], root: Path, shards: Sequence[str]) -> _Found:
-    given = {shard: _split_of(shard) for shard in shards}
+def _kind(reason: str) -> str:
+    """Return a reason without what differs from sample to sample."""
+    head, _, rest = reason.replace(", line 1", "").partition(": ")
+    kind = f"{head}: {rest}" if rest and " " not in head else head  # the first word may be the part
+    return re.sub(r"'.*?'|(?<![\w-])\d+", "…", re.sub(r" \(.*|;.*", "", kind, flags=re.DOTALL))
+
+
+def _printable(text: str) -> str:
+    """Return a text without halves of characters, which names in a tar may have."""
+    return text.encode(errors="backslashreplace").decode()
+
+
+def _read_class_names(file: str, root: Place) -> tuple[list[str], dict[str, str]]:
+    """Return the names in a file of the user's below the root, and its SHA-256 as `readers.source_hashes` has it; "": none."""
+    if not file:
+        return [], {}
+    with tempfile.TemporaryDirectory(prefix="diffalign-") as folder:
+        if isinstance(root, Address) and not Path(file).is_absolute():
+            place, copy = root / readers.parse_media_path(file, Path("class_names"), 1), Path(folder) / file
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            copy.write_bytes(store_of(place).get(place))
+        base = Path(folder) if isinstance(root, Address) else root
+        path = readers.locate(base, [file], "the list of class names")
+        return [nfc(name) for name in readers.read_names(path)], readers.source_hashes([path], base)
+
+
+def _read_shards(spec: Mapping[str, Any], shards: TarShards) -> _Found:
+    given = {shard: _split_of(shard) for shard in shards.names}
     unknown = next((shard for shard, split in given.items() if not split), "")
     if unknown and any(given.values()):
         raise UserError(
@@ -178,19 +188,19 @@ def _read_shards(spec: Mapping[str, Any], root: Path, shards: Sequence[str]) -> 
         )
     found = _Found(is_split=not unknown)
     row = 0
-    for shard in shards:
+    for shard in shards.names:
         first = row
-        with (root / shard).open("rb") as file:
+        with shards.open(shard) as file:
             for batch in _batches(_samples(spec, file, shard, found)):
                 ids, media, texts, labels, numbers = zip(*batch, strict=True)
                 own = [_choose_split(id, given[shard], spec) for id in ids]
                 found.writer.add_lists(ids, own, media, texts, labels, [first + number for number in numbers])
                 row = first + numbers[-1] + 1
-        found.lists.append(readers.list_entry(root / shard, root, row - first, unit="sample"))
+        found.lists.append(readers.list_entry(Path(shard), Path(), row - first, unit="sample"))
     found.columns = found.writer.finish()
     if not len(found.columns):
         why = "".join(f" ({warning})" for warning in found.warnings())
-        raise UserError(f"the {len(shards)} shards below {root} hold no sample{why}")
+        raise UserError(f"the {len(shards.names)} shards below {shards.root} hold no sample{why}")
     return found
 
 
@@ -211,14 +221,14 @@ def _samples(spec: Mapping[str, Any], file: BinaryIO, shard: str, found: _Found)
     keys: set[str] = set()
     for number, (key, entries) in enumerate(_groups(file, shard, found)):
         if key in keys:
-            found.leave_out(f"{shard}, {key[:80]!r}: its key comes again in the shard")
+            found.leave_out(shard, key, "its key comes again in the shard")
             continue
         keys.add(key)
         try:
             media, texts, labels = _read_parts(spec, file, entries)
             path = member_path(shard, media)
         except UserError as error:
-            found.leave_out(f"{shard}, {key[:80]!r}: {error}")
+            found.leave_out(shard, key, str(error))
             continue
         found.suffixes.add(os.path.splitext(media.name)[1].lower())
         found.labels.setdefault(labels)
@@ -239,7 +249,7 @@ def _groups(file: BinaryIO, shard: str, found: _Found) -> Iterator[tuple[str, di
                 part = match[2].lower()
                 parts[part] = entry._replace(problem=f"it has two parts {part}") if part in parts else entry
     except UserError as error:
-        found.leave_out(f"{shard}: {error}")
+        found.leave_out(shard, "", str(error))
     if parts:
         yield key, parts
 

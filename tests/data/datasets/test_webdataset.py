@@ -2,52 +2,31 @@
 
 from __future__ import annotations
 
-import io
 import json
+import re
 import tarfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
-from PIL import Image
+from helpers.tar_files import Members, picture, sample, write_tar
 
 from pipeline.cache.reader import open_cache
 from pipeline.cache.verify import verify
 from pipeline.data.manifest import Manifest
-from pipeline.data.manifest_files import read_manifest
+from pipeline.data.manifest_files import left_out_facts, read_manifest
 from pipeline.data.media_digests import read_digest
 from pipeline.data.prepare import PrepareReport, prepare
 from pipeline.data.tar_members import MAX_MEMBER_BYTES, find_member, read_member
 from pipeline.extraction.extract import ExtractOptions, extract
 from pipeline.runtime.errors import UserError
 
-Members = list[tuple[str | tarfile.TarInfo, bytes]]
-
-
-def picture(colour: int, form: str = "png") -> bytes:
-    file = io.BytesIO()
-    Image.new("RGB", (8, 8), (colour, 255 - colour, 40)).save(file, form)
-    return file.getvalue()
-
-
-def write_tar(path: Path, members: Members) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, "w") as tar:
-        for name, content in members:
-            info = tarfile.TarInfo(name) if isinstance(name, str) else name
-            info.size = len(content) if isinstance(name, str) else info.size
-            tar.addfile(info, io.BytesIO(content))
-
 
 def build(tmp_path: Path, **settings: str) -> tuple[Manifest, PrepareReport]:
     report = prepare("webdataset", tmp_path / "shards", tmp_path / "home", settings)
     return read_manifest(tmp_path / "home", "webdataset"), report
-
-
-def sample(key: str, number: int, **parts: bytes) -> Members:
-    given = {"png": picture(number), "txt": f"picture {number}\n".encode(), "cls": b"%d" % (number % 2), **parts}
-    return [(f"{key}.{part}", content) for part, content in given.items() if content]
 
 
 def test_members_that_follow_each_other_are_samples(tmp_path: Path) -> None:
@@ -115,9 +94,22 @@ def test_samples_that_miss_a_part_are_left_out_with_the_reason(tmp_path: Path, p
     write_tar(tmp_path / "shards" / "a.tar", [*sample("good", 1), *sample("bad", 2, **parts), *sample("last", 3)])
     manifest, report = build(tmp_path)
     assert [each.id for each in manifest.samples] == ["a/good", "a/last"]
-    assert [line for line in manifest.meta["left_out"] if line.startswith("a.tar, 'bad': ") and reason in line]
-    assert "1 samples or ends of shards are left out" in report.warnings[0]
     assert manifest.source_location(1) == "a.tar, sample 3"
+    assert [line for line in manifest.meta["left_out"] if line.startswith("a.tar, 'bad': ") and reason in line]
+    assert "1 samples or ends of shards are left out (1: " in report.warnings[0]
+    (row,) = pq.read_table(report.left_out_list).to_pylist()
+    assert (row["id"], row["stage"], row["shard"], row["key"]) == ("a/bad", "prepare", "a.tar", "bad")
+    assert reason in row["error"]
+    (kind,) = manifest.meta["left_out_counts"]
+    assert not re.search(r"\d{3}|'", kind)
+    assert left_out_facts(tmp_path / "home", "webdataset") == {
+        "left out": f"1: {kind}",
+        "the first of them": manifest.meta["left_out"][0],
+        "all of them": report.left_out_list,
+    }
+    write_tar(tmp_path / "shards" / "a.tar", sample("good", 1))
+    assert build(tmp_path)[1].left_out_list == ""
+    assert left_out_facts(tmp_path / "home", "webdataset") == {}
 
 
 def info(name: str, **fields: Any) -> tarfile.TarInfo:

@@ -1,0 +1,178 @@
+"""Media that lie in an object store, as files of this machine: those of some batches at a time, or single ones.
+
+Whoever decodes them needs no object store: its library cannot be used in a process that was forked from one that uses it.
+"""
+
+from __future__ import annotations
+
+import itertools
+import shutil
+import tempfile
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import replace
+from functools import cache
+from pathlib import Path, PurePath
+from threading import Lock
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+import xxhash
+
+from pipeline.data.media_digests import note_digest
+from pipeline.data.remote_tars import read_pieces, stamps_of
+from pipeline.data.tar_members import Member, find_member
+from pipeline.runtime.connections import RETRY_SECONDS
+from pipeline.runtime.errors import UserError
+
+if TYPE_CHECKING:
+    from pipeline.data.manifest import Manifest
+
+MAX_SINGLE_COPIES = 256  # that a process keeps
+_LOCK = Lock()
+_single_copies: deque[Path] = deque()  # each in a folder of its own
+_numbers = itertools.count()
+_silent_since: dict[str, float] = {}  # bucket -> when its store did not answer
+
+
+class MediaCopies:
+    """Copies of the media of batches. They are read ahead, each batch is asked for in its turn, and its copies are dropped."""
+
+    def __init__(self, manifest: Manifest, folder: Path, sizes: Sequence[int], media_of: Callable[[int], Iterable[PurePath]]):
+        """Read nothing yet: processes can still be forked.
+
+        Args:
+            manifest: the samples.
+            folder: gets the copies: that of <media> is <folder>/<media>.
+            sizes: the number of media of each batch.
+            media_of: returns the media of a batch of this number.
+        """
+        self._manifest, self._folder, self._media_of, self._num_batches = manifest, folder, media_of, len(sizes)
+        self._ends = list(itertools.accumulate(sizes, initial=0))  # number of the media before each batch
+        self._files: dict[int, Path] = {}  # number of the medium -> its copy
+        self._num_ready = 0
+        self._file: BinaryIO | None = None  # the copy that is being written
+        self._hasher = xxhash.xxh3_64()
+        remedy = f"run: {manifest.prepare_command}"
+        self._pieces = read_pieces(self._members(), manifest.media_stamp, remedy)
+
+    def wait(self, batch: int) -> None:
+        """Return when the copies of a batch, and of all before it, are there.
+
+        Raises:
+            UserError: a tar is gone, or was changed since it was prepared.
+            OSError: the store does not answer, or the disk is full.
+        """
+        while self._num_ready < self._ends[batch + 1]:
+            self._write(*next(self._pieces))
+
+    def drop(self, batch: int) -> None:
+        """Remove the copies of a batch."""
+        for number in range(self._ends[batch], self._ends[batch + 1]):
+            self._files.pop(number).unlink(missing_ok=True)
+
+    def close(self) -> None:
+        """Read no further."""
+        self._pieces.close()
+        if self._file:
+            self._file.close()
+
+    def _members(self) -> Iterator[Member]:
+        number = 0
+        for batch in range(self._num_batches):
+            for media in self._media_of(batch):
+                self._files[number] = self._folder / media
+                yield _member_of(self._manifest, media)
+                number += 1
+
+    def _write(self, number: int, piece: memoryview, is_last: bool) -> None:
+        path = self._files[number]
+        if self._file is None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = path.open("wb", buffering=0)
+            self._hasher.reset()
+        self._file.write(piece)
+        self._hasher.update(piece)
+        if is_last:
+            self._file.close()
+            self._file = None
+            media = path.relative_to(self._folder)
+            stamp = self._manifest.media_stamp(_member_of(self._manifest, media).tar)
+            note_digest(str(self._manifest.media_root / media.as_posix()), stamp, self._hasher.digest())
+            self._num_ready += 1
+
+
+@contextmanager
+def copied_media(
+    manifest: Manifest, sizes: Sequence[int], media_of: Callable[[int], Iterable[PurePath]]
+) -> Iterator[tuple[Manifest, MediaCopies]]:
+    """Yield a manifest whose media are files of this machine, and what copies them here; media on a disk are not copied.
+
+    Args:
+        manifest: the samples.
+        sizes: the number of media of each batch.
+        media_of: returns the media of a batch of this number.
+    """
+    if isinstance(manifest.media_root, Path):
+        yield manifest, MediaCopies(manifest, manifest.media_root, [0] * len(sizes), lambda _: ())
+        return
+    with (
+        tempfile.TemporaryDirectory(prefix="diffalign-") as folder,
+        closing(MediaCopies(manifest, Path(folder), sizes, media_of)) as copies,
+    ):
+        yield replace(manifest, media_root=Path(folder)), copies
+
+
+def single_copy(manifest: Manifest, media: PurePath) -> Path:
+    """Return a copy of one medium in an object store; the last `MAX_SINGLE_COPIES` stay until the process ends.
+
+    Raises:
+        UserError: its tar is gone or was changed, or the store does not answer.
+    """
+    root: Any = manifest.media_root
+    bucket = root.bucket
+    if time.monotonic() - _silent_since.get(bucket, -RETRY_SECONDS) < RETRY_SECONDS:
+        raise UserError(f"{bucket} did not answer a moment ago")
+    path = Path(_folder().name) / f"{next(_numbers)}" / media.name
+    try:
+        pieces = read_pieces([_member_of(manifest, media)], manifest.media_stamp, f"run: {manifest.prepare_command}")
+        content = b"".join(piece for _, piece, _ in pieces)
+    except OSError as error:
+        _silent_since[bucket] = time.monotonic()
+        raise UserError(f"{error.filename}: {error.strerror}") from error
+    path.parent.mkdir()
+    path.write_bytes(content)
+    with _LOCK:
+        _single_copies.append(path)
+        if len(_single_copies) > MAX_SINGLE_COPIES:
+            shutil.rmtree(_single_copies.popleft().parent)
+    return path
+
+
+def changed_tars(manifest: Manifest) -> list[str]:
+    """Return the tar files in an object store that are gone, or have another stamp than when they were prepared.
+
+    Raises:
+        OSError: the store does not answer.
+    """
+    stamps = stamps_of(str(manifest.media_root / name) for name in manifest.media_stamps)
+    return [tar for tar, stamp in stamps.items() if stamp != manifest.media_stamp(tar)]
+
+
+def _member_of(manifest: Manifest, media: PurePath) -> Member:
+    """Return where a medium is.
+
+    Raises:
+        UserError: it is in no tar.
+    """
+    address = str(manifest.media_root / media.as_posix())
+    if member := find_member(address):
+        return member
+    raise UserError(f"{address} is in no tar file; run: {manifest.prepare_command}")
+
+
+@cache
+def _folder() -> tempfile.TemporaryDirectory[str]:
+    """The folder of this process for single copies."""
+    return tempfile.TemporaryDirectory(prefix="diffalign-")
