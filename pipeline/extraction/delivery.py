@@ -19,9 +19,9 @@ from typing import Any
 from pipeline.data.manifest_files import manifest_path
 from pipeline.encoders._factory import local_files, with_absolute_paths
 from pipeline.runtime.errors import UserError
-from pipeline.runtime.files import file_sha256, write_atomic
+from pipeline.runtime.files import file_sha256
 from pipeline.runtime.places import Address
-from pipeline.runtime.stores import exists, map_objects, store_of
+from pipeline.runtime.stores import exists, fetch_file, send_file
 
 MANIFEST_FILES = ("parquet", "meta.json", "location.json")
 
@@ -43,12 +43,9 @@ class Delivery:
         files = [(root, file) for root, file in files if file.is_file()]
         digests = {file: file_sha256(file) for file in [*tables, *(file for _, file in files)]}
 
-        def send_file(file: Path) -> None:
-            place = caches / "files" / digests[file]
-            if not exists(place):
-                store_of(place).put(place, file.read_bytes())
-
-        map_objects(caches, send_file, digests)
+        for file, digest in digests.items():
+            if not exists(caches / "files" / digest):
+                send_file(file, caches / "files" / digest)
         return Delivery(
             caches,
             tuple((file.name, digests[file]) for file in tables),
@@ -78,7 +75,7 @@ class Delivery:
         if file.is_file() and file_sha256(file) == digest:
             return
         place = self.caches / "files" / digest
-        write_atomic(file, store_of(place).get(place))
+        fetch_file(place, file)
         if file_sha256(file) != digest:
             raise UserError(f"{place} is damaged (its sha256 does not fit); remove it, and run the same command again")
 

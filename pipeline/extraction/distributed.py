@@ -119,10 +119,9 @@ def dispatch_extraction(
             store_dtype=store_dtype,
             compiled=compiled,
             options=replace(options, workers=options.workers if options.workers >= 0 else default_workers),
-            delivery=_send(home, dataset, settings),
         )
         with gpu_cluster(gpus) if gpus else connect_to_scheduler(scheduler) as client:
-            path = extract_on_cluster(client, spec)
+            path = extract_on_cluster(client, replace(spec, delivery=_send(home, dataset, settings)))
     if warning := describe_failures(path):
         logger.warning(warning)
     return path

@@ -16,7 +16,7 @@ import zarr
 from zarr.storage import MemoryStore
 
 from pipeline.runtime.claims import RENEWALS_PER_LEASE, lease_seconds
-from pipeline.runtime.stores import HASHED_BYTES
+from pipeline.runtime.stores import PIECE_BYTES
 
 ZARR_OPEN = 3  # objects that Zarr asks for to open an array: of the third format and of the second
 
@@ -64,7 +64,7 @@ class CacheSize:
 
     def hashing(self) -> Requests:
         """Return the requests of hashing all of these objects, see `stores.object_sha256`."""
-        return Requests(get=sum(1 + -(-size // HASHED_BYTES) for size in self.array_files))
+        return Requests(get=sum(1 + -(-size // PIECE_BYTES) for size in self.array_files))
 
     def opening(self) -> Requests:
         """Return the requests of opening the complete cache, see `reader.open_cache`."""
@@ -110,7 +110,7 @@ def shared_requests(size: CacheSize, seconds: float, num_workers: int, num_files
         num_workers: workers.
         num_files: files that are delivered to them: three of the manifest, and those of the encoder.
     """
-    delivery = Requests(put=1, get=1) * num_files + Requests(get=num_files) * num_workers
+    delivery = Requests(put=1, get=1) * num_files + Requests(get=2 * num_files) * num_workers  # if they have up to 16 MiB
     client = HOLD * 2 + size.beginning() + size.finishing() + size.opening()
     shard = HOLD + ATTACH + COMMIT
     return delivery + client + shard * size.num_shards + renewals(seconds) * (num_workers + 1)

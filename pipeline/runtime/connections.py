@@ -87,10 +87,10 @@ def labelled(place: Address) -> Iterator[Any]:
         raise FileNotFoundError(errno.ENOENT, "there is no such object", str(place)) from error
     except obstore.exceptions.BaseError as error:
         logger.debug("%s: %s", place, type(error).__name__)
-        raise OSError(errno.EIO, _reason(error), str(place)) from None  # its long text has settings of the connection
+        raise OSError(errno.EIO, _reason(place, error), str(place)) from None  # its long text has settings of the connection
 
 
-def _reason(error: Exception) -> str:
+def _reason(place: Address, error: Exception) -> str:
     """Return one line about an error of the library, with its remedy.
 
     The first line of the library's text has the address of the request; `_check_endpoint` lets none with credentials through.
@@ -100,4 +100,7 @@ def _reason(error: Exception) -> str:
     if isinstance(error, obstore.exceptions.PermissionDeniedError | obstore.exceptions.UnauthenticatedError):
         return "access is refused; are the credentials in the environment those of this bucket?"
     line = " ".join(str(error).split("\n")[0].split())
-    return f"{line[:300]}; are the bucket's name, AWS_ENDPOINT_URL and AWS_REGION right, and does the store answer?"
+    names = {"s3": "the bucket's name, AWS_ENDPOINT_URL and AWS_REGION"}
+    scheme = place.bucket.partition(":")[0]
+    asked = names.get(scheme, f"the bucket's name and the variables {CREDENTIAL_VARIABLES[scheme]}…")
+    return f"{line[:300]}; are {asked} right, and does the store answer?"

@@ -25,7 +25,8 @@ from pipeline.runtime.places import Address, Place
 
 Data = bytes | memoryview | str | Iterator[bytes | memoryview]
 REQUESTS_IN_FLIGHT = 16  # of one reader or writer
-HASHED_BYTES = 2**24  # of an object that are read at a time to hash it
+PIECE_BYTES = 2**24  # of an object that are sent or read at a time, if it may be larger than the memory
+PIECES_IN_FLIGHT = 4  # that are sent
 _ItemT = TypeVar("_ItemT")
 _ResultT = TypeVar("_ResultT")
 
@@ -248,11 +249,30 @@ def object_sha256(place: Place) -> str:
     """Return the SHA-256 of the content of an object, as 64 hexadecimal digits; only a part of it is in memory."""
     if isinstance(place, Path):
         return file_sha256(place)
-    store, digest = store_of(place), hashlib.sha256()
-    size = store.size(place)
-    for start in range(0, size, HASHED_BYTES):
-        digest.update(store.get_range(place, start, min(HASHED_BYTES, size - start)))
+    digest = hashlib.sha256()
+    for piece in _pieces(place):
+        digest.update(piece)
     return digest.hexdigest()
+
+
+def _pieces(place: Address) -> Iterator[memoryview]:
+    """Yield the content of an object of an object store."""
+    store = store_of(place)
+    size = store.size(place)
+    for start in range(0, size, PIECE_BYTES):
+        yield store.get_range(place, start, min(PIECE_BYTES, size - start))
+
+
+def send_file(file: Path, place: Address) -> None:
+    """Write a file of any size to an object store; only a part of it is in memory, and the object is there when it is whole."""
+    with labelled(place) as obstore:
+        bucket = _bucket_store(place.bucket).bucket
+        obstore.put(bucket, place.key, file, chunk_size=PIECE_BYTES, max_concurrency=PIECES_IN_FLIGHT)
+
+
+def fetch_file(place: Address, file: Path) -> None:
+    """Write an object of any size to a file; only a part of it is in memory."""
+    write_atomic(file, _pieces(place))
 
 
 def file_stamp(status: os.stat_result) -> str:

@@ -11,6 +11,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from dask.distributed import Client
 from helpers.fault_cases import cache_content, extract_command, extract_texts, write_texts
@@ -18,6 +19,7 @@ from helpers.s3_endpoint import Endpoint, use_endpoint
 
 from pipeline.cache.housekeeping import copy
 from pipeline.extraction.delivery import Delivery, replace_paths
+from pipeline.runtime import stores
 from pipeline.runtime.errors import UserError
 from pipeline.runtime.places import Address, parse_place
 from pipeline.runtime.stores import store_of
@@ -38,6 +40,7 @@ def test_a_worker_gets_the_files_of_the_client(endpoint: Endpoint, tmp_path: Pat
     for name in ("a.bin", "deep/b.bin"):
         (model / name).write_bytes(name.encode())
     (tmp_path / "w.pt").write_bytes(b"weights")
+    (model / "large.bin").write_bytes(np.random.default_rng(0).bytes(2 * stores.PIECE_BYTES + 1))  # in three parts
     settings: dict[str, Any] = {"model": str(model), "weights": str(tmp_path / "w.pt"), "width": "8"}
     caches = parse_place("s3://bucket/delivery")
     assert isinstance(caches, Address)
@@ -51,6 +54,7 @@ def test_a_worker_gets_the_files_of_the_client(endpoint: Endpoint, tmp_path: Pat
     assert not here["model"].startswith(str(tmp_path))
     assert (Path(here["model"]) / "deep" / "b.bin").read_bytes() == b"deep/b.bin"
     assert Path(here["weights"]).read_bytes() == b"weights"
+    assert (Path(here["model"]) / "large.bin").read_bytes() == (model / "large.bin").read_bytes()
     assert replace_paths(here, {here: there for there, here in paths.items()}) == settings
     (file,) = [found for found in store_of(caches).list(caches) if store_of(caches).get(found.place) == b"weights"]
     store_of(caches).put(file.place, b"other weights")
