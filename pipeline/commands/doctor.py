@@ -193,13 +193,13 @@ def _check_prepared(home: Path, dataset: str) -> Iterator[Finding]:
     """Check the dataset's manifest, its media, and its default encoders."""
     from pipeline.data.manifest_files import read_manifest
     from pipeline.data.readers import find_missing_media
-    from pipeline.data.tar_members import file_on_disk
+    from pipeline.data.tar_members import find_member
     from pipeline.extraction.inputs import default_encoders
 
     try:
         manifest = read_manifest(home, dataset)
         media = [sample.media.as_posix() for sample in manifest.samples]
-        missing = find_missing_media(manifest.media_root, media, manifest.source_location, find_file=file_on_disk)
+        missing = find_missing_media(manifest.media_root, media, manifest.source_location, find_member=find_member)
     except UserError as error:
         yield Finding(False, f"{dataset} is not prepared", str(error))
         return

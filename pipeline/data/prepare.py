@@ -5,24 +5,28 @@ The counts are compared with the published ones, and every media file is looked 
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from pipeline.data.fetch import download_folder
+from pipeline.data.keys import contains, run_starts
 from pipeline.data.manifest import DATASET_NAME, Manifest, found_counts, recurring_texts, split_counts, text_counts
 from pipeline.data.manifest_files import write_manifest
 from pipeline.data.media import open_frames, open_image
-from pipeline.data.readers import find_missing_media, media_file
+from pipeline.data.readers import media_file, media_sizes
 from pipeline.data.recipes import Recipe, check_not_another, read_recipe, write_recipe
+from pipeline.data.sample_columns import list_sizes
 from pipeline.data.spec import load_spec
-from pipeline.data.tar_members import file_on_disk, find_member, local_file
+from pipeline.data.tar_members import find_member, local_file
 from pipeline.runtime import plugins
 from pipeline.runtime.choices import unknown_choice
 from pipeline.runtime.errors import UserError
@@ -98,11 +102,13 @@ def prepare(
         check_not_another(home, manifest)
     counts, differences = _compare_counts(manifest, spec)
     missing_list = home / "manifests" / f"{manifest.dataset}.missing.txt"
-    manifest, num_missing = _leave_out_missing(manifest, missing_list, spec["allow_missing"])
+    num_samples = len(manifest.samples)
+    manifest, sizes = _leave_out_missing(manifest, missing_list, spec["allow_missing"])
+    num_missing = num_samples - len(sizes)
     if num_missing:
         counts += [_count_row("without media, left out", num_missing), _count_row("all with media", len(manifest.samples))]
         counts += [_count_row(f"{split} with media", found) for split, found in split_counts(manifest).items()]
-    copies = _warn_about_copies(manifest)
+    copies = _warn_about_copies(manifest, sizes)
     num_recurring = len(recurring_texts(manifest))
     counts.append(_count_row("train with text", int(np.count_nonzero(text_counts(manifest.split("train"))))))
     counts.append(_count_row("test texts in train", num_recurring))
@@ -241,21 +247,20 @@ def _different_classes(names: Sequence[str], found: Sequence[int], published: Se
     return [f"{name} {count} (published {wanted})" for name, count, wanted in pairs if count != wanted]
 
 
-def _leave_out_missing(manifest: Manifest, missing_list: Path, allow: bool) -> tuple[Manifest, int]:
+def _leave_out_missing(manifest: Manifest, missing_list: Path, allow: bool) -> tuple[Manifest, NDArray[np.int64]]:
     """Remove the samples that have no media file, and list them in the file `missing_list`.
 
     Returns:
-        The remaining manifest, and the number of samples that were removed.
+        The remaining manifest, and the size of the media file of each of its samples in bytes.
 
     Raises:
         UserError: media files are missing and that is not allowed, or all are missing.
     """
-    media = manifest.columns.strings("media")
-    follows_links = manifest.meta.get("follows_links", False)
-    missing = find_missing_media(manifest.media_root, media, manifest.source_location, follows_links, file_on_disk)
+    sizes = _media_sizes(manifest)
+    missing = np.flatnonzero(sizes < 0).tolist()
     if not missing:
         missing_list.unlink(missing_ok=True)
-        return manifest, 0
+        return manifest, sizes
     lines = [f"{manifest.source_location(position)}: {manifest.samples[position].media.as_posix()}" for position in missing]
     write_atomic(missing_list, "\n".join(lines) + "\n")
     share = f"{len(missing)} of {len(manifest.samples)} media files of {manifest.dataset} are missing"
@@ -269,9 +274,9 @@ def _leave_out_missing(manifest: Manifest, missing_list: Path, allow: bool) -> t
         )
     if len(missing) == len(manifest.samples):
         raise UserError(f"{share} below {manifest.media_root}: there is nothing to prepare; see {missing_list}")
-    kept = np.delete(np.arange(len(manifest.samples)), missing)
+    kept = np.flatnonzero(sizes >= 0)
     left_out = manifest.columns.ids.take(missing)
-    return manifest.select(kept, meta={**manifest.meta, "missing_media": left_out}), len(missing)
+    return manifest.select(kept, meta={**manifest.meta, "missing_media": left_out}), sizes[kept]
 
 
 def _refuse_irregular(manifest: Manifest, missing: Sequence[int]) -> None:
@@ -307,48 +312,51 @@ def _find_undecodable(manifest: Manifest, progress: bool) -> dict[int, str]:
         return {position: text for position, text in enumerate(reasons) if text}
 
 
-def _warn_about_copies(manifest: Manifest) -> list[str]:
+def _media_sizes(manifest: Manifest) -> NDArray[np.int64]:
+    """Return the size of the media file of each sample in bytes; -1: there is none."""
+    media, follows_links = manifest.columns.strings("media"), manifest.meta.get("follows_links", False)
+    starts = run_starts(media)  # several samples of one file often stand together
+
+    def where(run: int) -> str:
+        return manifest.source_location(int(starts[run]))
+
+    sizes = media_sizes(manifest.media_root, media.at(starts), where, follows_links, find_member)
+    return np.repeat(sizes, np.diff(np.append(starts, len(media))))
+
+
+def _warn_about_copies(manifest: Manifest, sizes: NDArray[np.int64]) -> list[str]:
     """Return a warning if a media file of val or test has the same bytes as one of train.
 
     Only files of equal size are read, and none if they are more than `MAX_COMPARED_BYTES` together.
+
+    Args:
+        manifest: the manifest.
+        sizes: the size of the media file of each sample in bytes.
     """
-    sizes = np.fromiter(_media_sizes(manifest), np.int64, len(manifest.samples))
-    is_train = manifest.columns.split_codes == SPLITS.index("train")
-    shared = np.intersect1d(sizes[is_train], sizes[~is_train])
-    positions = np.flatnonzero(np.isin(sizes, shared))
-    if sizes[positions].sum() > MAX_COMPARED_BYTES:
+    media = manifest.columns.strings("media")
+    starts = run_starts(media)  # of the samples of one file, which are in one split
+    counts = np.diff(np.append(starts, len(sizes)))
+    sizes, is_train = sizes[starts], manifest.columns.split_codes[starts] == SPLITS.index("train")
+    runs = np.flatnonzero(np.where(is_train, contains(sizes[~is_train], sizes), contains(sizes[is_train], sizes)))
+    if (sizes[runs] * counts[runs]).sum() > MAX_COMPARED_BYTES:
         return []
-    media = manifest.columns.strings("media").take(positions)
-    digests: dict[str, str] = {}
-    for name, position in zip(media, positions.tolist(), strict=True):
-        if name not in digests:
-            with local_file(manifest.media_path(manifest.samples[position])) as file:
-                digests[name] = file_sha256(file)
-    pairs = list(zip(positions.tolist(), media, strict=True))
-    originals = {digests[name]: position for position, name in pairs if is_train[position]}
-    copies = [
-        (position, originals[digests[name]])
-        for position, name in pairs
-        if not is_train[position] and digests[name] in originals
-    ]
+    digest_of = functools.cache(functools.partial(_media_digest, manifest))
+    digests = {run: digest_of(name) for run, name in zip(runs.tolist(), media.take(starts[runs]), strict=True)}
+    originals = {digest: run for run, digest in digests.items() if is_train[run]}
+    copies = [run for run, digest in digests.items() if not is_train[run] and digest in originals]
     if not copies:
         return []
-    first, original = (manifest.samples[position] for position in copies[0])
+    last = originals[digests[copies[0]]]
+    first, original = (manifest.samples[int(position)] for position in (starts[copies[0]], starts[last] + counts[last] - 1))
     return [
-        f"{len(copies)} media files of val and test have the same bytes as one of train, the first: {first.id!r} of "
+        f"{counts[copies].sum()} media files of val and test have the same bytes as one of train, the first: {first.id!r} of "
         f"{first.split} and {original.id!r}; leave them out, or put them in one group"
     ]
 
 
-def _media_sizes(manifest: Manifest) -> Iterator[int]:
-    """Yield the size of each sample's file; several samples of one file often stand together."""
-    size, last = 0, ""
-    for media in manifest.columns.strings("media"):
-        if media != last:
-            path, last = str(media_file(manifest.media_root, PurePosixPath(media))), media
-            member = find_member(path)
-            size = member.size if member else os.stat(path).st_size
-        yield size
+def _media_digest(manifest: Manifest, media: str) -> str:
+    with local_file(media_file(manifest.media_root, PurePosixPath(media))) as file:
+        return file_sha256(file)
 
 
 def _warn_about_splits(manifest: Manifest, num_recurring: int) -> list[str]:
@@ -359,7 +367,7 @@ def _warn_about_splits(manifest: Manifest, num_recurring: int) -> list[str]:
         remedy = manifest.meta["val_remedy"]
         again = f"; prepare with {remedy}" if remedy else ""
         warnings.append(f"the val split is empty, and heads are selected on it{again}")
-    unlabelled = len(manifest.samples) - len(np.unique(manifest.columns.labels()[0]))
+    unlabelled = sum(np.count_nonzero(list_sizes(block.column(0)) == 0) for block in manifest.columns.blocks(["labels"]))
     if unlabelled:
         remedy = " with --set filter=label" if "filter" in manifest.meta["options"] else ""
         warnings.append(f"{unlabelled} samples have no label, and heads cannot be scored on them; leave them out{remedy}")
