@@ -1,8 +1,9 @@
 """Measure what millions of rows cost: bytes a row of a manifest, seconds and memory of each stage; results are in RESULTS.md.
 
-    python benchmarks/rows.py [--rows 10000000] [--parts prepare,manifest,resume,join,verify] [--folder DIR]
+    python benchmarks/rows.py [--rows 10000000] [--parts prepare,prepare-parquet,manifest,resume,join,verify] [--folder DIR]
 
 prepare    `diffalign prepare table` of a CSV file with ids, media, labels, captions and groups; a picture has a hundred rows
+prepare-parquet  the same of a Parquet file
 manifest   reading the manifest, and the bytes a row that it keeps in memory
 resume     reading the manifest, and finding that every shard of its cache is complete and undamaged
 join       opening the cache, and reading the features of all training samples by their ids
@@ -16,6 +17,7 @@ processor count all threads.
 from __future__ import annotations
 
 import argparse
+import functools
 import multiprocessing
 import tempfile
 import threading
@@ -25,6 +27,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.parquet as pq
 
 from pipeline.cache.reader import open_cache
 from pipeline.cache.verify import verify
@@ -60,12 +65,18 @@ def write_table(folder: Path, num_rows: int) -> None:
     (folder / "pictures").mkdir(parents=True)
     for picture in range(-(-num_rows // ROWS_PER_PICTURE)):
         (folder / "pictures" / f"{picture}.jpg").write_bytes(b"%d" % picture)
-    with (folder / "captions.csv").open("w", encoding="utf-8") as file:
-        file.write("sample_id,media_path,label,text,group_id\n")
+    schema = pa.schema([(name, pa.string()) for name in ("sample_id", "media_path", "label", "text", "group_id")])
+    with (
+        pyarrow.csv.CSVWriter(folder / "captions.csv", schema) as text,
+        pq.ParquetWriter(folder / "captions.parquet", schema) as table,
+    ):
         for rows in blocks(num_rows):
             pictures = [row // ROWS_PER_PICTURE for row in rows]
-            cells = zip(ids_of(rows), pictures, captions_of(rows), strict=True)
-            file.writelines(f"{id},pictures/{of}.jpg,class{of % NUM_CLASSES},{text},g{of}\n" for id, of, text in cells)
+            paths, labels = ([f"pictures/{of}.jpg" for of in pictures], [f"class{of % NUM_CLASSES}" for of in pictures])
+            columns = (ids_of(rows), paths, labels, captions_of(rows), [f"g{of}" for of in pictures])
+            batch = pa.RecordBatch.from_arrays(list(map(pa.array, columns)), schema=schema)
+            text.write_batch(batch)
+            table.write_batch(batch)
 
 
 def write_rows(home: Path, num_rows: int) -> ExtractionTarget:
@@ -103,8 +114,8 @@ def cache_target(home: Path) -> ExtractionTarget:
     return ExtractionTarget.from_identity(home, manifest, identity, provenance, (WIDTH,), ExtractOptions())
 
 
-def run_prepare(folder: Path) -> None:
-    prepare("table", folder / "table", folder / "prepared", {"file": "captions.csv"}, overwrite=True)
+def run_prepare(folder: Path, ending: str = "csv") -> None:
+    prepare("table", folder / "table", folder / f"prepared-{ending}", {"file": f"captions.{ending}"})
 
 
 def run_resume(folder: Path) -> None:
@@ -129,6 +140,7 @@ def run_manifest(folder: Path) -> Manifest:
 
 PARTS: dict[str, Callable[[Path], object]] = {
     "prepare": run_prepare,
+    "prepare-parquet": functools.partial(run_prepare, ending="parquet"),
     "manifest": run_manifest,
     "resume": run_resume,
     "join": run_join,
@@ -185,8 +197,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=options.folder) as name:
         folder, parts = Path(name), options.parts.split(",")
         context = multiprocessing.get_context("spawn")
-        work = [(write_table, (folder / "table", options.rows))] if "prepare" in parts else []
-        work += [(write_rows, (folder / "home", options.rows))] if set(parts) - {"prepare"} else []
+        work = [(write_table, (folder / "table", options.rows))] if {"prepare", "prepare-parquet"} & set(parts) else []
+        work += [(write_rows, (folder / "home", options.rows))] if {"manifest", "resume", "join", "verify"} & set(parts) else []
         for function, arguments in (*work, *((measure, (part, folder, options.rows)) for part in parts)):
             process = context.Process(target=function, args=arguments)
             process.start()

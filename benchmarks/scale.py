@@ -181,7 +181,7 @@ def main() -> None:
     parser.add_argument("--media-shards", type=int, default=5000)
     parser.add_argument("--bucket-shards", default="1000,5000")
     parser.add_argument("--rows", default="1000000,10000000")
-    parser.add_argument("--prepared-rows", type=int, default=200_000)
+    parser.add_argument("--prepared-rows", type=int, default=1_000_000)
     parser.add_argument("--folder", type=Path, help="where everything is written; a few gigabytes, and 500,000 small files")
     options = parser.parse_args()
     for part in options.parts.split(","):

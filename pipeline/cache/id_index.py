@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.data.columns import BATCH_ROWS, Strings
+from pipeline.data.keys import hash_keys
 
 
 class IdIndex:
@@ -17,7 +18,7 @@ class IdIndex:
     def __init__(self, ids: Strings) -> None:
         """Index these ids."""
         self._ids = ids
-        hashes = np.fromiter(map(hash, ids), np.int64, len(ids))
+        hashes = hash_keys(ids)
         self._order = np.argsort(hashes, kind="stable")
         self._hashes = hashes[self._order]
 

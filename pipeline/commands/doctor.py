@@ -211,7 +211,7 @@ def _missing_media(manifest: Manifest) -> str:
     """Return how many media are not there any more, for a message; "": all are."""
     from pipeline.data.media_copies import changed_tars
     from pipeline.data.readers import find_missing_media
-    from pipeline.data.tar_members import file_on_disk
+    from pipeline.data.tar_members import find_member
 
     if isinstance(manifest.media_root, Address):
         try:
@@ -221,7 +221,7 @@ def _missing_media(manifest: Manifest) -> str:
         num_tars = len(manifest.media_stamps)
         return f": {len(changed)} of {num_tars} shards are gone or changed, the first is {changed[0]}" if changed else ""
     media = manifest.columns.strings("media")
-    missing = find_missing_media(manifest.media_root, media, manifest.source_location, find_file=file_on_disk)
+    missing = find_missing_media(manifest.media_root, media, manifest.source_location, find_member=find_member)
     first = manifest.samples[missing[0]].media.as_posix() if missing else ""
     return f": {len(missing)} of {len(media)} files are missing, the first is {first}" if missing else ""
 

@@ -11,7 +11,7 @@ from pipeline.data import readers
 from pipeline.data.cells import SPLIT_ALIASES, looks_like_splits, nfc
 from pipeline.data.pictures import starts_like_picture
 from pipeline.data.table_files import METADATA_FILES, TABLE_SUFFIXES, tables_in
-from pipeline.data.table_rows import TableRow
+from pipeline.data.table_rows import TableRow, TableRows
 from pipeline.runtime.errors import UserError
 
 IMAGE_SUFFIXES = (
@@ -27,7 +27,7 @@ _NOTES_WITHOUT_ENDING = ("readme", "license", "licence", "notice", "copying")
 _MAX_SHOWN = 3  # files or folders in a message
 
 
-def read_class_folders(spec: Mapping[str, Any], media_root: Path, root: Path) -> tuple[list[TableRow], list[str]]:
+def read_class_folders(spec: Mapping[str, Any], media_root: Path, root: Path) -> tuple[TableRows, list[str]]:
     """Return one row for every media file below a class folder, in the order of the paths, and warnings.
 
     Hidden files and folders, and those of operating systems, are skipped; of a cache of the hub, the snapshots are read. Media
@@ -38,22 +38,24 @@ def read_class_folders(spec: Mapping[str, Any], media_root: Path, root: Path) ->
         media_root: the folder of the class folders.
         root: the folder that `--root` names; tables in it are a reason to ask about a single class folder.
     """
-    rows: list[TableRow] = []
     left_out: list[Path] = []
     depth = _split_depth(media_root)
-    for path in walk_media(media_root, left_out):
-        line = len(rows) + 1
+    rows = TableRows.of(_read_files(media_root, root, depth, left_out))
+    if not spec["folder_labels"]:
+        tables = [path for path in left_out if path.suffix.lower() in TABLE_SUFFIXES]
+        _check_class_folders(media_root, rows, depth, _remedies_of_tables([*tables, *tables_in(root)], root))
+    return rows, _warn_about_left_out(left_out, media_root)
+
+
+def _read_files(media_root: Path, root: Path, depth: int, left_out: list[Path]) -> Iterator[TableRow]:
+    for line, path in enumerate(walk_media(media_root, left_out), start=1):
         media = readers.parse_media_path(path.relative_to(media_root).as_posix(), media_root, line)
         parts = media.split("/")
         if len(parts) < depth + 2:
             remedies = _remedies_of_tables(tables_in(root), root) or ["name a table, --set file=NAME"]
             raise UserError(f"{media_root / media} is in no class folder; {remedies[0]}; or make folders <class>/…")
         split = SPLIT_ALIASES[parts[0].lower()] if depth else ""
-        rows.append(TableRow(media_root, line, media, (nfc(parts[depth]),), (), split, "", ""))
-    if not spec["folder_labels"]:
-        tables = [path for path in left_out if path.suffix.lower() in TABLE_SUFFIXES]
-        _check_class_folders(media_root, rows, depth, _remedies_of_tables([*tables, *tables_in(root)], root))
-    return rows, _warn_about_left_out(left_out, media_root)
+        yield TableRow(media_root, line, media, (nfc(parts[depth]),), (), split, "", "")
 
 
 def walk_media(folder: Path, left_out: list[Path], above: frozenset[str] = frozenset()) -> Iterator[Path]:
@@ -101,7 +103,7 @@ def _is_hidden(name: str) -> bool:
     return name.startswith(".") or name in _HELPER_FOLDERS
 
 
-def _check_class_folders(root: Path, rows: Sequence[TableRow], depth: int, remedies: Sequence[str]) -> None:
+def _check_class_folders(root: Path, rows: TableRows, depth: int, remedies: Sequence[str]) -> None:
     """Refuse folders that are named like splits, and a single one whose folders, or tables at hand, may give the classes.
 
     Args:
@@ -110,7 +112,7 @@ def _check_class_folders(root: Path, rows: Sequence[TableRow], depth: int, remed
         depth: 1 below split folders, else 0.
         remedies: what to do if the tables that were found give the classes.
     """
-    classes = {row.labels[0] for row in rows}
+    classes = set(rows.labels)
     if looks_like_splits(classes):
         raise UserError(
             f"the folders {', '.join(sorted(classes))} below {root} look like splits and not like classes: call the splits "
@@ -119,8 +121,8 @@ def _check_class_folders(root: Path, rows: Sequence[TableRow], depth: int, remed
     if len(classes) != 1:
         return
     (name,) = classes
-    below = {row.media.split("/")[depth + 1] for row in rows if row.media.count("/") > depth + 1}
-    if len(below) > 1 and all(row.media.count("/") > depth + 1 for row in rows):
+    below = {"/".join(media.split("/")[depth + 1 : -1][:1]) for media in rows.samples.strings("media")}  # "" for a file itself
+    if len(below) > 1 and "" not in below:
         root_of_all = f"give --root {root / name}" if not depth else f"put them beside {name}"
         shown = ", ".join(sorted(below)[:5])
         remedies = [*remedies, f"if the folders in it are the classes ({shown} …), {root_of_all}"]

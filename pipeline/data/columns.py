@@ -130,6 +130,21 @@ def numpy_array(array: pa.Array) -> NDArray[Any]:
     return np.from_dlpack(array.cast(pa.int8()) if pa.types.is_boolean(array.type) else array)
 
 
+def text_bytes(texts: pa.Array) -> NDArray[np.uint8]:
+    """Return the bytes of all texts, one after the other, as an array that is only read."""
+    _, offsets, data = texts.buffers()
+    if data is None or not len(texts):
+        return np.zeros(0, np.uint8)
+    bounds = np.frombuffer(offsets, np.int32)[texts.offset : texts.offset + len(texts) + 1]
+    return np.frombuffer(data, np.uint8)[bounds[0] : bounds[-1]]
+
+
+def holds_controls(texts: pa.Array) -> bool:
+    """Return whether there is a control character of ASCII in any of the texts."""
+    data = text_bytes(texts)
+    return bool(len(data)) and bool(data.min() < 32 or (data == 127).any())
+
+
 class ColumnWriter:
     """Collects the rows of a table: in memory while they are few, else in a file."""
 
@@ -220,15 +235,26 @@ class Strings(Sequence[str]):
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> NDArray[Any]:
         return np.array(list(self), dtype)
 
+    def blocks(self, num_rows: int = BATCH_ROWS) -> Iterator[pa.Array]:
+        """Yield all texts as arrays, none of which is empty."""
+        for block in self._columns.blocks(self._positions, [self._name], num_rows):
+            yield block.column(0)
+
     def parts(self, num_rows: int = BATCH_ROWS) -> Iterator[list[str]]:
         """Yield all texts as lists."""
-        for block in self._columns.blocks(self._positions, [self._name], num_rows):
-            yield block.column(0).to_pylist()
+        yield from (block.to_pylist() for block in self.blocks(num_rows))
+
+    def at(self, positions: NDArray[np.int64]) -> Strings:
+        """Return the texts at these positions, without copying them."""
+        return Strings(self._columns, self._name, self._rows_at(positions))
 
     def take(self, positions: NDArray[np.int64] | Sequence[int]) -> list[str]:
         """Return the texts at these positions."""
-        blocks = self._columns.fitting(self._all_positions()[np.asarray(positions, np.int64)], [self._name])
+        blocks = self._columns.fitting(self._rows_at(np.asarray(positions, np.int64)), [self._name])
         return [text for block in blocks for text in block.column(0).to_pylist()]
+
+    def _rows_at(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
+        return positions if self._positions is None else self._positions[positions]
 
     def _all_positions(self) -> NDArray[np.int64]:
         return np.arange(len(self._columns)) if self._positions is None else self._positions

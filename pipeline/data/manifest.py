@@ -10,18 +10,19 @@ import re
 import unicodedata
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from pipeline.data.columns import Columns, compute, numpy_array
+from pipeline.data.columns import Columns, compute, index_array, numpy_array
+from pipeline.data.keys import contains, first_positions, hash_keys, run_starts
 from pipeline.data.media_copies import single_copy
 from pipeline.data.readers import LINE_LIMIT, UNPRINTABLE, media_file
 from pipeline.data.sample_columns import SampleColumns, json_rows, list_sizes, unusual_rows
@@ -35,7 +36,6 @@ _PLAIN_TEXT = r"^[!-~]+( [!-~]+)*$"  # which no Unicode form changes
 DATASET_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 HALF_CHARACTER = "a text holds a lone surrogate, half of a character that UTF-8 cannot spell"
 _LONE_SURROGATE = re.compile(r"[\ud800-\udfff]")
-KeyedT = TypeVar("KeyedT")
 _NO_COUNTS: Mapping[str, int] = MappingProxyType({})
 
 
@@ -166,6 +166,8 @@ def prepare_command(dataset: str, plugin: str) -> str:
 def check_manifest(manifest: Manifest, counts: Mapping[str, int] = _NO_COUNTS) -> None:
     """Check the schema, then the counts, then that nothing leaks from one split into another.
 
+    Columns of samples that have passed are not looked at again with the same meaning of labels: it takes long.
+
     Args:
         manifest: the manifest to check.
         counts: expected counts, see `check_counts`.
@@ -173,15 +175,24 @@ def check_manifest(manifest: Manifest, counts: Mapping[str, int] = _NO_COUNTS) -
     Raises:
         UserError: names the first faulty row by its list and line.
     """
-    _check_schema(manifest)
+    texts_recur = manifest.meta.get("texts_recur", False)
+    passed = (manifest.label_kind, len(manifest.class_names), texts_recur)
+    columns = manifest.samples if isinstance(manifest.samples, SampleColumns) else None
+    is_new = columns is None or columns.passed != passed or bool(manifest.extra)
+    _check_names(manifest)
+    if is_new:
+        _check_samples(manifest)
     check_counts(manifest, counts)
-    _check_leaks(manifest, "group", "group")
-    _check_leaks(manifest, "media", "media file")
-    if not manifest.meta.get("texts_recur", False):
+    if is_new:
+        _check_leaks(manifest, "group", "group")
+        _check_leaks(manifest, "media", "media file")
+    if is_new and not texts_recur:
         _check_texts(manifest)
+    if columns is not None:
+        columns.passed = passed
 
 
-def _check_schema(manifest: Manifest) -> None:
+def _check_names(manifest: Manifest) -> None:
     if not DATASET_NAME.fullmatch(manifest.dataset):
         raise UserError(f"dataset name {manifest.dataset!r} may hold only letters, digits, '_', '-' and '.'")
     if not manifest.samples:
@@ -190,11 +201,15 @@ def _check_schema(manifest: Manifest) -> None:
         if count > 1 or not name or UNPRINTABLE.search(name):
             what = "more than once" if count > 1 else "which is empty or unprintable"
             raise UserError(f"dataset {manifest.dataset!r} names the class {name[:80]!r} {what}")
+
+
+def _check_samples(manifest: Manifest) -> None:
     for position in _rows_to_check(manifest):
         if problem := _row_problem(manifest.samples[position], manifest):
             raise _row_error(manifest, position, problem)
-    for _, first, second in repeated_keys(manifest.columns.ids, str):
-        raise _row_error(manifest, second, f"repeats the id of {manifest.source_location(first)}")
+    first = first_positions(manifest.columns.ids)
+    for again in np.flatnonzero(first < np.arange(len(first)))[:1].tolist():
+        raise _row_error(manifest, again, f"repeats the id of {manifest.source_location(int(first[again]))}")
 
 
 def _rows_to_check(manifest: Manifest) -> Iterator[int]:
@@ -254,14 +269,20 @@ def _label_problem(sample: Sample, manifest: Manifest) -> str:
 
 def _check_leaks(manifest: Manifest, column: str, what: str) -> None:
     """Check that samples with the same key in a column are in one split; samples with the key "" are not checked."""
-    keys = manifest.columns.strings(column)
-    hashes = _hashes(keys)
+    keys, codes = manifest.columns.strings(column), manifest.columns.split_codes
+    heads = run_starts(keys)  # of rows that follow each other, as those of one picture often do, the first is enough
+    if len(heads) == 1 and not keys[0]:
+        return
+    is_head = np.append(True, codes[1:] != codes[:-1])
+    is_head[heads] = True
+    heads = np.flatnonzero(is_head)
+    hashes = hash_keys(keys.at(heads))
     order = np.argsort(hashes, kind="stable")
-    hashes, codes = hashes[order], manifest.columns.split_codes[order]
+    hashes, codes = hashes[order], codes[heads[order]]
     starts = np.flatnonzero(np.concatenate([[True], hashes[1:] != hashes[:-1]]))
     is_mixed = (np.minimum.reduceat(codes, starts) < np.maximum.reduceat(codes, starts)) & (hashes[starts] != hash(""))
     first: dict[str, int] = {}
-    for position in np.sort(order[np.repeat(is_mixed, np.diff(np.append(starts, len(order))))]).tolist():
+    for position in np.sort(heads[order[np.repeat(is_mixed, np.diff(np.append(starts, len(order))))]]).tolist():
         key = keys[position]
         sample, other = (manifest.samples[each] for each in (position, first.setdefault(key, position)))
         if other.split != sample.split:
@@ -284,43 +305,33 @@ def recurring_texts(manifest: Manifest) -> NDArray[np.int64]:
     All texts of the two samples must be the same, in any order. Case, blanks and Unicode's compatibility forms are ignored.
     Samples without text are left out. Texts are compared by 64-bit hashes, so that millions of them need not be held.
     """
-    hashes = _hashes(key for block in manifest.columns.blocks(["texts"]) for key in _text_keys(block.column(0)))
+    hashes = np.concatenate(
+        [_text_hashes(block.column(0)) for block in manifest.columns.blocks(["texts"])] or [np.zeros(0, np.int64)]
+    )
     train, test = (own[hashes[own] != hash("")] for own in map(manifest.split_positions, ("train", "test")))
-    return test[np.isin(hashes[test], hashes[train])]
+    return test[contains(hashes[train], hashes[test])]
 
 
-def _text_keys(texts: pa.Array) -> list[str]:
-    """Return the key of each row of texts; fast for rows of one plain English text each."""
-    flat = texts.flatten()
-    is_plain = len(flat) == len(texts) and compute.all(compute.match_substring_regex(flat, _PLAIN_TEXT), min_count=0).as_py()
-    if is_plain and (list_sizes(texts) == 1).all():
-        return compute.ascii_lower(flat).to_pylist()
-    return [_text_key(own) for own in texts.to_pylist()]
-
-
-def _text_key(texts: Iterable[str]) -> str:
-    normalised = {" ".join(unicodedata.normalize("NFKC", text).casefold().split()) for text in texts}
-    return "\n".join(sorted(normalised - {""}))
+def _text_hashes(texts: pa.Array) -> NDArray[np.int64]:
+    """Return the hash of the key of each row of texts; fast for rows of one plain English text."""
+    sizes, flat = list_sizes(texts), texts.flatten()
+    is_plain = sizes == 1
+    starts = (np.cumsum(sizes) - sizes)[is_plain]
+    fits = numpy_array(compute.match_substring_regex(flat.take(index_array(starts)), _PLAIN_TEXT)).astype(np.bool_)
+    is_plain[np.flatnonzero(is_plain)[~fits]] = False
+    hashes = np.empty(len(texts), np.int64)
+    hashes[is_plain] = _hashes(compute.ascii_lower(flat.take(index_array(starts[fits]))).to_pylist())
+    hashes[~is_plain] = _hashes(map(_text_key, texts.take(index_array(np.flatnonzero(~is_plain))).to_pylist()))
+    return hashes
 
 
 def _hashes(keys: Iterable[str]) -> NDArray[np.int64]:
     return np.fromiter(map(hash, keys), np.int64)
 
 
-def repeated_keys(items: Sequence[KeyedT], key_of: Callable[[KeyedT], str]) -> Iterator[tuple[str, int, int]]:
-    """Yield (key, first position, this position) each time a key comes again; the key "" is skipped.
-
-    Only hashes are held for keys that come once.
-    """
-    hashes = _hashes(map(key_of, items))
-    order = np.argsort(hashes, kind="stable")
-    hashes = hashes[order]
-    same = (hashes[1:] == hashes[:-1]) & (hashes[1:] != hash(""))
-    first: dict[str, int] = {}
-    for position in np.unique(np.concatenate([order[1:][same], order[:-1][same]])).tolist():
-        key = key_of(items[position])
-        if key and first.setdefault(key, position) != position:
-            yield key, first[key], position
+def _text_key(texts: Iterable[str]) -> str:
+    normalised = {" ".join(unicodedata.normalize("NFKC", text).casefold().split()) for text in texts}
+    return "\n".join(sorted(normalised - {""}))
 
 
 def check_counts(manifest: Manifest, expected: Mapping[str, int]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 from array import array
 from collections.abc import Iterator
@@ -13,9 +12,10 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 
 from pipeline.data import spec as specs
-from pipeline.data.columns import BATCH_ROWS, ColumnWriter, compute, numpy_array
+from pipeline.data.columns import BATCH_ROWS, ColumnWriter, compute, numpy_array, text_bytes
 from pipeline.data.manifest import DATASET_NAME, SCHEMA_VERSION, Manifest, check_manifest, prepare_command, split_counts
 from pipeline.data.readers import guard_cell
 from pipeline.data.sample_columns import NO_GROUP, SAMPLE_SCHEMA, SampleColumns, json_lists, list_sizes
@@ -104,11 +104,11 @@ def _write_tables(manifest: Manifest, parquet_path: Path, csv_path: Path) -> Non
     """Write the rows to both files, a batch at a time."""
     with ExitStack() as files:
         csv_aside, parquet_aside = (files.enter_context(written_aside(path)) for path in (csv_path, parquet_path))
-        text = csv.writer(files.enter_context(csv_aside.open("w", encoding="utf-8", newline="")), lineterminator="\n")
+        text = files.enter_context(csv_aside.open("wb"))
         table = files.enter_context(pq.ParquetWriter(parquet_aside, MANIFEST_SCHEMA, compression="zstd"))
-        text.writerow(MANIFEST_SCHEMA.names)
+        text.write(",".join(MANIFEST_SCHEMA.names).encode() + b"\n")
         for batch in _table_batches(manifest):
-            text.writerows(zip(*_csv_columns(batch), strict=True))
+            text.write(_csv_rows(batch).data)
             table.write_batch(batch)
 
 
@@ -263,20 +263,29 @@ def _class_counts(manifest: Manifest) -> dict[str, dict[str, int]]:
     return {split: dict(zip(manifest.class_names, counts[code].tolist(), strict=True)) for code, split in enumerate(SPLITS)}
 
 
-def _csv_columns(batch: pa.RecordBatch) -> Iterator[list[Any]]:
-    """Yield the columns of a batch as CSV cells that a spreadsheet may open.
+def _csv_rows(batch: pa.RecordBatch) -> NDArray[np.uint8]:
+    """Return the rows of a batch as lines of CSV that a spreadsheet may open.
 
     Lists and booleans become JSON, null becomes an empty cell.
     """
-    for name, column in zip(batch.schema.names, batch.columns, strict=True):
-        if pa.types.is_list(column.type):
-            yield json_lists(column, ", ").to_pylist()
-        elif name in ("sample_id", "media_path", "group_id"):
-            cells = compute.fill_null(column, "")
-            is_odd = compute.any(compute.match_substring_regex(cells, r"^'*[=+\-@\t\r]"), min_count=0).as_py()
-            yield list(map(guard_cell, cells.to_pylist())) if is_odd else cells.to_pylist()
-        else:
-            yield (column.cast(pa.string()).fill_null("") if pa.types.is_boolean(column.type) else column).to_pylist()
+    cells = [_csv_cells(name, column) for name, column in zip(batch.schema.names, batch.columns, strict=True)]
+    cells[-1] = compute.binary_join_element_wise(cells[-1], "\n", "")
+    return text_bytes(compute.binary_join_element_wise(*cells, ","))
+
+
+def _csv_cells(name: str, column: pa.Array) -> pa.Array:
+    cells = json_lists(column, ", ") if pa.types.is_list(column.type) else column.cast(pa.string())
+    cells = compute.coalesce(cells, "")
+    if name in ("sample_id", "media_path", "group_id"):
+        may_be_odd = compute.match_substring_regex(cells, r"^'*[=+\-@\t\r]")
+        guarded = pa.array(map(guard_cell, cells.filter(may_be_odd).to_pylist()), pa.string())
+        cells = compute.replace_with_mask(cells, may_be_odd, guarded)
+    data = text_bytes(cells)
+    if not any((data == ord(character)).any() for character in '",\n'):
+        return cells
+    is_quoted = compute.match_substring_regex(cells, '[",\n]')
+    quoted = compute.binary_join_element_wise('"', compute.replace_substring(cells.filter(is_quoted), '"', '""'), '"', "")
+    return compute.replace_with_mask(cells, is_quoted, quoted)
 
 
 def _indented_json(value: Any) -> str:

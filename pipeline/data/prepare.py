@@ -14,17 +14,18 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from pipeline.data.fetch import download_folder
 from pipeline.data.manifest import DATASET_NAME, Manifest, found_counts, recurring_texts, split_counts, text_counts
 from pipeline.data.manifest_files import LEFT_OUT_FILE, manifest_path, write_manifest
 from pipeline.data.media import open_frames, open_image
 from pipeline.data.media_copies import copied_media
-from pipeline.data.readers import find_missing_media, media_file
+from pipeline.data.readers import media_file
 from pipeline.data.recipes import Recipe, check_not_another, read_recipe, write_recipe
-from pipeline.data.same_media import warn_about_copies
+from pipeline.data.same_media import media_sizes_of, warn_about_copies
+from pipeline.data.sample_columns import list_sizes
 from pipeline.data.spec import load_spec
-from pipeline.data.tar_members import file_on_disk
 from pipeline.runtime import plugins
 from pipeline.runtime.choices import unknown_choice
 from pipeline.runtime.errors import UserError
@@ -109,11 +110,13 @@ def prepare(
         check_not_another(home, manifest)
     counts, differences = _compare_counts(manifest, spec)
     missing_list = home / "manifests" / f"{manifest.dataset}.missing.txt"
-    manifest, num_missing = _leave_out_missing(manifest, missing_list, spec["allow_missing"])
+    num_samples = len(manifest.samples)
+    manifest, sizes = _leave_out_missing(manifest, missing_list, spec["allow_missing"])
+    num_missing = num_samples - len(sizes)
     if num_missing:
         counts += [_count_row("without media, left out", num_missing), _count_row("all with media", len(manifest.samples))]
         counts += [_count_row(f"{split} with media", found) for split, found in split_counts(manifest).items()]
-    copies = warn_about_copies(manifest, home)
+    copies = warn_about_copies(manifest, home, sizes)
     num_recurring = len(recurring_texts(manifest))
     counts.append(_count_row("train with text", int(np.count_nonzero(text_counts(manifest.split("train"))))))
     counts.append(_count_row("test texts in train", num_recurring))
@@ -258,25 +261,20 @@ def _different_classes(names: Sequence[str], found: Sequence[int], published: Se
     return [f"{name} {count} (published {wanted})" for name, count, wanted in pairs if count != wanted]
 
 
-def _leave_out_missing(manifest: Manifest, missing_list: Path, allow: bool) -> tuple[Manifest, int]:
+def _leave_out_missing(manifest: Manifest, missing_list: Path, allow: bool) -> tuple[Manifest, NDArray[np.int64]]:
     """Remove the samples that have no media file, and list them in the file `missing_list`.
 
     Returns:
-        The remaining manifest, and the number of samples that were removed.
+        The remaining manifest, and the size of the media file of each of its samples in bytes.
 
     Raises:
         UserError: media files are missing and that is not allowed, or all are missing.
     """
-    media = manifest.columns.strings("media")
-    follows_links = manifest.meta.get("follows_links", False)
-    missing = (
-        find_missing_media(manifest.media_root, media, manifest.source_location, follows_links, file_on_disk)
-        if isinstance(manifest.media_root, Path)
-        else []  # tar files in an object store have just been read
-    )
+    sizes = media_sizes_of(manifest)
+    missing = np.flatnonzero(sizes < 0).tolist()
     if not missing:
         missing_list.unlink(missing_ok=True)
-        return manifest, 0
+        return manifest, sizes
     lines = [f"{manifest.source_location(position)}: {manifest.samples[position].media.as_posix()}" for position in missing]
     write_atomic(missing_list, "\n".join(lines) + "\n")
     share = f"{len(missing)} of {len(manifest.samples)} media files of {manifest.dataset} are missing"
@@ -290,9 +288,9 @@ def _leave_out_missing(manifest: Manifest, missing_list: Path, allow: bool) -> t
         )
     if len(missing) == len(manifest.samples):
         raise UserError(f"{share} below {manifest.media_root}: there is nothing to prepare; see {missing_list}")
-    kept = np.delete(np.arange(len(manifest.samples)), missing)
+    kept = np.flatnonzero(sizes >= 0)
     left_out = manifest.columns.ids.take(missing)
-    return manifest.select(kept, meta={**manifest.meta, "missing_media": left_out}), len(missing)
+    return manifest.select(kept, meta={**manifest.meta, "missing_media": left_out}), sizes[kept]
 
 
 def _refuse_irregular(manifest: Manifest, missing: Sequence[int]) -> None:
@@ -352,7 +350,7 @@ def _warn_about_splits(manifest: Manifest, num_recurring: int) -> list[str]:
         remedy = manifest.meta["val_remedy"]
         again = f"; prepare with {remedy}" if remedy else ""
         warnings.append(f"the val split is empty, and heads are selected on it{again}")
-    unlabelled = len(manifest.samples) - len(np.unique(manifest.columns.labels()[0]))
+    unlabelled = sum(np.count_nonzero(list_sizes(block.column(0)) == 0) for block in manifest.columns.blocks(["labels"]))
     if unlabelled:
         remedy = " with --set filter=label" if "filter" in manifest.meta["options"] else ""
         warnings.append(f"{unlabelled} samples have no label, and heads cannot be scored on them; leave them out{remedy}")

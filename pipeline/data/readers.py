@@ -8,10 +8,11 @@ import os
 import re
 import stat
 import unicodedata
+from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path, PurePath, PurePosixPath
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -118,6 +119,32 @@ def _caseless(name: str) -> str:
     return unicodedata.normalize("NFC", name).casefold()
 
 
+class LineReader(Iterator[str]):
+    """The lines of an open file as UTF-8 text, with their line ends; only LF ends a line, and a byte order mark is removed."""
+
+    def __init__(self, file: BinaryIO, path: Path) -> None:
+        """Read a file from where it is; `path` is its name for messages."""
+        self.file, self.path = file, path
+        self.number = 0  # of the last line that was read, from 1
+
+    def raw(self) -> bytes:
+        """Return the next line; b"" at the end. `UserError` if it is longer than `LINE_LIMIT`."""
+        line = self.file.readline(LINE_LIMIT + 1)
+        self.number += bool(line)
+        if len(line) > LINE_LIMIT:
+            raise line_error(self.path, self.number, f"the line is longer than {LINE_LIMIT} bytes")
+        return line
+
+    def __next__(self) -> str:
+        line = self.raw()
+        if not line:
+            raise StopIteration
+        try:
+            return line.decode("utf-8-sig" if self.number == 1 else "utf-8")
+        except UnicodeDecodeError as error:
+            raise line_error(self.path, self.number, f"not UTF-8 text ({error.reason} at byte {error.start})") from error
+
+
 def raw_lines(path: Path) -> Iterator[tuple[int, bytes]]:
     """Yield (line number from 1, bytes) for every line; only LF ends a line.
 
@@ -125,12 +152,9 @@ def raw_lines(path: Path) -> Iterator[tuple[int, bytes]]:
         UserError: a line is longer than `LINE_LIMIT`.
     """
     with path.open("rb") as file:
-        number = 0
-        while line := file.readline(LINE_LIMIT + 1):
-            number += 1
-            if len(line) > LINE_LIMIT:
-                raise line_error(path, number, f"the line is longer than {LINE_LIMIT} bytes")
-            yield number, line
+        lines = LineReader(file, path)
+        while line := lines.raw():
+            yield lines.number, line
 
 
 def stripped_lines(path: Path) -> Iterator[tuple[int, str]]:
@@ -238,42 +262,55 @@ def find_missing_media(
     media: Iterable[str],
     where: Callable[[int], str],
     follows_links: bool = False,
-    find_file: Callable[[str], str] = str,
+    find_member: Callable[[str], Any] = lambda path: None,
 ) -> list[int]:
-    """Return the positions of the paths that are not a file under `root`.
+    """Return the positions of the paths that are not a file under `root`; see `media_sizes`."""
+    return np.flatnonzero(media_sizes(root, media, where, follows_links, find_member) < 0).tolist()
+
+
+def media_sizes(
+    root: Path,
+    media: Iterable[str],
+    where: Callable[[int], str],
+    follows_links: bool = False,
+    find_member: Callable[[str], Any] = lambda path: None,
+) -> NDArray[np.int64]:
+    """Return the size of each file in bytes; -1: it is no file under `root`.
 
     Args:
         root: the folder of media.
         media: paths relative to `root`.
         where: returns the list and line of the path at a position, for messages.
         follows_links: whether symbolic links may lead out of `root`; not those of a downloaded archive.
-        find_file: returns the file that has to be there for an absolute path.
+        find_member: returns the `Member` of a tar file that an absolute path means, or None.
 
     Raises:
         UserError: a symbolic link leads out of `root` and may not, or a file cannot be looked at.
     """
     real_root = os.path.realpath(root)
+    prefix = os.path.join(real_root, "")
     inside: dict[str, bool] = {}
-    missing = []
+    sizes = array("q")
     for position, name in enumerate(media):
         folder = name.rpartition("/")[0]
         if folder not in inside:
             inside[folder] = follows_links or _is_inside(os.path.join(real_root, folder), real_root)
-        full = os.path.join(real_root, name) if name.isascii() else str(media_file(Path(real_root), PurePosixPath(name)))
-        full = find_file(full)
+        full = prefix + name if name.isascii() else str(media_file(Path(real_root), PurePosixPath(name)))
+        member = find_member(full)
+        full = member.tar if member else full
+        sizes.append(-1)
         try:
-            mode = os.lstat(full).st_mode
+            status = os.lstat(full)
         except OSError as error:
             if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG):
                 raise UserError(f"{where(position)}: {name} cannot be looked at: {error.strerror}") from error
-            missing.append(position)
             continue
-        is_link = stat.S_ISLNK(mode)
+        is_link = stat.S_ISLNK(status.st_mode)
         if not inside[folder] or (is_link and not follows_links and not _is_inside(full, real_root)):
             raise UserError(f"{where(position)}: {name} is a symbolic link that leads out of the media folder {root}")
-        if not (stat.S_ISREG(mode) or (is_link and os.path.isfile(full))):
-            missing.append(position)
-    return missing
+        if stat.S_ISREG(status.st_mode) or (is_link and os.path.isfile(full)):
+            sizes[-1] = member.size if member else os.stat(full).st_size if is_link else status.st_size
+    return np.array(sizes, np.int64)
 
 
 def _is_inside(path: str, real_root: str) -> bool:
@@ -330,17 +367,23 @@ def csv_rows(path: Path, separator: str = ",") -> Iterator[tuple[int, list[str]]
     Raises:
         UserError: with file and line, for a huge field, or broken quoting.
     """
+    with path.open("rb") as file:
+        yield from rows_of_lines(LineReader(file, path), separator)
+
+
+def rows_of_lines(lines: LineReader, separator: str = ",") -> Iterator[tuple[int, list[str]]]:
+    """Yield the rows of a CSV file as `csv_rows` does, from where its lines are; no more lines are read than a row has."""
     csv.field_size_limit(LINE_LIMIT)
-    reader = csv.reader(text_lines(path), delimiter=separator, strict=True)
+    reader = csv.reader(lines, delimiter=separator, strict=True)
     while True:
         try:
             cells = next(reader)
         except StopIteration:
             return
         except csv.Error as error:
-            raise line_error(path, reader.line_num, str(error)) from error
+            raise line_error(lines.path, lines.number, str(error)) from error
         if cells:
-            yield reader.line_num, cells
+            yield lines.number, cells
 
 
 def text_lines(path: Path) -> Iterator[str]:
@@ -349,8 +392,5 @@ def text_lines(path: Path) -> Iterator[str]:
     Raises:
         UserError: with file and line, for bytes that are not UTF-8, and for a line that is longer than `LINE_LIMIT`.
     """
-    for number, line in raw_lines(path):
-        try:
-            yield line.decode("utf-8-sig" if number == 1 else "utf-8")
-        except UnicodeDecodeError as error:
-            raise line_error(path, number, f"not UTF-8 text ({error.reason} at byte {error.start})") from error
+    with path.open("rb") as file:
+        yield from LineReader(file, path)

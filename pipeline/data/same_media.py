@@ -1,75 +1,85 @@
-"""Find media of val and test that have the same bytes as media of train."""
+"""The sizes of media, and media of val and test that have the same bytes as media of train."""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator, Mapping
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
+from pipeline.data.keys import contains, run_starts
 from pipeline.data.manifest import Manifest
 from pipeline.data.media_digests import media_digests
-from pipeline.data.readers import media_file
+from pipeline.data.readers import media_sizes
 from pipeline.data.tar_members import find_member, local_file
 from pipeline.runtime.files import file_sha256
-from pipeline.runtime.places import Address, Place
 from pipeline.types import SPLITS
 
 MAX_COMPARED_BYTES = 2**30  # of media files that may be copies of each other; more take too long to read
 
 
-def warn_about_copies(manifest: Manifest, home: Path) -> list[str]:
+def media_sizes_of(manifest: Manifest) -> NDArray[np.int64]:
+    """Return the size of the media file of each sample in bytes; -1: there is none.
+
+    Tar files in an object store are not looked at: the paths of their members say the sizes.
+
+    Raises:
+        UserError: a symbolic link leads out of the folder of media and may not, or a file cannot be looked at.
+    """
+    media, root = manifest.columns.strings("media"), manifest.media_root
+    starts = run_starts(media)  # several samples of one file often stand together
+
+    def where(run: int) -> str:
+        return manifest.source_location(int(starts[run]))
+
+    if isinstance(root, Path):
+        sizes = media_sizes(root, media.at(starts), where, manifest.meta.get("follows_links", False), find_member)
+    else:
+        members = (find_member(str(root / name)) for name in media.at(starts))
+        sizes = np.fromiter((member.size if member else -1 for member in members), np.int64, len(starts))
+    return np.repeat(sizes, np.diff(np.append(starts, len(media))))
+
+
+def warn_about_copies(manifest: Manifest, home: Path, sizes: NDArray[np.int64]) -> list[str]:
     """Return a warning if a media file of val or test has the same bytes as one of train.
 
     Only files of equal size are read, and none if they are more than `MAX_COMPARED_BYTES` together.
+
+    Args:
+        manifest: the manifest.
+        home: where digests of media in an object store are remembered.
+        sizes: the size of the media file of each sample in bytes.
     """
-    sizes = np.fromiter(_media_sizes(manifest), np.int64, len(manifest.samples))
-    is_train = manifest.columns.split_codes == SPLITS.index("train")
-    shared = np.intersect1d(sizes[is_train], sizes[~is_train])
-    positions = np.flatnonzero(np.isin(sizes, shared))
-    if sizes[positions].sum() > MAX_COMPARED_BYTES:
+    media = manifest.columns.strings("media")
+    starts = run_starts(media)  # of the samples of one file, which are in one split
+    counts = np.diff(np.append(starts, len(sizes)))
+    sizes, is_train = sizes[starts], manifest.columns.split_codes[starts] == SPLITS.index("train")
+    runs = np.flatnonzero(np.where(is_train, contains(sizes[~is_train], sizes), contains(sizes[is_train], sizes)))
+    if (sizes[runs] * counts[runs]).sum() > MAX_COMPARED_BYTES:
         return []
-    media = manifest.columns.strings("media").take(positions)
-    digests = _media_digests(manifest, home, dict(zip(media, positions.tolist(), strict=True)))
-    pairs = list(zip(positions.tolist(), media, strict=True))
-    originals = {digests[name]: position for position, name in pairs if is_train[position]}
-    copies = [
-        (position, originals[digests[name]])
-        for position, name in pairs
-        if not is_train[position] and digests[name] in originals
-    ]
+    digests = dict(zip(runs.tolist(), _media_digests(manifest, home, starts[runs]), strict=True))
+    originals = {digest: run for run, digest in digests.items() if is_train[run]}
+    copies = [run for run, digest in digests.items() if not is_train[run] and digest in originals]
     if not copies:
         return []
-    first, original = (manifest.samples[position] for position in copies[0])
+    last = originals[digests[copies[0]]]
+    first, original = (manifest.samples[int(position)] for position in (starts[copies[0]], starts[last] + counts[last] - 1))
     return [
-        f"{len(copies)} media files of val and test have the same bytes as one of train, the first: {first.id!r} of "
+        f"{counts[copies].sum()} media files of val and test have the same bytes as one of train, the first: {first.id!r} of "
         f"{first.split} and {original.id!r}; leave them out, or put them in one group"
     ]
 
 
-def _media_digests(manifest: Manifest, home: Path, positions: Mapping[str, int]) -> dict[str, str]:
-    """Return a digest of the content of media, by their paths, of which the positions of samples are given."""
-    if isinstance(manifest.media_root, Address):
-        found = media_digests([str(manifest.media_root / name) for name in positions], home)
-        return {name: digest.hex() for name, digest in zip(positions, found, strict=True)}
-    digests = {}
-    for name, position in positions.items():
-        with local_file(manifest.media_path(manifest.samples[position])) as file:
-            digests[name] = file_sha256(file)
-    return digests
-
-
-def _media_sizes(manifest: Manifest) -> Iterator[int]:
-    """Yield the size of each sample's file; several samples of one file often stand together."""
-    size, last = 0, ""
-    for media in manifest.columns.strings("media"):
-        if media != last:
-            path, last = str(_media_place(manifest.media_root, media)), media
-            member = find_member(path)
-            size = member.size if member else os.stat(path).st_size
-        yield size
-
-
-def _media_place(root: Place, media: str) -> Place:
-    return media_file(root, PurePosixPath(media)) if isinstance(root, Path) else root / media
+def _media_digests(manifest: Manifest, home: Path, positions: NDArray[np.int64]) -> list[str]:
+    """Return a digest of the content of the media of the samples at some positions."""
+    if not isinstance(manifest.media_root, Path):
+        names = manifest.columns.strings("media").take(positions)
+        return [digest.hex() for digest in media_digests([str(manifest.media_root / name) for name in names], home)]
+    digests: dict[str, str] = {}
+    for position in positions.tolist():
+        sample = manifest.samples[position]
+        name = sample.media.as_posix()
+        if name not in digests:
+            with local_file(manifest.media_path(sample)) as file:
+                digests[name] = file_sha256(file)
+    return [digests[name] for name in manifest.columns.strings("media").take(positions)]

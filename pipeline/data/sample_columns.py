@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from pipeline.data.columns import BATCH_ROWS, Columns, ColumnWriter, Strings, compute, numpy_array
+from pipeline.data.columns import BATCH_ROWS, Columns, ColumnWriter, Strings, compute, holds_controls, numpy_array, text_bytes
 from pipeline.types import SPLITS, Sample
 
 SAMPLE_SCHEMA = pa.schema(
@@ -35,7 +35,6 @@ _SPLIT_NAMES = pa.StringArray.from_buffers(  # as pa.array(SPLITS), which would 
 )
 _NO_SPLIT = pa.Int32Array.from_buffers(pa.int32(), 1, [None, pa.py_buffer(np.full(1, -1, np.int32))])[0]
 NO_GROUP = pa.StringArray.from_buffers(1, pa.py_buffer(bytes(8)), pa.py_buffer(b""))[0]  # ""
-ESCAPED_IN_JSON = r'["\\\x00-\x1f]'
 
 
 class SampleColumns(Sequence[Sample]):
@@ -44,6 +43,7 @@ class SampleColumns(Sequence[Sample]):
     def __init__(self, columns: Columns, positions: NDArray[np.int64] | None = None) -> None:
         """Show the rows of a table of `SAMPLE_SCHEMA` at these positions; None: all of them."""
         self._columns, self._positions = columns, positions
+        self.passed: tuple[Any, ...] = ()  # what `check_manifest` has found them right for
 
     def __reduce__(self) -> Any:
         return SampleColumns, (self._columns.copy_of(self._positions),)  # a slice takes no other rows along
@@ -119,7 +119,8 @@ class SampleColumns(Sequence[Sample]):
 
     def select(self, positions: NDArray[Any] | Sequence[int]) -> SampleColumns:
         """Return the samples at these positions, in their order."""
-        return SampleColumns(self._columns, self._all_positions()[np.asarray(positions, np.int64)])
+        wanted = np.asarray(positions, np.int64)
+        return SampleColumns(self._columns, wanted if self._positions is None else self._positions[wanted])
 
     def _all_positions(self) -> NDArray[np.int64]:
         return np.arange(len(self._columns)) if self._positions is None else self._positions
@@ -131,8 +132,9 @@ def _sample(id: str, split: str, media: str, texts: list[str], labels: list[int]
 
 def json_strings(texts: pa.Array) -> pa.Array:
     """Return each text as JSON writes it, with its quotes."""
-    if compute.any(compute.match_substring_regex(texts, ESCAPED_IN_JSON), min_count=0).as_py():
-        for character in ("\\", '"', *map(chr, range(32))):
+    data = text_bytes(texts)
+    for character in ("\\", '"', *(map(chr, range(32)) if data.min(initial=32) < 32 else "")):
+        if (data == ord(character)).any():
             texts = compute.replace_substring(texts, character, json.dumps(character)[1:-1])
     return compute.binary_join_element_wise('"', texts, '"', "")
 
@@ -177,7 +179,8 @@ def unusual_rows(block: pa.RecordBatch, label_kind: str, num_classes: int, most_
     odd = compute.equal(compute.binary_length(id), 0)
     odd = compute.or_(odd, compute.invert(compute.is_in(split, _SPLIT_NAMES)))
     for column in (id, media, group):
-        odd = compute.or_(odd, compute.match_substring_regex(column, r"[\x00-\x1f\x7f]"))
+        if holds_controls(column):
+            odd = compute.or_(odd, compute.match_substring_regex(column, r"[\x00-\x1f\x7f]"))
         odd = compute.or_(odd, compute.greater(compute.binary_length(column), most_characters))
     odd = compute.or_(odd, compute.match_substring_regex(media, r"^/|\\|^\.?$|(^|/)\.\.(/|$)"))
     sizes, starts = list_sizes(block.column("texts")), numpy_array(_offsets(block.column("texts")))

@@ -5,9 +5,10 @@ from __future__ import annotations
 import hashlib
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import accumulate
+from typing import Any
 
 from pipeline.data.sample_columns import SampleColumns
+from pipeline.data.spec import held_out_percent
 from pipeline.runtime.errors import UserError
 from pipeline.types import Sample
 
@@ -24,10 +25,37 @@ def by_hash(group: str, percent: Mapping[str, int]) -> str:
     Raises:
         UserError: the percentages do not add up to 100.
     """
+    return by_hashes([group], percent)[0]
+
+
+def by_hashes(groups: Iterable[str], percent: Mapping[str, int]) -> list[str]:
+    """Return the split of each group, as `by_hash` does."""
     if sum(percent.values()) != 100:
         raise UserError(f"the splits {dict(percent)} do not add up to 100 percent")
-    share = int.from_bytes(hashlib.sha256(group.encode()).digest()[:8], "big") * 100 // 2**64
-    return next(split for split, part in zip(percent, accumulate(percent.values()), strict=True) if share < part)
+    of_share = [split for split, part in percent.items() for _ in range(part)]
+    digests = (hashlib.sha256(group.encode()).digest() for group in groups)
+    return [of_share[int.from_bytes(digest[:8], "big") * 100 >> 64] for digest in digests]
+
+
+def choose_splits(names: Sequence[str], given: Sequence[str] | None, spec: Mapping[str, Any]) -> list[str]:
+    """Return the split of each sample, of which `spec["val_percent"]` moves a share of the training samples to validation.
+
+    Args:
+        names: the group of each sample, or its id.
+        given: the split of each sample; None: the hash of the name decides.
+        spec: the spec of the dataset.
+
+    Raises:
+        UserError: percentages are wrong.
+    """
+    chosen = by_hashes(names, spec["splits"]) if given is None else list(given)
+    percent = held_out_percent(spec)
+    if percent:
+        # the hash that dealt the splits cannot deal again: its training samples are those with the smallest hashes
+        keys = names if given is not None else [f"held out: {name}" for name in names]
+        held_out = by_hashes(keys, {"val": percent, "train": 100 - percent})
+        chosen = ["val" if (split, part) == ("train", "val") else split for split, part in zip(chosen, held_out, strict=True)]
+    return chosen
 
 
 def by_rank(groups: Iterable[str], percent: Mapping[str, int]) -> dict[str, str]:

@@ -61,7 +61,7 @@ def member_path(tar: str, entry: TarEntry) -> str:
 
 def find_member(path: str) -> Member | None:
     """Return the member that a path means; None for the path of a file."""
-    match = _MEMBER_PATH.fullmatch(path)
+    match = _MEMBER_PATH.fullmatch(path) if ".tar/" in path else None
     is_there = match and (is_address(match[1]) or os.path.isfile(match[1]))
     return Member(match[1], int(match[2]), int(match[3]), match[4]) if match and is_there else None
 

@@ -16,7 +16,7 @@ import zarr
 from zarr.storage import MemoryStore
 
 from pipeline.runtime.claims import RENEWALS_PER_LEASE, lease_seconds
-from pipeline.runtime.stores import PIECE_BYTES
+from pipeline.runtime.stores import OBJECT_PIECE_BYTES
 
 ZARR_OPEN = 3  # objects that Zarr asks for to open an array: of the third format and of the second
 
@@ -64,7 +64,7 @@ class CacheSize:
 
     def hashing(self) -> Requests:
         """Return the requests of hashing all of these objects, see `stores.object_sha256`."""
-        return Requests(get=sum(1 + -(-size // PIECE_BYTES) for size in self.array_files))
+        return Requests(get=sum(1 + -(-size // OBJECT_PIECE_BYTES) for size in self.array_files))
 
     def opening(self) -> Requests:
         """Return the requests of opening the complete cache, see `reader.open_cache`."""

@@ -25,8 +25,8 @@ from pipeline.runtime.places import Address, Place
 
 Data = bytes | memoryview | str | Iterator[bytes | memoryview]
 REQUESTS_IN_FLIGHT = 16  # of one reader or writer
-PIECE_BYTES = 2**24  # of an object that are sent or read at a time, if it may be larger than the memory
-PIECES_IN_FLIGHT = 4  # that are sent
+OBJECT_PIECE_BYTES = 2**24  # of an object that are sent or read at a time, if it may be larger than the memory
+OBJECT_PIECES_IN_FLIGHT = 4  # that are sent
 _ItemT = TypeVar("_ItemT")
 _ResultT = TypeVar("_ResultT")
 
@@ -259,15 +259,15 @@ def _pieces(place: Address) -> Iterator[memoryview]:
     """Yield the content of an object of an object store."""
     store = store_of(place)
     size = store.size(place)
-    for start in range(0, size, PIECE_BYTES):
-        yield store.get_range(place, start, min(PIECE_BYTES, size - start))
+    for start in range(0, size, OBJECT_PIECE_BYTES):
+        yield store.get_range(place, start, min(OBJECT_PIECE_BYTES, size - start))
 
 
 def send_file(file: Path, place: Address) -> None:
     """Write a file of any size to an object store; only a part of it is in memory, and the object is there when it is whole."""
     with labelled(place) as obstore:
         bucket = _bucket_store(place.bucket).bucket
-        obstore.put(bucket, place.key, file, chunk_size=PIECE_BYTES, max_concurrency=PIECES_IN_FLIGHT)
+        obstore.put(bucket, place.key, file, chunk_size=OBJECT_PIECE_BYTES, max_concurrency=OBJECT_PIECES_IN_FLIGHT)
 
 
 def fetch_file(place: Address, file: Path) -> None:

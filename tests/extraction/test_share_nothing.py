@@ -40,7 +40,7 @@ def test_a_worker_gets_the_files_of_the_client(endpoint: Endpoint, tmp_path: Pat
     for name in ("a.bin", "deep/b.bin"):
         (model / name).write_bytes(name.encode())
     (tmp_path / "w.pt").write_bytes(b"weights")
-    (model / "large.bin").write_bytes(np.random.default_rng(0).bytes(2 * stores.PIECE_BYTES + 1))  # in three parts
+    (model / "large.bin").write_bytes(np.random.default_rng(0).bytes(2 * stores.OBJECT_PIECE_BYTES + 1))  # in three parts
     settings: dict[str, Any] = {"model": str(model), "weights": str(tmp_path / "w.pt"), "width": "8"}
     caches = parse_place("s3://bucket/delivery")
     assert isinstance(caches, Address)

@@ -15,35 +15,52 @@ those of a manifest, so the CSV copy of a manifest is such a table. Names of cla
 The split is a column, else the split folder (train, training, val, valid, validation, dev, test, testing), else it follows
 from the SHA-256 of the group (or of the id, if there is no group) and the percentages `splits`; the manifest's meta says which.
 `val_percent` moves a share of the training samples to validation, by a hash, too. Symbolic links are followed. Refused, with
-file and line (Parquet: row): paths that lead out of the root, and fields of more than 2^20 characters. A row takes about 1.4 KB
-of memory (0.8 million rows took 1.05 GiB): 8 million rows need about 11 GB.
+file and line (Parquet: row): paths that lead out of the root, and fields of more than 2^20 characters. A CSV or Parquet table
+is read by column: ten million rows take 0.8 GB of memory, of which only some tens of bytes a row grow with the table.
 """
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Mapping, Sequence
+import functools
+import re
+from array import array
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
 from pipeline.data import readers, splits
-from pipeline.data.cells import SPLIT_ALIASES, looks_like_splits, nfc, parse_labels, parse_name, parse_split, parse_texts
+from pipeline.data.cells import SPLIT_ALIASES, looks_like_splits, nfc, parse_labels, parse_name, parse_split
 from pipeline.data.class_folders import VIDEO_SUFFIXES, read_class_folders
-from pipeline.data.columns import BATCH_ROWS, ColumnWriter
+from pipeline.data.columns import ColumnWriter, Strings, compute, index_array, numpy_array
 from pipeline.data.dataset import Dataset
-from pipeline.data.manifest import HALF_CHARACTER, Manifest, check_manifest, is_half
+from pipeline.data.manifest import HALF_CHARACTER, Manifest, check_manifest
 from pipeline.data.sample_columns import SAMPLE_SCHEMA, SampleColumns
-from pipeline.data.spec import held_out_percent, manifest_meta, required_counts
+from pipeline.data.spec import manifest_meta, required_counts
+from pipeline.data.table_columns import ODD_PATH, BatchParser
 from pipeline.data.table_files import (
     INDEX_COLUMNS,
     METADATA_FILES,
+    TableBatch,
     column_candidates,
     find_columns,
     no_label_column,
-    read_records,
+    read_batches,
     tables_in,
 )
-from pipeline.data.table_rows import TableRow, label_ids, merge_rows, sample_ids, warn_about_classes, whole_labels
+from pipeline.data.table_rows import (
+    RowWriter,
+    TableRows,
+    class_lists,
+    label_ids,
+    merge_rows,
+    sample_ids,
+    warn_about_classes,
+    whole_labels,
+)
 from pipeline.runtime.errors import UserError
 
 _CHOICES = {
@@ -68,20 +85,20 @@ class MediaTable(Dataset):
         spec = {**spec, "file": _named_table(spec, root)}
         media_root = readers.locate(root, spec["layout"]["image_root"], "the folder of media")
         tables = _find_tables(spec, root)
-        found, warnings = _read_tables(spec, root, tables) if tables else read_class_folders(spec, media_root, root)
-        if not found:
+        rows, warnings = _read_tables(spec, root, tables) if tables else read_class_folders(spec, media_root, root)
+        if not len(rows):
             why = "".join(f" ({warning})" for warning in warnings)
             raise UserError(
                 f"{tables[0] if tables else media_root} has no rows{why}; see the layouts in `diffalign datasets table`"
             )
-        entries, positions = _list_entries(found, root) if tables else ([], range(len(found)))
+        entries, source = _list_entries(rows, root) if tables else ([], np.arange(len(rows)))
         names_file = [readers.locate(root, [spec["class_names"]], "the list of class names")] if spec["class_names"] else []
         names = [nfc(name) for path in names_file for name in readers.read_names(path)]
-        found = whole_labels(found, names) if tables else found
-        ids = sample_ids(found)
-        rows, kept = merge_rows(found, ids, spec)
-        label_kind, classes, labels = label_ids(rows, spec["labels"], names, spec["numbers"])
-        samples = _make_samples(rows, [ids[position] for position in kept], labels, spec)
+        rows = whole_labels(rows, names) if tables else rows
+        ids, first = sample_ids(rows)
+        rows, kept = merge_rows(rows, ids, first, spec)
+        label_kind, classes, class_ids = label_ids(rows, spec["labels"], names, spec["numbers"])
+        samples = _make_samples(rows, ids, kept, class_ids, spec)
         meta = manifest_meta(
             {
                 **spec,
@@ -90,28 +107,42 @@ class MediaTable(Dataset):
             },
             sources=readers.source_hashes([*tables, *names_file], root),
             lists=entries,
-            split_rule="as given" if rows[0].split else "by the SHA-256 of group or id",
+            split_rule="as given" if rows.samples[0].split else "by the SHA-256 of group or id",
             warnings=[*warnings, *warn_about_classes(classes, samples)],
         )
-        source_rows = tuple(positions[position] for position in kept) if tables else ()
+        source_rows = array("q", source[kept]) if tables else ()
+        del rows, ids, first, kept, source
         manifest = Manifest(spec["name"], label_kind, classes, samples, meta, media_root, source_rows)
         check_manifest(manifest, required_counts(spec))
         return manifest
 
 
 def _make_samples(
-    rows: Sequence[TableRow], ids: Sequence[str], labels: Sequence[tuple[int, ...]], spec: Mapping[str, Any]
+    rows: TableRows, ids: Strings, kept: NDArray[np.int64], class_ids: NDArray[np.int32], spec: Mapping[str, Any]
 ) -> SampleColumns:
-    writer = ColumnWriter(SAMPLE_SCHEMA)
-    for start in range(0, len(rows), BATCH_ROWS):
-        batch = slice(start, start + BATCH_ROWS)
-        own = rows[batch]
-        for row, id in zip(own, ids[batch], strict=True):
-            if is_half(row.texts):
-                raise UserError(f"{row.file}, line {row.line}, sample {id[:80]!r}: {HALF_CHARACTER}")
-        chosen = [_choose_split(row, id, rows[0], spec) for row, id in zip(own, ids[batch], strict=True)]
-        media = [Path(row.media).as_posix() for row in own]
-        writer.add_lists(ids[batch], chosen, media, [row.texts for row in own], labels[batch], [row.group for row in own])
+    """Return the samples.
+
+    Args:
+        rows: one row for each sample.
+        ids: the ids of all rows of the table.
+        kept: the position of each sample in `ids`.
+        class_ids: the class of each of `rows.labels`.
+        spec: the spec of the dataset.
+    """
+    writer, start = ColumnWriter(SAMPLE_SCHEMA), 0
+    has_splits = bool(rows.samples[0].split)
+    for block in rows.samples.blocks():
+        own, group = pa.array(ids.take(kept[start : start + len(block)]), pa.string()), block.column("group")
+        for position in rows.half[(rows.half >= start) & (rows.half < start + len(block))].tolist():
+            row, shown = rows.row(position), own[position - start].as_py()[:80]
+            raise UserError(f"{row.file}, line {row.line}, sample {shown!r}: {HALF_CHARACTER}")
+        names = compute.if_else(compute.equal(group, ""), own, group)
+        chosen = _choose_splits(names, block.column("split") if has_splits else None, spec)
+        _check_all_split(rows, start, block.column("split"), has_splits)
+        labels = class_lists(block.column("labels"), class_ids)
+        columns = [own, chosen, block.column("media"), block.column("texts"), labels, group]
+        writer.add(pa.RecordBatch.from_arrays(columns, schema=SAMPLE_SCHEMA))
+        start += len(block)
     return SampleColumns(writer.finish())
 
 
@@ -121,45 +152,53 @@ def _check_choices(spec: Mapping[str, Any]) -> None:
             raise UserError(f"{key} is {spec[key]!r}; choose one of: {', '.join(choices)}")
 
 
-def _choose_split(row: TableRow, id: str, first: TableRow, spec: Mapping[str, Any]) -> str:
-    """Return the split of a row; either all rows give a split, as the first one does, or none."""
-    name = row.group or id
-    if bool(row.split) != bool(first.split):
+def _choose_splits(names: pa.Array, given: pa.Array | None, spec: Mapping[str, Any]) -> pa.Array:
+    """Return the split of each row; see `splits.choose_splits`."""
+    if given is not None:
+        return pa.array(splits.choose_splits(names.to_pylist(), given.to_pylist(), spec), pa.string())
+    distinct = names.dictionary_encode()
+    return pa.array(splits.choose_splits(distinct.dictionary.to_pylist(), None, spec), pa.string()).take(distinct.indices)
+
+
+def _check_all_split(rows: TableRows, start: int, given: pa.Array, has_splits: bool) -> None:
+    """Refuse a batch of rows, of which `start` is the first, if some give a split and others do not."""
+    is_given = numpy_array(compute.not_equal(given, "")).astype(np.bool_)
+    for position in np.flatnonzero(is_given != has_splits)[:1].tolist():
+        row = rows.row(start + position)
         where = f"is in {'a' if row.split else 'no'} split folder, unlike the first row"
         raise readers.line_error(row.file, row.line, f"{row.media[:80]!r} {where}; say the splits of all rows, or of none")
-    split = row.split or splits.by_hash(name, spec["splits"])
-    percent = held_out_percent(spec)
-    # the hash that dealt the splits cannot deal again: its training samples are those with the smallest hashes
-    if split == "train" and percent and splits.is_held_out(name if row.split else f"held out: {name}", percent):
-        return "val"
-    return split
 
 
-def _list_entries(rows: Sequence[TableRow], root: Path) -> tuple[list[dict[str, Any]], Sequence[int]]:
+def _list_entries(rows: TableRows, root: Path) -> tuple[list[dict[str, Any]], NDArray[np.int64]]:
     """Return the entries of the tables in the manifest's meta, and the position of every row in them.
 
     A position is the line of the row, counted from 0 through all tables; error messages name a row by it.
     """
     entries: list[dict[str, Any]] = []
-    positions: list[int] = []
+    positions = [np.zeros(0, np.int64)]
     before = 0
-    for file, group in itertools.groupby(rows, key=lambda row: row.file):
-        lines = [row.line for row in group]
-        entries.append(readers.list_entry(file, root, lines[-1], unit="row" if file.suffix.lower() == ".parquet" else "line"))
-        positions += [before + line - 1 for line in lines]
-        before += lines[-1]
-    return entries, positions
+    for number, file in enumerate(rows.files):
+        lines = rows.lines[rows.file_numbers == number]
+        last = int(lines[-1])
+        entries.append(readers.list_entry(file, root, last, unit="row" if file.suffix.lower() == ".parquet" else "line"))
+        positions.append(lines + (before - 1))
+        before += last
+    return entries, np.concatenate(positions)
 
 
-def _media_type(rows: Sequence[TableRow]) -> str:
+def _media_type(rows: TableRows) -> str:
     """Return the type of media according to the suffixes, which must agree."""
-    is_video = [row.media.lower().endswith(VIDEO_SUFFIXES) for row in rows]
-    if len(set(is_video)) > 1:
-        other = rows[is_video.index(not is_video[0])]
-        raise readers.line_error(
-            other.file, other.line, f"{other.media[:80]!r} makes images and videos in one table; --set media says which"
-        )
-    return "video" if is_video[0] else "image"
+    pattern = f"({'|'.join(map(re.escape, VIDEO_SUFFIXES))})$"
+    start, is_first = 0, bool(rows.samples[0].media.as_posix().lower().endswith(VIDEO_SUFFIXES))
+    for block in rows.samples.blocks(["media"]):
+        is_video = compute.match_substring_regex(block.column(0), pattern, ignore_case=True)
+        for position in np.flatnonzero(numpy_array(is_video).astype(np.bool_) != is_first)[:1].tolist():
+            row = rows.row(start + position)
+            raise readers.line_error(
+                row.file, row.line, f"{row.media[:80]!r} makes images and videos in one table; --set media says which"
+            )
+        start += len(block)
+    return "video" if is_first else "image"
 
 
 def _named_table(spec: Mapping[str, Any], root: Path) -> str:
@@ -182,65 +221,110 @@ def _find_tables(spec: Mapping[str, Any], root: Path) -> list[Path]:
     return [readers.locate(root, [name], "the table") for name in found if (root / name).is_file()]
 
 
-def _read_tables(spec: Mapping[str, Any], root: Path, tables: Sequence[Path]) -> tuple[list[TableRow], list[str]]:
+def _read_tables(spec: Mapping[str, Any], root: Path, tables: Sequence[Path]) -> tuple[TableRows, list[str]]:
     """Return the rows of all tables, and warnings about their columns."""
-    rows: list[TableRow] = []
+    writer = RowWriter()
     warnings: list[str] = []
     folders: set[str] = set()  # that are labels
-    example: tuple[Mapping[str, Any], Path, int] | None = None  # a row of a table without label column
+    example: tuple[Collection[str], Path, int] | None = None  # the columns and place of a row of a table without label column
     for table in tables:
         prefix = "" if spec["file"] or table.parent == root else f"{table.parent.relative_to(root).as_posix()}/"
         columns: dict[str, str] = {}
-        for line, record in read_records(table):
+        for batch in read_batches(table):
             if not columns:
-                columns = find_columns(spec, record, table)
-                warnings += _check_other_columns(spec, record, columns, table, line)
-            rows.append(_read_row(spec, record, columns, prefix, table, line))
+                columns = find_columns(spec, batch.names[0], table)
+                warnings += _check_other_columns(spec, batch.names[0], columns, table, int(batch.lines[0]))
+            labels = _read_batch(spec, batch, columns, prefix, table, writer)
             if "label" not in columns:
-                folders.update(rows[-1].labels)
-                example = record, table, line
+                folders.update(labels)
+                example = batch.names[-1], table, int(batch.lines[-1])
     if example and not spec["folder_labels"]:
         shown = ", ".join(sorted(folders)[:5])
         if len(folders) == 1 or looks_like_splits(folders):
             raise no_label_column(spec, *example, f"the folders of the media are {shown}, no classes")
         warnings.append(f"the table has no label column: the labels are the {len(folders)} folders of the media: {shown}")
-    return rows, warnings
+    return writer.finish(), warnings
 
 
 def _check_other_columns(
-    spec: Mapping[str, Any], record: Mapping[str, Any], columns: Mapping[str, str], table: Path, line: int
+    spec: Mapping[str, Any], names: Collection[str], columns: Mapping[str, str], table: Path, line: int
 ) -> list[str]:
     """Refuse a table without label column that has columns which may be it; return a warning if one may hold the texts."""
-    others = [name for name in record if name not in columns.values() and name not in INDEX_COLUMNS]
+    others = [name for name in names if name not in columns.values() and name not in INDEX_COLUMNS]
     if others and "label" not in columns and not spec["folder_labels"]:
-        raise no_label_column(spec, record, table, line)
+        raise no_label_column(spec, names, table, line)
     if others and "text" not in columns:
         looked_for = ", ".join(column_candidates(spec, "text"))
         return [f"{table.name} has no column of texts ({looked_for}); if one of {', '.join(others)} is it, say --text-column"]
     return []
 
 
-def _read_row(
-    spec: Mapping[str, Any], record: Mapping[str, Any], columns: Mapping[str, str], prefix: str, table: Path, line: int
-) -> TableRow:
-    """Return one row of a table whose columns by role are known."""
-    absent = [name for role in spec["defaults"] if role not in columns for name in column_candidates(spec, role)]
-    late = next((name for name in absent if name in record), "")
-    if late:
-        raise readers.line_error(table, line, f"the column {late!r} is not in the first row; write it in every row, or in none")
-    cells = {role: record.get(column) for role, column in columns.items()}
-    media = prefix + readers.parse_media_path(parse_name(cells["media"], table, line), table, line)
-    parts = media.split("/")
+def _read_batch(
+    spec: Mapping[str, Any], batch: TableBatch, columns: Mapping[str, str], prefix: str, table: Path, writer: RowWriter
+) -> set[str]:
+    """Write some rows of a table whose columns by role are known, and return their labels.
+
+    Raises:
+        UserError: with file and line, for the first faulty row.
+    """
+    parser = BatchParser(table, batch.lines)
+    _check_late_columns(spec, batch, columns, table, parser)
+    nothing, num_rows = pa.nulls(len(batch.lines), pa.string()), len(batch.lines)
+    media = parser.names(batch.cells(columns["media"]), _parse_media, ODD_PATH)
+    media = compute.binary_join_element_wise(prefix, media, "") if prefix else media
     if "label" in columns:
-        labels = parse_labels(cells["label"], spec["label_separator"], table, line)
-    elif len(parts) < 2:
-        raise no_label_column(spec, record, table, line, "there is neither a label column nor a class folder")
-    elif parts[-2].lower() in SPLIT_ALIASES:
-        raise no_label_column(spec, record, table, line, f"{parts[-2]!r} is a split folder and no class")
+        separator = spec["label_separator"]
+        labels, codes = parser.each(batch.cells(columns["label"]), lambda *cell: parse_labels(cell[0], separator, *cell[1:]))
     else:
-        labels = (nfc(parts[-2]),)
-    folder = "" if spec["file"] else SPLIT_ALIASES.get(parts[0].lower(), "")
-    split = parse_split(cells["split"], table, line) if "split" in columns else folder
-    id = parse_name(cells["id"], table, line) if "id" in columns else ""
-    group = nfc(parse_name(cells["group"], table, line)) if cells.get("group") not in (None, "") else ""
-    return TableRow(table, line, media, labels, parse_texts(cells.get("text"), table, line), split, id, group)
+        folders = compute.replace_substring_regex(media, "^(?:(.*)/)?[^/]*$", r"\1")
+        labels, codes = parser.each(folders, functools.partial(_folder_label, spec, batch))
+    if "split" in columns:
+        split = parser.strings(batch.cells(columns["split"]), parse_split)
+    elif spec["file"]:
+        split = pa.repeat("", num_rows)
+    else:
+        split = parser.strings(compute.replace_substring_regex(media, "/.*", ""), _folder_split)
+    id = parser.names(batch.cells(columns["id"]), parse_name) if "id" in columns else pa.repeat("", num_rows)
+    group = parser.strings(batch.cells(columns["group"]) if "group" in columns else nothing, _parse_group)
+    texts, half = parser.texts(batch.cells(columns["text"]) if "text" in columns else nothing)
+    if parser.error:
+        raise parser.error
+    numbers = pa.array([[writer.number(label) for label in own] for own in labels], pa.list_(pa.int32()))
+    writer.add(table, batch.lines, [id, split, media, texts, numbers.take(index_array(codes)), group], half)
+    return {label for own in labels for label in own}
+
+
+def _check_late_columns(
+    spec: Mapping[str, Any], batch: TableBatch, columns: Mapping[str, str], table: Path, parser: BatchParser
+) -> None:
+    """Note the first row with a column that the first row of the table could have had, and has not."""
+    absent = [name for role in spec["defaults"] if role not in columns for name in column_candidates(spec, role)]
+    last: Collection[str] = ()
+    for row, names in enumerate(batch.names):
+        late = "" if names is last else next((name for name in absent if name in names), "")
+        last = names
+        if late:
+            what = f"the column {late!r} is not in the first row; write it in every row, or in none"
+            parser.stop(row, readers.line_error(table, int(batch.lines[row]), what))
+            return
+
+
+def _parse_media(cell: Any, table: Path, line: int) -> str:
+    return readers.parse_media_path(parse_name(cell, table, line), table, line)
+
+
+def _parse_group(cell: Any, table: Path, line: int) -> str:
+    return "" if cell in (None, "") else nfc(parse_name(cell, table, line))
+
+
+def _folder_split(folder: str, table: Path, line: int) -> str:
+    return SPLIT_ALIASES.get(folder.lower(), "")
+
+
+def _folder_label(spec: Mapping[str, Any], batch: TableBatch, folder: str, table: Path, line: int) -> tuple[str, ...]:
+    """Return the label of the media in a folder: the name of the folder itself."""
+    name = folder.rpartition("/")[2]
+    if name and name.lower() not in SPLIT_ALIASES:
+        return (nfc(name),)
+    why = f"{name!r} is a split folder and no class" if name else "there is neither a label column nor a class folder"
+    raise no_label_column(spec, batch.names[int(np.searchsorted(batch.lines, line))], table, line, why)

@@ -39,8 +39,8 @@ from pipeline.data.columns import BATCH_ROWS, Columns, ColumnWriter, numpy_array
 from pipeline.data.dataset import Dataset
 from pipeline.data.manifest import HALF_CHARACTER, Manifest, check_manifest, is_half
 from pipeline.data.sample_columns import SAMPLE_SCHEMA, SampleColumns
-from pipeline.data.spec import held_out_percent, manifest_meta, official_root, required_counts
-from pipeline.data.table_rows import TableRow, label_ids, warn_about_classes
+from pipeline.data.spec import manifest_meta, official_root, required_counts
+from pipeline.data.table_rows import TableRow, TableRows, label_ids, warn_about_classes
 from pipeline.data.tar_members import TarEntry, member_path, scan_tar
 from pipeline.data.tar_shards import TarShards
 from pipeline.runtime.errors import UserError
@@ -79,9 +79,9 @@ class WebDataset(Dataset):
         shards = TarShards.find(root, spec["shards"])
         found = _read_shards(spec, shards)
         names, sources = _read_class_names(spec["class_names"], root)
-        rows = [TableRow(root, 0, "", labels, (), "", "", "") for labels in found.labels]
+        rows = TableRows.of(TableRow(Path(), 0, "", labels, (), "", "", "") for labels in found.labels)
         label_kind, classes, ids = label_ids(rows, spec["labels"], names, spec["numbers"])
-        samples = _label(found.columns, dict(zip(found.labels, ids, strict=True)))
+        samples = _label(found.columns, dict(zip(rows.labels, ids.tolist(), strict=True)))
         media_types = {"video" if suffix in VIDEO_SUFFIXES else "image" for suffix in found.suffixes}
         if len(media_types) > 1 and spec["media"] == "auto":
             raise UserError(f"the shards below {root} hold images and videos; --set media says which they are")
@@ -193,7 +193,7 @@ def _read_shards(spec: Mapping[str, Any], shards: TarShards) -> _Found:
         with shards.open(shard) as file:
             for batch in _batches(_samples(spec, file, shard, found)):
                 ids, media, texts, labels, numbers = zip(*batch, strict=True)
-                own = [_choose_split(id, given[shard], spec) for id in ids]
+                own = splits.choose_splits(ids, [given[shard]] * len(ids) if found.is_split else None, spec)
                 found.writer.add_lists(ids, own, media, texts, labels, [first + number for number in numbers])
                 row = first + numbers[-1] + 1
         found.lists.append(readers.list_entry(Path(shard), Path(), row - first, unit="sample"))
@@ -202,14 +202,6 @@ def _read_shards(spec: Mapping[str, Any], shards: TarShards) -> _Found:
         why = "".join(f" ({warning})" for warning in found.warnings())
         raise UserError(f"the {len(shards.names)} shards below {shards.root} hold no sample{why}")
     return found
-
-
-def _choose_split(id: str, given: str, spec: Mapping[str, Any]) -> str:
-    split = given or splits.by_hash(id, spec["splits"])
-    percent = held_out_percent(spec)
-    # the hash that dealt the splits cannot deal again: its training samples are those with the smallest hashes
-    is_held_out = split == "train" and percent and splits.is_held_out(id if given else f"held out: {id}", percent)
-    return "val" if is_held_out else split
 
 
 def _batches(rows: Iterator[_Row]) -> Iterator[list[_Row]]:
@@ -303,11 +295,12 @@ def _read_text(file: BinaryIO, entry: TarEntry) -> str:
         raise UserError(f"a text is not UTF-8 ({error.reason} at byte {error.start})") from error
 
 
-def _label(found: Columns, ids: Mapping[tuple[str, ...], tuple[int, ...]]) -> SampleColumns:
+def _label(found: Columns, ids: Mapping[str, int]) -> SampleColumns:
     """Return the samples with the numbers of their labels."""
     writer = ColumnWriter(SAMPLE_SCHEMA)
     for block in found.blocks(names=["id", "split", "media", "texts", "labels"]):
-        labels = pa.array([ids[tuple(own)] for own in block.column("labels").to_pylist()], pa.list_(pa.int32()))
+        own = block.column("labels").to_pylist()
+        labels = pa.array([sorted({ids[label] for label in labels}) for labels in own], pa.list_(pa.int32()))
         columns = [*block.columns[:4], labels, pa.repeat("", len(block))]
         writer.add(pa.RecordBatch.from_arrays(columns, schema=SAMPLE_SCHEMA))
     return SampleColumns(writer.finish())
