@@ -23,7 +23,7 @@ from pipeline.data.media import open_frames, open_image
 from pipeline.data.media_copies import copied_media
 from pipeline.data.readers import media_file
 from pipeline.data.recipes import Recipe, check_not_another, read_recipe, write_recipe
-from pipeline.data.same_media import media_sizes_of, warn_about_copies
+from pipeline.data.same_media import sample_media_sizes, warn_about_copies
 from pipeline.data.sample_columns import list_sizes
 from pipeline.data.spec import load_spec
 from pipeline.runtime import plugins
@@ -270,7 +270,7 @@ def _leave_out_missing(manifest: Manifest, missing_list: Path, allow: bool) -> t
     Raises:
         UserError: media files are missing and that is not allowed, or all are missing.
     """
-    sizes = media_sizes_of(manifest)
+    sizes = sample_media_sizes(manifest)
     missing = np.flatnonzero(sizes < 0).tolist()
     if not missing:
         missing_list.unlink(missing_ok=True)

@@ -1,7 +1,8 @@
-"""The sizes of media, and media of val and test that have the same bytes as media of train."""
+"""Find media of val and test that have the same bytes as media of train."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -13,18 +14,17 @@ from pipeline.data.media_digests import media_digests
 from pipeline.data.readers import media_sizes
 from pipeline.data.tar_members import find_member, local_file
 from pipeline.runtime.files import file_sha256
+from pipeline.runtime.places import Address
 from pipeline.types import SPLITS
 
 MAX_COMPARED_BYTES = 2**30  # of media files that may be copies of each other; more take too long to read
 
 
-def media_sizes_of(manifest: Manifest) -> NDArray[np.int64]:
+def sample_media_sizes(manifest: Manifest) -> NDArray[np.int64]:
     """Return the size of the media file of each sample in bytes; -1: there is none.
 
-    Tar files in an object store are not looked at: the paths of their members say the sizes.
-
     Raises:
-        UserError: a symbolic link leads out of the folder of media and may not, or a file cannot be looked at.
+        UserError: as `readers.media_sizes`.
     """
     media, root = manifest.columns.strings("media"), manifest.media_root
     starts = run_starts(media)  # several samples of one file often stand together
@@ -32,11 +32,12 @@ def media_sizes_of(manifest: Manifest) -> NDArray[np.int64]:
     def where(run: int) -> str:
         return manifest.source_location(int(starts[run]))
 
+    files = media.at(starts)
     if isinstance(root, Path):
-        sizes = media_sizes(root, media.at(starts), where, manifest.meta.get("follows_links", False), find_member)
-    else:
-        members = (find_member(str(root / name)) for name in media.at(starts))
-        sizes = np.fromiter((member.size if member else -1 for member in members), np.int64, len(starts))
+        sizes = media_sizes(root, files, where, manifest.meta.get("follows_links", False), find_member)
+    else:  # tar files in an object store have just been read
+        members = (find_member(str(root / name)) for name in files)
+        sizes = np.fromiter((member.size if member else -1 for member in members), np.int64, len(files))
     return np.repeat(sizes, np.diff(np.append(starts, len(media))))
 
 
@@ -47,7 +48,7 @@ def warn_about_copies(manifest: Manifest, home: Path, sizes: NDArray[np.int64]) 
 
     Args:
         manifest: the manifest.
-        home: where digests of media in an object store are remembered.
+        home: the folder of all artifacts.
         sizes: the size of the media file of each sample in bytes.
     """
     media = manifest.columns.strings("media")
@@ -57,7 +58,9 @@ def warn_about_copies(manifest: Manifest, home: Path, sizes: NDArray[np.int64]) 
     runs = np.flatnonzero(np.where(is_train, contains(sizes[~is_train], sizes), contains(sizes[is_train], sizes)))
     if (sizes[runs] * counts[runs]).sum() > MAX_COMPARED_BYTES:
         return []
-    digests = dict(zip(runs.tolist(), _media_digests(manifest, home, starts[runs]), strict=True))
+    names = media.take(starts[runs])
+    digest_of = _media_digests(manifest, home, dict(zip(names, starts[runs].tolist(), strict=True)))
+    digests = {run: digest_of[name] for run, name in zip(runs.tolist(), names, strict=True)}
     originals = {digest: run for run, digest in digests.items() if is_train[run]}
     copies = [run for run, digest in digests.items() if not is_train[run] and digest in originals]
     if not copies:
@@ -70,16 +73,13 @@ def warn_about_copies(manifest: Manifest, home: Path, sizes: NDArray[np.int64]) 
     ]
 
 
-def _media_digests(manifest: Manifest, home: Path, positions: NDArray[np.int64]) -> list[str]:
-    """Return a digest of the content of the media of the samples at some positions."""
-    if not isinstance(manifest.media_root, Path):
-        names = manifest.columns.strings("media").take(positions)
-        return [digest.hex() for digest in media_digests([str(manifest.media_root / name) for name in names], home)]
-    digests: dict[str, str] = {}
-    for position in positions.tolist():
-        sample = manifest.samples[position]
-        name = sample.media.as_posix()
-        if name not in digests:
-            with local_file(manifest.media_path(sample)) as file:
-                digests[name] = file_sha256(file)
-    return [digests[name] for name in manifest.columns.strings("media").take(positions)]
+def _media_digests(manifest: Manifest, home: Path, positions: Mapping[str, int]) -> dict[str, str]:
+    """Return a digest of the content of media, by their paths, of which the positions of samples are given."""
+    if isinstance(manifest.media_root, Address):
+        found = media_digests([str(manifest.media_root / name) for name in positions], home)
+        return {name: digest.hex() for name, digest in zip(positions, found, strict=True)}
+    digests = {}
+    for name, position in positions.items():
+        with local_file(manifest.media_path(manifest.samples[position])) as file:
+            digests[name] = file_sha256(file)
+    return digests

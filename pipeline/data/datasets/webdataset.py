@@ -79,7 +79,7 @@ class WebDataset(Dataset):
         shards = TarShards.find(root, spec["shards"])
         found = _read_shards(spec, shards)
         names, sources = _read_class_names(spec["class_names"], root)
-        rows = TableRows.of(TableRow(Path(), 0, "", labels, (), "", "", "") for labels in found.labels)
+        rows = TableRows.of(TableRow(root, 0, "", labels, (), "", "", "") for labels in found.labels)
         label_kind, classes, ids = label_ids(rows, spec["labels"], names, spec["numbers"])
         samples = _label(found.columns, dict(zip(rows.labels, ids.tolist(), strict=True)))
         media_types = {"video" if suffix in VIDEO_SUFFIXES else "image" for suffix in found.suffixes}
