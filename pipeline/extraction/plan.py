@@ -17,6 +17,7 @@ from pipeline.extraction.requests import CacheSize, Requests, extraction_request
 GB = 1e9
 MANIFEST_OBJECTS = 3  # files that are delivered to workers; those of an encoder are few, too
 HALF = 0.6  # share of the time up to which a change counts as halving it
+WORTHWHILE = 0.95  # share of the time from which on a change is not worth a word
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -177,14 +178,12 @@ class EncoderPlan:
     def sentence(self) -> str:
         """Return in plain words what bounds the extraction, and what would halve its time."""
         name, share = max(self.shares().items(), key=lambda item: item[1])
-        ratios = {what: plan.seconds / self.seconds for what, plan in self.changed().items()}
-        helping = [
-            f"{what}: {ratio:.2f} of it" for what, ratio in sorted(ratios.items(), key=lambda item: item[1]) if ratio < 0.95
-        ]
-        halving = [f"{what}: {ratio:.2f} of it" for what, ratio in ratios.items() if ratio <= HALF]
-        what_halves = f"about half of it is left with {'; with '.join(halving)}" if halving else "no single change halves it"
-        rest = f"; the most is gained with {helping[0]}" if helping and not halving else ""
-        return f"{name} takes {share:.0%} of the time of {self.probe.encoder}; {what_halves}{rest}"
+        left = sorted((plan.seconds / self.seconds, what) for what, plan in self.changed().items())
+        shown = [f"with {what} it would take {ratio:.0%} of that time" for ratio, what in left if ratio <= HALF]
+        if not shown:
+            shown = ["no single change halves it"]
+            shown += [f"the most is gained with {what}: {ratio:.0%} are left" for ratio, what in left[:1] if ratio < WORTHWHILE]
+        return f"{name} takes {share:.0%} of the time of {self.probe.encoder}; {'; '.join(shown)}"
 
     def facts(self) -> dict[str, Any]:
         """Return everything as JSON values."""
