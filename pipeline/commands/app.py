@@ -33,6 +33,7 @@ from pipeline.commands.options import CommandGroup
 from pipeline.runtime.environment import set_environment
 from pipeline.runtime.errors import UserError, describe_error, is_out_of_memory, traceback_file
 from pipeline.runtime.logs import inert, set_up_logging
+from pipeline.runtime.places import is_address
 from pipeline.runtime.plugins import failed_file
 from pipeline.runtime.version import DISTRIBUTION, program_version
 
@@ -90,7 +91,6 @@ REMEDIES = {  # of errors of the operating system
     errno.EDQUOT: "free some of your quota, or take another disk with --home; the same command goes on from here",
     errno.EFBIG: "raise the limit of file sizes (ulimit -f), or, for a cache, take smaller --shard-rows",
     errno.EROFS: "make the disk writable, or take another one with --home",
-    errno.EIO: "the same command goes on from here",
     errno.EACCES: "get permission, or take a folder of yours with --home",
 }
 
@@ -116,6 +116,8 @@ def main() -> None:
     except OSError as error:
         file = f"{error.filename}: " if error.filename else ""
         remedy = REMEDIES.get(error.errno or 0, "give a readable file, or a writable folder with --home")
+        if is_address(error.filename or ""):
+            remedy = "the same command goes on from here"
         print(f"diffalign: {file}{error.strerror or error}; {remedy}", file=sys.stderr)
         sys.exit(2)
     except (UserError, typer.TyperException) as error:

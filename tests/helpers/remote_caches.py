@@ -14,6 +14,7 @@ from typing import Any
 from helpers.fault_cases import cache_content, extract_texts
 from helpers.s3_endpoint import Endpoint
 from pipeline.cache.housekeeping import copy
+from pipeline.cache.writer import Writer
 from pipeline.commands import app as cli
 from pipeline.data.manifest import Manifest
 from pipeline.data.manifest_files import read_manifest
@@ -47,8 +48,16 @@ def run_command(arguments: list[str], environment: dict[str, str]) -> None:
 
 
 def extract_remotely(home: Path, caches: str, environment: dict[str, str]) -> None:
-    """What a child process does that may be killed."""
+    """What a child process does that may be killed: it pauses after each shard, so that it does not end before."""
     os.environ.update(environment)
+    commit = Writer.commit
+
+    def commit_and_pause(self: Writer, *arguments: Any, **named: Any) -> Any:
+        result = commit(self, *arguments, **named)
+        time.sleep(0.3)
+        return result
+
+    Writer.commit = commit_and_pause
     with caches_at(caches):
         extract_texts(read_manifest(home, "texts"), home)
 
