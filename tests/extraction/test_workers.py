@@ -251,6 +251,15 @@ def fail_after_one(encoded: Iterator[EncodedBatch]) -> None:
     raise ZeroDivisionError
 
 
+@pytest.fixture
+def heeds_interrupts() -> Iterator[None]:
+    """A shell starts its background jobs, of which the tests may be one, with SIGINT ignored."""
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, handler)
+
+
+@pytest.mark.usefixtures("heeds_interrupts")
 @pytest.mark.parametrize("on_gpu", [False, True])
 @pytest.mark.parametrize("end", ["closed early", "error of the encoder", "error of the consumer", "Ctrl-C while it waits"])
 def test_an_end_does_not_wait_for_stuck_workers(
