@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pipeline.cache import near_duplicates
 from pipeline.cache.reader import info, list_caches, open_cache
 from pipeline.cache.samples import cache_home
 from pipeline.cache.verify import verify
@@ -21,7 +22,10 @@ from pipeline.runtime.places import Address, Place
 from pipeline.runtime.stores import REQUESTS_IN_FLIGHT, exists, object_sha256, remove_objects, store_of
 
 COPY_BYTES = 2**26  # of objects that `copy` moves at a time, unless a single one is larger: each has the time of a request
-_PARTS = {"zarr.json", "features", "ids", "offsets", "commits", "failures.parquet", CLAIMS}  # of a cache in an object store
+_PARTS = {  # of a cache in an object store
+    *("zarr.json", "features", "ids", "offsets", "commits", "failures.parquet"),
+    *(near_duplicates.RECORD_NAME, CLAIMS),
+}
 _CACHE_NAME = re.compile(r"-[0-9a-f]{12}$")
 
 

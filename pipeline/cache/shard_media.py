@@ -31,6 +31,7 @@ class ShardMedia:
     root: str  # absolute, or an address
     samples: Sequence[Sample]  # of the rows
     failed: Collection[int]  # positions in `samples`
+    prepare_command: str  # that reads the media anew
 
     @staticmethod
     def of_rows(
@@ -38,7 +39,7 @@ class ShardMedia:
     ) -> ShardMedia:
         """Return the media of the rows that begin with row `start`, whose samples these are."""
         root = os.path.abspath(manifest.media_root) if isinstance(manifest.media_root, Path) else str(manifest.media_root)
-        return ShardMedia(cache, root, samples, {failure.row - start for failure in failures})
+        return ShardMedia(cache, root, samples, {failure.row - start for failure in failures}, manifest.prepare_command)
 
     @property
     def files(self) -> list[str]:
@@ -75,10 +76,11 @@ class ShardMedia:
             is_changed, what = bool(changed), f"{', '.join(changed[:MAX_NAMED_FILES])}{more}"
         if not is_changed:
             return ""
-        return (
-            f"media files have changed since {self.cache} was made of them: {what}; bring the earlier ones back, or remove the "
-            f"cache (diffalign cache rm {self.cache}) and extract it anew"
-        )
+        if is_address(self.root):  # whose tar files have other stamps then, so that they are not read before
+            remedy = f"run: {self.prepare_command}; features of the new ones are another cache"
+        else:
+            remedy = f"remove the cache (diffalign cache rm {self.cache}) and extract it anew"
+        return f"media files have changed since {self.cache} was made of them: {what}; bring the earlier ones back, or {remedy}"
 
     def renew(self, commit: Commit) -> None:
         """Give the record of an older version, whose sizes fit, the digests of the files."""

@@ -41,7 +41,6 @@ MANIFEST_SCHEMA = pa.schema(
         ("extra", pa.string()),
     ]
 )
-LEFT_OUT_FILE = "left_out.parquet"
 SHOWN_LEFT_OUT = 3
 _COLUMNS_READ = (  # the first ones are those of `SAMPLE_SCHEMA`, in its order
     *("sample_id", "split", "media_path", "texts", "label_ids", "group_id"),
@@ -52,9 +51,9 @@ _COLUMNS_READ = (  # the first ones are those of `SAMPLE_SCHEMA`, in its order
 def write_manifest(manifest: Manifest, home: Path) -> Path:
     """Check a manifest and write it to `<home>/manifests/<dataset>.parquet`, .csv, .meta.json and .location.json.
 
-    Samples that the builder left out, with the reasons, go to .left_out.parquet. The CSV file holds the same table as the first
-    without loss. The same samples give the same bytes in all files except .location.json; the Parquet file needs the same
-    version of pyarrow for that.
+    Samples that the builder left out, with the reasons, go to the `left_out_path`. The CSV file holds the same table as
+    the first without loss. The same samples give the same bytes in all files except .location.json; the Parquet file
+    needs the same version of pyarrow for that.
 
     Returns:
         The path of the Parquet file.
@@ -70,7 +69,7 @@ def write_manifest(manifest: Manifest, home: Path) -> Path:
         location["media_stamps"] = dict(manifest.media_stamps)
     write_atomic(manifest_path(home, manifest.dataset, "location.json"), _indented_json(location))
     _write_tables(manifest, path, manifest_path(home, manifest.dataset, "csv"))
-    _write_left_out(manifest, manifest_path(home, manifest.dataset, LEFT_OUT_FILE))
+    _write_left_out(manifest, left_out_path(home, manifest.dataset))
     write_atomic(manifest_path(home, manifest.dataset, "meta.json"), _indented_json(sidecar))
     return path
 
@@ -79,6 +78,7 @@ def _write_left_out(manifest: Manifest, path: Path) -> None:
     if not manifest.left_out:
         path.unlink(missing_ok=True)
         return
+    path.parent.mkdir(exist_ok=True)
     with written_aside(path) as aside, pq.ParquetWriter(aside, manifest.left_out.schema, compression="zstd") as table:
         for block in manifest.left_out.blocks(num_rows=ROWS_PER_BATCH):
             table.write_batch(block)
@@ -187,7 +187,7 @@ def _read_meta(home: Path, dataset: str) -> dict[str, Any]:
 
 def left_out_facts(home: Path, dataset: str) -> dict[str, str]:
     """Return how many samples were left out for each reason, the first ones, and which file lists all; {}: none were."""
-    meta, path = _read_meta(home, dataset), manifest_path(home, dataset, LEFT_OUT_FILE)
+    meta, path = _read_meta(home, dataset), left_out_path(home, dataset)
     if not path.is_file():
         return {}
     reasons = sorted(dict(meta.get("left_out_counts", {})).items(), key=lambda reason: -int(reason[1]))
@@ -250,6 +250,11 @@ def manifest_path(home: Path, dataset: str, suffix: str) -> Path:
     if not DATASET_NAME.fullmatch(dataset):
         raise UserError(f"dataset name {dataset!r} may hold only letters, digits, '_', '-' and '.'")
     return home / "manifests" / f"{dataset}.{suffix}"
+
+
+def left_out_path(home: Path, dataset: str) -> Path:
+    """Return the table of the samples that the builder of a dataset could not use; no dataset has such a path."""
+    return home / "manifests" / "left_out" / f"{dataset}.parquet"
 
 
 def _class_counts(manifest: Manifest) -> dict[str, dict[str, int]]:

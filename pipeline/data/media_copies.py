@@ -9,7 +9,7 @@ import itertools
 import shutil
 import tempfile
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import replace
@@ -51,6 +51,7 @@ class MediaCopies:
         self._manifest, self._folder, self._media_of, self._num_batches = manifest, folder, media_of, len(sizes)
         self._ends = list(itertools.accumulate(sizes, initial=0))  # number of the media before each batch
         self._files: dict[int, Path] = {}  # number of the medium -> its copy
+        self._users: Counter[Path] = Counter()  # of a copy: batches may come again
         self._num_ready = 0
         self._file: BinaryIO | None = None  # the copy that is being written
         self._hasher = xxhash.xxh3_64()
@@ -70,7 +71,11 @@ class MediaCopies:
     def drop(self, batch: int) -> None:
         """Remove the copies of a batch."""
         for number in range(self._ends[batch], self._ends[batch + 1]):
-            self._files.pop(number).unlink(missing_ok=True)
+            path = self._files.pop(number)
+            self._users[path] -= 1
+            if not self._users[path]:
+                del self._users[path]
+                path.unlink(missing_ok=True)
 
     def close(self) -> None:
         """Read no further."""
@@ -83,6 +88,7 @@ class MediaCopies:
         for batch in range(self._num_batches):
             for media in self._media_of(batch):
                 self._files[number] = self._folder / media
+                self._users[self._files[number]] += 1
                 yield _member_of(self._manifest, media)
                 number += 1
 
@@ -90,17 +96,22 @@ class MediaCopies:
         path = self._files[number]
         if self._file is None:
             path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = path.open("wb", buffering=0)
+            self._file = _beside(path).open("wb", buffering=0)
             self._hasher.reset()
         self._file.write(piece)
         self._hasher.update(piece)
         if is_last:
             self._file.close()
             self._file = None
+            _beside(path).replace(path)  # at once: a worker may read a copy that an earlier batch has asked for
             media = path.relative_to(self._folder)
             stamp = self._manifest.media_stamp(_member_of(self._manifest, media).tar)
             note_digest(str(self._manifest.media_root / media.as_posix()), stamp, self._hasher.digest())
             self._num_ready += 1
+
+
+def _beside(path: Path) -> Path:
+    return path.with_name(f"{path.name}.part")
 
 
 @contextmanager
@@ -134,7 +145,8 @@ def single_copy(manifest: Manifest, media: PurePath) -> Path:
     bucket = root.bucket
     if time.monotonic() - _silent_since.get(bucket, -RETRY_SECONDS) < RETRY_SECONDS:
         raise UserError(f"{bucket} did not answer a moment ago")
-    path = Path(_folder().name) / f"{next(_numbers)}" / media.name
+    with _LOCK:  # or two threads would make two folders, of which one is removed
+        path = Path(_folder().name) / f"{next(_numbers)}" / media.name
     try:
         pieces = read_pieces([_member_of(manifest, media)], manifest.media_stamp, f"run: {manifest.prepare_command}")
         content = b"".join(piece for _, piece, _ in pieces)

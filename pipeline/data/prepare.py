@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from pipeline.data.fetch import download_folder
 from pipeline.data.manifest import DATASET_NAME, Manifest, found_counts, recurring_texts, split_counts, text_counts
-from pipeline.data.manifest_files import LEFT_OUT_FILE, manifest_path, write_manifest
+from pipeline.data.manifest_files import left_out_path, write_manifest
 from pipeline.data.media import open_frames, open_image
 from pipeline.data.media_copies import copied_media
 from pipeline.data.readers import media_file
@@ -134,7 +134,7 @@ def prepare(
         missing_list=str(missing_list) if num_missing else "",
         undecodable=tuple(f"{manifest.source_location(position)}: {reason}" for position, reason in undecodable.items()),
         left_out=len(manifest.left_out or ()),
-        left_out_list=str(manifest_path(home, name, LEFT_OUT_FILE)) if manifest.left_out else "",
+        left_out_list=str(left_out_path(home, name)) if manifest.left_out else "",
     )
 
 

@@ -29,6 +29,7 @@ INDEX_COLUMNS = ("", "Unnamed: 0", "__index_level_0__")  # the numbers of rows t
 SEPARATORS = (",", ";", "\t")  # the first one of those that are as frequent
 TABLE_BLOCK_BYTES = 2**24  # of a table that are read at once
 Cells = pa.Array | list[Any]  # a list where the values of a JSON column are not all texts
+_SIMPLE = (pa.types.is_integer, pa.types.is_floating, pa.types.is_boolean, pa.types.is_null)
 RowT = TypeVar("RowT")
 
 
@@ -203,6 +204,8 @@ def _parquet_batches(table: Path) -> Iterator[TableBatch]:
             for batch in file.iter_batches(max(1, min(BATCH_ROWS, TABLE_BLOCK_BYTES // max(1, row_bytes)))):
                 batch.validate(full=True)  # texts that are not UTF-8
                 names = [nfc(name) for name in batch.schema.names]
+                if len(set(names)) != len(names):
+                    raise UserError(f"{table}: two columns have the same name")
                 by_name = dict(zip(names, map(_decoded, batch.columns), strict=True))
                 yield TableBatch(np.arange(row, row + len(batch)), [list(by_name)] * len(batch), by_name.__getitem__)
                 row += len(batch)
@@ -210,11 +213,16 @@ def _parquet_batches(table: Path) -> Iterator[TableBatch]:
         raise UserError(f"{table} is damaged or no Parquet file: {error}") from error
 
 
-def _decoded(cells: pa.Array) -> pa.Array:
-    """Return texts as ordinary strings, however they are stored."""
+def _decoded(cells: pa.Array) -> Cells:
+    """Return texts as ordinary strings, however they are stored, and as a list what functions for columns do not take."""
     cells = cells.dictionary_decode() if isinstance(cells, pa.DictionaryArray) else cells
-    is_other = pa.types.is_large_string(cells.type) or pa.types.is_string_view(cells.type)
-    return cells.cast(pa.string()) if is_other else cells
+    kind = cells.type
+    if pa.types.is_large_string(kind) or pa.types.is_string_view(kind):
+        return cells.cast(pa.string())
+    is_list = pa.types.is_list(kind) or pa.types.is_large_list(kind)
+    item = kind.value_type if is_list else kind
+    takes = (pa.types.is_string, pa.types.is_large_string, *(() if is_list else _SIMPLE))
+    return cells if any(is_kind(item) for is_kind in takes) else cells.to_pylist()
 
 
 def column_candidates(spec: Mapping[str, Any], role: str) -> list[str]:

@@ -45,6 +45,7 @@ class TarEntry(NamedTuple):
     offset: int
     size: int
     problem: str
+    content: bytes = b""  # of a small member that was read on the way
 
 
 def member_path(tar: str, entry: TarEntry) -> str:

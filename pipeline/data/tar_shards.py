@@ -102,7 +102,7 @@ def _list_objects(root: Address, pattern: str) -> dict[str, StoredObject]:
 def _expand_pattern(root: Place, pattern: str, names: Iterable[str]) -> list[str]:
     """Return the files of a folder, or the names of objects, that fit a pattern, sorted."""
     if isinstance(root, Path):
-        return sorted(glob.glob(pattern, root_dir=root, recursive=True))
+        return sorted(name for name in glob.glob(pattern, root_dir=root, recursive=True) if not (root / name).is_dir())
     return sorted(name for name in names if _fits(name.split("/"), pattern.split("/")))
 
 

@@ -361,5 +361,8 @@ def _joined(data: Data) -> bytes:
 
 
 def _stamp(meta: Mapping[str, Any]) -> str:
-    """Return the stamp of an object; a store without ETags gives its size alone."""
-    return f"{meta['size']} {meta['e_tag'] or ''}".strip()
+    """Return the stamp of an object; a store without ETags gives its size alone.
+
+    Azure puts ETags in quotes when it gives an object, and not when it lists it.
+    """
+    return f"{meta['size']} {(meta['e_tag'] or '').strip(chr(34))}".strip()

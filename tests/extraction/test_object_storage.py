@@ -31,8 +31,9 @@ from pipeline.data import remote_tars
 from pipeline.data.manifest import Manifest
 from pipeline.data.manifest_files import read_manifest
 from pipeline.data.media import open_image
-from pipeline.data.media_copies import changed_tars
+from pipeline.data.media_copies import changed_tars, copied_media
 from pipeline.data.prepare import prepare
+from pipeline.data.tar_members import local_file
 from pipeline.extraction.extract import ExtractOptions, extract
 from pipeline.runtime import connections
 from pipeline.runtime.claims import hold
@@ -225,7 +226,7 @@ def test_only_a_cache_is_removed_and_by_one_process(
     with pytest.raises(UserError, match="is not a feature cache"):
         rm(website)
     place = parse_place("s3://bucket/releases/clip-3f2a9c1d0e4b")
-    for name in ("zarr.json", "features/c/0/0", "ids/c/0"):
+    for name in ("zarr.json", "features/c/0/0", "near_duplicates.json"):
         store_of(place).put(place / name, b"x")
     delete, seen = BucketStore.delete, []
 
@@ -310,6 +311,23 @@ def test_shards_in_a_bucket_give_the_manifest_and_the_features_of_those_on_a_dis
     assert content_of(remote, tmp_path) == cache_content(on_disk)  # also the digests of the media
 
 
+def test_batches_that_come_again_find_their_copies(shard_homes: tuple[Path, Path]) -> None:
+    on_disk, manifest = (read_manifest(home, "shards") for home in shard_homes)
+    expected: list[bytes] = []
+    for each in on_disk.samples[:4]:
+        with local_file(on_disk.media_path(each)) as file:
+            expected.append(file.read_bytes())
+    media = [[each.media for each in manifest.samples[start : start + 2]] for start in (0, 2)] * 3
+    with copied_media(manifest, [2] * 6, lambda batch: media[batch]) as (here, copies):
+        folder = here.media_root
+        assert isinstance(folder, Path)
+        for number, own in enumerate(media):
+            copies.wait(min(number + 3, 5))  # batches that are ahead
+            assert [(folder / name).read_bytes() for name in own] == (expected * 3)[2 * number : 2 * number + 2]
+            copies.drop(number)
+        assert not [file for file in folder.rglob("*") if file.is_file()]
+
+
 def test_each_run_of_neighbours_is_read_once(shard_homes: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     """Extraction reads each shard with one request; its digests are then known, and `verify` reads none again."""
     asked: list[str] = []
@@ -338,12 +356,14 @@ def test_shards_that_changed_or_are_gone_are_named(
     path = extract(manifest, "random_projection", {"width": 16}, home, options=QUIET)
     content = store_of(place).get(place)
     again = r"run: diffalign prepare webdataset --name shards"
+    manifest_remedy = f"run: {manifest.prepare_command}"
     at = content.index(picture(31))
     store_of(place).put(place, content[:at] + picture(32) + content[at + len(picture(32)) :])
     with pytest.raises(UserError, match=rf"s3://bucket/shards/part-1.tar was changed since it was prepared; {again}"):
         extract(manifest, "random_projection", {"width": 24}, home, options=QUIET)
     (problem,) = verify(path)
     assert "media files have changed" in problem
+    assert problem.endswith(f"bring the earlier ones back, or {manifest_remedy}; features of the new ones are another cache")
     assert f"part-1.tar/{at}+{len(picture(31))}.png" in problem
     store_of(place).delete(place)
     with pytest.raises(UserError, match=rf"part-1.tar is gone; bring it back, or {again}"):

@@ -9,10 +9,10 @@ shards or a word in their names, such as train-000000.tar, it is the split of th
 SHA-256 of the id.
 
 A sample that misses a part, has a broken one, or comes twice is left out, and so is what follows a damaged place of a tar: a
-warning counts them, `left_out_counts` in the manifest's meta says why, and the file NAME.left_out.parquet has every one. Links,
-devices, sparse files, huge members and paths that lead out are not read. Extraction reads the members where they lie, in the
-order of the tar, and nothing is unpacked. `root` may be an address in an object store: the manifest is that of the same tar
-files on a disk.
+warning counts them, `left_out_counts` in the manifest's meta says why, and the file manifests/left_out/NAME.parquet has every
+one. Links, devices, sparse files, huge members and paths that lead out are not read. Extraction reads the members where they
+lie, in the order of the tar, and nothing is unpacked. `root` may be an address in an object store: the manifest is that of
+the same tar files on a disk.
 """
 
 from __future__ import annotations
@@ -52,6 +52,8 @@ _MEDIA_SUFFIXES = (*IMAGE_SUFFIXES, *VIDEO_SUFFIXES)
 _MAX_REASONS = 1000  # that the manifest keeps; a file has all
 _MAX_KINDS = 50
 _SHOWN_KINDS = 5
+_MAX_PARTS = 1000  # of a sample
+_SHOWN_PARTS = 5
 _LEFT_OUT = pa.schema([(name, pa.string()) for name in ("id", "stage", "error", "shard", "key")])
 _FOUND = pa.schema(
     [
@@ -77,9 +79,9 @@ class WebDataset(Dataset):
                 raise UserError(f"{key} is {spec[key]!r}; choose one of: {', '.join(choices)}")
         root = root if isinstance(root, Address) else official_root(spec, root)
         shards = TarShards.find(root, spec["shards"])
-        found = _read_shards(spec, shards)
         names, sources = _read_class_names(spec["class_names"], root)
-        rows = TableRows.of(TableRow(root, 0, "", labels, (), "", "", "") for labels in found.labels)
+        found = _read_shards(spec, shards)
+        rows = TableRows.of(TableRow(Path(place), 1, "", labels, (), "", "", "") for labels, place in found.labels.items())
         label_kind, classes, ids = label_ids(rows, spec["labels"], names, spec["numbers"])
         samples = _label(found.columns, dict(zip(rows.labels, ids.tolist(), strict=True)))
         media_types = {"video" if suffix in VIDEO_SUFFIXES else "image" for suffix in found.suffixes}
@@ -113,7 +115,7 @@ class _Found:
 
     is_split: bool  # whether names of shards say the splits
     writer: ColumnWriter = field(default_factory=lambda: ColumnWriter(_FOUND))
-    labels: dict[tuple[str, ...], None] = field(default_factory=dict)  # every list of labels that occurs
+    labels: dict[tuple[str, ...], str] = field(default_factory=dict)  # every list of labels that occurs, and where first
     suffixes: set[str] = field(default_factory=set)  # of the media
     lists: list[dict[str, Any]] = field(default_factory=list)
     left_out: ColumnWriter = field(default_factory=lambda: ColumnWriter(_LEFT_OUT))
@@ -211,25 +213,29 @@ def _batches(rows: Iterator[_Row]) -> Iterator[list[_Row]]:
 def _samples(spec: Mapping[str, Any], file: BinaryIO, shard: str, found: _Found) -> Iterator[_Row]:
     """Yield the samples of a shard that can be used: id, path of the medium, texts, labels, number in the shard."""
     keys: set[str] = set()
-    for number, (key, entries) in enumerate(_groups(file, shard, found)):
+    for number, (key, entries) in enumerate(_groups(spec, file, shard, found)):
         if key in keys:
             found.leave_out(shard, key, "its key comes again in the shard")
             continue
         keys.add(key)
         try:
-            media, texts, labels = _read_parts(spec, file, entries)
+            media, texts, labels = _read_parts(spec, entries)
             path = member_path(shard, media)
         except UserError as error:
             found.leave_out(shard, key, str(error))
             continue
         found.suffixes.add(os.path.splitext(media.name)[1].lower())
-        found.labels.setdefault(labels)
+        found.labels.setdefault(labels, f"{shard}, {key!r}")
         yield f"{shard.removesuffix('.tar')}/{key}", path, texts, labels, number
 
 
-def _groups(file: BinaryIO, shard: str, found: _Found) -> Iterator[tuple[str, dict[str, TarEntry]]]:
-    """Yield (key, members by part) of every sample of a shard; members whose names have no key are no parts of samples."""
-    key, parts = "", {}
+def _groups(spec: Mapping[str, Any], file: BinaryIO, shard: str, found: _Found) -> Iterator[tuple[str, dict[str, TarEntry]]]:
+    """Yield (key, members by part) of every sample of a shard; members whose names have no key are no parts of samples.
+
+    Texts and labels are read as they are found: to go back behind a picture would fetch it from an object store, twice.
+    """
+    key, parts = "", dict[str, TarEntry]()
+    read_parts = {spec[f"{role}_part"] for role in ("json", "text", "label")}
     try:
         for entry in scan_tar(file):
             match = _KEY.fullmatch(entry.name.removeprefix("./"))
@@ -239,30 +245,36 @@ def _groups(file: BinaryIO, shard: str, found: _Found) -> Iterator[tuple[str, di
                 key, parts = match[1], {}
             if match:
                 part = match[2].lower()
-                parts[part] = entry._replace(problem=f"it has two parts {part}") if part in parts else entry
+                if part in parts:
+                    entry = entry._replace(problem=f"it has two parts {part}")
+                elif part in read_parts and not entry.problem and entry.size <= readers.LINE_LIMIT:
+                    file.seek(entry.offset)
+                    entry = entry._replace(content=file.read(entry.size))
+                if part in parts or len(parts) < _MAX_PARTS:
+                    parts[part] = entry
     except UserError as error:
         found.leave_out(shard, "", str(error))
     if parts:
         yield key, parts
 
 
-def _read_parts(
-    spec: Mapping[str, Any], file: BinaryIO, parts: Mapping[str, TarEntry]
-) -> tuple[TarEntry, tuple[str, ...], tuple[str, ...]]:
+def _read_parts(spec: Mapping[str, Any], parts: Mapping[str, TarEntry]) -> tuple[TarEntry, tuple[str, ...], tuple[str, ...]]:
     """Return the medium, the texts and the labels of a sample; `UserError` says what it misses, or which part is broken."""
     fault = next((f"{part}: {entry.problem}" for part, entry in parts.items() if entry.problem), "")
     if fault:
         raise UserError(fault)
     names = [spec["media_part"]] if spec["media_part"] else [part for part in parts if f".{part}" in _MEDIA_SUFFIXES]
     if len(names) != 1 or names[0] not in parts:
-        several = f"several pictures or clips, {', '.join(names)}; --set media_part says which"
-        raise UserError(several if len(names) > 1 else f"no picture or clip among its parts ({', '.join(parts)})")
-    facts = _read_json(file, parts[spec["json_part"]]) if spec["json_part"] in parts else {}
-    text = _read_text(file, parts[spec["text_part"]]).strip() if spec["text_part"] in parts else None
+        shown = ", ".join(itertools.islice(names if len(names) > 1 else parts, _SHOWN_PARTS))
+        several = f"several pictures or clips, {shown}; --set media_part says which"
+        key = "; the key of a sample ends at the first dot" if len(parts) > _SHOWN_PARTS else ""
+        raise UserError(several if len(names) > 1 else f"no picture or clip among its parts ({shown:.200}{key})")
+    facts = _read_json(parts[spec["json_part"]]) if spec["json_part"] in parts else {}
+    text = _read_text(parts[spec["text_part"]]).strip() if spec["text_part"] in parts else None
     texts = (text,) if text else parse_texts(_first(facts, spec["text_key"]), Path("json"), 1) if text is None else ()
     if is_half(texts):
         raise UserError(HALF_CHARACTER)
-    label = _read_text(file, parts[spec["label_part"]]).strip() if spec["label_part"] in parts else None
+    label = _read_text(parts[spec["label_part"]]).strip() if spec["label_part"] in parts else None
     labels = parse_labels(_first(facts, spec["label_key"]) if label is None else label, "", Path(spec["label_part"]), 1)
     if not labels and spec["labels"] != "multi":
         raise UserError(f"no label, neither in a part {spec['label_part']} nor in its JSON (--set labels=multi allows none)")
@@ -275,9 +287,9 @@ def _first(facts: Mapping[str, Any], keys: str) -> Any:
     return next((facts[key] for key in map(str.strip, keys.split(",")) if key in facts), None)
 
 
-def _read_json(file: BinaryIO, entry: TarEntry) -> Mapping[str, Any]:
+def _read_json(entry: TarEntry) -> Mapping[str, Any]:
     try:
-        facts = json.loads(_read_text(file, entry))
+        facts = json.loads(_read_text(entry))
     except (ValueError, RecursionError) as error:
         raise UserError(f"broken JSON: {error}") from error
     if not isinstance(facts, dict):
@@ -285,12 +297,11 @@ def _read_json(file: BinaryIO, entry: TarEntry) -> Mapping[str, Any]:
     return facts
 
 
-def _read_text(file: BinaryIO, entry: TarEntry) -> str:
+def _read_text(entry: TarEntry) -> str:
     if entry.size > readers.LINE_LIMIT:
         raise UserError(f"a text has more than {readers.LINE_LIMIT} bytes")
-    file.seek(entry.offset)
     try:
-        return file.read(entry.size).decode("utf-8-sig")
+        return entry.content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(f"a text is not UTF-8 ({error.reason} at byte {error.start})") from error
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from helpers.tables import WRITERS, build
@@ -294,6 +295,24 @@ def _rows_or_fault(read: Callable[[Path], Iterator[Any]], path: Path) -> list[An
     except UserError as error:
         found.append(str(error))
     return found
+
+
+def test_types_without_functions_for_columns_are_read_one_by_one(tmp_path: Path) -> None:
+    """Such as DuckDB's JSON."""
+    texts = [f'{{"a":{row}}}' for row in range(6)]
+    table = {
+        "file_name": pa.array([f"{row}.jpg" for row in range(6)], pa.string_view()),
+        "label": pa.ExtensionArray.from_storage(pa.json_(), pa.array(["x", "y"] * 3)),
+        "text": pa.array([[text] for text in texts], pa.list_(pa.string_view())),
+    }
+    pq.write_table(pa.table(table), tmp_path / "metadata.parquet")
+    manifest = build(tmp_path)
+    assert [sample.texts for sample in manifest.samples] == [(text,) for text in texts]
+    assert [sample.labels for sample in manifest.samples] == [(0,), (1,)] * 3
+    twice = pa.Table.from_arrays([table["file_name"], table["label"], table["label"]], ["file_name", "label", "label"])
+    pq.write_table(twice, tmp_path / "metadata.parquet")
+    with pytest.raises(UserError, match="two columns have the same name"):
+        build(tmp_path)
 
 
 @pytest.mark.usefixtures("small_batches")

@@ -107,6 +107,7 @@ def test_samples_that_miss_a_part_are_left_out_with_the_reason(tmp_path: Path, p
         "the first of them": manifest.meta["left_out"][0],
         "all of them": report.left_out_list,
     }
+    assert [path.stem for path in (tmp_path / "home" / "manifests").glob("*.parquet")] == ["webdataset"]  # all data sets
     write_tar(tmp_path / "shards" / "a.tar", sample("good", 1))
     assert build(tmp_path)[1].left_out_list == ""
     assert left_out_facts(tmp_path / "home", "webdataset") == {}
@@ -227,6 +228,25 @@ def test_patterns_that_fit_nothing_say_what_is_missing(tmp_path: Path, pattern: 
     (tmp_path / "shards" / "a.tar.gz").write_bytes(b"")
     with pytest.raises(UserError, match=message):
         build(tmp_path, shards=pattern)
+
+
+def test_messages_name_the_sample_and_stay_short(tmp_path: Path) -> None:
+    frames = [(f"frame.{number:06d}.png", b"") for number in range(2000)]
+    write_tar(tmp_path / "shards" / "a.tar", [*frames, *sample("good", 1, cls=b"cat"), *sample("other", 2, cls=b"dog")])
+    (reason,) = build(tmp_path)[0].meta["left_out"]
+    assert reason.endswith(
+        "(000000.png, 000001.png, 000002.png, 000003.png, 000004.png; the key of a sample ends at the first dot)"
+    )
+    (tmp_path / "shards" / "names.txt").write_text("cat\n")
+    with pytest.raises(UserError, match=r"^a\.tar, 'other', line 1: the label 'dog' is none of the 1 class names"):
+        build(tmp_path, class_names="names.txt")
+
+
+def test_a_list_of_class_names_that_is_not_there_is_missed_before_the_shards_are_read(tmp_path: Path) -> None:
+    (tmp_path / "shards").mkdir()
+    (tmp_path / "shards" / "a.tar").write_bytes(b"damaged")
+    with pytest.raises(UserError, match="the list of class names"):
+        build(tmp_path, class_names="nmaes.txt")
 
 
 def test_a_shard_that_was_packed_anew_is_noticed(tmp_path: Path) -> None:
