@@ -29,10 +29,11 @@ def plan(
     settings: SettingOptions = NO_PAIRS,
     weights: Annotated[str, typer.Option(help="Weights of the encoder, as in extract.")] = "",
     workers: Annotated[
-        int, typer.Option(min=1, help="Machines like this one, each with all of its cores or its GPU; 1: this one.")
+        int,
+        typer.Option(min=1, help="Machines like this one, each with a dask worker that uses all of it; 1: this one alone."),
     ] = 1,
     seconds: Annotated[
-        float, typer.Option(min=0, help="For which each encoder is tried; a longer trial is more exact.")
+        float, typer.Option(min=1, help="For which each encoder is tried; a longer trial is more exact.")
     ] = 20.0,
     batch_size: Annotated[int, typer.Option(min=0, help="Items per batch, as in extract.")] = 0,
     shard_rows: Annotated[int, typer.Option(min=0, help="Rows per shard, as in extract.")] = 0,
@@ -51,7 +52,8 @@ def plan(
     from all over the dataset, and writes a shard to the disk or, with --caches, to the bucket of the caches. Your caches are
     not touched. To plan more samples than you have, prepare some of them, and give --rows.
 
-    Workers are machines like this one that share out the shards, as `extract --scheduler` does; requests are those to an object
+    Workers are machines like this one that share out the shards, as `extract --scheduler --workers N` does with one dask worker
+    on each (docs/object-storage.md); requests are those to an object
     store (--caches). Prices are yours, in any currency. The trial is as slow as the machine is now: run it beside the load that
     the extraction will have.
     """

@@ -14,7 +14,7 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
-from functools import lru_cache, partial
+from functools import cache, lru_cache, partial
 from pathlib import Path
 from threading import Lock
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -194,11 +194,21 @@ def _encode_missing_on_cluster(
             commit, worker_meter = get_result()
             commits[commit.shard] = commit
             budget.add(commit.failures)
+            if worker_meter.num_workers < spec.options.workers:
+                _warn_about_daemons()
             meter.merge(worker_meter)
             meter.num_dask_tasks = max(meter.num_dask_tasks, min(len(shards), num_threads(client)))  # the cluster may grow
             bar.update(commit.rows)
     if spec.options.progress:
         meter.log_summary()
+
+
+@cache
+def _warn_about_daemons() -> None:
+    logger.warning(
+        "the dask workers may not start processes, so --workers does nothing; set DASK_DISTRIBUTED__WORKER__DAEMON=false where "
+        "they are started"
+    )
 
 
 def _request_description(client: Client, spec: ExtractionSpec, call_id: str) -> CacheDescription:

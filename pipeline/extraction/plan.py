@@ -7,11 +7,11 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from pipeline.cache.layout import StoreDtype
+from pipeline.cache.layout import CHUNK_ROWS, StoreDtype
 from pipeline.data.manifest_files import read_manifest
 from pipeline.extraction.extract import SHARDS_IN_WRITING, ExtractOptions
 from pipeline.extraction.inputs import check_encoders, default_encoders
-from pipeline.extraction.probe import NO_TIME, Probe, Spent, StoreProbe, probe_extraction
+from pipeline.extraction.probe import NO_TIME, Probe, Spent, probe_extraction
 from pipeline.extraction.requests import CacheSize, Requests, extraction_requests, shared_requests
 
 GB = 1e9
@@ -75,7 +75,7 @@ class EncoderPlan:
     def write_seconds(self) -> float:
         """Of writing for which the encoder waits: all of it with several workers, else what is not done beside encoding."""
         probe, rounds = self.probe, -(-self.num_shards // self.num_workers)
-        shard = self._shard_rows / probe.store.shard_rows * probe.store.write_seconds + self._shard_rows * probe.digest_seconds
+        shard = probe.store.write_seconds + self._shard_rows * probe.digest_seconds
         if self.num_workers > 1:
             return rounds * (shard + 2 * self._shard_rows * probe.stamp_seconds)
         return shard + max(0.0, (self.num_shards - 1) * shard / SHARDS_IN_WRITING - self.encode_seconds)
@@ -170,10 +170,24 @@ class EncoderPlan:
                 self,
                 probe=replace(probe, store=replace(probe.store, write_seconds=probe.store.write_seconds / 2)),
             ),
-            f"shards of half the rows (--shard-rows {probe.store.shard_rows // 2})": replace(
-                self, probe=replace(probe, store=_half_shards(probe))
-            ),
+            **self._with_half_shards(),
         }
+
+    def _with_half_shards(self) -> dict[str, EncoderPlan]:
+        store = self.probe.store
+        shard_rows = store.shard_rows // 2 // CHUNK_ROWS * CHUNK_ROWS
+        if not shard_rows:
+            return {}
+        share = min(shard_rows, self.num_rows) / self._shard_rows
+        half = replace(
+            store,
+            shard_rows=shard_rows,
+            shard_bytes=round(store.shard_bytes * share),
+            write_seconds=store.write_seconds * share,
+            write_processor_seconds=store.write_processor_seconds * share,
+            record_bytes=round(store.record_bytes * share),
+        )
+        return {f"shards of half the rows (--shard-rows {shard_rows})": replace(self, probe=replace(self.probe, store=half))}
 
     def sentence(self) -> str:
         """Return in plain words what bounds the extraction, and what would halve its time."""
@@ -214,30 +228,17 @@ class EncoderPlan:
         }
 
 
-def _half_shards(probe: Probe) -> StoreProbe:
-    """Return the store of a probe with shards of half the rows."""
-    store = probe.store
-    return replace(
-        store,
-        shard_rows=max(1, store.shard_rows // 2),
-        shard_bytes=store.shard_bytes // 2,
-        write_seconds=store.write_seconds / 2,
-        write_processor_seconds=store.write_processor_seconds / 2,
-        record_bytes=store.record_bytes // 2,
-    )
-
-
 def money(plans: Sequence[EncoderPlan], prices: Prices) -> dict[str, float]:
     """Return what extractions cost, by what is paid for; only what has a price."""
     requests = sum((plan.requests for plan in plans), Requests())
     stored = sum(plan.feature_bytes + plan.record_bytes for plan in plans) / GB
-    inputs = sum(plan.input_bytes for plan in plans) / GB
+    media = sum(plan.input_bytes for plan in plans if plan.probe.modality != "text") / GB  # texts are in the manifest
     amounts = {
         "workers": (prices.worker_hour, sum(plan.worker_hours for plan in plans)),
         "features and records, a month": (prices.gb_month, stored),
         "PUT and LIST requests": (prices.put_thousand, (requests.put + requests.list) / 1000),
         "GET and HEAD requests": (prices.get_thousand, requests.get / 1000),
-        "media and texts out of their store, once": (prices.egress_gb, inputs),
+        "media out of their store, once": (prices.egress_gb, media),
         "features out of their store, each time": (prices.egress_gb, stored),
     }
     return {name: price * amount for name, (price, amount) in amounts.items() if price is not None}

@@ -24,6 +24,7 @@ from pipeline.cache.shard_media import ShardMedia
 from pipeline.cache.shards import StoredFeatures
 from pipeline.cache.writer import Writer
 from pipeline.data.manifest import Manifest
+from pipeline.data.remote_tars import stamps_of
 from pipeline.data.tar_members import find_member
 from pipeline.extraction.extract import ExtractionTask, ExtractOptions, plan_extraction
 from pipeline.extraction.inputs import EncodedBatch
@@ -41,6 +42,7 @@ ROUND_BATCHES = 8  # of each worker, that are encoded in the order in which an e
 MAX_ROUNDS = 64
 TIMED_FILES = 512  # whose sizes, times and digests are looked at
 WRITES = 3  # of a shard
+ASKED_TARS = 32  # whose stamps are looked at
 ASKED_RECORDS = 256  # that are looked for, to time it
 TILED_ROWS = 50_000  # of a manifest, at least, whose reading is timed
 
@@ -339,9 +341,14 @@ def _time_media(task: ExtractionTask, rows: np.ndarray, path: Place) -> dict[str
         return {**zero, "input_bytes": float(np.mean([len(text.encode()) for _, text in items]))}
     manifest = task.inputs.manifest
     started = time.perf_counter()
-    tiled = list(manifest.columns.select(np.resize(rows, TIMED_FILES)))
-    ShardMedia.of_rows(path, manifest, tiled, 0, []).stamp()
-    stamp_seconds = (time.perf_counter() - started) / TIMED_FILES
+    if isinstance(manifest.media_root, Path):
+        tiled = list(manifest.columns.select(np.resize(rows, TIMED_FILES)))
+        ShardMedia.of_rows(path, manifest, tiled, 0, []).stamp()
+        stamp_seconds = (time.perf_counter() - started) / TIMED_FILES
+    else:  # a tar has one stamp for all of its samples
+        tars = list(manifest.media_stamps)
+        asked = stamps_of(str(manifest.media_root / name) for name in tars[:ASKED_TARS])
+        stamp_seconds = (time.perf_counter() - started) / len(asked) * len(tars) / len(manifest.samples)
     samples = [sample for sample, _ in items]
     media = ShardMedia.of_rows(path, manifest, samples, 0, [])
     digesting = Spent.now()

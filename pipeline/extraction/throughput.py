@@ -55,8 +55,8 @@ class ThroughputMeter:
         self.encode_seconds += batch.encode_seconds
 
     def merge(self, other: ThroughputMeter) -> None:
-        """Add the seconds that another process measured, and take over its device."""
-        self.device = other.device
+        """Add the seconds that another process measured, and take over its device and the number of its workers."""
+        self.device, self.num_workers = other.device, other.num_workers
         self.num_items += other.num_items
         self.prepare_seconds += other.prepare_seconds
         self.encode_seconds += other.encode_seconds

@@ -195,7 +195,7 @@ def test_a_plan_leaves_the_home_as_it_was(
 ) -> None:
     home = Path(shutil.copytree(tiny_home, tmp_path / "home"))
     files = {file: file.stat().st_mtime_ns for file in home.rglob("*")}
-    command = ["plan", "tiny", "--encoder", "random_projection", "--seconds", "0", "--home", str(home), "--rows", "4000"]
+    command = ["plan", "tiny", "--encoder", "random_projection", "--seconds", "1", "--home", str(home), "--rows", "4000"]
     assert run([*command, "--price-worker", "2", "--json"], monkeypatch) == 0
     facts = json.loads(capsys.readouterr().out)
     (encoder,) = facts["encoders"]
@@ -214,7 +214,7 @@ def test_a_plan_leaves_the_home_as_it_was(
 def test_a_plan_leaves_nothing_in_a_bucket(
     tiny_home: Path, counted: Counter[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    command = ["plan", "tiny", "--encoder", "random_projection", "--seconds", "0", "--home", str(tiny_home), "--json"]
+    command = ["plan", "tiny", "--encoder", "random_projection", "--seconds", "1", "--home", str(tiny_home), "--json"]
     assert run([*command, "--caches", "s3://counted/caches"], monkeypatch) == 0
     assert json.loads(capsys.readouterr().out)["encoders"][0]["probe"]["store"]["write_seconds"] > 0
     assert counted["put"] > 3 * 2

@@ -43,7 +43,7 @@ def run_shortly(arguments: Sequence[str], monkeypatch: pytest.MonkeyPatch) -> in
         words += ["--train", "epochs=1"]
     if words[0] in ("grid", "tune", "extract", "finetune", "reproduce") or "--corrupt" in words:
         words += [] if "--list" in words else ["--workers", "0"]
-    words += ["--seconds", "0"] if words[0] == "plan" else []
+    words += ["--seconds", "1"] if words[0] == "plan" else []
     if words[0] == "reproduce" and "--list" not in words and "--plan" not in words:
         words += ["--seeds", "0"]
     return run(words, monkeypatch)
