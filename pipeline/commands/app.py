@@ -6,6 +6,7 @@ The commands import the stages when they run, so that `diffalign --help` is quic
 from __future__ import annotations
 
 import errno
+import signal
 import sys
 import traceback
 from typing import Annotated
@@ -106,9 +107,10 @@ def _run_command() -> int:
 def main() -> None:
     """Run the command of `sys.argv` and exit.
 
-    The exit code is 0 for success, 2 for bad input (with one line on stderr), 130 after an interruption, and 1 for a bug, whose
-    traceback follows one line that says so.
+    The exit code is 0 for success, 2 for bad input (with one line on stderr), 130 after an interruption, by Ctrl-C or by the
+    SIGTERM of a batch system, and 1 for a bug, whose traceback follows one line that says so.
     """
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     set_environment()
     set_up_logging()
     try:

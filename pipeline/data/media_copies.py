@@ -5,6 +5,7 @@ Whoever decodes them needs no object store: its library cannot be used in a proc
 
 from __future__ import annotations
 
+import errno
 import itertools
 import shutil
 import tempfile
@@ -30,8 +31,9 @@ if TYPE_CHECKING:
     from pipeline.data.manifest import Manifest
 
 MAX_SINGLE_COPIES = 256  # that a process keeps
+MAX_SINGLE_BYTES = 2**30  # of them, beside the last
 _LOCK = Lock()
-_single_copies: deque[Path] = deque()  # each in a folder of its own
+_single_copies: deque[tuple[Path, int]] = deque()  # with their bytes, each in a folder of its own
 _numbers = itertools.count()
 _silent_since: dict[str, float] = {}  # bucket -> when its store did not answer
 
@@ -53,6 +55,7 @@ class MediaCopies:
         self._files: dict[int, Path] = {}  # number of the medium -> its copy
         self._users: Counter[Path] = Counter()  # of a copy: batches may come again
         self._num_ready = 0
+        self._sizes: dict[Path, int] = {}  # of the copies that are there
         self._file: BinaryIO | None = None  # the copy that is being written
         self._hasher = xxhash.xxh3_64()
         remedy = f"run: {manifest.prepare_command}"
@@ -62,11 +65,17 @@ class MediaCopies:
         """Return when the copies of a batch, and of all before it, are there.
 
         Raises:
-            UserError: a tar is gone, or was changed since it was prepared.
-            OSError: the store does not answer, or the disk is full.
+            UserError: a tar is gone, or was changed since it was prepared, or the disk for the copies is full.
+            OSError: the store does not answer.
         """
         while self._num_ready < self._ends[batch + 1]:
-            self._write(*next(self._pieces))
+            piece = next(self._pieces)
+            with _explain_full_disk():
+                self._write(*piece)
+
+    def has_room(self) -> bool:
+        """Whether the disk has room for more copies: at least as much as they have. So several processes share it, too."""
+        return not self._sizes or shutil.disk_usage(self._folder).free > sum(self._sizes.values())
 
     def drop(self, batch: int) -> None:
         """Remove the copies of a batch."""
@@ -74,7 +83,7 @@ class MediaCopies:
             path = self._files.pop(number)
             self._users[path] -= 1
             if not self._users[path]:
-                del self._users[path]
+                del self._users[path], self._sizes[path]
                 path.unlink(missing_ok=True)
 
     def close(self) -> None:
@@ -101,6 +110,7 @@ class MediaCopies:
         self._file.write(piece)
         self._hasher.update(piece)
         if is_last:
+            self._sizes[path] = self._file.tell()
             self._file.close()
             self._file = None
             _beside(path).replace(path)  # at once: a worker may read a copy that an earlier batch has asked for
@@ -108,6 +118,20 @@ class MediaCopies:
             stamp = self._manifest.media_stamp(_member_of(self._manifest, media).tar)
             note_digest(str(self._manifest.media_root / media.as_posix()), stamp, self._hasher.digest())
             self._num_ready += 1
+
+
+@contextmanager
+def _explain_full_disk() -> Iterator[None]:
+    """Say which disk the copies have filled: it is not that of the home."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise UserError(
+            f"no space is left in {tempfile.gettempdir()}, which gets copies of media while they are decoded; free some, take "
+            "fewer --workers, or let TMPDIR name a folder on another disk; the same command goes on from here"
+        ) from error
 
 
 def _beside(path: Path) -> Path:
@@ -139,7 +163,7 @@ def single_copy(manifest: Manifest, media: PurePath) -> Path:
     """Return a copy of one medium in an object store; the last `MAX_SINGLE_COPIES` stay until the process ends.
 
     Raises:
-        UserError: its tar is gone or was changed, or the store does not answer.
+        UserError: its tar is gone or was changed, the store does not answer, or the disk for copies is full.
     """
     root: Any = manifest.media_root
     bucket = root.bucket
@@ -147,19 +171,28 @@ def single_copy(manifest: Manifest, media: PurePath) -> Path:
         raise UserError(f"{bucket} did not answer a moment ago")
     with _LOCK:  # or two threads would make two folders, of which one is removed
         path = Path(_folder().name) / f"{next(_numbers)}" / media.name
+    path.parent.mkdir()
     try:
-        pieces = read_pieces([_member_of(manifest, media)], manifest.media_stamp, f"run: {manifest.prepare_command}")
-        content = b"".join(piece for _, piece, _ in pieces)
+        with _explain_full_disk(), path.open("wb") as file:
+            for _, piece, _ in read_pieces(
+                [_member_of(manifest, media)], manifest.media_stamp, f"run: {manifest.prepare_command}"
+            ):
+                file.write(piece)
     except OSError as error:
         _silent_since[bucket] = time.monotonic()
         raise UserError(f"{error.filename}: {error.strerror}") from error
-    path.parent.mkdir()
-    path.write_bytes(content)
-    with _LOCK:
-        _single_copies.append(path)
-        if len(_single_copies) > MAX_SINGLE_COPIES:
-            shutil.rmtree(_single_copies.popleft().parent)
+    _keep(path)
     return path
+
+
+def _keep(path: Path) -> None:
+    """Note a single copy, and remove the oldest of too many."""
+    with _LOCK:
+        _single_copies.append((path, path.stat().st_size))
+        while len(_single_copies) > 1 and (
+            len(_single_copies) > MAX_SINGLE_COPIES or sum(size for _, size in _single_copies) > MAX_SINGLE_BYTES
+        ):
+            shutil.rmtree(_single_copies.popleft()[0].parent)
 
 
 def changed_tars(manifest: Manifest) -> list[str]:

@@ -24,7 +24,7 @@ from pipeline.encoders._encoder import Encoder
 from pipeline.encoders._factory import build_encoder, encoder_identity
 from pipeline.extraction.inputs import EncodedBatch, EncoderInputs, InputRows, MemorySafeEncoder, make_input_rows
 from pipeline.extraction.throughput import ThroughputMeter
-from pipeline.extraction.workers import choose_workers, encode_batches
+from pipeline.extraction.workers import choose_workers, encode_batches, item_bytes
 from pipeline.runtime.claims import hold
 from pipeline.runtime.device import default_device
 from pipeline.runtime.errors import UserError
@@ -196,12 +196,12 @@ def plan_extraction(
 
 def default_batch_size(inputs: EncoderInputs) -> int:
     """Return the number of items per batch that suits the device."""
-    return gpu_batch_size(inputs.item_bytes()) if default_device().type == "cuda" else DEFAULT_BATCH_SIZES["cpu"]
+    return gpu_batch_size(item_bytes(inputs)) if default_device().type == "cuda" else DEFAULT_BATCH_SIZES["cpu"]
 
 
-def gpu_batch_size(item_bytes: int) -> int:
+def gpu_batch_size(bytes_per_item: int) -> int:
     """Return the default number of items per batch on a GPU, for items of this size."""
-    return max(1, min(DEFAULT_BATCH_SIZES["cuda"], GPU_BATCH_BYTES // item_bytes))
+    return max(1, min(DEFAULT_BATCH_SIZES["cuda"], GPU_BATCH_BYTES // bytes_per_item))
 
 
 def start_or_resume(target: ExtractionTarget) -> tuple[Writer, dict[int, Commit]]:

@@ -31,8 +31,6 @@ from pipeline.types import Sample
 
 logger = logging.getLogger(__name__)
 
-NUM_PROBED_ITEMS = 16  # items that are tried to find out how many bytes one takes
-
 
 class PreparedBatch(NamedTuple):
     """A batch that is decoded or tokenized, but not yet encoded.
@@ -110,11 +108,6 @@ class EncoderInputs:
             lengths = [len(text) for _, text in self.rows[rows.start : rows.stop]]
             order = order[np.argsort(lengths, kind="stable")]
         return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
-
-    def item_bytes(self) -> int:
-        """Return the size of a prepared item; 1 when none of the first items can be prepared."""
-        tried = (self._prepare(row) for row in range(min(NUM_PROBED_ITEMS, len(self))))
-        return next((item.nbytes for item in tried if not isinstance(item, str)), 1)
 
     def prepare(self, rows: np.ndarray) -> PreparedBatch:
         """Decode or tokenize the items of a batch."""

@@ -17,7 +17,7 @@ import traceback
 from collections import deque
 from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from multiprocessing.reduction import ForkingPickler
@@ -37,6 +37,7 @@ from pipeline.runtime.errors import UserError
 
 START_METHOD = "fork" if sys.platform == "linux" else "spawn"  # forked workers start at once and share the encoder's memory
 BATCHES_PER_WORKER = 2  # batches that a worker has been asked for at the same time
+NUM_PROBED_ITEMS = 16  # that are tried to find out how many bytes one takes
 GPU_QUEUE_BATCHES = 2  # batches that are queued on the GPU at the same time
 PR_SET_PDEATHSIG = 1  # an option of prctl(2): the signal that a process gets when its parent dies
 
@@ -155,6 +156,18 @@ def prepare_batches(inputs: EncoderInputs, batches: Sequence[np.ndarray], num_wo
     return _run_jobs(BatchJobs(inputs, batches, None), allowed_workers(num_workers), [])
 
 
+def item_bytes(inputs: EncoderInputs) -> int:
+    """Return the size of a prepared item; 1 when none of the first items can be prepared.
+
+    Raises:
+        UserError: the media are in an object store, in a tar that is gone or was changed.
+        OSError: the store does not answer.
+    """
+    batches = [np.array([row]) for row in range(min(NUM_PROBED_ITEMS, len(inputs)))]
+    with closing(_run_jobs(BatchJobs(inputs, batches, None), 0, [])) as tried:
+        return next((batch.items.nbytes for batch in tried if len(batch.items)), 1)
+
+
 def _run_jobs(jobs: BatchJobs, num_workers: int, workers: list[Worker]) -> Generator[Any, None, None]:
     """Yield the result of each batch in order; media in an object store are copied here by this process.
 
@@ -208,18 +221,22 @@ def _run_on_workers(
             process.start()
             worker_end.close()  # so that our end reports EOF when the worker ends
             workers.append(Worker(process, our_end))
-        for number in range(-num_ahead, len(jobs.batches)):  # numbers below 0 only send the first requests
-            process, pipe = workers[number % num_workers]
-            if number + num_ahead < len(jobs.batches):
-                copies.wait(number + num_ahead)
-            try:
-                result = pipe.recv() if number >= 0 else None
-                if number + num_ahead < len(jobs.batches):
-                    pipe.send(number + num_ahead)
-            except (EOFError, OSError) as error:
-                raise _worker_error(process, jobs, max(number, 0)) from error
+        num_asked = 0
+        for number in range(-1, len(jobs.batches)):  # -1 only sends the first requests
+            result = None
             if number >= 0:
+                process, pipe = workers[number % num_workers]
+                try:
+                    result = pipe.recv()
+                except (EOFError, OSError) as error:
+                    raise _worker_error(process, jobs, number) from error
                 copies.drop(number)
+            last = min(number + num_ahead, len(jobs.batches) - 1)
+            while num_asked <= last and (num_asked <= number + 1 or copies.has_room()):
+                copies.wait(num_asked)
+                with suppress(OSError):  # of a worker that is lost: its result will be missed
+                    workers[num_asked % num_workers].pipe.send(num_asked)
+                num_asked += 1
             if isinstance(result, UserError):
                 raise result
             if isinstance(result, WorkerTraceback):
@@ -236,6 +253,7 @@ def _run_on_workers(
 def _worker_main(_: LoadedPlugins, jobs: BatchJobs, pipe: Connection) -> None:
     """Run the requested batches in a worker process; a thread sends each result while the next batch is computed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # on Ctrl-C the parent ends its workers
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     if sys.platform == "linux":
         # If the parent is killed, the kernel must end this process: it would go on holding the cache's lock.
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)

@@ -36,7 +36,7 @@ from pipeline.extraction.extract import (
 )
 from pipeline.extraction.inputs import EncodedBatch, EncoderInputs, MemorySafeEncoder
 from pipeline.extraction.throughput import ThroughputMeter
-from pipeline.extraction.workers import allowed_workers, encode_batches
+from pipeline.extraction.workers import allowed_workers, encode_batches, item_bytes
 
 NUM_SHARDS = 8
 
@@ -109,7 +109,7 @@ def test_a_batch_of_clips_has_fewer_items(shape: tuple[int, ...], itemsize: int,
 
 def test_an_item_is_measured_when_one_can_be_prepared(tiny_manifest: Manifest, tmp_path: Path) -> None:
     task = plan_extraction(tiny_manifest, "random_projection", {}, tmp_path, "float16", False, ExtractOptions())
-    assert task.inputs.item_bytes() == task.inputs.prepare(np.arange(1)).items.nbytes == 3 * 16 * 16 * 4
+    assert item_bytes(task.inputs) == task.inputs.prepare(np.arange(1)).items.nbytes == 3 * 16 * 16 * 4
     assert task.target.provenance["batch_size"] == 16
 
 
