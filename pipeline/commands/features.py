@@ -45,7 +45,10 @@ def extract(
     ] = 0,
     workers: Processes = -1,
     shard_rows: Annotated[
-        int, typer.Option(min=0, help="Rows per shard, the unit of commit and of distribution; 0: 8192, of clips 512.")
+        int,
+        typer.Option(
+            min=0, help="Rows per shard, the unit of commit and of distribution, a multiple of 512; 0: 8192, of clips 512."
+        ),
     ] = 0,
     scheduler: Scheduler = "local",
     workers_gpu: Annotated[str, typer.Option(help="GPUs of this machine to use together, e.g. 0,1.")] = "",

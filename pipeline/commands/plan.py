@@ -28,17 +28,17 @@ def plan(
     ] = NO_PAIRS,
     settings: SettingOptions = NO_PAIRS,
     weights: Annotated[str, typer.Option(help="Weights of the encoder, as in extract.")] = "",
-    workers: Annotated[
+    machines: Annotated[
         int,
-        typer.Option(min=1, help="Machines like this one, each with a dask worker that uses all of it; 1: this one alone."),
+        typer.Option(min=1, help="Machines like this one that share the work; 1: this one alone."),
     ] = 1,
     seconds: Annotated[
         float, typer.Option(min=1, help="For which each encoder is tried; a longer trial is more exact.")
     ] = 20.0,
     batch_size: Annotated[int, typer.Option(min=0, help="Items per batch, as in extract.")] = 0,
-    shard_rows: Annotated[int, typer.Option(min=0, help="Rows per shard, as in extract.")] = 0,
+    shard_rows: Annotated[int, typer.Option(min=0, help="Rows per shard, a multiple of 512, as in extract.")] = 0,
     store_dtype: Annotated[Literal["float16", "float32", "bfloat16"], typer.Option(help="Number format on disk.")] = "float16",
-    price_worker: Annotated[float | None, typer.Option(min=0, help="Price of a worker for an hour.")] = None,
+    price_machine: Annotated[float | None, typer.Option(min=0, help="Price of a machine for an hour.")] = None,
     price_storage: Annotated[float | None, typer.Option(min=0, help="Price of a GB (10⁹ bytes) for a month.")] = None,
     price_put: Annotated[float | None, typer.Option(min=0, help="Price of 1,000 PUT or LIST requests.")] = None,
     price_get: Annotated[float | None, typer.Option(min=0, help="Price of 1,000 GET or HEAD requests.")] = None,
@@ -52,10 +52,9 @@ def plan(
     from all over the dataset, and writes a shard to the disk or, with --caches, to the bucket of the caches. Your caches are
     not touched. To plan more samples than you have, prepare some of them, and give --rows.
 
-    Workers are machines like this one that share out the shards, as `extract --scheduler --workers N` does with one dask worker
-    on each (docs/object-storage.md); requests are those to an object
-    store (--caches). Prices are yours, in any currency. The trial is as slow as the machine is now: run it beside the load that
-    the extraction will have.
+    Several --machines share out the shards, as with `extract --scheduler` and a dask worker on each that may start processes
+    (docs/object-storage.md). Requests are those to an object store, for the caches and for media in tar files there. Prices are
+    yours, in any currency. The trial is as slow as the machine is now: run it beside the load that the extraction will have.
     """
     started, begun = time.perf_counter(), time.process_time()
     check_dataset(dataset, home)
@@ -68,14 +67,14 @@ def plan(
         check_given_settings(plugins.get("encoders", encoder[0]).Config, given)
 
     from pipeline.extraction.extract import ExtractOptions
-    from pipeline.extraction.plan import Prices, money, plan_dataset
+    from pipeline.extraction.plan import Prices, money, plan_dataset, total_facts
     from pipeline.extraction.probe import Spent
 
     options = ExtractOptions(batch_size=batch_size, shard_rows=shard_rows)
     imports = Spent(time.perf_counter() - started, time.process_time() - begun)
-    plans = plan_dataset(home, dataset, encoder, given, store_dtype, options, rows, workers, seconds, imports)
+    plans = plan_dataset(home, dataset, encoder, given, store_dtype, options, rows, machines, seconds, imports)
     prices = Prices(
-        worker_hour=price_worker,
+        machine_hour=price_machine,
         gb_month=price_storage,
         put_thousand=price_put,
         get_thousand=price_get,
@@ -83,9 +82,9 @@ def plan(
     )
     costs = money(plans, prices)
     if as_json:
-        facts = [each.facts() for each in plans]
-        total = {"hours": sum(each["hours"] for each in facts), "worker_hours": sum(each["worker_hours"] for each in facts)}
-        show({"dataset": dataset, "workers": workers, "encoders": facts, "total": total, "money": costs}, as_json)
+        facts = {"dataset": dataset, "machines": machines, "encoders": [each.facts() for each in plans]}
+        facts |= {"total": total_facts(plans), "money": costs}
+        show(facts, as_json)
         return
     _print_table(plans)
     for name, amount in costs.items():
@@ -114,7 +113,7 @@ def _print_table(plans: list[EncoderPlan]) -> None:
     show_table(table, False)
 
 
-_ADDED = ("hours", "worker-hours", "processor-hours", "GB", "requests")
+_ADDED = ("hours", "machine-hours", "processor-hours", "GB", "requests")
 
 
 def _column(each: EncoderPlan) -> dict[str, Any]:
@@ -124,12 +123,12 @@ def _column(each: EncoderPlan) -> dict[str, Any]:
     return {
         "rows": each.num_rows,
         "shards, each with a commit record": each.num_shards,
-        "measured: rows per second of a worker": each.probe.rate,
+        "measured: rows per second of a machine": each.probe.rate,
         "measured: MB/s of writing": store.write_rate / 1e6,
         "measured: MB/s of reading what was just written": store.read_rate / 1e6,
         "hours": each.seconds / 3600,
         "hours, of them before the first row is encoded": each.start_seconds / 3600,
-        "worker-hours": each.worker_hours,
+        "machine-hours": each.machine_hours,
         "processor-hours": each.processor_hours,
         "GB of features": each.feature_bytes / 1e9,
         "GB of commit records": each.record_bytes / 1e9,

@@ -12,7 +12,7 @@ from pipeline.data.manifest_files import read_manifest
 from pipeline.extraction.extract import SHARDS_IN_WRITING, ExtractOptions
 from pipeline.extraction.inputs import check_encoders, default_encoders
 from pipeline.extraction.probe import NO_TIME, Probe, Spent, probe_extraction
-from pipeline.extraction.requests import CacheSize, Requests, extraction_requests, shared_requests
+from pipeline.extraction.requests import CacheSize, Requests, extraction_requests, media_requests, shared_requests
 
 GB = 1e9
 MANIFEST_OBJECTS = 3  # files that are delivered to workers; those of an encoder are few, too
@@ -24,7 +24,7 @@ WORTHWHILE = 0.95  # share of the time from which on a change is not worth a wor
 class Prices:
     """Prices in one currency; None: not asked for."""
 
-    worker_hour: float | None = None
+    machine_hour: float | None = None
     gb_month: float | None = None
     put_thousand: float | None = None  # of PUT and LIST requests
     get_thousand: float | None = None  # of GET and HEAD requests
@@ -33,11 +33,11 @@ class Prices:
 
 @dataclass(frozen=True, kw_only=True)
 class EncoderPlan:
-    """The extraction of some samples with one encoder, by workers that are machines like the one of the probe."""
+    """The extraction of some samples with one encoder, by machines like the one of the probe."""
 
     probe: Probe
     num_samples: int
-    num_workers: int = 1
+    num_machines: int = 1
     imports: Spent = NO_TIME  # until the libraries are loaded
 
     @property
@@ -53,18 +53,18 @@ class EncoderPlan:
     @property
     def start_seconds(self) -> float:
         """Before the first shard: the encoder, its processes, the manifest, and the look for files and records."""
-        probe, readers = self.probe, min(2, self.num_workers)  # the first worker reads the manifest after the client
-        stamps = probe.stamp_seconds * self.num_rows if self.num_workers == 1 else 0.0  # workers do it shard by shard
+        probe, readers = self.probe, min(2, self.num_machines)  # the first machine reads the manifest after the client
+        stamps = probe.stamp_seconds * self.num_rows if self.num_machines == 1 else 0.0  # several do it shard by shard
         records = 2 * self.num_shards * probe.store.record_seconds
         rows = readers * probe.manifest_seconds * self.num_samples + stamps
         return self.imports.seconds + probe.load.seconds + probe.first_seconds + rows + records
 
     @property
     def encode_seconds(self) -> float:
-        """Of decoding and encoding all rows, while what was encoded before is written; with several workers, until the last."""
+        """Of decoding and encoding all rows, while earlier rows are written; with several machines, until the last."""
         probe = self.probe
-        if self.num_workers > 1:
-            rounds = -(-self.num_shards // self.num_workers)
+        if self.num_machines > 1:
+            rounds = -(-self.num_shards // self.num_machines)
             return rounds * (self._shard_rows / probe.rate + probe.first_seconds)
         commits = (1 - 1 / self.num_shards) * self._commit_processor_seconds  # the last one finds idle cores
         if probe.device == "cpu" and probe.num_processes >= probe.num_cores:
@@ -73,10 +73,10 @@ class EncoderPlan:
 
     @property
     def write_seconds(self) -> float:
-        """Of writing for which the encoder waits: all of it with several workers, else what is not done beside encoding."""
-        probe, rounds = self.probe, -(-self.num_shards // self.num_workers)
+        """Of writing for which the encoder waits: all of it with several machines, else what is not done beside encoding."""
+        probe, rounds = self.probe, -(-self.num_shards // self.num_machines)
         shard = probe.store.write_seconds + self._shard_rows * probe.digest_seconds
-        if self.num_workers > 1:
+        if self.num_machines > 1:
             return rounds * (shard + 2 * self._shard_rows * probe.stamp_seconds)
         return shard + max(0.0, (self.num_shards - 1) * shard / SHARDS_IN_WRITING - self.encode_seconds)
 
@@ -87,14 +87,14 @@ class EncoderPlan:
         return self.start_seconds + self.encode_seconds + self.write_seconds + opening
 
     @property
-    def worker_hours(self) -> float:
-        """Hours that are paid, if all workers stay until the last one has done."""
-        return self.num_workers * self.seconds / 3600
+    def machine_hours(self) -> float:
+        """Hours that are paid, if all machines stay until the last one has done."""
+        return self.num_machines * self.seconds / 3600
 
     @property
     def processor_hours(self) -> float:
         """Hours of the processors for starting, decoding, encoding and writing."""
-        start = self.imports.processor_seconds + self.num_workers * self.probe.load.processor_seconds
+        start = self.imports.processor_seconds + self.num_machines * self.probe.load.processor_seconds
         return (start + self.num_rows * self.probe.processor_seconds + self._commit_processor_seconds) / 3600
 
     @property
@@ -115,16 +115,18 @@ class EncoderPlan:
 
     @property
     def requests(self) -> Requests:
-        """Requests to an object store that has the caches."""
+        """Requests to an object store that has the caches, and for media that are in tar files in one."""
         size = CacheSize(
             num_samples=self.num_samples,
             num_shards=self.num_shards,
             ids_bytes=round(self.num_samples * self.probe.id_bytes),
             is_ragged=self.probe.modality == "text",
         )
-        if self.num_workers == 1:
-            return extraction_requests(size, self.seconds)
-        return shared_requests(size, self.seconds, self.num_workers, MANIFEST_OBJECTS)
+        num_tars = round(self.num_samples * self.probe.tars_per_sample)
+        media = media_requests(self.input_bytes, num_tars, self.num_shards, self.num_machines) if num_tars else Requests()
+        if self.num_machines == 1:
+            return media + extraction_requests(size, self.seconds)
+        return media + shared_requests(size, self.seconds, self.num_machines, MANIFEST_OBJECTS)
 
     @property
     def _shard_rows(self) -> int:
@@ -159,7 +161,7 @@ class EncoderPlan:
 
         prepare = "tokenizing" if probe.modality == "text" else "decoding"
         return {
-            f"twice the workers (--workers {2 * self.num_workers})": replace(self, num_workers=2 * self.num_workers),
+            f"twice the machines (--machines {2 * self.num_machines})": replace(self, num_machines=2 * self.num_machines),
             f"{prepare} twice as fast{'' if probe.modality == 'text' else ', as of smaller files'}": faster(
                 1 / (1 - share["decoding"] / work / 2)
             ),
@@ -213,7 +215,7 @@ class EncoderPlan:
                 "encoding": self.encode_seconds,
                 "writing": self.write_seconds,
             },
-            "worker_hours": self.worker_hours,
+            "machine_hours": self.machine_hours,
             "processor_hours": self.processor_hours,
             "rows_per_second": probe.rate,
             "gigabytes": {
@@ -228,13 +230,25 @@ class EncoderPlan:
         }
 
 
+def total_facts(plans: Sequence[EncoderPlan]) -> dict[str, Any]:
+    """Return what several plans come to, one after another, as JSON values."""
+    facts = [plan.facts() for plan in plans]
+    return {
+        **{name: sum(each[name] for each in facts) for name in ("hours", "machine_hours", "processor_hours")},
+        **{
+            group: {name: sum(each[group][name] for each in facts) for name in facts[0][group]}
+            for group in ("gigabytes", "requests")
+        },
+    }
+
+
 def money(plans: Sequence[EncoderPlan], prices: Prices) -> dict[str, float]:
     """Return what extractions cost, by what is paid for; only what has a price."""
     requests = sum((plan.requests for plan in plans), Requests())
     stored = sum(plan.feature_bytes + plan.record_bytes for plan in plans) / GB
     media = sum(plan.input_bytes for plan in plans if plan.probe.modality != "text") / GB  # texts are in the manifest
     amounts = {
-        "workers": (prices.worker_hour, sum(plan.worker_hours for plan in plans)),
+        "machines": (prices.machine_hour, sum(plan.machine_hours for plan in plans)),
         "features and records, a month": (prices.gb_month, stored),
         "PUT and LIST requests": (prices.put_thousand, (requests.put + requests.list) / 1000),
         "GET and HEAD requests": (prices.get_thousand, requests.get / 1000),
@@ -252,7 +266,7 @@ def plan_dataset(
     store_dtype: StoreDtype,
     options: ExtractOptions,
     num_samples: int,
-    num_workers: int,
+    num_machines: int,
     seconds: float,
     imports: Spent = NO_TIME,
 ) -> list[EncoderPlan]:
@@ -266,7 +280,7 @@ def plan_dataset(
         store_dtype: number format on disk.
         options: as those of the extraction that is planned.
         num_samples: samples that are planned; 0: those of the dataset.
-        num_workers: machines like this one.
+        num_machines: machines like this one.
         seconds: for which each encoder is tried.
         imports: what a command takes to load the libraries, before the first encoder.
 
@@ -281,7 +295,7 @@ def plan_dataset(
         EncoderPlan(
             probe=probe_extraction(manifest, name, settings, home, store_dtype, options, num_samples, seconds),
             num_samples=num_samples,
-            num_workers=num_workers,
+            num_machines=num_machines,
             imports=NO_TIME if number else imports,
         )
         for number, name in enumerate(names)

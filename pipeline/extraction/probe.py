@@ -115,6 +115,7 @@ class Probe:
     input_bytes: float  # per row: its file, or its text
     manifest_seconds: float  # per sample: of reading the manifest
     rows_per_sample: float
+    tars_per_sample: float  # tar files in an object store, from which media are read
     id_bytes: float  # per sample
     store: StoreProbe
 
@@ -158,7 +159,7 @@ def probe_extraction(
     with scratch_place(home) as caches:
         media = _time_media(task, run.rows[:TIMED_FILES], caches / "scratch" / "probe")
         shard = time_store(caches / "scratch" / "probe", task, run.features, num_rows)
-    num_done, meter = len(run.rows), run.meter
+    num_done, meter, is_text = len(run.rows), run.meter, task.target.input_rows.modality == "text"
     num_begun = num_done + meter.num_workers * num_done / run.num_batches  # the processor was at those of the workers, too
     return Probe(
         encoder=encoder,
@@ -178,6 +179,7 @@ def probe_extraction(
         **media,
         manifest_seconds=_manifest_seconds(manifest),
         rows_per_sample=rows_per_sample,
+        tars_per_sample=0.0 if is_text else len(manifest.media_stamps) / len(manifest.samples),
         id_bytes=float(np.mean([len(each.encode()) + 4 for each in manifest.columns.ids[:TIMED_FILES]])),
         store=shard,
     )

@@ -15,6 +15,7 @@ import numpy as np
 import zarr
 from zarr.storage import MemoryStore
 
+from pipeline.data.remote_tars import RANGE_BYTES
 from pipeline.runtime.claims import RENEWALS_PER_LEASE, lease_seconds
 from pipeline.runtime.stores import OBJECT_PIECE_BYTES
 
@@ -114,6 +115,23 @@ def shared_requests(size: CacheSize, seconds: float, num_workers: int, num_files
     client = HOLD * 2 + size.beginning() + size.finishing() + size.opening()
     shard = HOLD + ATTACH + COMMIT
     return delivery + client + shard * size.num_shards + renewals(seconds) * (num_workers + 1)
+
+
+def media_requests(num_bytes: float, num_tars: int, num_shards: int, num_machines: int) -> Requests:
+    """Return the requests for media in tar files in an object store, if these have little else and no medium is long.
+
+    Each part of a tar that a shard of the cache needs is asked for its stamp before and after, and for the digests. One machine
+    reads a tar from start to end, several read it part by part.
+
+    Args:
+        num_bytes: of the media.
+        num_tars: tar files.
+        num_shards: shards of the cache.
+        num_machines: machines that share out the shards.
+    """
+    num_parts = num_tars + num_shards - 1
+    num_runs = num_tars if num_machines == 1 else num_parts
+    return Requests(get=3 * num_parts + num_runs * math.ceil(num_bytes / num_runs / RANGE_BYTES))
 
 
 def renewals(seconds: float) -> Requests:

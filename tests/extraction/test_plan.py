@@ -16,15 +16,18 @@ import numpy as np
 import pytest
 from helpers.command_line import run
 from helpers.fault_cases import extract_texts, write_texts
+from helpers.tar_files import sample, write_tar
 
 from pipeline.cache import open_cache
 from pipeline.data.manifest import Manifest
+from pipeline.data.manifest_files import read_manifest
+from pipeline.data.prepare import prepare
 from pipeline.extraction import distributed
 from pipeline.extraction.distributed import ExtractionSpec, extract_on_cluster
 from pipeline.extraction.extract import ExtractOptions, extract, plan_extraction
 from pipeline.extraction.plan import EncoderPlan, Prices, money
 from pipeline.extraction.probe import Probe, Spent, StoreProbe, spread_batches
-from pipeline.extraction.requests import CacheSize, Requests, extraction_requests, renewals, shared_requests
+from pipeline.extraction.requests import CacheSize, Requests, extraction_requests, media_requests, renewals, shared_requests
 from pipeline.runtime import stores
 from pipeline.runtime.places import caches_at, parse_place
 
@@ -81,6 +84,23 @@ def test_an_extraction_of_media_sends_the_requests_that_are_counted(
     assert counted == as_counts(extraction_requests(size, seconds=0) + Requests(get=-1))
 
 
+def test_an_extraction_of_media_in_a_bucket_sends_the_requests_that_are_counted(counted: Counter[str], tmp_path: Path) -> None:
+    """1,200 samples in three tar files are three shards of the cache, which have five parts of them."""
+    root = parse_place("s3://counted/tars")
+    for tar in range(3):
+        write_tar(file := tmp_path / f"{tar}.tar", [each for key in range(400) for each in sample(f"{tar}-{key}", key % 256)])
+        stores.store_of(root).put(root / file.name, file.read_bytes())
+    prepare("webdataset", root, tmp_path, {"shards": "{0..2}.tar"}, name="tars")
+    manifest = read_manifest(tmp_path, "tars")
+    counted.clear()
+    options = ExtractOptions(workers=0, shard_rows=512, progress=False)
+    open_cache(extract(manifest, "random_projection", {}, tmp_path, options=options))
+    size = CacheSize(num_samples=1200, num_shards=3, ids_bytes=10 * 1200)
+    media = media_requests(100 * 1200, 3, 3, 1)
+    assert media == Requests(get=3 * 5 + 3)
+    assert counted == as_counts(extraction_requests(size, seconds=0) + media + Requests(get=-1))
+
+
 def test_workers_that_share_nothing_send_the_requests_that_are_counted(
     counted: Counter[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -112,7 +132,7 @@ PROBE = Probe(
     encoder="net", modality="image", verdict="", device="cpu", num_processes=2, num_cores=2, num_rows=1000, seconds=10,
     load=Spent(3, 4), first_seconds=1, processor_seconds=0.02, prepare_seconds=0.015, encode_seconds=0.005, failed=0,
     stamp_seconds=1e-5, digest_seconds=2e-5, digest_processor_seconds=3e-5, input_bytes=50_000, manifest_seconds=3e-6,
-    rows_per_sample=1, id_bytes=12, store=STORE,
+    rows_per_sample=1, tars_per_sample=0, id_bytes=12, store=STORE,
 )  # fmt: skip
 
 
@@ -135,14 +155,14 @@ def test_the_seconds_of_one_machine_in_closed_form() -> None:
     assert slow.write_seconds == pytest.approx(shard + 9 * shard / 2 - slow.encode_seconds)
 
 
-def test_workers_share_out_whole_shards() -> None:
+def test_machines_share_out_whole_shards() -> None:
     one_shard = 8192 / 100 + 1 + 0.5 + 8192 * (2e-5 + 2e-5)
-    for num_workers, rounds in ((2, 5), (3, 4), (10, 1), (64, 1)):
-        plan = EncoderPlan(probe=PROBE, num_samples=81_920, num_workers=num_workers)
+    for num_machines, rounds in ((2, 5), (3, 4), (10, 1), (64, 1)):
+        plan = EncoderPlan(probe=PROBE, num_samples=81_920, num_machines=num_machines)
         assert plan.encode_seconds + plan.write_seconds == pytest.approx(rounds * one_shard)
-        assert plan.worker_hours == pytest.approx(num_workers * plan.seconds / 3600)
-    assert "--shard-rows 4096" in EncoderPlan(probe=PROBE, num_samples=81_920, num_workers=64).sentence()
-    assert "--workers 4" in EncoderPlan(probe=PROBE, num_samples=8_192_000, num_workers=2).sentence()
+        assert plan.machine_hours == pytest.approx(num_machines * plan.seconds / 3600)
+    assert "--shard-rows 4096" in EncoderPlan(probe=PROBE, num_samples=81_920, num_machines=64).sentence()
+    assert "--machines 4" in EncoderPlan(probe=PROBE, num_samples=8_192_000, num_machines=2).sentence()
     assert "decoding takes 75% of the time of net" in EncoderPlan(probe=PROBE, num_samples=8_192_000).sentence()
 
 
@@ -153,14 +173,14 @@ def test_on_a_gpu_the_slower_side_bounds() -> None:
 
 
 def test_money_is_told_for_what_has_a_price() -> None:
-    plan = EncoderPlan(probe=PROBE, num_samples=81_920, num_workers=2)
+    plan = EncoderPlan(probe=PROBE, num_samples=81_920, num_machines=2)
     assert money([plan], Prices()) == {}
-    prices = Prices(worker_hour=3, gb_month=0.02, put_thousand=0.005, get_thousand=0.0004, egress_gb=0.09)
+    prices = Prices(machine_hour=3, gb_month=0.02, put_thousand=0.005, get_thousand=0.0004, egress_gb=0.09)
     costs = money([plan, plan], prices)
     stored = 2 * (81_920 * 2000 + 900_000) / 1e9
     size = CacheSize(num_samples=81_920, num_shards=10, ids_bytes=12 * 81_920)
     requests = shared_requests(size, plan.seconds, 2, 3)
-    assert costs["workers"] == pytest.approx(2 * 3 * plan.worker_hours)
+    assert costs["machines"] == pytest.approx(2 * 3 * plan.machine_hours)
     assert costs["features and records, a month"] == pytest.approx(0.02 * stored)
     assert costs["features out of their store, each time"] == pytest.approx(0.09 * stored)
     assert costs["PUT and LIST requests"] == pytest.approx(2 * 0.005 * (requests.put + requests.list) / 1000)
@@ -196,15 +216,15 @@ def test_a_plan_leaves_the_home_as_it_was(
     home = Path(shutil.copytree(tiny_home, tmp_path / "home"))
     files = {file: file.stat().st_mtime_ns for file in home.rglob("*")}
     command = ["plan", "tiny", "--encoder", "random_projection", "--seconds", "1", "--home", str(home), "--rows", "4000"]
-    assert run([*command, "--price-worker", "2", "--json"], monkeypatch) == 0
+    assert run([*command, "--price-machine", "2", "--json"], monkeypatch) == 0
     facts = json.loads(capsys.readouterr().out)
     (encoder,) = facts["encoders"]
     assert (encoder["rows"], encoder["shards"]) == (4000, 1)
     assert encoder["gigabytes"]["features"] == pytest.approx(4000 * 32 * 2 / 1e9, rel=0.05)
     sizes = [file.stat().st_size for file in tiny_manifest.media_root.iterdir()]
     assert encoder["gigabytes"]["inputs"] == pytest.approx(4000 * np.mean(sizes) / 1e9, rel=0.01)
-    assert facts["money"] == {"workers": pytest.approx(2 * facts["total"]["worker_hours"])}
-    assert run([*command, "--set", "modality=text", "--workers", "3"], monkeypatch) == 0
+    assert facts["money"] == {"machines": pytest.approx(2 * facts["total"]["machine_hours"])}
+    assert run([*command, "--set", "modality=text", "--machines", "3"], monkeypatch) == 0
     printed = capsys.readouterr().out
     assert "GB of commit records" in printed
     assert "takes" in printed.splitlines()[-1]
