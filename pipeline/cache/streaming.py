@@ -145,7 +145,7 @@ class WindowReader:
 
 @dataclass(frozen=True, slots=True)
 class StreamedFeatures:
-    """A `FeatureSource` of which two windows are in memory: one in use and the next one.
+    """A `FeatureSource` of which two windows are in memory: one in use and the next one, of an object store the next two.
 
     An epoch shuffles blocks of neighbouring samples, and then the samples of as many blocks as a window holds. The order is a
     function of (seed, epoch, window). With a window of the whole split, the batches are those of a `FeatureTable`.
