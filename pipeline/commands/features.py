@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -13,11 +13,16 @@ from pipeline.commands.options import (
     DEFAULT_HOME,
     NO_PAIRS,
     AsJson,
+    BatchSize,
     Dataset,
+    Encoders,
+    EncoderWeights,
     Home,
     Processes,
     Scheduler,
     SettingOptions,
+    ShardRows,
+    StoredNumbers,
     parse_integers,
     show,
     with_home,
@@ -32,30 +37,18 @@ if TYPE_CHECKING:
 
 def extract(
     dataset: Dataset,
-    encoder: Annotated[
-        list[str], typer.Option("--encoder", help="Encoder to run; default: the dataset's. May be given several times.")
-    ] = NO_PAIRS,
+    encoder: Encoders = NO_PAIRS,
     settings: SettingOptions = NO_PAIRS,
-    weights: Annotated[str, typer.Option(help="Weights of the encoder: a file or folder, e.g. of the joint stage.")] = "",
-    batch_size: Annotated[
-        int,
-        typer.Option(
-            min=0, help="Items per batch of a new cache; 0: 16, or up to 256 on a GPU, where a batch is halved until it fits."
-        ),
-    ] = 0,
+    weights: EncoderWeights = "",
+    batch_size: BatchSize = 0,
     workers: Processes = -1,
-    shard_rows: Annotated[
-        int,
-        typer.Option(
-            min=0, help="Rows per shard, the unit of commit and of distribution, a multiple of 512; 0: 8192, of clips 512."
-        ),
-    ] = 0,
+    shard_rows: ShardRows = 0,
     scheduler: Scheduler = "local",
     workers_gpu: Annotated[str, typer.Option(help="GPUs of this machine to use together, e.g. 0,1.")] = "",
     max_failures: Annotated[float, typer.Option(min=0, help="Stop above this share of samples that cannot be decoded.")] = 0.05,
     retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Try samples again that could not be decoded.")] = False,
     compiled: Annotated[bool, typer.Option("--compile", help="Run the encoder through torch.compile (another cache).")] = False,
-    store_dtype: Annotated[Literal["float16", "float32", "bfloat16"], typer.Option(help="Number format on disk.")] = "float16",
+    store_dtype: StoredNumbers = "float16",
     home: Home = DEFAULT_HOME,
     as_json: AsJson = False,
 ) -> None:

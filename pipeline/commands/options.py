@@ -78,6 +78,23 @@ Seeds = Annotated[str, typer.Option(help="Comma-separated seeds.")]
 VerdictSeeds = Annotated[str, typer.Option(help="Comma-separated seeds; a verdict takes five.")]
 EvaluatedSplit = Annotated[Literal["val", "test"], typer.Option(help="Evaluated split; every read of test is logged.")]
 Processes = Annotated[int, typer.Option(min=-1, help="Processes; -1: one per core, 0: only this process.")]
+Encoders = Annotated[
+    list[str], typer.Option("--encoder", help="Encoder to run; default: the dataset's. May be given several times.")
+]
+EncoderWeights = Annotated[str, typer.Option(help="Weights of the encoder: a file or folder, e.g. of the joint stage.")]
+BatchSize = Annotated[
+    int,
+    typer.Option(
+        min=0, help="Items per batch of a new cache; 0: 16, or up to 256 on a GPU, where a batch is halved until it fits."
+    ),
+]
+ShardRows = Annotated[
+    int,
+    typer.Option(
+        min=0, help="Rows per shard, the unit of commit and of distribution, a multiple of 512; 0: 8192, of clips 512."
+    ),
+]
+StoredNumbers = Annotated[Literal["float16", "float32", "bfloat16"], typer.Option(help="Number format on disk.")]
 ImageCache = Annotated[str, typer.Option(help="Cache of the image features; default: the dataset's image encoder.")]
 TextCache = Annotated[str, typer.Option(help="Cache of the text features; default: the dataset's text encoder.")]
 Text = Annotated[

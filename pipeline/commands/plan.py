@@ -3,12 +3,26 @@
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from pipeline.commands.checks import check_dataset, check_given_settings
-from pipeline.commands.options import DEFAULT_HOME, NO_PAIRS, AsJson, Dataset, Home, SettingOptions, show, show_table
+from pipeline.commands.options import (
+    DEFAULT_HOME,
+    NO_PAIRS,
+    AsJson,
+    BatchSize,
+    Dataset,
+    Encoders,
+    EncoderWeights,
+    Home,
+    SettingOptions,
+    ShardRows,
+    StoredNumbers,
+    show,
+    show_table,
+)
 from pipeline.runtime import plugins
 from pipeline.runtime.assignments import parse_assignments
 from pipeline.runtime.errors import UserError
@@ -23,11 +37,9 @@ def plan(
         int,
         typer.Option(min=0, help="Samples that are planned, of the same kind as those of the dataset; 0: as many as it has."),
     ] = 0,
-    encoder: Annotated[
-        list[str], typer.Option("--encoder", help="Encoder to plan; default: the dataset's. May be given several times.")
-    ] = NO_PAIRS,
+    encoder: Encoders = NO_PAIRS,
     settings: SettingOptions = NO_PAIRS,
-    weights: Annotated[str, typer.Option(help="Weights of the encoder, as in extract.")] = "",
+    weights: EncoderWeights = "",
     machines: Annotated[
         int,
         typer.Option(min=1, help="Machines like this one that share the work; 1: this one alone."),
@@ -35,9 +47,9 @@ def plan(
     seconds: Annotated[
         float, typer.Option(min=1, help="For which each encoder is tried; a longer trial is more exact.")
     ] = 20.0,
-    batch_size: Annotated[int, typer.Option(min=0, help="Items per batch, as in extract.")] = 0,
-    shard_rows: Annotated[int, typer.Option(min=0, help="Rows per shard, a multiple of 512, as in extract.")] = 0,
-    store_dtype: Annotated[Literal["float16", "float32", "bfloat16"], typer.Option(help="Number format on disk.")] = "float16",
+    batch_size: BatchSize = 0,
+    shard_rows: ShardRows = 0,
+    store_dtype: StoredNumbers = "float16",
     price_machine: Annotated[float | None, typer.Option(min=0, help="Price of a machine for an hour.")] = None,
     price_storage: Annotated[float | None, typer.Option(min=0, help="Price of a GB (10⁹ bytes) for a month.")] = None,
     price_put: Annotated[float | None, typer.Option(min=0, help="Price of 1,000 PUT or LIST requests.")] = None,
