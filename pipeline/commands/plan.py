@@ -125,7 +125,7 @@ def _print_table(plans: list[EncoderPlan]) -> None:
     show_table(table, False)
 
 
-_ADDED = ("hours", "machine-hours", "processor-hours", "GB", "requests")
+_ADDED = ("hours", "seconds", "machine-hours", "processor-hours", "GB", "requests")
 
 
 def _column(each: EncoderPlan) -> dict[str, Any]:
@@ -139,7 +139,7 @@ def _column(each: EncoderPlan) -> dict[str, Any]:
         "measured: MB/s of writing": store.write_rate / 1e6,
         "measured: MB/s of reading what was just written": store.read_rate / 1e6,
         "hours": each.seconds / 3600,
-        "hours, of them before the first row is encoded": each.start_seconds / 3600,
+        "seconds of them before the first row is encoded": each.start_seconds,
         "machine-hours": each.machine_hours,
         "processor-hours": each.processor_hours,
         "GB of features": each.feature_bytes / 1e9,
