@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fnmatch
 import glob
 import itertools
@@ -10,17 +11,17 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, cast
 
 from pipeline.data.remote_tars import ObjectFile, explain_changes
 from pipeline.runtime.errors import UserError
 from pipeline.runtime.places import Address, Place
-from pipeline.runtime.stores import REQUESTS_IN_FLIGHT, StoredObject, store_of
+from pipeline.runtime.stores import REQUESTS_IN_FLIGHT, StoredObject, find_object, map_objects, objects_in, store_of
 
 _BRACES = re.compile(r"\{([^{}]*)\}")
 _RANGE = re.compile(r"(\d{1,9})\.\.(\d{1,9})")
-_SPECIAL = re.compile(r"[*?\[{]")
+_SPECIAL = re.compile(r"[*?\[]")
 _MAX_SHARDS = 1_000_000
 
 
@@ -39,23 +40,24 @@ class TarShards:
         Raises:
             UserError: there is none, or some of a range are missing.
         """
-        objects = _list_objects(root, pattern) if isinstance(root, Address) else {}
+        wanted = dict.fromkeys(PurePosixPath(name).as_posix() for name in _expand_braces(pattern))
+        if any(name.startswith("/") or name == "." or ".." in name.split("/") for name in wanted):
+            raise UserError(
+                f"shards is {pattern!r}; it names tar files below --root, such as shards/train-{{000000..000009}}.tar"
+            )
+        objects = _find_objects(root, wanted) if isinstance(root, Address) else {}
         names: dict[str, None] = {}
         missing: list[str] = []
-        for name in _expand_braces(pattern):
-            if name.startswith("/") or ".." in name.split("/"):
-                raise UserError(
-                    f"shards is {pattern!r}; it names tar files below --root, such as shards/train-{{000000..000009}}.tar"
-                )
+        for name in wanted:
             found = _expand_pattern(root, name, objects) if glob.has_magic(name) else [name]
             missing += [
                 each for each in found if each not in objects and not (isinstance(root, Path) and (root / each).is_file())
             ]
             names |= dict.fromkeys(found)
         if missing or not names:
-            count = f"{len(missing)} of {len(names)} shards are missing, the first: {missing[0]}" if missing else ""
-            what = count or "there is no shard"
-            raise UserError(f"{root}: {what}; --set shards says which tar files are meant, now {pattern!r}")
+            count = f"{len(missing)} of {len(names)} shards are missing, the first: {missing[0]}; bring" if missing else ""
+            what = f"{count or 'there is no shard; put'} them there"
+            raise UserError(f"{root}: {what}, or say with --set shards which tar files are meant, now {pattern!r}")
         odd = next((name for name in names if isinstance(root, Address) and set(name) & set("@?#")), "")
         if odd:
             raise UserError(f"{root / odd} has @, ? or # in its name, which an address must not have: rename the object")
@@ -91,12 +93,32 @@ class TarShards:
             yield cast(BinaryIO, file)
 
 
-def _list_objects(root: Address, pattern: str) -> dict[str, StoredObject]:
-    """Return the objects below the folder that a pattern begins with, by their names below the root."""
-    folder = _SPECIAL.split(pattern)[0].rpartition("/")[0]
-    place = root / folder
-    found: Any = store_of(place).list(place)
+def _find_objects(root: Address, wanted: Iterable[str]) -> dict[str, StoredObject]:
+    """Return the objects that names and patterns may mean, by their names below the root; no more is listed than patterns need.
+
+    Raises:
+        UserError: an object that would be listed has a name that no address can have.
+    """
+    patterns = dict.fromkeys(name for name in wanted if glob.has_magic(name))
+    names = dict.fromkeys(name for name in wanted if name not in patterns)
+    found: list[Any] = list(filter(None, map_objects(root, find_object, [root / name for name in names])))
+    for folder, has_folders in {_fixed_folder(pattern) for pattern in patterns}:
+        place = root / folder
+        try:
+            found += store_of(place).list(place) if has_folders else objects_in(place)
+        except OSError as error:
+            if error.errno != errno.EINVAL:
+                raise
+            remedy = "or say in shards which tar files are meant, such as train-{000000..000009}.tar"
+            raise UserError(f"{error.filename}: {error.strerror}, {remedy}") from error
     return {each.place.relative_to(root).as_posix(): each for each in found}
+
+
+def _fixed_folder(pattern: str) -> tuple[str, bool]:
+    """Return the folder that a pattern begins with, and whether what it means may lie in folders of that."""
+    folder = _SPECIAL.split(pattern)[0].rpartition("/")[0]
+    rest = pattern[len(folder) :].strip("/")
+    return folder, "/" in rest or rest == "**"
 
 
 def _expand_pattern(root: Place, pattern: str, names: Iterable[str]) -> list[str]:

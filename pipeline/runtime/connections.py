@@ -85,9 +85,18 @@ def labelled(place: Address) -> Iterator[Any]:
         yield obstore
     except FileNotFoundError as error:
         raise FileNotFoundError(errno.ENOENT, "there is no such object", str(place)) from error
+    except obstore.exceptions.InvalidPathError as error:
+        raise OSError(errno.EINVAL, _odd_name(error), str(place)) from None
     except obstore.exceptions.BaseError as error:
         logger.debug("%s: %s", place, type(error).__name__)
         raise OSError(errno.EIO, _reason(place, error), str(place)) from None  # its long text has settings of the connection
+
+
+def _odd_name(error: Exception) -> str:
+    """Return one line about an object below a place that no `Address` can name; the library lists nothing beside it."""
+    line = str(error).split("\n")[0].removeprefix("Encountered object with invalid path: ")
+    what = "an object below has an empty part, '.' or '..' in its name, so that none there is listed"
+    return f"{what} ({line:.300}); rename or remove it"
 
 
 def _reason(place: Address, error: Exception) -> str:

@@ -197,28 +197,31 @@ class BucketStore:
                 raise OSError(errno.ESTALE, "it was changed", str(place))
             return memoryview(found.bytes())
 
-    def size(self, place: Address) -> int:
+    def head(self, place: Address) -> StoredObject:
+        """Return what the store says about an object."""
         with labelled(place) as obstore:
-            return obstore.head(self.bucket, place.key)["size"]
+            return _stored(place.bucket, obstore.head(self.bucket, place.key))
+
+    def size(self, place: Address) -> int:
+        return self.head(place).num_bytes
 
     def stamp(self, place: Address) -> str:
-        with labelled(place) as obstore:
-            return _stamp(obstore.head(self.bucket, place.key))
+        return self.head(place).stamp
 
     def list(self, place: Address) -> list[StoredObject]:
         with labelled(place) as obstore:
             pages = list(obstore.list(self.bucket, place.key or None, chunk_size=1000))
-        found = [
-            StoredObject(Address(place.bucket, item["path"]), item["size"], item["last_modified"].timestamp(), _stamp(item))
-            for page in pages
-            for item in page
-        ]
-        return sorted(found)
+        return sorted(_stored(place.bucket, item) for page in pages for item in page)
 
-    def children(self, place: Address) -> list[str]:
+    def list_folder(self, place: Address) -> tuple[list[StoredObject], list[str]]:
+        """Return the objects directly below a place, and the names there that have objects below them; both sorted."""
         with labelled(place) as obstore:
             found = obstore.list_with_delimiter(self.bucket, place.key or None)
-        return sorted(prefix.rpartition("/")[2] for prefix in found["common_prefixes"])
+        folders = sorted(prefix.rpartition("/")[2] for prefix in found["common_prefixes"])
+        return sorted(_stored(place.bucket, item) for item in found["objects"]), folders
+
+    def children(self, place: Address) -> list[str]:
+        return self.list_folder(place)[1]
 
     def delete(self, place: Address) -> None:
         with suppress(FileNotFoundError), labelled(place) as obstore:  # S3 says nothing in this case, others do
@@ -243,6 +246,17 @@ def exists(place: Place) -> bool:
     except FileNotFoundError:
         return False
     return True
+
+
+def find_object(place: Address) -> StoredObject | None:
+    """Return what an object store says about an object; None: it is not there."""
+    with suppress(FileNotFoundError):
+        return _bucket_store(place.bucket).head(place)
+
+
+def objects_in(place: Address) -> list[StoredObject]:
+    """Return the objects of an object store directly below a place, sorted."""
+    return _bucket_store(place.bucket).list_folder(place)[0]
 
 
 def object_sha256(place: Place) -> str:
@@ -358,6 +372,10 @@ def _joined(data: Data) -> bytes:
     if isinstance(data, str):
         return data.encode()
     return bytes(data) if isinstance(data, bytes | memoryview) else b"".join(bytes(piece) for piece in data)
+
+
+def _stored(bucket: str, meta: Mapping[str, Any]) -> StoredObject:
+    return StoredObject(Address(bucket, meta["path"]), meta["size"], meta["last_modified"].timestamp(), _stamp(meta))
 
 
 def _stamp(meta: Mapping[str, Any]) -> str:

@@ -95,5 +95,5 @@ def test_patterns_fit_objects_as_they_fit_files(tmp_path: Path, pattern: str, mo
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
     objects = {name: StoredObject(root / name, 0, 0.0, "0") for name in names}
-    monkeypatch.setattr(tar_shards, "_list_objects", lambda *_: objects)
+    monkeypatch.setattr(tar_shards, "_find_objects", lambda *_: objects)
     assert TarShards.find(root, pattern).names == TarShards.find(tmp_path, pattern).names

@@ -26,6 +26,7 @@ from pipeline.data.media import open_image
 from pipeline.data.media_copies import MediaCopies, changed_tars, copied_media
 from pipeline.data.prepare import prepare
 from pipeline.data.tar_members import local_file
+from pipeline.data.tar_shards import TarShards
 from pipeline.extraction.extract import ExtractOptions, extract, plan_extraction
 from pipeline.extraction.inputs import EncoderInputs
 from pipeline.extraction.workers import item_bytes
@@ -90,6 +91,18 @@ def test_shards_in_a_bucket_give_the_manifest_and_the_features_of_those_on_a_dis
     remote = parse_place(f"s3://bucket/of-shards/shards/{on_disk.name}")
     assert isinstance(remote, Address)
     assert content_of(remote, tmp_path) == cache_content(on_disk)  # also the digests of the media
+
+
+def test_only_what_a_pattern_needs_is_listed(endpoint: Endpoint) -> None:
+    root = parse_place("s3://bucket/odd")
+    for key in ("a-0.tar", "a-1.tar", "b/b-0.tar", "b//notes.txt"):  # no address can be like the last one
+        endpoint.ask("PUT", f"/bucket/odd/{key}")
+    assert TarShards.find(root, "{./,}{a-0,a-1,b//b-0}.tar").names == ["a-0.tar", "a-1.tar", "b/b-0.tar"]
+    assert list(TarShards.find(root, "a-*.tar").stamps) == ["a-0.tar", "a-1.tar"]
+    with pytest.raises(UserError, match=r"1 of 3 shards are missing, the first: a-2.tar; bring them there"):
+        TarShards.find(root, "a-{0..2}.tar")
+    with pytest.raises(UserError, match=r'"odd/b//notes.txt".*rename or remove it, or say in shards'):
+        TarShards.find(root, "**/a-*.tar")
 
 
 def test_batches_that_come_again_find_their_copies(shard_homes: tuple[Path, Path]) -> None:
