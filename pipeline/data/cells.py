@@ -48,11 +48,12 @@ def parse_name(value: Any, table: Path, line: int) -> str:
     Raises:
         UserError: with file and line, for anything else.
     """
+    if value is None or value == "":
+        raise line_error(table, line, "the cell is empty")
     if type(value) is int:
         value = str(value)
     faults = (
         (not isinstance(value, str), "is no text"),
-        (value == "", "is empty"),
         (len(str(value)) > 1024, "is longer than 1024 characters"),
         (bool(UNPRINTABLE.search(str(value)[:1024])), "holds control characters, or half of one"),
     )

@@ -31,7 +31,12 @@ _PATH_LIMIT = 1024  # characters
 
 def line_error(path: Path, line: int, message: str) -> UserError:
     """Return the error that every reader raises: file, line, what is wrong."""
-    return UserError(f"{path}, line {line}: {message}")
+    return UserError(f"{path}, {line_unit(path)} {line}: {message}")
+
+
+def line_unit(path: Path) -> str:
+    """Return what the number of a line counts in a file: "line", or "row" in a Parquet file."""
+    return "row" if path.suffix.lower() == ".parquet" else "line"
 
 
 def source_hashes(files: Iterable[Path], root: Path) -> dict[str, str]:
@@ -175,12 +180,7 @@ def stripped_lines(path: Path) -> Iterator[tuple[int, str]]:
 
 
 def read_names(path: Path, strip: str = WHITE_SPACE) -> list[str]:
-    """Return the names in a file with one name on every line.
-
-    Args:
-        path: the file.
-        strip: characters to remove from the end of every name.
-    """
+    """Return the names in a file with one name on every line, without the characters `strip` at their ends."""
     return [text.rstrip(strip) for _, text in stripped_lines(path)]
 
 
@@ -362,7 +362,7 @@ def _split_digits(values: list[bytes], path: Path, line: int, width: int) -> byt
 
 
 def csv_rows(path: Path, separator: str = ",") -> Iterator[tuple[int, list[str]]]:
-    """Yield (line number, cells) for every row of a UTF-8 CSV file.
+    """Yield (number of its first line, cells) for every row of a UTF-8 CSV file.
 
     Raises:
         UserError: with file and line, for a huge field, or broken quoting.
@@ -376,14 +376,15 @@ def rows_of_lines(lines: LineReader, separator: str = ",") -> Iterator[tuple[int
     csv.field_size_limit(LINE_LIMIT)
     reader = csv.reader(lines, delimiter=separator, strict=True)
     while True:
+        first = lines.number + 1
         try:
             cells = next(reader)
         except StopIteration:
             return
         except csv.Error as error:
-            raise line_error(lines.path, lines.number, str(error)) from error
+            raise line_error(lines.path, first, str(error)) from error
         if cells:
-            yield lines.number, cells
+            yield first, cells
 
 
 def text_lines(path: Path) -> Iterator[str]:

@@ -7,7 +7,7 @@ import functools
 import itertools
 import json
 import os
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -59,7 +59,7 @@ def read_batches(table: Path) -> Iterator[TableBatch]:
     elif table.suffix.lower() == ".parquet":
         yield from _parquet_batches(table)
     else:
-        raise UserError(f"{table} is none of: .csv, .jsonl, .parquet")
+        raise UserError(f"{table} is none of: .csv, .jsonl, .parquet; one with tabs between the cells is read as .csv")
 
 
 def _collect(rows: Iterator[RowT], lines: LineReader) -> Iterator[list[RowT]]:
@@ -90,15 +90,15 @@ def _csv_batches(table: Path) -> Iterator[TableBatch]:
         lines = LineReader(file, table)
         rows = rows_of_lines(lines, separator)
         header = [nfc(name) for name in next(rows, (0, []))[1]]
-        if len(set(header)) != len(header):
-            raise line_error(table, lines.number, "two columns have the same name")
+        if again := _repeated(header):
+            raise line_error(table, lines.number, f"two columns have the same name, {again}")
         while block := file.read(TABLE_BLOCK_BYTES):
             block += file.readline(LINE_LIMIT + 1)
             num_lines = block.count(b"\n") + (not block.endswith(b"\n"))
             plain = _read_plain(block, num_lines, header, separator)
             if plain is None:
                 file.seek(-len(block), os.SEEK_CUR)
-                own = _rows_up_to(rows, lines, lines.number + num_lines, len(header))
+                own = _rows_up_to(rows, lines, lines.number + num_lines, header)
                 for batch in _collect(own, lines):
                     numbers, cells = zip(*batch, strict=True)
                     yield _csv_batch(
@@ -122,15 +122,16 @@ def _unguard(cells: pa.Array) -> pa.Array:
 
 
 def _rows_up_to(
-    rows: Iterator[tuple[int, list[str]]], lines: LineReader, last: int, num_cells: int
+    rows: Iterator[tuple[int, list[str]]], lines: LineReader, last: int, header: Sequence[str]
 ) -> Iterator[tuple[int, list[str]]]:
     """Yield the rows that begin up to a line."""
     while lines.number < last:
         row = next(rows, None)
         if row is None:
             return
-        if len(row[1]) != num_cells:
-            raise line_error(lines.path, row[0], f"{len(row[1])} cells where the header has {num_cells}")
+        if len(row[1]) != len(header):
+            what = f"{len(row[1])} cells where the header has {len(header)}{_separator_hint(header)}"
+            raise line_error(lines.path, row[0], what)
         yield row
 
 
@@ -164,6 +165,13 @@ def _separator(table: Path) -> str:
     """Return what separates the cells: a comma, or a tab or semicolon (as Excel writes in Europe) if the header has none."""
     header = next(text_lines(table), "")
     return "," if "," in header else max(SEPARATORS, key=header.count)
+
+
+def _separator_hint(header: Iterable[str]) -> str:
+    """Return a hint if the names of columns look as if the cells were separated by something else; "": they do not."""
+    other = next((sign for sign in (*SEPARATORS, "|") if any(sign in name for name in header)), "")
+    rule = "cells are separated by commas or, if the header has no comma, by semicolons or tabs"
+    return f"; is {other!r} between the cells? {rule}" if other else ""
 
 
 def _json_batches(table: Path) -> Iterator[TableBatch]:
@@ -204,8 +212,8 @@ def _parquet_batches(table: Path) -> Iterator[TableBatch]:
             for batch in file.iter_batches(max(1, min(BATCH_ROWS, TABLE_BLOCK_BYTES // max(1, row_bytes)))):
                 batch.validate(full=True)  # texts that are not UTF-8
                 names = [nfc(name) for name in batch.schema.names]
-                if len(set(names)) != len(names):
-                    raise UserError(f"{table}: two columns have the same name")
+                if again := _repeated(names):
+                    raise UserError(f"{table}: two columns have the same name, {again}")
                 by_name = dict(zip(names, map(_decoded, batch.columns), strict=True))
                 yield TableBatch(np.arange(row, row + len(batch)), [list(by_name)] * len(batch), by_name.__getitem__)
                 row += len(batch)
@@ -225,6 +233,16 @@ def _decoded(cells: pa.Array) -> Cells:
     return cells if any(is_kind(item) for is_kind in takes) else cells.to_pylist()
 
 
+def _repeated(names: Sequence[str]) -> str:
+    """Return the first name that comes twice, as it is shown; "": none does."""
+    return next((repr(name) for name in names if names.count(name) > 1), "")
+
+
+def shown_names(names: Iterable[str]) -> str:
+    """Return the names of columns in one line; one that is empty, or has blanks at an end, is in quotes."""
+    return ", ".join(name if name and name == name.strip() else repr(name) for name in names)
+
+
 def column_candidates(spec: Mapping[str, Any], role: str) -> list[str]:
     """Return the names that the column of a role may have: the given one, else the default ones."""
     return [nfc(spec[f"{role}_column"])] if spec[f"{role}_column"] else spec["defaults"][role]
@@ -237,9 +255,9 @@ def find_columns(spec: Mapping[str, Any], present: Collection[str], table: Path)
         names = column_candidates(spec, role)
         found = next((name for name in names if name in present), "")
         if not found and (spec[f"{role}_column"] or role == "media"):
-            shown = ", ".join(name if name == name.strip() else repr(name) for name in present)
             option = "" if spec[f"{role}_column"] else f", with --{role}-column NAME"
-            raise UserError(f"{table} has no column {' or '.join(names)}; choose one of: {shown}{option}")
+            choices = f"{shown_names(present)}{option}{_separator_hint(present) if table.suffix.lower() == '.csv' else ''}"
+            raise UserError(f"{table} has no column {' or '.join(names)}; choose one of: {choices}")
         if found:
             columns[role] = found
     return columns
@@ -252,5 +270,5 @@ def no_label_column(spec: Mapping[str, Any], present: Collection[str], table: Pa
         table,
         line,
         f"{why + ', and ' if why else ''}the table has no label column ({' or '.join(column_candidates(spec, 'label'))}); its "
-        f"columns are: {', '.join(present)}; name the one of the labels with --label-column{folders}",
+        f"columns are: {shown_names(present)}; name the one of the labels with --label-column{folders}",
     )

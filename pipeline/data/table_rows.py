@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from pipeline.data.columns import BATCH_ROWS, TEXT_COLUMN, ColumnWriter, Strings, compute, numpy_array
 from pipeline.data.keys import first_positions, same_texts
-from pipeline.data.readers import line_error
+from pipeline.data.readers import line_error, line_unit
 from pipeline.data.sample_columns import SAMPLE_SCHEMA, SampleColumns, list_sizes
 from pipeline.runtime.errors import UserError
 from pipeline.types import Sample
@@ -238,7 +238,7 @@ def _merge(rows: TableRows, first: NDArray[np.int64], kept: NDArray[np.int64]) -
 
 
 def _place(row: TableRow) -> str:
-    return f"{row.file.name}, line {row.line}"
+    return f"{row.file.name}, {line_unit(row.file)} {row.line}"
 
 
 def _remedy(row: TableRow, other: TableRow) -> str:
@@ -278,6 +278,10 @@ def label_ids(
     numbered = numbers != "names" and is_numeric and not written <= set(names)
     is_multi = wanted == "multi" or (wanted == "auto" and _has_several(rows))
     kind = "multi" if is_multi else "single"
+    if not written and not is_multi:
+        row = rows.row(0)
+        what = "0 labels where one is due, as in all rows; name the column of labels with --label-column"
+        raise line_error(row.file, row.line, f"{what}, or say --set labels=multi, which allows rows without one")
     by_name = sorted(written, key=int) if is_numeric else sorted(written)
     classes = names or (_numbered_classes(written, rows, numbers) if numbered else by_name)
     ids = {str(i) if numbered else name: i for i, name in enumerate(classes)}

@@ -40,7 +40,7 @@ from pipeline.data.dataset import Dataset
 from pipeline.data.manifest import HALF_CHARACTER, Manifest, check_manifest
 from pipeline.data.sample_columns import SAMPLE_SCHEMA, SampleColumns
 from pipeline.data.spec import manifest_meta, required_counts
-from pipeline.data.table_columns import ODD_PATH, BatchParser
+from pipeline.data.table_columns import ODD_PATH, BatchParser, Parse
 from pipeline.data.table_files import (
     INDEX_COLUMNS,
     METADATA_FILES,
@@ -49,6 +49,7 @@ from pipeline.data.table_files import (
     find_columns,
     no_label_column,
     read_batches,
+    shown_names,
     tables_in,
 )
 from pipeline.data.table_rows import (
@@ -135,7 +136,8 @@ def _make_samples(
         own, group = pa.array(ids.take(kept[start : start + len(block)]), pa.string()), block.column("group")
         for position in rows.half[(rows.half >= start) & (rows.half < start + len(block))].tolist():
             row, shown = rows.row(position), own[position - start].as_py()[:80]
-            raise UserError(f"{row.file}, line {row.line}, sample {shown!r}: {HALF_CHARACTER}")
+            where = f"{row.file}, {readers.line_unit(row.file)} {row.line}"
+            raise UserError(f"{where}, sample {shown!r}: {HALF_CHARACTER}")
         names = compute.if_else(compute.equal(group, ""), own, group)
         chosen = _choose_splits(names, block.column("split") if has_splits else None, spec)
         _check_all_split(rows, start, block.column("split"), has_splits)
@@ -180,7 +182,7 @@ def _list_entries(rows: TableRows, root: Path) -> tuple[list[dict[str, Any]], ND
     for number, file in enumerate(rows.files):
         lines = rows.lines[rows.file_numbers == number]
         last = int(lines[-1])
-        entries.append(readers.list_entry(file, root, last, unit="row" if file.suffix.lower() == ".parquet" else "line"))
+        entries.append(readers.list_entry(file, root, last, unit=readers.line_unit(file)))
         positions.append(lines + (before - 1))
         before += last
     return entries, np.concatenate(positions)
@@ -255,7 +257,7 @@ def _check_other_columns(
         raise no_label_column(spec, names, table, line)
     if others and "text" not in columns:
         looked_for = ", ".join(column_candidates(spec, "text"))
-        return [f"{table.name} has no column of texts ({looked_for}); if one of {', '.join(others)} is it, say --text-column"]
+        return [f"{table.name} has no column of texts ({looked_for}); if one of {shown_names(others)} is it, say --text-column"]
     return []
 
 
@@ -270,22 +272,27 @@ def _read_batch(
     parser = BatchParser(table, batch.lines)
     _check_late_columns(spec, batch, columns, table, parser)
     nothing, num_rows = pa.nulls(len(batch.lines), pa.string()), len(batch.lines)
-    media = parser.names(batch.cells(columns["media"]), _parse_media, ODD_PATH)
+    media = parser.names(batch.cells(columns["media"]), _naming(columns["media"], _parse_media), ODD_PATH)
     media = compute.binary_join_element_wise(prefix, media, "") if prefix else media
     if "label" in columns:
-        separator = spec["label_separator"]
-        labels, codes = parser.each(batch.cells(columns["label"]), lambda *cell: parse_labels(cell[0], separator, *cell[1:]))
+        separator, name = spec["label_separator"], columns["label"]
+        parse = _naming(name, lambda *cell: parse_labels(cell[0], separator, *cell[1:]))
+        labels, codes = parser.each(batch.cells(name), parse)
     else:
         folders = compute.replace_substring_regex(media, "^(?:(.*)/)?[^/]*$", r"\1")
         labels, codes = parser.each(folders, functools.partial(_folder_label, spec, batch))
     if "split" in columns:
-        split = parser.strings(batch.cells(columns["split"]), parse_split)
+        split = parser.strings(batch.cells(columns["split"]), _naming(columns["split"], parse_split))
     elif spec["file"]:
         split = pa.repeat("", num_rows)
     else:
         split = parser.strings(compute.replace_substring_regex(media, "/.*", ""), _folder_split)
-    id = parser.names(batch.cells(columns["id"]), parse_name) if "id" in columns else pa.repeat("", num_rows)
-    group = parser.strings(batch.cells(columns["group"]) if "group" in columns else nothing, _parse_group)
+    id = pa.repeat("", num_rows)
+    if "id" in columns:
+        id = parser.names(batch.cells(columns["id"]), _naming(columns["id"], parse_name))
+    group = nothing.fill_null("")
+    if "group" in columns:
+        group = parser.strings(batch.cells(columns["group"]), _naming(columns["group"], _parse_group))
     texts, half = parser.texts(batch.cells(columns["text"]) if "text" in columns else nothing)
     if parser.error:
         raise parser.error
@@ -307,6 +314,18 @@ def _check_late_columns(
             what = f"the column {late!r} is not in the first row; write it in every row, or in none"
             parser.stop(row, readers.line_error(table, int(batch.lines[row]), what))
             return
+
+
+def _naming(column: str, parse: Parse) -> Parse:
+    """Return a function that parses cells of a column, and names the column in its errors."""
+
+    def parse_cell(cell: Any, table: Path, line: int) -> Any:
+        try:
+            return parse(cell, table, line)
+        except UserError as error:
+            raise UserError(f"{error} (column {column!r})") from error
+
+    return parse_cell
 
 
 def _parse_media(cell: Any, table: Path, line: int) -> str:

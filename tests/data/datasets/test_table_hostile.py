@@ -41,8 +41,8 @@ def test_hostile_rows_are_refused_with_file_and_line(tmp_path: Path, name: str, 
     change, reason = HOSTILE[name]
     good = {**GOOD, "split": "train"}
     writer(tmp_path / file, [good, {**good, "file_name": "y.jpg", **change}])
-    line = {"data.csv": 3, "data.jsonl": 2, "data.parquet": 2}[file]
-    with pytest.raises(ValueError, match=rf"{file}, line {line}: .*({reason})"):
+    line = {"data.csv": "line 3", "data.jsonl": "line 2", "data.parquet": "row 2"}[file]
+    with pytest.raises(ValueError, match=rf"{file}, {line}: .*({reason})"):
         build(tmp_path, file=file, labels="single")
 
 
@@ -50,10 +50,25 @@ def test_hostile_rows_are_refused_with_file_and_line(tmp_path: Path, name: str, 
     ("file", "content", "reason"),
     [
         ("m.csv", "file_name,label\nx.jpg,a\ny.jpg\n", r"line 3: 1 cells where the header has 2"),
-        ("m.csv", "file_name,file_name\nx.jpg,a\n", r"line 1: two columns have the same name"),
+        ("m.csv", "file_name,file_name\nx.jpg,a\n", r"line 1: two columns have the same name, 'file_name'"),
         ("m.csv", 'file_name,label\n"x.jpg,a\n', r"line 2: unexpected end of data"),
         ("m.csv", "name,label\nx.jpg,a\n", r"no column media_path.*choose one of: name, label, with --media-column NAME"),
         ("m.csv", "file_name\nx.jpg\n", r"line 2: there is neither a label column nor a class folder.* columns are: file_name"),
+        ("m.csv", ",name,label\n0,x.jpg,a\n", r"choose one of: '', name, label, with"),
+        ("m.csv", ",file_name,kind\n0,x.jpg,a\n", r"columns are: '', file_name, kind"),
+        ("m.csv", "file_name,kind,\nx.jpg,a,t\n", r"columns are: file_name, kind, ''"),
+        ("m.csv", "file_name;label;text, in English\nx.jpg;a;t\n", r"line 2: 1 cells .* has 2; is ';' between the cells\?"),
+        (
+            "m.csv",
+            "file_name|label\nx.jpg|a\n",
+            r"no column media_path.*; is '\|' between the cells\? .* by semicolons or tabs",
+        ),
+        ("m.tsv", "file_name\tlabel\n", r"is none of: .*; one with tabs between the cells is read as \.csv"),
+        ("m.csv", 'file_name,label,text\nx.jpg,a,t\n,a,"t\nt"\n', r"line 3: the cell is empty \(column 'file_name'\)"),
+        ("m.jsonl", '{"file_name": "x.jpg", "label": "a", "sample_id": null}\n', r"is empty \(column 'sample_id'\)"),
+        ("m.csv", "file_name,label,split\nx.jpg,a,\n", r"line 2: unknown split ''.* \(column 'split'\)"),
+        ("m.csv", "file_name,label\nx.jpg,\n", r"line 2: 0 labels where one is due, as in all rows; .* --label-column"),
+        ("m.csv", 'file_name,label\nx.jpg,a\n"y.jpg,a\nz.jpg,a\n', r"line 3: unexpected end of data"),
         ("m.csv", "file_name,label\n", r"has no rows"),
         ("m.csv", "file_name,label\nx.jpg,a\ny.jpg,\n", r"line 3: 0 labels where one is due; .* --set labels=multi"),
         (
@@ -62,7 +77,7 @@ def test_hostile_rows_are_refused_with_file_and_line(tmp_path: Path, name: str, 
             "line 2: .*'text'",
         ),
         ("m.jsonl", '{"file_name": "x.jpg", "label": 1' + "0" * 5000 + "}\n", r"line 1: broken JSON"),
-        ("m.csv", 'file_name,label,text\nx.jpg,a,"t\nt"\n\nx.jpg,a,\n', r"m\.csv, line 5.*repeats the id of m\.csv, line 3"),
+        ("m.csv", 'file_name,label,text\nx.jpg,a,"t\nt"\n\nx.jpg,a,\n', r"m\.csv, line 5.*repeats the id of m\.csv, line 2"),
         ("m.csv", "file_name,label\nx.jpg,99999999\n", r"above 99999"),
         ("m.jsonl", '{"file_name": "x.jpg", "label": true}\n', r"line 1: True is no text"),
         ("m.jsonl", '{"file_name": "x.jpg", "label": 1.5}\n', r"line 1: 1\.5 is no text"),

@@ -32,7 +32,7 @@ def test_split_folders_are_never_classes(tmp_path: Path, file: str, writer: Writ
     for split in ("train", "test"):
         (tmp_path / split).mkdir()
         writer(tmp_path / split / f"metadata{Path(file).suffix}", CAPTIONS)
-    refused = r"line \d: 'test' is a split folder and no class, .*columns are: file_name, text; .*--label-column"
+    refused = r"(line|row) \d: 'test' is a split folder and no class, .*columns are: file_name, text; .*--label-column"
     with pytest.raises(ValueError, match=refused):
         build(tmp_path)
     paths = [{**each, "file_name": f"cat/{split}/{each['file_name']}"} for split in ("train", "val") for each in CAPTIONS]
@@ -195,7 +195,8 @@ def test_rows_of_one_file_become_one_sample_with_all_texts(tmp_path: Path, file:
     ]
     writer(tmp_path / file, rows)
     first = 2 if file.endswith(".csv") else 1
-    refused = rf"{file}, line {first + 3}: '1.jpg' repeats the id of {file}, line {first}; .* --set merge_rows=true"
+    unit = "row" if file.endswith(".parquet") else "line"
+    refused = rf"{file}, {unit} {first + 3}: '1.jpg' repeats the id of {file}, {unit} {first}; .* --set merge_rows=true"
     with pytest.raises(ValueError, match=refused):
         build(tmp_path, file=file)
     built = build(tmp_path, file=file, merge_rows=True)
