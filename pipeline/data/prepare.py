@@ -23,7 +23,7 @@ from pipeline.data.media import open_frames, open_image
 from pipeline.data.media_copies import copied_media
 from pipeline.data.readers import media_file
 from pipeline.data.recipes import Recipe, check_not_another, read_recipe, write_recipe
-from pipeline.data.same_media import sample_media_sizes, warn_about_copies
+from pipeline.data.same_media import sample_media_sizes, warn_about_copies, warn_about_labels
 from pipeline.data.sample_columns import list_sizes
 from pipeline.data.spec import load_spec
 from pipeline.runtime import plugins
@@ -116,7 +116,7 @@ def prepare(
     if num_missing:
         counts += [_count_row("without media, left out", num_missing), _count_row("all with media", len(manifest.samples))]
         counts += [_count_row(f"{split} with media", found) for split, found in split_counts(manifest).items()]
-    copies = warn_about_copies(manifest, home, sizes)
+    copies = [*warn_about_labels(manifest), *warn_about_copies(manifest, home, sizes)]
     num_recurring = len(recurring_texts(manifest))
     counts.append(_count_row("train with text", int(np.count_nonzero(text_counts(manifest.split("train"))))))
     counts.append(_count_row("test texts in train", num_recurring))

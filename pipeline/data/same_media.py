@@ -1,4 +1,4 @@
-"""Find media of val and test that have the same bytes as media of train."""
+"""Find media of val and test that have the same bytes as media of train, and samples of one file with different labels."""
 
 from __future__ import annotations
 
@@ -8,10 +8,12 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.data.keys import contains, run_starts
+from pipeline.data.columns import compute, numpy_array
+from pipeline.data.keys import contains, first_positions, run_starts
 from pipeline.data.manifest import Manifest
 from pipeline.data.media_digests import media_digests
 from pipeline.data.readers import media_sizes
+from pipeline.data.sample_columns import json_lists
 from pipeline.data.tar_members import find_member, local_file
 from pipeline.runtime.files import file_sha256
 from pipeline.runtime.places import Address
@@ -39,6 +41,28 @@ def sample_media_sizes(manifest: Manifest) -> NDArray[np.int64]:
         members = (find_member(str(root / name)) for name in files)
         sizes = np.fromiter((member.size if member else -1 for member in members), np.int64, len(files))
     return np.repeat(sizes, np.diff(np.append(starts, len(media))))
+
+
+def warn_about_labels(manifest: Manifest) -> list[str]:
+    """Return a warning if samples have the media file of another sample, but other labels."""
+    first = first_positions(manifest.columns.strings("media"))
+    again = np.flatnonzero(first < np.arange(len(first)))
+    different, start = [np.zeros(0, np.int64)], 0
+    blocks = (manifest.columns.select(positions).blocks(["labels"]) for positions in (again, first[again]))
+    for block, other in zip(*blocks, strict=True):
+        differs = compute.not_equal(json_lists(block.column(0)), json_lists(other.column(0)))
+        different.append(start + np.flatnonzero(numpy_array(differs).astype(np.bool_)))
+        start += len(block)
+    found = again[np.concatenate(different)]
+    if not len(found):
+        return []
+    pair = (int(found[0]), int(first[found[0]]))
+    one, other = (f"{manifest.columns.ids[position]!r} ({manifest.source_location(position)})" for position in pair)
+    return [
+        f"{len(found)} samples have the file of an earlier sample, and other labels, the first: {one} has the file of {other}; "
+        "correct the labels, because a head learns both; if a file has several labels, give its rows one id and say --set "
+        "labels=multi --set merge_rows=true"
+    ]
 
 
 def warn_about_copies(manifest: Manifest, home: Path, sizes: NDArray[np.int64]) -> list[str]:
