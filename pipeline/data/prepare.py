@@ -52,7 +52,7 @@ class PrepareReport:
     warnings: tuple[str, ...]
     missing: int  # number of samples that were left out because their media file does not exist
     missing_list: str  # path of the file that lists them; "" if there are none
-    undecodable: tuple[str, ...]  # "file, line: reason" for media that cannot be decoded; () if that was not tried
+    undecodable: tuple[str, ...]  # "id (file, line): reason" for media that cannot be decoded; () if that was not tried
     left_out: int  # number of samples that the files hold and that cannot be used
     left_out_list: str  # path of the table that lists them, with the reasons; "" if there are none
 
@@ -132,7 +132,10 @@ def prepare(
         warnings=(*manifest.meta.get("warnings", ()), *differences, *copies, *_warn_about_splits(manifest, num_recurring)),
         missing=num_missing,
         missing_list=str(missing_list) if num_missing else "",
-        undecodable=tuple(f"{manifest.source_location(position)}: {reason}" for position, reason in undecodable.items()),
+        undecodable=tuple(
+            f"{manifest.columns.ids[position]!r} ({manifest.source_location(position)}): {reason}"
+            for position, reason in undecodable.items()
+        ),
         left_out=len(manifest.left_out or ()),
         left_out_list=str(left_out_path(home, name)) if manifest.left_out else "",
     )

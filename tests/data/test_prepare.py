@@ -145,7 +145,7 @@ def test_a_truncated_image_is_reported_and_a_png_named_jpg_is_not(tmp_path: Path
     path = root / "Flickr" / "actor" / "0001_2124494179.jpg"
     path.write_bytes(path.read_bytes()[:-40])
     (reported,) = prepare("nuswide", root, tmp_path, settings_of("nuswide"), verify_media=True).undecodable
-    assert reported.startswith("ImageList/Imagelist.txt, line 1: 0001_2124494179.jpg: ")
+    assert reported.startswith("'actor/0001_2124494179' (ImageList/Imagelist.txt, line 1): 0001_2124494179.jpg: ")
 
 
 def test_a_playlist_named_like_a_video_opens_no_other_file(official: dict[str, Path], tmp_path: Path) -> None:
@@ -159,7 +159,8 @@ def test_a_playlist_named_like_a_video_opens_no_other_file(official: dict[str, P
         (root / "TrainValVideo" / f"{name}.mp4").write_text(text)
     reported = prepare("msrvtt", root, tmp_path, FIXTURE, verify_media=True).undecodable
     assert [line.split(": ")[0] for line in reported] == [
-        f"train_val_videodatainfo.json, video {number}" for number in (1, 2, 3)
+        f"'{id}' (train_val_videodatainfo.json, video {number})"
+        for number, id in enumerate(("video0", "video1", "video6513"), 1)
     ]
 
 

@@ -120,6 +120,14 @@ def info(name: str, **fields: Any) -> tarfile.TarInfo:
     return made
 
 
+def test_a_picture_that_cannot_be_decoded_stays_and_is_named_by_its_key(tmp_path: Path) -> None:
+    write_tar(tmp_path / "shards" / "a.tar", [*sample("good", 1), *sample("bad", 2, png=picture(2)[:60])])
+    report = prepare("webdataset", tmp_path / "shards", tmp_path / "home", {}, verify_media=True)
+    (reported,) = report.undecodable
+    assert reported.startswith("'a/bad' (a.tar, sample 2): ")
+    assert (report.left_out, pq.read_table(report.path)["media_ok"].to_pylist().count(False)) == (0, 1)
+
+
 HOSTILE: dict[str, tuple[Members, str]] = {
     "absolute": ([("/etc/x.png", picture(1)), ("/etc/x.cls", b"1")], "is absolute"),
     "leads out": ([("../x.png", picture(1)), ("../x.cls", b"1")], "holds '..'"),
