@@ -128,6 +128,16 @@ def test_a_picture_that_cannot_be_decoded_stays_and_is_named_by_its_key(tmp_path
     assert (report.left_out, pq.read_table(report.path)["media_ok"].to_pylist().count(False)) == (0, 1)
 
 
+def test_the_same_key_in_two_shards_is_two_samples(tmp_path: Path) -> None:
+    for shard in ("a", "b"):
+        write_tar(tmp_path / "shards" / f"{shard}.tar", sample("x", 1))
+    assert [each.id for each in build(tmp_path, shards="{,./}{a,b}.tar")[0].samples] == ["a/x", "b/x"]
+    write_tar(tmp_path / "shards" / "a.tar", sample("b/x", 1))
+    write_tar(tmp_path / "shards" / "a" / "b.tar", sample("x", 1))
+    with pytest.raises(UserError, match=r"a/b\.tar, sample 1, sample 'a/b/x': repeats the id of a\.tar, sample 1"):
+        build(tmp_path)
+
+
 HOSTILE: dict[str, tuple[Members, str]] = {
     "absolute": ([("/etc/x.png", picture(1)), ("/etc/x.cls", b"1")], "is absolute"),
     "leads out": ([("../x.png", picture(1)), ("../x.cls", b"1")], "holds '..'"),
