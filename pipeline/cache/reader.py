@@ -355,8 +355,11 @@ def find_cache(home: Path, manifest: Manifest, name: str) -> Cache:
         default = [path for path, each in zip(matching, attributes, strict=True) if not each["provenance"].get("settings")]
         is_same_modality = len({each["identity"]["encoder"].get("modality") for each in attributes}) == 1
         matching = default if len(default) == 1 and is_same_modality else matching
-    if len(matching) == 1 or (named and not matching):
-        return open_cache((matching or named)[0], {"manifest": wanted})
+    if named and not matching:
+        what = f"{named[0]} has features of other samples of {dataset} than are prepared now"
+        raise UserError(f"{what}; a head that needs it must be trained again; to extract theirs: diffalign extract {dataset}")
+    if len(matching) == 1:
+        return open_cache(matching[0], {"manifest": wanted})
     problem = "several caches" if matching else "no cache"
     choices = ", ".join(path.name for path in matching or folders) or "none yet"
     remedy = "give the name of one of them" if matching else f"make one with: diffalign extract {dataset}"

@@ -169,6 +169,11 @@ def _evaluate(
 ) -> dict[str, Any]:
     """Predict a split, write the predictions, and return the record of the evaluation."""
     manifest = read_manifest(home, config.dataset)
+    if config.manifest != manifest.fingerprint():
+        raise UserError(
+            f"{run.path} was trained on other samples of {config.dataset} than are prepared now; prepare the earlier files, "
+            f"or train it again: diffalign train-head --dataset {config.dataset} --method {config.method}"
+        )
     cache = corrupted or find_cache(home, manifest, config.caches["image"])
     method = load_method(run, config, settings)
     if split == "test":  # logged before it is read

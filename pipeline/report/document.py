@@ -68,9 +68,9 @@ def write_report(
     frame = compare_results(results)
     sections: tuple[Callable[[], Sequence[Block]], ...] = (
         lambda: results_blocks(results, frame),
+        lambda: _old_manifest_warning(results, manifest),
         lambda: across_blocks(home, [dataset, *across], split),
         lambda: alignment_blocks(results.heads),
-        lambda: _old_manifest_warning(results, manifest),
         *_figure_sections(results, manifest, shown_heads),
         lambda: sampler_curve_blocks(results),
         lambda: corruption_blocks(results),
@@ -109,7 +109,8 @@ def _old_manifest_warning(results: DatasetResults, manifest: Manifest) -> list[B
     labels = [head.label for head in results.heads if head.config.manifest != manifest.fingerprint()]
     if not labels:
         return []
-    return [Paragraph(f"Trained on another version of the manifest, and therefore in no picture: {', '.join(labels)}.")]
+    what = "Trained and scored on other samples than are prepared now, so not to be compared with other rows, and in no picture"
+    return [Paragraph(f"{what}: {', '.join(labels)}.")]
 
 
 def _figure_sections(

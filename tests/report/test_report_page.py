@@ -164,7 +164,10 @@ def test_runs_of_an_older_manifest_are_named_and_in_no_picture(tmp_path: Path) -
     (tmp_path / "old" / "manifests").rename(tmp_path / "gone")
     (tmp_path / "new" / "manifests").rename(tmp_path / "old" / "manifests")
     parsed = Page(write_page(tmp_path / "old", "toy")[0])
-    assert "Trained on another version of the manifest, and therefore in no picture: baseline, ema, seda" in parsed.text
+    assert (
+        "on other samples than are prepared now, so not to be compared with other rows, and in no picture: baseline, ema, seda"
+        in (parsed.text)
+    )
     assert "there are no curves" in parsed.text
 
 

@@ -16,10 +16,12 @@ import torch
 from helpers.tiny_heads import FAST_TRAINING, caches_by_key, small_settings, train_tiny
 
 from pipeline.cache import open_cache
+from pipeline.cache.reader import find_cache
 from pipeline.cache.table import load_split
-from pipeline.data.manifest_files import read_manifest
+from pipeline.data.manifest_files import read_manifest, write_manifest
 from pipeline.evaluation.evaluate import apply_overrides, evaluate, load_method, predict, read_metrics
 from pipeline.runtime import files, plugins
+from pipeline.runtime.errors import UserError
 from pipeline.training import features
 from pipeline.training.config import TrainConfig
 from pipeline.training.heads import plan_head, resolve_head_settings, train_heads
@@ -121,6 +123,16 @@ def test_every_read_of_the_test_split_is_logged(home: Path) -> None:
     evaluate(home, run, "test", {"draws": "2"})
     lines = [json.loads(line) for line in (run.path / "test_reads.jsonl").read_text().splitlines()]
     assert [line["evaluation"] for line in lines] == ["test", "test@draws=2"]
+
+
+def test_a_run_on_samples_that_were_prepared_anew_is_to_be_trained_again(home: Path) -> None:
+    run, manifest = train_tiny(home, "baseline"), read_manifest(home, "tiny")
+    caches = caches_by_key(home)
+    write_manifest(replace(manifest, samples=manifest.samples[:-1]), home)
+    with pytest.raises(UserError, match=r"seed0 was trained on other samples of tiny .* --dataset tiny --method baseline"):
+        evaluate(home, run, "test", {})
+    with pytest.raises(UserError, match=rf"{caches['image']} has features of other samples .*: diffalign extract tiny"):
+        find_cache(home, read_manifest(home, "tiny"), caches["image"])
 
 
 def test_only_settings_of_prediction_can_be_overridden(home: Path) -> None:
