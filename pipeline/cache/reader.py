@@ -231,8 +231,9 @@ def read_zarr_attributes(path: Place) -> dict[str, Any]:
     Raises:
         UserError: there is no cache, zarr.json is damaged, or its identity does not hash to the name of the folder.
     """
+    store = store_of(path)  # its errors are of the environment, not of the file
     try:
-        attributes = json.loads(store_of(path).get(path / "zarr.json"))["attributes"]
+        attributes = json.loads(store.get(path / "zarr.json"))["attributes"]
         name, command = fingerprint(dict(attributes["identity"]))[:12], dict(attributes["provenance"])["command"]
     except FileNotFoundError as error:
         raise UserError(f"{path} is not a feature cache; make one with: diffalign extract") from error

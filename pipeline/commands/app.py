@@ -117,10 +117,10 @@ def main() -> None:
         sys.exit(_run_command())
     except OSError as error:
         file = f"{error.filename}: " if error.filename else ""
-        remedy = REMEDIES.get(error.errno or 0, "give a readable file, or a writable folder with --home")
-        if is_address(error.filename or ""):
-            remedy = "the same command goes on from here"
-        print(f"diffalign: {file}{error.strerror or error}; {remedy}", file=sys.stderr)
+        remedy = f"; {REMEDIES.get(error.errno or 0, 'give a readable file, or a writable folder with --home')}"
+        if is_address(error.filename or ""):  # whose errors name their remedy
+            remedy = ""
+        print(f"diffalign: {file}{error.strerror or error}{remedy}", file=sys.stderr)
         sys.exit(2)
     except (UserError, typer.TyperException) as error:
         message = _describe_usage(error) if isinstance(error, typer.TyperException) else str(error)

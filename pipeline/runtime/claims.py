@@ -88,15 +88,20 @@ def hold(place: Place, part: str = EVERYTHING, wait: float = 0.0) -> Iterator[No
     stopped = threading.Event()
     thread = threading.Thread(target=_renew, args=(place, part, claim, stopped), daemon=True)
     thread.start()
+    is_silent = False
     try:
         yield
+    except TimeoutError:  # the store does not answer, and it would take as long again to ask it to remove the claim
+        is_silent = True
+        raise
     finally:
         stopped.set()
-        thread.join()
         del _held[place, part]
-        with suppress(OSError):  # a claim that cannot be removed ends with its lease
-            if claim.is_ours():
-                store_of(place).delete(claim.place)
+        if not is_silent:
+            thread.join()
+            with suppress(OSError):  # a claim that cannot be removed ends with its lease
+                if claim.is_ours():
+                    store_of(place).delete(claim.place)
 
 
 def check_held(place: Place, part: str) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -23,7 +24,27 @@ logger = logging.getLogger(__name__)
 REQUEST_TIMEOUT = "120s"  # of one request; a shard has at most 256 MiB
 RETRY_SECONDS = 60.0  # time in which a request that fails is repeated
 ENDPOINT_VARIABLES = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT")
-CREDENTIAL_VARIABLES = {"s3": "AWS_", "gs": "GOOGLE_", "az": "AZURE_"}  # how their names begin
+CREDENTIAL_VARIABLES = {  # each names the credentials, or says where they are
+    "s3": "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY",
+    "gs": "GOOGLE_SERVICE_ACCOUNT",
+    "az": "AZURE_STORAGE_ACCOUNT_NAME and AZURE_STORAGE_ACCOUNT_KEY",
+}
+S3_CREDENTIAL_SOURCES = (  # without any of them, the library asks the machine
+    "AWS_ACCESS_KEY_ID",
+    "AWS_WEB_IDENTITY_TOKEN_FILE",
+    "AWS_CONTAINER_CREDENTIALS_RELATIVE_URI",
+    "AWS_CONTAINER_CREDENTIALS_FULL_URI",
+    "AWS_SKIP_SIGNATURE",
+)
+PLACE_VARIABLES = {"s3": "AWS_ENDPOINT_URL and AWS_REGION", "gs": "GOOGLE_SERVICE_ACCOUNT", "az": "AZURE_STORAGE_ACCOUNT_NAME"}
+_ROLE_SERVICE = re.compile(r"/latest/(api/token|meta-data)|/computeMetadata/|/metadata/identity")  # has a machine's credentials
+_OUTAGES = {  # words in the library's text on an error -> what is wrong
+    "ConnectionRefused": "connection refused",
+    "dns error": "there is no such host",
+    "TimedOut": "time-out",
+    "InvalidCertificate": "its certificate is not trusted",
+    "InvalidContentType": "it does not speak https",
+}
 
 
 def find_endpoint(bucket: str) -> str:
@@ -60,36 +81,47 @@ def connect(bucket: str, endpoint: str) -> Any:
         from obstore.store import from_url
     except ImportError as error:
         raise UserError(f"{bucket} needs the package obstore: pip install obstore") from error
+    if bucket.startswith("s3://") and not any(map(os.environ.get, S3_CREDENTIAL_SOURCES)):
+        if os.environ.get("AWS_EC2_METADATA_DISABLED", "").lower() == "true":  # which the library does not know
+            raise UserError(_without_credentials(bucket))
+        logger.info("%s: no credentials in the environment; asking for those of this machine", bucket)
     options: dict[str, Any] = {"client_options": {"timeout": REQUEST_TIMEOUT, "connect_timeout": "10s"}}
     if endpoint:
         _check_endpoint(bucket, endpoint)
         options["endpoint"] = endpoint
         options["client_options"]["allow_http"] = endpoint.startswith("http://")
-    backoff = {"init_backoff": timedelta(seconds=0.1), "max_backoff": timedelta(seconds=5), "base": 2}
-    options["retry_config"] = {"max_retries": 20, "retry_timeout": timedelta(seconds=RETRY_SECONDS), "backoff": backoff}
+    # A pause is drawn between the first one and `base` times the one before: with a base of 2 pauses get shorter in the mean.
+    backoff = {"init_backoff": timedelta(seconds=0.1), "max_backoff": timedelta(seconds=5), "base": 4}
+    options["retry_config"] = {"max_retries": 1000, "retry_timeout": timedelta(seconds=RETRY_SECONDS), "backoff": backoff}
     try:
         return from_url(bucket, **options)
     except (BaseError, ValueError):  # the text may be that of a variable
-        variables = CREDENTIAL_VARIABLES[bucket.partition(":")[0]]
+        variables = f"{CREDENTIAL_VARIABLES[bucket.partition(':')[0]].partition('_')[0]}_…"
         raise UserError(
-            f"{bucket} cannot be opened with the credentials in the environment; are the variables {variables}… right?"
+            f"{bucket} cannot be opened with the credentials in the environment; are the variables {variables} right?"
         ) from None
 
 
 @contextmanager
 def labelled(place: Address) -> Iterator[Any]:
-    """Yield the module obstore; its errors in the block become an `OSError` that names the place."""
+    """Yield the module obstore; its errors in the block become an `OSError` that names the place, its bucket and the remedy.
+
+    Raises:
+        FileNotFoundError: there is no such object.
+        TimeoutError: the store does not answer.
+        OSError: there is no such bucket, or it may not be used.
+    """
     import obstore
 
     try:
         yield obstore
-    except FileNotFoundError as error:
-        raise FileNotFoundError(errno.ENOENT, "there is no such object", str(place)) from error
     except obstore.exceptions.InvalidPathError as error:
         raise OSError(errno.EINVAL, _odd_name(error), str(place)) from None
-    except obstore.exceptions.BaseError as error:
+    except (FileNotFoundError, obstore.exceptions.BaseError) as error:
         logger.debug("%s: %s", place, type(error).__name__)
-        raise OSError(errno.EIO, _reason(place, error), str(place)) from None  # its long text has settings of the connection
+        if isinstance(error, FileNotFoundError) and _code(error) not in ("NoSuchBucket", "ContainerNotFound"):
+            raise FileNotFoundError(errno.ENOENT, "there is no such object", str(place)) from error
+        raise _describe(place, error) from None  # its long text has settings of the connection
 
 
 def _odd_name(error: Exception) -> str:
@@ -99,17 +131,43 @@ def _odd_name(error: Exception) -> str:
     return f"{what} ({line:.300}); rename or remove it"
 
 
-def _reason(place: Address, error: Exception) -> str:
-    """Return one line about an error of the library, with its remedy.
+def _describe(place: Address, error: Exception) -> OSError:
+    """Return an error of the library as one that says what is wrong in one line, with the remedy.
 
-    The first line of the library's text has the address of the request; `_check_endpoint` lets none with credentials through.
+    Of the library's text it repeats the address of the server, in which `_check_endpoint` lets no credentials through, and the
+    code of the answer, not the answer itself.
     """
-    import obstore
+    text, code, bucket = str(error), _code(error), place.bucket
+    scheme = bucket.partition(":")[0]
+    server = found[1] if (found := re.search(r"performing [A-Z]+ (https?://[^/\s]+)", text)) else "the store"
+    status = int(found[1]) if (found := re.search(r"status code: (\d{3})", text)) else 0
+    number = errno.EIO
+    if _ROLE_SERVICE.search(text):
+        reason = _without_credentials(bucket)
+    elif status == 404:
+        reason = f"{server} has no bucket {bucket}: make it, or correct its name or {PLACE_VARIABLES[scheme]}"
+    elif status in (401, 403):
+        who = f"{CREDENTIAL_VARIABLES[scheme]} must be those of a user who may list, read and write it"
+        reason = f"{server} refuses access to {bucket} ({code or status}): {who}"
+    elif status >= 500 or status == 429 or "HTTP error" in text:
+        number = errno.ETIMEDOUT
+        why = code or status or next((told for word, told in _OUTAGES.items() if word in text), "no connection")
+        reason = (
+            f"{server} does not answer ({why}), asked for {RETRY_SECONDS:.0f} seconds; when it does, the same command goes on "
+            f"from here; if it never does, correct {PLACE_VARIABLES[scheme]}"
+        )
+    else:
+        line = re.split(r"[\n<]", text)[0].strip(" :")[:300]
+        reason = f"{line}{f' ({code})' if code else ''}; are the bucket's name and {PLACE_VARIABLES[scheme]} right?"
+    return OSError(number, reason, str(place))
 
-    if isinstance(error, obstore.exceptions.PermissionDeniedError | obstore.exceptions.UnauthenticatedError):
-        return "access is refused; are the credentials in the environment those of this bucket?"
-    line = " ".join(str(error).split("\n")[0].split())
-    names = {"s3": "the bucket's name, AWS_ENDPOINT_URL and AWS_REGION"}
-    scheme = place.bucket.partition(":")[0]
-    asked = names.get(scheme, f"the bucket's name and the variables {CREDENTIAL_VARIABLES[scheme]}…")
-    return f"{line[:300]}; are {asked} right, and does the store answer?"
+
+def _without_credentials(bucket: str) -> str:
+    variables = CREDENTIAL_VARIABLES[bucket.partition(":")[0]]
+    return f"{bucket} needs credentials: set {variables} in the environment (files such as ~/.aws/credentials are not read)"
+
+
+def _code(error: Exception) -> str:
+    """Return the word in which a store has said what is wrong, such as AccessDenied; "": none."""
+    found = re.search(r"<Code>(\w{1,60})</Code>", str(error))
+    return found[1] if found else ""

@@ -347,8 +347,12 @@ def zarr_source(place: Place) -> Any:
         return place
     from zarr.storage import ObjectStore, StorePath
 
-    bucket: Any = _bucket_store(place.bucket).bucket
-    return StorePath(ObjectStore(bucket, read_only=True), place.key)
+    class LabelledStore(ObjectStore[Any]):
+        async def get(self, key: str, prototype: Any, byte_range: Any = None) -> Any:
+            with labelled(Address(place.bucket, key)):
+                return await super().get(key, prototype, byte_range)
+
+    return StorePath(LabelledStore(_bucket_store(place.bucket).bucket, read_only=True), place.key)
 
 
 def _bucket_store(bucket: str) -> BucketStore:

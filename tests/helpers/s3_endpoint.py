@@ -121,6 +121,31 @@ def use_endpoint() -> Iterator[Endpoint]:
             os.environ.update(earlier)
 
 
+@contextmanager
+def use_server_that_answers(status: str, code: str) -> Iterator[str]:
+    """Let this process use a server that answers all requests so, with XML that has the code; yield its address."""
+    from werkzeug.serving import make_server
+
+    def app(environ: dict[str, Any], start_response: Any) -> list[bytes]:
+        content = f'<?xml version="1.0"?><Error><Code>{code}</Code><Message>a long story</Message></Error>'.encode()
+        start_response(status, [("Content-Type", "application/xml"), ("Content-Length", str(len(content)))])
+        return [content]
+
+    server = make_server("127.0.0.1", 0, app, threaded=True)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    earlier = dict(os.environ)
+    url = f"http://127.0.0.1:{server.port}"
+    os.environ.update(CREDENTIALS, AWS_ENDPOINT_URL=url)
+    try:
+        yield url
+    finally:
+        os.environ.clear()
+        os.environ.update(earlier)
+        server.shutdown()
+        thread.join()
+
+
 def serve(port: int) -> None:
     """Serve until the process is killed."""
     from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_backend_app

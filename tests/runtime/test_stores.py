@@ -5,21 +5,24 @@ from __future__ import annotations
 import os
 import re
 import sys
+import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import obstore
 import pytest
-from helpers.s3_endpoint import CREDENTIALS, Endpoint, use_endpoint
+from helpers.s3_endpoint import CREDENTIALS, Endpoint, use_endpoint, use_server_that_answers
+from zarr import open_group
 
-from pipeline.runtime import claims
+from pipeline.cache import info
+from pipeline.runtime import claims, connections, stores
 from pipeline.runtime.claims import check_held, hold
 from pipeline.runtime.errors import UserError
 from pipeline.runtime.places import Address, Place, caches_at, caches_place, check_local, home_of_caches, parse_place
-from pipeline.runtime.stores import FileStore, exists, object_sha256, remove_objects, renew_object, store_of
+from pipeline.runtime.stores import FileStore, exists, object_sha256, remove_objects, renew_object, store_of, zarr_source
 
 
 @pytest.fixture(scope="module")
@@ -186,15 +189,94 @@ def test_caches_have_a_place_of_their_own(tmp_path: Path) -> None:
     assert home_of_caches(Path("elsewhere")) is None
 
 
-def test_a_store_that_refuses_or_is_silent_says_so_without_credentials(
-    endpoint: Endpoint, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+REQUESTS: list[Callable[[Address], Any]] = [
+    lambda place: store_of(place).get(place),
+    lambda place: store_of(place).list(place),
+    lambda place: store_of(place).children(place),
+    lambda place: store_of(place).put(place, b"x"),
+    lambda place: store_of(place).put_if_absent(place, b"x"),
+    lambda place: store_of(place).delete(place),
+]
+ANSWERS = {
+    "404 Not Found": (
+        "NoSuchBucket",
+        "has no bucket s3://mine: make it, or correct its name or AWS_ENDPOINT_URL and AWS_REGION",
+    ),
+    "403 Forbidden": (
+        "AccessDenied",
+        r"refuses access to s3://mine \(AccessDenied\): AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_",
+    ),
+    "400 Bad Request": (
+        "Malformed",
+        r"400 Bad Request \(Malformed\); are the bucket's name and AWS_ENDPOINT_URL and AWS_REGION",
+    ),
+    "503 Slow Down": (
+        "SlowDown",
+        r"does not answer \(SlowDown\), .*; when it does, the same command goes on from here; if it never",
+    ),
+}
+
+
+@pytest.mark.parametrize("status", ANSWERS)
+def test_what_is_wrong_with_a_store_is_one_line_with_the_remedy(
+    status: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    place = parse_place("s3://no-such-bucket/x")
-    with pytest.raises(OSError, match="are the bucket's name, AWS_ENDPOINT_URL and AWS_REGION right") as caught:
+    monkeypatch.setattr(connections, "RETRY_SECONDS", 0.1)
+    monkeypatch.setattr(stores, "RETRY_SECONDS", 0.1)
+    code, message = ANSWERS[status]
+    place: Any = parse_place("s3://mine/x")
+    with use_server_that_answers(status, code) as server:
+        zarr = [] if status.startswith("404") else [lambda place: open_group(zarr_source(place), mode="r")]
+        for request in [*REQUESTS, *zarr]:
+            with pytest.raises(OSError, match=message) as caught:
+                request(place)
+            assert server in str(caught.value)
+            assert str(caught.value.filename).startswith(str(place))
+            assert isinstance(caught.value, TimeoutError) == status.startswith("503")
+            assert "goes on from here" not in str(caught.value) or status.startswith("503")
+            told = f"{''.join(traceback.format_exception(caught.value))} {caplog.text}"
+            assert not re.search("Debug source|<|long story", told.replace("<locals>", "").replace("<lambda>", ""))
+            assert not any(value in told for name, value in CREDENTIALS.items() if name != "AWS_REGION")
+
+
+def test_a_server_that_is_away_is_asked_for_the_whole_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in CREDENTIALS.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("obstore.store.from_url", lambda bucket, **options: options["retry_config"])
+    config = connections.connect("s3://away", "")
+    assert config["max_retries"] * config["backoff"]["init_backoff"] > config["retry_timeout"]  # none of the pauses is shorter
+
+
+def test_a_server_that_is_away_is_named(endpoint: Endpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connections, "RETRY_SECONDS", 1.0)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    place: Any = parse_place("s3://away/x")
+    start = time.monotonic()
+    with pytest.raises(TimeoutError, match=r"http://127.0.0.1:9 does not answer \(connection refused\), asked for 1 seconds"):
         store_of(place).list(place)
-    told = f"{''.join(traceback.format_exception(caught.value))} {caplog.text}"
-    assert "Debug source" not in told  # the library's long text
-    assert not any(value in told for name, value in CREDENTIALS.items() if name != "AWS_REGION")
+    assert 1 <= time.monotonic() - start < 20
+
+
+def test_a_claim_is_not_given_back_to_a_store_that_does_not_answer(endpoint: Endpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    place: Any = parse_place("s3://bucket/silent")
+    monkeypatch.setattr(claims.Claim, "is_ours", lambda self: pytest.fail("the store was asked again"))
+    with pytest.raises(TimeoutError), hold(place):
+        raise TimeoutError
+    assert len(store_of(place).list(place)) == 1
+
+
+def test_credentials_are_missed_before_anything_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in CREDENTIALS:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    place: Any = parse_place("s3://without/x")
+    with pytest.raises(UserError, match="s3://without needs credentials: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY in"):
+        info(place)
+    monkeypatch.delenv("AWS_EC2_METADATA_DISABLED")
+    monkeypatch.setenv("AWS_METADATA_ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr(connections, "RETRY_SECONDS", 0.1)
+    with pytest.raises(OSError, match="s3://without needs credentials: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY in"):
+        info(place)
 
 
 @pytest.mark.parametrize("variable", ["AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT"])
