@@ -31,7 +31,7 @@ from pipeline.runtime.choices import unknown_choice
 from pipeline.runtime.errors import UserError
 from pipeline.runtime.files import write_atomic
 from pipeline.runtime.logs import ProgressBar
-from pipeline.runtime.places import Address, Place
+from pipeline.runtime.places import Address, Place, parse_place
 from pipeline.types import Sample
 
 logger = logging.getLogger(__name__)
@@ -39,6 +39,10 @@ logger = logging.getLogger(__name__)
 TEXT_OPTIONS = ("aggregate", "sep", "empty")  # settings in the `text` part of a spec
 DECODED_TOGETHER = 64  # media files
 _FIXED_KEYS = ("name", "media_type", "label_kind")  # keys of a spec that users cannot change
+_TO_A_FOLDER = (
+    "copy the files to a disk, or mount the bucket (rclone mount, s3fs, gcsfuse); tar files of samples are read from an object "
+    "store: diffalign prepare webdataset --root s3://bucket/prefix"
+)
 _RIGHTS = ("licence", "attribution")  # nor can they change these of data that have owners: of specs without a `description`
 
 
@@ -97,10 +101,7 @@ def prepare(
     _check_own_name(name, dataset)
     builder: Any = plugins.get("datasets", dataset)()
     if isinstance(recipe.root, Address) and not builder.reads_object_stores:
-        raise UserError(
-            f"--root {recipe.root}: {dataset} is read from a folder; copy the files to a disk, or mount the bucket (rclone "
-            "mount, s3fs, gcsfuse); tar files of samples are read from an object store: diffalign prepare webdataset"
-        )
+        raise UserError(f"--root {recipe.root}: {dataset} is read from a folder; {_TO_A_FOLDER}")
     manifest = builder.build({**spec, "name": name}, recipe.root)
     own = {"plugin": dataset} if name != dataset else {}
     is_users = recipe.root is not None and not _is_below(recipe.root, download_folder(dataset, home))
@@ -224,6 +225,8 @@ def _parse_setting(key: str, text: str, example: Any) -> Any:
 def _with_image_root(spec: Mapping[str, Any], image_root: Path) -> dict[str, Any]:
     if "image_root" not in spec["layout"]:
         raise UserError(f"{spec['name']} finds its media by itself: leave out --image-root")
+    if isinstance(address := parse_place(image_root), Address):
+        raise UserError(f"--image-root {address}: media are read from a folder; {_TO_A_FOLDER}")
     if not image_root.is_dir():
         raise UserError(f"--image-root {image_root} is no folder")
     return {**spec, "layout": {**spec["layout"], "image_root": [str(image_root.resolve())]}}

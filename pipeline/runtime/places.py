@@ -21,6 +21,7 @@ HOME_VARIABLE = "DIFFALIGN_HOME"
 DEFAULT_HOME = Path("artifacts")
 SCHEMES = ("s3", "gs", "az")
 _ADDRESS = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/+([^/]*)/*(.*)", re.DOTALL)  # the letter of a disk, C:/, is none
+_TYPO = re.compile(rf"({'|'.join(SCHEMES)})(?://|:(?!/))", re.IGNORECASE)  # s3//bucket, s3:bucket
 
 
 @dataclass(frozen=True, order=True, slots=True)
@@ -68,18 +69,28 @@ def parse_place(text: str | Place) -> Place:
     """Return the place that a user has written.
 
     Raises:
-        UserError: it is the address of a service that is not supported, or has credentials or ".." in it.
+        UserError: it is the address of a service that is not supported, has credentials or ".." in it, or lacks a : or /.
     """
-    if isinstance(text, Address) or not (found := _ADDRESS.fullmatch(str(text))):
-        return text if isinstance(text, Address) else Path(text)
+    if isinstance(text, Address):
+        return text
+    if typo := _TYPO.match(str(text)):
+        raise UserError(f"{typo[0]}… is no address: give one such as {typo[1]}://bucket/prefix, or for a folder ./{typo[0]}…")
+    if not (found := _ADDRESS.fullmatch(str(text))):
+        return Path(text)
     scheme, bucket, key = found.groups()
+    known = ", ".join(f"{scheme}://bucket/prefix" for scheme in SCHEMES)
+    if scheme.lower() in ("http", "https"):  # it may have a password in it, so it is not repeated
+        raise UserError(
+            f"{scheme}://… is no address of an object store: give one such as {known}; a server that speaks the protocol of S3 "
+            "goes into the variable AWS_ENDPOINT_URL (http://host:port). There is no room for credentials in them: put these "
+            "into AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+        )
     if not _is_free_of_secrets(bucket, key):  # so it is not repeated
         raise UserError(
             f"an address {scheme}://… has no room for credentials, nor for : @ ? #: give it without them, and put them into "
             "the environment (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, GOOGLE_SERVICE_ACCOUNT, AZURE_STORAGE_ACCOUNT_KEY)"
         )
     if scheme not in SCHEMES or not bucket:
-        known = ", ".join(f"{scheme}://bucket/prefix" for scheme in SCHEMES)
         raise UserError(f"{scheme}://{bucket}/{key} is no address of an object store: give one such as {known}")
     parts = [part for part in key.split("/") if part not in ("", ".")]
     if ".." in parts:

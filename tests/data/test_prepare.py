@@ -348,6 +348,10 @@ def test_the_root_may_be_the_working_folder(official: dict[str, Path], tmp_path:
 def test_faulty_folders_are_refused(official: dict[str, Path], tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="is no folder"):
         prepare("nuswide", official["nuswide"], tmp_path, FIXTURE, image_root=tmp_path / "nowhere")
+    with pytest.raises(
+        ValueError, match=r"--image-root s3://bucket/x: media are read from a folder; .*prepare webdataset --root s3"
+    ):
+        prepare("nuswide", official["nuswide"], tmp_path, FIXTURE, image_root=Path("s3://bucket/x"))
     with pytest.raises(ValueError, match="openmoji finds its media by itself"):
         prepare("openmoji", None, tmp_path, {}, image_root=tmp_path)
     with pytest.raises(ValueError, match="vireo172 is built from its official files: give their folder, --root DIR"):

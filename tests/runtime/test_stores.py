@@ -160,10 +160,16 @@ def test_addresses() -> None:
         parse_place("s3://bucket/team/../x")
     for path in ("C:/data", "a/b", "/c"):
         assert parse_place(path) == Path(path)
-    for wrong in ("ftp://host/x", "https://bucket.s3.amazonaws.com/x", "s3://"):
-        with pytest.raises(UserError, match="is no address of an object store: give one such as s3://bucket/prefix"):
+    for wrong in ("ftp://host/x", "https://bucket.s3.amazonaws.com/x", "http://127.0.0.1:9000/bucket", "s3://"):
+        with pytest.raises(UserError, match="is no address of an object store: give one such as s3://bucket/prefix") as caught:
             parse_place(wrong)
+        assert ("AWS_ENDPOINT_URL" in str(caught.value)) == wrong.startswith("http")
+    for typo in ("s3//bucket/x", "s3:bucket/x", "gs//key:hidden@bucket"):
+        with pytest.raises(UserError, match=r"… is no address: give one such as (s3|gs)://bucket/prefix") as caught:
+            parse_place(typo)
+        assert "hidden" not in str(caught.value)
     for secret in (
+        "http://user:hidden@host",
         "s3://key:hidden@bucket/x",
         "s3://key:hidden/hidden@bucket/x",
         "s3://hidden/hidden@bucket/x",
