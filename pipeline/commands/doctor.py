@@ -9,7 +9,7 @@ import platform
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NamedTuple
 
@@ -19,7 +19,7 @@ from pipeline.commands.checks import check_dataset
 from pipeline.commands.options import DEFAULT_HOME, Home, with_home
 from pipeline.runtime import plugins
 from pipeline.runtime.errors import UserError
-from pipeline.runtime.places import Address, Place
+from pipeline.runtime.places import Address, Place, caches_place
 from pipeline.runtime.version import program_requirements, program_version
 
 if TYPE_CHECKING:
@@ -37,8 +37,10 @@ def doctor(
     home: Home = DEFAULT_HOME,
 ) -> None:
     """Check the machine, the packages and the files of datasets; one line each, with the remedy."""
-    findings = list(run_checks(home, dataset))
-    print("\n".join(with_home(str(finding), home) for finding in findings))
+    findings: list[Finding] = []
+    for finding in run_checks(home, dataset):  # an object store that is away takes a minute
+        print(with_home(str(finding), home), flush=True)
+        findings.append(finding)
     if any(not finding.is_ok for finding in findings):
         raise typer.Exit(2)
 
@@ -75,8 +77,10 @@ def run_checks(home: Path, dataset: str = "") -> Iterator[Finding]:
     yield _check_free_space(home)
     if all(package.is_ok for package in packages):
         yield _check_device()
-        for name in [dataset] if dataset else _prepared_datasets(home) or ["openmoji"]:
+        names = [dataset] if dataset else _prepared_datasets(home) or ["openmoji"]
+        for name in names:
             yield from _check_dataset_files(home, name)
+        yield from _check_caches(home, names)
 
 
 def _check_packages() -> Iterator[Finding]:
@@ -141,15 +145,11 @@ def _prepared_datasets(home: Path) -> list[str]:
 
 
 def _check_dataset_files(home: Path, dataset: str) -> Iterator[Finding]:
-    """Check what a dataset has: prepared, its media, its encoders and its caches; else the files to prepare it from."""
-    from pipeline.cache import find_caches
-
+    """Check what a dataset has: prepared, its media and its encoders; else the files to prepare it from."""
     if dataset in _prepared_datasets(home) or dataset not in plugins.names("datasets"):
         yield from _check_prepared(home, dataset)
     else:
         yield from _check_source_files(home, dataset)
-    for path in find_caches(home, dataset):
-        yield _check_cache(path)
 
 
 def _check_source_files(home: Path, dataset: str) -> Iterator[Finding]:
@@ -196,13 +196,17 @@ def _check_prepared(home: Path, dataset: str) -> Iterator[Finding]:
 
     try:
         manifest = read_manifest(home, dataset)
-        problem = _missing_media(manifest)
     except UserError as error:
         yield Finding(False, f"{dataset} is not prepared", str(error))
         return
     yield Finding(True, f"{dataset} is prepared: {len(manifest.samples)} samples")
     subject = f"the media of {dataset} in {manifest.media_root}"
-    yield Finding(not problem, f"{subject}{problem}", f"bring them back, or run: {manifest.prepare_command}")
+    try:
+        problem = _missing_media(manifest)
+    except (UserError, OSError) as error:
+        yield Finding(False, f"{subject} cannot be read", _describe(error))
+    else:
+        yield Finding(not problem, f"{subject}{problem}", f"bring them back, or run: {manifest.prepare_command}")
     for name in default_encoders(home, manifest):
         yield check_encoder(home, manifest, name)
 
@@ -214,10 +218,7 @@ def _missing_media(manifest: Manifest) -> str:
     from pipeline.data.tar_members import find_member
 
     if isinstance(manifest.media_root, Address):
-        try:
-            changed = changed_tars(manifest)
-        except OSError as error:
-            return f": {error.filename}: {error.strerror}"
+        changed = changed_tars(manifest)
         num_tars = len(manifest.media_stamps)
         return f": {len(changed)} of {num_tars} shards are gone or changed, the first is {changed[0]}" if changed else ""
     media = manifest.columns.strings("media")
@@ -226,11 +227,28 @@ def _missing_media(manifest: Manifest) -> str:
     return f": {len(missing)} of {len(media)} files are missing, the first is {first}" if missing else ""
 
 
+def _check_caches(home: Path, datasets: Sequence[str]) -> Iterator[Finding]:
+    from pipeline.cache import find_caches
+
+    try:
+        paths = [path for dataset in datasets for path in find_caches(home, dataset)]
+    except (UserError, OSError) as error:
+        yield Finding(False, f"the caches in {caches_place(home)} cannot be read", _describe(error))
+        return
+    yield from map(_check_cache, paths)
+
+
 def _check_cache(path: Place) -> Finding:
     from pipeline.cache import info
 
     try:
         facts = info(path)
     except (UserError, OSError) as error:
+        if isinstance(path, Address) and isinstance(error, OSError):  # of the store
+            return Finding(False, f"cache {path.name} cannot be read", _describe(error))
         return Finding(False, f"cache {path.name} is damaged", f"{error}; run: diffalign cache repair {path}")
     return Finding(facts["complete"], f"cache {path.name}: {facts['rows']} rows", f"run: {facts['provenance']['command']}")
+
+
+def _describe(error: UserError | OSError) -> str:
+    return f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else str(error)

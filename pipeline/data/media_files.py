@@ -11,6 +11,7 @@ from pathlib import Path
 from pipeline.data.class_folders import walk_media
 from pipeline.data.manifest import Manifest
 from pipeline.runtime.errors import UserError
+from pipeline.runtime.places import is_address
 from pipeline.types import Sample
 
 logger = logging.getLogger(__name__)
@@ -23,7 +24,7 @@ def find_media(paths: Iterable[str | Path]) -> list[str]:
         paths: files; folders, of which all pictures and videos are taken, sorted; and patterns such as photos/**/*.jpg.
 
     Raises:
-        UserError: a folder has no media in it, a pattern fits no file, or nothing is named.
+        UserError: a folder has no media in it, a pattern fits no file, a name is an address (s3://…), or nothing is named.
     """
     found = [file for path in paths for file in _find(os.fspath(path))]
     if not found:
@@ -40,6 +41,11 @@ def _find(path: str) -> list[str]:
         if left_out:
             logger.info("%s: %d files are left out, they are not known as pictures or videos", path, len(left_out))
         return files
+    if is_address(path) and not os.path.lexists(path):  # which may have a password in it, so it is not repeated
+        raise UserError(
+            f"{path.partition(':')[0]}://… is an address, and pictures and clips are read from files: copy them to a disk, or "
+            "mount the bucket (rclone mount, s3fs, gcsfuse)"
+        )
     if os.path.lexists(path) or not glob.has_magic(path):  # a file may be called img[1].jpg
         return [path]
     files = sorted(file for file in glob.iglob(path, recursive=True) if not os.path.isdir(file))

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from helpers.command_line import run
 from helpers.report_home import make_home
+from helpers.s3_endpoint import use_server_that_answers
 from helpers.tiny_heads import FAST_TRAINING, caches_by_key, train_tiny
 from PIL import Image
 
@@ -115,6 +116,16 @@ def test_a_home_that_is_not_there_is_named(tmp_path: Path, monkeypatch: pytest.M
         ["train-head", "--method", "ema"],
     ):
         assert f"there is no folder {nowhere}" in error_of([*arguments, "--home", str(nowhere)], monkeypatch, capsys)
+
+
+def test_doctor_goes_on_when_the_store_of_caches_refuses(home: Path, monkeypatch: pytest.MonkeyPatch, capsys: Printed) -> None:
+    monkeypatch.setattr("pipeline.extraction.inputs.default_encoders", lambda home, manifest: [])
+    with use_server_that_answers("403 Forbidden", "AccessDenied"):
+        assert run(["doctor", "--home", str(home), "--caches", "s3://mine/x"], monkeypatch) == 2
+    lines = capsys.readouterr().out.splitlines()
+    assert "BAD  the caches in s3://mine/x cannot be read: s3://mine/x/tiny: http://127.0.0.1" in lines[-1]
+    assert "refuses access to s3://mine (AccessDenied): AWS_ACCESS_KEY_ID and" in lines[-1]
+    assert "ok   tiny is prepared: 40 samples" in lines
 
 
 def test_doctor_checks_the_datasets_of_the_home(

@@ -249,6 +249,10 @@ def test_a_run_of_a_fold_logs_reads_of_the_test_split_of_the_whole(photos: Photo
     [
         (["nowhere.png"], "none of 1 could be classified; the first: nowhere.png: no such file"),
         (["a*.png"], "no file fits the pattern a*.png"),
+        (
+            ["s3://bucket/a.png"],
+            "s3://… is an address, and pictures and clips are read from files: copy them to a disk, or mount",
+        ),
         ([], "give the pictures to classify, or --cache NAME"),
         (["x.png", "--cache", "y"], "give the pictures to classify, or --cache NAME, and not both"),
         (["x.png", "--split", "val"], "--split is one of a --cache"),

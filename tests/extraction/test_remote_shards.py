@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
 import tempfile
@@ -20,6 +21,7 @@ from helpers.s3_endpoint import Endpoint, use_endpoint
 from helpers.tar_files import picture, sample, write_tar
 
 from pipeline.cache import verify
+from pipeline.commands.doctor import run_checks
 from pipeline.data import media_copies, remote_tars
 from pipeline.data.manifest_files import read_manifest
 from pipeline.data.media import open_image
@@ -230,6 +232,8 @@ def test_shards_that_changed_or_are_gone_are_named(
     with pytest.raises(TimeoutError, match=r"127\.0\.0\.1:9 does not answer") as caught:
         extract(manifest, "random_projection", {"width": 24}, home, options=QUIET)
     assert str(caught.value.filename).startswith("s3://bucket/shards")
+    findings = [str(each) for each in run_checks(home, "shards")]
+    assert any(re.search("BAD  the media of shards in .* cannot be read: s3://.*does not answer", line) for line in findings)
     with pytest.raises(TimeoutError, match="does not answer"):
         item_bytes(plan_extraction(manifest, "random_projection", {}, home, "float16", False, QUIET).inputs)
     with pytest.raises(UserError, match=r"127\.0\.0\.1:9 does not answer"):
