@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -11,31 +12,41 @@ import typer
 from pipeline.commands.checks import check_dataset, check_unused
 from pipeline.commands.options import DEFAULT_HOME, AsJson, CommandGroup, Home, Processes, show, show_table, with_home
 from pipeline.runtime.errors import UserError
-from pipeline.runtime.places import HOME_VARIABLE, caches_place, parse_place, place_with_home
+from pipeline.runtime.places import HOME_VARIABLE, Place, caches_place, parse_place, place_with_home
 
 cache_commands = CommandGroup("List, check, repair, compare, move and remove feature caches.")
 
 CacheName = Annotated[
-    str, typer.Argument(metavar="CACHE", help="A cache's folder or address; `diffalign cache ls` shows them.")
+    str,
+    typer.Argument(metavar="CACHE", help="A cache's folder or address, or DATASET/NAME as `diffalign cache ls` shows them."),
 ]
 CachesHome = Annotated[
     Path,
-    typer.Option("--home", envvar=HOME_VARIABLE, help="Of a cache in an object store: the home that has its manifest."),
+    typer.Option(
+        "--home", envvar=HOME_VARIABLE, help="Of DATASET/NAME: the home with the cache; of an address: that with its manifest."
+    ),
 ]
 
 
+def _find_cache(cache: str, home: Path) -> Place:
+    """Return the place of a cache that a user has written; DATASET/NAME is looked for among those of the home."""
+    is_name = re.fullmatch(r"[^/:]+/[^/]+-[0-9a-f]{12}", cache) and not Path(cache).exists()
+    return caches_place(home) / cache if is_name else place_with_home(cache, home)
+
+
 @cache_commands.command()
-def info(cache: CacheName, as_json: AsJson = False) -> None:
+def info(cache: CacheName, home: CachesHome = DEFAULT_HOME, as_json: AsJson = False) -> None:
     """What a cache holds and where it came from."""
     from pipeline.cache import info as cache_info
 
-    show(cache_info(parse_place(cache)), as_json)
+    show(cache_info(_find_cache(cache, home)), as_json)
 
 
 @cache_commands.command()
 def verify(
     paths: Annotated[
-        list[str], typer.Argument(metavar="[CACHE]", help="Folders or addresses of caches; without one, all of the home.")
+        list[str],
+        typer.Argument(metavar="[CACHE]", help="Folders, addresses or DATASET/NAME of caches; none: all of the home."),
     ] = [],  # noqa: B006 - typer makes a list of its own
     home: Home = DEFAULT_HOME,
 ) -> None:
@@ -43,7 +54,7 @@ def verify(
     from pipeline.cache import verify as cache_verify
     from pipeline.cache.reader import describe_failures, list_caches
 
-    chosen = [place_with_home(path, home) for path in paths] or list_caches(home)
+    chosen = [_find_cache(path, home) for path in paths] or list_caches(home)
     if not chosen:
         print(f"no caches in {caches_place(home)}; make one with: diffalign extract DATASET")
     found = {path: cache_verify(path) for path in chosen}
@@ -66,7 +77,7 @@ def repair(
     from pipeline.extraction.extract import ExtractOptions
     from pipeline.extraction.repair import repair as repair_cache
 
-    path = place_with_home(cache, home)
+    path = _find_cache(cache, home)
     mended = repair_cache(path, ExtractOptions(workers=workers))
     if as_json:
         show({"path": str(path), "mended": mended}, as_json)
@@ -108,7 +119,7 @@ def stats(
     """Mean, deviation, norms, class centres, and near duplicates between training and other rows; needs little memory."""
     from pipeline.cache.stats import stats as cache_stats
 
-    found = cache_stats(place_with_home(cache, home), threshold, top)
+    found = cache_stats(_find_cache(cache, home), threshold, top)
     show(found if as_json else _flatten(found), as_json)
 
 
@@ -117,12 +128,13 @@ def drift(
     first: CacheName,
     second: CacheName,
     top: Annotated[int, typer.Option(min=1, help="Number of samples to list, those that have moved most.")] = 10,
+    home: CachesHome = DEFAULT_HOME,
     as_json: AsJson = False,
 ) -> None:
     """How far a dataset's features lie apart in two caches: cosines of the same samples."""
     from pipeline.cache.drift import drift as cache_drift
 
-    found = cache_drift(parse_place(first), parse_place(second), top)
+    found = cache_drift(_find_cache(first, home), _find_cache(second, home), top)
     show(found if as_json else _flatten(found), as_json)
 
 
@@ -148,7 +160,7 @@ def export(
     """Write features, ids, splits, labels and identity of a cache into one file."""
     from pipeline.cache.transfer import export_cache as export_cache
 
-    show({"file": str(export_cache(place_with_home(cache, home), target, order))}, as_json)
+    show({"file": str(export_cache(_find_cache(cache, home), target, order))}, as_json)
 
 
 @cache_commands.command("import")
@@ -200,6 +212,7 @@ def rm(
     yes: Annotated[
         bool, typer.Option("--yes", help="Remove it; without this option, only show what would be removed.")
     ] = False,
+    home: CachesHome = DEFAULT_HOME,
     as_json: AsJson = False,
 ) -> None:
     """Remove a cache."""
@@ -208,7 +221,7 @@ def rm(
     from pipeline.cache.housekeeping import preview_removal
     from pipeline.cache.housekeeping import rm as remove
 
-    path = parse_place(cache)
+    path = _find_cache(cache, home)
     what = remove(path) if yes else preview_removal(path)
     if as_json:
         show({**asdict(what), "path": str(what.path), "removed": yes}, as_json)
@@ -226,9 +239,10 @@ def copy(
             metavar="CACHES", help="Where caches lie: HOME/caches of a home, or an address such as s3://bucket/prefix."
         ),
     ],
+    home: CachesHome = DEFAULT_HOME,
     as_json: AsJson = False,
 ) -> None:
     """Copy a complete cache, from a disk or an object store to another one; what is there already stays."""
     from pipeline.cache.housekeeping import copy as copy_cache
 
-    show({"path": str(copy_cache(parse_place(cache), parse_place(target)))}, as_json)
+    show({"path": str(copy_cache(_find_cache(cache, home), parse_place(target)))}, as_json)

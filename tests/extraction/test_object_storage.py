@@ -183,7 +183,7 @@ def test_a_head_trained_on_a_bucket_is_that_trained_on_a_disk(tiny_home: Path, t
 
 
 def test_cache_commands_work_on_a_bucket(
-    remote: Address, texts: Manifest, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    remote: Address, on_disk: Path, texts: Manifest, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def ask(*arguments: str) -> Any:
         run([*arguments, "--json"], monkeypatch)
@@ -195,6 +195,10 @@ def test_cache_commands_work_on_a_bucket(
     assert (line["name"], line["complete"], line["rows"]) == (remote.name, True, 2160)
     facts = ask("cache", "info", place)
     assert facts["path"] == place
+    name = f"texts/{remote.name}"
+    for command in ("info", "rm"):  # this one only shows what it would remove
+        assert ask("cache", command, name, *home, "--caches", "s3://bucket/other")["path"] == place
+    assert ask("cache", "info", name, *home)["path"] == str(on_disk)
     assert not any(word in json.dumps(facts) for word in ("of-a-test", "127.0.0.1"))
     shard = shard_path(parse_place(place), 1, 2)
     store_of(shard).put(shard, b"lost")
