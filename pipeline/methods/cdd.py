@@ -78,6 +78,8 @@ def class_discrepancies(source: Tensor, target: Tensor, source_member: Tensor, t
         source_member: which class each row belongs to, 0 or 1 [N,G].
         target_member: the same [M,G].
     """
+    centre = torch.cat([source, target]).mean(0).detach()  # distances are those of any origin, and rounded least near it
+    source, target = source - centre, target - centre
     s, t = source_member.to(source.dtype), target_member.to(source.dtype)
     d_ss, d_tt, d_st = squared_distances(source, source), squared_distances(target, target), squared_distances(source, target)
     n_s, n_t = s.sum(0).unsqueeze(1), t.sum(0)

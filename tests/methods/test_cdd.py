@@ -62,6 +62,14 @@ def test_equal_domains_have_no_distance_within_classes() -> None:
     assert inter > 0
 
 
+def test_points_far_from_the_origin_are_compared_as_exactly_as_near_it() -> None:
+    """Probabilities lie close together, far from the origin; |a|^2 + |b|^2 - 2ab alone would round their distances away."""
+    source, target, member = 0.01 * normal(7, 16), 0.01 * normal(7, 16, 1), MEMBER.float()
+    expected = class_discrepancies(source, target, MEMBER, MEMBER)
+    found = class_discrepancies(10 + source.float(), 10 + target.float(), member, member)
+    torch.testing.assert_close(found.double(), expected, atol=1e-3, rtol=0)
+
+
 def test_a_derangement_of_well_separated_classes_is_seen() -> None:
     x = normal(7, 4) + 20.0 * torch.eye(4, dtype=torch.float64)[LABEL]
     deranged = MEMBER.roll(1, 1)  # the samples of a class have the name of another in the target
