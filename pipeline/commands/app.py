@@ -6,6 +6,7 @@ The commands import the stages when they run, so that `diffalign --help` is quic
 from __future__ import annotations
 
 import errno
+import os
 import signal
 import sys
 import traceback
@@ -110,7 +111,8 @@ def main() -> None:
     The exit code is 0 for success, 2 for bad input (with one line on stderr), 130 after an interruption, by Ctrl-C or by the
     SIGTERM of a batch system, and 1 for a bug, whose traceback follows one line that says so.
     """
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    if "LOCAL_RANK" not in os.environ:  # a process of torchrun may wait for another one for ever, and hears no signal then
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
     set_environment()
     set_up_logging()
     try:

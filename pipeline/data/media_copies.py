@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import itertools
+import os
 import shutil
 import tempfile
 import time
@@ -31,7 +32,8 @@ if TYPE_CHECKING:
     from pipeline.data.manifest import Manifest
 
 MAX_SINGLE_COPIES = 256  # that a process keeps
-MAX_SINGLE_BYTES = 2**30  # of them, beside the last
+MAX_SINGLE_BYTES = 2**30  # of them, beside the last ones
+LAST_COPIES = 4 * (os.cpu_count() or 1)  # which threads may be about to open
 _LOCK = Lock()
 _single_copies: deque[tuple[Path, int]] = deque()  # with their bytes, each in a folder of its own
 _numbers = itertools.count()
@@ -178,9 +180,13 @@ def single_copy(manifest: Manifest, media: PurePath) -> Path:
                 [_member_of(manifest, media)], manifest.media_stamp, f"run: {manifest.prepare_command}"
             ):
                 file.write(piece)
-    except OSError as error:
-        _silent_since[bucket] = time.monotonic()
-        raise UserError(f"{error.filename}: {error.strerror}") from error
+    except BaseException as error:
+        shutil.rmtree(path.parent)
+        if isinstance(error, TimeoutError):
+            _silent_since[bucket] = time.monotonic()
+        if isinstance(error, OSError):
+            raise UserError(f"{error.filename}: {error.strerror}") from error
+        raise
     _keep(path)
     return path
 
@@ -189,7 +195,7 @@ def _keep(path: Path) -> None:
     """Note a single copy, and remove the oldest of too many."""
     with _LOCK:
         _single_copies.append((path, path.stat().st_size))
-        while len(_single_copies) > 1 and (
+        while len(_single_copies) > LAST_COPIES and (
             len(_single_copies) > MAX_SINGLE_COPIES or sum(size for _, size in _single_copies) > MAX_SINGLE_BYTES
         ):
             shutil.rmtree(_single_copies.popleft()[0].parent)

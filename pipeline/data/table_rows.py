@@ -343,7 +343,8 @@ def _label_fault(labels: Sequence[str], kind: str, ids: Collection[str], are_ids
     if unknown is not None:
         return f"the label {unknown!r} is none of the {len(ids)} class names"
     if kind == "single" and len(set(labels)) != 1:
-        return f"{len(labels)} labels where one is due; for none or several: --set labels=multi"
+        correct = "keep one" if labels else "fill the cell, or leave the row out"
+        return f"{len(labels)} labels where one is due; {correct}; for data with none or several: --set labels=multi"
     return ""
 
 

@@ -102,6 +102,8 @@ def _find_objects(root: Address, wanted: Iterable[str]) -> dict[str, StoredObjec
     patterns = dict.fromkeys(name for name in wanted if glob.has_magic(name))
     names = dict.fromkeys(name for name in wanted if name not in patterns)
     found: list[Any] = list(filter(None, map_objects(root, find_object, [root / name for name in names])))
+    if names and not found:  # an answer to HEAD says nothing of a bucket that is not there
+        objects_in(root / next(iter(names)))
     for folder, has_folders in {_fixed_folder(pattern) for pattern in patterns}:
         place = root / folder
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -122,7 +123,7 @@ class EncoderPlan:
             ids_bytes=round(self.num_samples * self.probe.id_bytes),
             is_ragged=self.probe.modality == "text",
         )
-        num_tars = round(self.num_samples * self.probe.tars_per_sample)
+        num_tars = math.ceil(self.num_samples * self.probe.tars_per_sample)
         media = media_requests(self.input_bytes, num_tars, self.num_shards, self.num_machines) if num_tars else Requests()
         if self.num_machines == 1:
             return media + extraction_requests(size, self.seconds)

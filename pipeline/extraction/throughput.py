@@ -87,7 +87,8 @@ class ThroughputMeter:
         prepare = self._busy_share(self.prepare_seconds, num_processes)
         encode = self._busy_share(self.encode_seconds, num_processes)
         if disk > 0.2:
-            return f"disk-bound: the encoder waited {disk:.0%} for shards to be written: choose a faster disk with --home"
+            faster = "choose a faster disk with --home, or for --caches a store that is nearer and does not pause"
+            return f"disk-bound: the encoder waited {disk:.0%} for shards to be written: {faster}"
         if self.device == "cpu":
             processes = _count(num_processes, "process", "processes")
             busy = f"{processes} busy {prepare + encode:.0%} (decode {prepare:.0%}, forward {encode:.0%})"

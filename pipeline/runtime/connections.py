@@ -37,7 +37,7 @@ S3_CREDENTIAL_SOURCES = (  # without any of them, the library asks the machine
     "AWS_SKIP_SIGNATURE",
 )
 PLACE_VARIABLES = {"s3": "AWS_ENDPOINT_URL and AWS_REGION", "gs": "GOOGLE_SERVICE_ACCOUNT", "az": "AZURE_STORAGE_ACCOUNT_NAME"}
-_ROLE_SERVICE = re.compile(r"/latest/(api/token|meta-data)|/computeMetadata/|/metadata/identity")  # has a machine's credentials
+_REQUEST = re.compile(r"performing [A-Z]+ (?:(https?://)(?:[^/\s@]*@)?([^/\s?]+)(\S*)|REDACTED)(?: in (\d+)[.\d]*s\b)?")
 _OUTAGES = {  # words in the library's text on an error -> what is wrong
     "ConnectionRefused": "connection refused",
     "dns error": "there is no such host",
@@ -134,15 +134,16 @@ def _odd_name(error: Exception) -> str:
 def _describe(place: Address, error: Exception) -> OSError:
     """Return an error of the library as one that says what is wrong in one line, with the remedy.
 
-    Of the library's text it repeats the address of the server, in which `_check_endpoint` lets no credentials through, and the
-    code of the answer, not the answer itself.
+    Of the library's text it repeats nothing but the server's name and the code of its answer: the rest may have secrets in it.
     """
     text, code, bucket = str(error), _code(error), place.bucket
-    scheme = bucket.partition(":")[0]
-    server = found[1] if (found := re.search(r"performing [A-Z]+ (https?://[^/\s]+)", text)) else "the store"
+    scheme, _, name = bucket.partition("://")
+    request = _REQUEST.search(text)
+    host, path, seconds = (request[2] or "", request[3] or "", request[4]) if request else ("", "", None)
+    server = f"{request[1]}{host}" if request and host else "the store"
     status = int(found[1]) if (found := re.search(r"status code: (\d{3})", text)) else 0
     number = errno.EIO
-    if _ROLE_SERVICE.search(text):
+    if request and name not in host + path:  # it was asked of the service that has the credentials of this machine
         reason = _without_credentials(bucket)
     elif status == 404:
         reason = f"{server} has no bucket {bucket}: make it, or correct its name or {PLACE_VARIABLES[scheme]}"
@@ -152,13 +153,14 @@ def _describe(place: Address, error: Exception) -> OSError:
     elif status >= 500 or status == 429 or "HTTP error" in text:
         number = errno.ETIMEDOUT
         why = code or status or next((told for word, told in _OUTAGES.items() if word in text), "no connection")
+        asked = f", asked for {seconds} seconds" if seconds else ""
         reason = (
-            f"{server} does not answer ({why}), asked for {RETRY_SECONDS:.0f} seconds; when it does, the same command goes on "
-            f"from here; if it never does, correct {PLACE_VARIABLES[scheme]}"
+            f"{server} does not answer ({why}){asked}; when it does, the same command goes on from here; if it never does, "
+            f"correct {PLACE_VARIABLES[scheme]}"
         )
     else:
-        line = re.split(r"[\n<]", text)[0].strip(" :")[:300]
-        reason = f"{line}{f' ({code})' if code else ''}; are the bucket's name and {PLACE_VARIABLES[scheme]} right?"
+        answer = code or status or type(error).__name__
+        reason = f"{server} answers {answer}; are the name of {bucket} and {PLACE_VARIABLES[scheme]} right?"
     return OSError(number, reason, str(place))
 
 

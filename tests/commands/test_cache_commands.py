@@ -130,7 +130,7 @@ def test_verify_checks_all_caches_of_a_home_and_names_a_wrong_path_once(
     printed = run_and_read(["cache", "verify", "--home", str(home)], monkeypatch, capsys)
     assert sorted(line.partition(": ")[0] for line in printed.splitlines()) == sorted(map(str, caches.values()))
     error = run_and_read_error(["cache", "verify", "nowhere"], monkeypatch, capsys)
-    assert error == "diffalign: nowhere is not a feature cache; make one with: diffalign extract\n"
+    assert error == "diffalign: nowhere is not a feature cache; diffalign cache ls shows them, diffalign extract makes one\n"
     empty = run_and_read(["cache", "verify", "--home", str(home / "nothing")], monkeypatch, capsys)
     assert empty.startswith("no caches in ")
 

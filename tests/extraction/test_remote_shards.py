@@ -103,6 +103,8 @@ def test_only_what_a_pattern_needs_is_listed(endpoint: Endpoint) -> None:
     assert list(TarShards.find(root, "a-*.tar").stamps) == ["a-0.tar", "a-1.tar"]
     with pytest.raises(UserError, match=r"1 of 3 shards are missing, the first: a-2.tar; bring them there"):
         TarShards.find(root, "a-{0..2}.tar")
+    with pytest.raises(OSError, match="has no bucket s3://absent"):
+        TarShards.find(parse_place("s3://absent/odd"), "a-{0..2}.tar")
     with pytest.raises(UserError, match=r'"odd/b//notes.txt".*rename or remove it, or say in shards'):
         TarShards.find(root, "**/a-*.tar")
 

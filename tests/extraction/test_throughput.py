@@ -18,7 +18,10 @@ from pipeline.extraction.throughput import ThroughputMeter
 RAISE = "raise --workers (there are 4 cores)"
 ALL_AT_WORK = "all 4 cores are at work; a GPU, or more machines with --scheduler, would help"
 ALL_DECODE = "all 4 cores decode; smaller pictures, or more machines with --scheduler, would help"
-DISK = "disk-bound: the encoder waited {} for shards to be written: choose a faster disk with --home"
+DISK = (
+    "disk-bound: the encoder waited {} for shards to be written: choose a faster disk with --home, or for "
+    "--caches a store that is nearer and does not pause"
+)
 GPUS = "raise --batch-size, or spread over several GPUs with --workers-gpu"
 
 

@@ -214,11 +214,11 @@ ANSWERS = {
     ),
     "400 Bad Request": (
         "Malformed",
-        r"400 Bad Request \(Malformed\); are the bucket's name and AWS_ENDPOINT_URL and AWS_REGION",
+        r"answers Malformed; are the name of s3://mine and AWS_ENDPOINT_URL and AWS_REGION right",
     ),
     "503 Slow Down": (
         "SlowDown",
-        r"does not answer \(SlowDown\), .*; when it does, the same command goes on from here; if it never",
+        r"does not answer \(SlowDown\); when it does, the same command goes on from here; if it never",
     ),
 }
 
@@ -243,6 +243,28 @@ def test_what_is_wrong_with_a_store_is_one_line_with_the_remedy(
             told = f"{''.join(traceback.format_exception(caught.value))} {caplog.text}"
             assert not re.search("Debug source|<|long story", told.replace("<locals>", "").replace("<lambda>", ""))
             assert not any(value in told for name, value in CREDENTIALS.items() if name != "AWS_REGION")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            "performing GET https://me:hidden@host:9/mine/x in 61.2s, after 20 retries - HTTP error",
+            "https://host:9 does not an.* 61",
+        ),
+        ("performing GET http://me:hidden@host/mine/x in 1ms - Server returned 400", "http://host answers Exception; are"),
+        (
+            "performing GET http://me:hidden@10.0.0.1/role?token=hidden in 1ms - status code: 403",
+            "s3://mine needs credentials: set",
+        ),
+        ("performing POST REDACTED in 1ms - HTTP error: builder error", "s3://mine needs credentials: set"),
+    ],
+)
+def test_no_message_repeats_what_may_be_a_secret(text: str, message: str) -> None:
+    place: Any = parse_place("s3://mine/x")
+    told = str(connections._describe(place, Exception(text)))
+    assert re.search(message, told)
+    assert "hidden" not in told
 
 
 def test_a_server_that_is_away_is_asked_for_the_whole_time(monkeypatch: pytest.MonkeyPatch) -> None:
