@@ -111,6 +111,7 @@ def main() -> None:
     The exit code is 0 for success, 2 for bad input (with one line on stderr), 130 after an interruption, by Ctrl-C or by the
     SIGTERM of a batch system, and 1 for a bug, whose traceback follows one line that says so.
     """
+    on_end = signal.getsignal(signal.SIGTERM)
     if "LOCAL_RANK" not in os.environ:  # a process of torchrun may wait for another one for ever, and hears no signal then
         signal.signal(signal.SIGTERM, signal.default_int_handler)
     set_environment()
@@ -138,6 +139,8 @@ def main() -> None:
         print(f"diffalign: {_describe_unexpected(error)}", file=sys.stderr)
         traceback.print_exc()
         sys.exit(1)
+    finally:
+        signal.signal(signal.SIGTERM, on_end)
 
 
 def _describe_usage(error: typer.TyperException) -> str:

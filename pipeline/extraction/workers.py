@@ -266,8 +266,9 @@ def _worker_main(_: LoadedPlugins, jobs: BatchJobs, pipe: Connection) -> None:
             except UserError as error:
                 result = error
             except Exception:  # a bug ends the worker; its traceback is shown here, and sent for a parent on another machine
+                traceback.print_exc()
                 sender.submit(pipe.send_bytes, ForkingPickler.dumps(WorkerTraceback(traceback.format_exc())))
-                raise
+                sys.exit(1)  # the parent may end this process before it could print more
             sender.submit(pipe.send_bytes, ForkingPickler.dumps(result))
 
 
