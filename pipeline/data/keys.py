@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import numpy as np
+import pyarrow as pa
 from numpy.typing import NDArray
 
 from pipeline.data.columns import BATCH_ROWS, Strings, compute, numpy_array
@@ -49,10 +52,10 @@ def same_texts(texts: Strings, positions: NDArray[np.int64], others: Strings, pl
     return np.fromiter((one == other for part in pairs for one, other in zip(*part, strict=True)), np.bool_, len(positions))
 
 
-def run_starts(keys: Strings) -> NDArray[np.int64]:
-    """Return the ascending positions of the texts that are another one than the text before them."""
+def run_starts(blocks: Iterable[pa.Array]) -> NDArray[np.int64]:
+    """Return the ascending positions of the texts, which come in blocks, that are another one than the text before them."""
     found, last, start = [np.zeros(0, np.int64)], None, 0
-    for block in keys.blocks():
+    for block in blocks:
         differs = numpy_array(compute.not_equal(block[1:], block[:-1])).astype(np.bool_)
         found.append(start + np.flatnonzero(np.append(block[0].as_py() != last, differs)))
         last, start = block[-1].as_py(), start + len(block)

@@ -270,7 +270,7 @@ def _label_problem(sample: Sample, manifest: Manifest) -> str:
 def _check_leaks(manifest: Manifest, column: str, what: str) -> None:
     """Check that samples with the same key in a column are in one split; samples with the key "" are not checked."""
     keys, codes = manifest.columns.strings(column), manifest.columns.split_codes
-    heads = run_starts(keys)  # of rows that follow each other, as those of one picture often do, the first is enough
+    heads = run_starts(keys.blocks())  # of rows that follow each other, as those of one picture often do, the first is enough
     if len(heads) == 1 and not keys[0]:
         return
     is_head = np.append(True, codes[1:] != codes[:-1])

@@ -13,7 +13,7 @@ from pipeline.data.keys import contains, first_positions, run_starts
 from pipeline.data.manifest import Manifest
 from pipeline.data.media_digests import media_digests
 from pipeline.data.readers import media_sizes
-from pipeline.data.sample_columns import json_lists
+from pipeline.data.sample_columns import SampleColumns, json_lists
 from pipeline.data.tar_members import find_member, local_file
 from pipeline.runtime.files import file_sha256
 from pipeline.runtime.places import Address
@@ -29,7 +29,7 @@ def sample_media_sizes(manifest: Manifest) -> NDArray[np.int64]:
         UserError: as `readers.media_sizes`.
     """
     media, root = manifest.columns.strings("media"), manifest.media_root
-    starts = run_starts(media)  # several samples of one file often stand together
+    starts = run_starts(media.blocks())  # several samples of one file often stand together
 
     def where(run: int) -> str:
         return manifest.source_location(int(starts[run]))
@@ -45,10 +45,12 @@ def sample_media_sizes(manifest: Manifest) -> NDArray[np.int64]:
 
 def warn_about_labels(manifest: Manifest) -> list[str]:
     """Return a warning if samples have the media file of another sample, but other labels."""
-    first = first_positions(manifest.columns.strings("media"))
+    starts = _starts_of_pairs(manifest.columns)
+    pairs = manifest.columns.select(starts)
+    first = first_positions(pairs.strings("media"))
     again = np.flatnonzero(first < np.arange(len(first)))
     different, start = [np.zeros(0, np.int64)], 0
-    blocks = (manifest.columns.select(positions).blocks(["labels"]) for positions in (again, first[again]))
+    blocks = (pairs.select(positions).blocks(["labels"]) for positions in (again, first[again]))
     for block, other in zip(*blocks, strict=True):
         differs = compute.not_equal(json_lists(block.column(0)), json_lists(other.column(0)))
         different.append(start + np.flatnonzero(numpy_array(differs).astype(np.bool_)))
@@ -56,13 +58,20 @@ def warn_about_labels(manifest: Manifest) -> list[str]:
     found = again[np.concatenate(different)]
     if not len(found):
         return []
-    pair = (int(found[0]), int(first[found[0]]))
-    one, other = (f"{manifest.columns.ids[position]!r} ({manifest.source_location(position)})" for position in pair)
+    num_samples = np.diff(np.append(starts, len(manifest.columns)))[found].sum()
+    places = (int(starts[found[0]]), int(starts[first[found[0]]]))
+    one, other = (f"{manifest.columns.ids[place]!r} ({manifest.source_location(place)})" for place in places)
     return [
-        f"{len(found)} samples have the file of an earlier sample, and other labels, the first: {one} has the file of {other}; "
-        "correct the labels, because a head learns both; if a file has several labels, give its rows one id and say --set "
+        f"{num_samples} samples have the file of an earlier sample, and other labels, the first: {one} has the file of {other}"
+        "; correct the labels, because a head learns both; if a file has several labels, give its rows one id and say --set "
         "labels=multi --set merge_rows=true"
     ]
+
+
+def _starts_of_pairs(samples: SampleColumns) -> NDArray[np.int64]:
+    """Return the positions of the samples that have another file, or other labels, than the sample before them."""
+    blocks = (block.columns for block in samples.blocks(["media", "labels"]))
+    return run_starts(compute.binary_join_element_wise(media, json_lists(labels), "") for media, labels in blocks)
 
 
 def warn_about_copies(manifest: Manifest, home: Path, sizes: NDArray[np.int64]) -> list[str]:
@@ -76,7 +85,7 @@ def warn_about_copies(manifest: Manifest, home: Path, sizes: NDArray[np.int64]) 
         sizes: the size of the media file of each sample in bytes.
     """
     media = manifest.columns.strings("media")
-    starts = run_starts(media)  # of the samples of one file, which are in one split
+    starts = run_starts(media.blocks())  # of the samples of one file, which are in one split
     counts = np.diff(np.append(starts, len(sizes)))
     sizes, is_train = sizes[starts], manifest.columns.split_codes[starts] == SPLITS.index("train")
     runs = np.flatnonzero(np.where(is_train, contains(sizes[~is_train], sizes), contains(sizes[is_train], sizes)))
@@ -103,7 +112,7 @@ def _media_digests(manifest: Manifest, home: Path, positions: Mapping[str, int])
         found = media_digests([str(manifest.media_root / name) for name in positions], home)
         return {name: digest.hex() for name, digest in zip(positions, found, strict=True)}
     digests = {}
-    for name, position in positions.items():
-        with local_file(manifest.media_path(manifest.samples[position])) as file:
+    for name, sample in zip(positions, manifest.columns.select(list(positions.values())), strict=True):
+        with local_file(manifest.media_path(sample)) as file:
             digests[name] = file_sha256(file)
     return digests

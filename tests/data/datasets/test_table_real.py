@@ -209,16 +209,16 @@ def test_rows_of_one_file_become_one_sample_with_all_texts(tmp_path: Path, file:
 
 
 def test_samples_of_one_file_with_other_labels_are_named(tmp_path: Path) -> None:
-    names = ["0.png", "1.png", "0.png", "1.png", "1.png", "2.png"]
+    names = ["0.png", "1.png", "0.png", "1.png", "1.png", "1.png", "2.png"]
     rows = [
-        {"file_name": name, "sample_id": f"s{row}", "label": "aababb"[row], "split": "train"} for row, name in enumerate(names)
+        {"file_name": name, "sample_id": f"s{row}", "label": "aababbb"[row], "split": "train"} for row, name in enumerate(names)
     ]
     write_csv(tmp_path / "m.csv", rows)
     make_empty_files(tmp_path, *names)
     warnings = prepare("table", tmp_path, tmp_path / "home", {"file": "m.csv"}).warnings
     (warning,) = (warning for warning in warnings if "other labels" in warning)
     assert warning.startswith(
-        "2 samples have the file of an earlier sample, and other labels, the first: 's2' (m.csv, line 4) has"
+        "3 samples have the file of an earlier sample, and other labels, the first: 's2' (m.csv, line 4) has"
     )
     assert "the file of 's0' (m.csv, line 2)" in warning
     write_csv(tmp_path / "m.csv", [{**row, "label": row["file_name"]} for row in rows])
