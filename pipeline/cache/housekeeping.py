@@ -63,7 +63,7 @@ def preview_removal(path: Place) -> RemovalSummary:
         objects = store_of(path).list(path) if _CACHE_NAME.search(path.name) else []
         others = {str(found.place).removeprefix(f"{path}/").partition("/")[0] for found in objects} - _PARTS
         if not objects or others:
-            raise UserError(f"{path} is not a feature cache; diffalign cache ls shows them")
+            raise UserError(f"{path} is not a feature cache; `diffalign cache ls` shows them")
         return RemovalSummary(path, len(objects), sum(found.num_bytes for found in objects))
     cache_home(path)  # only a folder in a place of caches is removed
     folder = Path(os.path.abspath(path))  # "." has no name
@@ -71,7 +71,7 @@ def preview_removal(path: Place) -> RemovalSummary:
         raise UserError(f"{path} is reached by a symbolic link; give the folder itself")
     is_cache = bool(_CACHE_NAME.search(folder.name)) and (folder / "zarr.json").exists()
     if not is_cache and not _removal_path(folder).is_dir():
-        raise UserError(f"{path} is not a feature cache; diffalign cache ls shows them")
+        raise UserError(f"{path} is not a feature cache; `diffalign cache ls` shows them")
     files = [
         file for root in (folder, _removal_path(folder)) for file in root.rglob("*") if file.is_file() and not file.is_symlink()
     ]

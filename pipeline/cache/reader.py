@@ -236,7 +236,8 @@ def read_zarr_attributes(path: Place) -> dict[str, Any]:
         attributes = json.loads(store.get(path / "zarr.json"))["attributes"]
         name, command = fingerprint(dict(attributes["identity"]))[:12], dict(attributes["provenance"])["command"]
     except FileNotFoundError as error:
-        raise UserError(f"{path} is not a feature cache; diffalign cache ls shows them, diffalign extract makes one") from error
+        others = "`diffalign cache ls` shows them, `diffalign extract` makes one"
+        raise UserError(f"{path} is not a feature cache; {others}") from error
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path / 'zarr.json'} is damaged ({error}); to redo it, run diffalign extract again") from error
     if not (os.path.abspath(path) if isinstance(path, Path) else path.name).endswith(f"-{name}"):  # the path may be "."

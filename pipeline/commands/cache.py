@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -30,7 +31,8 @@ CachesHome = Annotated[
 
 def _find_cache(cache: str, home: Path) -> Place:
     """Return the place of a cache that a user has written; DATASET/NAME is looked for among those of the home."""
-    is_name = re.fullmatch(r"[^/:]+/[^/]+-[0-9a-f]{12}", cache) and not Path(cache).exists()
+    is_path = any(map(os.path.exists, (cache, f"{cache}.removed")))  # the latter is one that `rm` has begun to remove
+    is_name = not is_path and re.fullmatch(r"[^/:.][^/:]*/[^/]+-[0-9a-f]{12}", cache)
     return caches_place(home) / cache if is_name else place_with_home(cache, home)
 
 

@@ -143,7 +143,7 @@ def compare(
 ) -> None:
     """What differs between heads: settings, metrics with paired intervals, classes, and the samples that changed."""
     if len(heads) < 2:
-        raise UserError("a comparison takes at least two heads: diffalign compare A B; diffalign runs ls shows them")
+        raise UserError("a comparison takes at least two heads: `diffalign compare A B`; `diffalign runs ls` shows them")
     found = [_whole_head(home, word) for word in heads]
     datasets = sorted({head.dataset for head in found})
     if len(datasets) > 1:

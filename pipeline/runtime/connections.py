@@ -37,7 +37,13 @@ S3_CREDENTIAL_SOURCES = (  # without any of them, the library asks the machine
     "AWS_SKIP_SIGNATURE",
 )
 PLACE_VARIABLES = {"s3": "AWS_ENDPOINT_URL and AWS_REGION", "gs": "GOOGLE_SERVICE_ACCOUNT", "az": "AZURE_STORAGE_ACCOUNT_NAME"}
-_REQUEST = re.compile(r"performing [A-Z]+ (?:(https?://)(?:[^/\s@]*@)?([^/\s?]+)(\S*)|REDACTED)(?: in (\d+)[.\d]*s\b)?")
+_REQUEST = re.compile(r"performing [A-Z]+ (?:(https?://)(?:[^/\s@]*@)?([^/\s?]+)([^\s?]*)\S*|REDACTED)(?: in (\d+)[.\d]*s\b)?")
+_ROLE_PATHS = (
+    "/latest/api/token",
+    "/latest/meta-data",
+    "/computeMetadata",
+    "/metadata/identity",
+)  # of the machine's credentials
 _OUTAGES = {  # words in the library's text on an error -> what is wrong
     "ConnectionRefused": "connection refused",
     "dns error": "there is no such host",
@@ -120,7 +126,8 @@ def labelled(place: Address) -> Iterator[Any]:
     except (FileNotFoundError, obstore.exceptions.BaseError) as error:
         logger.debug("%s: %s", place, type(error).__name__)
         if isinstance(error, FileNotFoundError) and _code(error) not in ("NoSuchBucket", "ContainerNotFound"):
-            raise FileNotFoundError(errno.ENOENT, "there is no such object", str(place)) from error
+            what = "there is no such object, or no longer; correct the name, or run the same command again"
+            raise FileNotFoundError(errno.ENOENT, what, str(place)) from error
         raise _describe(place, error) from None  # its long text has settings of the connection
 
 
@@ -137,13 +144,12 @@ def _describe(place: Address, error: Exception) -> OSError:
     Of the library's text it repeats nothing but the server's name and the code of its answer: the rest may have secrets in it.
     """
     text, code, bucket = str(error), _code(error), place.bucket
-    scheme, _, name = bucket.partition("://")
-    request = _REQUEST.search(text)
-    host, path, seconds = (request[2] or "", request[3] or "", request[4]) if request else ("", "", None)
-    server = f"{request[1]}{host}" if request and host else "the store"
+    scheme, request = bucket.partition(":")[0], _REQUEST.search(text)
+    seconds = request[4] if request else None
+    server = f"{request[1]}{request[2]}" if request and request[2] else "the store"
     status = int(found[1]) if (found := re.search(r"status code: (\d{3})", text)) else 0
     number = errno.EIO
-    if request and name not in host + path:  # it was asked of the service that has the credentials of this machine
+    if request and not _is_of_bucket(bucket, request[2] or "", request[3] or ""):  # but of who gives the credentials
         reason = _without_credentials(bucket)
     elif status == 404:
         reason = f"{server} has no bucket {bucket}: make it, or correct its name or {PLACE_VARIABLES[scheme]}"
@@ -158,10 +164,26 @@ def _describe(place: Address, error: Exception) -> OSError:
             f"{server} does not answer ({why}){asked}; when it does, the same command goes on from here; if it never does, "
             f"correct {PLACE_VARIABLES[scheme]}"
         )
+    elif "redirect without LOCATION" in text:
+        reason = f"{server} has {bucket} in another region: correct {PLACE_VARIABLES[scheme]}"
     else:
-        answer = code or status or type(error).__name__
-        reason = f"{server} answers {answer}; are the name of {bucket} and {PLACE_VARIABLES[scheme]} right?"
+        answer = f"answers {code or status}" if code or status else "gives no usable answer"
+        reason = f"{server} {answer}; are the name of {bucket} and {PLACE_VARIABLES[scheme]} right?"
     return OSError(number, reason, str(place))
+
+
+def _is_of_bucket(bucket: str, host: str, path: str) -> bool:
+    """Return whether a request was sent to the bucket; "": the library does not say to which host.
+
+    Others are sent to a service that gives the credentials of this machine, whose address the library leaves out for S3.
+    """
+    scheme, _, name = bucket.partition("://")
+    if not host:
+        return scheme != "s3"
+    endpoint = urlsplit(find_endpoint(bucket)).netloc
+    if endpoint and f".{host}".endswith(f".{endpoint}"):
+        return True
+    return not path.startswith(_ROLE_PATHS) and (host.startswith(f"{name}.") or name in path.split("/"))
 
 
 def _without_credentials(bucket: str) -> str:

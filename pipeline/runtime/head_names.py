@@ -128,7 +128,7 @@ def find_head(
     dataset_named, _, rest = word.rpartition("/")
     if dataset_named and not _TAG.fullmatch(dataset_named):
         raise UserError(
-            f"{word} is not a run: give the folder of a run or a head, or one of those that diffalign runs ls shows"
+            f"{word} is not a run: give the folder of a run or a head, or one of those that `diffalign runs ls` shows"
         )
     heads = list_heads(home, dataset or dataset_named)
     fits: list[HeadFolder] = []
@@ -153,7 +153,7 @@ def find_head(
         more = ["…"] if len(heads) > MAX_LISTED else []
         named = [*map(describe, heads[:MAX_LISTED])]
         raise unknown_choice(
-            rest, f"{where} that is called {rest!r}", named, [*more, *tags, LATEST], "diffalign runs ls shows all", tags
+            rest, f"{where} that is called {rest!r}", named, [*more, *tags, LATEST], "`diffalign runs ls` shows all", tags
         )
     raise UserError(f"several heads are called {word!r}; choose one of: {', '.join(map(describe, fits))}")
 

@@ -194,7 +194,7 @@ class BucketStore:
         with labelled(place) as obstore:
             found = obstore.get(self.bucket, place.key, options={"range": (start, start + num_bytes)})
             if _stamp(found.meta) != stamp:
-                raise OSError(errno.ESTALE, "it was changed", str(place))
+                raise OSError(errno.ESTALE, "it was changed meanwhile; run the same command again", str(place))
             return memoryview(found.bytes())
 
     def head(self, place: Address) -> StoredObject:

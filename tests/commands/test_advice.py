@@ -74,6 +74,10 @@ def test_options_that_would_change_nothing_are_refused(
         ("run: diffalign prepare a; `diffalign report a`", "run: diffalign prepare a --home h; `diffalign report a --home h`"),
         ("run: diffalign extract a --set s=1,2", "run: diffalign extract a --set s=1,2 --home h"),
         ("`diffalign datasets table` lists them", "`diffalign datasets table` lists them"),
+        (
+            "no cache; `diffalign cache ls` shows them, `diffalign extract` makes one",
+            "no cache; `diffalign cache ls --home h` shows them, `diffalign extract --home h` makes one",
+        ),
         ("run: diffalign cache repair h/caches/a/b", "run: diffalign cache repair h/caches/a/b"),
         ("diffalign extract a --home h", "diffalign extract a --home h"),
         ("diffalign: no command", "diffalign: no command"),

@@ -130,7 +130,9 @@ def test_verify_checks_all_caches_of_a_home_and_names_a_wrong_path_once(
     printed = run_and_read(["cache", "verify", "--home", str(home)], monkeypatch, capsys)
     assert sorted(line.partition(": ")[0] for line in printed.splitlines()) == sorted(map(str, caches.values()))
     error = run_and_read_error(["cache", "verify", "nowhere"], monkeypatch, capsys)
-    assert error == "diffalign: nowhere is not a feature cache; diffalign cache ls shows them, diffalign extract makes one\n"
+    assert (
+        error == "diffalign: nowhere is not a feature cache; `diffalign cache ls` shows them, `diffalign extract` makes one\n"
+    )
     empty = run_and_read(["cache", "verify", "--home", str(home / "nothing")], monkeypatch, capsys)
     assert empty.startswith("no caches in ")
 
@@ -150,7 +152,11 @@ def test_rm_removes_a_cache_only_with_yes(
     )
     assert find_caches(home, "tiny") == [caches["text"]]
     assert list(path.parent.iterdir()) == [caches["text"]]
-    assert "is not a feature cache; diffalign cache ls" in run_and_read_error(
+    caches["text"].rename(caches["text"].with_name(f"{caches['text'].name}.removed"))  # by a command that was killed
+    monkeypatch.chdir(home / "caches")
+    assert "removed" in run_and_read(["cache", "rm", f"tiny/{caches['text'].name}", "--yes"], monkeypatch, capsys)
+    assert list(path.parent.iterdir()) == []
+    assert "is not a feature cache; `diffalign cache ls`" in run_and_read_error(
         ["cache", "rm", str(path), "--yes"], monkeypatch, capsys
     )
 

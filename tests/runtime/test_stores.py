@@ -252,7 +252,7 @@ def test_what_is_wrong_with_a_store_is_one_line_with_the_remedy(
             "performing GET https://me:hidden@host:9/mine/x in 61.2s, after 20 retries - HTTP error",
             "https://host:9 does not an.* 61",
         ),
-        ("performing GET http://me:hidden@host/mine/x in 1ms - Server returned 400", "http://host answers Exception; are"),
+        ("performing GET http://me:hidden@host/mine/x in 1ms - Server returned", "http://host gives no usable answer; are"),
         (
             "performing GET http://me:hidden@10.0.0.1/role?token=hidden in 1ms - status code: 403",
             "s3://mine needs credentials: set",
@@ -265,6 +265,34 @@ def test_no_message_repeats_what_may_be_a_secret(text: str, message: str) -> Non
     told = str(connections._describe(place, Exception(text)))
     assert re.search(message, told)
     assert "hidden" not in told
+
+
+@pytest.mark.parametrize(
+    ("address", "text", "message"),
+    [
+        (
+            "az://mine/x",
+            "GET REDACTED in 1ms - HTTP error: ConnectionRefused",
+            "the store does not answer (connection refused)",
+        ),
+        ("az://mine/x", "GET REDACTED in 1ms - status code: 403", "the store refuses access to az://mine (403)"),
+        ("s3://data/x", "GET http://1.2.3.4/latest/meta-data/iam/ in 1ms - status code: 404", "s3://data needs credentials"),
+        ("gs://a/x", "GET http://metadata/computeMetadata/v1/a in 1ms - HTTP error", "gs://a needs credentials"),
+        ("s3://a/x", "GET https://a.host/latest/x in 1ms - status code: 403", "https://a.host refuses access to s3://a (403)"),
+        ("s3://a/x", "GET https://own.org/?list-type=2 in 1ms - status code: 503", "https://own.org does not answer (503)"),
+        (
+            "s3://a/x",
+            "GET http://host/a in 1ms - redirect without LOCATION",
+            "http://host has s3://a in another region: correct",
+        ),
+    ],
+)
+def test_errors_of_the_bucket_and_of_who_gives_credentials_are_told_apart(
+    address: str, text: str, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "https://own.org")
+    place: Any = parse_place(address)
+    assert message in str(connections._describe(place, Exception(f"performing {text}")))
 
 
 def test_a_server_that_is_away_is_asked_for_the_whole_time(monkeypatch: pytest.MonkeyPatch) -> None:
