@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import errno
 import logging
+import math
 import os
 import re
+import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -23,6 +26,7 @@ logger = logging.getLogger(__name__)
 
 REQUEST_TIMEOUT = "120s"  # of one request; a shard has at most 256 MiB
 RETRY_SECONDS = 60.0  # time in which a request that fails is repeated
+SLOW_SECONDS = 15.0  # after which a request without an answer is told, at most once in RETRY_SECONDS
 ENDPOINT_VARIABLES = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT")
 CREDENTIAL_VARIABLES = {  # each names the credentials, or says where they are
     "s3": "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY",
@@ -108,6 +112,32 @@ def connect(bucket: str, endpoint: str) -> Any:
         ) from None
 
 
+class _Patience:
+    """Tells that a request takes long; the library repeats one that fails without a word."""
+
+    def __init__(self) -> None:
+        self._told_at = -math.inf
+
+    @contextmanager
+    def waiting(self, place: Address) -> Iterator[None]:
+        timer = threading.Timer(SLOW_SECONDS, self._tell, [place])
+        timer.daemon = True
+        timer.start()
+        try:
+            yield
+        finally:
+            timer.cancel()
+
+    def _tell(self, place: Address) -> None:
+        if time.monotonic() - self._told_at < RETRY_SECONDS:
+            return
+        self._told_at = time.monotonic()
+        logger.warning("%s: no answer for %.0f seconds; requests that fail are repeated", place, SLOW_SECONDS)
+
+
+_PATIENCE = _Patience()
+
+
 @contextmanager
 def labelled(place: Address) -> Iterator[Any]:
     """Yield the module obstore; its errors in the block become an `OSError` that names the place, its bucket and the remedy.
@@ -120,7 +150,8 @@ def labelled(place: Address) -> Iterator[Any]:
     import obstore
 
     try:
-        yield obstore
+        with _PATIENCE.waiting(place):
+            yield obstore
     except obstore.exceptions.InvalidPathError as error:
         raise OSError(errno.EINVAL, _odd_name(error), str(place)) from None
     except (FileNotFoundError, obstore.exceptions.BaseError) as error:

@@ -308,9 +308,20 @@ def test_a_server_that_is_away_is_named(endpoint: Endpoint, monkeypatch: pytest.
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
     place: Any = parse_place("s3://away/x")
     start = time.monotonic()
-    with pytest.raises(TimeoutError, match=r"http://127.0.0.1:9 does not answer \(connection refused\), asked for 1 seconds"):
+    with pytest.raises(TimeoutError, match=r"http://127.0.0.1:9 does not answer \(connection refused\), asked for \d seconds"):
         store_of(place).list(place)
     assert 1 <= time.monotonic() - start < 20
+
+
+def test_a_wait_for_a_store_is_told_once(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr(connections, "_PATIENCE", connections._Patience())
+    place: Any = parse_place("s3://away/slow")
+    for slow_seconds in (60, 0.1, 0.1):
+        monkeypatch.setattr(connections, "SLOW_SECONDS", slow_seconds)
+        with connections.labelled(place):
+            time.sleep(0.3)
+    (told,) = (record.message for record in caplog.records)
+    assert told == "s3://away/slow: no answer for 0 seconds; requests that fail are repeated"
 
 
 def test_a_claim_is_not_given_back_to_a_store_that_does_not_answer(endpoint: Endpoint, monkeypatch: pytest.MonkeyPatch) -> None:
