@@ -27,17 +27,17 @@ from pipeline.data.remote_tars import read_pieces, stamps_of
 from pipeline.data.tar_members import Member, find_member
 from pipeline.runtime.connections import RETRY_SECONDS
 from pipeline.runtime.errors import UserError
+from pipeline.runtime.places import is_address
 
 if TYPE_CHECKING:
     from pipeline.data.manifest import Manifest
 
 MAX_SINGLE_COPIES = 256  # that a process keeps
-MAX_SINGLE_BYTES = 2**30  # of them, beside the last ones
-LAST_COPIES = 4 * (os.cpu_count() or 1)  # which threads may be about to open
+MAX_SINGLE_BYTES = 2**30  # of them, unless the last ones have more
 _LOCK = Lock()
 _single_copies: deque[tuple[Path, int]] = deque()  # with their bytes, each in a folder of its own
 _numbers = itertools.count()
-_silent_since: dict[str, float] = {}  # bucket -> when its store did not answer
+_failed_at: dict[str, float] = {}  # bucket -> when its store last gave an error
 
 
 class MediaCopies:
@@ -162,15 +162,19 @@ def copied_media(
 
 
 def single_copy(manifest: Manifest, media: PurePath) -> Path:
-    """Return a copy of one medium in an object store; the last `MAX_SINGLE_COPIES` stay until the process ends.
+    """Return a copy of one medium in an object store.
+
+    The last ones stay until the process ends: as many as `MAX_SINGLE_COPIES` and `MAX_SINGLE_BYTES` allow, but always one for
+    each thread of a pool that has as many as there are cores.
 
     Raises:
-        UserError: its tar is gone or was changed, the store does not answer, or the disk for copies is full.
+        UserError: its tar is gone or was changed, the store does not answer, may not be used, or did so a moment ago, or the
+            disk for copies is full.
     """
     root: Any = manifest.media_root
     bucket = root.bucket
-    if time.monotonic() - _silent_since.get(bucket, -RETRY_SECONDS) < RETRY_SECONDS:
-        raise UserError(f"{bucket} did not answer a moment ago")
+    if time.monotonic() - _failed_at.get(bucket, -RETRY_SECONDS) < RETRY_SECONDS:
+        raise UserError(f"{bucket} could not be read a moment ago")
     with _LOCK:  # or two threads would make two folders, of which one is removed
         path = Path(_folder().name) / f"{next(_numbers)}" / media.name
     path.parent.mkdir()
@@ -182,9 +186,9 @@ def single_copy(manifest: Manifest, media: PurePath) -> Path:
                 file.write(piece)
     except BaseException as error:
         shutil.rmtree(path.parent)
-        if isinstance(error, TimeoutError):
-            _silent_since[bucket] = time.monotonic()
         if isinstance(error, OSError):
+            if is_address(error.filename):  # the store was asked for long, and would be for each of the next media
+                _failed_at[bucket] = time.monotonic()
             raise UserError(f"{error.filename}: {error.strerror}") from error
         raise
     _keep(path)
@@ -193,9 +197,10 @@ def single_copy(manifest: Manifest, media: PurePath) -> Path:
 
 def _keep(path: Path) -> None:
     """Note a single copy, and remove the oldest of too many."""
+    num_last = min(MAX_SINGLE_COPIES, (os.cpu_count() or 1) + 1)  # threads may be about to open them
     with _LOCK:
         _single_copies.append((path, path.stat().st_size))
-        while len(_single_copies) > LAST_COPIES and (
+        while len(_single_copies) > num_last and (
             len(_single_copies) > MAX_SINGLE_COPIES or sum(size for _, size in _single_copies) > MAX_SINGLE_BYTES
         ):
             shutil.rmtree(_single_copies.popleft()[0].parent)

@@ -31,6 +31,7 @@ logger = logging.getLogger(__name__)
 LEASE_VARIABLE = "DIFFALIGN_LEASE_SECONDS"
 DEFAULT_LEASE = 60.0
 RENEWALS_PER_LEASE = 5
+RENEWAL_SECONDS = 10.0  # that one may still take when its claim is given up: batch systems kill half a minute after a SIGTERM
 CLAIMS = "claims"
 EVERYTHING = "all"  # the part that overlaps with every other one
 DRIVER = "driver"  # the part that a process holds whose workers hold the others
@@ -85,21 +86,23 @@ def hold(place: Place, part: str = EVERYTHING, wait: float = 0.0) -> Iterator[No
         return
     claim = _acquire(place, part, time.monotonic() + lease_seconds() + 2 + wait)
     _held[place, part] = claim
-    stopped = threading.Event()
-    thread = threading.Thread(target=_renew, args=(place, part, claim, stopped), daemon=True)
+    stopped, failing = threading.Event(), threading.Event()
+    thread = threading.Thread(target=_renew, args=(place, part, claim, stopped, failing), daemon=True)
     thread.start()
-    is_silent = False
     try:
         yield
-    except TimeoutError:  # the store does not answer, and it would take as long again to ask it to remove the claim
-        is_silent = True
+    except TimeoutError as error:
+        if str(error.filename).startswith(f"{place.bucket}/"):
+            failing.set()
         raise
     finally:
         stopped.set()
         del _held[place, part]
-        if not is_silent:
-            thread.join()
-            with suppress(OSError):  # a claim that cannot be removed ends with its lease
+        if not failing.is_set():
+            thread.join(RENEWAL_SECONDS)
+        # A store that does not answer would be asked for a minute or longer; a claim that is not removed ends with its lease.
+        if not failing.is_set() and not thread.is_alive():
+            with suppress(OSError):
                 if claim.is_ours():
                     store_of(place).delete(claim.place)
 
@@ -157,12 +160,17 @@ def _overlaps(found: StoredObject, part: str) -> bool:
     return other == part or EVERYTHING in (other, part)
 
 
-def _renew(place: Address, part: str, claim: Claim, stopped: threading.Event) -> None:
-    """Write a claim again and again until it is given up, or another process has taken it over."""
+def _renew(place: Address, part: str, claim: Claim, stopped: threading.Event, failing: threading.Event) -> None:
+    """Write a claim again and again until it is given up, or another process has taken it over.
+
+    `failing` is set while the last renewal has failed.
+    """
     while not stopped.wait(lease_seconds() / RENEWALS_PER_LEASE):
         try:
             if not renew_object(claim.place, claim.holder):
                 logger.warning("%s: another process has taken over part %s", place, part)
                 return
+            failing.clear()
         except OSError as error:  # the next one may be in time
+            failing.set()
             logger.debug("%s was not renewed: %s", claim.place, error)

@@ -6,6 +6,7 @@ import importlib.metadata
 import json
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +16,7 @@ import pytest
 from helpers.command_line import run
 from helpers.tiny_heads import FAST_TRAINING, caches_by_key, small_settings
 
-from pipeline.commands import doctor
+from pipeline.commands import app, doctor
 from pipeline.data.manifest import Manifest
 from pipeline.runtime import plugins
 from pipeline.runtime.settings import configure
@@ -194,6 +195,34 @@ def test_an_unwritable_home_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys:
     assert "/proc/home" in printed
     assert "--home" in printed
     assert printed.count("\n") == 1
+
+
+@pytest.mark.parametrize("rank", ["", "0"])
+def test_sigterm_ends_a_command_as_ctrl_c_does_and_is_as_before_afterwards(
+    rank: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """But not one of torchrun, which may wait for another process and hear no signal then."""
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    if rank:
+        monkeypatch.setenv("LOCAL_RANK", rank)
+    heard: list[int] = []
+
+    def hear(number: int, _: object) -> None:
+        heard.append(number)
+
+    def be_asked_to_end() -> int:
+        signal.raise_signal(signal.SIGTERM)
+        return 0
+
+    monkeypatch.setattr(app, "_run_command", be_asked_to_end)
+    earlier = signal.signal(signal.SIGTERM, hear)
+    try:
+        assert run([], monkeypatch) == (0 if rank else 130)
+        assert ("interrupted; the same command goes on" in capsys.readouterr().err) == (not rank)
+        assert heard == [signal.SIGTERM] * bool(rank)
+        assert signal.getsignal(signal.SIGTERM) is hear
+    finally:
+        signal.signal(signal.SIGTERM, earlier)
 
 
 def test_doctor_reports_a_disk_that_would_become_full(

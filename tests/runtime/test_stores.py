@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import sys
@@ -10,6 +11,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Event, Semaphore
 from typing import Any
 
 import obstore
@@ -326,10 +328,42 @@ def test_a_wait_for_a_store_is_told_once(monkeypatch: pytest.MonkeyPatch, caplog
 
 def test_a_claim_is_not_given_back_to_a_store_that_does_not_answer(endpoint: Endpoint, monkeypatch: pytest.MonkeyPatch) -> None:
     place: Any = parse_place("s3://bucket/silent")
+    with pytest.raises(TimeoutError), hold(place):
+        raise TimeoutError(errno.ETIMEDOUT, "does not answer", "s3://bucket-of-media/a.tar")  # another one
+    assert store_of(place).list(place) == []
     monkeypatch.setattr(claims.Claim, "is_ours", lambda self: pytest.fail("the store was asked again"))
     with pytest.raises(TimeoutError), hold(place):
-        raise TimeoutError
+        raise TimeoutError(errno.ETIMEDOUT, "does not answer", str(place / "x"))
     assert len(store_of(place).list(place)) == 1
+
+
+@pytest.mark.parametrize("how", ["fails", "takes long", "works again"])
+def test_an_interruption_does_not_wait_for_a_store_that_does_not_answer(
+    how: str, endpoint: Endpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DIFFALIGN_LEASE_SECONDS", "1")
+    monkeypatch.setattr(claims, "RENEWAL_SECONDS", 0.1 if how == "takes long" else 60.0)
+    asked, released = Semaphore(0), Event()
+
+    def renew(place: Address, data: bytes) -> bool:
+        asked.release()
+        if how == "fails" or (how == "works again" and not released.is_set()):
+            released.set()
+            raise TimeoutError
+        return how == "works again" or released.wait(60)
+
+    monkeypatch.setattr(claims, "renew_object", renew)
+    place: Any = parse_place(f"s3://bucket/interrupted/{how}")
+
+    def be_interrupted() -> None:
+        for _ in range(1 if how == "takes long" else 3):
+            asked.acquire()
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt), hold(place):
+        be_interrupted()
+    assert len(store_of(place).list(place)) == (how != "works again")
+    released.set()
 
 
 def test_credentials_are_missed_before_anything_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
