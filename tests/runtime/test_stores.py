@@ -4,11 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
-import re
-import sys
-import time
-import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import Event, Semaphore
@@ -16,15 +12,13 @@ from typing import Any
 
 import obstore
 import pytest
-from helpers.s3_endpoint import CREDENTIALS, Endpoint, use_endpoint, use_server_that_answers
-from zarr import open_group
+from helpers.s3_endpoint import Endpoint, use_endpoint
 
-from pipeline.cache import info
-from pipeline.runtime import claims, connections, stores
+from pipeline.runtime import claims
 from pipeline.runtime.claims import check_held, hold
 from pipeline.runtime.errors import UserError
 from pipeline.runtime.places import Address, Place, caches_at, caches_place, check_local, home_of_caches, parse_place
-from pipeline.runtime.stores import FileStore, exists, object_sha256, remove_objects, renew_object, store_of, zarr_source
+from pipeline.runtime.stores import FileStore, exists, object_sha256, remove_objects, renew_object, store_of
 
 
 @pytest.fixture(scope="module")
@@ -197,135 +191,6 @@ def test_caches_have_a_place_of_their_own(tmp_path: Path) -> None:
     assert home_of_caches(Path("elsewhere")) is None
 
 
-REQUESTS: list[Callable[[Address], Any]] = [
-    lambda place: store_of(place).get(place),
-    lambda place: store_of(place).list(place),
-    lambda place: store_of(place).children(place),
-    lambda place: store_of(place).put(place, b"x"),
-    lambda place: store_of(place).put_if_absent(place, b"x"),
-    lambda place: store_of(place).delete(place),
-]
-ANSWERS = {
-    "404 Not Found": (
-        "NoSuchBucket",
-        "has no bucket s3://mine: make it, or correct its name or AWS_ENDPOINT_URL and AWS_REGION",
-    ),
-    "403 Forbidden": (
-        "AccessDenied",
-        r"refuses access to s3://mine \(AccessDenied\): AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_",
-    ),
-    "400 Bad Request": (
-        "Malformed",
-        r"answers Malformed; are the name of s3://mine and AWS_ENDPOINT_URL and AWS_REGION right",
-    ),
-    "503 Slow Down": (
-        "SlowDown",
-        r"does not answer \(SlowDown\); when it does, the same command goes on from here; if it never",
-    ),
-}
-
-
-@pytest.mark.parametrize("status", ANSWERS)
-def test_what_is_wrong_with_a_store_is_one_line_with_the_remedy(
-    status: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    monkeypatch.setattr(connections, "RETRY_SECONDS", 0.1)
-    monkeypatch.setattr(stores, "RETRY_SECONDS", 0.1)
-    code, message = ANSWERS[status]
-    place: Any = parse_place("s3://mine/x")
-    with use_server_that_answers(status, code) as server:
-        zarr = [] if status.startswith("404") else [lambda place: open_group(zarr_source(place), mode="r")]
-        for request in [*REQUESTS, *zarr]:
-            with pytest.raises(OSError, match=message) as caught:
-                request(place)
-            assert server in str(caught.value)
-            assert str(caught.value.filename).startswith(str(place))
-            assert isinstance(caught.value, TimeoutError) == status.startswith("503")
-            assert "goes on from here" not in str(caught.value) or status.startswith("503")
-            told = f"{''.join(traceback.format_exception(caught.value))} {caplog.text}"
-            assert not re.search("Debug source|<|long story", told.replace("<locals>", "").replace("<lambda>", ""))
-            assert not any(value in told for name, value in CREDENTIALS.items() if name != "AWS_REGION")
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        (
-            "performing GET https://me:hidden@host:9/mine/x in 61.2s, after 20 retries - HTTP error",
-            "https://host:9 does not an.* 61",
-        ),
-        ("performing GET http://me:hidden@host/mine/x in 1ms - Server returned", "http://host gives no usable answer; are"),
-        (
-            "performing GET http://me:hidden@10.0.0.1/role?token=hidden in 1ms - status code: 403",
-            "s3://mine needs credentials: set",
-        ),
-        ("performing POST REDACTED in 1ms - HTTP error: builder error", "s3://mine needs credentials: set"),
-    ],
-)
-def test_no_message_repeats_what_may_be_a_secret(text: str, message: str) -> None:
-    place: Any = parse_place("s3://mine/x")
-    told = str(connections._describe(place, Exception(text)))
-    assert re.search(message, told)
-    assert "hidden" not in told
-
-
-@pytest.mark.parametrize(
-    ("address", "text", "message"),
-    [
-        (
-            "az://mine/x",
-            "GET REDACTED in 1ms - HTTP error: ConnectionRefused",
-            "the store does not answer (connection refused)",
-        ),
-        ("az://mine/x", "GET REDACTED in 1ms - status code: 403", "the store refuses access to az://mine (403)"),
-        ("s3://data/x", "GET http://1.2.3.4/latest/meta-data/iam/ in 1ms - status code: 404", "s3://data needs credentials"),
-        ("gs://a/x", "GET http://metadata/computeMetadata/v1/a in 1ms - HTTP error", "gs://a needs credentials"),
-        ("s3://a/x", "GET https://a.host/latest/x in 1ms - status code: 403", "https://a.host refuses access to s3://a (403)"),
-        ("s3://a/x", "GET https://own.org/?list-type=2 in 1ms - status code: 503", "https://own.org does not answer (503)"),
-        (
-            "s3://a/x",
-            "GET http://host/a in 1ms - redirect without LOCATION",
-            "http://host has s3://a in another region: correct",
-        ),
-    ],
-)
-def test_errors_of_the_bucket_and_of_who_gives_credentials_are_told_apart(
-    address: str, text: str, message: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("AWS_ENDPOINT_URL", "https://own.org")
-    place: Any = parse_place(address)
-    assert message in str(connections._describe(place, Exception(f"performing {text}")))
-
-
-def test_a_server_that_is_away_is_asked_for_the_whole_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in CREDENTIALS.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setattr("obstore.store.from_url", lambda bucket, **options: options["retry_config"])
-    config = connections.connect("s3://away", "")
-    assert config["max_retries"] * config["backoff"]["init_backoff"] > config["retry_timeout"]  # none of the pauses is shorter
-
-
-def test_a_server_that_is_away_is_named(endpoint: Endpoint, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(connections, "RETRY_SECONDS", 1.0)
-    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
-    place: Any = parse_place("s3://away/x")
-    start = time.monotonic()
-    with pytest.raises(TimeoutError, match=r"http://127.0.0.1:9 does not answer \(connection refused\), asked for \d seconds"):
-        store_of(place).list(place)
-    assert 1 <= time.monotonic() - start < 20
-
-
-def test_a_wait_for_a_store_is_told_once(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    monkeypatch.setattr(connections, "_PATIENCE", connections._Patience())
-    place: Any = parse_place("s3://away/slow")
-    for slow_seconds in (60, 0.1, 0.1):
-        monkeypatch.setattr(connections, "SLOW_SECONDS", slow_seconds)
-        with connections.labelled(place):
-            time.sleep(0.3)
-    (told,) = (record.message for record in caplog.records)
-    assert told == "s3://away/slow: no answer for 0 seconds; requests that fail are repeated"
-
-
 def test_a_claim_is_not_given_back_to_a_store_that_does_not_answer(endpoint: Endpoint, monkeypatch: pytest.MonkeyPatch) -> None:
     place: Any = parse_place("s3://bucket/silent")
     with pytest.raises(TimeoutError), hold(place):
@@ -364,57 +229,6 @@ def test_an_interruption_does_not_wait_for_a_store_that_does_not_answer(
         be_interrupted()
     assert len(store_of(place).list(place)) == (how != "works again")
     released.set()
-
-
-def test_credentials_are_missed_before_anything_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in CREDENTIALS:
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
-    place: Any = parse_place("s3://without/x")
-    with pytest.raises(UserError, match="s3://without needs credentials: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY in"):
-        info(place)
-    monkeypatch.delenv("AWS_EC2_METADATA_DISABLED")
-    monkeypatch.setenv("AWS_METADATA_ENDPOINT", "http://127.0.0.1:9")
-    monkeypatch.setattr(connections, "RETRY_SECONDS", 0.1)
-    with pytest.raises(OSError, match="s3://without needs credentials: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY in"):
-        info(place)
-
-
-@pytest.mark.parametrize("variable", ["AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT"])
-@pytest.mark.parametrize(
-    "given",
-    ["http://user:hidden@127.0.0.1:1", "http://127.0.0.1:1/?hidden", "http://hid den", "hidden", "http://127.0.0.1:hidden"],
-)
-def test_a_wrong_endpoint_is_refused_and_not_repeated(variable: str, given: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv(variable, given)
-    with pytest.raises(UserError, match=r"AWS_ENDPOINT_URL must be http://host:port") as caught:
-        store_of(parse_place("s3://wrong-endpoint/x"))
-    assert not re.search("hid ?den", "".join(traceback.format_exception(caught.value)))
-
-
-@pytest.mark.parametrize(
-    ("address", "variable"),
-    [
-        ("gs://bucket", "GOOGLE_SERVICE_ACCOUNT"),
-        ("gs://bucket", "GOOGLE_SERVICE_ACCOUNT_KEY"),
-        ("az://bucket", "AZURE_STORAGE_ACCOUNT_KEY"),
-        ("s3://skip", "AWS_SKIP_SIGNATURE"),
-    ],
-)
-def test_wrong_credentials_are_told_by_variable(address: str, variable: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(variable, "hidden!")
-    with pytest.raises(UserError, match=rf"{address} cannot be opened .* {variable.partition('_')[0]}_") as caught:
-        store_of(parse_place(f"{address}/x"))
-    assert "hidden" not in "".join(traceback.format_exception(caught.value))
-
-
-def test_without_the_library_the_message_names_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "obstore.store", None)
-    place: Any = parse_place("s3://never-opened/x")
-    with pytest.raises(UserError, match=r"pip install obstore"):
-        store_of(place)
 
 
 def test_a_file_is_put_if_absent_without_leaving_others(tmp_path: Path) -> None:
