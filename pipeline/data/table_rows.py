@@ -25,6 +25,7 @@ MAX_CLASSES = 100_000  # of numbered labels without class names; larger numbers 
 MAX_EMPTY_CLASSES = 10  # that numbered labels may leave out, unless more than that occur
 MIN_CHECKED_SAMPLES = 100  # fewer may well have a class each
 SHARED_SEPARATORS = (";", ",")  # that may stand in a class name, too
+_MISSING = ("nan", "none", "null", "na", "n/a", "<na>", "nat")  # what programs write for a missing value, in small letters
 _NUMBER = re.compile(r"0|[1-9]\d*")
 _WHOLE_NUMBER = re.compile(r"(?:0|[1-9]\d*)(?:\.0+)?")
 
@@ -368,7 +369,7 @@ def _numbered_classes(written: Iterable[str], rows: TableRows, numbers: str) -> 
 
 
 def warn_about_classes(classes: Sequence[str], samples: Sequence[Sample]) -> list[str]:
-    """Return warnings: one class alone, classes without a sample, several labels in a cell, or so many that it is no label."""
+    """Return warnings: one class alone, classes without a sample, several labels in a cell, odd names, or too many."""
     used = set(np.flatnonzero(np.bincount(SampleColumns.of(samples).labels()[1])).tolist())
     empty = [name for label, name in enumerate(classes) if label not in used]
     warnings = [f"all samples are of one class, {classes[0]!r}: a head has nothing to learn"] if len(classes) == 1 else []
@@ -380,6 +381,13 @@ def warn_about_classes(classes: Sequence[str], samples: Sequence[Sample]) -> lis
         if joined and (separator not in SHARED_SEPARATORS or parts & set(classes)):
             what = f"{len(joined)} of {len(classes)} class names contain {separator!r}, such as {joined[0]!r:.60}"
             warnings.append(f"{what}: are they several labels? Then say --set label_separator='{separator}'")
+    first: dict[str, str] = {}
+    alike = [(first[name.casefold()], name) for name in classes if first.setdefault(name.casefold(), name) != name]
+    if alike:
+        names = f"{alike[0][0]!r:.60} and {alike[0][1]!r:.60}"
+        warnings.append(f"{len(alike)} of {len(classes)} class names are another one in other capital letters, such as {names}")
+    if missing := [name for name in classes if name.casefold() in _MISSING]:
+        warnings.append(f"the class {missing[0]!r} looks like a missing label: is it one? Then leave its rows out")
     if len(samples) > MIN_CHECKED_SAMPLES and len(used) > len(samples) / 2:
         warnings.append(f"there are {len(used)} classes for {len(samples)} samples: is it the column of labels?")
     return warnings

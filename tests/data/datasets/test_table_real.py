@@ -73,6 +73,12 @@ def test_what_is_taken_for_labels_or_left_out_is_said(tmp_path: Path) -> None:
     warnings = prepare("table", tmp_path, tmp_path / "home", {}).warnings
     assert "metadata.csv has no column of texts (texts, text); if one of caption is it, say --text-column" in warnings
     assert "all samples are of one class, 'x': a head has nothing to learn" in warnings
+    names = ["cat", "dog", "Cat", "nan"]
+    make_empty_files(tmp_path, *(f"{row}.png" for row in range(4)))
+    write_csv(tmp_path / "metadata.csv", [{"file_name": f"{row}.png", "label": name} for row, name in enumerate(names)])
+    warnings = prepare("table", tmp_path, tmp_path / "home", {}, overwrite=True).warnings
+    assert "1 of 4 class names are another one in other capital letters, such as 'Cat' and 'cat'" in warnings
+    assert "the class 'nan' looks like a missing label: is it one? Then leave its rows out" in warnings
 
 
 @pytest.mark.parametrize(
