@@ -116,23 +116,32 @@ class _Patience:
     """Tells that a request takes long; the library repeats one that fails without a word."""
 
     def __init__(self) -> None:
+        self._pending: dict[object, tuple[float, Address]] = {}  # when each request began, and of what
         self._told_at = -math.inf
+        self._lock = threading.Lock()
+        self._is_watched = False
 
     @contextmanager
     def waiting(self, place: Address) -> Iterator[None]:
-        timer = threading.Timer(SLOW_SECONDS, self._tell, [place])
-        timer.daemon = True
-        timer.start()
+        request = object()
+        self._pending[request] = time.monotonic(), place
+        with self._lock:
+            if not self._is_watched:
+                threading.Thread(target=self._watch, daemon=True).start()
+                self._is_watched = True
         try:
             yield
         finally:
-            timer.cancel()
+            del self._pending[request]
 
-    def _tell(self, place: Address) -> None:
-        if time.monotonic() - self._told_at < RETRY_SECONDS:
-            return
-        self._told_at = time.monotonic()
-        logger.warning("%s: no answer for %.0f seconds; requests that fail are repeated", place, SLOW_SECONDS)
+    def _watch(self) -> None:
+        while True:
+            time.sleep(SLOW_SECONDS / 5)
+            now = time.monotonic()
+            slow = [place for began, place in list(self._pending.values()) if now - began > SLOW_SECONDS]
+            if slow and now - self._told_at > RETRY_SECONDS:
+                self._told_at = now
+                logger.warning("%s: no answer for %.0f seconds; requests that fail are repeated", slow[0], SLOW_SECONDS)
 
 
 _PATIENCE = _Patience()
