@@ -297,7 +297,9 @@ def read_failed_ids(path: Place) -> frozenset[str]:
 
 def read_failures(path: Place) -> list[dict[str, Any]]:
     """Return the items of a complete cache that failed: id, stage and error of each, in row order."""
-    return pq.read_table(io.BytesIO(store_of(path).get(path / "failures.parquet"))).to_pylist()
+    content = io.BytesIO(store_of(path).get(path / "failures.parquet"))
+    with pq.ParquetFile(content) as file:  # threads of Arrow that still have Python's bytes when Python ends would abort it
+        return file.read(use_threads=False).to_pylist()
 
 
 def describe_failures(path: Place) -> str:

@@ -6,6 +6,7 @@ environment; they are never logged or stored.
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import logging
 import math
@@ -13,19 +14,23 @@ import os
 import re
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any
+from functools import wraps
+from typing import Any, ParamSpec, TypeVar
 from urllib.parse import urlsplit
 
 from pipeline.runtime.errors import UserError
 from pipeline.runtime.places import Address
 
 logger = logging.getLogger(__name__)
+P = ParamSpec("P")
+T = TypeVar("T")
 
 REQUEST_TIMEOUT = "120s"  # of one request; a shard has at most 256 MiB
 RETRY_SECONDS = 60.0  # time in which a request that fails is repeated
+RETRY_PAUSE = 0.5  # seconds before a request is sent again that the library does not repeat
 SLOW_SECONDS = 15.0  # after which a request without an answer is told, at most once in RETRY_SECONDS
 ENDPOINT_VARIABLES = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT")
 CREDENTIAL_VARIABLES = {  # each names the credentials, or says where they are
@@ -169,6 +174,44 @@ def labelled(place: Address) -> Iterator[Any]:
             what = "there is no such object, or no longer; correct the name, or run the same command again"
             raise FileNotFoundError(errno.ENOENT, what, str(place)) from error
         raise _describe(place, error) from None  # its long text has settings of the connection
+
+
+def _may_repeat(began: float) -> bool:
+    """Return whether a request that began then, and ended in a `TimeoutError`, is to be sent again.
+
+    The library repeats most for a minute; not one whose answer is an error, such as 404, of which a part is lost.
+    """
+    return time.monotonic() - began < RETRY_SECONDS / 2
+
+
+def repeated(request: Callable[P, T]) -> Callable[P, T]:
+    """Return a function that sends a request again which the library does not repeat."""
+
+    @wraps(request)
+    def run(*args: P.args, **kwargs: P.kwargs) -> T:
+        began = time.monotonic()
+        while True:
+            try:
+                return request(*args, **kwargs)
+            except TimeoutError:
+                if not _may_repeat(began):
+                    raise
+            time.sleep(RETRY_PAUSE)
+
+    return run
+
+
+async def ask_repeatedly(place: Address, request: Callable[[], Awaitable[T]]) -> T:
+    """Return the answer to an asynchronous request, with errors as in `labelled`; it is sent again as by `repeated`."""
+    began = time.monotonic()
+    while True:
+        try:
+            with labelled(place):
+                return await request()
+        except TimeoutError:
+            if not _may_repeat(began):
+                raise
+        await asyncio.sleep(RETRY_PAUSE)
 
 
 def _odd_name(error: Exception) -> str:

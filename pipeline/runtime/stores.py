@@ -19,7 +19,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypeVar
 
-from pipeline.runtime.connections import RETRY_SECONDS, connect, find_endpoint, labelled
+from pipeline.runtime.connections import RETRY_SECONDS, ask_repeatedly, connect, find_endpoint, labelled, repeated
 from pipeline.runtime.files import file_sha256, sync_folder, write_atomic
 from pipeline.runtime.places import Address, Place
 
@@ -136,6 +136,7 @@ class BucketStore:
     def __init__(self, bucket: str, endpoint: str = "") -> None:
         self.bucket = connect(bucket, endpoint)
 
+    @repeated
     def put(self, place: Address, data: Data) -> None:
         content = _joined(data)
         with labelled(place) as obstore:
@@ -181,14 +182,17 @@ class BucketStore:
         except FileNotFoundError:  # it was there a moment ago
             return False
 
+    @repeated
     def get(self, place: Address) -> bytes:
         with labelled(place) as obstore:
             return bytes(obstore.get(self.bucket, place.key).bytes())
 
+    @repeated
     def get_range(self, place: Address, start: int, num_bytes: int) -> memoryview:
         with labelled(place) as obstore:
             return memoryview(obstore.get_range(self.bucket, place.key, start=start, length=num_bytes))
 
+    @repeated
     def read_unchanged(self, place: Address, start: int, num_bytes: int, stamp: str) -> memoryview:
         """Return bytes of an object as `get_range` does; `ESTALE` if it has another stamp."""
         with labelled(place) as obstore:
@@ -197,6 +201,7 @@ class BucketStore:
                 raise OSError(errno.ESTALE, "it was changed meanwhile; run the same command again", str(place))
             return memoryview(found.bytes())
 
+    @repeated
     def head(self, place: Address) -> StoredObject:
         """Return what the store says about an object."""
         with labelled(place) as obstore:
@@ -208,11 +213,13 @@ class BucketStore:
     def stamp(self, place: Address) -> str:
         return self.head(place).stamp
 
+    @repeated
     def list(self, place: Address) -> list[StoredObject]:
         with labelled(place) as obstore:
             pages = list(obstore.list(self.bucket, place.key or None, chunk_size=1000))
         return sorted(_stored(place.bucket, item) for page in pages for item in page)
 
+    @repeated
     def list_folder(self, place: Address) -> tuple[list[StoredObject], list[str]]:
         """Return the objects directly below a place, and the names there that have objects below them; both sorted."""
         with labelled(place) as obstore:
@@ -223,6 +230,7 @@ class BucketStore:
     def children(self, place: Address) -> list[str]:
         return self.list_folder(place)[1]
 
+    @repeated
     def delete(self, place: Address) -> None:
         with suppress(FileNotFoundError), labelled(place) as obstore:  # S3 says nothing in this case, others do
             obstore.delete(self.bucket, place.key)
@@ -349,8 +357,8 @@ def zarr_source(place: Place) -> Any:
 
     class LabelledStore(ObjectStore[Any]):
         async def get(self, key: str, prototype: Any, byte_range: Any = None) -> Any:
-            with labelled(Address(place.bucket, key)):
-                return await super().get(key, prototype, byte_range)
+            get = super().get
+            return await ask_repeatedly(Address(place.bucket, key), lambda: get(key, prototype, byte_range))
 
     return StorePath(LabelledStore(_bucket_store(place.bucket).bucket, read_only=True), place.key)
 

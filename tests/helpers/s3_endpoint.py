@@ -124,12 +124,20 @@ def use_endpoint() -> Iterator[Endpoint]:
 @contextmanager
 def use_server_that_answers(status: str, code: str) -> Iterator[str]:
     """Let this process use a server that answers all requests so, with XML that has the code; yield its address."""
-    from werkzeug.serving import make_server
 
     def app(environ: dict[str, Any], start_response: Any) -> list[bytes]:
         content = f'<?xml version="1.0"?><Error><Code>{code}</Code><Message>a long story</Message></Error>'.encode()
         start_response(status, [("Content-Type", "application/xml"), ("Content-Length", str(len(content)))])
         return [content]
+
+    with use_server_of(app) as address:
+        yield address
+
+
+@contextmanager
+def use_server_of(app: Any) -> Iterator[str]:
+    """Let this process use a server whose answers a WSGI application gives; yield its address."""
+    from werkzeug.serving import make_server
 
     server = make_server("127.0.0.1", 0, app, threaded=True)
     thread = threading.Thread(target=server.serve_forever)

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from helpers.s3_endpoint import CREDENTIALS, use_server_that_answers
+from helpers.s3_endpoint import CREDENTIALS, use_server_of, use_server_that_answers
 from zarr import open_group
 
 from pipeline.cache import info
@@ -20,6 +20,7 @@ from pipeline.runtime.errors import UserError
 from pipeline.runtime.places import Address, parse_place
 from pipeline.runtime.stores import store_of, zarr_source
 
+MOMENT = "Sat, 28 Nov 2026 12:00:00 GMT"
 REQUESTS: list[Callable[[Address], Any]] = [
     lambda place: store_of(place).get(place),
     lambda place: store_of(place).list(place),
@@ -154,6 +155,30 @@ def test_a_wait_for_a_store_is_told_once(monkeypatch: pytest.MonkeyPatch, caplog
     time.sleep(0.5)
     (told,) = (record.message for record in caplog.records)
     assert told == "s3://away/slow: no answer for 0 seconds; requests that fail are repeated"
+
+
+def test_a_request_is_sent_again_if_a_part_of_an_error_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connections, "RETRY_PAUSE", 0.0)
+    asked: list[str] = []
+
+    def app(environ: dict[str, Any], start_response: Any) -> list[bytes]:
+        asked.append(environ["PATH_INFO"])
+        is_whole = asked.count(asked[-1]) == 3
+        content = b'{"zarr_format": 3, "node_type": "group"}'
+        headers = [("Content-Length", str(len(content))), ("ETag", '"1"'), ("Last-Modified", MOMENT)]
+        start_response("200 OK" if is_whole else "404 Not Found", headers)
+        return [content if is_whole else content[:9]]
+
+    with use_server_of(app):
+        place: Any = parse_place("s3://mine/x")
+        assert b"group" in store_of(place).get(place)
+        assert asked == ["/mine/x"] * 3
+        assert open_group(zarr_source(place), mode="r", zarr_format=3).metadata.node_type == "group"
+        assert asked.count("/mine/x/zarr.json") == 3
+        monkeypatch.setattr(connections, "RETRY_SECONDS", 0.0)
+        with pytest.raises(TimeoutError, match=r"does not answer \(no connection\); when"):
+            store_of(place / "y").get(place / "y")
+        assert asked.count("/mine/x/y") == 1
 
 
 def test_credentials_are_missed_before_anything_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
