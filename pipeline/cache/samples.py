@@ -24,7 +24,10 @@ def cache_home(path: Place) -> Path:
     if home := home_of_caches(absolute.parent.parent):
         return home
     if isinstance(absolute, Address) or absolute.parent.parent.name != "caches":
-        raise UserError(f"{path} is not in <home>/caches/<dataset>/, where feature caches lie; `diffalign cache ls` shows them")
+        raise UserError(
+            f"{path} is not in <home>/caches/<dataset>/, where feature caches lie; `diffalign cache ls` shows them; "
+            "for one in another folder, add --caches FOLDER"
+        )
     return absolute.parents[2]
 
 

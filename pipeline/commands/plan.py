@@ -104,7 +104,7 @@ def plan(
     for each in plans:
         if each.probe.failed:
             print(
-                f"{each.probe.encoder} could not read {each.probe.failed:.1%} of the rows; extract stops at --max-failures 0.05"
+                f"{each.probe.encoder} could not read {each.probe.failed:.1%} of the rows; extract stops at 5% (--max-failures)"
             )
         print(f"{each.probe.encoder}, in the trial: {each.probe.verdict}")
     slowest = max(plans, key=lambda each: each.seconds)

@@ -138,7 +138,7 @@ def caches_place(home: Path) -> Place:
     From then on `home_of_caches` knows the home.
     """
     place = parse_place(os.environ.get(CACHES_VARIABLE) or home / "caches")
-    _homes[place.absolute()] = home.absolute()
+    _homes[_without_dots(place)] = home.absolute()
     return place
 
 
@@ -146,7 +146,11 @@ def home_of_caches(place: Place) -> Path | None:
     """Return the home whose caches are at a place; of an address that was not asked for, that of the environment."""
     if isinstance(place, Address):
         return _homes.get(place) or Path(os.environ.get(HOME_VARIABLE) or DEFAULT_HOME)
-    return _homes.get(place.absolute())
+    return _homes.get(_without_dots(place))
+
+
+def _without_dots(place: Place) -> Place:
+    return Path(os.path.abspath(place)) if isinstance(place, Path) else place
 
 
 def place_with_home(text: str, home: Path) -> Place:

@@ -161,6 +161,18 @@ def test_rm_removes_a_cache_only_with_yes(
     )
 
 
+def test_rm_finds_a_cache_in_another_folder(
+    home: Path, caches: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy = Path(shutil.copytree(caches["image"], tmp_path / "fast" / "tiny" / caches["image"].name))
+    assert "for one in another folder, add --caches FOLDER" in run_and_read_error(
+        ["cache", "rm", str(copy)], monkeypatch, capsys
+    )
+    monkeypatch.chdir(tmp_path / "fast")
+    around = ["--home", str(home), "--caches", "../fast"]
+    assert "would remove" in run_and_read(["cache", "rm", f"tiny/{copy.name}", *around], monkeypatch, capsys)
+
+
 def test_rm_removes_only_caches(home: Path, caches: dict[str, Path], tmp_path: Path) -> None:
     path = caches["image"]
     before = sorted(home.rglob("*"))
