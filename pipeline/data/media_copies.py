@@ -34,10 +34,11 @@ if TYPE_CHECKING:
 
 MAX_SINGLE_COPIES = 256  # that a process keeps
 MAX_SINGLE_BYTES = 2**30  # of them, unless the last ones have more
+LONG_SECONDS = 2.0  # a store that refuses one object says so sooner
 _LOCK = Lock()
 _single_copies: deque[tuple[Path, int]] = deque()  # with their bytes, each in a folder of its own
 _numbers = itertools.count()
-_failed_at: dict[str, float] = {}  # bucket -> when its store last gave an error
+_failed_at: dict[str, float] = {}  # bucket -> when its store was last asked for long in vain
 
 
 class MediaCopies:
@@ -178,6 +179,7 @@ def single_copy(manifest: Manifest, media: PurePath) -> Path:
     with _LOCK:  # or two threads would make two folders, of which one is removed
         path = Path(_folder().name) / f"{next(_numbers)}" / media.name
     path.parent.mkdir()
+    began = time.monotonic()
     try:
         with _explain_full_disk(), path.open("wb") as file:
             for _, piece, _ in read_pieces(
@@ -187,7 +189,7 @@ def single_copy(manifest: Manifest, media: PurePath) -> Path:
     except BaseException as error:
         shutil.rmtree(path.parent)
         if isinstance(error, OSError):
-            if is_address(error.filename):  # the store was asked for long, and would be for each of the next media
+            if is_address(error.filename) and time.monotonic() - began >= LONG_SECONDS:  # so would each of the next media take
                 _failed_at[bucket] = time.monotonic()
             raise UserError(f"{error.filename}: {error.strerror}") from error
         raise

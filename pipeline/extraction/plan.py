@@ -123,7 +123,7 @@ class EncoderPlan:
             ids_bytes=round(self.num_samples * self.probe.id_bytes),
             is_ragged=self.probe.modality == "text",
         )
-        num_tars = math.ceil(round(self.num_samples * self.probe.tars_per_sample, 3))
+        num_tars = math.ceil(round(self.num_samples * self.probe.tars_per_sample, 9))
         media = media_requests(self.input_bytes, num_tars, self.num_shards, self.num_machines) if num_tars else Requests()
         if self.num_machines == 1:
             return media + extraction_requests(size, self.seconds)

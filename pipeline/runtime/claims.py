@@ -95,6 +95,8 @@ def hold(place: Place, part: str = EVERYTHING, wait: float = 0.0) -> Iterator[No
         if str(error.filename).startswith(f"{place.bucket}/"):
             failing.set()
         raise
+    else:
+        failing.clear()  # what was done here has worked since the last renewal failed
     finally:
         stopped.set()
         del _held[place, part]

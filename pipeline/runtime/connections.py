@@ -15,7 +15,7 @@ import re
 import threading
 import time
 from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from functools import wraps
 from typing import Any, ParamSpec, TypeVar
@@ -129,15 +129,15 @@ class _Patience:
     @contextmanager
     def waiting(self, place: Address) -> Iterator[None]:
         request = object()
-        self._pending[request] = time.monotonic(), place
-        with self._lock:
-            if not self._is_watched:
-                threading.Thread(target=self._watch, daemon=True).start()
-                self._is_watched = True
         try:
+            self._pending[request] = time.monotonic(), place
+            with self._lock, suppress(RuntimeError):  # where no thread can be started, nothing is told
+                if not self._is_watched:
+                    threading.Thread(target=self._watch, daemon=True).start()
+                    self._is_watched = True
             yield
         finally:
-            del self._pending[request]
+            self._pending.pop(request, None)
 
     def _watch(self) -> None:
         while True:
@@ -146,7 +146,7 @@ class _Patience:
             slow = [place for began, place in list(self._pending.values()) if now - began > SLOW_SECONDS]
             if slow and now - self._told_at > RETRY_SECONDS:
                 self._told_at = now
-                logger.warning("%s: no answer for %.0f seconds; requests that fail are repeated", slow[0], SLOW_SECONDS)
+                logger.warning("%s: a request takes longer than %.0f s; one that fails is repeated", slow[0], SLOW_SECONDS)
 
 
 _PATIENCE = _Patience()

@@ -49,19 +49,21 @@ def test_the_last_copies_stay(
 
 
 @pytest.mark.parametrize(
-    ("error", "asked_again"),
+    ("error", "takes_long", "asked_again"),
     [
-        (TimeoutError(errno.ETIMEDOUT, "does not answer", "s3://bucket/a.tar"), False),
-        (OSError(errno.EIO, "needs credentials", "s3://bucket/a.tar"), False),
-        (OSError(errno.EIO, "a bad block", "/tmp/a.png"), True),
-        (OSError(errno.ESTALE, "it was changed", "s3://bucket/a.tar"), True),
+        (TimeoutError(errno.ETIMEDOUT, "does not answer", "s3://bucket/a.tar"), True, False),
+        (OSError(errno.EIO, "needs credentials", "s3://bucket/a.tar"), True, False),
+        (OSError(errno.EIO, "refuses access to this one", "s3://bucket/a.tar"), False, True),
+        (OSError(errno.EIO, "a bad block", "/tmp/a.png"), True, True),
+        (OSError(errno.ESTALE, "it was changed", "s3://bucket/a.tar"), True, True),
     ],
 )
 def test_a_store_that_fails_is_asked_once(
-    error: OSError, asked_again: bool, folder: Path, monkeypatch: pytest.MonkeyPatch
+    error: OSError, takes_long: bool, asked_again: bool, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Or each picture of a report would wait for it; another bucket, and a later time, are no matter of that."""
     asked: list[str] = []
+    monkeypatch.setattr(media_copies, "LONG_SECONDS", 0.0 if takes_long else 60.0)
 
     def fail(place: Address, *_: object) -> memoryview:
         asked.append(place.bucket)

@@ -154,7 +154,7 @@ def test_a_wait_for_a_store_is_told_once(monkeypatch: pytest.MonkeyPatch, caplog
         pass
     time.sleep(0.5)
     (told,) = (record.message for record in caplog.records)
-    assert told == "s3://away/slow: no answer for 0 seconds; requests that fail are repeated"
+    assert told == "s3://away/slow: a request takes longer than 0 s; one that fails is repeated"
 
 
 def test_a_request_is_sent_again_if_a_part_of_an_error_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -200,6 +201,24 @@ def test_a_claim_is_not_given_back_to_a_store_that_does_not_answer(endpoint: End
     with pytest.raises(TimeoutError), hold(place):
         raise TimeoutError(errno.ETIMEDOUT, "does not answer", str(place / "x"))
     assert len(store_of(place).list(place)) == 1
+
+
+def test_a_claim_is_given_back_after_success_though_a_renewal_failed(
+    endpoint: Endpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place: Any = parse_place("s3://bucket/renewed")
+    monkeypatch.setenv(claims.LEASE_VARIABLE, "5")
+    renewed = Event()
+
+    def fail(*_: object) -> bool:
+        renewed.set()
+        raise OSError
+
+    monkeypatch.setattr(claims, "renew_object", fail)
+    with hold(place):
+        assert renewed.wait(20)
+        time.sleep(0.2)  # so that the failure is noted
+    assert store_of(place).list(place) == []
 
 
 @pytest.mark.parametrize("how", ["fails", "takes long", "works again"])

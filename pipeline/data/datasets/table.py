@@ -16,7 +16,7 @@ The split is a column, else the split folder (train, training, val, valid, valid
 from the SHA-256 of the group (or of the id, if there is no group) and the percentages `splits`; the manifest's meta says which.
 `val_percent` moves a share of the training samples to validation, by a hash, too. Symbolic links are followed. Refused, with
 file and line (Parquet: row): paths that lead out of the root, and fields of more than 2^20 characters. A CSV or Parquet table
-is read by column: ten million rows take 0.8 GB of memory, of which only some tens of bytes a row grow with the table.
+is read by column: ten million rows take 0.9 GB of memory, of which only some tens of bytes a row grow with the table.
 """
 
 from __future__ import annotations
