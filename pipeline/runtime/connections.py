@@ -258,7 +258,8 @@ def _describe(place: Address, error: Exception) -> OSError:
 def _is_of_bucket(bucket: str, host: str, path: str) -> bool:
     """Return whether a request was sent to the bucket; "": the library does not say to which host.
 
-    Others are sent to a service that gives the credentials of this machine, whose address the library leaves out for S3.
+    Others are sent to a service that gives the credentials of this machine. The library leaves a host out where its address
+    may have a secret: with S3 of such services alone.
     """
     scheme, _, name = bucket.partition("://")
     if not host:
